@@ -1,0 +1,20 @@
+"""Distil language models with the alpha-beta divergence, fast. See README.md."""
+
+import importlib
+
+_HOME = {
+    "AlphaBeta": "divergences",
+    "parse": "divergences",
+    "build_info": "ops",
+    "divergence_loss": "ops",
+    "fused_linear_cross_entropy": "fused_linear",
+    "fused_linear_divergence": "fused_linear",
+}
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> object:
+    """Public names load on first use, so that `python -m abkd_fast.train --help` need not wait for PyTorch."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'abkd_fast' has no attribute '{name}'")
+    return getattr(importlib.import_module(f"abkd_fast.{_HOME[name]}"), name)

@@ -1,0 +1,54 @@
+// The operator's schema, its CPU kernel, and the Python module that imports it and says how it was built.
+//
+// Only the stable ABI of PyTorch (2.10 and later) is used for operators, so one build serves every later release.
+#include <pybind11/pybind11.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include "cpu/rows.h"
+#include "pack.h"
+
+namespace {
+
+using torch::stable::Tensor;
+
+Tensor row_losses_cpu(const Tensor& student, std::optional<Tensor> teacher, std::optional<Tensor> labels,
+                      int64_t family, std::vector<double> parameters, double temperature, double hard_weight,
+                      std::optional<Tensor> gradient) {
+  const bool wide = student.scalar_type() == torch::headeronly::ScalarType::Double;
+  auto losses = torch::stable::new_empty(student, {student.size(0)},
+                                         wide ? torch::headeronly::ScalarType::Double
+                                              : torch::headeronly::ScalarType::Float);
+  const abkd::Rows rows =
+      abkd::pack(student, teacher, labels, family, parameters, temperature, hard_weight, gradient, losses);
+  for (int64_t row = 0; rows.labels && row < rows.count; ++row) {
+    const int64_t label = rows.labels[row];
+    STD_TORCH_CHECK(label == abkd::kIgnored || (0 <= label && label < rows.vocab), "labels[", row, "] is ", label,
+                    ", expected -100 or 0 to ", rows.vocab - 1);
+  }
+  static const auto choice = abkd::cpu::choose();
+  torch::stable::parallel_for(0, rows.count, 1,
+                              [&](int64_t begin, int64_t end) { choice.drive(rows, begin, end); });
+  return losses;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(abkd_fast, library) {
+  library.def(
+      "row_losses(Tensor student, Tensor? teacher, Tensor? labels, int family, float[] parameters, float temperature, "
+      "float hard_weight, Tensor(a!)? gradient) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(abkd_fast, CPU, library) { library.impl("row_losses", TORCH_BOX(&row_losses_cpu)); }
+
+PYBIND11_MODULE(_C, module) {
+  module.def("build_info", [] {
+    pybind11::dict info;
+    info["cuda"] = ABKD_CUDA_VERSION[0] ? pybind11::object(pybind11::str(ABKD_CUDA_VERSION)) : pybind11::none();
+    info["cuda_archs"] = pybind11::str(ABKD_CUDA_ARCHS).attr("split")();
+    info["simd"] = abkd::cpu::choose().name;
+    info["compiler"] = ABKD_COMPILER;
+    return info;
+  });
+}

@@ -1,0 +1,2 @@
+#define ABKD_ISA baseline
+#include "driver.h"

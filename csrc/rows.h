@@ -1,0 +1,32 @@
+// One call of the row kernel, in plain C++: what bindings hand to a driver, on any device.
+//
+// A row is one token: student logits z[V], teacher logits y[V], a label. With p = softmax(y / temperature) and
+// q = softmax(z / temperature) its loss is
+//     (1 - hard_weight) D(p, q) + hard_weight (log sum exp z - z[label]),
+// and its gradient by z, not divided by any row count, may overwrite z. A row with label -100 has loss and gradient 0.
+#pragma once
+
+#include <cstdint>
+
+namespace abkd {
+
+enum class DType { float32, float64, bfloat16, float16 };
+enum class Family : int64_t { cross_entropy = 0, alpha_beta = 1 };
+
+constexpr int64_t kIgnored = -100;
+
+struct Rows {
+  DType dtype;  // of student, teacher and gradient
+  int64_t count, vocab;
+  const void* student;  // [count, vocab], rows student_stride apart
+  const void* teacher;  // the same with teacher_stride, or null for cross_entropy
+  void* gradient;       // the same with gradient_stride, or null; may be student
+  int64_t student_stride, teacher_stride, gradient_stride;
+  const int64_t* labels;  // [count], or null where no row is ignored and hard_weight is 0
+  void* losses;           // [count], float64 for float64 logits, else float32
+  Family family;
+  double parameters[2];  // (alpha, beta)
+  double temperature, hard_weight;
+};
+
+}  // namespace abkd

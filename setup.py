@@ -1,0 +1,95 @@
+"""Builds the extension: CPU kernels always, CUDA kernels when torch is a CUDA build and an nvcc is found.
+
+Environment: ABKD_CUDA=auto|0|1, ABKD_CUDA_ARCHS="80;90;100" (compute capabilities), MAX_JOBS, CXX.
+"""
+
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sysconfig
+
+from setuptools import setup
+
+STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020a000000000000"]  # PyTorch 2.10
+# No -ffast-math: the kernels rely on the order of their additions, on infinities and on NaN. These two flags only
+# give up floating-point traps and errno, which nothing reads, and without them loops are not vectorised.
+OPTIMISE = ["-O3", "-std=c++20", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"]
+
+
+def find_cuda_home() -> str | None:
+    """Folder of a CUDA toolkit: CUDA_HOME, nvcc on PATH, or the nvidia-cuda-nvcc wheels."""
+    candidates = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
+    if nvcc := shutil.which("nvcc"):  # perhaps a wrapper script: nvcc itself says where it lives
+        dry_run = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True)
+        candidates += [str(pathlib.Path(top).resolve()) for top in re.findall(r"TOP=(\S+)", dry_run.stderr)]
+    candidates += sorted(map(str, pathlib.Path(sysconfig.get_paths()["purelib"]).glob("nvidia/cu*")), reverse=True)
+    return next((home for home in candidates if home and pathlib.Path(home, "bin", "nvcc").exists()), None)
+
+
+def nvcc_version(cuda_home: str) -> str:
+    text = subprocess.check_output([f"{cuda_home}/bin/nvcc", "--version"], text=True)
+    return re.search(r"release (\d+\.\d+)", text)[1]
+
+
+def decide_cuda() -> tuple[str | None, str]:
+    """The CUDA toolkit to build with, or None and the reason. Exits where ABKD_CUDA=1 can't be satisfied."""
+    import torch
+
+    wish = os.environ.get("ABKD_CUDA", "auto")
+    if wish not in ("auto", "0", "1"):
+        raise SystemExit(f"ABKD_CUDA is {wish!r}, expected auto, 0 or 1")
+    cuda_home = find_cuda_home()
+    reason = ""
+    if wish == "0":
+        reason = "ABKD_CUDA=0"
+    elif torch.version.cuda is None:
+        reason = f"torch {torch.__version__} is a CPU build"
+    elif cuda_home is None:
+        reason = "no nvcc on PATH, in CUDA_HOME, or among the nvidia-cuda-nvcc wheels"
+    elif nvcc_version(cuda_home).split(".")[0] != torch.version.cuda.split(".")[0]:
+        reason = f"nvcc {nvcc_version(cuda_home)} does not match torch's CUDA {torch.version.cuda}"
+    if reason and wish == "1":
+        raise SystemExit(f"ABKD_CUDA=1, but CUDA kernels can't be built: {reason}")
+    return (None if reason else cuda_home), reason
+
+
+def extensions() -> tuple[list, type]:
+    cuda_home, reason = decide_cuda()
+    if cuda_home:
+        os.environ["CUDA_HOME"] = cuda_home  # read by torch.utils.cpp_extension when it is imported
+    from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
+
+    archs = os.environ.get("ABKD_CUDA_ARCHS", "80;90;100").split(";") if cuda_home else []
+    compiler = subprocess.check_output([os.environ.get("CXX", "c++"), "--version"], text=True).splitlines()[0]
+    defines = [
+        f'-DABKD_CUDA_VERSION="{nvcc_version(cuda_home) if cuda_home else ""}"',
+        f'-DABKD_CUDA_ARCHS="{" ".join(archs)}"',
+        f'-DABKD_COMPILER="{compiler}"',
+    ]
+    modules = [
+        CppExtension(
+            "abkd_fast._C",
+            ["csrc/bindings.cpp", *(f"csrc/cpu/{name}.cpp" for name in ("choose", "baseline", "avx2", "avx512"))],
+            extra_compile_args={"cxx": OPTIMISE + STABLE_ABI + defines},
+        )
+    ]
+    if cuda_home:
+        gencode = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+        gencode.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
+        modules.append(
+            CUDAExtension(
+                "abkd_fast._cuda",
+                ["csrc/cuda/bindings.cpp", "csrc/cuda/rows.cu"],
+                extra_compile_args={"cxx": OPTIMISE + STABLE_ABI, "nvcc": ["-O3", "-std=c++20", *gencode]},
+                py_limited_api=True,
+            )
+        )
+    built = f"CUDA {nvcc_version(cuda_home)} for sm_{', sm_'.join(archs)}" if cuda_home else f"no CUDA ({reason})"
+    print(f"abkd_fast: building CPU kernels (AVX-512, AVX2, baseline) and {built}", flush=True)
+    return modules, BuildExtension
+
+
+modules, build_extension = extensions()
+setup(ext_modules=modules, cmdclass={"build_ext": build_extension})
