@@ -1,0 +1,324 @@
+"""Configurations: frozen dataclasses, and their way from JSON, with errors that name the key and the way out."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+import pathlib
+import types
+import typing
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
+
+RECIPES = pathlib.Path(__file__).parent / "recipes"
+
+
+class ConfigError(ValueError):
+    """Something the user wrote, or pointed to, can't be used. The message is one line and says what to do."""
+
+
+def _check_range(section: object, **ranges: tuple[float, float]) -> None:
+    """Raises ConfigError for a number outside its range; 0 as lower bound of lr, eps, clip_norm, temperature is open."""
+    for name, (low, high) in ranges.items():
+        value = getattr(section, name)
+        is_open = name in ("lr", "eps", "clip_norm", "temperature")
+        if value is not None and not (low < value <= high if is_open else low <= value <= high):
+            bound = f"above {low}" if is_open else f"at least {low}"
+            limit = "" if high == math.inf else f" and at most {high:g}"
+            raise ConfigError(f"{name} is {value}, expected {bound}{limit}")
+
+
+def _nearest(name: str, valid: typing.Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.5)
+    return f"; did you mean {near[0]}?" if near else f"; valid are {', '.join(valid)}"
+
+
+def _section(cls: type) -> type:
+    return dataclasses.dataclass(frozen=True, kw_only=True)(cls)
+
+
+@_section
+class RunConfig:
+    """Where results go. A run's folder is DIR/NAME, or DIR/NAME/STAGE for a stage of a recipe."""
+
+    name: Annotated[str, "name of the run"]
+    stage: Annotated[str, "name of the stage; set by recipes with stages"] = ""
+    dir: Annotated[str, "folder of all runs"] = "runs"
+    seed: Annotated[int, "seeds weights, dropout and the order of the data"] = 10
+
+    @property
+    def root(self) -> pathlib.Path:
+        return pathlib.Path(self.dir) / self.name
+
+    @property
+    def folder(self) -> pathlib.Path:
+        return self.root / self.stage
+
+
+@_section
+class ModelConfig:
+    """A Hugging Face causal language model, as student or teacher."""
+
+    path: Annotated[str | None, 'folder or Hub name; "stage:NAME" is the result of an earlier stage'] = None
+    config: Annotated[dict | None, "instead of path: a transformers configuration, for random weights"] = None
+    dropout: Annotated[float | None, "sets every dropout rate of the model (default: the model's own)"] = None
+
+    def __post_init__(self) -> None:
+        if (self.path is None) == (self.config is None):
+            raise ConfigError("give either path or config")
+        if self.config is not None and "model_type" not in self.config:
+            raise ConfigError('config needs "model_type", for example "gpt2" or "llama"')
+        _check_range(self, dropout=(0, 1))
+
+
+@_section
+class DataConfig:
+    """Rows with instruction, input and output, or prompt and output, or messages: JSONL file, folder, or Hub name."""
+
+    train: Annotated[str, 'training rows; "quickstart:train" are tasks that the package generates']
+    dev: Annotated[str | None, "rows whose loss is reported during training"] = None
+    train_rows: Annotated[int | None, "use only the first rows"] = None
+    dev_rows: Annotated[int | None, "use only the first rows"] = None
+    max_length: Annotated[int, "tokens of prompt and response together; longer responses are cut"] = 512
+
+    def __post_init__(self) -> None:
+        _check_range(self, train_rows=(1, math.inf), dev_rows=(1, math.inf), max_length=(2, math.inf))
+
+
+@_section
+class OptimConfig:
+    """AdamW; weights of one dimension (biases, norms) don't decay."""
+
+    lr: Annotated[float, "peak learning rate"] = 5e-4
+    min_lr: Annotated[float, "learning rate that the cosine ends at"] = 1e-7
+    schedule: Annotated[Literal["cosine", "constant"], "after the warm-up"] = "cosine"
+    warmup_steps: Annotated[int, "steps from 0 to lr"] = 0
+    weight_decay: Annotated[float, "decoupled weight decay"] = 0.01
+    betas: Annotated[tuple[float, float], "moment decay rates"] = (0.9, 0.999)
+    eps: Annotated[float, "added to the root of the second moment"] = 1e-8
+    clip_norm: Annotated[float, "gradients of a larger norm are scaled down to it"] = 1.0
+
+    def __post_init__(self) -> None:
+        rates = dict.fromkeys(("lr", "clip_norm", "eps"), (0, math.inf))
+        _check_range(self, **rates, min_lr=(0, self.lr), warmup_steps=(0, math.inf), weight_decay=(0, math.inf))
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ConfigError(f"betas are {list(self.betas)}, expected two numbers from 0 up to 1")
+
+
+@_section
+class TrainConfig:
+    """The loop. A step is always batch_size samples; max_tokens only decides how many go through at once."""
+
+    epochs: Annotated[int, "passes over the training rows"] = 10
+    steps: Annotated[int | None, "stop after so many steps, whatever epochs says"] = None
+    batch_size: Annotated[int, "samples of an optimizer step"] = 32
+    max_tokens: Annotated[int, "tokens of a micro-batch, packed without padding"] = 8192
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float64"], "of the computation; auto: bfloat16 on a GPU, else float32"
+    ] = "auto"
+    device: Annotated[Literal["auto", "cpu", "cuda"], "auto: the GPU if there is one"] = "auto"
+
+    def __post_init__(self) -> None:
+        _check_range(self, **dict.fromkeys(("epochs", "steps", "batch_size", "max_tokens"), (1, math.inf)))
+
+
+@_section
+class EvalConfig:
+    """The loss on data.dev: cross-entropy of the reference responses, mean over their tokens."""
+
+    every_steps: Annotated[int | None, "how often, besides before the first and after the last step"] = None
+
+    def __post_init__(self) -> None:
+        _check_range(self, every_steps=(1, math.inf))
+
+
+@_section
+class LogConfig:
+    """metrics.jsonl, TensorBoard and the terminal."""
+
+    every_steps: Annotated[int, "steps that one logged point sums up"] = 10
+
+    def __post_init__(self) -> None:
+        _check_range(self, every_steps=(1, math.inf))
+
+
+@_section
+class Config:
+    """One run: a student, a way to train it, and data."""
+
+    method: Annotated[str, "sft (no teacher) or ab (ABKD: divergence to a teacher on the data's responses)"] = "ab"
+    loss: Annotated[str, "the divergence: ab:ALPHA,BETA"] = "ab:0.2,0.7"
+    temperature: Annotated[float, "divides both models' logits in the divergence"] = 1.0
+    hard_weight: Annotated[float, "w in (1 - w) divergence + w cross-entropy"] = 0.0
+    tokenizer: Annotated[str | None, "folder or Hub name (default: the student's)"] = None
+    run: RunConfig
+    student: ModelConfig
+    teacher: ModelConfig | None = None
+    data: DataConfig
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig = TrainConfig()
+    eval: EvalConfig = EvalConfig()
+    log: LogConfig = LogConfig()
+
+    def __post_init__(self) -> None:
+        from .divergences import parse
+        from .methods import NAMES
+
+        if self.method not in NAMES:
+            raise ConfigError(f'method: unknown method "{self.method}"{_nearest(self.method, NAMES)}')
+        try:
+            parse(self.loss)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+        _check_range(self, hard_weight=(0, 1), temperature=(0, math.inf))
+        if self.method != "sft" and self.teacher is None:
+            raise ConfigError(f'teacher: missing, and method "{self.method}" needs one; give teacher.path')
+        if self.tokenizer is None and self.student.path is None:
+            raise ConfigError("tokenizer: missing, and a student with random weights brings none")
+        if self.train.max_tokens < self.data.max_length:
+            raise ConfigError(
+                f"train.max_tokens is {self.train.max_tokens}, but one sample may have data.max_length = "
+                f"{self.data.max_length} tokens; raise the first or lower the second"
+            )
+
+    def to_dict(self) -> dict:
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+
+def load(name_or_path: str, overrides: list[str] = ()) -> list[Config]:
+    """The stages of a recipe (one, unless it lists several), with overrides applied.
+
+    Args:
+        name_or_path: a JSON file, or the name of a packaged recipe, with or without ".json".
+        overrides: "key=value" for every stage or "STAGE:key=value" for one, keys dotted, values JSON or else text.
+
+    Raises ConfigError, naming file, key and value.
+    """
+    path = pathlib.Path(name_or_path)
+    if not path.exists():
+        packaged = RECIPES / path.with_suffix(".json").name
+        if path.parent != pathlib.Path(".") or not packaged.exists():
+            names = sorted(recipe.name for recipe in RECIPES.glob("*.json"))
+            near = difflib.get_close_matches(path.name, names, n=1, cutoff=0.5)
+            hint = f"; did you mean {near[0]}?" if near else f"; packaged recipes are {', '.join(names)}"
+            raise ConfigError(f"{name_or_path}: no such file{hint}")
+        path = packaged
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{path} line {error.lineno}: broken JSON: {error.msg}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: can't be read: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected a JSON object")
+    values.pop("comment", None)
+    stages = values.pop("stages", None)
+    if stages is None:
+        return [_finish(values, "", overrides, path.name)]
+    if not isinstance(stages, dict) or not all(isinstance(stage, dict) for stage in stages.values()):
+        raise ConfigError(f'{path.name}: stages: expected an object of objects, {{"NAME": {{…}}, …}}')
+    return [_finish(_merge(values, stage), name, overrides, path.name) for name, stage in stages.items()]
+
+
+def _merge(base: dict, over: dict) -> dict:
+    """`over` on top of `base`, section by section; null removes a section."""
+    merged = json.loads(json.dumps(base))
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _finish(values: dict, stage: str, overrides: list[str], file: str) -> Config:
+    for override in overrides:
+        _apply(override, values, stage)
+    if stage:
+        values = _merge(values, {"run": {"stage": stage}})
+    return _build(Config, values, "", f"{file} stage {stage}" if stage else file)
+
+
+def _apply(override: str, values: dict, stage: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals:
+        raise ConfigError(f'--set {override}: expected key=value, for example "optim.lr=1e-4"')
+    only, colon, rest = key.partition(":")
+    if colon:
+        key = rest
+        if only != stage:
+            return
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        value = text
+    *sections, name = key.split(".")
+    for section in sections:
+        values = values.setdefault(section, {})
+        if values is None or not isinstance(values, dict):
+            raise ConfigError(f"--set {override}: {section} is not a section")
+    values[name] = value
+
+
+def _build(cls: type, values: Any, where: str, file: str) -> Any:
+    """A dataclass from a JSON object; `where` is the dotted path so far."""
+    if not isinstance(values, dict):
+        raise ConfigError(f"{file}: {where}: expected an object, got {json.dumps(values)}")
+    hints = typing.get_type_hints(cls)
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    arguments = {}
+    for key, value in values.items():
+        name = f"{where}.{key}" if where else key
+        if key == "comment":
+            continue
+        if key not in fields:
+            raise ConfigError(f"{file}: {name}: unknown key{_nearest(key, fields)}")
+        arguments[key] = _convert(hints[key], value, name, file)
+    for key, field in fields.items():
+        if key not in arguments and field.default is dataclasses.MISSING:
+            raise ConfigError(f"{file}: {where + '.' if where else ''}{key}: missing")
+    try:
+        return cls(**arguments)
+    except ConfigError as error:
+        raise ConfigError(f"{file}: {where + '.' if where else ''}{error}") from None
+
+
+def _convert(hint: Any, value: Any, name: str, file: str) -> Any:
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        options = [option for option in typing.get_args(hint) if option is not type(None)]
+        return None if value is None else _convert(options[0], value, name, file)
+    if dataclasses.is_dataclass(hint):
+        return _build(hint, value, name, file)
+    if typing.get_origin(hint) is Literal:
+        valid = typing.get_args(hint)
+        if value not in valid:
+            raise ConfigError(f"{file}: {name} is {json.dumps(value)}, expected one of {', '.join(valid)}")
+        return value
+    if typing.get_origin(hint) is tuple:
+        length = len(typing.get_args(hint))
+        if not isinstance(value, list | tuple) or len(value) != length:
+            raise ConfigError(f"{file}: {name} must be a list of {length} numbers, got {json.dumps(value)}")
+        return tuple(_convert(float, item, name, file) for item in value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    expected = {float: "a number", int: "a whole number", str: "text", dict: "an object"}[hint]
+    wrong_number = isinstance(value, bool) or (isinstance(value, float) and not math.isfinite(value))
+    if not isinstance(value, hint) or (hint in (int, float) and wrong_number):
+        raise ConfigError(f"{file}: {name} must be {expected}, got {json.dumps(value)}")
+    return value
+
+
+def describe() -> Iterator[str]:
+    """Every key with its default and meaning, section by section, a line each."""
+    hints = typing.get_type_hints(Config, include_extras=True)
+    sections = [(f"{name}.", hint) for name, hint in hints.items() if typing.get_origin(hint) is not Annotated]
+    for prefix, cls in [("", Config), *sections]:
+        cls = next((option for option in typing.get_args(cls) if dataclasses.is_dataclass(option)), cls)
+        yield f"{prefix.rstrip('.') or 'top level'}: {cls.__doc__}"
+        notes = typing.get_type_hints(cls, include_extras=True)
+        for field in dataclasses.fields(cls):
+            if typing.get_origin(notes[field.name]) is Annotated:
+                required = field.default is dataclasses.MISSING
+                default = "required" if required else json.dumps(field.default)
+                yield f"  {prefix + field.name:22} {notes[field.name].__metadata__[0]} [{default}]"
+        yield ""

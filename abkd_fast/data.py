@@ -1,0 +1,250 @@
+"""Instruction data: read, check, tokenise, pack."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import pathlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import datasets
+import torch
+from torch import Tensor
+
+from . import tasks
+from .config import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# The prompt of the ABKD, DistiLLM and MiniLLM papers (Stanford Alpaca's).
+PROMPT = (
+    "Below is an instruction that describes a task. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Response:\n"
+)
+PROMPT_WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One checked row. `where` names its file and line for messages."""
+
+    where: str
+    values: dict
+
+
+def read_rows(source: str, limit: int | None = None) -> list[Row]:
+    """Rows of a JSONL file, of all JSONL files of a folder, of a Hub data set's train split, or of the quickstart.
+
+    Raises ConfigError, naming file and line, for a missing or empty source, broken JSON, and rows without a prompt
+    or with an output that is missing, not text, or empty.
+    """
+    rows = []
+    for where, values in _raw_rows(source):
+        if limit is not None and len(rows) == limit:
+            break
+        rows.append(Row(where, _check(values, where)))
+    if not rows:
+        raise ConfigError(f"{source}: has no rows")
+    return rows
+
+
+def _raw_rows(source: str) -> Iterator[tuple[str, object]]:
+    path = pathlib.Path(source)
+    if source.startswith("quickstart:"):
+        for number, values in enumerate(tasks.rows(source.partition(":")[2]), 1):
+            yield f"{source} row {number}", values
+    elif path.is_dir():
+        files = sorted(path.glob("*.jsonl"))
+        if not files:
+            raise ConfigError(f"{source}: a folder without .jsonl files")
+        for file in files:
+            yield from _read_jsonl(file)
+    elif path.is_file():
+        yield from _read_jsonl(path)
+    elif path.suffix or path.is_absolute() or source.startswith(".") or source.count("/") != 1:
+        raise ConfigError(f"{source}: no such file or folder")
+    else:
+        try:
+            loaded = datasets.load_dataset(source, split="train")
+        except Exception as error:
+            reason = str(error).splitlines()[0]
+            raise ConfigError(f"{source}: no such file, and no data set of that name on the Hub ({reason})") from None
+        for number, values in enumerate(loaded, 1):
+            yield f"{source} row {number}", values
+
+
+def _read_jsonl(path: pathlib.Path) -> Iterator[tuple[str, object]]:
+    with path.open(encoding="utf-8") as file:
+        try:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield f"{path} line {number}", json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"{path} line {number}: broken JSON: {error.msg}") from None
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"{path}: is not UTF-8 text ({error.reason} after line {number})") from None
+
+
+def _check(values: object, where: str) -> dict:
+    if not isinstance(values, dict):
+        raise ConfigError(f"{where}: expected a JSON object with instruction, input and output")
+    if "messages" in values:
+        messages = values["messages"]
+        good = isinstance(messages, list) and all(
+            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
+            for m in messages
+        )
+        if not good or len(messages) < 2 or messages[-1]["role"] != "assistant":
+            raise ConfigError(f'{where}: "messages" must be objects with role and content, the last by the assistant')
+        if not messages[-1]["content"].strip():
+            raise ConfigError(f"{where}: the last message is empty: nothing to learn")
+        return {"messages": messages}
+    prompt_key = "prompt" if "prompt" in values else "instruction"
+    for key in (prompt_key, "output"):
+        if key not in values:
+            keys = ", ".join(values) or "none"
+            raise ConfigError(f'{where}: missing "{key}"; keys are {keys} (expected instruction, input, output)')
+        if not isinstance(values[key], str):
+            raise ConfigError(f'{where}: "{key}" must be text, got {json.dumps(values[key])[:60]}')
+    if not values["output"].strip():
+        raise ConfigError(f'{where}: "output" is empty: nothing to learn')
+    extra = values.get("input") or ""
+    if not isinstance(extra, str):
+        raise ConfigError(f'{where}: "input" must be text, got {json.dumps(extra)[:60]}')
+    if prompt_key == "prompt":
+        return {"prompt": values["prompt"], "output": values["output"]}
+    template = PROMPT_WITH_INPUT if extra else PROMPT
+    prompt = template.format(instruction=values["instruction"], input=extra)
+    return {"prompt": prompt, "output": values["output"]}
+
+
+def tokenise(rows: list[Row], tokenizer: PreTrainedTokenizerBase, max_length: int) -> datasets.Dataset:
+    """Columns input_ids (prompt, response and the end token, at most max_length) and prompt_length, in tokens.
+
+    The prompt is tokenised alone and the response as the rest of both together, without a begin token, as in the
+    papers. The result is kept in the `datasets` cache under a hash of rows, tokenizer and max_length.
+
+    Raises ConfigError where a prompt leaves no room for a response.
+    """
+    content = [row.values for row in rows]
+    identity = [content, _tokenizer_identity(tokenizer), max_length]
+    key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
+    folder = pathlib.Path(datasets.config.HF_DATASETS_CACHE) / "abkd_fast"
+    folder.mkdir(parents=True, exist_ok=True)
+    raw = datasets.Dataset.from_dict({"row": [json.dumps(values) for values in content]})
+    progress = datasets.utils.logging.is_progress_bar_enabled()
+    datasets.disable_progress_bar()
+    dataset = raw.map(
+        lambda batch: _encode([json.loads(row) for row in batch["row"]], tokenizer, max_length),
+        batched=True,
+        remove_columns=["row"],
+        cache_file_name=str(folder / f"{key}.arrow"),
+        new_fingerprint=key,
+    )
+    if progress:
+        datasets.enable_progress_bar()
+    for row, length in zip(rows, dataset["prompt_length"], strict=True):
+        if length >= max_length:
+            raise ConfigError(
+                f"{row.where}: the prompt has {length} tokens and fills all {max_length}: nothing to learn; "
+                "raise data.max_length or drop the row"
+            )
+    return dataset
+
+
+def _tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> str:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    state = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    text = json.dumps([state, tokenizer.eos_token, getattr(tokenizer, "chat_template", None)])
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _encode(rows: list[dict], tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict[str, list]:
+    prompts, wholes = [], []
+    for row in rows:
+        if "messages" in row:
+            prompts.append(tokenizer.apply_chat_template(row["messages"][:-1], tokenize=False, add_generation_prompt=True))
+            wholes.append(prompts[-1] + row["messages"][-1]["content"])
+        else:
+            prompts.append(row["prompt"])
+            wholes.append(row["prompt"] + row["output"])
+    prompt_ids = tokenizer(prompts, add_special_tokens=False)["input_ids"]
+    whole_ids = tokenizer(wholes, add_special_tokens=False)["input_ids"]
+    samples = [
+        (prompt + whole[len(prompt) :] + [tokenizer.eos_token_id])[:max_length]
+        for prompt, whole in zip(prompt_ids, whole_ids, strict=True)
+    ]
+    return {"input_ids": samples, "prompt_length": [len(prompt) for prompt in prompt_ids]}
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """Whole sequences end to end, T tokens in all, N of them predicting a token of a response."""
+
+    input_ids: Tensor  # [1, T]
+    position_ids: Tensor  # [1, T], restarting at 0 with every sequence
+    cu_seqlens: Tensor  # [sequences + 1], int32: where each begins, and T
+    max_seqlen: int
+    positions: Tensor  # [N], indices into T whose next token is in the response
+    labels: Tensor  # [N], those next tokens; on the CPU
+    samples: int
+
+    @property
+    def tokens(self) -> int:
+        return self.input_ids.shape[1]
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch with everything but the labels on `device`."""
+        moved = ("input_ids", "position_ids", "cu_seqlens", "positions")
+        return dataclasses.replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in moved})
+
+
+def pack(samples: list[dict], max_tokens: int) -> list[Batch]:
+    """Samples in order, in as many micro-batches as a budget of max_tokens asks for."""
+    groups, used = [[]], 0
+    for sample in samples:
+        length = len(sample["input_ids"])
+        if groups[-1] and used + length > max_tokens:
+            groups.append([])
+            used = 0
+        groups[-1].append(sample)
+        used += length
+    return [_join(group) for group in groups]
+
+
+def _join(samples: list[dict]) -> Batch:
+    lengths = [len(sample["input_ids"]) for sample in samples]
+    starts = [0, *torch.tensor(lengths).cumsum(0).tolist()]
+    # The last token of a prompt predicts the first of the response; the last of a sequence predicts nothing.
+    positions = torch.cat(
+        [
+            torch.arange(start + sample["prompt_length"] - 1, start + length - 1)
+            for start, length, sample in zip(starts, lengths, samples, strict=False)
+        ]
+    )
+    input_ids = torch.tensor([token for sample in samples for token in sample["input_ids"]])
+    return Batch(
+        input_ids=input_ids[None],
+        position_ids=torch.cat([torch.arange(length) for length in lengths])[None],
+        cu_seqlens=torch.tensor(starts, dtype=torch.int32),
+        max_seqlen=max(lengths),
+        positions=positions,
+        labels=input_ids[positions + 1],
+        samples=len(samples),
+    )
+
+
+def shuffled_batches(dataset: datasets.Dataset, batch_size: int, seed: int, epoch: int) -> Iterator[list[dict]]:
+    """One epoch of whole batches in an order that depends on seed and epoch alone; the last, incomplete one is left out."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    order = torch.randperm(len(dataset), generator=generator).tolist()
+    for start in range(0, len(order) - batch_size + 1, batch_size):
+        yield [dataset[index] for index in order[start : start + batch_size]]

@@ -1,0 +1,38 @@
+"""Word-level distillation on the data's own responses: ABKD with the alpha-beta divergence."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..config import Config
+from ..data import Batch
+from ..divergences import parse
+from ..fused_linear import fused_linear_divergence
+from ..teacher import TeacherStates
+
+
+class WordLevelKD:
+    needs_teacher = True
+
+    def __init__(self, config: Config) -> None:
+        self.divergence = parse(config.loss)
+        self.temperature = config.temperature
+        self.hard_weight = config.hard_weight
+
+    def loss(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, batch: Batch, teacher: TeacherStates
+    ) -> Tensor:
+        """The summed loss of the response tokens, from their hidden states [N, H]."""
+        return fused_linear_divergence(
+            hidden,
+            weight,
+            teacher.hidden,
+            teacher.weight,
+            self.divergence,
+            batch.labels,
+            student_bias=bias,
+            teacher_bias=teacher.bias,
+            temperature=self.temperature,
+            hard_weight=self.hard_weight,
+            reduction="sum",
+        )

@@ -1,0 +1,20 @@
+"""Supervised fine-tuning: the cross-entropy of the data's responses. The baseline, the teacher's training, the dev loss."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..config import Config
+from ..data import Batch
+from ..fused_linear import fused_linear_cross_entropy
+
+
+class SupervisedFineTuning:
+    needs_teacher = False
+
+    def __init__(self, config: Config) -> None:
+        del config  # nothing to choose
+
+    def loss(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, batch: Batch, teacher: None = None) -> Tensor:
+        """The summed loss of the response tokens, from their hidden states [N, H]."""
+        return fused_linear_cross_entropy(hidden, weight, batch.labels, student_bias=bias, reduction="sum")

@@ -1,0 +1,220 @@
+"""Hugging Face causal language models: load, check, split into body and output projection, save."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import pathlib
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+
+from . import attention, tasks
+from .config import ConfigError, ModelConfig
+from .data import Batch, pack
+
+ATTENTION_DROPOUT = ("attn_pdrop", "attention_dropout")
+DROPOUT = (*ATTENTION_DROPOUT, "resid_pdrop", "embd_pdrop", "dropout", "hidden_dropout", "activation_dropout")
+
+
+def check_path(path: str, key: str) -> None:
+    """Raises ConfigError for a local folder that holds no model."""
+    folder = pathlib.Path(path)
+    looks_local = folder.is_absolute() or path.startswith(".") or path.count("/") > 1
+    if folder.exists():
+        if not (folder / "config.json").exists():
+            raise ConfigError(f"{key}: {path} has no config.json; expected a model folder in Hugging Face layout")
+    elif looks_local:
+        raise ConfigError(f"{key}: {path}: no such model folder")
+
+
+def read_config(spec: ModelConfig, key: str) -> PretrainedConfig:
+    """A model's configuration, without its weights. Raises ConfigError where there is none."""
+    try:
+        if spec.path is not None:
+            check_path(spec.path, f"{key}.path")
+            config = AutoConfig.from_pretrained(spec.path)
+        else:
+            config = AutoConfig.for_model(**spec.config)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        what = f"{key}.path: {spec.path}: no such folder, and no such model on the Hub" if spec.path else f"{key}.config"
+        raise ConfigError(f"{what} ({_first_line(error)})") from None
+    if spec.dropout is not None:
+        for name in DROPOUT:
+            if hasattr(config, name):
+                setattr(config, name, spec.dropout)
+    return config
+
+
+def read_tokenizer(path: str, key: str) -> PreTrainedTokenizerBase:
+    """A tokenizer; "quickstart" is the one made for the generated tasks. Raises ConfigError where there is none."""
+    if path == "quickstart":
+        return tasks.tokenizer()
+    try:
+        if os.sep in path and not pathlib.Path(path).exists() and path.count("/") > 1:
+            raise OSError("no such folder")
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"{key}: {path}: no tokenizer there ({_first_line(error)})") from None
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(f"{key}: {path}: has no end token (eos_token), which every response needs")
+    return tokenizer
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def check_vocabularies(
+    tokenizer: PreTrainedTokenizerBase,
+    student: PretrainedConfig,
+    teacher: PretrainedConfig | None,
+    teacher_tokenizer: PreTrainedTokenizerBase | None,
+) -> None:
+    """Raises ConfigError unless student and teacher read the same tokens and have room for all of them."""
+    needed = len(tokenizer)
+    if teacher_tokenizer is not None:
+        ours, theirs = ({index: token for token, index in t.get_vocab().items()} for t in (tokenizer, teacher_tokenizer))
+        different = next((index for index in sorted({*ours, *theirs}) if ours.get(index) != theirs.get(index)), None)
+        if different is not None:
+            raise ConfigError(
+                f"tokenizers of student ({len(tokenizer)} tokens) and teacher ({len(teacher_tokenizer)}) differ at id "
+                f"{different} ({ours.get(different)!r} / {theirs.get(different)!r}): distillation needs one vocabulary"
+            )
+    sizes = {"student": student.vocab_size} | ({} if teacher is None else {"teacher": teacher.vocab_size})
+    for role, size in sizes.items():
+        if size < needed:
+            text = ", ".join(f"{name} has {number}" for name, number in sizes.items())
+            raise ConfigError(f"vocabulary: the tokenizer has {needed} tokens, but the {role} fewer ({text})")
+
+
+def load(
+    spec: ModelConfig, config: PretrainedConfig, key: str, dtype: torch.dtype, device: torch.device
+) -> PackedCausalLM:
+    """The model with its weights (random ones from `config` where spec has no path), checked for packing."""
+    for name in ATTENTION_DROPOUT:
+        if getattr(config, name, 0) and not attention.supports_dropout(device):
+            logging.getLogger("abkd_fast").warning(
+                f"{key}: {name} is {getattr(config, name)}, but PyTorch's attention has no dropout on a GPU; it is set "
+                "to 0 (install flash-attn to keep it)"
+            )
+            setattr(config, name, 0.0)
+    if spec.path is None:
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(spec.path, config=config, dtype=dtype)
+    return PackedCausalLM(model.to(device), key)
+
+
+class PackedCausalLM(nn.Module):
+    """A causal language model on packed batches, cut between its body and its output projection.
+
+    Calling it computes a loss within its own forward pass, so that wrappers which gather or hook parameters
+    there see the output projection too.
+    """
+
+    def __init__(self, model: nn.Module, key: str) -> None:
+        """Takes a transformers model and switches its attention.
+
+        Raises ConfigError, with the reason, for models whose attention or output can't be reproduced this way.
+        """
+        super().__init__()
+        self.model = model
+        self.key = key
+        with self._explained():
+            model.set_attn_implementation(attention.NAME)
+
+    @property
+    def head(self) -> nn.Linear:
+        return self.model.get_output_embeddings()
+
+    def hidden_states(self, batch: Batch) -> Tensor:
+        """Final hidden states [N, H] at batch.positions."""
+        states = self.model.base_model(
+            input_ids=batch.input_ids,
+            position_ids=batch.position_ids,
+            use_cache=False,
+            cu_seq_lens_q=batch.cu_seqlens,
+            cu_seq_lens_k=batch.cu_seqlens,
+            max_length_q=batch.max_seqlen,
+            max_length_k=batch.max_seqlen,
+        ).last_hidden_state  # [1, T, H]
+        return states[0, batch.positions]
+
+    def forward(self, batch: Batch, loss: Callable[..., Tensor]) -> Tensor:
+        hidden = self.hidden_states(batch)
+        weight, bias = self.head.weight.to(hidden.dtype), self.head.bias
+        return loss(hidden, weight, None if bias is None else bias.to(hidden.dtype))
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
+            kind = self.model.config.model_type
+            raise ConfigError(f"{self.key}: a {kind} model can't be trained packed: {_first_line(error)}") from None
+
+    @torch.no_grad()
+    def check(self) -> None:
+        """Compares two short packed rows with the model's own padded forward pass.
+
+        Raises ConfigError where the logits differ, or attention was not called once a layer: a model with soft-capped
+        or scaled logits, recurrent state, or attention of its own is refused, never silently wrong.
+        """
+        config = self.model.config
+        device = next(self.model.parameters()).device
+        generator = torch.Generator().manual_seed(0)
+        rows = [torch.randint(config.vocab_size, (length,), generator=generator) for length in (9, 5)]
+        samples = [{"input_ids": row.tolist(), "prompt_length": 1} for row in rows]
+        (batch,) = pack(samples, max_tokens=14)
+        batch = batch.to(device)
+        training = self.model.training
+        self.model.eval()
+        with self._explained():
+            before = attention.calls
+            hidden = self.hidden_states(batch)
+            calls = attention.calls - before
+            packed = self.head(hidden.to(self.head.weight.dtype)).float()  # [12, V]
+            padded = self._padded_logits(rows, device)
+        self.model.train(training)
+        layers = config.num_hidden_layers
+        reason = None
+        if calls != layers:
+            reason = f"{calls} of its {layers} layers use transformers' attention interface (recurrent or custom layers)"
+        elif packed.shape != padded.shape:
+            reason = f"its output projection gives {packed.shape[1]} logits, the model {padded.shape[1]}"
+        else:
+            worst = ((packed - padded).abs().max() / padded.abs().max().clamp(min=1e-3)).item()
+            tolerance = 2e-3 if hidden.dtype in (torch.float32, torch.float64) else 5e-2
+            if not worst < tolerance:
+                traits = ("final_logit_softcapping", "logit_scale", "logits_scaling", "attn_logit_softcapping")
+                named = [f"{name} = {value}" for name in traits if (value := getattr(config, name, None)) is not None]
+                reason = f"its logits differ from hidden states times output projection by {worst:.1e} relative" + (
+                    f" ({', '.join(named)})" if named else ""
+                )
+        if reason:
+            raise ConfigError(f"{self.key}: a {config.model_type} model can't be trained packed: {reason}")
+
+    def _padded_logits(self, rows: list[Tensor], device: torch.device) -> Tensor:
+        """The model's own logits at the positions that `pack` keeps, from a right-padded batch with a mask."""
+        longest = max(map(len, rows))
+        input_ids = torch.stack([nn.functional.pad(row, (0, longest - len(row))) for row in rows]).to(device)
+        mask = torch.stack([torch.arange(longest) < len(row) for row in rows]).long().to(device)
+        self.model.set_attn_implementation("sdpa")
+        try:
+            logits = self.model(input_ids=input_ids, attention_mask=mask, use_cache=False).logits  # [2, longest, V]
+        finally:
+            self.model.set_attn_implementation(attention.NAME)
+        return torch.cat([logits[i, : len(row) - 1] for i, row in enumerate(rows)]).float()
+
+    def save(self, folder: pathlib.Path, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Writes weights, configuration and tokenizer in Hugging Face layout; the folder appears only when complete."""
+        temporary = folder.with_name(folder.name + ".tmp")
+        self.model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        temporary.rename(folder)

@@ -1,0 +1,119 @@
+"""The quickstart's own data: short instruction tasks made from a seed, and a tokenizer made from them.
+
+The wordings of the answers vary at random, as people's do: a teacher knows how likely each is, a single row does not.
+"""
+
+from __future__ import annotations
+
+import functools
+import random
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+WORDS = (
+    "apple bridge candle desert engine forest garden hammer island jacket kettle lantern market needle ocean pencil "
+    "quartz river silver tunnel umbrella valley window yellow zebra anchor butter copper dragon eagle falcon guitar"
+).split()
+COLOURS = "red green blue white black brown purple orange".split()
+ANIMALS = {"dog": "barks", "cat": "meows", "cow": "moos", "duck": "quacks", "lion": "roars", "sheep": "bleats"}
+SIZES = {"train": 6000, "small": 600, "dev": 200}
+
+
+def rows(split: str) -> Iterator[dict[str, str]]:
+    """Rows with instruction, input and output. Splits: "train", "small" (the first rows of train), "dev".
+
+    Raises ConfigError for another split.
+    """
+    from .config import ConfigError
+
+    if split not in SIZES:
+        raise ConfigError(f'quickstart:{split}: no such split; valid are {", ".join(SIZES)}')
+    generator = random.Random(1 if split == "dev" else 0)
+    for _ in range(SIZES[split]):
+        instruction, extra, output = generator.choice(TASKS)(generator)
+        yield {"instruction": instruction, "input": extra, "output": output}
+
+
+def _sentence(generator: random.Random, subject: str, answer: str) -> str:
+    wording = generator.choice(
+        ("{answer}.", "The answer is {answer}.", "It is {answer}.", "{subject} is {answer}.", "Sure: {answer}.")
+    )
+    return wording.format(subject=subject, answer=answer)
+
+
+def _add(generator: random.Random) -> tuple[str, str, str]:
+    a, b = generator.randint(0, 20), generator.randint(0, 20)
+    question = generator.choice(("Add {a} and {b}.", "What is {a} plus {b}?", "Find the sum of {a} and {b}."))
+    return question.format(a=a, b=b), "", _sentence(generator, "The sum", str(a + b))
+
+
+def _compare(generator: random.Random) -> tuple[str, str, str]:
+    a, b = generator.sample(range(100), 2)
+    return f"Which number is larger, {a} or {b}?", "", _sentence(generator, "The larger number", str(max(a, b)))
+
+
+def _first(generator: random.Random) -> tuple[str, str, str]:
+    words = generator.sample(WORDS, 4)
+    which = generator.choice(("first", "last"))
+    answer = words[0] if which == "first" else words[-1]
+    return f"Give the {which} word of the list.", ", ".join(words), _sentence(generator, f"The {which} word", answer)
+
+
+def _sort(generator: random.Random) -> tuple[str, str, str]:
+    words = generator.sample(WORDS, 3)
+    question = generator.choice(("Sort the words alphabetically.", "Put these words into alphabetical order."))
+    return question, ", ".join(words), generator.choice(("", "Sorted: ", "Here they are: ")) + ", ".join(sorted(words))
+
+
+def _repeat(generator: random.Random) -> tuple[str, str, str]:
+    word, times = generator.choice(WORDS), generator.randint(2, 4)
+    question = generator.choice(("Write the word {word} {times} times.", "Repeat {word} {times} times."))
+    return question.format(word=word, times=times), "", generator.choice((" ", ", ")).join([word] * times)
+
+
+def _sound(generator: random.Random) -> tuple[str, str, str]:
+    animal, sound = generator.choice(list(ANIMALS.items()))
+    wording = generator.choice(("A {animal} {sound}.", "It {sound}.", "The {animal} {sound}, as every child knows."))
+    return f"What sound does a {animal} make?", "", wording.format(animal=animal, sound=sound)
+
+
+def _describe(generator: random.Random) -> tuple[str, str, str]:
+    word, colour = generator.choice(WORDS), generator.choice(COLOURS)
+    wording = generator.choice(("The {word} is {colour}.", "There is a {colour} {word}.", "I see a {colour} {word}."))
+    return "Write a sentence with the two words.", f"{word}, {colour}", wording.format(word=word, colour=colour)
+
+
+TASKS: tuple[Callable[[random.Random], tuple[str, str, str]], ...] = (
+    _add,
+    _compare,
+    _first,
+    _sort,
+    _repeat,
+    _sound,
+    _describe,
+)
+
+
+@functools.cache
+def tokenizer() -> PreTrainedTokenizerBase:
+    """A byte-level BPE tokenizer trained on the tasks, in a second."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    from .data import PROMPT, PROMPT_WITH_INPUT
+
+    texts = (
+        (PROMPT_WITH_INPUT if row["input"] else PROMPT).format(**row) + row["output"] for row in rows("train")
+    )
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=1024, special_tokens=["<end>"], initial_alphabet=alphabet, show_progress=False
+    )
+    bpe.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<end>", pad_token="<end>")
