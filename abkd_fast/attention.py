@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -62,7 +63,7 @@ def packed_attention(
         return _variable_length()(q, k, v, cu_seq_lens_q, max_length_q, scale, window, dropout)[None], None
     outputs = []
     boundaries = cu_seq_lens_q.tolist()
-    for start, end in zip(boundaries, boundaries[1:], strict=False):
+    for start, end in itertools.pairwise(boundaries):
         q, k, v = (x[:, :, start:end] for x in (query, key, value))
         outputs.append(_one_sequence(q, k, v, scale, window, dropout))
     return torch.cat(outputs, dim=2).transpose(1, 2), None

@@ -20,7 +20,7 @@ class ConfigError(ValueError):
 
 
 def _check_range(section: object, **ranges: tuple[float, float]) -> None:
-    """Raises ConfigError for a number outside its range; 0 as lower bound of lr, eps, clip_norm, temperature is open."""
+    """Raises ConfigError for a number outside its range; the 0 below lr, eps, clip_norm, temperature is excluded."""
     for name, (low, high) in ranges.items():
         value = getattr(section, name)
         is_open = name in ("lr", "eps", "clip_norm", "temperature")
@@ -255,7 +255,7 @@ def _apply(override: str, values: dict, stage: str) -> None:
     *sections, name = key.split(".")
     for section in sections:
         values = values.setdefault(section, {})
-        if values is None or not isinstance(values, dict):
+        if not isinstance(values, dict):
             raise ConfigError(f"--set {override}: {section} is not a section")
     values[name] = value
 

@@ -82,6 +82,7 @@ def _raw_rows(source: str) -> Iterator[tuple[str, object]]:
 
 
 def _read_jsonl(path: pathlib.Path) -> Iterator[tuple[str, object]]:
+    number = 0
     with path.open(encoding="utf-8") as file:
         try:
             for number, line in enumerate(file, 1):
@@ -90,7 +91,7 @@ def _read_jsonl(path: pathlib.Path) -> Iterator[tuple[str, object]]:
         except json.JSONDecodeError as error:
             raise ConfigError(f"{path} line {number}: broken JSON: {error.msg}") from None
         except UnicodeDecodeError as error:
-            raise ConfigError(f"{path}: is not UTF-8 text ({error.reason} after line {number})") from None
+            raise ConfigError(f"{path}: is not UTF-8 text after line {number} ({error.reason})") from None
 
 
 def _check(values: object, where: str) -> dict:
@@ -171,7 +172,9 @@ def _encode(rows: list[dict], tokenizer: PreTrainedTokenizerBase, max_length: in
     prompts, wholes = [], []
     for row in rows:
         if "messages" in row:
-            prompts.append(tokenizer.apply_chat_template(row["messages"][:-1], tokenize=False, add_generation_prompt=True))
+            prompts.append(
+                tokenizer.apply_chat_template(row["messages"][:-1], tokenize=False, add_generation_prompt=True)
+            )
             wholes.append(prompts[-1] + row["messages"][-1]["content"])
         else:
             prompts.append(row["prompt"])
@@ -243,7 +246,7 @@ def _join(samples: list[dict]) -> Batch:
 
 
 def shuffled_batches(dataset: datasets.Dataset, batch_size: int, seed: int, epoch: int) -> Iterator[list[dict]]:
-    """One epoch of whole batches in an order that depends on seed and epoch alone; the last, incomplete one is left out."""
+    """One epoch, in an order that depends on seed and epoch alone; a last, incomplete batch is left out."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     order = torch.randperm(len(dataset), generator=generator).tolist()
     for start in range(0, len(order) - batch_size + 1, batch_size):

@@ -13,7 +13,15 @@ import torch
 from torch import Tensor
 
 from .divergences import CrossEntropy, Divergence
-from .ops import check_labels, check_numbers, count_kept, restore, row_losses, scale_rows, shared_vocabulary
+from .ops import (
+    check_labels,
+    check_numbers,
+    count_kept,
+    refuse_second_derivative,
+    restore,
+    row_losses,
+    shared_vocabulary,
+)
 
 CHUNK_BYTES = {"cpu": 128 << 20, "cuda": 1 << 30}  # logits of one chunk, student's and teacher's together
 TILE = {"cpu": 16, "cuda": 128}  # rows of a chunk are a multiple of what the matrix product works in
@@ -26,7 +34,7 @@ def choose_chunk_tokens(tokens: int, vocab: int, models: int, dtype: torch.dtype
     tile = TILE.get(device.type, 16)
     budget = max(tile, CHUNK_BYTES.get(device.type, CHUNK_BYTES["cpu"]) // row_bytes // tile * tile)
     chunks = max(1, math.ceil(tokens / budget))
-    return min(budget, _round_up(math.ceil(tokens / chunks), tile))
+    return min(budget, _round_up(max(1, math.ceil(tokens / chunks)), tile))
 
 
 def _round_up(number: int, multiple: int) -> int:
@@ -35,6 +43,15 @@ def _round_up(number: int, multiple: int) -> int:
 
 def _logits_dtype(hidden: Tensor) -> torch.dtype:
     return torch.float64 if hidden.dtype == torch.float64 else torch.float32
+
+
+def _operands(model: tuple[Tensor, Tensor, Tensor | None], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Hidden states, projection and bias in one type: 16 bits on a GPU, whose products of those are exact in float32,
+    where the hidden states have 16; else that of the logits."""
+    hidden, weight, bias = model
+    if not (hidden.is_cuda and hidden.dtype in (torch.bfloat16, torch.float16)):
+        hidden = hidden.to(dtype)
+    return hidden, weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
 
 
 def _project(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
@@ -69,12 +86,10 @@ def _run(
     Every gradient is in the precision of the logits and not divided by the number of rows.
     """
     with torch.autocast(student[0].device.type, enabled=False):
-        if student[0].device.type == "cpu" and student[0].dtype in (torch.bfloat16, torch.float16):
-            # Processors have no 16-bit product with a 32-bit result: widening the operands is exact.
-            student = tuple(None if x is None else x.float() for x in student)
-            teacher = None if teacher is None else tuple(None if x is None else x.float() for x in teacher)
-        hidden, weight, bias = student
-        dtype, (vocab, width) = _logits_dtype(hidden), weight.shape
+        dtype = _logits_dtype(student[0])
+        hidden, weight, bias = _operands(student, dtype)
+        teacher = None if teacher is None else _operands(teacher, dtype)
+        vocab, width = weight.shape
         need_hidden, need_weight, need_bias = need
         losses = hidden.new_zeros(len(hidden), dtype=dtype)  # [N]
         grad_hidden = hidden.new_zeros(hidden.shape if need_hidden else 0, dtype=dtype)  # [N, H]
@@ -169,7 +184,7 @@ def _fused_linear(
 
 
 @_fused_linear.register_fake
-def _(student_hidden, student_weight, *arguments):  # noqa: ANN001, ANN002, ANN202
+def _(student_hidden, student_weight, *arguments):  # noqa: ANN001
     (*_, need, _) = arguments
     dtype = _logits_dtype(student_hidden)
 
@@ -188,8 +203,9 @@ def _save(ctx, inputs, output) -> None:  # noqa: ANN001
 
 
 def _backward(ctx, upstream: Tensor, *_: Tensor) -> tuple:  # noqa: ANN001
+    refuse_second_derivative()
     gradients = [
-        scale_rows(gradient, upstream).to(dtype) if needed else None
+        (gradient * upstream).to(dtype) if needed else None
         for gradient, dtype, needed in zip(ctx.saved_tensors, ctx.dtypes, ctx.need, strict=True)
     ]
     return *gradients, *[None] * 11
@@ -208,8 +224,8 @@ class _LossPerRow(torch.autograd.Function):
         return _fused_linear(*tensors, *numbers, [False] * 3, None)[1]
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, upstream: Tensor) -> tuple:  # noqa: ANN001
+        refuse_second_derivative()
         tensors = ctx.saved_tensors
         gradients = _fused_linear(*tensors, *ctx.numbers, ctx.need, upstream)[2:]
         cast = [
@@ -280,7 +296,11 @@ def fused_linear_divergence(
     if len(student_hidden) != len(teacher_hidden):
         raise ValueError(f"student_hidden has {len(student_hidden)} rows and teacher_hidden {len(teacher_hidden)}")
     vocab = shared_vocabulary(len(student_weight), len(teacher_weight))
-    teacher = (teacher_hidden.detach(), teacher_weight.detach(), None if teacher_bias is None else teacher_bias.detach())
+    teacher = (
+        teacher_hidden.detach(),
+        teacher_weight.detach(),
+        None if teacher_bias is None else teacher_bias.detach(),
+    )
     student, teacher = (
         (hidden, weight[:vocab], None if bias is None else bias[:vocab])
         for hidden, weight, bias in ((student_hidden, student_weight, student_bias), teacher)

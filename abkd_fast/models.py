@@ -11,10 +11,13 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
 
 from . import attention, tasks
 from .config import ConfigError, ModelConfig
 from .data import Batch, pack
+
+transformers_logging.disable_progress_bar()  # one bar on the terminal: the run's own
 
 ATTENTION_DROPOUT = ("attn_pdrop", "attention_dropout")
 DROPOUT = (*ATTENTION_DROPOUT, "resid_pdrop", "embd_pdrop", "dropout", "hidden_dropout", "activation_dropout")
@@ -42,7 +45,9 @@ def read_config(spec: ModelConfig, key: str) -> PretrainedConfig:
     except (OSError, ValueError, KeyError, TypeError) as error:
         if isinstance(error, ConfigError):
             raise
-        what = f"{key}.path: {spec.path}: no such folder, and no such model on the Hub" if spec.path else f"{key}.config"
+        what = (
+            f"{key}.path: {spec.path}: no such folder, and no such model on the Hub" if spec.path else f"{key}.config"
+        )
         raise ConfigError(f"{what} ({_first_line(error)})") from None
     if spec.dropout is not None:
         for name in DROPOUT:
@@ -79,7 +84,9 @@ def check_vocabularies(
     """Raises ConfigError unless student and teacher read the same tokens and have room for all of them."""
     needed = len(tokenizer)
     if teacher_tokenizer is not None:
-        ours, theirs = ({index: token for token, index in t.get_vocab().items()} for t in (tokenizer, teacher_tokenizer))
+        ours, theirs = (
+            {index: token for token, index in t.get_vocab().items()} for t in (tokenizer, teacher_tokenizer)
+        )
         different = next((index for index in sorted({*ours, *theirs}) if ours.get(index) != theirs.get(index)), None)
         if different is not None:
             raise ConfigError(
@@ -185,7 +192,9 @@ class PackedCausalLM(nn.Module):
         layers = config.num_hidden_layers
         reason = None
         if calls != layers:
-            reason = f"{calls} of its {layers} layers use transformers' attention interface (recurrent or custom layers)"
+            reason = (
+                f"{calls} of its {layers} layers use transformers' attention interface (recurrent or custom layers)"
+            )
         elif packed.shape != padded.shape:
             reason = f"its output projection gives {packed.shape[1]} logits, the model {padded.shape[1]}"
         else:

@@ -25,12 +25,12 @@ else:
         torch.ops.load_library(importlib.util.find_spec("abkd_fast._cuda").origin)
 
     @torch.library.register_fake("abkd_fast::row_losses")
-    def _row_losses_fake(student, teacher, labels, family, parameters, temperature, hard_weight, gradient):  # noqa: ANN001, ANN202
+    def _row_losses_fake(student, teacher, labels, family, parameters, temperature, hard_weight, gradient):  # noqa: ANN001
         return student.new_empty(student.shape[0], dtype=_loss_dtype(student))
 
 
 def build_info() -> dict:
-    """How the extension was built: `cuda` (version or None), `cuda_archs`, `simd` (what this processor runs), `compiler`.
+    """How the extension was built: `cuda` (version or None), `cuda_archs`, `simd` (what runs here), `compiler`.
 
     Without the extension every value is None and `missing` holds the reason.
     """
@@ -107,7 +107,7 @@ def _divergence(
 
 
 @_divergence.register_fake
-def _(student, teacher, labels, family, parameters, temperature, hard_weight, need_gradient):  # noqa: ANN001, ANN202
+def _(student, teacher, labels, family, parameters, temperature, hard_weight, need_gradient):  # noqa: ANN001
     losses = student.new_empty(student.shape[0], dtype=_loss_dtype(student))
     return losses, student.new_empty(student.shape if need_gradient else (0,))
 
@@ -116,31 +116,22 @@ def _save_gradient(ctx, inputs, output) -> None:  # noqa: ANN001
     ctx.save_for_backward(output[1])
 
 
-def _scale_gradient(ctx, upstream: Tensor, _: Tensor) -> tuple:  # noqa: ANN001
+def _backward(ctx, upstream: Tensor, _: Tensor) -> tuple:  # noqa: ANN001
+    refuse_second_derivative()
     (gradient,) = ctx.saved_tensors
-    return scale_rows(gradient, upstream), *[None] * 7
+    return (gradient * upstream[:, None]).to(gradient.dtype), *[None] * 7
 
 
-_divergence.register_autograd(_scale_gradient, setup_context=_save_gradient)
+_divergence.register_autograd(_backward, setup_context=_save_gradient)
 
 
-@torch.library.custom_op("abkd_fast::scale_rows", mutates_args=())
-def scale_rows(gradient: Tensor, upstream: Tensor) -> Tensor:
-    """A stored gradient times the upstream one (a scalar, or one number a row), in the precision of `upstream`."""
-    factor = upstream if upstream.dim() == 0 else upstream[:, None]
-    return (gradient * factor).to(gradient.dtype)
-
-
-@scale_rows.register_fake
-def _(gradient, upstream):  # noqa: ANN001, ANN202
-    return torch.empty_like(gradient)
-
-
-def _refuse(ctx, *_: Tensor) -> None:  # noqa: ANN001
-    raise RuntimeError("abkd_fast computes gradients in its forward pass: a second derivative is not available")
-
-
-scale_rows.register_autograd(_refuse)
+def refuse_second_derivative() -> None:
+    """Called in backward passes. Raises RuntimeError under create_graph=True: gradients are made in forward."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "abkd_fast computes gradients in its forward pass, so they have no derivatives themselves: "
+            "call backward without create_graph=True"
+        )
 
 
 def check_labels(labels: Tensor | None, rows: int, hard_weight: float) -> Tensor | None:

@@ -1,4 +1,4 @@
-"""A recipe's stages, one after the other: a finished one is used again, "stage:NAME" is the result of an earlier one."""
+"""A recipe's stages, one after the other; finished ones are used again, and by "stage:NAME" in later ones."""
 
 from __future__ import annotations
 

@@ -14,10 +14,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 WORDS = (
-    "apple bridge candle desert engine forest garden hammer island jacket kettle lantern market needle ocean pencil "
-    "quartz river silver tunnel umbrella valley window yellow zebra anchor butter copper dragon eagle falcon guitar"
-).split()
-COLOURS = "red green blue white black brown purple orange".split()
+    *("apple", "bridge", "candle", "desert", "engine", "forest", "garden", "hammer", "island", "jacket", "kettle"),
+    *("lantern", "market", "needle", "ocean", "pencil", "quartz", "river", "silver", "tunnel", "umbrella", "valley"),
+    *("window", "yellow", "zebra", "anchor", "butter", "copper", "dragon", "eagle", "falcon", "guitar"),
+)
+COLOURS = ("red", "green", "blue", "white", "black", "brown", "purple", "orange")
 ANIMALS = {"dog": "barks", "cat": "meows", "cow": "moos", "duck": "quacks", "lion": "roars", "sheep": "bleats"}
 SIZES = {"train": 6000, "small": 600, "dev": 200}
 
@@ -30,7 +31,7 @@ def rows(split: str) -> Iterator[dict[str, str]]:
     from .config import ConfigError
 
     if split not in SIZES:
-        raise ConfigError(f'quickstart:{split}: no such split; valid are {", ".join(SIZES)}')
+        raise ConfigError(f"quickstart:{split}: no such split; valid are {', '.join(SIZES)}")
     generator = random.Random(1 if split == "dev" else 0)
     for _ in range(SIZES[split]):
         instruction, extra, output = generator.choice(TASKS)(generator)
@@ -105,9 +106,7 @@ def tokenizer() -> PreTrainedTokenizerBase:
 
     from .data import PROMPT, PROMPT_WITH_INPUT
 
-    texts = (
-        (PROMPT_WITH_INPUT if row["input"] else PROMPT).format(**row) + row["output"] for row in rows("train")
-    )
+    texts = ((PROMPT_WITH_INPUT if row["input"] else PROMPT).format(**row) + row["output"] for row in rows("train"))
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()

@@ -134,14 +134,14 @@ class Trainer:
         """One optimizer step; returns its loss and gradient norm, still on the device."""
         batches = pack(samples, self.config.train.max_tokens)
         tokens = sum(len(batch.labels) for batch in batches)  # of all responses: the mean is over the whole step
-        total = torch.zeros((), device=self.device)
+        total = 0.0
         for batch in batches:
             batch = batch.to(self.device)
             with self._precision():
                 states = self.teacher.states(batch) if self.teacher else None
                 loss = self.student(batch, functools.partial(self.method.loss, batch=batch, teacher=states)) / tokens
             loss.backward()
-            total += loss.detach()
+            total = total + loss.detach()
         norm = torch.nn.utils.clip_grad_norm_(self.student.parameters(), self.config.optim.clip_norm)
         self.optimizer.step()
         self.scheduler.step()
@@ -182,7 +182,8 @@ class Trainer:
         )
         lengths = torch.tensor([len(ids) for ids in self.train_set["input_ids"]])
         cut = int((lengths == config.data.max_length).sum())
-        yield f"[bold]{config.run.folder}[/bold]  method {config.method}" + (f"  loss {config.loss}" if self.teacher else "")
+        loss = f"  loss {config.loss}" if self.teacher else ""
+        yield f"[bold]{config.run.folder}[/bold]  method {config.method}{loss}"
         yield f"  models     {sizes}"
         yield (
             f"  data       {len(lengths)} rows, {lengths.float().mean():.0f} tokens each on average, "
@@ -201,8 +202,7 @@ class Window:
         self._clear()
 
     def _clear(self) -> None:
-        self.loss = torch.zeros((), device=self.device)
-        self.norm = torch.zeros((), device=self.device)
+        self.loss = torch.zeros((), device=self.device, dtype=torch.float64)
         self.steps = self.samples = self.tokens = 0
 
     def add(self, loss: Tensor, norm: Tensor, samples: int, tokens: int) -> None:

@@ -16,9 +16,8 @@ Tensor row_losses_cpu(const Tensor& student, std::optional<Tensor> teacher, std:
                       int64_t family, std::vector<double> parameters, double temperature, double hard_weight,
                       std::optional<Tensor> gradient) {
   const bool wide = student.scalar_type() == torch::headeronly::ScalarType::Double;
-  auto losses = torch::stable::new_empty(student, {student.size(0)},
-                                         wide ? torch::headeronly::ScalarType::Double
-                                              : torch::headeronly::ScalarType::Float);
+  auto losses = torch::stable::new_empty(
+      student, {student.size(0)}, wide ? torch::headeronly::ScalarType::Double : torch::headeronly::ScalarType::Float);
   const abkd::Rows rows =
       abkd::pack(student, teacher, labels, family, parameters, temperature, hard_weight, gradient, losses);
   for (int64_t row = 0; rows.labels && row < rows.count; ++row) {
@@ -27,8 +26,7 @@ Tensor row_losses_cpu(const Tensor& student, std::optional<Tensor> teacher, std:
                     ", expected -100 or 0 to ", rows.vocab - 1);
   }
   static const auto choice = abkd::cpu::choose();
-  torch::stable::parallel_for(0, rows.count, 1,
-                              [&](int64_t begin, int64_t end) { choice.drive(rows, begin, end); });
+  torch::stable::parallel_for(0, rows.count, 1, [&](int64_t begin, int64_t end) { choice.drive(rows, begin, end); });
   return losses;
 }
 

@@ -37,7 +37,8 @@ inline Rows pack(const torch::stable::Tensor& student, const std::optional<torch
   const auto check = [&](const torch::stable::Tensor& logits, const char* name) {
     STD_TORCH_CHECK(logits.dim() == 2 && logits.size(0) == student.size(0) && logits.size(1) == student.size(1), name,
                     " must have the shape of student, [", student.size(0), ", ", student.size(1), "]");
-    STD_TORCH_CHECK(logits.size(1) <= 1 || logits.stride(1) == 1, name, " must have rows without gaps (stride(1) == 1)");
+    STD_TORCH_CHECK(logits.size(1) <= 1 || logits.stride(1) == 1, name,
+                    " must have rows without gaps (stride(1) == 1)");
     STD_TORCH_CHECK(logits.scalar_type() == student.scalar_type(), name, " must have the dtype of student");
     STD_TORCH_CHECK(logits.device() == student.device(), name, " must be on the device of student");
   };
@@ -61,8 +62,8 @@ inline Rows pack(const torch::stable::Tensor& student, const std::optional<torch
   rows.family = static_cast<Family>(family);
   STD_TORCH_CHECK(rows.family == Family::cross_entropy || rows.family == Family::alpha_beta, "unknown family ", family);
   STD_TORCH_CHECK(teacher.has_value() || rows.family == Family::cross_entropy, "this divergence needs teacher logits");
-  STD_TORCH_CHECK(parameters.size() == (rows.family == Family::alpha_beta ? 2 : 0), "wrong number of parameters: ",
-                  parameters.size());
+  STD_TORCH_CHECK(parameters.size() == (rows.family == Family::alpha_beta ? 2 : 0),
+                  "wrong number of parameters: ", parameters.size());
   for (size_t i = 0; i < parameters.size(); ++i) rows.parameters[i] = parameters[i];
   STD_TORCH_CHECK(temperature > 0.0, "temperature must be positive, got ", temperature);
   rows.temperature = temperature;

@@ -19,9 +19,7 @@ class WordLevelKD:
         self.temperature = config.temperature
         self.hard_weight = config.hard_weight
 
-    def loss(
-        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, batch: Batch, teacher: TeacherStates
-    ) -> Tensor:
+    def loss(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, batch: Batch, teacher: TeacherStates) -> Tensor:
         """The summed loss of the response tokens, from their hidden states [N, H]."""
         return fused_linear_divergence(
             hidden,

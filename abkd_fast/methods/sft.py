@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: the cross-entropy of the data's responses. The baseline, the teacher's training, the dev loss."""
+"""Supervised fine-tuning: the cross-entropy of the data's responses. The baseline, and the teacher's own training."""
 
 from __future__ import annotations
 

@@ -28,11 +28,17 @@ __device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
 template <typename Logit>
 __device__ __forceinline__ Logit from_float(float x);
 template <>
-__device__ __forceinline__ float from_float<float>(float x) { return x; }
+__device__ __forceinline__ float from_float<float>(float x) {
+  return x;
+}
 template <>
-__device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float x) { return __float2bfloat16_rn(x); }
+__device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
+  return __float2bfloat16_rn(x);
+}
 template <>
-__device__ __forceinline__ __half from_float<__half>(float x) { return __float2half_rn(x); }
+__device__ __forceinline__ __half from_float<__half>(float x) {
+  return __float2half_rn(x);
+}
 
 // Up to 16 bytes of consecutive logits, moved in one instruction where the address allows it.
 template <typename Logit, int kWidth>
@@ -81,8 +87,7 @@ struct Cut {
   // Calls body(width, index) so that the block's threads together cover [0, vocab) once; width is a type.
   template <typename Body>
   __device__ __forceinline__ void visit(Body body) const {
-    for (int64_t pack = threadIdx.x; pack < packs; pack += kThreads)
-      body(Width<kWidth>{}, head + pack * kWidth);
+    for (int64_t pack = threadIdx.x; pack < packs; pack += kThreads) body(Width<kWidth>{}, head + pack * kWidth);
     const int64_t tail = head + packs * kWidth;
     const int64_t single = threadIdx.x < head ? threadIdx.x : tail + (threadIdx.x - head);
     if (single < vocab) body(Width<1>{}, single);

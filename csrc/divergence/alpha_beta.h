@@ -23,12 +23,12 @@ struct AlphaBeta {
     T slope;  // u = dD / d log q
   };
 
-  T sum;                    // alpha + beta
-  T first, last;            // end nodes of the sorted chain first -> middle -> last
-  T gap1, gap2, gap;        // middle - first, last - middle, last - first: all of one sign
-  T rate1, rate2;           // |gap1|, |gap2|
+  T sum;                                        // alpha + beta
+  T first, last;                                // end nodes of the sorted chain first -> middle -> last
+  T gap1, gap2, gap;                            // middle - first, last - middle, last - first: all of one sign
+  T rate1, rate2;                               // |gap1|, |gap2|
   T inverse_gap, inverse_rate1, inverse_rate2;  // 0 where there is no gap; never used there
-  T slope_gap1, slope_gap2;  // u is this combination of the two first differences
+  T slope_gap1, slope_gap2;                     // u is this combination of the two first differences
 
   ABKD_INLINE_MEMBER AlphaBeta(double alpha, double beta) {
     double node[3] = {0.0, beta, alpha + beta};  // P, M, Q

@@ -89,8 +89,8 @@ ABKD_INLINE float exponential(float x) {
 #endif
 }
 
-// Int_0^length e^(-rate t) dt = (1 - decay) / rate for rate >= 0, given decay = e^(-rate length) and 1 / rate (any finite
-// number where rate is 0). Without cancellation, and equal to length where rate is 0.
+// Int_0^length e^(-rate t) dt = (1 - decay) / rate for rate >= 0, given decay = e^(-rate length) and 1 / rate (any
+// finite number where rate is 0). Without cancellation, and equal to length where rate is 0.
 ABKD_INLINE float decaying_integral(float length, float rate, float inverse_rate, float decay) {
   const float t = rate * length;
   const float series = 1.0f - t * (1.0f / 2 - t * (1.0f / 6 - t * (1.0f / 24 - t * (1.0f / 120 - t * (1.0f / 720)))));
@@ -98,7 +98,7 @@ ABKD_INLINE float decaying_integral(float length, float rate, float inverse_rate
 }
 
 ABKD_INLINE double decaying_integral(double length, double rate, double inverse_rate, double) {
-  return rate == 0.0 ? length : -::expm1(-rate * length) * inverse_rate;
+  return rate < 1e-60 ? length : -::expm1(-rate * length) * inverse_rate;
 }
 
 }  // namespace abkd

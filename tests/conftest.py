@@ -1,0 +1,48 @@
+import json
+import os
+import pathlib
+
+import pytest
+import torch
+
+# Two threads that spin for each other crawl when tests share the machine; sleeping threads do not.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+# A folder with real data and tokenizers beside the checkout; tests that want it skip where it is not.
+SHARED = pathlib.Path(os.environ.get("ABKD_TEST_DATA", pathlib.Path(__file__).parents[2] / "shared"))
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture
+def shared():
+    if not (SHARED / "data").is_dir():
+        pytest.skip(f"no data folder at {SHARED}; set ABKD_TEST_DATA to one")
+    return SHARED
+
+
+@pytest.fixture
+def write_jsonl(tmp_path):
+    def write(rows, name="rows.jsonl"):
+        path = tmp_path / name
+        path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+        return str(path)
+
+    return write
+
+
+GPT2 = {"model_type": "gpt2", "vocab_size": 211, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128}
+LLAMA = {
+    "model_type": "llama",
+    "vocab_size": 211,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+}

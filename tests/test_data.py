@@ -1,0 +1,159 @@
+import itertools
+import json
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoTokenizer
+
+from abkd_fast import tasks
+from abkd_fast.config import ConfigError
+from abkd_fast.data import pack, read_rows, shuffled_batches, tokenise
+
+GOOD = {"instruction": "Say hello.", "input": "", "output": "Hello."}
+
+
+def tokenised(rows, max_length=64):
+    return tokenise(rows, tasks.tokenizer(), max_length)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([], "has no rows"),
+        ([GOOD, '{"instruction": '], "line 2: broken JSON"),
+        ([GOOD, {"instruction": "x"}], 'line 2: missing "output"; keys are instruction'),
+        ([{"output": "x"}], 'line 1: missing "instruction"; keys are output'),
+        ([{**GOOD, "output": 5}], 'line 1: "output" must be text, got 5'),
+        ([{**GOOD, "output": ["a", "b"]}], 'line 1: "output" must be text'),
+        ([{**GOOD, "output": None}], 'line 1: "output" must be text, got null'),
+        ([{**GOOD, "output": "  \n"}], 'line 1: "output" is empty'),
+        ([{**GOOD, "input": 3}], 'line 1: "input" must be text'),
+        ([{"messages": [{"role": "user", "content": "x"}]}], "the last by the assistant"),
+        (["5"], "line 1: expected a JSON object"),
+    ],
+)  # fmt: skip
+def test_bad_rows_are_named(write_jsonl, rows, message):
+    path = write_jsonl(rows)
+    with pytest.raises(ConfigError) as error:
+        read_rows(path)
+    assert message in str(error.value)
+    assert path in str(error.value)
+
+
+@pytest.mark.parametrize("source", ["nowhere.jsonl", "/nowhere/at/all", "./nowhere", "a/b/c"])
+def test_missing_file(source):
+    with pytest.raises(ConfigError, match="no such file"):
+        read_rows(source)
+
+
+def test_not_text(tmp_path):
+    (tmp_path / "rows.jsonl").write_bytes(b'{"instruction": "\xff\xfe"}')
+    with pytest.raises(ConfigError, match="not UTF-8"):
+        read_rows(str(tmp_path / "rows.jsonl"))
+
+
+def test_folder_limit_and_formats(write_jsonl, tmp_path):
+    write_jsonl([GOOD, "", {"prompt": "P", "output": "O", "other": 1}], "a.jsonl")
+    write_jsonl([{**GOOD, "input": "I"}], "b.jsonl")
+    first, second, third = read_rows(str(tmp_path))
+    assert first.values["prompt"].endswith("### Instruction:\nSay hello.\n\n### Response:\n")
+    assert second.values == {"prompt": "P", "output": "O"}
+    assert second.where.endswith("a.jsonl line 3")
+    assert "### Input:\nI\n" in third.values["prompt"]
+    assert len(read_rows(str(tmp_path), limit=2)) == 2
+
+
+def test_tokens_are_prompt_response_and_end(write_jsonl):
+    tokenizer = tasks.tokenizer()
+    rows = read_rows(write_jsonl([{"prompt": "Add 1 and 2.", "output": " It is 3."}]))
+    sample = tokenised(rows)[0]
+    prompt = tokenizer("Add 1 and 2.")["input_ids"]
+    assert sample["prompt_length"] == len(prompt)
+    assert sample["input_ids"][: len(prompt)] == prompt
+    assert sample["input_ids"][-1] == tokenizer.eos_token_id
+    assert tokenizer.decode(sample["input_ids"]) == "Add 1 and 2. It is 3.<end>"
+
+
+def test_long_response_is_cut_and_long_prompt_refused(write_jsonl):
+    row = {"prompt": "Add 1 and 2.", "output": " It is 3." * 30}
+    rows = read_rows(write_jsonl([row]))
+    cut = tokenised(rows, 20)[0]
+    assert len(cut["input_ids"]) == 20
+    assert cut["input_ids"] == tokenised(rows, 500)[0]["input_ids"][:20]
+    with pytest.raises(ConfigError, match=r"line 1: the prompt has \d+ tokens and fills all 4.*raise data.max_length"):
+        tokenised(rows, 4)
+
+
+def test_cache_follows_content_and_length(write_jsonl):
+    rows = read_rows(write_jsonl([{"prompt": "Add 1 and 2.", "output": "3"}]))
+    other = read_rows(write_jsonl([{"prompt": "Add 1 and 2.", "output": "4"}]))
+    assert tokenised(rows)[0] == tokenised(rows)[0]
+    assert tokenised(rows)[0] != tokenised(other)[0]
+    assert len(tokenised(rows, 8)[0]["input_ids"]) <= 8
+
+
+def test_chat_template(write_jsonl):
+    tokenizer = tasks.tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    try:
+        messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+        sample = tokenised(read_rows(write_jsonl([{"messages": messages}])))[0]
+        text = tokenizer.decode(sample["input_ids"])
+        assert text == "user: Hi\nassistant: Hello<end>"
+        assert tokenizer.decode(sample["input_ids"][: sample["prompt_length"]]) == "user: Hi\nassistant: "
+    finally:
+        tokenizer.chat_template = None
+
+
+lengths = st.lists(st.tuples(st.integers(1, 12), st.integers(1, 12)), min_size=1, max_size=12)
+
+
+@settings(max_examples=60, deadline=None)
+@given(lengths=lengths, max_tokens=st.integers(24, 64))
+def test_packing_keeps_every_response_token_once(lengths, max_tokens):
+    samples = [
+        {"input_ids": list(range(100 * i, 100 * i + prompt + response)), "prompt_length": prompt}
+        for i, (prompt, response) in enumerate(lengths)
+    ]
+    batches = pack(samples, max_tokens)
+    assert all(batch.tokens <= max_tokens for batch in batches)
+    assert sum(batch.samples for batch in batches) == len(samples)
+    labels = torch.cat([batch.labels for batch in batches]).tolist()
+    assert labels == [token for sample in samples for token in sample["input_ids"][sample["prompt_length"] :]]
+    for batch in batches:
+        # A position predicts its successor within the same sequence.
+        assert batch.labels.tolist() == (batch.input_ids[0, batch.positions] + 1).tolist()
+        starts = batch.cu_seqlens.tolist()
+        assert starts[-1] == batch.tokens
+        assert (batch.position_ids[0, starts[:-1]] == 0).all()
+        assert batch.max_seqlen == max(b - a for a, b in itertools.pairwise(starts))
+
+
+def test_epochs_are_permutations_that_depend_on_seed_and_epoch_alone(write_jsonl):
+    rows = read_rows(write_jsonl([{"prompt": f"Add {i}", "output": str(i)} for i in range(20)]))
+    dataset = tokenised(rows)
+
+    def epoch(seed, number):
+        return [sample["input_ids"] for batch in shuffled_batches(dataset, 6, seed, number) for sample in batch]
+
+    assert epoch(1, 0) == epoch(1, 0)
+    assert epoch(1, 0) != epoch(1, 1) != epoch(2, 1)
+    assert len(epoch(1, 0)) == 18
+    assert len({json.dumps(ids) for ids in epoch(1, 0)}) == 18
+
+
+def test_real_dolly_has_the_published_lengths(shared):
+    tokenizer = AutoTokenizer.from_pretrained(shared / "tokenizers" / "gpt2")
+    rows = read_rows(str(shared / "data" / "dolly" / "train.jsonl"))
+    assert len(rows) == 11435
+    dataset = tokenise(rows, tokenizer, 512)
+    prompt = torch.tensor(dataset["prompt_length"]).double()
+    total = torch.tensor([len(ids) for ids in dataset["input_ids"]]).double()
+    assert prompt.mean().item() == pytest.approx(71.3, abs=0.1)
+    assert total.mean().item() == pytest.approx(145.6, abs=0.2)
+    assert int(total.max()) == 512

@@ -1,0 +1,171 @@
+import dataclasses
+import functools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import GPT2, LLAMA
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from abkd_fast import attention, models
+from abkd_fast.config import ConfigError, ModelConfig
+from abkd_fast.data import pack
+from abkd_fast.divergences import AlphaBeta
+from abkd_fast.fused_linear import fused_linear_divergence
+from abkd_fast.ops import divergence_loss
+
+CPU = torch.device("cpu")
+
+
+def samples(lengths, vocab=211, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        {"input_ids": torch.randint(vocab, (n,), generator=generator).tolist(), "prompt_length": max(1, n // 3)}
+        for n in lengths
+    ]
+
+
+def build(config, dtype, seed=0, **changes):
+    """A model whose logits are not nearly uniform, so that differences show."""
+    torch.manual_seed(seed)
+    config = AutoConfig.for_model(**{**config, **changes})
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(3.0)
+    return models.PackedCausalLM(model.eval(), "student")
+
+
+def padded_logits(model, rows):
+    """The model's own logits with padding, a mask and transformers' own attention, at the response positions."""
+    longest = max(len(row["input_ids"]) for row in rows)
+    ids = torch.stack([F.pad(torch.tensor(row["input_ids"]), (0, longest - len(row["input_ids"]))) for row in rows])
+    mask = torch.stack([torch.arange(longest) < len(row["input_ids"]) for row in rows]).long()
+    model.set_attn_implementation("sdpa")
+    logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    model.set_attn_implementation(attention.NAME)
+    kept = [logits[i, row["prompt_length"] - 1 : len(row["input_ids"]) - 1] for i, row in enumerate(rows)]
+    return torch.cat(kept)
+
+
+@pytest.mark.parametrize("config", [GPT2, LLAMA], ids=["gpt2", "llama-gqa"])
+@pytest.mark.parametrize(
+    ("dtype", "loss_tolerance", "gradient_tolerance"), [(torch.float32, 1e-6, 1e-5), (torch.float64, 1e-12, 1e-12)]
+)
+def test_packed_training_equals_padded(config, dtype, loss_tolerance, gradient_tolerance):
+    rows = samples([5, 17, 2, 9, 31])
+    student, teacher = build(config, dtype, seed=1), build(config, dtype, seed=2)
+    (batch,) = pack(rows, max_tokens=64)
+    divergence = AlphaBeta(0.2, 0.7)
+
+    def loss(hidden, weight, bias):
+        with torch.no_grad():
+            theirs = teacher.hidden_states(batch)
+        return fused_linear_divergence(hidden, weight, theirs, teacher.head.weight, divergence, batch.labels)
+
+    packed = student(batch, loss)
+    packed.backward()
+    packed_gradients = {name: p.grad.clone() for name, p in student.named_parameters()}
+    student.zero_grad()
+    with torch.no_grad():
+        theirs = padded_logits(teacher.model, rows)
+    padded = divergence_loss(padded_logits(student.model, rows), theirs, divergence)
+    padded.backward()
+
+    assert abs(packed.item() - padded.item()) <= loss_tolerance * abs(padded.item())
+    for name, parameter in student.named_parameters():
+        error = (packed_gradients[name] - parameter.grad).norm() / parameter.grad.norm().clamp(min=1e-9)
+        if name.endswith(("k_proj.bias", "c_attn.bias")):  # a key bias has no gradient: softmax is shift invariant
+            error = (packed_gradients[name] - parameter.grad).norm() / packed_gradients[name].norm()
+        assert error <= gradient_tolerance, name
+
+
+@pytest.mark.parametrize("config", [GPT2, LLAMA], ids=["gpt2", "llama-gqa"])
+def test_micro_batches_do_not_change_the_loss(config):
+    rows = samples([5, 17, 2, 9, 31])
+    student = build(config, torch.float64)
+    loss = functools.partial(lambda hidden, weight, bias: (hidden @ weight.T).logsumexp(1).sum())
+    whole = sum(student(batch, loss) for batch in pack(rows, max_tokens=64))
+    pieces = [student(batch, loss) for batch in pack(rows, max_tokens=31)]
+    assert len(pieces) == 3
+    torch.testing.assert_close(sum(pieces), whole, rtol=1e-12, atol=0)
+
+
+SUPPORTED = {
+    "gpt2": GPT2,
+    "llama": LLAMA,
+    "mistral": {**LLAMA, "model_type": "mistral", "sliding_window": 4},
+    "qwen2": {**LLAMA, "model_type": "qwen2"},
+    "qwen3": {**LLAMA, "model_type": "qwen3", "head_dim": 8},
+    "gemma": {**LLAMA, "model_type": "gemma", "head_dim": 8},
+    "gpt_neox": {**LLAMA, "model_type": "gpt_neox"},
+    "opt": {"model_type": "opt", "vocab_size": 211, "hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 2,
+            "num_attention_heads": 4, "max_position_embeddings": 128, "word_embed_proj_dim": 32},
+    "head size 100": {**LLAMA, "hidden_size": 200, "num_attention_heads": 2, "num_key_value_heads": 1},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SUPPORTED)
+def test_check_accepts(name):
+    build(SUPPORTED[name], torch.float32).check()
+
+
+REFUSED = {
+    "cohere": ({**LLAMA, "model_type": "cohere", "logit_scale": 0.0625}, "logit_scale = 0.0625"),
+    "granite": ({**LLAMA, "model_type": "granite", "logits_scaling": 8.0}, "logits_scaling = 8.0"),
+    "gemma2": ({**LLAMA, "model_type": "gemma2", "head_dim": 8}, "soft-capping|softcapping"),
+    "stablelm": ({**LLAMA, "model_type": "stablelm"}, "sequence boundaries"),
+    "mamba": ({"model_type": "mamba", "vocab_size": 211, "hidden_size": 32, "num_hidden_layers": 2}, "mamba"),
+    "bloom": ({"model_type": "bloom", "vocab_size": 211, "hidden_size": 32, "n_layer": 2, "n_head": 4}, "bloom"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_check_refuses_with_the_reason(name):
+    config, reason = REFUSED[name]
+    with pytest.raises(ConfigError, match=reason):
+        build(config, torch.float32).check()
+
+
+def test_check_notices_lost_boundaries(monkeypatch):
+    # The trap that a shape test misses: attention that runs across the sequences of a packed row.
+    model = build(LLAMA, torch.float32)
+    one_sequence = attention._one_sequence
+
+    def leaky(module, query, key, value, mask, *, cu_seq_lens_q, **kwargs):
+        attention.calls += 1
+        out = one_sequence(query, key, value, query.shape[-1] ** -0.5, -1, 0.0)
+        return out.transpose(1, 2), None
+
+    monkeypatch.setitem(attention.AttentionInterface._global_mapping, attention.NAME, leaky)
+    with pytest.raises(ConfigError, match="its logits differ"):
+        model.check()
+
+
+def test_dropout_setting_reaches_the_model():
+    config = models.read_config(ModelConfig(config=GPT2, dropout=0.25), "student")
+    assert (config.attn_pdrop, config.resid_pdrop, config.embd_pdrop) == (0.25, 0.25, 0.25)
+
+
+def test_saved_model_generates(tmp_path):
+    from abkd_fast import tasks
+
+    tokenizer = tasks.tokenizer()
+    model = build(LLAMA, torch.float32, vocab_size=len(tokenizer))
+    model.save(tmp_path / "final", tokenizer)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "final")
+    assert attention.NAME not in (tmp_path / "final" / "config.json").read_text()
+    ids = torch.tensor([tokenizer("Add 1 and 2.")["input_ids"]])
+    out = loaded.generate(ids, max_new_tokens=3, do_sample=False, pad_token_id=0)
+    torch.testing.assert_close(
+        loaded(ids).logits, model.model(ids, cu_seq_lens_q=torch.tensor([0, ids.shape[1]])).logits
+    )
+    assert out.shape[1] > ids.shape[1]
+
+
+def test_batch_moves_all_but_labels():
+    (batch,) = pack(samples([5, 4]), max_tokens=16)
+    moved = batch.to(torch.device("meta"))
+    devices = {field.name: getattr(moved, field.name) for field in dataclasses.fields(moved)}
+    assert {name for name, x in devices.items() if isinstance(x, torch.Tensor) and x.device == CPU} == {"labels"}

@@ -1,0 +1,256 @@
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import LLAMA
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from abkd_fast import tasks
+from abkd_fast.config import load
+from abkd_fast.train import main
+from abkd_fast.trainer import Trainer
+
+STUDENT = {"config": {**LLAMA, "vocab_size": 1024, "eos_token_id": 0, "bos_token_id": 0, "tie_word_embeddings": True}}
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    """Writes a small recipe and returns the command's arguments."""
+
+    def write(overrides=(), **sections):
+        values = {
+            "run": {"name": "test", "dir": str(tmp_path / "runs")},
+            "method": "sft",
+            "tokenizer": "quickstart",
+            "student": STUDENT,
+            "data": {"train": "quickstart:small", "dev": "quickstart:dev", "dev_rows": 40, "max_length": 128},
+            "optim": {"lr": 3e-3},
+            "train": {"steps": 12, "batch_size": 8, "max_tokens": 256, "device": "cpu"},
+            "log": {"every_steps": 4},
+            **sections,
+        }
+        path = tmp_path / "recipe.json"
+        path.write_text(json.dumps(values))
+        return ["--config", str(path), *(part for override in overrides for part in ("--set", override))]
+
+    return write
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_run_folder_and_falling_loss(recipe, tmp_path, capsys):
+    assert main(recipe(["train.steps=30"])) == 0
+    folder = tmp_path / "runs" / "test"
+    assert json.loads((folder / "config.json").read_text())["train"]["steps"] == 30
+    points = metrics(folder)
+    dev = [point["loss"] for point in points if point["kind"] == "dev"]
+    assert dev[-1] < dev[0] - 0.5
+    train = [point for point in points if point["kind"] == "train"]
+    assert [point["step"] for point in train] == [4, 8, 12, 16, 20, 24, 28, 30]
+    for key in ("samples_per_second", "seconds_per_sample", "tokens_per_second", "peak_memory_bytes"):
+        assert all(point[key] > 0 for point in train)
+    assert any(path.name.startswith("events.out") for path in (folder / "tensorboard").iterdir())
+    model = AutoModelForCausalLM.from_pretrained(folder / "final")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "final")
+    ids = tokenizer("Add 1 and 2.", return_tensors="pt")["input_ids"]
+    assert model.generate(ids, max_new_tokens=4).shape[1] > ids.shape[1]
+    assert "attention sdpa loop" in capsys.readouterr().out
+
+
+def test_stages_distil_and_are_used_again(recipe, tmp_path, capsys):
+    stages = {
+        "teacher": {"method": "sft"},
+        "student": {"method": "ab", "teacher": {"path": "stage:teacher"}, "student": {"config": {"hidden_size": 16}}},
+    }
+    arguments = recipe(stages=stages)
+    assert main(arguments) == 0
+    folder = tmp_path / "runs" / "test"
+    distilled = [point["loss"] for point in metrics(folder / "student") if point["kind"] == "train"]
+    assert distilled[-1] < distilled[0]
+    before = (folder / "student" / "metrics.jsonl").read_bytes()
+    capsys.readouterr()
+    assert main(arguments) == 0
+    assert capsys.readouterr().out.count("is finished already") == 2
+    assert (folder / "student" / "metrics.jsonl").read_bytes() == before
+    assert main([*arguments, "--set", "optim.lr=1e-3"]) == 2
+    assert "optim.lr was 0.003, is 0.001" in capsys.readouterr().err
+
+
+def test_same_seed_same_bits_and_micro_batches_do_not_matter(recipe):
+    def losses(*overrides):
+        trainer = Trainer(load(recipe()[1], overrides)[0])
+        trainer._load()
+        return [trainer._step(batch)[0].item() for batch in trainer._batches()]
+
+    first = losses("train.steps=3")
+    assert losses("train.steps=3") == first
+    assert losses("train.steps=3", "run.seed=11") != first
+    # One micro-batch or many: the same mean over all response tokens of the step.
+    assert losses("train.steps=3", "train.max_tokens=8192") == pytest.approx(first, rel=1e-5)
+
+
+def test_step_is_the_token_mean_gradient(recipe):
+    trainer = Trainer(load(recipe()[1], ["train.dtype=float64", "optim.clip_norm=1e9"])[0])
+    trainer._load()
+    batch = next(trainer._batches())
+    captured = {}
+    trainer.optimizer.register_step_pre_hook(
+        lambda *_: captured.update({name: p.grad.clone() for name, p in trainer.student.named_parameters()})
+    )
+    weights = {name: p.detach().clone() for name, p in trainer.student.named_parameters()}
+    loss, norm = trainer._step(batch)
+    trainer.student.load_state_dict(weights, strict=False)
+
+    model = trainer.student.model
+    model.set_attn_implementation("sdpa")
+    total, tokens = 0.0, 0
+    for sample in batch:  # one sample at a time: nothing packed, nothing padded
+        ids = torch.tensor(sample["input_ids"])
+        logits = model(ids[None], use_cache=False).logits[0, sample["prompt_length"] - 1 : -1]
+        total = total + torch.nn.functional.cross_entropy(logits, ids[sample["prompt_length"] :], reduction="sum")
+        tokens += len(logits)
+    model.zero_grad()
+    (total / tokens).backward()
+    assert loss.item() == pytest.approx((total / tokens).item(), rel=1e-12)
+    for name, parameter in trainer.student.named_parameters():
+        torch.testing.assert_close(captured[name], parameter.grad, rtol=1e-9, atol=1e-12)
+    assert norm.item() == pytest.approx(torch.cat([p.grad.flatten() for p in model.parameters()]).norm().item())
+
+
+def test_schedule_and_decay_groups(recipe):
+    trainer = Trainer(load(recipe()[1], ["optim.warmup_steps=4", "optim.min_lr=1e-5"])[0])
+    trainer._load()
+    rates = []
+    for _ in range(trainer.steps):
+        rates.append(trainer.scheduler.get_last_lr()[0])
+        trainer.optimizer.step()
+        trainer.scheduler.step()
+    assert rates[0] == 0
+    assert max(rates) == rates[4] == pytest.approx(3e-3)
+    assert trainer.scheduler.get_last_lr()[0] == pytest.approx(1e-5, rel=1e-3)
+    decay, plain = trainer.optimizer.param_groups
+    assert decay["weight_decay"] == 0.01
+    assert plain["weight_decay"] == 0
+    assert {p.dim() for p in plain["params"]} == {1}
+
+
+def test_non_finite_loss_stops(recipe):
+    with pytest.raises(FloatingPointError, match="the loss is nan within the 4 steps up to step 4"):
+        main(recipe(["optim.lr=1e30", "optim.clip_norm=1e30", "optim.schedule=constant"]))
+
+
+@pytest.fixture
+def teacher_folder(tmp_path):
+    """A tiny random teacher; what differs from the student's tokenizer or vocabulary is up to the test."""
+
+    def make(tokenizer=None, **changes):
+        folder = tmp_path / "teacher"
+        config = AutoConfig.for_model(**{**STUDENT["config"], **changes})
+        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+        (tokenizer or tasks.tokenizer()).save_pretrained(folder)
+        return str(folder)
+
+    return make
+
+
+def test_padded_teacher_vocabulary_is_fine(recipe, teacher_folder):
+    teacher = {"path": teacher_folder(vocab_size=1088)}
+    assert main(recipe(["train.steps=2"], method="ab", teacher=teacher)) == 0
+
+
+BAD = {
+    "unknown key": (["optim.lrr=1"], "optim.lrr: unknown key; did you mean lr?"),
+    "unknown method": (["method=abk"], 'unknown method "abk"; did you mean ab?'),
+    "wrong type": (["train.epochs=two"], 'train.epochs must be a whole number, got "two"'),
+    "negative learning rate": (["optim.lr=-1"], "optim.lr is -1.0, expected above 0"),
+    "no data file": (["data.train=nowhere.jsonl"], "nowhere.jsonl: no such file"),
+    "no dev file": (["data.dev=nowhere.jsonl"], "nowhere.jsonl: no such file"),
+    "unknown split": (["data.train=quickstart:tain"], "no such split"),
+    "few rows": (["data.train_rows=5"], "5 rows are fewer than train.batch_size = 8"),
+    "long prompt": (["data.max_length=20"], "fills all 20: nothing to learn; raise data.max_length"),
+    "no model folder": (["student.config=null", "student.path=./nowhere"], "student.path: ./nowhere: no such model"),
+    "small vocabulary": (["student.config.vocab_size=300"], "but the student fewer (student has 300)"),
+    "unknown model type": (["student.config.model_type=lama"], "student.config"),
+    "stage that is not": (["teacher.path=stage:x", "method=ab"], "no such stage before this one"),
+    "refused model": (["student.config.model_type=stablelm"], "can't be trained packed"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_line_and_status_2(recipe, tmp_path, capsys, name):
+    overrides, message = BAD[name]
+    assert main(recipe(overrides)) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert message in error
+    assert not (tmp_path / "runs").exists()
+
+
+def test_vocabulary_and_tokenizer_mismatch(recipe, teacher_folder, capsys):
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    folder = teacher_folder(vocab_size=300)
+    assert main(recipe(method="ab", teacher={"path": folder})) == 2
+    assert "student has 1024, teacher has 300" in capsys.readouterr().err
+    other = Tokenizer(models.BPE({"<end>": 0, "b": 1}, [], unk_token="<end>"))
+    folder = teacher_folder(PreTrainedTokenizerFast(tokenizer_object=other, eos_token="<end>"))
+    assert main(recipe(method="ab", teacher={"path": folder})) == 2
+    assert "differ at id 1 ('!' / 'b')" in capsys.readouterr().err
+
+
+def test_existing_run_is_left_alone(recipe, tmp_path, capsys):
+    folder = tmp_path / "runs" / "test"
+    folder.mkdir(parents=True)
+    (folder / "precious").write_text("x")
+    assert main(recipe()) == 2
+    assert "exists already" in capsys.readouterr().err
+    assert [path.name for path in folder.iterdir()] == ["precious"]
+    stages = {"one": {"method": "sft"}}
+    (folder / "one").mkdir()
+    assert main(recipe(stages=stages)) == 2
+    assert "was not finished" in capsys.readouterr().err
+
+
+def test_missing_recipe_exits_with_2():
+    command = [sys.executable, "-m", "abkd_fast.train", "--config", "nowhere.json"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: nowhere.json: no such file")
+
+
+def test_real_dolly_and_tokenizer(recipe, shared, tmp_path):
+    """A wider teacher's distribution is learnt from 50 steps of real data: the dev loss falls."""
+    gpt2 = {"model_type": "gpt2", "vocab_size": 50257, "n_positions": 512}
+    common = {
+        "tokenizer": str(shared / "tokenizers" / "gpt2"),
+        "data": {
+            "train": str(shared / "data" / "dolly" / "train.jsonl"),
+            "dev": str(shared / "data" / "dolly" / "dev.jsonl"),
+            "train_rows": 400,
+            "dev_rows": 16,
+        },
+        "train": {"steps": 50, "batch_size": 8, "max_tokens": 4096, "device": "cpu"},
+        "log": {"every_steps": 10},
+    }
+    stages = {
+        "teacher": {"method": "sft", "student": {"config": {**gpt2, "n_embd": 256, "n_layer": 4, "n_head": 4}}},
+        "student": {
+            "method": "ab",
+            "teacher": {"path": "stage:teacher"},
+            "student": {"config": {**gpt2, "n_embd": 128, "n_layer": 2, "n_head": 2}},
+        },
+    }
+    arguments = recipe(student={"config": gpt2}, stages=stages, **common)
+    assert main(arguments) == 0
+    folder = tmp_path / "runs" / "test" / "student"
+    dev = [point["loss"] for point in metrics(folder) if point["kind"] == "dev"]
+    assert dev[-1] < dev[0]
+    model = AutoModelForCausalLM.from_pretrained(folder / "final")
+    ids = AutoTokenizer.from_pretrained(folder / "final")("The moon", return_tensors="pt")["input_ids"]
+    assert model.generate(ids, max_new_tokens=5).shape[1] > ids.shape[1]
