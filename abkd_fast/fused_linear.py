@@ -248,10 +248,12 @@ def _loss(
     check_numbers(temperature, hard_weight, reduction)
     if chunk_tokens is not None and chunk_tokens < 1:
         raise ValueError(f"chunk_tokens is {chunk_tokens}, expected a positive number of tokens or None")
-    for name, (hidden, weight, _) in (("student", student), ("teacher", teacher)):
+    for name, (hidden, weight, bias) in (("student", student), ("teacher", teacher)):
         if hidden is not None and (hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]):
             shapes = f"{list(hidden.shape)} and {list(weight.shape)}"
             raise ValueError(f"{name} hidden states and projection have shapes {shapes}, expected [N, H] and [V, H]")
+        if bias is not None and bias.shape != weight.shape[:1]:
+            raise ValueError(f"{name} bias has shape {list(bias.shape)}, expected [{len(weight)}]")
     labels = check_labels(labels, len(student[0]), hard_weight)
     need = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in student]
     numbers = (divergence.family, divergence.parameters, temperature, hard_weight, chunk_tokens or 0)

@@ -6,6 +6,7 @@ on a GPU) it says so once and goes through `reference.py`.
 
 from __future__ import annotations
 
+import math
 import warnings
 
 import torch
@@ -147,7 +148,7 @@ def check_labels(labels: Tensor | None, rows: int, hard_weight: float) -> Tensor
 
 def check_numbers(temperature: float, hard_weight: float, reduction: str) -> None:
     """Raises ValueError for a temperature, hard_weight or reduction that means nothing."""
-    if not temperature > 0:
+    if not 0 < temperature < math.inf:
         raise ValueError(f"temperature is {temperature}, expected a positive number")
     if not 0 <= hard_weight <= 1:
         raise ValueError(f"hard_weight is {hard_weight}, expected 0 to 1")
@@ -210,6 +211,8 @@ def divergence_loss(
     if student_logits.dim() != 2 or teacher_logits.dim() != 2 or len(student_logits) != len(teacher_logits):
         shapes = f"{list(student_logits.shape)} and {list(teacher_logits.shape)}"
         raise ValueError(f"student and teacher logits have shapes {shapes}, expected [N, V] with one N")
+    if not student_logits.is_floating_point():
+        raise ValueError(f"student logits are {student_logits.dtype}, expected a floating-point type")
     labels = check_labels(labels, len(student_logits), hard_weight)
     vocab = shared_vocabulary(student_logits.shape[1], teacher_logits.shape[1])
     student, teacher = student_logits[:, :vocab], teacher_logits[:, :vocab].detach().to(student_logits.dtype)

@@ -20,7 +20,7 @@ Tensor row_losses_cpu(const Tensor& student, std::optional<Tensor> teacher, std:
       student, {student.size(0)}, wide ? torch::headeronly::ScalarType::Double : torch::headeronly::ScalarType::Float);
   const abkd::Rows rows =
       abkd::pack(student, teacher, labels, family, parameters, temperature, hard_weight, gradient, losses);
-  for (int64_t row = 0; rows.labels && row < rows.count; ++row) {
+  for (int64_t row = 0; rows.hard_weight != 0.0 && row < rows.count; ++row) {
     const int64_t label = rows.labels[row];
     STD_TORCH_CHECK(label == abkd::kIgnored || (0 <= label && label < rows.vocab), "labels[", row, "] is ", label,
                     ", expected -100 or 0 to ", rows.vocab - 1);

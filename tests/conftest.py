@@ -3,10 +3,12 @@ import os
 import pathlib
 
 import pytest
-import torch
 
-# Two threads that spin for each other crawl when tests share the machine; sleeping threads do not.
+# Two threads that spin for each other crawl when tests share the machine; sleeping threads do not. OpenMP reads this
+# when torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import torch
 
 # A folder with real data and tokenizers beside the checkout; tests that want it skip where it is not.
 SHARED = pathlib.Path(os.environ.get("ABKD_TEST_DATA", pathlib.Path(__file__).parents[2] / "shared"))

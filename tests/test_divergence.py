@@ -17,14 +17,9 @@ from abkd_fast import AlphaBeta, divergence_loss, divergences, ops, parse, refer
 # A log-probability near -35 is rounded by 35 * 2^-24 = 2e-6 and slopes are proportional to differences of two of them,
 # which are about 1 here: a few such roundings make 1e-5, and this leaves a factor of 3.
 FLOAT32 = 3e-5
-# Where alpha + beta is 0, every token weighs the same: the gradient has the sum of V log-ratios in it, which random
-# data make a small difference of large sums.
-FLOAT32_UNWEIGHTED = 4 * FLOAT32
 # float64 has 2^-29 times that rounding; the oracle's quadrature adds its own.
 FLOAT64 = 1e-10
 EXTREME = [(1.0, 0.0), (0.0, 1.0), (0.5, 0.5), (0.2, 0.7), (1.0, 1.0), (0.0, 0.7)]
-# Gaps of 1e4 are rounded by half an ulp of 1e4 where they enter an exponent: 5e-4, with a factor of 2 to spare.
-HUGE = 1e4 * 2.0**-23
 COMPILED = pytest.mark.skipif(ops._C is None, reason="the extension is missing")
 
 
@@ -46,9 +41,8 @@ def assert_close_to_oracle(student, teacher, alpha, beta, **options):
     expected_losses, expected_gradient = oracle.row_losses(student, teacher, alpha, beta, **options)
     losses, gradient = kernel(student, teacher, alpha, beta, **options)
     kept = slice(None) if options.get("labels") is None else options["labels"] != -100
-    bound = FLOAT32_UNWEIGHTED if abs(alpha + beta) < 0.1 else FLOAT32
-    assert oracle.relative_errors(losses[kept], expected_losses[kept]).max() < bound
-    assert oracle.relative_errors(gradient[kept], expected_gradient[kept]).max() < bound
+    assert oracle.relative_errors(losses[kept], expected_losses[kept]).max() < FLOAT32
+    assert oracle.relative_errors(gradient[kept], expected_gradient[kept]).max() < FLOAT32
 
 
 # ---- the oracle itself
@@ -124,9 +118,9 @@ def test_kernel_agrees_with_oracle_near_every_limit(rows, vocab, delta):
 def test_tolerance_notices_small_errors(alpha, beta):
     student, teacher = oracle.gpt2_like_logits(2, 1000)
     for expected in oracle.row_losses(student, teacher, alpha, beta):
-        assert oracle.relative_errors(torch.zeros_like(expected), expected).min() > FLOAT32_UNWEIGHTED
-        assert oracle.relative_errors(expected * 1.001, expected).min() > FLOAT32_UNWEIGHTED
-        assert oracle.relative_errors(expected.float() * (1 + 2e-4), expected).min() > FLOAT32_UNWEIGHTED
+        assert oracle.relative_errors(torch.zeros_like(expected), expected).min() > FLOAT32
+        assert oracle.relative_errors(expected * 1.001, expected).min() > FLOAT32
+        assert oracle.relative_errors(expected.float() * (1 + 2e-4), expected).min() > FLOAT32
 
 
 @pytest.mark.parametrize(("alpha", "beta"), [*oracle.GRID, *oracle.neighbours(1e-5)])
@@ -208,10 +202,10 @@ def test_huge_gaps(alpha, beta):
     teacher = torch.tensor([[1e4, 0.0, 1.0], [1e4, 0.0, 5.0], [-1e4, 0.0, 1.0]])
     losses, gradient = kernel(student, teacher, alpha, beta)
     wide = student.double(), teacher.double(), None, AlphaBeta(alpha, beta), 1.0, 0.0, None
-    torch.testing.assert_close(losses.double(), reference.row_losses(*wide), rtol=HUGE, atol=1e-30)
+    torch.testing.assert_close(losses.double(), reference.row_losses(*wide), rtol=FLOAT32, atol=1e-30)
     by_oracle = oracle.row_losses(student, teacher, alpha, beta, value=False)[1]
     error = (gradient.double() - by_oracle).norm(dim=1)
-    assert (error <= HUGE * by_oracle.norm(dim=1) + 1e-30).all()
+    assert (error <= FLOAT32 * by_oracle.norm(dim=1) + 1e-30).all()
 
 
 @pytest.mark.parametrize(("alpha", "beta"), [(1.0, 0.0), (0.0, 1.0)])
@@ -221,7 +215,7 @@ def test_huge_gaps_in_closed_form(alpha, beta):
     if beta:
         student, teacher = teacher, student
     losses, _ = kernel(student, teacher, alpha, beta)
-    torch.testing.assert_close(losses, expected, rtol=HUGE, atol=0)
+    torch.testing.assert_close(losses, expected, rtol=FLOAT32, atol=0)
 
 
 @pytest.mark.parametrize(("alpha", "beta"), [*oracle.GRID, (-2.0, -1.0), (3.0, 2.0)])
@@ -403,16 +397,10 @@ def test_float32_agrees_with_float64_everywhere(seed, point):
     expected = kernel(student.double(), teacher.double(), *point)
     got = kernel(student, teacher, *point)
     for mine, exact in zip(got, expected, strict=True):
-        assert oracle.relative_errors(mine, exact).max() < FLOAT32_UNWEIGHTED
+        assert oracle.relative_errors(mine, exact).max() < FLOAT32
 
 
-@pytest.mark.parametrize(
-    "dtype",
-    [
-        torch.float32,
-        pytest.param(torch.float64, marks=pytest.mark.xfail(strict=True, reason="1 / (x2 - x0) overflows to infinity")),
-    ],
-)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_subnormal_parameters_are_like_0(dtype):
     student, teacher = logits(3, 50, dtype)
     for tiny in (1e-39, 1e-46, 1e-309):
@@ -458,16 +446,13 @@ def test_opcheck_divergence():
         )
 
 
-@pytest.mark.parametrize("upstream", [torch.tensor(0.5), torch.randn(3)])
-def test_opcheck_scale_rows(upstream):
-    torch.library.opcheck(torch.ops.abkd_fast.scale_rows, (torch.randn(3, 9), upstream))
-
-
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_compile(backend, dynamic):
+def test_compile(backend, dynamic, monkeypatch, tmp_path):
     if backend == "inductor" and dynamic:
         pytest.skip("compiled once with inductor is enough, for time")
+    # Inductor's cache on disk does not notice when an operator of ours changes.
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     torch._dynamo.reset()
 
     def loss(z, y, labels):
@@ -489,10 +474,9 @@ def test_compile(backend, dynamic):
 
 def test_double_backward_is_refused():
     student, teacher = logits(3, 9)
-    z = student.requires_grad_()
-    (gradient,) = torch.autograd.grad(divergence_loss(z, teacher, AlphaBeta()), z, create_graph=True)
-    with pytest.raises(RuntimeError, match="second derivative"):
-        gradient.square().sum().backward()
+    loss = divergence_loss(student.requires_grad_(), teacher, AlphaBeta())
+    with pytest.raises(RuntimeError, match="create_graph"):
+        torch.autograd.grad(loss, student, create_graph=True)
 
 
 def test_no_grad_needs_no_gradient():
@@ -542,7 +526,7 @@ def test_simd_variants(simd, tmp_path):
     subprocess.run([sys.executable, "-c", VARIANT, tmp_path / "results.pt"], env=environment, check=True)
     results = torch.load(tmp_path / "results.pt")
     assert results.pop("simd") == simd
-    bounds = {torch.float32: FLOAT32_UNWEIGHTED, torch.float64: FLOAT64, torch.bfloat16: 2**-8}
+    bounds = {torch.float32: FLOAT32, torch.float64: FLOAT64, torch.bfloat16: 2**-8}
     for dtype, bound in bounds.items():
         student, teacher = (x.to(dtype) for x in oracle.gpt2_like_logits(3, 5003))
         for point in oracle.GRID:

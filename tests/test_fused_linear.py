@@ -151,7 +151,6 @@ def test_padded_vocabularies(vocab, teacher_vocab):
     assert got[3][37:].eq(0).all()
 
 
-@pytest.mark.xfail(strict=True, raises=ValueError, reason="choose_chunk_tokens(0, ...) is 0, a step that range refuses")
 @pytest.mark.parametrize("with_teacher", [True, False])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("tokens", [0, 5])
@@ -211,17 +210,13 @@ def test_gradcheck(with_teacher, reduction):
     )
 
 
-SILENT = pytest.mark.xfail(strict=True, reason="once_differentiable drops the graph if upstream needs no gradient")
-
-
-@pytest.mark.parametrize("reduction", ["mean", pytest.param("none", marks=SILENT)])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_double_backward_is_refused(reduction):
     student, teacher, labels = make()
     student = leaves(student)
     loss = fused(student, teacher, labels, reduction=reduction).sum()
-    gradients = torch.autograd.grad(loss, student, create_graph=True)
-    with pytest.raises(RuntimeError, match=r"second derivative|once_differentiable"):
-        gradients[0].sum().backward()
+    with pytest.raises(RuntimeError, match="create_graph"):
+        torch.autograd.grad(loss, student, create_graph=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -255,7 +250,6 @@ def test_autocast_hidden_states_with_float32_weights():
     assert_close(got[1:2], expected[1:2], torch.finfo(torch.bfloat16).eps)
 
 
-@pytest.mark.xfail(strict=True, raises=NotImplementedError, reason="_run widens by the type of the student alone")
 def test_16_bit_teacher_of_a_float32_student():
     student, teacher, labels = make(torch.float32)
     teacher = [x.bfloat16() for x in teacher]

@@ -20,11 +20,16 @@ constexpr int64_t kBlock = 1024;
 
 template <typename T>
 struct LogNormalizer {
-  T scale = T(1), max = T(kLogFloor), log_sum = T(0);
+  T scale = T(1), max = T(kLogFloor);
+  // log sum e^(x - max), as a number and the rest that it rounds away: an error common to all tokens would add up in
+  // the sums over the vocabulary.
+  T log_sum = T(0), log_sum_rest = T(0);
 
   // log softmax, with the maximum taken off first: exact for the likely tokens, where it matters
-  ABKD_INLINE_MEMBER T operator()(T logit) const { return lower(logit * scale - max - log_sum, T(kLogFloor)); }
-  ABKD_INLINE_MEMBER double value() const { return double(max) + double(log_sum); }
+  ABKD_INLINE_MEMBER T operator()(T logit) const {
+    return lower(logit * scale - max - log_sum - log_sum_rest, T(kLogFloor));
+  }
+  ABKD_INLINE_MEMBER double value() const { return double(max) + double(log_sum) + double(log_sum_rest); }
 };
 
 // A NaN logit does not show in `max`, but in the sum, and from there in the loss.
@@ -48,7 +53,9 @@ LogNormalizer<T> log_normalizer(const T* logits, int64_t vocab, T scale) {
     for (int64_t v = begin; v < end; ++v) partial += exponential(lower(logits[v] * scale - shift, T(kLogFloor)));
     sum += double(partial);
   }
-  normalizer.log_sum = sum == 0.0 ? T(0) : T(::log(sum));  // 0: every logit is -inf
+  const double log_sum = sum == 0.0 ? 0.0 : ::log(sum);  // 0: every logit is -inf
+  normalizer.log_sum = T(log_sum);
+  normalizer.log_sum_rest = T(log_sum - double(normalizer.log_sum));
   return normalizer;
 }
 

@@ -23,10 +23,13 @@ struct AlphaBeta {
     T slope;  // u = dD / d log q
   };
 
-  T sum;                                        // alpha + beta
-  T first, last;                                // end nodes of the sorted chain first -> middle -> last
-  T gap1, gap2, gap;                            // middle - first, last - middle, last - first: all of one sign
-  T rate1, rate2;                               // |gap1|, |gap2|
+  struct Exponent {
+    T a, b, d;  // coefficients
+  };
+
+  Exponent first, last;  // of the powers at both ends of the sorted chain first -> middle -> last
+  T gap1, gap2, gap;     // middle - first, last - middle, last - first: all of one sign
+  T rate1, rate2;        // |gap1|, |gap2|
   T inverse_gap, inverse_rate1, inverse_rate2;  // 0 where there is no gap; never used there
   T slope_gap1, slope_gap2;                     // u is this combination of the two first differences
 
@@ -40,9 +43,11 @@ struct AlphaBeta {
       order[2] = p_is_middle ? 2 : 1;
     }
     const double x0 = node[order[0]], x1 = node[order[1]], x2 = node[order[2]];
-    sum = T(alpha + beta);
-    first = T(x0);
-    last = T(x2);
+    // log P = s a, log M = s a + beta d, log Q = s b with s = alpha + beta: each in the form that rounds least where it
+    // is the largest.
+    const Exponent exponent[3] = {{T(node[2]), T(0), T(0)}, {T(node[2]), T(0), T(beta)}, {T(0), T(node[2]), T(0)}};
+    first = exponent[order[0]];
+    last = exponent[order[2]];
     gap1 = T(x1 - x0);
     gap2 = T(x2 - x1);
     gap = T(x2 - x0);
@@ -63,7 +68,9 @@ struct AlphaBeta {
     const bool rising = gap * d > T(0);  // the last node carries the largest power
     const T decay1 = exponential(-rate1 * magnitude);
     const T decay2 = exponential(-rate2 * magnitude);
-    const T top = exponential(upper(sum * a + (rising ? last : first) * d, Limits<T>::max_exponent));
+    // Three selects and no reference: a compiler vectorises the former only.
+    const T end_a = rising ? last.a : first.a, end_b = rising ? last.b : first.b, end_d = rising ? last.d : first.d;
+    const T top = exponential(upper(end_a * a + end_b * b + end_d * d, Limits<T>::max_exponent));
 
     // First divided differences, each anchored at the larger of its two powers.
     const T signed_top = d < T(0) ? -top : top;
