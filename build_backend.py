@@ -12,11 +12,11 @@ import sysconfig
 from setuptools.build_meta import *  # noqa: F403 - the hooks that need no change
 
 if importlib.util.find_spec("torch") is None:
-    sys.path.append(sysconfig.get_paths()["purelib"])
+    sys.path += {sysconfig.get_paths()[kind] for kind in ("purelib", "platlib")}
 
 
 def get_requires_for_build_wheel(config_settings: dict | None = None) -> list[str]:
     return [] if importlib.util.find_spec("torch") else ["torch>=2.10"]
 
 
-get_requires_for_build_editable = get_requires_for_build_wheel
+get_requires_for_build_editable = get_requires_for_build_sdist = get_requires_for_build_wheel

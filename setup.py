@@ -6,6 +6,7 @@ Environment: ABKD_CUDA=auto|0|1, ABKD_CUDA_ARCHS="80;90;100" (compute capabiliti
 import os
 import pathlib
 import re
+import shlex
 import shutil
 import subprocess
 import sysconfig
@@ -33,10 +34,18 @@ def nvcc_version(cuda_home: str) -> str:
     return re.search(r"release (\d+\.\d+)", text)[1]
 
 
+def known_archs(cuda_home: str) -> list[str]:
+    """Of the default compute capabilities, those that this nvcc can compile for."""
+    known = subprocess.check_output([f"{cuda_home}/bin/nvcc", "--list-gpu-code"], text=True).split()
+    return [arch for arch in ("80", "90", "100") if f"sm_{arch}" in known]
+
+
 def decide_cuda() -> tuple[str | None, str]:
     """The CUDA toolkit to build with, or None and the reason. Exits where ABKD_CUDA=1 can't be satisfied."""
     import torch
 
+    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 10):
+        raise SystemExit(f"abkd_fast needs torch 2.10 or later, found {torch.__version__}")
     wish = os.environ.get("ABKD_CUDA", "auto")
     if wish not in ("auto", "0", "1"):
         raise SystemExit(f"ABKD_CUDA is {wish!r}, expected auto, 0 or 1")
@@ -61,8 +70,12 @@ def extensions() -> tuple[list, type]:
         os.environ["CUDA_HOME"] = cuda_home  # read by torch.utils.cpp_extension when it is imported
     from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
-    archs = os.environ.get("ABKD_CUDA_ARCHS", "80;90;100").split(";") if cuda_home else []
-    compiler = subprocess.check_output([os.environ.get("CXX", "c++"), "--version"], text=True).splitlines()[0]
+    archs = []
+    if cuda_home:
+        wanted = os.environ.get("ABKD_CUDA_ARCHS")
+        archs = wanted.split(";") if wanted else known_archs(cuda_home)
+    command = [*shlex.split(os.environ.get("CXX", "c++")), "--version"]
+    compiler = subprocess.check_output(command, text=True).splitlines()[0]
     defines = [
         f'-DABKD_CUDA_VERSION="{nvcc_version(cuda_home) if cuda_home else ""}"',
         f'-DABKD_CUDA_ARCHS="{" ".join(archs)}"',
@@ -88,7 +101,16 @@ def extensions() -> tuple[list, type]:
         )
     built = f"CUDA {nvcc_version(cuda_home)} for sm_{', sm_'.join(archs)}" if cuda_home else f"no CUDA ({reason})"
     print(f"abkd_fast: building CPU kernels (AVX-512, AVX2, baseline) and {built}", flush=True)
-    return modules, BuildExtension
+
+    class BuildAndKeep(BuildExtension):
+        """Leaves the libraries in the source folder too: Python started there imports the package from there."""
+
+        def run(self) -> None:
+            super().run()
+            if not self.inplace:
+                self.copy_extensions_to_source()
+
+    return modules, BuildAndKeep
 
 
 modules, build_extension = extensions()

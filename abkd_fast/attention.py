@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import inspect
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -59,7 +60,9 @@ def packed_attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     window = -1 if sliding_window is None else sliding_window - 1  # transformers counts the current token
     if query.device.type == "cuda":
-        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, dim]
+        # Rotary embeddings leave queries and keys of float32 weights in float32 under autocast; kernels want 16 bits.
+        dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else query.dtype
+        q, k, v = (x[0].transpose(0, 1).to(dtype) for x in (query, key, value))  # [T, heads, dim]
         return _variable_length()(q, k, v, cu_seq_lens_q, max_length_q, scale, window, dropout)[None], None
     outputs = []
     boundaries = cu_seq_lens_q.tolist()
@@ -96,6 +99,9 @@ def _variable_length() -> Callable[..., Tensor]:
         return flash
 
     from torch.nn.attention.varlen import varlen_attn
+
+    if not {"scale", "window_size", "enable_gqa"} <= inspect.signature(varlen_attn).parameters.keys():
+        raise RuntimeError(f"flash-attn is missing, and torch {torch.__version__} is too old to do without it")
 
     def varlen(
         q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int, scale: float, window: int, dropout: float

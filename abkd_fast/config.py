@@ -20,10 +20,10 @@ class ConfigError(ValueError):
 
 
 def _check_range(section: object, **ranges: tuple[float, float]) -> None:
-    """Raises ConfigError for a number outside its range; the 0 below lr, eps, clip_norm, temperature is excluded."""
+    """Raises ConfigError for a number outside its range; the 0 below lr, eps, clip_norm is excluded."""
     for name, (low, high) in ranges.items():
         value = getattr(section, name)
-        is_open = name in ("lr", "eps", "clip_norm", "temperature")
+        is_open = name in ("lr", "eps", "clip_norm")
         if value is not None and not (low < value <= high if is_open else low <= value <= high):
             bound = f"above {low}" if is_open else f"at least {low}"
             limit = "" if high == math.inf else f" and at most {high:g}"
@@ -48,6 +48,11 @@ class RunConfig:
     dir: Annotated[str, "folder of all runs"] = "runs"
     seed: Annotated[int, "seeds weights, dropout and the order of the data"] = 10
 
+    def __post_init__(self) -> None:
+        _check_range(self, seed=(0, 2**32 - 1))
+        if not self.name.strip("./ "):
+            raise ConfigError(f'name is "{self.name}", expected the name of a folder')
+
     @property
     def root(self) -> pathlib.Path:
         return pathlib.Path(self.dir) / self.name
@@ -71,6 +76,10 @@ class ModelConfig:
         if self.config is not None and "model_type" not in self.config:
             raise ConfigError('config needs "model_type", for example "gpt2" or "llama"')
         _check_range(self, dropout=(0, 1))
+
+    @property
+    def is_stage(self) -> bool:
+        return self.path is not None and self.path.startswith("stage:")
 
 
 @_section
@@ -172,7 +181,7 @@ class Config:
             parse(self.loss)
         except ValueError as error:
             raise ConfigError(str(error)) from None
-        _check_range(self, hard_weight=(0, 1), temperature=(0, math.inf))
+        _check_range(self, hard_weight=(0, 1), temperature=(1e-3, 1e3))
         if self.method != "sft" and self.teacher is None:
             raise ConfigError(f'teacher: missing, and method "{self.method}" needs one; give teacher.path')
         if self.tokenizer is None and self.student.path is None:
@@ -192,7 +201,8 @@ def load(name_or_path: str, overrides: list[str] = ()) -> list[Config]:
 
     Args:
         name_or_path: a JSON file, or the name of a packaged recipe, with or without ".json".
-        overrides: "key=value" for every stage or "STAGE:key=value" for one, keys dotted, values JSON or else text.
+        overrides: "key=value" for what the stages share, or "STAGE:key=value" for one stage, which wins; keys dotted,
+            values JSON or else text.
 
     Raises ConfigError, naming file, key and value.
     """
@@ -215,11 +225,22 @@ def load(name_or_path: str, overrides: list[str] = ()) -> list[Config]:
         raise ConfigError(f"{path}: expected a JSON object")
     values.pop("comment", None)
     stages = values.pop("stages", None)
+    pairs = [_parse_override(override, stages or {}) for override in overrides]
+    for stage, keys, value in pairs:
+        if stage is None:
+            _set(values, keys, value)
     if stages is None:
-        return [_finish(values, "", overrides, path.name)]
-    if not isinstance(stages, dict) or not all(isinstance(stage, dict) for stage in stages.values()):
+        return [_build(Config, values, "", path.name)]
+    if not isinstance(stages, dict) or not stages or not all(isinstance(stage, dict) for stage in stages.values()):
         raise ConfigError(f'{path.name}: stages: expected an object of objects, {{"NAME": {{…}}, …}}')
-    return [_finish(_merge(values, stage), name, overrides, path.name) for name, stage in stages.items()]
+    configs = []
+    for name, own in stages.items():
+        merged = _merge(_merge(values, own), {"run": {"stage": name}})
+        for stage, keys, value in pairs:
+            if stage == name:
+                _set(merged, keys, value)
+        configs.append(_build(Config, merged, "", f"{path.name} stage {name}"))
+    return configs
 
 
 def _merge(base: dict, over: dict) -> dict:
@@ -231,33 +252,29 @@ def _merge(base: dict, over: dict) -> dict:
     return merged
 
 
-def _finish(values: dict, stage: str, overrides: list[str], file: str) -> Config:
-    for override in overrides:
-        _apply(override, values, stage)
-    if stage:
-        values = _merge(values, {"run": {"stage": stage}})
-    return _build(Config, values, "", f"{file} stage {stage}" if stage else file)
-
-
-def _apply(override: str, values: dict, stage: str) -> None:
+def _parse_override(override: str, stages: dict) -> tuple[str | None, list[str], Any]:
+    """The stage (None: all), the keys and the value of "STAGE:key.key=value"."""
     key, equals, text = override.partition("=")
     if not equals:
         raise ConfigError(f'--set {override}: expected key=value, for example "optim.lr=1e-4"')
-    only, colon, rest = key.partition(":")
-    if colon:
-        key = rest
-        if only != stage:
-            return
+    stage, colon, rest = key.partition(":")
+    if colon and stage not in stages:
+        raise ConfigError(f'--set {override}: no stage "{stage}"{_nearest(stage, stages) if stages else ""}')
     try:
         value = json.loads(text)
     except json.JSONDecodeError:
         value = text
-    *sections, name = key.split(".")
-    for section in sections:
-        values = values.setdefault(section, {})
+    return (stage if colon else None), (rest if colon else key).split("."), value
+
+
+def _set(values: dict, keys: list[str], value: Any) -> None:
+    for section in keys[:-1]:
+        if values.get(section) is None:
+            values[section] = {}
+        values = values[section]
         if not isinstance(values, dict):
-            raise ConfigError(f"--set {override}: {section} is not a section")
-    values[name] = value
+            raise ConfigError(f"--set {'.'.join(keys)}: {section} is not a section")
+    values[keys[-1]] = value
 
 
 def _build(cls: type, values: Any, where: str, file: str) -> Any:
@@ -299,7 +316,7 @@ def _convert(hint: Any, value: Any, name: str, file: str) -> Any:
         if not isinstance(value, list | tuple) or len(value) != length:
             raise ConfigError(f"{file}: {name} must be a list of {length} numbers, got {json.dumps(value)}")
         return tuple(_convert(float, item, name, file) for item in value)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+    if hint is float and isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1e300:
         return float(value)
     expected = {float: "a number", int: "a whole number", str: "text", dict: "an object"}[hint]
     wrong_number = isinstance(value, bool) or (isinstance(value, float) and not math.isfinite(value))

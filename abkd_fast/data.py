@@ -83,20 +83,26 @@ def _raw_rows(source: str) -> Iterator[tuple[str, object]]:
 
 def _read_jsonl(path: pathlib.Path) -> Iterator[tuple[str, object]]:
     number = 0
-    with path.open(encoding="utf-8") as file:
-        try:
+    try:
+        with path.open(encoding="utf-8") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
                     yield f"{path} line {number}", json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ConfigError(f"{path} line {number}: broken JSON: {error.msg}") from None
-        except UnicodeDecodeError as error:
-            raise ConfigError(f"{path}: is not UTF-8 text after line {number} ({error.reason})") from None
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{path} line {number}: broken JSON: {error.msg}") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: can't be read ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: is not UTF-8 text after line {number} ({error.reason})") from None
 
 
 def _check(values: object, where: str) -> dict:
     if not isinstance(values, dict):
         raise ConfigError(f"{where}: expected a JSON object with instruction, input and output")
+    try:
+        json.dumps(values, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise ConfigError(f"{where}: has half of a surrogate pair, which no text has") from None
     if "messages" in values:
         messages = values["messages"]
         good = isinstance(messages, list) and all(
@@ -135,6 +141,9 @@ def tokenise(rows: list[Row], tokenizer: PreTrainedTokenizerBase, max_length: in
 
     Raises ConfigError where a prompt leaves no room for a response.
     """
+    chat = next((row for row in rows if "messages" in row.values), None)
+    if chat is not None and tokenizer.chat_template is None:
+        raise ConfigError(f"{chat.where}: has messages, but the tokenizer has no chat template; use prompt and output")
     content = [row.values for row in rows]
     identity = [content, _tokenizer_identity(tokenizer), max_length]
     key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
@@ -153,6 +162,8 @@ def tokenise(rows: list[Row], tokenizer: PreTrainedTokenizerBase, max_length: in
     if progress:
         datasets.enable_progress_bar()
     for row, length in zip(rows, dataset["prompt_length"], strict=True):
+        if length == 0:
+            raise ConfigError(f"{row.where}: the prompt is empty: nothing predicts the first token of the response")
         if length >= max_length:
             raise ConfigError(
                 f"{row.where}: the prompt has {length} tokens and fills all {max_length}: nothing to learn; "

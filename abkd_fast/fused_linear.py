@@ -197,6 +197,7 @@ def _(student_hidden, student_weight, *arguments):  # noqa: ANN001
 
 
 def _save(ctx, inputs, output) -> None:  # noqa: ANN001
+    ctx.set_materialize_grads(False)
     ctx.need = inputs[12]
     ctx.dtypes = [None if x is None else x.dtype for x in inputs[:3]]
     ctx.save_for_backward(*output[2:])
@@ -204,6 +205,8 @@ def _save(ctx, inputs, output) -> None:  # noqa: ANN001
 
 def _backward(ctx, upstream: Tensor, *_: Tensor) -> tuple:  # noqa: ANN001
     refuse_second_derivative()
+    if upstream is None:
+        return (None,) * 14
     gradients = [
         (gradient * upstream).to(dtype) if needed else None
         for gradient, dtype, needed in zip(ctx.saved_tensors, ctx.dtypes, ctx.need, strict=True)

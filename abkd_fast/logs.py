@@ -39,7 +39,6 @@ class RunLog:
             disable=not console.is_terminal,
         )
         self.task = self.bar.add_task("training", total=steps, numbers="")
-        self.started = self.last = time.perf_counter()
 
     def __enter__(self) -> RunLog:
         from torch.utils.tensorboard import SummaryWriter
@@ -47,6 +46,7 @@ class RunLog:
         self.file = (self.folder / "metrics.jsonl").open("a", encoding="utf-8", buffering=1)
         self.board = SummaryWriter(self.folder / "tensorboard")
         self.bar.start()
+        self.started = self.last = time.perf_counter()
         return self
 
     def __exit__(self, *error: types.TracebackType | None) -> None:

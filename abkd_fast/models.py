@@ -16,6 +16,7 @@ from transformers.utils import logging as transformers_logging
 from . import attention, tasks
 from .config import ConfigError, ModelConfig
 from .data import Batch, pack
+from .ops import shared_vocabulary
 
 transformers_logging.disable_progress_bar()  # one bar on the terminal: the run's own
 
@@ -30,6 +31,8 @@ def check_path(path: str, key: str) -> None:
     if folder.exists():
         if not (folder / "config.json").exists():
             raise ConfigError(f"{key}: {path} has no config.json; expected a model folder in Hugging Face layout")
+        if not [*folder.glob("*.safetensors"), *folder.glob("*.bin")]:
+            raise ConfigError(f"{key}: {path} has no weights (*.safetensors or *.bin)")
     elif looks_local:
         raise ConfigError(f"{key}: {path}: no such model folder")
 
@@ -42,9 +45,11 @@ def read_config(spec: ModelConfig, key: str) -> PretrainedConfig:
             config = AutoConfig.from_pretrained(spec.path)
         else:
             config = AutoConfig.for_model(**spec.config)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        if isinstance(error, ConfigError):
-            raise
+        with torch.device("meta"):  # no memory: only whether the numbers fit together
+            AutoModelForCausalLM.from_config(config)
+    except ConfigError:
+        raise
+    except Exception as error:  # transformers checks with many kinds of errors
         what = (
             f"{key}.path: {spec.path}: no such folder, and no such model on the Hub" if spec.path else f"{key}.config"
         )
@@ -64,7 +69,7 @@ def read_tokenizer(path: str, key: str) -> PreTrainedTokenizerBase:
         if os.sep in path and not pathlib.Path(path).exists() and path.count("/") > 1:
             raise OSError("no such folder")
         tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # of many kinds: a broken file, no network, a missing package
         raise ConfigError(f"{key}: {path}: no tokenizer there ({_first_line(error)})") from None
     if tokenizer.eos_token_id is None:
         raise ConfigError(f"{key}: {path}: has no end token (eos_token), which every response needs")
@@ -98,6 +103,18 @@ def check_vocabularies(
         if size < needed:
             text = ", ".join(f"{name} has {number}" for name, number in sizes.items())
             raise ConfigError(f"vocabulary: the tokenizer has {needed} tokens, but the {role} fewer ({text})")
+    if teacher is not None:
+        try:
+            shared_vocabulary(student.vocab_size, teacher.vocab_size)
+        except ValueError as error:
+            raise ConfigError(f"vocabulary: {error}") from None
+
+
+def check_length(config: PretrainedConfig, key: str, max_length: int) -> None:
+    """Raises ConfigError where samples may be longer than the model has positions."""
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is not None and max_length > positions:
+        raise ConfigError(f"data.max_length is {max_length}, but the {key} has {positions} positions; lower it")
 
 
 def load(
@@ -114,8 +131,17 @@ def load(
     if spec.path is None:
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     else:
-        model = AutoModelForCausalLM.from_pretrained(spec.path, config=config, dtype=dtype)
+        try:
+            model = AutoModelForCausalLM.from_pretrained(spec.path, config=config, dtype=dtype)
+        except Exception as error:  # of many kinds: missing, truncated or foreign files
+            raise ConfigError(f"{key}.path: {spec.path}: its weights can't be read ({_first_line(error)})") from None
     return PackedCausalLM(model.to(device), key)
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    """The type that a matrix product of `x` computes in here."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 class PackedCausalLM(nn.Module):
@@ -155,8 +181,9 @@ class PackedCausalLM(nn.Module):
 
     def forward(self, batch: Batch, loss: Callable[..., Tensor]) -> Tensor:
         hidden = self.hidden_states(batch)
-        weight, bias = self.head.weight.to(hidden.dtype), self.head.bias
-        return loss(hidden, weight, None if bias is None else bias.to(hidden.dtype))
+        dtype = _compute_dtype(hidden)
+        weight, bias = self.head.weight.to(dtype), self.head.bias
+        return loss(hidden.to(dtype), weight, None if bias is None else bias.to(dtype))
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:
@@ -199,7 +226,7 @@ class PackedCausalLM(nn.Module):
             reason = f"its output projection gives {packed.shape[1]} logits, the model {padded.shape[1]}"
         else:
             worst = ((packed - padded).abs().max() / padded.abs().max().clamp(min=1e-3)).item()
-            tolerance = 2e-3 if hidden.dtype in (torch.float32, torch.float64) else 5e-2
+            tolerance = 2e-3 if _compute_dtype(hidden) in (torch.float32, torch.float64) else 5e-2
             if not worst < tolerance:
                 traits = ("final_logit_softcapping", "logit_scale", "logits_scaling", "attn_logit_softcapping")
                 named = [f"{name} = {value}" for name in traits if (value := getattr(config, name, None)) is not None]

@@ -114,11 +114,14 @@ def _(student, teacher, labels, family, parameters, temperature, hard_weight, ne
 
 
 def _save_gradient(ctx, inputs, output) -> None:  # noqa: ANN001
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(output[1])
 
 
 def _backward(ctx, upstream: Tensor, _: Tensor) -> tuple:  # noqa: ANN001
     refuse_second_derivative()
+    if upstream is None:
+        return (None,) * 8
     (gradient,) = ctx.saved_tensors
     return (gradient * upstream[:, None]).to(gradient.dtype), *[None] * 7
 

@@ -10,19 +10,18 @@ from rich.table import Table
 
 from . import models
 from .config import Config, ConfigError, ModelConfig
+from .data import read_rows
 from .logs import console
-from .trainer import Trainer
+from .trainer import Trainer, check_folder
 
 
 def run(stages: list[Config]) -> list[dict]:
     """Trains what is not there yet and returns the summary of every stage. Raises ConfigError before any training."""
-    stages = [_resolve(config, {other.run.stage for other in stages[:index]}) for index, config in enumerate(stages)]
+    for index, config in enumerate(stages):
+        _check(config, {other.run.stage for other in stages[:index]})
+    stages = [_resolve(config) for config in stages]
     for config in stages:
         _is_finished(config)
-        for key in ("student", "teacher"):
-            spec = getattr(config, key)
-            if spec is not None and spec.path is not None and not spec.path.startswith(str(config.run.root)):
-                models.check_path(spec.path, f"{key}.path")
     summaries = []
     for config in stages:
         if _is_finished(config):
@@ -37,21 +36,32 @@ def run(stages: list[Config]) -> list[dict]:
     return summaries
 
 
-def _resolve(config: Config, earlier: set[str]) -> Config:
-    """The same configuration with "stage:NAME" replaced by the folder of that stage's result."""
-
-    def path_of(spec: ModelConfig | None, key: str) -> ModelConfig | None:
-        if spec is None or spec.path is None or not spec.path.startswith("stage:"):
-            return spec
-        name = spec.path.removeprefix("stage:")
-        if name not in earlier:
+def _check(config: Config, earlier: set[str]) -> None:
+    """Raises ConfigError for rows, models and references to stages that can't be used, before anything is trained."""
+    for key, spec in _models(config).items():
+        if not spec.is_stage:
+            models.read_config(spec, key)
+        elif spec.path.removeprefix("stage:") not in earlier:
             known = ", ".join(sorted(earlier)) or "none"
             raise ConfigError(f"{key}.path: {spec.path}: no such stage before this one; earlier stages: {known}")
-        return dataclasses.replace(spec, path=str(config.run.root / name / "final"))
+    for source, limit in ((config.data.train, config.data.train_rows), (config.data.dev, config.data.dev_rows)):
+        if source is not None:
+            read_rows(source, limit)
 
-    return dataclasses.replace(
-        config, student=path_of(config.student, "student"), teacher=path_of(config.teacher, "teacher")
-    )
+
+def _models(config: Config) -> dict[str, ModelConfig]:
+    roles = {"student": config.student, "teacher": config.teacher}
+    return {key: spec for key, spec in roles.items() if spec is not None}
+
+
+def _resolve(config: Config) -> Config:
+    """The same configuration with "stage:NAME" replaced by the folder of that stage's result."""
+    paths = {
+        key: dataclasses.replace(spec, path=str(config.run.root / spec.path.removeprefix("stage:") / "final"))
+        for key, spec in _models(config).items()
+        if spec.is_stage
+    }
+    return dataclasses.replace(config, **paths)
 
 
 def _is_finished(config: Config) -> bool:
@@ -60,7 +70,7 @@ def _is_finished(config: Config) -> bool:
     if not folder.exists():
         return False
     if not config.run.stage:
-        raise ConfigError(f"{folder} exists already: choose another run.name, or move it aside")
+        check_folder(folder)
     if not (folder / "final").exists():
         raise ConfigError(f"{folder} exists, but was not finished: move it aside, or choose another run.name")
     then, now = json.loads((folder / "config.json").read_text(encoding="utf-8")), config.to_dict()

@@ -9,7 +9,7 @@ from .config import ConfigError, describe, load
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs a recipe; returns the exit status: 0, or 2 for something the user can mend."""
+    """Runs a recipe; returns the exit status: 0, 2 for a mistake in the input, 1 for a loss that diverged."""
     parser = argparse.ArgumentParser(
         prog="python -m abkd_fast.train",
         description="Distil or fine-tune a language model.",
@@ -23,7 +23,8 @@ def main(arguments: list[str] | None = None) -> int:
         default=[],
         metavar="KEY=VALUE",
         dest="overrides",
-        help="override a value, for example optim.lr=1e-4, or distil:train.steps=50 for the stage distil alone",
+        help="override a value, for example optim.lr=1e-4; distil:train.steps=50 changes the stage distil alone, and "
+        "is the way to change what a stage sets itself",
     )
     options = parser.parse_args(arguments)
     try:
@@ -34,6 +35,9 @@ def main(arguments: list[str] | None = None) -> int:
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except FloatingPointError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     return 0
 
 

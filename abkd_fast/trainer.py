@@ -6,6 +6,8 @@ import contextlib
 import functools
 import json
 import math
+import os
+import pathlib
 import time
 from collections.abc import Iterator
 
@@ -30,8 +32,7 @@ class Trainer:
         self.device = choose_device(config.train.device)
         self.dtype = choose_dtype(config.train.dtype, self.device)
         self.method = methods.find(config.method)(config)
-        if config.run.folder.exists():
-            raise ConfigError(f"{config.run.folder} exists already: choose another run.name, or move it aside")
+        check_folder(config.run.folder)
         self.student_config = models.read_config(config.student, "student")
         self.teacher_config = models.read_config(config.teacher, "teacher") if self.method.needs_teacher else None
         source = config.tokenizer or config.student.path
@@ -40,6 +41,9 @@ class Trainer:
         if self.method.needs_teacher and config.teacher.path is not None:
             theirs = models.read_tokenizer(config.teacher.path, "teacher.path")
         models.check_vocabularies(self.tokenizer, self.student_config, self.teacher_config, theirs)
+        models.check_length(self.student_config, "student", config.data.max_length)
+        if self.method.needs_teacher:
+            models.check_length(self.teacher_config, "teacher", config.data.max_length)
         self._read_data()
 
     def _read_data(self) -> None:
@@ -101,14 +105,17 @@ class Trainer:
             last, samples, seconds = first, 0, 0.0
             window = Window(self.device)
             for step, batch in enumerate(self._batches(), 1):
-                started = time.perf_counter()
+                started, rate = time.perf_counter(), self.scheduler.get_last_lr()[0]
                 window.add(*self._step(batch), len(batch), sum(len(sample["input_ids"]) for sample in batch))
                 log.advance(step)
+                evaluate = step == self.steps or (config.eval.every_steps and step % config.eval.every_steps == 0)
                 if step % config.log.every_steps == 0 or step == self.steps:
-                    window.write(log, step, self.scheduler.get_last_lr()[0])
+                    window.write(log, step, rate)
+                elif evaluate and self.device.type == "cuda":
+                    torch.cuda.synchronize()  # the steps' time must not be counted as the evaluation's
                 seconds += time.perf_counter() - started
                 samples += len(batch)
-                if step == self.steps or (config.eval.every_steps and step % config.eval.every_steps == 0):
+                if evaluate:
                     last = self._evaluate(log, step)
         summary = {
             "method": config.method,
@@ -222,6 +229,15 @@ class Window:
 
 def _cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
     return fused_linear_cross_entropy(hidden, weight, labels, student_bias=bias, reduction="sum")
+
+
+def check_folder(folder: pathlib.Path) -> None:
+    """Raises ConfigError where a run's folder exists, or can't be made."""
+    if folder.exists():
+        raise ConfigError(f"{folder} exists already: choose another run.name, or move it aside")
+    parent = next(parent for parent in folder.absolute().parents if parent.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise ConfigError(f"run.dir: {folder} can't be made: {parent} is not a folder that can be written to")
 
 
 def choose_device(wish: str) -> torch.device:

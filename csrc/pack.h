@@ -69,7 +69,8 @@ inline Rows pack(const torch::stable::Tensor& student, const std::optional<torch
   rows.temperature = temperature;
   rows.hard_weight = hard_weight;
   if (labels) {
-    STD_TORCH_CHECK(labels->dim() == 1 && labels->size(0) == rows.count && labels->stride(0) == 1 &&
+    STD_TORCH_CHECK(labels->dim() == 1 && labels->size(0) == rows.count &&
+                        (rows.count <= 1 || labels->stride(0) == 1) &&
                         labels->scalar_type() == torch::headeronly::ScalarType::Long,
                     "labels must be contiguous int64 [", rows.count, "]");
     STD_TORCH_CHECK(labels->device() == student.device(), "labels must be on the device of student");

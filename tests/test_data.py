@@ -32,6 +32,7 @@ def tokenised(rows, max_length=64):
         ([{**GOOD, "input": 3}], 'line 1: "input" must be text'),
         ([{"messages": [{"role": "user", "content": "x"}]}], "the last by the assistant"),
         (["5"], "line 1: expected a JSON object"),
+        (['{"prompt": "x", "output": "\\ud800"}'], "line 1: has half of a surrogate pair"),
     ],
 )  # fmt: skip
 def test_bad_rows_are_named(write_jsonl, rows, message):
@@ -84,6 +85,15 @@ def test_long_response_is_cut_and_long_prompt_refused(write_jsonl):
     assert cut["input_ids"] == tokenised(rows, 500)[0]["input_ids"][:20]
     with pytest.raises(ConfigError, match=r"line 1: the prompt has \d+ tokens and fills all 4.*raise data.max_length"):
         tokenised(rows, 4)
+
+
+def test_empty_prompt_and_missing_chat_template_are_refused(write_jsonl):
+    # A response whose first token nothing predicts would take the last token of the sample before it.
+    with pytest.raises(ConfigError, match="line 1: the prompt is empty"):
+        tokenised(read_rows(write_jsonl([{"prompt": "", "output": "Hello."}])))
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    with pytest.raises(ConfigError, match="no chat template"):
+        tokenised(read_rows(write_jsonl([{"messages": messages}])))
 
 
 def test_cache_follows_content_and_length(write_jsonl):

@@ -169,3 +169,14 @@ def test_batch_moves_all_but_labels():
     moved = batch.to(torch.device("meta"))
     devices = {field.name: getattr(moved, field.name) for field in dataclasses.fields(moved)}
     assert {name for name, x in devices.items() if isinstance(x, torch.Tensor) and x.device == CPU} == {"labels"}
+
+
+def test_check_tolerates_the_rounding_of_16_bits():
+    # Under autocast hidden states may come out in float32, but are only as good as the products that made them.
+    model = build(GPT2, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        model.check()
+        hidden = []
+        (batch,) = pack(samples([9, 5]), max_tokens=14)
+        model(batch, lambda h, weight, bias: hidden.extend((h, weight)) or h.sum())
+    assert {x.dtype for x in hidden} == {torch.bfloat16}

@@ -1,4 +1,5 @@
 import json
+import pathlib
 import subprocess
 import sys
 
@@ -138,9 +139,9 @@ def test_schedule_and_decay_groups(recipe):
     assert {p.dim() for p in plain["params"]} == {1}
 
 
-def test_non_finite_loss_stops(recipe):
-    with pytest.raises(FloatingPointError, match="the loss is nan within the 4 steps up to step 4"):
-        main(recipe(["optim.lr=1e30", "optim.clip_norm=1e30", "optim.schedule=constant"]))
+def test_non_finite_loss_stops(recipe, capsys):
+    assert main(recipe(["optim.lr=1e30", "optim.clip_norm=1e30", "optim.schedule=constant"])) == 1
+    assert "the loss is nan within the 4 steps up to step 4" in capsys.readouterr().err
 
 
 @pytest.fixture
@@ -175,14 +176,25 @@ BAD = {
     "no model folder": (["student.config=null", "student.path=./nowhere"], "student.path: ./nowhere: no such model"),
     "small vocabulary": (["student.config.vocab_size=300"], "but the student fewer (student has 300)"),
     "unknown model type": (["student.config.model_type=lama"], "student.config"),
+    "padding too large": (["method=ab", "teacher.config=null", "teacher.path=@teacher"], "student has 1024 vocabulary"),
+    "no positions": (["student.config.max_position_embeddings=64"], "max_length is 128, but the student has 64"),
+    "width that is no number": (["student.config.hidden_size=wide"], "student.config"),
+    "no causal model": (["student.config.model_type=t5"], "student.config"),
+    "negative seed": (["run.seed=-1"], "run.seed is -1, expected at least 0"),
+    "huge number": (["optim.lr=1" + 400 * "0"], "optim.lr must be a number"),
+    "tiny temperature": (["temperature=1e-300"], "temperature is 1e-300"),
+    "nameless run": (["run.name=."], "expected the name of a folder"),
+    "folder that is a file": (["run.dir=/dev/null/x"], "can't be made"),
     "stage that is not": (["teacher.path=stage:x", "method=ab"], "no such stage before this one"),
     "refused model": (["student.config.model_type=stablelm"], "can't be trained packed"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_input_is_one_line_and_status_2(recipe, tmp_path, capsys, name):
+def test_bad_input_is_one_line_and_status_2(recipe, teacher_folder, tmp_path, capsys, name):
     overrides, message = BAD[name]
+    if "teacher.path=@teacher" in overrides:
+        overrides = [*overrides[:-1], f"teacher.path={teacher_folder(vocab_size=9000)}"]
     assert main(recipe(overrides)) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ")
@@ -202,6 +214,24 @@ def test_vocabulary_and_tokenizer_mismatch(recipe, teacher_folder, capsys):
     folder = teacher_folder(PreTrainedTokenizerFast(tokenizer_object=other, eos_token="<end>"))
     assert main(recipe(method="ab", teacher={"path": folder})) == 2
     assert "differ at id 1 ('!' / 'b')" in capsys.readouterr().err
+
+
+def test_later_stages_are_checked_before_the_first_is_trained(recipe, tmp_path, capsys):
+    stages = {"one": {"method": "sft"}, "two": {"method": "sft", "data": {"train": "nowhere.jsonl"}}}
+    assert main(recipe(stages=stages)) == 2
+    assert "nowhere.jsonl: no such file" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_model_folder_without_weights(recipe, teacher_folder, capsys):
+    folder = pathlib.Path(teacher_folder())
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    assert main(recipe(method="ab", teacher={"path": str(folder)})) == 2
+    assert "its weights can't be read" in capsys.readouterr().err
+    weights.unlink()
+    assert main(recipe(method="ab", teacher={"path": str(folder)})) == 2
+    assert "has no weights" in capsys.readouterr().err
 
 
 def test_existing_run_is_left_alone(recipe, tmp_path, capsys):

@@ -4,9 +4,9 @@
 //   (B) sums of values and slopes, 3 exponentials
 //   (C) gradient, 4 exponentials (the slope is computed again: cheaper than keeping it)
 //
-// Where both rows fit into shared memory they stay there between the passes and device memory is read once; else the
-// passes read again, mostly from the second-level cache. Bytes an element: 2 reads and 1 write of a logit.
-// Nothing here includes a PyTorch header.
+// Where both rows fit into shared memory (on an H100 up to 58,000 logits of 16 bits, 29,000 of 32) they stay there
+// between the passes and device memory is read once; else the passes read again, mostly from the second-level cache.
+// Bytes an element: 2 reads and 1 write of a logit. Nothing here includes a PyTorch header.
 #pragma once
 
 #include <cuda_bf16.h>

@@ -60,6 +60,7 @@ ABKD_INLINE double exponential(double x) { return ::exp(x); }
 ABKD_INLINE float exponential(float x) {
   constexpr float log2e = 1.44269504f;
 #if defined(__CUDA_ARCH__)
+  x = lower(x, -200.0f);  // e^-200 is 0, and -inf would leave inf - inf below
   // ex2.approx is good to 2 ulp; the rounding of x * log2e, which would cost |x| ulp, is put back to first order.
   const float t = x * log2e;
   const float lost = fmaf(x, log2e, -t) + x * 1.92596303e-8f;
