@@ -30,11 +30,10 @@ class RunLog:
     def __init__(self, folder: pathlib.Path, steps: int, device: torch.device) -> None:
         self.folder, self.steps, self.device = folder, steps, device
         self.bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
+            BarColumn(bar_width=6),  # so that everything fits into 84 columns
             MofNCompleteColumn(),
+            TimeRemainingColumn(compact=True),
             TextColumn("{task.fields[numbers]}"),
-            TimeRemainingColumn(),
             console=console,
             disable=not console.is_terminal,
         )
@@ -82,8 +81,8 @@ class RunLog:
         }
         self._write("train", step, values)
         text = (
-            f"loss {loss:.4f}  {samples / seconds:.1f} samples/s  {seconds / samples:.4f} s/sample  "
-            f"{tokens / seconds:.0f} tokens/s  {values['peak_memory_bytes'] / 2**30:.2f} GiB"
+            f"loss {loss:.4f} {samples / seconds:.1f} samples/s {seconds / samples:.4f} s/sample "
+            f"{tokens / seconds:.0f} tokens/s {values['peak_memory_bytes'] / 2**30:.1f} GiB"
         )
         self.bar.update(self.task, completed=step, numbers=text)
         if not console.is_terminal:
