@@ -48,10 +48,11 @@ LogNormalizer<T> log_normalizer(const T* logits, int64_t vocab, T scale) {
       normalizer.max = max;
     }
     const T shift = normalizer.max;
-    T partial = T(0);
+    double partial = 0.0;
 #pragma omp simd reduction(+ : partial)
-    for (int64_t v = begin; v < end; ++v) partial += exponential(lower(logits[v] * scale - shift, T(kLogFloor)));
-    sum += double(partial);
+    for (int64_t v = begin; v < end; ++v)
+      partial += double(exponential(lower(logits[v] * scale - shift, T(kLogFloor))));
+    sum += partial;
   }
   const double log_sum = sum == 0.0 ? 0.0 : ::log(sum);  // 0: every logit is -inf
   normalizer.log_sum = T(log_sum);
@@ -70,16 +71,16 @@ Sums<T> sum_terms(const Divergence& divergence, const T* student, const T* teach
   Sums<T> sums;
   for (int64_t begin = 0; begin < vocab; begin += kBlock) {
     const int64_t end = begin + kBlock < vocab ? begin + kBlock : vocab;
-    T value = T(0), slope = T(0);
+    double value = 0.0, slope = 0.0;
 #pragma omp simd reduction(+ : value, slope)
     for (int64_t v = begin; v < end; ++v) {
       const auto term = divergence(teacher_norm(teacher[v]), student_norm(student[v]));
-      value += term.value;
-      slope += term.slope;
+      value += double(term.value);
+      slope += double(term.slope);
       if constexpr (kGradient) slopes[v] = term.slope;
     }
-    sums.value += double(value);
-    sums.slope += double(slope);
+    sums.value += value;
+    sums.slope += slope;
   }
   return sums;
 }
