@@ -60,6 +60,23 @@ LogNormalizer<T> log_normalizer(const T* logits, int64_t vocab, T scale) {
   return normalizer;
 }
 
+// log q - log p. Straight from the logits, so that it is not rounded to the grid of log-probabilities near -35: where
+// alpha + beta = 0 every token counts alike, and roundings that they share would add up.
+template <typename T>
+struct LogRatio {
+  T scale, shift;
+  LogRatio(const LogNormalizer<T>& student, const LogNormalizer<T>& teacher)
+      : scale(student.scale), shift(T(student.value() - teacher.value())) {}
+
+  ABKD_INLINE_MEMBER T operator()(T teacher, T student, T a, T b) const {
+    const T d = bounded(student) - bounded(teacher) - shift;
+    return a + b == T(2 * kLogFloor) ? T(0) : d;
+  }
+
+ private:
+  ABKD_INLINE_MEMBER T bounded(T logit) const { return lower(logit * scale, T(kLogFloor)); }
+};
+
 template <typename T>
 struct Sums {
   double value = 0.0, slope = 0.0;
@@ -69,12 +86,14 @@ template <bool kGradient, typename T, typename Divergence>
 Sums<T> sum_terms(const Divergence& divergence, const T* student, const T* teacher, int64_t vocab,
                   LogNormalizer<T> student_norm, LogNormalizer<T> teacher_norm, T* slopes) {
   Sums<T> sums;
+  const LogRatio<T> ratio(student_norm, teacher_norm);
   for (int64_t begin = 0; begin < vocab; begin += kBlock) {
     const int64_t end = begin + kBlock < vocab ? begin + kBlock : vocab;
     double value = 0.0, slope = 0.0;
 #pragma omp simd reduction(+ : value, slope)
     for (int64_t v = begin; v < end; ++v) {
-      const auto term = divergence(teacher_norm(teacher[v]), student_norm(student[v]));
+      const T a = teacher_norm(teacher[v]), b = student_norm(student[v]);
+      const auto term = divergence(a, b, ratio(teacher[v], student[v], a, b));
       value += double(term.value);
       slope += double(term.slope);
       if constexpr (kGradient) slopes[v] = term.slope;

@@ -124,6 +124,18 @@ struct LogNormalizer {
   }
 };
 
+// log q - log p, straight from the logits: see the CPU driver.
+struct LogRatio {
+  float scale, shift;
+  __device__ __forceinline__ LogRatio(const LogNormalizer& student, const LogNormalizer& teacher)
+      : scale(student.scale), shift((student.max - teacher.max) + (student.log_sum - teacher.log_sum)) {}
+
+  __device__ __forceinline__ float operator()(float teacher, float student, float a, float b) const {
+    const float d = lower(student * scale, kLogFloor) - lower(teacher * scale, kLogFloor) - shift;
+    return a + b == 2.0f * kLogFloor ? 0.0f : d;
+  }
+};
+
 // All threads of the block receive the result; `scratch` is shared, kWarps long, and free again when this returns.
 __device__ __forceinline__ LogNormalizer reduce(OnlineSum online, float scale, float2* scratch) {
 #pragma unroll
@@ -228,6 +240,7 @@ __global__ void __launch_bounds__(kThreads, 1) row_kernel(Rows rows, Divergence 
     student_norm = reduce(student_sum, scale, scratch);
     teacher_norm = reduce(teacher_sum, scale, scratch);
   }
+  const LogRatio ratio(student_norm, teacher_norm);
   if constexpr (kOnChip) __syncthreads();
 
   const Logit* z_row = kOnChip ? kept_student : student;
@@ -242,7 +255,9 @@ __global__ void __launch_bounds__(kThreads, 1) row_kernel(Rows rows, Divergence 
       const auto y = Pack<Logit, kWidth>::load(y_row + v, kWidth > 1 && y_aligned);
 #pragma unroll
       for (int i = 0; i < kWidth; ++i) {
-        const auto term = divergence(teacher_norm(to_float(y.values[i])), student_norm(to_float(z.values[i])));
+        const float student_logit = to_float(z.values[i]), teacher_logit = to_float(y.values[i]);
+        const float a = teacher_norm(teacher_logit), b = student_norm(student_logit);
+        const auto term = divergence(a, b, ratio(teacher_logit, student_logit, a, b));
         sums.x += term.value;
         sums.y += term.slope;
       }
@@ -266,8 +281,9 @@ __global__ void __launch_bounds__(kThreads, 1) row_kernel(Rows rows, Divergence 
       const float logit = to_float(z.values[i]);
       float g = 0.0f;
       if constexpr (Divergence::has_teacher) {
-        const float b = student_norm(logit);
-        g = weight * (divergence(teacher_norm(to_float(y.values[i])), b).slope - exponential(b) * sums.y);
+        const float teacher_logit = to_float(y.values[i]);
+        const float a = teacher_norm(teacher_logit), b = student_norm(logit);
+        g = weight * (divergence(a, b, ratio(teacher_logit, logit, a, b)).slope - exponential(b) * sums.y);
       }
       if (hard) g += hard_weight * (exponential(plain(logit)) - (v + i == label ? 1.0f : 0.0f));
       out.values[i] = from_float<Logit>(g);

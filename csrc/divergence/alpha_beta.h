@@ -62,8 +62,7 @@ struct AlphaBeta {
     slope_gap2 = whole ? T((x2 - x1) / (x2 - x0)) : T(1);
   }
 
-  ABKD_INLINE_MEMBER Term operator()(T a, T b) const {
-    const T d = b - a;
+  ABKD_INLINE_MEMBER Term operator()(T a, T b, T d) const {
     const T magnitude = absolute(d);
     const bool rising = gap * d > T(0);  // the last node carries the largest power
     const T decay1 = exponential(-rate1 * magnitude);
