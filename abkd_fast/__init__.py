@@ -2,14 +2,15 @@
 
 import importlib
 
-_HOME = {
-    "AlphaBeta": "divergences",
-    "parse": "divergences",
-    "build_info": "ops",
-    "divergence_loss": "ops",
-    "fused_linear_cross_entropy": "fused_linear",
-    "fused_linear_divergence": "fused_linear",
+_MODULES = {
+    "divergences": """
+        AKL AlphaBeta AlphaDivergence AlphaNet BDKD ForwardKL Hellinger JensenShannon ReverseKL SkewForwardKL
+        SkewReverseKL TotalVariation WSD parse
+    """,
+    "ops": "build_info divergence_loss",
+    "fused_linear": "fused_linear_cross_entropy fused_linear_divergence",
 }
+_HOME = {name: module for module, names in _MODULES.items() for name in names.split()}
 __all__ = sorted(_HOME)
 
 

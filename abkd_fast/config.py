@@ -157,8 +157,12 @@ class LogConfig:
 class Config:
     """One run: a student, a way to train it, and data."""
 
-    method: Annotated[str, "sft (no teacher) or ab (ABKD: divergence to a teacher on the data's responses)"] = "ab"
-    loss: Annotated[str, "the divergence: ab:ALPHA,BETA"] = "ab:0.2,0.7"
+    method: Annotated[str, "sft (no teacher), or ab or kd (divergence to a teacher on the data's responses)"] = "ab"
+    loss: Annotated[
+        str,
+        "the divergence: ab:ALPHA,BETA, fkl, rkl, wsd:LAM, bdkd, jsd:LAM, akl:MU, tvd, sfkl:LAM, srkl:LAM, "
+        "alphanet:ALPHA1,ALPHA2[,token], hellinger or alpha:ALPHA",
+    ] = "ab:0.2,0.7"
     temperature: Annotated[float, "divides both models' logits in the divergence"] = 1.0
     hard_weight: Annotated[float, "w in (1 - w) divergence + w cross-entropy"] = 0.0
     tokenizer: Annotated[str | None, "folder or Hub name (default: the student's)"] = None

@@ -1,15 +1,59 @@
-"""The catalogue of divergences between a teacher p and a student q: plain values that the kernels understand."""
+"""The catalogue of divergences between a teacher p and a student q: plain values that the kernels understand.
+
+All are divergences proper, 0 where p = q: the forward terms are KL(p, q), not the cross-entropy that some codes report.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import enum
 import math
 from typing import ClassVar
 
 
+class Family(enum.IntEnum):
+    """What the kernels implement; the numbers are those in csrc/rows.h."""
+
+    CROSS_ENTROPY = 0
+    ALPHA_BETA = 1
+    ALPHA_NET = 2
+    WEIGHTED_KL = 3
+    BALANCED_KL = 4
+    ADAPTIVE_KL = 5
+    MIXTURE = 6
+    TOTAL_VARIATION = 7
+
+
+class Divergence:
+    """Base of the catalogue: spelled `str(divergence)`, read back by `parse`."""
+
+    family: ClassVar[Family]
+
+    @property
+    def parameters(self) -> list[float]:
+        """The numbers that the kernel of `family` takes."""
+        return []
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, float | int) and not math.isfinite(value):
+                raise ValueError(f"{field.name} is {value}, expected a finite number")
+
+    def __str__(self) -> str:
+        name = next(name for name, divergence in BY_NAME.items() if divergence is type(self))
+        values = [getattr(self, field.name) for field in dataclasses.fields(self)]
+        return name + ":" * bool(values) + ",".join(str(value).removesuffix(".0") for value in values)
+
+
+def _check_inside(name: str, value: float, ends: str) -> None:
+    if not 0 < value < 1:
+        raise ValueError(f"{name} is {value}, expected a number between 0 and 1, both excluded ({ends})")
+
+
 @dataclasses.dataclass(frozen=True)
-class AlphaBeta:
+class AlphaBeta(Divergence):
     """Alpha-beta divergence (ABKD, ICML 2025, equation 5), for every real alpha and beta.
 
     D(p, q) = -1 / (alpha beta) sum_v [p^alpha q^beta - alpha / (alpha + beta) p^(alpha + beta)
@@ -23,47 +67,239 @@ class AlphaBeta:
 
     alpha: float = 0.2
     beta: float = 0.7
-    family: ClassVar[int] = 1
-
-    def __post_init__(self) -> None:
-        for name, value in (("alpha", self.alpha), ("beta", self.beta)):
-            if not math.isfinite(value):
-                raise ValueError(f"{name} is {value}, expected a finite number")
+    family: ClassVar[Family] = Family.ALPHA_BETA
 
     @property
     def parameters(self) -> list[float]:
         return [float(self.alpha), float(self.beta)]
 
-    def __str__(self) -> str:
-        return f"ab:{self.alpha:g},{self.beta:g}"
+
+@dataclasses.dataclass(frozen=True)
+class AlphaDivergence(Divergence):
+    """(1 - sum p^alpha q^(1 - alpha)) / (alpha (1 - alpha)): `AlphaBeta(alpha, 1 - alpha)`."""
+
+    alpha: float = 0.5
+    family: ClassVar[Family] = Family.ALPHA_BETA
+
+    @property
+    def parameters(self) -> list[float]:
+        return [float(self.alpha), 1.0 - self.alpha]
 
 
 @dataclasses.dataclass(frozen=True)
-class CrossEntropy:
-    """No teacher: the cross-entropy with the labels alone (supervised fine-tuning)."""
+class Hellinger(Divergence):
+    """2 sum (sqrt p - sqrt q)^2, four times the squared Hellinger distance: `AlphaBeta(.5, .5)`."""
 
-    family: ClassVar[int] = 0
-    parameters: ClassVar[list[float]] = []
+    family: ClassVar[Family] = Family.ALPHA_BETA
+
+    @property
+    def parameters(self) -> list[float]:
+        return [0.5, 0.5]
 
 
-Divergence = AlphaBeta
-BY_NAME = {"ab": AlphaBeta}
+@dataclasses.dataclass(frozen=True)
+class AlphaNet(Divergence):
+    """The larger of two alpha-divergences (AlphaNet); only the larger one has a gradient.
+
+    `per="batch"` compares the means over all rows of a call, as the published code of ABKD does (a call is one
+    micro-batch); `per="token"` compares them row by row.
+    """
+
+    alpha1: float = 0.2
+    alpha2: float = 0.8
+    per: str = "batch"
+    family: ClassVar[Family] = Family.ALPHA_NET
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.per not in ("batch", "token"):
+            raise ValueError(f'per is "{self.per}", expected "batch" or "token"')
+
+    @property
+    def parameters(self) -> list[float]:
+        return [float(self.alpha1), float(self.alpha2)]
+
+    @property
+    def branches(self) -> tuple[AlphaDivergence, AlphaDivergence]:
+        return AlphaDivergence(self.alpha1), AlphaDivergence(self.alpha2)
+
+
+@dataclasses.dataclass(frozen=True)
+class ForwardKL(Divergence):
+    """KL(p, q) = sum p log(p / q), word-level distillation (FKL, FKLD). TRL: `beta=0`."""
+
+    family: ClassVar[Family] = Family.WEIGHTED_KL
+
+    @property
+    def parameters(self) -> list[float]:
+        return [1.0, 0.0]
+
+
+@dataclasses.dataclass(frozen=True)
+class ReverseKL(Divergence):
+    """KL(q, p) = sum q log(q / p) (RKL, RKLD). TRL: `beta=1`."""
+
+    family: ClassVar[Family] = Family.WEIGHTED_KL
+
+    @property
+    def parameters(self) -> list[float]:
+        return [0.0, 1.0]
+
+
+@dataclasses.dataclass(frozen=True)
+class WSD(Divergence):
+    """Weighted sum of both directions: (1 - lam) KL(p, q) + lam KL(q, p). `lam` weights the reverse one."""
+
+    lam: float = 0.5
+    family: ClassVar[Family] = Family.WEIGHTED_KL
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.lam <= 1:
+            raise ValueError(f"lam is {self.lam}, expected 0 (forward KL) to 1 (reverse KL)")
+
+    @property
+    def parameters(self) -> list[float]:
+        return [1.0 - self.lam, float(self.lam)]
+
+
+@dataclasses.dataclass(frozen=True)
+class BDKD(Divergence):
+    """Both directions, in each row three times the one that the entropies call for: wT KL(p, q) + wS KL(q, p).
+
+    wT is 3 where H(p) > H(q), else 1; wS is 3 where H(q) > H(p), else 1. The entropies are of the logits' full
+    precision (in the published code they are NaN in 16 bits, and every weight 1); the weights are constants for the
+    gradient.
+    """
+
+    family: ClassVar[Family] = Family.BALANCED_KL
+
+
+@dataclasses.dataclass(frozen=True)
+class AKL(Divergence):
+    """Both directions, weighted row by row: h KL(p, q) + (1 - h) KL(q, p) (AKL, "Rethinking KL divergence in KD").
+
+    h is the share of sum |p - q| in the teacher's head: its likeliest tokens whose probabilities together stay within
+    `mu`, at least one. Tokens that tie with the first beyond the head are outside; h is .5 where p = q, and a constant
+    for the gradient.
+    """
+
+    mu: float = 0.5
+    family: ClassVar[Family] = Family.ADAPTIVE_KL
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_inside("mu", self.mu, "the probability of the head")
+
+    @property
+    def parameters(self) -> list[float]:
+        return [float(self.mu)]
+
+
+@dataclasses.dataclass(frozen=True)
+class JensenShannon(Divergence):
+    """lam KL(q, m) + (1 - lam) KL(p, m) with m = (1 - lam) p + lam q: `lam` is the student's share.
+
+    TRL's `beta` is the teacher's share: `lam = 1 - beta`. (There beta 0 and 1 mean forward and reverse KL; here the
+    limits are 0 and excluded.) The default .1 is that of the ABKD paper; DistiLLM's scripts have .9.
+    """
+
+    lam: float = 0.1
+    family: ClassVar[Family] = Family.MIXTURE
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_inside("lam", self.lam, "the divergence vanishes there: take fkl or rkl")
+
+    @property
+    def parameters(self) -> list[float]:
+        return [float(self.lam), float(self.lam), 1.0 - self.lam]
+
+
+@dataclasses.dataclass(frozen=True)
+class SkewForwardKL(Divergence):
+    """KL(p, m) with m = lam p + (1 - lam) q (DistiLLM's SKL): `lam` is the teacher's share."""
+
+    lam: float = 0.1
+    family: ClassVar[Family] = Family.MIXTURE
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_inside("lam", self.lam, "0 is fkl, 1 is nothing")
+
+    @property
+    def parameters(self) -> list[float]:
+        return [1.0 - self.lam, 0.0, 1.0]
+
+
+@dataclasses.dataclass(frozen=True)
+class SkewReverseKL(Divergence):
+    """KL(q, m) with m = (1 - lam) p + lam q (DistiLLM's SRKL): `lam` is the student's share."""
+
+    lam: float = 0.1
+    family: ClassVar[Family] = Family.MIXTURE
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_inside("lam", self.lam, "0 is rkl, 1 is nothing")
+
+    @property
+    def parameters(self) -> list[float]:
+        return [float(self.lam), 1.0, 0.0]
+
+
+@dataclasses.dataclass(frozen=True)
+class TotalVariation(Divergence):
+    """Half of sum |p - q| (TVD)."""
+
+    family: ClassVar[Family] = Family.TOTAL_VARIATION
+
+
+@dataclasses.dataclass(frozen=True)
+class CrossEntropy(Divergence):
+    """No teacher: the cross-entropy with the labels alone (supervised fine-tuning). Not a divergence to `parse`."""
+
+    family: ClassVar[Family] = Family.CROSS_ENTROPY
+
+
+BY_NAME: dict[str, type[Divergence]] = {
+    "ab": AlphaBeta,
+    "fkl": ForwardKL,
+    "rkl": ReverseKL,
+    "wsd": WSD,
+    "bdkd": BDKD,
+    "jsd": JensenShannon,
+    "akl": AKL,
+    "tvd": TotalVariation,
+    "sfkl": SkewForwardKL,
+    "srkl": SkewReverseKL,
+    "alphanet": AlphaNet,
+    "hellinger": Hellinger,
+    "alpha": AlphaDivergence,
+}
 
 
 def parse(text: str) -> Divergence:
-    """A divergence from its spelling, "name" or "name:number,number": `parse("ab:0.2,0.7")`.
+    """A divergence from its spelling, "name" or "name:value,value": `parse("ab:0.2,0.7")`.
 
-    Raises ValueError where the name is unknown, or the numbers are not numbers or too many.
+    Raises ValueError where the name is unknown, or the values are too many, of the wrong type or out of range.
     """
     name, _, arguments = text.partition(":")
     if name not in BY_NAME:
-        near = difflib.get_close_matches(name, BY_NAME, n=1, cutoff=0)
-        raise ValueError(f'loss "{text}": unknown divergence "{name}"; did you mean "{near[0]}"?')
-    fields = [field.name for field in dataclasses.fields(BY_NAME[name])]
+        near = difflib.get_close_matches(name, BY_NAME, n=1, cutoff=0.3)
+        hint = f'did you mean "{near[0]}"?' if near else f"known are {', '.join(BY_NAME)}"
+        raise ValueError(f'loss "{text}": unknown divergence "{name}"; {hint}')
+    fields = dataclasses.fields(BY_NAME[name])
+    words = arguments.split(",") if arguments else []
+    if len(words) > len(fields):
+        names = ", ".join(field.name for field in fields)
+        expected = f"at most {len(fields)} values ({names})" if fields else "none"
+        raise ValueError(f'loss "{text}": {expected} after the name, got {len(words)}')
     try:
-        numbers = [float(number) for number in arguments.split(",")] if arguments else []
+        values = [type(field.default)(word.strip()) for word, field in zip(words, fields, strict=False)]
     except ValueError:
         raise ValueError(f'loss "{text}": expected numbers after the colon, as in "{BY_NAME[name]()}"') from None
-    if len(numbers) > len(fields):
-        raise ValueError(f'loss "{text}": at most {len(fields)} numbers ({", ".join(fields)}), got {len(numbers)}')
-    return BY_NAME[name](*numbers)
+    try:
+        return BY_NAME[name](*values)
+    except ValueError as error:
+        raise ValueError(f'loss "{text}": {error}') from None

@@ -8,18 +8,25 @@ twice, no probability is ever stored, and memory does not grow with the number o
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from .divergences import CrossEntropy, Divergence
+from .divergences import CrossEntropy, Divergence, parse
 from .ops import (
+    STATISTICS,
     check_labels,
     check_numbers,
+    choose_branch,
     count_kept,
+    decides_per_batch,
+    measure_rows,
+    new_large,
     refuse_second_derivative,
-    restore,
+    row_gradients,
     row_losses,
+    scaled,
     shared_vocabulary,
 )
 
@@ -29,125 +36,166 @@ ROW_ALIGNMENT = 64  # columns: every row of a logits buffer starts on a 128-byte
 
 
 def choose_chunk_tokens(tokens: int, vocab: int, models: int, dtype: torch.dtype, device: torch.device) -> int:
-    """Rows of a chunk: as few equal chunks as the memory budget allows, one where everything fits."""
+    """Rows of a chunk: as few equal chunks as the memory budget allows, one where everything fits.
+
+    Where it doesn't, chunks have at most a power of two of rows, as numbers of tokens mostly are: memory is then the
+    same for 512 tokens and for 8,192.
+    """
     row_bytes = _round_up(vocab, ROW_ALIGNMENT) * dtype.itemsize * models
     tile = TILE.get(device.type, 16)
-    budget = max(tile, CHUNK_BYTES.get(device.type, CHUNK_BYTES["cpu"]) // row_bytes // tile * tile)
-    chunks = max(1, math.ceil(tokens / budget))
-    return min(budget, _round_up(max(1, math.ceil(tokens / chunks)), tile))
+    fitting = CHUNK_BYTES.get(device.type, CHUNK_BYTES["cpu"]) // row_bytes
+    if _round_up(tokens, tile) <= fitting:
+        return max(tile, _round_up(tokens, tile))
+    most = max(tile, 1 << max(0, fitting.bit_length() - 1))
+    return min(most, _round_up(math.ceil(tokens / math.ceil(tokens / most)), tile))
 
 
 def _round_up(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
 
 
-def _logits_dtype(hidden: Tensor) -> torch.dtype:
+def _accumulate_dtype(hidden: Tensor) -> torch.dtype:
+    """Of losses and gradients, and of the logits unless told otherwise."""
     return torch.float64 if hidden.dtype == torch.float64 else torch.float32
 
 
 def _operands(model: tuple[Tensor, Tensor, Tensor | None], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
     """Hidden states, projection and bias in one type: 16 bits on a GPU, whose products of those are exact in float32,
-    where the hidden states have 16; else that of the logits."""
+    where the hidden states have 16; else `dtype`."""
     hidden, weight, bias = model
     if not (hidden.is_cuda and hidden.dtype in (torch.bfloat16, torch.float16)):
         hidden = hidden.to(dtype)
     return hidden, weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
 
 
-def _project(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    """out = hidden weight^T + bias, in the precision of `out`: never rounded to the 16 bits of the inputs."""
-    if hidden.dtype == out.dtype:
-        torch.mm(hidden, weight.T, out=out)
-    else:
-        out.copy_(torch.mm(hidden, weight.T, out_dtype=out.dtype))
-    if bias is not None:
-        out += bias
+def _product(left: Tensor, right: Tensor, out: Tensor, accumulate: bool = False) -> None:
+    """out = left right (or out += left right), summed in the precision of `out`, or in float32 if that has less.
 
-
-def _product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
-    """left right, accumulated and returned in `dtype`; `left` is rounded to the type of `right` first."""
+    Where the operands have 16 bits and `out` 32 (on a GPU only), the product writes its float32 sums unrounded.
+    """
     left = left.to(right.dtype)
-    return torch.mm(left, right) if right.dtype == dtype else torch.mm(left, right, out_dtype=dtype)
+    if right.dtype == out.dtype:
+        out.addmm_(left, right, beta=1.0 if accumulate else 0.0)
+    elif right.dtype.itemsize > out.dtype.itemsize:
+        out.copy_(torch.mm(left, right))
+    elif accumulate:
+        torch.ops.aten.addmm.dtype_out(out, left, right, out.dtype, out=out)
+    else:
+        torch.ops.aten.mm.dtype_out(left, right, out.dtype, out=out)
+
+
+class _Chunks:
+    """Logits of both models, a chunk of the rows that count at a time, in one buffer."""
+
+    def __init__(
+        self,
+        student: tuple[Tensor, Tensor, Tensor | None],
+        teacher: tuple[Tensor, Tensor, Tensor | None] | None,
+        labels: Tensor | None,
+        logits_dtype: torch.dtype,
+        chunk_tokens: int,
+    ) -> None:
+        hidden, weight, _ = student
+        self.models = [student] if teacher is None else [student, teacher]
+        self.kept = None  # indices of the rows that count, or None where all do
+        if labels is not None:
+            # On the labels' own device: labels that stayed on the CPU cost no synchronisation with the GPU.
+            kept = (labels != -100).nonzero()[:, 0]
+            self.kept = None if len(kept) == len(labels) else kept.to(hidden.device, non_blocking=True)
+        self.count = len(hidden) if self.kept is None else len(self.kept)
+        self.vocab = len(weight)
+        sizes = self.count, self.vocab, len(self.models)
+        self.step = chunk_tokens or choose_chunk_tokens(*sizes, logits_dtype, hidden.device)
+        shape = len(self.models), min(self.step, self.count), _round_up(self.vocab, ROW_ALIGNMENT)
+        self.buffer = new_large(hidden, *shape, dtype=logits_dtype)
+        self.held = None  # where the chunk starts whose logits the buffer holds
+
+    def rows(self, start: int) -> slice | Tensor:
+        """The rows of the chunk that starts at `start`, as an index of the hidden states."""
+        rows = slice(start, min(start + self.step, self.count))
+        return rows if self.kept is None else self.kept[rows]
+
+    def __iter__(self) -> Iterator[tuple[slice | Tensor, Tensor, Tensor | None]]:
+        """Rows, student logits and teacher logits [n, V] of each chunk; the student's may be overwritten."""
+        for start in range(0, self.count, self.step):
+            rows, size = self.rows(start), min(self.step, self.count - start)
+            logits = [buffer[:size, : self.vocab] for buffer in self.buffer]
+            if self.held != start:
+                for (hidden, weight, bias), out in zip(self.models, logits, strict=True):
+                    _product(hidden[rows], weight.T, out)
+                    if bias is not None:
+                        out += bias
+            self.held = start
+            yield rows, logits[0], logits[1] if len(logits) > 1 else None
 
 
 def _run(
     student: tuple[Tensor, Tensor, Tensor | None],
     teacher: tuple[Tensor, Tensor, Tensor | None] | None,
     labels: Tensor | None,
-    divergence: Divergence | CrossEntropy,
+    divergence: Divergence,
     temperature: float,
     hard_weight: float,
     chunk_tokens: int,
+    logits_dtype: torch.dtype,
     need: list[bool],
     upstream: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The chunk loop: losses [N], and the gradients of their sum (or of upstream [N] times them) where `need`ed.
 
-    Every gradient is in the precision of the logits and not divided by the number of rows.
+    Every gradient is in float32 (float64 for float64 hidden states) and not divided by the number of rows.
     """
     with torch.autocast(student[0].device.type, enabled=False):
-        dtype = _logits_dtype(student[0])
-        hidden, weight, bias = _operands(student, dtype)
+        dtype = _accumulate_dtype(student[0])
+        student = hidden, weight, _ = _operands(student, dtype)
         teacher = None if teacher is None else _operands(teacher, dtype)
-        vocab, width = weight.shape
         need_hidden, need_weight, need_bias = need
         losses = hidden.new_zeros(len(hidden), dtype=dtype)  # [N]
         grad_hidden = hidden.new_zeros(hidden.shape if need_hidden else 0, dtype=dtype)  # [N, H]
-        grad_weight = hidden.new_empty((vocab, width) if need_weight else 0, dtype=dtype)  # [V, H]
-        grad_bias = hidden.new_zeros(vocab if need_bias else 0, dtype=dtype)  # [V]
+        grad_weight = new_large(hidden, *(weight.shape if need_weight else (0,)), dtype=dtype)  # [V, H]
+        grad_bias = hidden.new_zeros(len(weight) if need_bias else 0, dtype=dtype)  # [V]
 
-        kept = None  # indices of the rows that count, or None where all do
+        chunks = _Chunks(student, teacher, labels, logits_dtype, chunk_tokens)
         if labels is not None:
-            # On the labels' own device: labels that stayed on the CPU cost no synchronisation with the GPU.
-            kept = (labels != -100).nonzero()[:, 0]
-            kept = None if len(kept) == len(labels) else kept.to(hidden.device, non_blocking=True)
             labels = labels.to(hidden.device, non_blocking=True)
-        count = len(hidden) if kept is None else len(kept)
-        if need_weight and count == 0:
+        if need_weight and chunks.count == 0:
             grad_weight.zero_()
+        options = divergence, temperature, hard_weight
+        statistics = None
+        if decides_per_batch(divergence):
+            losses, statistics = _decide(chunks, labels, options, losses)
+            if not any(need):
+                return losses, grad_hidden, grad_weight, grad_bias
 
-        models = 1 if teacher is None else 2
-        step = chunk_tokens or choose_chunk_tokens(count, vocab, models, dtype, hidden.device)
-        buffer = hidden.new_empty(models, min(step, count), _round_up(vocab, ROW_ALIGNMENT), dtype=dtype)
-        for start in range(0, count, step):
-            size = min(step, count - start)
-            rows = slice(start, start + size) if kept is None else kept[start : start + size]
-            chunk = hidden[rows]  # [n, H]
-            logits = buffer[0, :size, :vocab]
-            _project(chunk, weight, bias, logits)
-            teacher_logits = None
-            if teacher is not None:
-                teacher_logits = buffer[1, :size, :vocab]
-                _project(teacher[0][rows], teacher[1], teacher[2], teacher_logits)
-            losses[rows] = row_losses(
-                logits,
-                teacher_logits,
-                None if labels is None else labels[rows],
-                divergence,
-                temperature,
-                hard_weight,
-                gradient=logits if any(need) else None,
-            )
-            if upstream is not None:
-                logits *= upstream[rows, None]
+        accumulate = False
+        for rows, logits, teacher_logits in chunks:
+            models = logits, teacher_logits, None if labels is None else labels[rows]
+            if statistics is None:
+                factors = None if upstream is None else upstream[rows].contiguous()
+                losses[rows] = row_losses(*models, *options, gradient=logits if any(need) else None, upstream=factors)
+            else:
+                factors = torch.ones_like(losses) if upstream is None else upstream
+                row_gradients(*models, *options, statistics[rows], factors[rows], gradient=logits)
             if need_hidden:
-                grad_hidden[rows] = _product(logits, weight, dtype)
+                chunk_gradient = hidden.new_empty(len(logits), hidden.shape[1], dtype=dtype)  # [n, H]
+                _product(logits, weight, chunk_gradient)
+                grad_hidden[rows] = chunk_gradient
             if need_weight:
-                _accumulate(grad_weight, logits, chunk, first=start == 0)
+                _product(logits.T, hidden[rows], grad_weight, accumulate)
             if need_bias:
-                grad_bias += logits.sum(0)
+                grad_bias += logits.sum(0, dtype=dtype)
+            chunks.held, accumulate = None, True
     return losses, grad_hidden, grad_weight, grad_bias
 
 
-def _accumulate(total: Tensor, gradient: Tensor, hidden: Tensor, first: bool) -> None:
-    """total += gradient^T hidden, in the precision of `total`; the first chunk stores."""
-    left = gradient.to(hidden.dtype).T
-    if hidden.dtype == total.dtype:
-        total.addmm_(left, hidden, beta=0.0 if first else 1.0)
-    elif first:
-        total.copy_(torch.mm(left, hidden, out_dtype=total.dtype))
-    else:
-        total.copy_(torch.addmm(total, left, hidden, out_dtype=total.dtype))
+def _decide(chunks: _Chunks, labels: Tensor | None, options: tuple, losses: Tensor) -> tuple[Tensor, Tensor]:
+    """AlphaNet per batch: a pass over all chunks that only measures, then one branch for all rows."""
+    both = losses.new_zeros(2, len(losses))
+    statistics = losses.new_zeros(2, len(losses), STATISTICS, dtype=torch.float64)
+    for rows, logits, teacher_logits in chunks:
+        models = logits, teacher_logits, None if labels is None else labels[rows]
+        both[:, rows], statistics[:, rows] = measure_rows(*models, *options)
+    return choose_branch(both, statistics)
 
 
 @torch.library.custom_op("abkd_fast::fused_linear", mutates_args=())
@@ -159,24 +207,28 @@ def _fused_linear(
     teacher_weight: Tensor | None,
     teacher_bias: Tensor | None,
     labels: Tensor | None,
-    family: int,
-    parameters: list[float],
+    divergence: str,
     temperature: float,
     hard_weight: float,
     chunk_tokens: int,
+    logits_dtype: torch.dtype,
     need: list[bool],
     upstream: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The sum of the losses, the losses, and the gradients of the sum by hidden states, projection and bias."""
+    """The sum of the losses, the losses, and the gradients of the sum by hidden states, projection and bias.
+
+    `divergence` is empty for the cross-entropy alone.
+    """
     teacher = None if teacher_hidden is None else (teacher_hidden, teacher_weight, teacher_bias)
     losses, *gradients = _run(
         (student_hidden, student_weight, student_bias),
         teacher,
         labels,
-        restore(family, parameters),
+        parse(divergence) if divergence else CrossEntropy(),
         temperature,
         hard_weight,
         chunk_tokens,
+        logits_dtype,
         need,
         upstream,
     )
@@ -186,7 +238,7 @@ def _fused_linear(
 @_fused_linear.register_fake
 def _(student_hidden, student_weight, *arguments):  # noqa: ANN001
     (*_, need, _) = arguments
-    dtype = _logits_dtype(student_hidden)
+    dtype = _accumulate_dtype(student_hidden)
 
     def like(needed: bool, *shape: int) -> Tensor:
         return student_hidden.new_empty(shape if needed else (0,), dtype=dtype)
@@ -208,7 +260,7 @@ def _backward(ctx, upstream: Tensor, *_: Tensor) -> tuple:  # noqa: ANN001
     if upstream is None:
         return (None,) * 14
     gradients = [
-        (gradient * upstream).to(dtype) if needed else None
+        scaled(gradient, upstream).to(dtype) if needed else None
         for gradient, dtype, needed in zip(ctx.saved_tensors, ctx.dtypes, ctx.need, strict=True)
     ]
     return *gradients, *[None] * 11
@@ -242,11 +294,12 @@ def _loss(
     student: tuple[Tensor, Tensor, Tensor | None],
     teacher: tuple[Tensor | None, Tensor | None, Tensor | None],
     labels: Tensor | None,
-    divergence: Divergence | CrossEntropy,
+    divergence: Divergence | None,
     temperature: float,
     hard_weight: float,
     reduction: str,
     chunk_tokens: int | None,
+    logits_dtype: torch.dtype | None,
 ) -> Tensor:
     check_numbers(temperature, hard_weight, reduction)
     if chunk_tokens is not None and chunk_tokens < 1:
@@ -259,12 +312,23 @@ def _loss(
             raise ValueError(f"{name} bias has shape {list(bias.shape)}, expected [{len(weight)}]")
     labels = check_labels(labels, len(student[0]), hard_weight)
     need = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in student]
-    numbers = (divergence.family, divergence.parameters, temperature, hard_weight, chunk_tokens or 0)
+    accumulate = _accumulate_dtype(student[0])
+    allowed = [torch.float64] if accumulate == torch.float64 else [torch.float32, torch.bfloat16, torch.float16]
+    if logits_dtype is not None and logits_dtype not in allowed:
+        names = " or ".join(map(str, allowed))
+        raise ValueError(f"logits_dtype is {logits_dtype}, expected {names} for {student[0].dtype} hidden states")
+    spelling = "" if divergence is None else str(divergence)
+    numbers = (spelling, temperature, hard_weight, chunk_tokens or 0, logits_dtype or accumulate)
     tensors = (*student, *teacher, labels)
     if reduction == "none":
         return _LossPerRow.apply(need, numbers, *tensors)
     total, losses, *_ = _fused_linear(*tensors, *numbers, need, None)
     return total if reduction == "sum" else total / count_kept(labels, losses)
+
+
+def _prefix(rows: Tensor | None, count: int) -> Tensor | None:
+    """The first rows; the tensor itself where that is all of it, for a slice's backward would copy its gradient."""
+    return rows if rows is None or len(rows) == count else rows[:count]
 
 
 def fused_linear_divergence(
@@ -281,6 +345,7 @@ def fused_linear_divergence(
     hard_weight: float = 0.0,
     reduction: str = "mean",
     chunk_tokens: int | None = None,
+    logits_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """`divergence_loss` of logits that are never held as a whole: hidden states and output projections go in.
 
@@ -291,6 +356,8 @@ def fused_linear_divergence(
             dropped before any product. Labels may stay on the CPU, which spares a GPU one synchronisation.
         student_bias, teacher_bias: [V].
         chunk_tokens: rows of logits held at once; None chooses from the vocabulary, the type and the device.
+        logits_dtype: of the logits of a chunk and their gradient; None is float32 (float64 for float64 hidden states).
+            torch.bfloat16 saves memory traffic on a GPU and costs digits: about 5e-3 of the gradient.
 
     Returns: float32 (float64 for float64 hidden states). Differentiable by student_hidden, student_weight and
         student_bias; what does not require a gradient costs none. With "mean" and "sum" the gradients are made in
@@ -301,16 +368,10 @@ def fused_linear_divergence(
     if len(student_hidden) != len(teacher_hidden):
         raise ValueError(f"student_hidden has {len(student_hidden)} rows and teacher_hidden {len(teacher_hidden)}")
     vocab = shared_vocabulary(len(student_weight), len(teacher_weight))
-    teacher = (
-        teacher_hidden.detach(),
-        teacher_weight.detach(),
-        None if teacher_bias is None else teacher_bias.detach(),
-    )
-    student, teacher = (
-        (hidden, weight[:vocab], None if bias is None else bias[:vocab])
-        for hidden, weight, bias in ((student_hidden, student_weight, student_bias), teacher)
-    )
-    return _loss(student, teacher, labels, divergence, temperature, hard_weight, reduction, chunk_tokens)
+    student = (student_hidden, _prefix(student_weight, vocab), _prefix(student_bias, vocab))
+    teacher = (teacher_hidden, _prefix(teacher_weight, vocab), _prefix(teacher_bias, vocab))
+    teacher = tuple(None if x is None else x.detach() for x in teacher)
+    return _loss(student, teacher, labels, divergence, temperature, hard_weight, reduction, chunk_tokens, logits_dtype)
 
 
 def fused_linear_cross_entropy(
@@ -321,10 +382,11 @@ def fused_linear_cross_entropy(
     student_bias: Tensor | None = None,
     reduction: str = "mean",
     chunk_tokens: int | None = None,
+    logits_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """The cross-entropy of labels [N] (-100 = ignored) under hidden states [N, H] and a projection [V, H].
 
     The same driver as `fused_linear_divergence`, without a teacher; arguments, result and errors as there.
     """
     student = (student_hidden, student_weight, student_bias)
-    return _loss(student, (None, None, None), labels, CrossEntropy(), 1.0, 1.0, reduction, chunk_tokens)
+    return _loss(student, (None, None, None), labels, None, 1.0, 1.0, reduction, chunk_tokens, logits_dtype)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .divergences import AlphaBeta, CrossEntropy, Divergence
+from .divergences import AlphaNet, Divergence, parse
 
 try:
     from . import _C
@@ -26,8 +26,12 @@ else:
         torch.ops.load_library(importlib.util.find_spec("abkd_fast._cuda").origin)
 
     @torch.library.register_fake("abkd_fast::row_losses")
-    def _row_losses_fake(student, teacher, labels, family, parameters, temperature, hard_weight, gradient):  # noqa: ANN001
+    def _row_losses_fake(student, *_):  # noqa: ANN001
         return student.new_empty(student.shape[0], dtype=_loss_dtype(student))
+
+    @torch.library.register_fake("abkd_fast::row_gradients")
+    def _row_gradients_fake(*_):
+        return None
 
 
 def build_info() -> dict:
@@ -64,30 +68,96 @@ def _compiled(logits: Tensor) -> bool:
     return False
 
 
+STATISTICS = 6  # numbers that a row's gradient needs besides its logits: `struct Statistics` in csrc/rows.h
+BRANCH = reference.BRANCH
+
+
 def row_losses(
     student: Tensor,
     teacher: Tensor | None,
     labels: Tensor | None,
-    divergence: Divergence | CrossEntropy,
+    divergence: Divergence,
     temperature: float = 1.0,
     hard_weight: float = 0.0,
     gradient: Tensor | None = None,
+    statistics: Tensor | None = None,
+    upstream: Tensor | None = None,
 ) -> Tensor:
     """Losses [N] (float32; float64 for float64 logits) of logits [N, V]; see `csrc/rows.h` for the formula.
 
     `gradient` [N, V], which may be `student` itself, receives the derivative of each row's loss by its student
-    logits. Rows with label -100 get loss and gradient 0. No autograd.
+    logits, times `upstream` [N] (in the type of the losses) if that is given; `statistics` [N, 6] (float64) what
+    `row_gradients` needs to make it later. Rows with label -100 get loss and gradient 0. AlphaNet compares its
+    branches row by row here, whatever its `per`. No autograd.
     """
     if not _compiled(student):
-        return reference.row_losses(student, teacher, labels, divergence, temperature, hard_weight, gradient)
-    return torch.ops.abkd_fast.row_losses(
-        student, teacher, labels, divergence.family, divergence.parameters, temperature, hard_weight, gradient
-    )
+        rows = (student, teacher, labels, divergence, temperature, hard_weight)
+        return reference.row_losses(*rows, gradient, statistics, upstream)
+    options = divergence.family, divergence.parameters, temperature, hard_weight
+    return torch.ops.abkd_fast.row_losses(student, teacher, labels, *options, gradient, statistics, upstream)
 
 
-def restore(family: int, parameters: list[float]) -> Divergence | CrossEntropy:
-    """The divergence that an operator received as its numbers."""
-    return AlphaBeta(*parameters) if family == AlphaBeta.family else CrossEntropy()
+def row_gradients(
+    student: Tensor,
+    teacher: Tensor | None,
+    labels: Tensor | None,
+    divergence: Divergence,
+    temperature: float,
+    hard_weight: float,
+    statistics: Tensor,
+    upstream: Tensor,
+    gradient: Tensor,
+) -> None:
+    """Writes upstream [N] (in the type of the losses) times the derivative of each row's loss to `gradient` [N, V],
+    which may be `student`. `statistics` come from `row_losses` of the same logits. No autograd."""
+    if not _compiled(student):
+        rows = (student, teacher, labels, divergence, temperature, hard_weight)
+        return reference.row_gradients(*rows, statistics, upstream, gradient)
+    options = divergence.family, divergence.parameters, temperature, hard_weight
+    return torch.ops.abkd_fast.row_gradients(student, teacher, labels, *options, statistics, upstream, gradient)
+
+
+def measure_rows(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor | None,
+    divergence: Divergence,
+    temperature: float,
+    hard_weight: float,
+) -> tuple[Tensor, Tensor]:
+    """Losses [N] and statistics [N, 6], for AlphaNet per batch those [2, N] and [2, N, 6] of both branches."""
+
+    def measure(divergence: Divergence) -> tuple[Tensor, Tensor]:
+        statistics = student.new_zeros(len(student), STATISTICS, dtype=torch.float64)
+        rows = (student, teacher, labels, divergence, temperature, hard_weight)
+        return row_losses(*rows, statistics=statistics), statistics
+
+    if not decides_per_batch(divergence):
+        return measure(divergence)
+    first, second = (measure(branch) for branch in divergence.branches)
+    return torch.stack((first[0], second[0])), torch.stack((first[1], second[1]))
+
+
+def decides_per_batch(divergence: Divergence) -> bool:
+    """Whether no row's gradient is known before all rows are measured."""
+    return isinstance(divergence, AlphaNet) and divergence.per == "batch"
+
+
+def choose_branch(losses: Tensor, statistics: Tensor) -> tuple[Tensor, Tensor]:
+    """AlphaNet per batch: losses [N] and statistics [N, 6] of the branch whose mean is larger, without asking the
+    device for it. Rows that don't count have loss 0 in both."""
+    branch = (losses[0].sum() < losses[1].sum()).long().view(1)
+    chosen = statistics.index_select(0, branch)[0]
+    chosen[:, BRANCH] = branch
+    return losses.index_select(0, branch)[0], chosen
+
+
+def new_large(like: Tensor, *shape: int, dtype: torch.dtype) -> Tensor:
+    """`like.new_empty` for tensors of many megabytes: on the CPU in huge pages where the system has them."""
+    tensor = like.new_empty(shape, dtype=dtype)
+    if _C is not None and tensor.device.type == "cpu" and tensor.nbytes > 1 << 22:
+        _C.advise_huge_pages(tensor.data_ptr(), tensor.nbytes)
+    return tensor
 
 
 @torch.library.custom_op("abkd_fast::divergence", mutates_args=())
@@ -95,46 +165,70 @@ def _divergence(
     student: Tensor,
     teacher: Tensor,
     labels: Tensor | None,
-    family: int,
-    parameters: list[float],
+    divergence: str,
     temperature: float,
     hard_weight: float,
+    factors: Tensor | None,
     need_gradient: bool,
-) -> tuple[Tensor, Tensor]:
-    gradient = torch.empty_like(student, memory_format=torch.contiguous_format) if need_gradient else None
-    rows = (student, teacher, labels, restore(family, parameters), temperature, hard_weight)
-    losses = row_losses(*rows, gradient=gradient)
-    return losses, student.new_empty(0) if gradient is None else gradient
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The sum of losses times factors [N], the losses [N], and the gradient [N, V] of the former."""
+    kind = parse(divergence)
+    rows = (student, teacher, labels, kind, temperature, hard_weight)
+    gradient = new_large(student, *student.shape, dtype=student.dtype) if need_gradient else None
+    if decides_per_batch(kind):
+        losses, statistics = choose_branch(*measure_rows(*rows))
+        if gradient is not None:
+            row_gradients(*rows, statistics, torch.ones_like(losses) if factors is None else factors, gradient)
+    else:
+        losses = row_losses(*rows, gradient=gradient, upstream=factors)
+    total = losses.sum() if factors is None else losses @ factors
+    return total, losses, student.new_empty(0) if gradient is None else gradient
 
 
 @_divergence.register_fake
-def _(student, teacher, labels, family, parameters, temperature, hard_weight, need_gradient):  # noqa: ANN001
+def _(student, *arguments):  # noqa: ANN001
+    need_gradient = arguments[-1]
     losses = student.new_empty(student.shape[0], dtype=_loss_dtype(student))
-    return losses, student.new_empty(student.shape if need_gradient else (0,))
+    return losses.new_empty(()), losses, student.new_empty(student.shape if need_gradient else (0,))
 
 
-def _save_gradient(ctx, inputs, output) -> None:  # noqa: ANN001
+@torch.library.custom_op("abkd_fast::scale_", mutates_args=("gradient",))
+def _scale_(gradient: Tensor, upstream: Tensor) -> None:
+    """gradient *= upstream, without touching it where that is known to be 1."""
+    known = upstream.device.type == "cpu" and upstream.dim() == 0
+    if not (known and upstream.item() == 1.0):
+        gradient.mul_(upstream)
+
+
+def scaled(gradient: Tensor, upstream: Tensor) -> Tensor:
+    """`gradient`, saved in forward, times `upstream` in backward: in place, which spares memory and time, unless
+    retain_graph=True says that the saved one may be needed again, or torch.compile traces."""
+    if torch._C._autograd._get_current_graph_task_keep_graph() or type(gradient) is not Tensor:
+        gradient = gradient.clone()
+    _scale_(gradient, upstream)
+    return gradient
+
+
+def _save(ctx, inputs, output) -> None:  # noqa: ANN001
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(output[1])
+    ctx.save_for_backward(output[2])
 
 
-def _backward(ctx, upstream: Tensor, _: Tensor) -> tuple:  # noqa: ANN001
+def _backward(ctx, of_total: Tensor, of_losses: Tensor, _: Tensor) -> tuple:  # noqa: ANN001
     refuse_second_derivative()
-    if upstream is None:
-        return (None,) * 8
-    (gradient,) = ctx.saved_tensors
-    return (gradient * upstream[:, None]).to(gradient.dtype), *[None] * 7
+    upstream = of_total if of_losses is None else of_losses[:, None]
+    gradient = None if upstream is None else scaled(ctx.saved_tensors[0], upstream)
+    return gradient, *[None] * 7
 
 
-_divergence.register_autograd(_backward, setup_context=_save_gradient)
+_divergence.register_autograd(_backward, setup_context=_save)
 
 
 def refuse_second_derivative() -> None:
-    """Called in backward passes. Raises RuntimeError under create_graph=True: gradients are made in forward."""
+    """Called in backward passes. Raises RuntimeError under create_graph=True."""
     if torch.is_grad_enabled():
         raise RuntimeError(
-            "abkd_fast computes gradients in its forward pass, so they have no derivatives themselves: "
-            "call backward without create_graph=True"
+            "the gradients of abkd_fast have no derivatives themselves: call backward without create_graph=True"
         )
 
 
@@ -176,11 +270,12 @@ def shared_vocabulary(student: int, teacher: int) -> int:
     return min(student, teacher)
 
 
-def count_kept(labels: Tensor | None, losses: Tensor) -> Tensor:
-    """The number of rows that count, at least 1, as a scalar tensor on the device of `losses`."""
+def count_kept(labels: Tensor | None, rows: Tensor) -> Tensor:
+    """The number of `rows` [N, ...] that count, at least 1, as a scalar of their loss on their device."""
+    dtype = _loss_dtype(rows)
     if labels is None:
-        return torch.tensor(max(1, losses.shape[0]), dtype=losses.dtype, device=losses.device)
-    return (labels != -100).sum().clamp(min=1).to(losses.device, losses.dtype)
+        return torch.tensor(max(1, rows.shape[0]), dtype=dtype, device=rows.device)
+    return (labels != -100).sum().clamp(min=1).to(rows.device, dtype)
 
 
 def divergence_loss(
@@ -198,7 +293,7 @@ def divergence_loss(
     Args:
         student_logits, teacher_logits: [N, V], float32, bfloat16, float16 (read as such, computed in float32) or
             float64. Vocabularies that differ by padding are compared over their common prefix.
-        divergence: for example `AlphaBeta(0.2, 0.7)`.
+        divergence: for example `AlphaBeta(0.2, 0.7)`; see `abkd_fast.divergences`.
         labels: [N] integers; rows with -100 don't count. The others matter only with `hard_weight`.
         temperature: divides both logits inside the divergence; the loss is not multiplied by its square.
         hard_weight: w in (1 - w) divergence + w cross-entropy; the cross-entropy is at temperature 1.
@@ -207,6 +302,8 @@ def divergence_loss(
     Returns: float32 (float64 for float64 logits).
 
     Raises ValueError for shapes, sizes or numbers that don't fit together.
+
+    The gradient [N, V] is made with the losses, in the type of the logits, and nothing else is kept for backward.
 
     Source: ABKD (arXiv 2505.04560), equation 5; the gradient is u - q sum(u), u = p^a q^b ((q / p)^a - 1) / a.
     """
@@ -220,11 +317,10 @@ def divergence_loss(
     vocab = shared_vocabulary(student_logits.shape[1], teacher_logits.shape[1])
     student, teacher = student_logits[:, :vocab], teacher_logits[:, :vocab].detach().to(student_logits.dtype)
     student, teacher = (x if x.stride(1) == 1 else x.contiguous() for x in (student, teacher))
+    factors = None
+    if reduction == "mean":
+        factors = count_kept(labels, student).reciprocal().expand(len(student)).contiguous()  # [N]
     need_gradient = torch.is_grad_enabled() and student.requires_grad
-    losses, _ = _divergence(
-        student, teacher, labels, divergence.family, divergence.parameters, temperature, hard_weight, need_gradient
-    )
-    if reduction == "none":
-        return losses
-    total = losses.sum()
-    return total if reduction == "sum" else total / count_kept(labels, losses)
+    options = str(divergence), temperature, hard_weight, factors, need_gradient
+    total, losses, _ = _divergence(student, teacher, labels, *options)
+    return losses if reduction == "none" else total

@@ -8,6 +8,7 @@
 #include <optional>
 #include <vector>
 
+#include "divergence/families.h"
 #include "rows.h"
 
 namespace abkd {
@@ -28,11 +29,25 @@ inline DType dtype_of(const torch::stable::Tensor& tensor) {
   }
 }
 
-// Raises unless teacher and gradient look like student [N, V] with unit column stride, and labels are int64 [N].
-inline Rows pack(const torch::stable::Tensor& student, const std::optional<torch::stable::Tensor>& teacher,
-                 const std::optional<torch::stable::Tensor>& labels, int64_t family,
-                 const std::vector<double>& parameters, double temperature, double hard_weight,
-                 const std::optional<torch::stable::Tensor>& gradient, const torch::stable::Tensor& losses) {
+// The tensors of one call; what a call does not have is empty.
+struct Operands {
+  const torch::stable::Tensor& student;
+  const std::optional<torch::stable::Tensor>& teacher;
+  const std::optional<torch::stable::Tensor>& labels;
+  const std::optional<torch::stable::Tensor>& gradient;
+  const std::optional<torch::stable::Tensor>& statistics;
+};
+
+struct Loss {
+  int64_t family;
+  const std::vector<double>& parameters;
+  double temperature, hard_weight;
+};
+
+// Raises unless teacher and gradient look like student [N, V] with unit column stride, labels are int64 [N], and
+// statistics float64 [N, 6]. `losses` and `upstream` are left to the caller.
+inline Rows pack(const Operands& operands, const Loss& loss) {
+  const auto& [student, teacher, labels, gradient, statistics] = operands;
   STD_TORCH_CHECK(student.dim() == 2, "logits must be [N, V], got ", student.dim(), " dimensions");
   const auto check = [&](const torch::stable::Tensor& logits, const char* name) {
     STD_TORCH_CHECK(logits.dim() == 2 && logits.size(0) == student.size(0) && logits.size(1) == student.size(1), name,
@@ -59,15 +74,16 @@ inline Rows pack(const torch::stable::Tensor& student, const std::optional<torch
     rows.gradient = gradient->data_ptr();
     rows.gradient_stride = gradient->stride(0);
   }
-  rows.family = static_cast<Family>(family);
-  STD_TORCH_CHECK(rows.family == Family::cross_entropy || rows.family == Family::alpha_beta, "unknown family ", family);
+  rows.family = static_cast<Family>(loss.family);
+  const int expected = parameter_count(rows.family);
+  STD_TORCH_CHECK(expected >= 0, "unknown family ", loss.family);
   STD_TORCH_CHECK(teacher.has_value() || rows.family == Family::cross_entropy, "this divergence needs teacher logits");
-  STD_TORCH_CHECK(parameters.size() == (rows.family == Family::alpha_beta ? 2 : 0),
-                  "wrong number of parameters: ", parameters.size());
-  for (size_t i = 0; i < parameters.size(); ++i) rows.parameters[i] = parameters[i];
-  STD_TORCH_CHECK(temperature > 0.0, "temperature must be positive, got ", temperature);
-  rows.temperature = temperature;
-  rows.hard_weight = hard_weight;
+  STD_TORCH_CHECK(int(loss.parameters.size()) == expected, "family ", loss.family, " has ", expected,
+                  " parameters, got ", loss.parameters.size());
+  for (int i = 0; i < expected; ++i) rows.parameters[i] = loss.parameters[i];
+  STD_TORCH_CHECK(loss.temperature > 0.0, "temperature must be positive, got ", loss.temperature);
+  rows.temperature = loss.temperature;
+  rows.hard_weight = loss.hard_weight;
   if (labels) {
     STD_TORCH_CHECK(labels->dim() == 1 && labels->size(0) == rows.count &&
                         (rows.count <= 1 || labels->stride(0) == 1) &&
@@ -76,9 +92,31 @@ inline Rows pack(const torch::stable::Tensor& student, const std::optional<torch
     STD_TORCH_CHECK(labels->device() == student.device(), "labels must be on the device of student");
     rows.labels = static_cast<const int64_t*>(labels->data_ptr());
   }
-  STD_TORCH_CHECK(labels.has_value() || hard_weight == 0.0, "hard_weight needs labels");
-  rows.losses = losses.data_ptr();
+  STD_TORCH_CHECK(labels.has_value() || loss.hard_weight == 0.0, "hard_weight needs labels");
+  if (statistics) {
+    STD_TORCH_CHECK(
+        statistics->dim() == 2 && statistics->size(0) == rows.count &&
+            statistics->size(1) * int64_t(sizeof(double)) == int64_t(sizeof(Statistics)) &&
+            statistics->is_contiguous() && statistics->scalar_type() == torch::headeronly::ScalarType::Double,
+        "statistics must be contiguous float64 [", rows.count, ", ", sizeof(Statistics) / sizeof(double), "]");
+    STD_TORCH_CHECK(statistics->device() == student.device(), "statistics must be on the device of student");
+    rows.statistics = static_cast<Statistics*>(statistics->data_ptr());
+  }
   return rows;
+}
+
+// The type of the losses, and of the factors of their gradients.
+inline torch::headeronly::ScalarType loss_type(const torch::stable::Tensor& student) {
+  using torch::headeronly::ScalarType;
+  return student.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+// Raises unless upstream [N] has the type of the losses.
+inline const void* pack_upstream(const torch::stable::Tensor& upstream, const torch::stable::Tensor& student) {
+  STD_TORCH_CHECK(upstream.dim() == 1 && upstream.size(0) == student.size(0) && upstream.is_contiguous() &&
+                      upstream.scalar_type() == loss_type(student) && upstream.device() == student.device(),
+                  "upstream must be contiguous [", student.size(0), "] in the type of the losses");
+  return upstream.data_ptr();
 }
 
 }  // namespace abkd

@@ -11,10 +11,32 @@
 namespace abkd {
 
 enum class DType { float32, float64, bfloat16, float16 };
-enum class Family : int64_t { cross_entropy = 0, alpha_beta = 1 };
+
+// The numbers are those of the catalogue in abkd_fast/divergences.py.
+enum class Family : int64_t {
+  cross_entropy = 0,
+  alpha_beta = 1,
+  alpha_net = 2,
+  weighted_kl = 3,
+  balanced_kl = 4,
+  adaptive_kl = 5,
+  mixture = 6,
+  total_variation = 7,
+};
 
 constexpr int64_t kIgnored = -100;
+constexpr int kParameters = 3;
 
+// All that a row's gradient needs besides its logits.
+struct Statistics {
+  double student_lse, teacher_lse;  // log sum exp of logits / temperature
+  double plain_lse;                 // log sum exp of the student's logits; only where hard_weight is not 0
+  double slope;                     // sum of dD / d log q over the vocabulary
+  double state[2];                  // what the divergence decided for this row: two weights, or a branch
+};
+
+// Either losses is set (and statistics, gradient or both may be written on the way), or it is null and the gradient is
+// made from the statistics of an earlier call.
 struct Rows {
   DType dtype;  // of student, teacher and gradient
   int64_t count, vocab;
@@ -22,10 +44,12 @@ struct Rows {
   const void* teacher;  // the same with teacher_stride, or null for cross_entropy
   void* gradient;       // the same with gradient_stride, or null; may be student
   int64_t student_stride, teacher_stride, gradient_stride;
-  const int64_t* labels;  // [count], or null where no row is ignored and hard_weight is 0
-  void* losses;           // [count], float64 for float64 logits, else float32
+  const int64_t* labels;   // [count], or null where no row is ignored and hard_weight is 0
+  void* losses;            // [count], float64 for float64 logits, else float32; or null
+  Statistics* statistics;  // [count], or null
+  const void* upstream;    // [count], factors of the gradients in the type of losses, or null for 1
   Family family;
-  double parameters[2];  // (alpha, beta)
+  double parameters[kParameters];
   double temperature, hard_weight;
 };
 

@@ -3,7 +3,7 @@
 A method is a class with `needs_teacher` and `loss`; the trainer knows no method by name.
 """
 
-NAMES = ("sft", "ab")
+NAMES = ("sft", "ab", "kd")
 
 
 def find(name: str) -> type:
@@ -11,4 +11,4 @@ def find(name: str) -> type:
     from .kd import WordLevelKD
     from .sft import SupervisedFineTuning
 
-    return {"sft": SupervisedFineTuning, "ab": WordLevelKD}[name]
+    return {"sft": SupervisedFineTuning, "ab": WordLevelKD, "kd": WordLevelKD}[name]

@@ -1,4 +1,4 @@
-"""Word-level distillation on the data's own responses: ABKD with the alpha-beta divergence."""
+"""Word-level distillation on the data's own responses, by any divergence: ABKD with the alpha-beta divergence."""
 
 from __future__ import annotations
 

@@ -2,15 +2,15 @@
 // it defines lies in namespace abkd::cpu::ABKD_ISA.
 //
 // Three passes over a row, in blocks that stay in the first-level cache: (A) log-normalisers, (B) values and slopes,
-// (C) gradient. The slopes u of one row are kept between B and C, so that no exponential is computed twice.
+// (C) gradient. Where B and C are one call the slopes of one row are kept between them, so that no exponential is
+// computed twice. Sums over the vocabulary are in float64: they cost nothing beside the exponentials.
 
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
 #include <vector>
 
-#include "../divergence/alpha_beta.h"
-#include "../divergence/cross_entropy.h"
+#include "../divergence/families.h"
 #include "rows.h"
 
 namespace abkd::cpu::ABKD_ISA {
@@ -18,132 +18,199 @@ namespace {
 
 constexpr int64_t kBlock = 1024;
 
+// log sum exp of scale * logits. A NaN logit does not show in the maximum, but in the sum.
 template <typename T>
-struct LogNormalizer {
-  T scale = T(1), max = T(kLogFloor);
-  // log sum e^(x - max), as a number and the rest that it rounds away: an error common to all tokens would add up in
-  // the sums over the vocabulary.
-  T log_sum = T(0), log_sum_rest = T(0);
-
-  // log softmax, with the maximum taken off first: exact for the likely tokens, where it matters
-  ABKD_INLINE_MEMBER T operator()(T logit) const {
-    return lower(logit * scale - max - log_sum - log_sum_rest, T(kLogFloor));
-  }
-  ABKD_INLINE_MEMBER double value() const { return double(max) + double(log_sum) + double(log_sum_rest); }
-};
-
-// A NaN logit does not show in `max`, but in the sum, and from there in the loss.
-template <typename T>
-LogNormalizer<T> log_normalizer(const T* logits, int64_t vocab, T scale) {
-  LogNormalizer<T> normalizer;
-  normalizer.scale = scale;
+double log_sum_exp(const T* logits, int64_t vocab, T scale) {
+  T shift = T(kLogFloor);
   double sum = 0.0;
   for (int64_t begin = 0; begin < vocab; begin += kBlock) {
     const int64_t end = begin + kBlock < vocab ? begin + kBlock : vocab;
     T max = T(kLogFloor);
 #pragma omp simd reduction(max : max)
     for (int64_t v = begin; v < end; ++v) max = max < logits[v] * scale ? logits[v] * scale : max;
-    if (max > normalizer.max) {
-      sum *= double(exponential(normalizer.max - max));
-      normalizer.max = max;
+    if (max > shift) {
+      sum *= double(exponential(shift - max));
+      shift = max;
     }
-    const T shift = normalizer.max;
     double partial = 0.0;
 #pragma omp simd reduction(+ : partial)
     for (int64_t v = begin; v < end; ++v)
       partial += double(exponential(lower(logits[v] * scale - shift, T(kLogFloor))));
     sum += partial;
   }
-  const double log_sum = sum == 0.0 ? 0.0 : ::log(sum);  // 0: every logit is -inf
-  normalizer.log_sum = T(log_sum);
-  normalizer.log_sum_rest = T(log_sum - double(normalizer.log_sum));
-  return normalizer;
+  return double(shift) + (sum == 0.0 ? 0.0 : ::log(sum));  // 0: every logit is -inf
 }
 
-// log q - log p. Straight from the logits, so that it is not rounded to the grid of log-probabilities near -35: where
-// alpha + beta = 0 every token counts alike, and roundings that they share would add up.
 template <typename T>
-struct LogRatio {
-  T scale, shift;
-  LogRatio(const LogNormalizer<T>& student, const LogNormalizer<T>& teacher)
-      : scale(student.scale), shift(T(student.value() - teacher.value())) {}
+struct LogSoftmax {
+  T scale, high, low;  // the log-normaliser as a number and the rest that it rounds away
 
-  ABKD_INLINE_MEMBER T operator()(T teacher, T student, T a, T b) const {
-    const T d = bounded(student) - bounded(teacher) - shift;
-    return a + b == T(2 * kLogFloor) ? T(0) : d;
-  }
-
- private:
-  ABKD_INLINE_MEMBER T bounded(T logit) const { return lower(logit * scale, T(kLogFloor)); }
+  LogSoftmax(T scale, double lse) : scale(scale), high(T(lse)), low(T(lse - double(high))) {}
+  ABKD_INLINE_MEMBER T operator()(T logit) const { return lower(logit * scale - high - low, T(kLogFloor)); }
 };
 
 template <typename T>
-struct Sums {
-  double value = 0.0, slope = 0.0;
-};
+struct Likely {
+  std::vector<T> log_p;
+  int64_t count;
 
-template <bool kGradient, typename T, typename Divergence>
-Sums<T> sum_terms(const Divergence& divergence, const T* student, const T* teacher, int64_t vocab,
-                  LogNormalizer<T> student_norm, LogNormalizer<T> teacher_norm, T* slopes) {
-  Sums<T> sums;
-  const LogRatio<T> ratio(student_norm, teacher_norm);
-  for (int64_t begin = 0; begin < vocab; begin += kBlock) {
-    const int64_t end = begin + kBlock < vocab ? begin + kBlock : vocab;
-    double value = 0.0, slope = 0.0;
-#pragma omp simd reduction(+ : value, slope)
-    for (int64_t v = begin; v < end; ++v) {
-      const T a = teacher_norm(teacher[v]), b = student_norm(student[v]);
-      const auto term = divergence(a, b, ratio(teacher[v], student[v], a, b));
-      value += double(term.value);
-      slope += double(term.slope);
-      if constexpr (kGradient) slopes[v] = term.slope;
+  template <typename Functor>
+  ABKD_INLINE_MEMBER Pair<double> sum(const Functor& functor) const {
+    const T* begin = log_p.data();
+    double first = 0.0, second = 0.0;
+#pragma omp simd reduction(+ : first, second)
+    for (int64_t i = 0; i < count; ++i) {
+      const Pair<T> terms = functor(begin[i]);
+      first += double(terms.first);
+      second += double(terms.second);
     }
-    sums.value += value;
-    sums.slope += slope;
+    return {first, second};
   }
-  return sums;
+};
+
+// Both distributions of one token.
+template <typename T>
+struct Row {
+  const T *student, *teacher;  // [vocab]
+  int64_t vocab;
+  LogSoftmax<T> log_q, log_p;
+  T shift;  // difference of the log-normalisers
+
+  Row(const T* student, const T* teacher, int64_t vocab, T scale, const Statistics& statistics)
+      : student(student),
+        teacher(teacher),
+        vocab(vocab),
+        log_q(scale, statistics.student_lse),
+        log_p(scale, statistics.teacher_lse),
+        shift(T(statistics.student_lse - statistics.teacher_lse)) {}
+
+  // functor(log p, log q, log q - log p) of token v. The difference comes straight from the logits and is not rounded
+  // to the grid of log-probabilities near -35: where alpha + beta = 0 every token counts alike, and roundings that
+  // they share would add up. Two masked logits differ by 0.
+  template <typename Functor>
+  ABKD_INLINE_MEMBER auto apply(const Functor& functor, int64_t v) const {
+    const T a = log_p(teacher[v]), b = log_q(student[v]), floor = T(kLogFloor);
+    const T difference = lower(student[v] * log_q.scale, floor) - lower(teacher[v] * log_p.scale, floor) - shift;
+    return functor(a, b, a + b == T(2) * floor ? T(0) : difference);
+  }
+
+  // Sums of the pairs that functor makes; `seconds` [vocab], if not null, receives the second of each.
+  template <bool kKeep = false, typename Functor>
+  ABKD_INLINE_MEMBER Pair<double> sum(const Functor& functor, T* seconds = nullptr) const {
+    Pair<double> total{};
+    for (int64_t begin = 0; begin < vocab; begin += kBlock) {
+      const int64_t end = begin + kBlock < vocab ? begin + kBlock : vocab;
+      double first = 0.0, second = 0.0;
+#pragma omp simd reduction(+ : first, second)
+      for (int64_t v = begin; v < end; ++v) {
+        const Pair<T> terms = apply(functor, v);
+        first += double(terms.first);
+        second += double(terms.second);
+        if constexpr (kKeep) seconds[v] = terms.second;
+      }
+      total.first += first;
+      total.second += second;
+    }
+    return total;
+  }
+
+  T largest_log_p() const {
+    T max = T(kLogFloor);
+#pragma omp simd reduction(max : max)
+    for (int64_t v = 0; v < vocab; ++v) max = max < log_p(teacher[v]) ? log_p(teacher[v]) : max;
+    return max;
+  }
+
+  // The log p of the tokens that have at least `least`: a few of all, gathered for sums that are made again and again.
+  Likely<T> likely(T least) const {
+    std::vector<T> gathered(vocab);
+    int64_t count = 0;
+    for (int64_t v = 0; v < vocab; ++v) {
+      gathered[count] = log_p(teacher[v]);
+      count += gathered[count] >= least;
+    }
+    return {std::move(gathered), count};
+  }
+};
+
+// What the divergence does on this row; `state` is written where it is measured, else read.
+template <typename T, typename Divergence>
+ABKD_INLINE auto adapt(const Divergence& divergence, const Row<T>& row, bool measure, double (&state)[2]) {
+  if constexpr (Divergence::adapts) {
+    if (measure) {
+      const Pair<double> measured = divergence.state(row);
+      state[0] = measured.first;
+      state[1] = measured.second;
+    }
+    return divergence.at({state[0], state[1]});
+  } else {
+    return divergence;
+  }
 }
 
-// One row; `slopes` has room for vocab numbers. Reads all of `student` before it writes any of `gradient`.
+// Passes A and B: returns the loss and fills `statistics`, and `slopes` [vocab] if that is not null.
 template <typename T, typename Divergence>
-double process_row(const Rows& rows, const Divergence& divergence, const T* student, const T* teacher, T* gradient,
-                   int64_t label, T* slopes) {
-  const int64_t vocab = rows.vocab;
+double measure(const Rows& rows, const Divergence& divergence, const T* student, const T* teacher, int64_t label,
+               Statistics& statistics, T* slopes) {
   const bool hard = rows.hard_weight != 0.0;
   const T scale = T(1.0 / rows.temperature);
-  LogNormalizer<T> plain;
-  if (hard) plain = log_normalizer(student, vocab, T(1));
-  const double target = hard ? double(student[label]) : 0.0;
-  double loss = hard ? rows.hard_weight * (plain.value() - target) : 0.0;
-
-  const T hard_weight = T(rows.hard_weight);
+  double loss = 0.0;
+  if (hard) {
+    statistics.plain_lse = log_sum_exp(student, rows.vocab, T(1));
+    loss = rows.hard_weight * (statistics.plain_lse - double(student[label]));
+  }
   if constexpr (Divergence::has_teacher) {
-    const auto student_norm = hard && scale == T(1) ? plain : log_normalizer(student, vocab, scale);
-    const auto teacher_norm = log_normalizer(teacher, vocab, scale);
-    if (!gradient) {
-      const auto sums = sum_terms<false>(divergence, student, teacher, vocab, student_norm, teacher_norm, slopes);
-      return loss + (1.0 - rows.hard_weight) * sums.value;
+    const bool same = hard && scale == T(1);
+    statistics.student_lse = same ? statistics.plain_lse : log_sum_exp(student, rows.vocab, scale);
+    statistics.teacher_lse = log_sum_exp(teacher, rows.vocab, scale);
+    const Row<T> row(student, teacher, rows.vocab, scale, statistics);
+    const auto adapted = adapt(divergence, row, true, statistics.state);
+    const auto both = [&adapted](T a, T b, T d) {
+      const Term<T> term = adapted(a, b, d);
+      return Pair<T>{term.value, term.slope};
+    };
+    const Pair<double> sums = slopes ? row.template sum<true>(both, slopes) : row.sum(both);
+    statistics.slope = sums.second;
+    loss += (1.0 - rows.hard_weight) * sums.first;
+  }
+  return loss;
+}
+
+// Pass C. `slopes` [vocab] is what `measure` left, or null; `gradient` may be `student`.
+template <typename T, typename Divergence>
+void differentiate(const Rows& rows, const Divergence& divergence, const T* student, const T* teacher, int64_t label,
+                   Statistics& statistics, const T* slopes, double upstream, T* gradient) {
+  const bool hard = rows.hard_weight != 0.0;
+  const T scale = T(1.0 / rows.temperature), total = T(statistics.slope);
+  const T weight = T(upstream * (1.0 - rows.hard_weight) / rows.temperature);
+  const T hard_weight = T(upstream * rows.hard_weight);
+  const LogSoftmax<T> plain(T(1), statistics.plain_lse);
+  const Row<T> row(student, teacher, rows.vocab, scale, statistics);
+  const auto adapted = adapt(divergence, row, false, statistics.state);
+  for (int64_t begin = 0; begin < rows.vocab; begin += kBlock) {
+    const int64_t size = rows.vocab - begin < kBlock ? rows.vocab - begin : kBlock;
+    T block[kBlock] = {};
+    if constexpr (Divergence::has_teacher) {
+      if (slopes) {
+#pragma omp simd
+        for (int64_t i = 0; i < size; ++i) block[i] = slopes[begin + i];
+      } else {
+        const auto slope = [adapted](T a, T b, T d) { return adapted.slope(a, b, d); };
+#pragma omp simd
+        for (int64_t i = 0; i < size; ++i) block[i] = row.apply(slope, begin + i);
+      }
+#pragma omp simd
+      for (int64_t i = 0; i < size; ++i)
+        block[i] = weight * (block[i] - exponential(row.log_q(student[begin + i])) * total);
     }
-    const auto sums = sum_terms<true>(divergence, student, teacher, vocab, student_norm, teacher_norm, slopes);
-    loss += (1.0 - rows.hard_weight) * sums.value;
-    const T weight = T((1.0 - rows.hard_weight) / rows.temperature), total = T(sums.slope);
     if (hard) {
 #pragma omp simd
-      for (int64_t v = 0; v < vocab; ++v) {
-        gradient[v] = weight * (slopes[v] - exponential(student_norm(student[v])) * total) +
-                      hard_weight * exponential(plain(student[v]));
-      }
-    } else {
-#pragma omp simd
-      for (int64_t v = 0; v < vocab; ++v)
-        gradient[v] = weight * (slopes[v] - exponential(student_norm(student[v])) * total);
+      for (int64_t i = 0; i < size; ++i) block[i] += hard_weight * exponential(plain(student[begin + i]));
     }
-  } else if (gradient) {
 #pragma omp simd
-    for (int64_t v = 0; v < vocab; ++v) gradient[v] = hard_weight * exponential(plain(student[v]));
+    for (int64_t i = 0; i < size; ++i) gradient[begin + i] = block[i];
   }
-  if (hard && gradient) gradient[label] -= hard_weight;
-  return loss;
+  if (hard) gradient[label] -= hard_weight;
 }
 
 template <typename T, typename Logit>
@@ -160,43 +227,43 @@ template <typename Logit, typename T, typename Divergence>
 void process_rows(const Rows& rows, const Divergence& divergence, int64_t begin, int64_t end) {
   const int64_t vocab = rows.vocab;
   constexpr bool wide = std::is_same_v<T, Logit>;
-  std::vector<T> slopes(vocab), student_row(wide ? 0 : vocab), teacher_row(wide ? 0 : vocab);
-  for (int64_t row = begin; row < end; ++row) {
-    auto* gradient = static_cast<Logit*>(rows.gradient);
-    if (gradient) gradient += row * rows.gradient_stride;
-    const int64_t label = rows.labels ? rows.labels[row] : 0;
-    double loss = 0.0;
+  std::vector<T> slopes(rows.losses && rows.gradient ? vocab : 0), student_row(wide ? 0 : vocab),
+      teacher_row(wide ? 0 : vocab);
+  T* const kept = slopes.empty() ? nullptr : slopes.data();
+  for (int64_t i = begin; i < end; ++i) {
+    auto* gradient = rows.gradient ? static_cast<Logit*>(rows.gradient) + i * rows.gradient_stride : nullptr;
+    const int64_t label = rows.labels ? rows.labels[i] : 0;
     if (label == kIgnored) {
+      if (rows.losses) static_cast<T*>(rows.losses)[i] = T(0);
+      if (rows.losses && rows.statistics) rows.statistics[i] = Statistics{};
       for (int64_t v = 0; gradient && v < vocab; ++v) gradient[v] = Logit(0);
-    } else {
-      const auto* student = static_cast<const Logit*>(rows.student) + row * rows.student_stride;
-      const T* z = widen<T>(student, vocab, student_row.data());
-      const T* y = nullptr;
-      if constexpr (Divergence::has_teacher)
-        y = widen<T>(static_cast<const Logit*>(rows.teacher) + row * rows.teacher_stride, vocab, teacher_row.data());
-      if constexpr (wide) {
-        loss = process_row(rows, divergence, z, y, gradient, label, slopes.data());
-      } else {
-        T* wide_gradient = gradient ? student_row.data() : nullptr;
-        loss = process_row(rows, divergence, z, y, wide_gradient, label, slopes.data());
-        for (int64_t v = 0; gradient && v < vocab; ++v) gradient[v] = Logit(wide_gradient[v]);
-      }
+      continue;
     }
-    if constexpr (std::is_same_v<T, double>)
-      static_cast<double*>(rows.losses)[row] = loss;
-    else
-      static_cast<float*>(rows.losses)[row] = float(loss);
+    const T* student =
+        widen<T>(static_cast<const Logit*>(rows.student) + i * rows.student_stride, vocab, student_row.data());
+    const T* teacher = nullptr;
+    if constexpr (Divergence::has_teacher)
+      teacher = widen<T>(static_cast<const Logit*>(rows.teacher) + i * rows.teacher_stride, vocab, teacher_row.data());
+    Statistics statistics = rows.losses ? Statistics{} : rows.statistics[i];
+    if (rows.losses) {
+      static_cast<T*>(rows.losses)[i] = T(measure(rows, divergence, student, teacher, label, statistics, kept));
+      if (rows.statistics) rows.statistics[i] = statistics;
+    }
+    if (!gradient) continue;
+    const double upstream = rows.upstream ? double(static_cast<const T*>(rows.upstream)[i]) : 1.0;
+    if constexpr (wide) {
+      differentiate(rows, divergence, student, teacher, label, statistics, kept, upstream, gradient);
+    } else {
+      T* wide_gradient = student_row.data();
+      differentiate(rows, divergence, student, teacher, label, statistics, kept, upstream, wide_gradient);
+      for (int64_t v = 0; v < vocab; ++v) gradient[v] = Logit(wide_gradient[v]);
+    }
   }
 }
 
 template <typename Logit, typename T>
-void select_family(const Rows& rows, int64_t begin, int64_t end) {
-  switch (rows.family) {
-    case Family::cross_entropy:
-      return process_rows<Logit, T>(rows, CrossEntropy{}, begin, end);
-    case Family::alpha_beta:
-      return process_rows<Logit, T>(rows, AlphaBeta<T>(rows.parameters[0], rows.parameters[1]), begin, end);
-  }
+void drive_family(const Rows& rows, int64_t begin, int64_t end) {
+  with_divergence<T>(rows, [&](const auto& divergence) { process_rows<Logit, T>(rows, divergence, begin, end); });
 }
 
 }  // namespace
@@ -204,13 +271,13 @@ void select_family(const Rows& rows, int64_t begin, int64_t end) {
 void drive(const Rows& rows, int64_t begin, int64_t end) {
   switch (rows.dtype) {
     case DType::float32:
-      return select_family<float, float>(rows, begin, end);
+      return drive_family<float, float>(rows, begin, end);
     case DType::float64:
-      return select_family<double, double>(rows, begin, end);
+      return drive_family<double, double>(rows, begin, end);
     case DType::bfloat16:
-      return select_family<torch::headeronly::BFloat16, float>(rows, begin, end);
+      return drive_family<torch::headeronly::BFloat16, float>(rows, begin, end);
     case DType::float16:
-      return select_family<torch::headeronly::Half, float>(rows, begin, end);
+      return drive_family<torch::headeronly::Half, float>(rows, begin, end);
   }
 }
 

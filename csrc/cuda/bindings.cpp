@@ -10,21 +10,41 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-Tensor row_losses_cuda(const Tensor& student, std::optional<Tensor> teacher, std::optional<Tensor> labels,
-                       int64_t family, std::vector<double> parameters, double temperature, double hard_weight,
-                       std::optional<Tensor> gradient) {
-  STD_TORCH_CHECK(student.scalar_type() != ScalarType::Double, "float64 logits have no CUDA kernel");
-  const torch::stable::accelerator::DeviceGuard guard(student.get_device_index());
-  auto losses = torch::stable::new_empty(student, {student.size(0)}, ScalarType::Float);
-  const abkd::Rows rows =
-      abkd::pack(student, teacher, labels, family, parameters, temperature, hard_weight, gradient, losses);
+void launch(const abkd::Rows& rows, int32_t device) {
+  const torch::stable::accelerator::DeviceGuard guard(device);
   void* stream = nullptr;
-  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(student.get_device_index(), &stream) == 0, "no CUDA stream");
+  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(device, &stream) == 0, "no CUDA stream");
   const char* error = abkd::cuda::launch(rows, stream);
   STD_TORCH_CHECK(!error, "row kernel: ", error ? error : "");
+}
+
+Tensor row_losses_cuda(const Tensor& student, std::optional<Tensor> teacher, std::optional<Tensor> labels,
+                       int64_t family, std::vector<double> parameters, double temperature, double hard_weight,
+                       std::optional<Tensor> gradient, std::optional<Tensor> statistics,
+                       std::optional<Tensor> upstream) {
+  STD_TORCH_CHECK(student.scalar_type() != ScalarType::Double, "float64 logits have no CUDA kernel");
+  auto losses = torch::stable::new_empty(student, {student.size(0)}, ScalarType::Float);
+  auto rows =
+      abkd::pack({student, teacher, labels, gradient, statistics}, {family, parameters, temperature, hard_weight});
+  rows.losses = losses.data_ptr();
+  if (upstream) rows.upstream = abkd::pack_upstream(*upstream, student);
+  launch(rows, student.get_device_index());
   return losses;
+}
+
+void row_gradients_cuda(const Tensor& student, std::optional<Tensor> teacher, std::optional<Tensor> labels,
+                        int64_t family, std::vector<double> parameters, double temperature, double hard_weight,
+                        const Tensor& statistics, const Tensor& upstream, const Tensor& gradient) {
+  STD_TORCH_CHECK(student.scalar_type() != ScalarType::Double, "float64 logits have no CUDA kernel");
+  auto rows =
+      abkd::pack({student, teacher, labels, gradient, statistics}, {family, parameters, temperature, hard_weight});
+  rows.upstream = abkd::pack_upstream(upstream, student);
+  launch(rows, student.get_device_index());
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(abkd_fast, CUDA, library) { library.impl("row_losses", TORCH_BOX(&row_losses_cuda)); }
+STABLE_TORCH_LIBRARY_IMPL(abkd_fast, CUDA, library) {
+  library.impl("row_losses", TORCH_BOX(&row_losses_cuda));
+  library.impl("row_gradients", TORCH_BOX(&row_gradients_cuda));
+}

@@ -1,5 +1,8 @@
 #include <cuda_runtime.h>
 
+#include <algorithm>
+#include <limits>
+
 #include "rows.cuh"
 #include "rows.h"
 
@@ -11,27 +14,21 @@ cudaError_t launch_kernel(const Rows& rows, const Divergence& divergence, cudaSt
   int device = 0, limit = 0;
   if (auto error = cudaGetDevice(&device)) return error;
   if (auto error = cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device)) return error;
-  const int64_t kept = row_bytes<Logit>(rows.vocab) * (Divergence::has_teacher ? 2 : 1);
-  const auto blocks = static_cast<unsigned>(rows.count);
-  if (kept + int64_t(kWarps * sizeof(float2)) <= limit) {
-    const auto kernel = row_kernel<Logit, Divergence, true>;
-    if (auto error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(kept))) return error;
-    kernel<<<blocks, kThreads, size_t(kept), stream>>>(rows, divergence);
-  } else {
-    row_kernel<Logit, Divergence, false><<<blocks, kThreads, 0, stream>>>(rows, divergence);
-  }
+  // A gradient made from statistics is one pass: nothing to keep.
+  const int64_t bytes = row_bytes<Logit>(rows.vocab), room = limit - int64_t(sizeof(Scratch));
+  const int wanted = rows.losses ? (Divergence::has_teacher ? 2 : 1) : 0;
+  const int kept = bytes > room ? 0 : 2 * bytes > room ? std::min(wanted, 1) : wanted;
+  const auto kernel = row_kernel<Logit, Divergence>;
+  if (auto error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(kept * bytes)))
+    return error;
+  kernel<<<static_cast<unsigned>(rows.count), kThreads, size_t(kept * bytes), stream>>>(rows, divergence, kept);
   return cudaGetLastError();
 }
 
 template <typename Logit>
 cudaError_t select_family(const Rows& rows, cudaStream_t stream) {
-  switch (rows.family) {
-    case Family::cross_entropy:
-      return launch_kernel<Logit>(rows, CrossEntropy{}, stream);
-    case Family::alpha_beta:
-      return launch_kernel<Logit>(rows, AlphaBeta<float>(rows.parameters[0], rows.parameters[1]), stream);
-  }
-  return cudaErrorInvalidValue;
+  return with_divergence<float>(rows,
+                                [&](const auto& divergence) { return launch_kernel<Logit>(rows, divergence, stream); });
 }
 
 cudaError_t select_dtype(const Rows& rows, cudaStream_t stream) {
@@ -52,6 +49,7 @@ cudaError_t select_dtype(const Rows& rows, cudaStream_t stream) {
 
 const char* launch(const Rows& rows, void* stream) {
   if (rows.count == 0) return nullptr;
+  if (rows.vocab > std::numeric_limits<int>::max()) return "the vocabulary has more than 2^31 - 1 entries";
   const cudaError_t error = select_dtype(rows, static_cast<cudaStream_t>(stream));
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }

@@ -1,20 +1,19 @@
-// Device code of the row kernel: one thread block per token, three passes over the vocabulary.
+// Device code of the row kernel: one thread block per token, up to three passes over the vocabulary.
 //
-//   (A) log-normalisers of both rows, online: one read of device memory, 2 exponentials an element
-//   (B) sums of values and slopes, 3 exponentials
-//   (C) gradient, 4 exponentials (the slope is computed again: cheaper than keeping it)
+//   (A) log-normalisers of both rows, online: 2 exponentials an element
+//   (B) sums of values and slopes: 1 exponential and up to 2 polynomial ones (math.h, `decaying`)
+//   (C) gradient: one exponential more (the slope is computed again: cheaper than keeping it)
 //
-// Where both rows fit into shared memory (on an H100 up to 58,000 logits of 16 bits, 29,000 of 32) they stay there
-// between the passes and device memory is read once; else the passes read again, mostly from the second-level cache.
-// Bytes an element: 2 reads and 1 write of a logit. Nothing here includes a PyTorch header.
+// Device memory is read once where the rows stay on chip between the passes (PLACEHOLDER)
+// Nothing here includes a PyTorch header.
 #pragma once
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-#include "../divergence/alpha_beta.h"
-#include "../divergence/cross_entropy.h"
-#include "../rows.h"
+#include <type_traits>
+
+#include "../divergence/families.h"
 
 namespace abkd::cuda {
 
@@ -72,14 +71,14 @@ struct Width {
 template <typename Logit>
 struct Cut {
   static constexpr int kWidth = 16 / sizeof(Logit);
-  int64_t vocab, head, packs;
+  int vocab, head, packs;
   bool teacher_aligned, gradient_aligned;  // whether their packs also start on 16-byte boundaries
 
-  __device__ Cut(const Logit* student, const Logit* teacher, const Logit* gradient, int64_t vocab) : vocab(vocab) {
-    const int64_t offset = reinterpret_cast<uintptr_t>(student) / sizeof(Logit) % kWidth;
+  __device__ Cut(const Logit* student, const Logit* teacher, const Logit* gradient, int64_t vocab) : vocab(int(vocab)) {
+    const int offset = int(reinterpret_cast<uintptr_t>(student) / sizeof(Logit) % kWidth);
     head = (kWidth - offset) % kWidth;
-    if (head > vocab) head = vocab;
-    packs = (vocab - head) / kWidth;
+    if (head > this->vocab) head = this->vocab;
+    packs = (this->vocab - head) / kWidth;
     teacher_aligned = reinterpret_cast<uintptr_t>(teacher + head) % 16 == 0;
     gradient_aligned = reinterpret_cast<uintptr_t>(gradient + head) % 16 == 0;
   }
@@ -87,9 +86,9 @@ struct Cut {
   // Calls body(width, index) so that the block's threads together cover [0, vocab) once; width is a type.
   template <typename Body>
   __device__ __forceinline__ void visit(Body body) const {
-    for (int64_t pack = threadIdx.x; pack < packs; pack += kThreads) body(Width<kWidth>{}, head + pack * kWidth);
-    const int64_t tail = head + packs * kWidth;
-    const int64_t single = threadIdx.x < head ? threadIdx.x : tail + (threadIdx.x - head);
+    const int thread = int(threadIdx.x), tail = head + packs * kWidth;
+    for (int pack = thread; pack < packs; pack += kThreads) body(Width<kWidth>{}, head + pack * kWidth);
+    const int single = thread < head ? thread : tail + (thread - head);
     if (single < vocab) body(Width<1>{}, single);
   }
 };
@@ -117,64 +116,176 @@ struct OnlineSum {
   }
 };
 
-struct LogNormalizer {
-  float scale, max, log_sum;
+template <typename Packed>
+__device__ __forceinline__ void add(OnlineSum& online, const Packed& logits, float scale) {
+  constexpr int kWidth = sizeof(logits.values) / sizeof(logits.values[0]);
+  float x[kWidth];
+#pragma unroll
+  for (int i = 0; i < kWidth; ++i) x[i] = to_float(logits.values[i]) * scale;
+  online.add(x);
+}
+
+struct LogSoftmax {
+  float scale, high, low;  // the log-normaliser as a number and the rest that it rounds away
+  __device__ LogSoftmax(float scale, double lse) : scale(scale), high(float(lse)), low(float(lse - double(high))) {}
   __device__ __forceinline__ float operator()(float logit) const {
-    return lower(logit * scale - max - log_sum, kLogFloor);
+    return lower(logit * scale - high - low, kLogFloor);
   }
 };
 
-// log q - log p, straight from the logits: see the CPU driver.
-struct LogRatio {
-  float scale, shift;
-  __device__ __forceinline__ LogRatio(const LogNormalizer& student, const LogNormalizer& teacher)
-      : scale(student.scale), shift((student.max - teacher.max) + (student.log_sum - teacher.log_sum)) {}
-
-  __device__ __forceinline__ float operator()(float teacher, float student, float a, float b) const {
-    const float d = lower(student * scale, kLogFloor) - lower(teacher * scale, kLogFloor) - shift;
-    return a + b == 2.0f * kLogFloor ? 0.0f : d;
-  }
+// What a block's threads share; every reduction leaves it free again.
+struct Scratch {
+  float2 warps[kWarps];
+  double lse;
+  Statistics statistics;  // of the row; written by thread 0, as is
+  float target;           // the student's logit of the label
 };
 
-// All threads of the block receive the result; `scratch` is shared, kWarps long, and free again when this returns.
-__device__ __forceinline__ LogNormalizer reduce(OnlineSum online, float scale, float2* scratch) {
+// The maximum and log sum exp of the row, to all threads of the block.
+struct Normalizer {
+  float max;
+  double lse;
+};
+
+__device__ __forceinline__ Normalizer reduce(OnlineSum online, Scratch& scratch) {
 #pragma unroll
   for (int offset = 16; offset > 0; offset /= 2)
     online.merge(__shfl_xor_sync(0xffffffffu, online.max, offset), __shfl_xor_sync(0xffffffffu, online.sum, offset));
-  if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = make_float2(online.max, online.sum);
+  if (threadIdx.x % 32 == 0) scratch.warps[threadIdx.x / 32] = make_float2(online.max, online.sum);
   __syncthreads();
-  OnlineSum total;
-  for (int warp = 0; warp < kWarps; ++warp) total.merge(scratch[warp].x, scratch[warp].y);
+  if (threadIdx.x == 0) {
+    OnlineSum total;
+    for (int warp = 0; warp < kWarps; ++warp) total.merge(scratch.warps[warp].x, scratch.warps[warp].y);
+    // In float64: an error of the log-normaliser is common to all tokens.
+    scratch.lse = double(total.max) + (total.sum == 0.0f ? 0.0 : log(double(total.sum)));
+    scratch.warps[0].x = total.max;
+  }
   __syncthreads();
-  return {scale, total.max, total.sum == 0.0f ? 0.0f : logf(total.sum)};
+  const Normalizer result{scratch.warps[0].x, scratch.lse};
+  __syncthreads();
+  return result;
 }
 
-__device__ __forceinline__ float2 reduce(float2 sums, float2* scratch) {
+__device__ __forceinline__ Pair<float> reduce(Pair<float> sums, Scratch& scratch) {
 #pragma unroll
   for (int offset = 16; offset > 0; offset /= 2) {
-    sums.x += __shfl_xor_sync(0xffffffffu, sums.x, offset);
-    sums.y += __shfl_xor_sync(0xffffffffu, sums.y, offset);
+    sums.first += __shfl_xor_sync(0xffffffffu, sums.first, offset);
+    sums.second += __shfl_xor_sync(0xffffffffu, sums.second, offset);
   }
-  if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = sums;
+  if (threadIdx.x % 32 == 0) scratch.warps[threadIdx.x / 32] = make_float2(sums.first, sums.second);
   __syncthreads();
-  float2 total = make_float2(0.0f, 0.0f);
+  Pair<float> total{};
   for (int warp = 0; warp < kWarps; ++warp) {
-    total.x += scratch[warp].x;
-    total.y += scratch[warp].y;
+    total.first += scratch.warps[warp].x;
+    total.second += scratch.warps[warp].y;
   }
   __syncthreads();
   return total;
 }
 
-// Shared memory of a block that keeps both rows: room for the packs to start on a 16-byte boundary.
+// Both distributions of one token, wherever their logits are.
+template <typename Logit>
+struct Row {
+  const Cut<Logit>& cut;
+  const Logit *student, *teacher;
+  bool teacher_aligned;
+  LogSoftmax log_q, log_p;
+  float shift;  // difference of the log-normalisers
+  float top;    // the largest log p
+  Scratch& scratch;
+  int vocab;
+
+  // functor(log p, log q, log q - log p); why the difference comes from the logits: see the CPU driver
+  template <typename Functor>
+  __device__ __forceinline__ auto apply(const Functor& functor, float z, float y) const {
+    const float a = log_p(y), b = log_q(z);
+    const float difference = lower(z * log_q.scale, kLogFloor) - lower(y * log_p.scale, kLogFloor) - shift;
+    return functor(a, b, a + b == 2.0f * kLogFloor ? 0.0f : difference);
+  }
+
+  // Calls body(width, v, student logits, teacher logits) for all packs of the row.
+  template <typename Body>
+  __device__ __forceinline__ void visit(Body body) const {
+    cut.visit([&](auto width, int v) {
+      constexpr int kWidth = decltype(width)::value;
+      const auto z = Pack<Logit, kWidth>::load(student + v, kWidth > 1);
+      const auto y = Pack<Logit, kWidth>::load(teacher + v, kWidth > 1 && teacher_aligned);
+      body(width, v, z, y);
+    });
+  }
+
+  template <typename Functor>
+  __device__ __forceinline__ Pair<float> sum(const Functor& functor) const {
+    Pair<float> total{};
+    visit([&](auto width, int, const auto& z, const auto& y) {
+#pragma unroll
+      for (int i = 0; i < decltype(width)::value; ++i) {
+        const Pair<float> terms = apply(functor, to_float(z.values[i]), to_float(y.values[i]));
+        total.first += terms.first;
+        total.second += terms.second;
+      }
+    });
+    return reduce(total, scratch);
+  }
+
+  __device__ __forceinline__ float largest_log_p() const { return top; }
+
+  // Sums over log p alone; a block has nowhere to gather the likely tokens, and the others cost it a comparison.
+  struct Likely {
+    const Row& row;
+    template <typename Functor>
+    __device__ __forceinline__ Pair<float> sum(const Functor& functor) const {
+      return row.sum([&functor](float a, float, float) { return functor(a); });
+    }
+  };
+  __device__ __forceinline__ Likely likely(float) const { return {*this}; }
+};
+
+// What the divergence does on this row: by reference, to constant or shared memory, which spares registers.
+template <typename Logit, typename Divergence>
+__device__ __forceinline__ decltype(auto) adapt(const Divergence& divergence, const Row<Logit>& row, bool measure,
+                                                double (&state)[2]) {
+  if constexpr (Divergence::adapts) {
+    using Adapted = std::decay_t<decltype(divergence.at({}))>;
+    __shared__ __align__(16) unsigned char storage[sizeof(Adapted)];
+    auto& adapted = *reinterpret_cast<Adapted*>(storage);
+    const Pair<double> decided = measure ? divergence.state(row) : Pair<double>{state[0], state[1]};
+    if (threadIdx.x == 0) {
+      adapted = divergence.at(decided);
+      if (measure) {
+        state[0] = decided.first;
+        state[1] = decided.second;
+      }
+    }
+    __syncthreads();
+    return static_cast<const Adapted&>(adapted);
+  } else {
+    return (divergence);
+  }
+}
+
+// Shared memory that one row takes: room for its packs to start on a 16-byte boundary.
 template <typename Logit>
 __host__ __device__ constexpr int64_t row_bytes(int64_t vocab) {
   return (vocab * int64_t(sizeof(Logit)) + 16 + 15) / 16 * 16;
 }
 
-template <typename Logit, typename Divergence, bool kOnChip>
-__global__ void __launch_bounds__(kThreads, 1) row_kernel(Rows rows, Divergence divergence) {
-  __shared__ float2 scratch[kWarps];
+template <typename Logit>
+__device__ __forceinline__ void ignore_row(const Cut<Logit>& cut, Logit* gradient) {
+  if (!gradient) return;
+  cut.visit([&](auto width, int v) {
+    constexpr int kWidth = decltype(width)::value;
+    Pack<Logit, kWidth> zero;
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) zero.values[i] = from_float<Logit>(0.0f);
+    zero.store(gradient + v, kWidth > 1 && cut.gradient_aligned);
+  });
+}
+
+// `kept` rows of a token stay in shared memory between the passes: none, the student's, or both.
+template <typename Logit, typename Divergence>
+__global__ void __launch_bounds__(kThreads, 1) row_kernel(Rows rows, Divergence divergence, int kept) {
+  __shared__ Scratch scratch;
   extern __shared__ __align__(16) unsigned char shared_rows[];
 
   // The last rows first: they are what the matrix product before this kernel left in the second-level cache.
@@ -184,112 +295,127 @@ __global__ void __launch_bounds__(kThreads, 1) row_kernel(Rows rows, Divergence 
   if constexpr (Divergence::has_teacher) teacher += row * rows.teacher_stride;
   auto* gradient = static_cast<Logit*>(rows.gradient);
   if (gradient) gradient += row * rows.gradient_stride;
-  auto* loss = static_cast<float*>(rows.losses) + row;
+  auto* loss = rows.losses ? static_cast<float*>(rows.losses) + row : nullptr;
   const Cut<Logit> cut(student, teacher, gradient, rows.vocab);
 
   const int64_t label = rows.labels ? rows.labels[row] : 0;
   if (label == kIgnored) {
-    if (threadIdx.x == 0) *loss = 0.0f;
-    if (gradient) {
-      cut.visit([&](auto width, int64_t v) {
-        constexpr int kWidth = decltype(width)::value;
-        Pack<Logit, kWidth> zero;
-#pragma unroll
-        for (int i = 0; i < kWidth; ++i) zero.values[i] = from_float<Logit>(0.0f);
-        zero.store(gradient + v, kWidth > 1 && cut.gradient_aligned);
-      });
-    }
+    ignore_row(cut, gradient);
+    if (threadIdx.x == 0 && loss) *loss = 0.0f;
+    if (threadIdx.x == 0 && loss && rows.statistics) rows.statistics[row] = Statistics{};
     return;
   }
 
   const float scale = float(1.0 / rows.temperature);
-  const float hard_weight = float(rows.hard_weight);
-  const bool hard = hard_weight != 0.0f;
+  const bool hard = rows.hard_weight != 0.0;
   // Read before any gradient is written: gradient may be student. An impossible label makes the loss NaN.
-  const bool valid = 0 <= label && label < rows.vocab;
-  const float target = !hard ? 0.0f : valid ? to_float(student[label]) : nanf("");
-
-  // Shared copies are shifted so that their packs are aligned whatever the alignment of the rows themselves.
-  const int64_t shift = (Cut<Logit>::kWidth - cut.head % Cut<Logit>::kWidth) % Cut<Logit>::kWidth;
-  auto* kept_student = reinterpret_cast<Logit*>(shared_rows) + shift;
-  auto* kept_teacher = reinterpret_cast<Logit*>(shared_rows + row_bytes<Logit>(rows.vocab)) + shift;
-
-  OnlineSum plain_sum, student_sum, teacher_sum;
-  cut.visit([&](auto width, int64_t v) {
-    constexpr int kWidth = decltype(width)::value;
-    const auto z = Pack<Logit, kWidth>::load(student + v, kWidth > 1);
-    if constexpr (kOnChip) z.store(kept_student + v, kWidth > 1);
-    float x[kWidth];
-#pragma unroll
-    for (int i = 0; i < kWidth; ++i) x[i] = to_float(z.values[i]);
-    if (hard) plain_sum.add(x);
-    if constexpr (Divergence::has_teacher) {
-#pragma unroll
-      for (int i = 0; i < kWidth; ++i) x[i] *= scale;
-      student_sum.add(x);
-      const auto y = Pack<Logit, kWidth>::load(teacher + v, kWidth > 1 && cut.teacher_aligned);
-      if constexpr (kOnChip) y.store(kept_teacher + v, kWidth > 1);
-#pragma unroll
-      for (int i = 0; i < kWidth; ++i) x[i] = to_float(y.values[i]) * scale;
-      teacher_sum.add(x);
-    }
-  });
-  LogNormalizer plain{}, student_norm{}, teacher_norm{};
-  if (hard) plain = reduce(plain_sum, 1.0f, scratch);
-  if constexpr (Divergence::has_teacher) {
-    student_norm = reduce(student_sum, scale, scratch);
-    teacher_norm = reduce(teacher_sum, scale, scratch);
+  if (threadIdx.x == 0 && hard) {
+    const bool valid = 0 <= label && label < rows.vocab;
+    scratch.target = valid ? to_float(student[label]) : nanf("");
   }
-  const LogRatio ratio(student_norm, teacher_norm);
-  if constexpr (kOnChip) __syncthreads();
 
-  const Logit* z_row = kOnChip ? kept_student : student;
-  const Logit* y_row = kOnChip ? kept_teacher : teacher;
-  const bool y_aligned = kOnChip || cut.teacher_aligned;
-
-  float2 sums = make_float2(0.0f, 0.0f);  // value, slope
-  if constexpr (Divergence::has_teacher) {
-    cut.visit([&](auto width, int64_t v) {
+  Statistics& statistics = scratch.statistics;
+  double student_lse = 0.0, teacher_lse = 0.0;
+  float top = 0.0f;
+  if (loss) {
+    // Shared copies are shifted so that their packs are aligned whatever the alignment of the rows themselves.
+    const int64_t shift = (Cut<Logit>::kWidth - cut.head % Cut<Logit>::kWidth) % Cut<Logit>::kWidth;
+    auto* kept_student = kept > 0 ? reinterpret_cast<Logit*>(shared_rows) + shift : nullptr;
+    auto* kept_teacher =
+        kept > 1 ? reinterpret_cast<Logit*>(shared_rows + row_bytes<Logit>(rows.vocab)) + shift : nullptr;
+    OnlineSum plain_sum, student_sum, teacher_sum;
+    const bool plain = hard && (!Divergence::has_teacher || scale != 1.0f);
+    cut.visit([&](auto width, int v) {
       constexpr int kWidth = decltype(width)::value;
-      const auto z = Pack<Logit, kWidth>::load(z_row + v, kWidth > 1);
-      const auto y = Pack<Logit, kWidth>::load(y_row + v, kWidth > 1 && y_aligned);
-#pragma unroll
-      for (int i = 0; i < kWidth; ++i) {
-        const float student_logit = to_float(z.values[i]), teacher_logit = to_float(y.values[i]);
-        const float a = teacher_norm(teacher_logit), b = student_norm(student_logit);
-        const auto term = divergence(a, b, ratio(teacher_logit, student_logit, a, b));
-        sums.x += term.value;
-        sums.y += term.slope;
+      const auto z = Pack<Logit, kWidth>::load(student + v, kWidth > 1);
+      if (kept_student) z.store(kept_student + v, kWidth > 1);
+      if (plain) add(plain_sum, z, 1.0f);
+      if constexpr (Divergence::has_teacher) {
+        const auto y = Pack<Logit, kWidth>::load(teacher + v, kWidth > 1 && cut.teacher_aligned);
+        if (kept_teacher) y.store(kept_teacher + v, kWidth > 1);
+        add(student_sum, z, scale);
+        add(teacher_sum, y, scale);
       }
     });
-    sums = reduce(sums, scratch);
+    if constexpr (Divergence::has_teacher) {
+      student_lse = reduce(student_sum, scratch).lse;
+      const Normalizer normalizer = reduce(teacher_sum, scratch);
+      teacher_lse = normalizer.lse;
+      top = float(double(normalizer.max) - teacher_lse);
+    }
+    const double plain_lse = !hard ? 0.0 : plain ? reduce(plain_sum, scratch).lse : student_lse;
+    if (threadIdx.x == 0) statistics = {student_lse, teacher_lse, plain_lse, 0.0, {0.0, 0.0}};
+    if (kept_student) student = kept_student;
+    if (kept_teacher) teacher = kept_teacher;
+    __syncthreads();
+  } else {
+    if (threadIdx.x == 0) statistics = rows.statistics[row];
+    __syncthreads();
+    student_lse = statistics.student_lse;
+    teacher_lse = statistics.teacher_lse;
   }
-  if (threadIdx.x == 0) {
-    const float hard_loss = hard ? hard_weight * (plain.max + plain.log_sum - target) : 0.0f;
-    *loss = (1.0f - hard_weight) * sums.x + hard_loss;
+
+  const bool y_aligned = cut.teacher_aligned || (loss && kept > 1);
+  const Row<Logit> both{cut,
+                        student,
+                        teacher,
+                        y_aligned,
+                        LogSoftmax(scale, student_lse),
+                        LogSoftmax(scale, teacher_lse),
+                        float(student_lse - teacher_lse),
+                        top,
+                        scratch,
+                        cut.vocab};
+  const auto& adapted = adapt(divergence, both, loss != nullptr, statistics.state);
+  if (loss) {
+    Pair<float> sums{};
+    if constexpr (Divergence::has_teacher) {
+      sums = both.sum([&adapted](float a, float b, float d) {
+        const Term<float> term = adapted(a, b, d);
+        return Pair<float>{term.value, term.slope};
+      });
+    }
+    if (threadIdx.x == 0) {
+      const double hard_loss = hard ? rows.hard_weight * (statistics.plain_lse - double(scratch.target)) : 0.0;
+      *loss = float((1.0 - rows.hard_weight) * double(sums.first) + hard_loss);
+      statistics.slope = sums.second;
+      if (rows.statistics) rows.statistics[row] = statistics;
+    }
+    __syncthreads();
   }
   if (!gradient) return;
 
-  const float weight = (1.0f - hard_weight) * scale;
-  cut.visit([&](auto width, int64_t v) {
+  const float upstream = rows.upstream ? static_cast<const float*>(rows.upstream)[row] : 1.0f;
+  const float weight = upstream * float(1.0 - rows.hard_weight) * scale;
+  const float hard_weight = upstream * float(rows.hard_weight);
+  const float slope = float(statistics.slope);
+  const LogSoftmax plain_norm(1.0f, statistics.plain_lse);
+  const auto differentiate = [&](auto width, int v, const auto& z, const auto& y) {
     constexpr int kWidth = decltype(width)::value;
-    const auto z = Pack<Logit, kWidth>::load(z_row + v, kWidth > 1);
-    Pack<Logit, kWidth> y{}, out;
-    if constexpr (Divergence::has_teacher) y = Pack<Logit, kWidth>::load(y_row + v, kWidth > 1 && y_aligned);
+    Pack<Logit, kWidth> out;
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) {
       const float logit = to_float(z.values[i]);
       float g = 0.0f;
       if constexpr (Divergence::has_teacher) {
-        const float teacher_logit = to_float(y.values[i]);
-        const float a = teacher_norm(teacher_logit), b = student_norm(logit);
-        g = weight * (divergence(a, b, ratio(teacher_logit, logit, a, b)).slope - exponential(b) * sums.y);
+        const auto slope_of = [&adapted](float a, float b, float d) { return adapted.slope(a, b, d); };
+        const float term = both.apply(slope_of, logit, to_float(y.values[i]));
+        g = weight * (term - exponential(both.log_q(logit)) * slope);
       }
-      if (hard) g += hard_weight * (exponential(plain(logit)) - (v + i == label ? 1.0f : 0.0f));
+      if (hard) g += hard_weight * (exponential(plain_norm(logit)) - (v + i == label ? 1.0f : 0.0f));
       out.values[i] = from_float<Logit>(g);
     }
     out.store(gradient + v, kWidth > 1 && cut.gradient_aligned);
-  });
+  };
+  if constexpr (Divergence::has_teacher) {
+    both.visit(differentiate);
+  } else {
+    cut.visit([&](auto width, int v) {
+      constexpr int kWidth = decltype(width)::value;
+      const auto z = Pack<Logit, kWidth>::load(student + v, kWidth > 1);
+      differentiate(width, v, z, z);
+    });
+  }
 }
 
 }  // namespace abkd::cuda

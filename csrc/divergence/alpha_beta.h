@@ -16,24 +16,20 @@ namespace abkd {
 
 template <typename T>
 struct AlphaBeta {
-  static constexpr bool has_teacher = true;
+  static constexpr bool has_teacher = true, adapts = false;
 
-  struct Term {
-    T value;  // D
-    T slope;  // u = dD / d log q
-  };
+  // The logarithms of the powers at both ends of the sorted chain first -> middle -> last are (alpha + beta) a +
+  // first_d d and (alpha + beta) b + last_d d.
+  T first_d, last_d;
+  T gap1, gap;     // middle - first, last - first: of one sign, as is last - middle
+  T rate1, rate2;  // |middle - first|, |last - middle|, or so little that it makes no difference in place of 0
+  T inverse_gap, inverse_rate1, inverse_rate2;
+  T alpha, sum;  // sum = alpha + beta
+  T inverse_alpha;
+  T slope_gap1, slope_gap2;  // u is this combination of the two first differences
 
-  struct Exponent {
-    T a, b, d;  // coefficients
-  };
-
-  Exponent first, last;  // of the powers at both ends of the sorted chain first -> middle -> last
-  T gap1, gap2, gap;     // middle - first, last - middle, last - first: all of one sign
-  T rate1, rate2;        // |gap1|, |gap2|
-  T inverse_gap, inverse_rate1, inverse_rate2;  // 0 where there is no gap; never used there
-  T slope_gap1, slope_gap2;                     // u is this combination of the two first differences
-
-  ABKD_INLINE_MEMBER AlphaBeta(double alpha, double beta) {
+  ABKD_INLINE_MEMBER AlphaBeta(double alpha, double beta)
+      : alpha(T(alpha)), sum(T(alpha + beta)), inverse_alpha(T(1) / rate_of(T(alpha))) {
     double node[3] = {0.0, beta, alpha + beta};  // P, M, Q
     int order[3] = {0, 1, 2};
     if (alpha * beta < 0.0) {  // the middle node is P if |alpha| >= |beta|, else Q
@@ -43,55 +39,61 @@ struct AlphaBeta {
       order[2] = p_is_middle ? 2 : 1;
     }
     const double x0 = node[order[0]], x1 = node[order[1]], x2 = node[order[2]];
-    // log P = s a, log M = s a + beta d, log Q = s b with s = alpha + beta: each in the form that rounds least where it
-    // is the largest.
-    const Exponent exponent[3] = {{T(node[2]), T(0), T(0)}, {T(node[2]), T(0), T(beta)}, {T(0), T(node[2]), T(0)}};
-    first = exponent[order[0]];
-    last = exponent[order[2]];
+    // With s = alpha + beta, log P = s a, log Q = s b and log M = s a + beta d = s b - alpha d.
+    first_d = order[0] == 1 ? T(beta) : T(0);
+    last_d = order[2] == 1 ? T(-alpha) : T(0);
     gap1 = T(x1 - x0);
-    gap2 = T(x2 - x1);
     gap = T(x2 - x0);
-    rate1 = absolute(gap1);
-    rate2 = absolute(gap2);
-    inverse_gap = gap == T(0) ? T(0) : T(1.0 / (x2 - x0));
-    inverse_rate1 = rate1 == T(0) ? T(0) : T(1) / rate1;
-    inverse_rate2 = rate2 == T(0) ? T(0) : T(1) / rate2;
+    rate1 = rate_of(T(x1 - x0));
+    rate2 = rate_of(T(x2 - x1));
+    inverse_gap = absolute(gap) < Limits<T>::least_rate ? T(0) : T(1.0 / (x2 - x0));  // 0 is never used
+    inverse_rate1 = T(1) / rate1;
+    inverse_rate2 = T(1) / rate2;
     // Only with P in the middle is (M, Q) the whole chain; elsewhere it is the second gap.
     const bool whole = order[1] == 0;
     slope_gap1 = whole ? T((x1 - x0) / (x2 - x0)) : T(0);
     slope_gap2 = whole ? T((x2 - x1) / (x2 - x0)) : T(1);
   }
 
-  ABKD_INLINE_MEMBER Term operator()(T a, T b, T d) const {
+  ABKD_INLINE_MEMBER Term<T> operator()(T a, T b, T d) const {
     const T magnitude = absolute(d);
     const bool rising = gap * d > T(0);  // the last node carries the largest power
-    const T decay1 = exponential(-rate1 * magnitude);
-    const T decay2 = exponential(-rate2 * magnitude);
-    // Three selects and no reference: a compiler vectorises the former only.
-    const T end_a = rising ? last.a : first.a, end_b = rising ? last.b : first.b, end_d = rising ? last.d : first.d;
-    const T top = exponential(upper(end_a * a + end_b * b + end_d * d, Limits<T>::max_exponent));
+    const Decay<T> decay1 = decaying(rate1 * magnitude), decay2 = decaying(rate2 * magnitude);
+    const T power = sum * (rising ? b : a) + (rising ? last_d : first_d) * d;
+    const T top = exponential(upper(power, Limits<T>::max_exponent));
 
-    // First divided differences, each anchored at the larger of its two powers.
+    // First divided differences, each anchored at the larger of its two powers: top * Int_0^|d| e^(-rate t) dt.
     const T signed_top = d < T(0) ? -top : top;
-    const T top1 = rising ? signed_top * decay2 : signed_top;
-    const T top2 = rising ? signed_top : signed_top * decay1;
-    const T difference1 = top1 * decaying_integral(magnitude, rate1, inverse_rate1, decay1);
-    const T difference2 = top2 * decaying_integral(magnitude, rate2, inverse_rate2, decay2);
+    const T top1 = rising ? signed_top * decay2.decay : signed_top;
+    const T top2 = rising ? signed_top : signed_top * decay1.decay;
+    const T difference1 = top1 * decay1.lost * inverse_rate1;
+    const T difference2 = top2 * decay2.lost * inverse_rate2;
 
-    Term term;
+    Term<T> term;
     term.slope = slope_gap1 * difference1 + slope_gap2 * difference2;
     const T direct = (difference2 - difference1) * inverse_gap;
-    const T bottom = top * (rising ? decay1 * decay2 : T(1));  // the power at the first node
+    const T bottom = top * (rising ? decay1.decay * decay2.decay : T(1));  // the power at the first node
     term.value = absolute(gap * d) < Limits<T>::series_below ? bottom * series(d) : direct;
     return term;
   }
 
+  // The slope alone, from fewer exponentials: M and Q differ by the larger of them times (1 - e^-|alpha d|).
+  ABKD_INLINE_MEMBER T slope(T a, T b, T d) const {
+    const T excess = lower(-alpha * d, T(0));  // log(M / Q) where M is larger
+    const T top = exponential(upper(sum * b + excess, Limits<T>::max_exponent));
+    const T size = top * decaying(rate_of(alpha) * absolute(d)).lost * inverse_alpha;
+    return d < T(0) ? -size : size;
+  }
+
  private:
+  ABKD_INLINE_MEMBER static T rate_of(T gap) { return lower(absolute(gap), Limits<T>::least_rate); }
+
   // d^2 sum_k h_k / (k + 2)!, where h_k is the complete homogeneous symmetric polynomial in gap1 d and gap d.
   ABKD_INLINE_MEMBER T series(T d) const {
     const T x = gap1 * d, y = gap * d;
     T h = T(1), power = T(1), factorial = T(0.5);
     T total = factorial;
+    ABKD_UNROLL
     for (int k = 1; k < Limits<T>::series_terms; ++k) {
       power *= y;
       h = h * x + power;
@@ -100,6 +102,26 @@ struct AlphaBeta {
     }
     return d * d * total;
   }
+};
+
+// The larger, in each row, of two alpha-divergences, (alpha, 1 - alpha) and (beta, 1 - beta) (AlphaNet).
+template <typename T>
+struct AlphaNet {
+  static constexpr bool has_teacher = true, adapts = true;
+  AlphaBeta<T> first, second;
+
+  ABKD_INLINE_MEMBER AlphaNet(double alpha, double beta) : first(alpha, 1.0 - alpha), second(beta, 1.0 - beta) {}
+
+  // (0, 0) for the first branch, (1, 0) for the second
+  template <typename Row>
+  ABKD_INLINE_MEMBER Pair<double> state(const Row& row) const {
+    // One after the other: both at once would need more registers than a GPU's thread has.
+    const auto left = row.sum([x = first](T a, T b, T d) { return Pair<T>{x(a, b, d).value, T(0)}; });
+    const auto right = row.sum([x = second](T a, T b, T d) { return Pair<T>{x(a, b, d).value, T(0)}; });
+    return {left.first >= right.first ? 0.0 : 1.0, 0.0};
+  }
+
+  ABKD_INLINE_MEMBER const AlphaBeta<T>& at(Pair<double> state) const { return state.first == 0.0 ? first : second; }
 };
 
 }  // namespace abkd

@@ -1,12 +1,10 @@
 // No teacher: the row drivers then compute only the cross-entropy with the labels.
 #pragma once
 
-#include "math.h"
-
 namespace abkd {
 
 struct CrossEntropy {
-  static constexpr bool has_teacher = false;
+  static constexpr bool has_teacher = false, adapts = false;
 };
 
 }  // namespace abkd

@@ -8,11 +8,14 @@
 #if defined(__CUDACC__)
 #define ABKD_INLINE __host__ __device__ __forceinline__
 #define ABKD_INLINE_MEMBER __host__ __device__ __forceinline__
+#define ABKD_UNROLL _Pragma("unroll")
 #else
 // Internal linkage matters: the CPU driver compiles these functions once per instruction set, and the linker must
 // never merge an AVX-512 copy into code that runs on an older processor.
 #define ABKD_INLINE static inline __attribute__((always_inline))
 #define ABKD_INLINE_MEMBER inline __attribute__((always_inline))
+// A loop with a short loop inside is not vectorised.
+#define ABKD_UNROLL _Pragma("GCC unroll 16")
 #endif
 
 namespace abkd {
@@ -21,6 +24,20 @@ namespace abkd {
 // differ by exactly 0 and contribute nothing.
 constexpr float kLogFloor = -1e30f;
 
+// One token's share of a divergence D between the teacher p and the student q. Every divergence is a functor that makes
+// it from a = log p, b = log q and d = b - a, and has a member `slope` that makes the slope alone. Shares are never
+// negative and are 0 where d is 0.
+template <typename T>
+struct Term {
+  T value;
+  T slope;  // dD / d log q; the gradient by the student's logits is slope - q * (sum of slopes)
+};
+
+template <typename T>
+struct Pair {
+  T first, second;
+};
+
 template <typename T>
 struct Limits;
 
@@ -28,6 +45,7 @@ template <>
 struct Limits<float> {
   static constexpr float max_exponent = 64.0f;  // beyond e^64 a term saturates; a row's sum of them still fits in fp32
   static constexpr float series_below = 0.25f;
+  static constexpr float least_rate = 1e-20f;
   static constexpr int series_terms = 6;  // (k + 1) 0.25^k / (k + 2)! < 2^-24 for k = 6
 };
 
@@ -35,6 +53,7 @@ template <>
 struct Limits<double> {
   static constexpr double max_exponent = 640.0;
   static constexpr double series_below = 0.25;
+  static constexpr double least_rate = 1e-20;
   static constexpr int series_terms = 13;  // the same bound for 2^-53
 };
 
@@ -54,52 +73,142 @@ ABKD_INLINE T absolute(T x) {
   return x < T(0) ? -x : x;
 }
 
+// Where device code is compiled: by nvcc for a GPU, or by the tests' emulator, which brings its own power_of_2.
+#if defined(__CUDA_ARCH__)
+#define ABKD_DEVICE
+// One instruction of the special-function unit; subnormal results become 0.
+__device__ __forceinline__ float power_of_2(float x) {
+  float power;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
+  return power;
+}
+#endif
+
 ABKD_INLINE double exponential(double x) { return ::exp(x); }
 
-// e^x for x <= 88, flushed to 0 below -88; error under 1.5 ulp.
-ABKD_INLINE float exponential(float x) {
-  constexpr float log2e = 1.44269504f;
-#if defined(__CUDA_ARCH__)
-  x = lower(x, -200.0f);  // e^-200 is 0, and -inf would leave inf - inf below
-  // ex2.approx is good to 2 ulp; the rounding of x * log2e, which would cost |x| ulp, is put back to first order.
-  const float t = x * log2e;
-  const float lost = fmaf(x, log2e, -t) + x * 1.92596303e-8f;
-  float power;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(t));
-  return power * fmaf(lost, 0.693147181f, 1.0f);
-#else
+// x = n ln 2 + rest with |rest| <= ln(2) / 2, and scale = 2^n, which is 0 for x below -88.03.
+struct ReducedExponent {
+  float rest, scale;
+};
+
+ABKD_INLINE ReducedExponent reduce_exponent(float x) {
+  constexpr float log2e = 1.44269504f, ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f;
   constexpr float round_to_integer = 12582912.0f;  // 1.5 * 2^23: adding it leaves round(t) in the low mantissa bits
-  constexpr float ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f;
-  x = lower(x, -88.0296919f);  // -127 ln 2, where the scale below becomes exactly 0
+  x = lower(x, -88.0296919f);                      // -127 ln 2, where the scale becomes exactly 0
   const float shifted = x * log2e + round_to_integer;
   const float n = shifted - round_to_integer;
-  const float r = (x - n * ln2_high) - n * ln2_low;  // |r| <= ln(2) / 2
-  // Minimax fit of (e^r - 1 - r) / r^2, relative to e^r: error 3.6e-9.
+  uint32_t bits;
+  std::memcpy(&bits, &shifted, sizeof(bits));
+  bits = (bits + 127u) << 23;
+  ReducedExponent reduced;
+  std::memcpy(&reduced.scale, &bits, sizeof(bits));
+  reduced.rest = (x - n * ln2_high) - n * ln2_low;
+  return reduced;
+}
+
+// (e^r - 1 - r) / r^2 for |r| <= ln(2) / 2: a minimax fit, relative to e^r; error 3.6e-9.
+ABKD_INLINE float exponential_series(float r) {
   float p = 1.38145e-3f;
   p = p * r + 8.36875e-3f;
   p = p * r + 4.166839e-2f;
   p = p * r + 1.6666521e-1f;
-  p = p * r + 4.9999994e-1f;
-  p = p * (r * r) + r + 1.0f;
-  uint32_t bits;
-  std::memcpy(&bits, &shifted, sizeof(bits));
-  bits = (bits + 127u) << 23;
-  float scale;
-  std::memcpy(&scale, &bits, sizeof(scale));
-  return p * scale;
+  return p * r + 4.9999994e-1f;
+}
+
+// e^x for x <= 88, flushed to 0 below -88; error under 1.5 ulp.
+ABKD_INLINE float exponential(float x) {
+#if defined(ABKD_DEVICE)
+  constexpr float log2e = 1.44269504f;
+  x = lower(x, -200.0f);  // e^-200 is 0, and -inf would leave inf - inf below
+  // The power of 2 is good to 2 ulp; the rounding of x * log2e, which would cost |x| ulp, is put back to first order.
+  const float t = x * log2e;
+  const float lost = fmaf(x, log2e, -t) + x * 1.92596303e-8f;
+  return power_of_2(t) * fmaf(lost, 0.693147181f, 1.0f);
+#else
+  const ReducedExponent y = reduce_exponent(x);
+  return (exponential_series(y.rest) * (y.rest * y.rest) + y.rest + 1.0f) * y.scale;
 #endif
 }
 
-// Int_0^length e^(-rate t) dt = (1 - decay) / rate for rate >= 0, given decay = e^(-rate length) and 1 / rate (any
-// finite number where rate is 0). Without cancellation, and equal to length where rate is 0.
-ABKD_INLINE float decaying_integral(float length, float rate, float inverse_rate, float decay) {
-  const float t = rate * length;
-  const float series = 1.0f - t * (1.0f / 2 - t * (1.0f / 6 - t * (1.0f / 24 - t * (1.0f / 120 - t * (1.0f / 720)))));
-  return t < Limits<float>::series_below ? length * series : (1.0f - decay) * inverse_rate;
+// e^-t and 1 - e^-t for t >= 0, both without cancellation.
+template <typename T>
+struct Decay {
+  T decay, lost;
+};
+
+ABKD_INLINE Decay<double> decaying(double t) { return {::exp(-t), -::expm1(-t)}; }
+
+// The same polynomial on every device: it gives both numbers at once, and the special-function unit of a GPU has enough
+// to do with the other exponentials.
+ABKD_INLINE Decay<float> decaying(float t) {
+  const ReducedExponent x = reduce_exponent(-t);
+  const float rest = x.scale * (exponential_series(x.rest) * (x.rest * x.rest) + x.rest);
+  return {x.scale + rest, (1.0f - x.scale) - rest};
 }
 
-ABKD_INLINE double decaying_integral(double length, double rate, double inverse_rate, double) {
-  return rate < 1e-60 ? length : -::expm1(-rate * length) * inverse_rate;
+// log x for normal positive x; error under 2^-23, relative where x is near 1.
+ABKD_INLINE float logarithm(float x) {
+#if defined(ABKD_DEVICE)
+  return logf(x);
+#else
+  constexpr uint32_t root_half = 0x3f3504f3u;  // sqrt(1 / 2)
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof(bits));
+  const uint32_t shifted = bits - root_half;  // x = 2^n m with m from sqrt(1 / 2) to sqrt(2)
+  const float n = float(int32_t(shifted) >> 23);
+  bits = (shifted & 0x007fffffu) + root_half;
+  float m;
+  std::memcpy(&m, &bits, sizeof(m));
+  const float t = m - 1.0f;
+  // Minimax fit of (log(1 + t) - t + t^2 / 2) / t^3, relative to log(1 + t): error 3.2e-8.
+  float p = 8.70043486e-2f;
+  p = p * t - 1.42674863e-1f;
+  p = p * t + 1.49147689e-1f;
+  p = p * t - 1.65775850e-1f;
+  p = p * t + 1.99630633e-1f;
+  p = p * t - 2.50013381e-1f;
+  p = p * t + 3.33339095e-1f;
+  return t + (n * 0.693147181f + t * t * (p * t - 0.5f));
+#endif
 }
+
+ABKD_INLINE double logarithm(double x) { return ::log(x); }
+
+// t - (1 - e^-t) for t >= 0, given lost = 1 - e^-t, without cancellation.
+template <typename T>
+ABKD_INLINE T rise(T t, T lost) {
+  T series = T(1);
+  ABKD_UNROLL
+  for (int k = Limits<T>::series_terms + 2; k > 2; --k) series = T(1) - t * T(1.0 / k) * series;
+  return t < Limits<T>::series_below ? T(0.5) * t * t * series : t - lost;
+}
+
+// (1 - e^-t) - t e^-t for t >= 0, given decay = e^-t and lost = 1 - decay, without cancellation.
+template <typename T>
+ABKD_INLINE T fall(T t, T lost, T decay) {
+  T series = T(1);
+  ABKD_UNROLL
+  for (int k = Limits<T>::series_terms; k > 0; --k) series = T(1) - t * T((k + 1.0) / (k * (k + 2.0))) * series;
+  return t < Limits<T>::series_below ? T(0.5) * t * t * series : lost - t * decay;
+}
+
+// p and q as multiples of the larger of them: nothing overflows, and their difference keeps its digits.
+template <typename T>
+struct Anchored {
+  bool falling;   // q < p
+  T magnitude;    // |d|
+  T top;          // max(p, q)
+  T decay, lost;  // min / max and 1 - min / max
+
+  ABKD_INLINE_MEMBER Anchored(T a, T b, T d) : falling(d < T(0)), magnitude(absolute(d)) {
+    const Decay<T> decayed = decaying(magnitude);
+    top = exponential(falling ? a : b);
+    decay = decayed.decay;
+    lost = decayed.lost;
+  }
+
+  ABKD_INLINE_MEMBER T student() const { return falling ? top * decay : top; }
+  ABKD_INLINE_MEMBER T difference() const { return falling ? -top * lost : top * lost; }  // q - p
+};
 
 }  // namespace abkd

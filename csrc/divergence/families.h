@@ -1,0 +1,57 @@
+// The one list of divergences: from a call's family and parameters to the functor that the row drivers are made for.
+#pragma once
+
+#include "../rows.h"
+#include "alpha_beta.h"
+#include "cross_entropy.h"
+#include "kullback_leibler.h"
+#include "mixture.h"
+#include "total_variation.h"
+
+namespace abkd {
+
+// How many of Rows::parameters a family has, or -1 if there is no such family.
+static inline int parameter_count(Family family) {
+  switch (family) {
+    case Family::cross_entropy:
+    case Family::balanced_kl:
+    case Family::total_variation:
+      return 0;
+    case Family::adaptive_kl:
+      return 1;
+    case Family::alpha_beta:
+    case Family::alpha_net:
+    case Family::weighted_kl:
+      return 2;
+    case Family::mixture:
+      return 3;
+  }
+  return -1;
+}
+
+// Calls run(divergence), whose result is returned; T is the type of the arithmetic.
+template <typename T, typename Run>
+static auto with_divergence(const Rows& rows, Run run) {
+  const double* x = rows.parameters;
+  switch (rows.family) {
+    case Family::alpha_beta:
+      return run(AlphaBeta<T>(x[0], x[1]));
+    case Family::alpha_net:
+      return run(AlphaNet<T>(x[0], x[1]));
+    case Family::weighted_kl:
+      return run(WeightedKL<T>(x[0], x[1]));
+    case Family::balanced_kl:
+      return run(BalancedKL<T>{});
+    case Family::adaptive_kl:
+      return run(AdaptiveKL<T>(x[0]));
+    case Family::mixture:
+      return run(Mixture<T>(x[0], x[1], x[2]));
+    case Family::total_variation:
+      return run(TotalVariation<T>{});
+    case Family::cross_entropy:
+      break;
+  }
+  return run(CrossEntropy{});
+}
+
+}  // namespace abkd

@@ -1,0 +1,301 @@
+// As much of CUDA as the row kernel needs, on the host: g++ compiles the device code itself, and the threads of one
+// block at a time run as fibers that change places at barriers and shuffles only. That shows what a GPU would hide:
+//
+//   - sanitizers work, and shared memory beyond what was launched is poisoned, the rest filled with NaN for every block
+//   - threads that part at a barrier or a shuffle end the process, with both places
+//   - the order in which threads run is a parameter, so that results which depend on it differ
+//   - compiled with -fsanitize=thread, every race ends the process (see races.h)
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <link.h>
+#include <sanitizer/asan_interface.h>
+#include <sys/mman.h>
+#include <ucontext.h>
+#include <vector_functions.h>
+#include <vector_types.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <limits>
+#include <numeric>
+#include <random>
+#include <source_location>
+#include <vector>
+
+#include "races.h"
+
+// The toolkit's headers leave this one undefined for a host compiler, and `__shared__` empty. Shared variables need
+// static storage, and `thread_local` is the spelling of it that may also follow `extern`.
+#define __launch_bounds__(...)
+#undef __shared__
+#define __shared__ thread_local
+
+// What csrc/divergence/math.h has in assembly for a GPU; subnormal results become 0.
+#define ABKD_DEVICE
+namespace abkd {
+inline float power_of_2(float x) {
+  const float power = exp2f(x);
+  return power < std::numeric_limits<float>::min() ? 0.0f : power;
+}
+}  // namespace abkd
+
+inline uint3 threadIdx, blockIdx;
+
+namespace emulator {
+
+constexpr int kWarp = 32;
+constexpr size_t kStack = 128 * 1024, kPage = 4096;
+
+// Changes stacks by the compiler's own non-local jump: swapcontext would take a system call each time. The calls must
+// stay opaque, because the compiler does not expect that others run meanwhile.
+#define EMULATOR_OPAQUE __attribute__((noipa, no_sanitize("address", "undefined", "thread")))
+struct Context {
+  void* registers[5];
+};
+EMULATOR_OPAQUE inline void jump(Context& to) { __builtin_longjmp(to.registers, 1); }
+EMULATOR_OPAQUE inline void change(Context& from, Context& to) {
+  if (!__builtin_setjmp(from.registers)) jump(to);
+}
+EMULATOR_OPAQUE inline void change(Context& from, const ucontext_t& to) {
+  if (!__builtin_setjmp(from.registers)) setcontext(&to);
+}
+#undef EMULATOR_OPAQUE
+
+// AddressSanitizer wants to know on which stack it is.
+#if defined(__SANITIZE_ADDRESS__)
+inline void leave(void** own, const void* stack, size_t bytes) { __sanitizer_start_switch_fiber(own, stack, bytes); }
+inline void arrive(void* own, const void** stack, size_t* bytes) { __sanitizer_finish_switch_fiber(own, stack, bytes); }
+#else
+inline void leave(void**, const void*, size_t) {}
+inline void arrive(void*, const void**, size_t*) {}
+#endif
+
+enum class State { ready, at_shuffle, at_barrier, finished };
+
+struct Fiber {
+  unsigned char* stack;  // its lowest page is a guard
+  Context context = {};
+  void* sanitizer = nullptr;
+  bool started = false;
+  State state = State::finished;
+  std::source_location where = {};  // of the shuffle or barrier
+  uint64_t sent = 0, received = 0;  // by a shuffle
+  int partner = 0;                  // the lane that it reads
+};
+
+class Block {
+ public:
+  int omitted_line = 0;  // the barrier of this line does nothing: the tests' planted fault
+  int64_t omitted = 0;   // how often it was met
+
+  // Runs kernel() in each of `threads` threads; order: 0 ascending, 1 descending, others are seeds of a shuffle.
+  void run(int threads, int order, const std::function<void()>& kernel) {
+    kernel_ = &kernel;
+    prepare(threads);
+    std::mt19937 random(order);
+    std::vector<int> warps(threads / kWarp);
+    std::iota(warps.begin(), warps.end(), 0);
+    ++races::interval;
+    do {
+      arrange(warps, order, random);
+      for (int warp : warps) run_warp(&fibers_[warp * kWarp], order, random);
+    } while (pass_barrier());
+  }
+
+  // Called by a fiber: back when all threads that it waits for are there.
+  void wait(State state, std::source_location where) {
+    races::recording = false;
+    Fiber& self = *current_;
+    self.state = state;
+    self.where = where;
+    leave(&self.sanitizer, stack_, stack_bytes_);
+    change(self.context, scheduler_);
+    arrive(self.sanitizer, &stack_, &stack_bytes_);
+    races::recording = true;
+  }
+
+  uint64_t shuffle(uint64_t value, int offset, std::source_location where) {
+    Fiber& self = *current_;
+    self.sent = value;
+    self.partner = int(threadIdx.x % kWarp) ^ offset;
+    wait(State::at_shuffle, where);
+    return self.received;
+  }
+
+  void barrier(std::source_location where) {
+    if (int(where.line()) != omitted_line) return wait(State::at_barrier, where);
+    races::recording = false;
+    ++omitted;
+    races::recording = true;
+  }
+
+  [[noreturn]] static void fail(const char* reason) {
+    std::fprintf(stderr, "emulator: block %u: %s\n", blockIdx.x, reason);
+    std::_Exit(3);
+  }
+
+ private:
+  const std::function<void()>* kernel_ = nullptr;
+  std::vector<Fiber> fibers_;
+  Fiber* current_ = nullptr;
+  Context scheduler_;
+  const void* stack_ = nullptr;  // the scheduler's, and what AddressSanitizer knows of it
+  size_t stack_bytes_ = 0;
+  void* sanitizer_ = nullptr;
+
+  void prepare(int threads) {
+    if (threads % kWarp) fail("a part of a warp is not emulated");
+    while (int(fibers_.size()) < threads) {
+      void* stack = mmap(nullptr, kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+      if (stack == MAP_FAILED || mprotect(stack, kPage, PROT_NONE)) fail("no memory for stacks");
+      fibers_.push_back(Fiber{static_cast<unsigned char*>(stack)});
+    }
+    fibers_.resize(threads);
+    for (Fiber& fiber : fibers_) fiber.state = State::ready;
+  }
+
+  static void arrange(std::vector<int>& order_of, int order, std::mt19937& random) {
+    if (order == 1)
+      std::sort(order_of.begin(), order_of.end(), std::greater<>());
+    else if (order > 1)
+      std::shuffle(order_of.begin(), order_of.end(), random);
+  }
+
+  // Until its lanes have finished or are at a barrier; other warps wait as long, so one may be far ahead.
+  void run_warp(Fiber* lanes, int order, std::mt19937& random) {
+    std::vector<int> sequence(kWarp);
+    std::iota(sequence.begin(), sequence.end(), 0);
+    do {
+      arrange(sequence, order, random);
+      for (int lane : sequence)
+        if (lanes[lane].state == State::ready) resume(lanes[lane]);
+    } while (exchange(lanes));
+  }
+
+  // Serves a shuffle if the lanes are at one.
+  bool exchange(Fiber* lanes) {
+    const auto shuffles = [](const Fiber& lane) { return lane.state == State::at_shuffle; };
+    if (std::none_of(lanes, lanes + kWarp, shuffles)) return false;
+    expect_together(lanes, kWarp);
+    for (int lane = 0; lane < kWarp; ++lane) {
+      lanes[lane].received = lanes[lanes[lane].partner].sent;
+      lanes[lane].state = State::ready;
+    }
+    return true;
+  }
+
+  // Lets the threads pass the barrier that all of them are at; false where all have finished.
+  bool pass_barrier() {
+    expect_together(fibers_.data(), int(fibers_.size()));
+    if (fibers_[0].state == State::finished) return false;
+    for (Fiber& fiber : fibers_) fiber.state = State::ready;
+    ++races::interval;
+    return true;
+  }
+
+  void expect_together(const Fiber* fibers, int count) const {
+    for (const Fiber* fiber = fibers; fiber < fibers + count; ++fiber) {
+      const auto &one = fibers->where, &other = fiber->where;
+      const bool same_place = one.line() == other.line() && one.column() == other.column();
+      if (fiber->state == fibers->state && (fiber->state == State::finished || same_place)) continue;
+      char text[2][160], reason[400];
+      describe(*fibers, text[0]);
+      describe(*fiber, text[1]);
+      std::snprintf(reason, sizeof(reason), "threads part: %s, %s", text[0], text[1]);
+      fail(reason);
+    }
+  }
+
+  void describe(const Fiber& fiber, char (&text)[160]) const {
+    const char* path = fiber.where.file_name();
+    const char* name = std::strrchr(path, '/') ? std::strrchr(path, '/') + 1 : path;
+    const char* what = fiber.state == State::at_barrier ? "is at the barrier" : "is at the shuffle";
+    const int thread = int(&fiber - fibers_.data()), line = int(fiber.where.line()), column = int(fiber.where.column());
+    if (fiber.state == State::finished)
+      std::snprintf(text, sizeof(text), "thread %d has finished", thread);
+    else
+      std::snprintf(text, sizeof(text), "thread %d %s of %s:%d:%d", thread, what, name, line, column);
+  }
+
+  void resume(Fiber& fiber) {
+    current_ = &fiber;
+    races::thread = int(&fiber - fibers_.data());
+    races::stack = fiber.stack;
+    races::stack_bytes = kStack;
+    threadIdx = uint3{unsigned(races::thread), 0, 0};
+    leave(&sanitizer_, fiber.stack, kStack);
+    if (fiber.started) {
+      change(scheduler_, fiber.context);
+    } else {
+      fiber.started = true;
+      ucontext_t entry;
+      getcontext(&entry);
+      entry.uc_stack.ss_sp = fiber.stack;
+      entry.uc_stack.ss_size = kStack;
+      entry.uc_link = nullptr;
+      makecontext(&entry, &Block::live, 0);
+      change(scheduler_, entry);
+    }
+    arrive(sanitizer_, nullptr, nullptr);
+  }
+
+  // What a fiber does: one run of the kernel after the other.
+  static void live();
+};
+
+inline Block block;
+
+inline void Block::live() {
+  arrive(nullptr, &block.stack_, &block.stack_bytes_);
+  races::recording = true;
+  for (;;) {
+    (*block.kernel_)();
+    block.wait(State::finished, {});
+  }
+}
+
+// NaN in all shared memory of the program: a GPU's holds anything when a block starts.
+inline void spoil_shared_memory() {
+  const auto spoil = [](dl_phdr_info* program, size_t, void*) {
+    for (int i = 0; i < program->dlpi_phnum; ++i)
+      if (program->dlpi_phdr[i].p_type == PT_TLS) std::memset(program->dlpi_tls_data, 0xff, program->dlpi_phdr[i].p_memsz);
+    return 1;  // the first is the program itself
+  };
+  dl_iterate_phdr(spoil, nullptr);
+}
+
+// kernel<<<blocks, threads, bytes>>>: `dynamic` [capacity] is the kernel's `extern __shared__` array.
+inline void launch(unsigned blocks, int threads, unsigned char* dynamic, size_t capacity, size_t bytes, int order,
+                   const std::function<void()>& kernel) {
+  for (blockIdx = uint3{0, 0, 0}; blockIdx.x < blocks; ++blockIdx.x) {
+    if (bytes > capacity) Block::fail("a block has less shared memory");
+    spoil_shared_memory();
+    ASAN_POISON_MEMORY_REGION(dynamic + bytes, capacity - bytes);
+    block.run(threads, order, kernel);
+    ASAN_UNPOISON_MEMORY_REGION(dynamic, capacity);
+  }
+}
+
+}  // namespace emulator
+
+inline void __syncthreads(std::source_location where = std::source_location::current()) {
+  emulator::block.barrier(where);
+}
+
+template <typename T>
+T __shfl_xor_sync(unsigned mask, T value, int offset,
+                  std::source_location where = std::source_location::current()) {
+  if (mask != 0xffffffffu) emulator::Block::fail("a shuffle among some lanes is not emulated");
+  uint64_t bits = 0;
+  std::memcpy(&bits, &value, sizeof(value));
+  bits = emulator::block.shuffle(bits, offset, where);
+  std::memcpy(&value, &bits, sizeof(value));
+  return value;
+}

@@ -1,0 +1,122 @@
+// Runs the CUDA row kernel on the host: reads launches from standard input, writes what they computed to standard
+// output, in the format of tests/test_emulated_cuda.py. The one argument is the line of a barrier to leave out.
+#include "cuda_on_host.h"
+
+namespace abkd::cuda {
+
+// The kernel's dynamic shared memory; no GPU has more in a block.
+alignas(16) thread_local unsigned char shared_rows[227 * 1024];
+
+}  // namespace abkd::cuda
+
+#include "rows.cuh"
+
+namespace {
+
+using namespace abkd;
+
+struct Request {
+  int64_t dtype, family, count, vocab;
+  int64_t student_offset, student_stride, teacher_offset, teacher_stride, gradient_offset, gradient_stride;
+  int64_t has_teacher, gradient_mode, has_labels, statistics_mode, has_upstream;
+  int64_t kept, order;
+  double parameters[kParameters], temperature, hard_weight;
+};
+enum GradientMode : int64_t { kNoGradient, kApart, kInPlace };
+enum StatisticsMode : int64_t { kNoStatistics, kWritten, kRead };  // kRead: the gradient is made from them
+
+// An array of exactly `bytes`, so that AddressSanitizer sees what lies beyond.
+struct Array {
+  explicit Array(int64_t bytes) : bytes(size_t(bytes)), data(std::malloc(this->bytes)) {}
+  Array(const Array&) = delete;
+  ~Array() { std::free(data); }
+
+  void read() { 
+    if (std::fread(data, 1, bytes, stdin) != bytes) emulator::Block::fail("the request ends early");
+  }
+  void write() const { std::fwrite(data, 1, bytes, stdout); }
+
+  size_t bytes;
+  void* data;
+};
+
+template <typename Logit>
+void launch(const Request& request, Rows& rows) {
+  // As in rows.cu.
+  const size_t bytes = size_t(request.kept * cuda::row_bytes<Logit>(rows.vocab));
+  with_divergence<float>(rows, [&](const auto& divergence) {
+    using Divergence = std::decay_t<decltype(divergence)>;
+    emulator::launch(unsigned(rows.count), cuda::kThreads, cuda::shared_rows, sizeof(cuda::shared_rows), bytes,
+                     int(request.order),
+                     [&] { cuda::row_kernel<Logit, Divergence>(rows, divergence, int(request.kept)); });
+  });
+}
+
+template <typename Logit>
+void serve(const Request& request) {
+  const auto extent = [&](int64_t offset, int64_t stride) {
+    return (offset + (request.count - 1) * stride + request.vocab) * int64_t(sizeof(Logit));
+  };
+  const auto start = [](Array& array, int64_t offset) { return static_cast<Logit*>(array.data) + offset; };
+
+  Array student(extent(request.student_offset, request.student_stride));
+  Array teacher(extent(request.teacher_offset, request.teacher_stride));
+  Array gradient(extent(request.gradient_offset, request.gradient_stride));
+  Array labels(request.count * int64_t(sizeof(int64_t))), upstream(request.count * int64_t(sizeof(float)));
+  Array losses(request.count * int64_t(sizeof(float))), statistics(request.count * int64_t(sizeof(Statistics)));
+
+  student.read();
+  if (request.has_teacher) teacher.read();
+  if (request.gradient_mode == kApart) gradient.read();
+  if (request.has_labels) labels.read();
+  if (request.has_upstream) upstream.read();
+  if (request.statistics_mode == kRead) statistics.read();
+
+  Rows rows{};
+  rows.count = request.count;
+  rows.vocab = request.vocab;
+  rows.student = start(student, request.student_offset);
+  rows.student_stride = request.student_stride;
+  if (request.has_teacher) rows.teacher = start(teacher, request.teacher_offset);
+  rows.teacher_stride = request.teacher_stride;
+  if (request.gradient_mode == kApart) rows.gradient = start(gradient, request.gradient_offset);
+  if (request.gradient_mode == kInPlace) rows.gradient = start(student, request.student_offset);
+  rows.gradient_stride = request.gradient_mode == kInPlace ? request.student_stride : request.gradient_stride;
+  if (request.has_labels) rows.labels = static_cast<int64_t*>(labels.data);
+  if (request.has_upstream) rows.upstream = upstream.data;
+  if (request.statistics_mode != kRead) rows.losses = losses.data;
+  if (request.statistics_mode != kNoStatistics) rows.statistics = static_cast<Statistics*>(statistics.data);
+  rows.family = Family(request.family);
+  std::copy_n(request.parameters, kParameters, rows.parameters);
+  rows.temperature = request.temperature;
+  rows.hard_weight = request.hard_weight;
+  launch<Logit>(request, rows);
+
+  if (request.statistics_mode != kRead) losses.write();
+  if (request.gradient_mode == kApart) gradient.write();
+  if (request.gradient_mode == kInPlace) student.write();
+  if (request.statistics_mode == kWritten) statistics.write();
+}
+
+}  // namespace
+
+int main(int count, char** arguments) {
+  if (count > 1) emulator::block.omitted_line = std::atoi(arguments[1]);
+  Request request;
+  while (std::fread(&request, sizeof(request), 1, stdin) == 1) {
+    switch (DType(request.dtype)) {
+      case DType::float32:
+        serve<float>(request);
+        break;
+      case DType::bfloat16:
+        serve<__nv_bfloat16>(request);
+        break;
+      case DType::float16:
+        serve<__half>(request);
+        break;
+      case DType::float64:
+        emulator::Block::fail("the kernel has no float64");
+    }
+  }
+  if (count > 1 && emulator::block.omitted == 0) emulator::Block::fail("there is no barrier on that line");
+}

@@ -1,0 +1,36 @@
+"""What the tests of the row kernels share."""
+
+import pytest
+import torch
+from oracle import ALPHA_BETA, FAMILIES, relative_errors
+
+from abkd_fast import divergence_loss, ops, parse, reference
+
+ALL = [*ALPHA_BETA, *FAMILIES]
+
+# A log-probability near -35 is rounded by 35 * 2^-24 = 2e-6 and slopes are proportional to differences of two of them,
+# which are about 1 here: a few such roundings make 1e-5, and this leaves a factor of 3.
+FLOAT32 = 3e-5
+# float64 has 2^-29 times that rounding; the oracle's quadrature adds its own.
+FLOAT64 = 1e-10
+COMPILED = pytest.mark.skipif(ops._C is None, reason="the extension is missing")
+
+
+def kernel(student, teacher, divergence, **options):
+    """Losses of the rows and the gradient of their sum."""
+    kind = parse(divergence) if isinstance(divergence, str) else divergence
+    student = student.detach().clone().requires_grad_()
+    losses = divergence_loss(student, teacher, kind, reduction="none", **options)
+    losses.sum().backward()
+    return losses.detach(), student.grad
+
+
+def by_reference(student, teacher, divergence):
+    gradient = torch.empty_like(student)
+    return reference.row_losses(student, teacher, None, divergence, 1.0, 0.0, gradient), gradient
+
+
+def assert_close(got, expected, bound):
+    for mine, exact in zip(got, expected, strict=True):
+        worst = relative_errors(mine, exact).max().item()
+        assert worst < bound, f"relative error {worst:.1e}, expected less than {bound:.1e}"

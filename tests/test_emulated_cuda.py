@@ -1,0 +1,402 @@
+"""The CUDA kernel's own source, run on the host: see emulator/cuda_on_host.h.
+
+Two builds of one program: with AddressSanitizer and UndefinedBehaviorSanitizer, and with a detector of races. Faults
+planted into either show that it would tell.
+"""
+
+import dataclasses
+import itertools
+import math
+import os
+import pathlib
+import platform
+import re
+import shutil
+import struct
+import subprocess
+import sysconfig
+
+import pytest
+import torch
+from torch import Tensor
+
+from abkd_fast import divergences, reference
+
+HERE = pathlib.Path(__file__).parent
+SOURCES = HERE.parent / "csrc" / "cuda"
+KERNEL = (SOURCES / "rows.cuh").read_text()
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+NUMBERS = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 3}  # DType in csrc/rows.h
+POINTS = ["ab:1,0", "ab:0,1", "ab:0,0", "ab:0.5,-0.5", "ab:2,-1", "ab:1,1"]
+DIVERGENCES = [divergences.parse(text) for text in [*divergences.BY_NAME, *POINTS]] + [divergences.CrossEntropy()]
+STATISTICS_BYTES = 48
+
+# As on a GPU (see test_gpu.py).
+FLOAT32 = 3e-5
+FLOAT32_UNWEIGHTED = 4 * FLOAT32
+
+
+def spelling(divergence):
+    return "ce" if isinstance(divergence, divergences.CrossEntropy) else str(divergence)
+
+
+every_divergence = pytest.mark.parametrize("divergence", DIVERGENCES, ids=spelling)
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+
+
+# ---- building
+
+
+def find_headers() -> str | None:
+    """The folder of the CUDA headers that g++ needs: in CUDA_HOME, beside nvcc, or among the nvidia wheels."""
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
+    if nvcc := shutil.which("nvcc"):  # perhaps a wrapper script: nvcc itself says where it lives
+        dry_run = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True)
+        homes += re.findall(r"TOP=(\S+)", dry_run.stderr)
+    homes += pathlib.Path(sysconfig.get_paths()["purelib"]).glob("nvidia/cu*")
+    needed = ["cuda_bf16.h", "cuda_fp16.h", "vector_functions.h", "crt/host_defines.h"]
+    folders = [pathlib.Path(home, "include") for home in homes if home]
+    return next((str(x) for x in folders if all((x / name).exists() for name in needed)), None)
+
+
+HEADERS = find_headers()
+pytestmark = [
+    pytest.mark.skipif(HEADERS is None, reason="no CUDA headers in CUDA_HOME, beside nvcc, or among the nvidia wheels"),
+    pytest.mark.skipif(shutil.which("g++") is None, reason="no g++"),
+    pytest.mark.skipif(platform.system() != "Linux", reason="the emulator is made for Linux"),
+]
+
+SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+RACES = ["-fsanitize=thread"]  # when compiling only: emulator/races.h takes the place of its library
+
+
+class Compilation:
+    """A build of the emulated kernel under way; `kernel` is the folder of rows.cuh."""
+
+    def __init__(self, program, flags, link=(), kernel=SOURCES):
+        language = ["-std=c++20", "-O1", "-g1", "-Wall", "-Werror", "-Wno-unknown-pragmas", "-fno-strict-aliasing"]
+        folders = ["-isystem", HEADERS, "-I", str(kernel)]
+        self.program, self.link = program, link
+        source = str(HERE / "emulator" / "rows_on_host.cpp")
+        command = ["g++", *language, *folders, *flags, "-c", source, "-o", f"{program}.o"]
+        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+
+    def finish(self):
+        errors = self.process.communicate()[1]
+        assert self.process.returncode == 0, errors
+        subprocess.run(["g++", f"{self.program}.o", *self.link, "-o", self.program], check=True)
+        return self.program
+
+
+@pytest.fixture(scope="module")
+def compilations(tmp_path_factory):
+    """Both builds, side by side."""
+    folder = tmp_path_factory.mktemp("emulator")
+    return {
+        "sanitized": Compilation(folder / "sanitized", SANITIZE, SANITIZE),
+        "races": Compilation(folder / "races", RACES),
+    }
+
+
+@pytest.fixture(scope="module")
+def sanitized(compilations):
+    return compilations["sanitized"].finish()
+
+
+@pytest.fixture(scope="module")
+def races(compilations):
+    return compilations["races"].finish()
+
+
+# ---- launching
+
+
+@dataclasses.dataclass
+class Layout:
+    """Where rows lie in their array: the first at `offset`, `padding` elements between one and the next."""
+
+    offset: int = 0
+    padding: int = 0
+
+    def stride(self, rows: Tensor) -> int:
+        return rows.shape[1] + self.padding
+
+    def spread(self, rows: Tensor, filler: float) -> Tensor:
+        """The array that holds `rows`, and nothing after the last."""
+        length = self.offset + (len(rows) - 1) * self.stride(rows) + rows.shape[1]
+        array = torch.full((length,), filler, dtype=rows.dtype)
+        self.rows(array, rows).copy_(rows)
+        return array
+
+    def rows(self, array: Tensor, like: Tensor) -> Tensor:
+        return array.as_strided(like.shape, (self.stride(like), 1), self.offset)
+
+
+@dataclasses.dataclass
+class Launch:
+    student: Tensor
+    teacher: Tensor | None
+    divergence: divergences.Divergence
+    labels: Tensor | None = None
+    temperature: float = 1.0
+    hard_weight: float = 0.0
+    gradient: str = "apart"  # or "none", "in place"
+    statistics: str | bytes = "none"  # or "written", or those to make the gradient from
+    upstream: Tensor | None = None
+    layouts: tuple[Layout, Layout, Layout] = (Layout(), Layout(), Layout())  # of student, teacher and gradient
+    kept: int = 0
+    order: int = 0
+
+    def __post_init__(self):
+        # What lies between rows must neither matter nor change.
+        student, teacher, gradient = self.layouts
+        self.arrays = [student.spread(self.student, math.nan)]
+        self.arrays += [] if self.teacher is None else [teacher.spread(self.teacher, math.nan)]
+        self.before = gradient.spread(torch.zeros_like(self.student), 99.0)
+        if self.gradient == "in place":
+            self.before = self.arrays[0]
+        self.from_statistics = isinstance(self.statistics, bytes)
+
+    def request(self) -> bytes:
+        """As `Request` in emulator/rows_on_host.cpp."""
+        layouts = [number for x in self.layouts for number in (x.offset, x.stride(self.student))]
+        given = [self.teacher is not None, ["none", "apart", "in place"].index(self.gradient), self.labels is not None]
+        given += [2 if self.from_statistics else ["none", "written"].index(self.statistics), self.upstream is not None]
+        numbers = [NUMBERS[self.student.dtype], self.divergence.family, *self.student.shape, *layouts, *given]
+        parameters = [*self.divergence.parameters, 0.0, 0.0, 0.0][:3]
+        header = struct.pack("17q5d", *numbers, self.kept, self.order, *parameters, self.temperature, self.hard_weight)
+        arrays = [*self.arrays, *([self.before] if self.gradient == "apart" else []), self.labels, self.upstream]
+        data = [x.view(torch.uint8).numpy().tobytes() for x in arrays if x is not None]
+        return b"".join([header, *data, self.statistics if self.from_statistics else b""])
+
+    def receive(self, answer: memoryview) -> tuple["Result", memoryview]:
+        losses = gradient = statistics = None
+        if not self.from_statistics:
+            size = 4 * len(self.student)
+            losses, answer = torch.frombuffer(bytearray(answer[:size]), dtype=torch.float32), answer[size:]
+        if self.gradient != "none":
+            size = self.before.numel() * self.before.element_size()
+            after, answer = torch.frombuffer(bytearray(answer[:size]), dtype=self.before.dtype), answer[size:]
+            layout = self.layouts[0 if self.gradient == "in place" else 2]
+            gradient = layout.rows(after, self.student).clone()
+            layout.rows(after, self.student).copy_(layout.rows(self.before, self.student))
+            assert same(after, self.before), "written between rows"
+        if self.statistics == "written":
+            size = STATISTICS_BYTES * len(self.student)
+            statistics, answer = bytes(answer[:size]), answer[size:]
+        return Result(losses, gradient, statistics), answer
+
+
+@dataclasses.dataclass
+class Result:
+    losses: Tensor | None
+    gradient: Tensor | None
+    statistics: bytes | None
+
+
+def execute(program, launches, *arguments, **environment) -> subprocess.CompletedProcess:
+    requests = b"".join(launch.request() for launch in launches)
+    # Where a fault is planted, its report is all that is wanted.
+    options = {"ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=0"}
+    variables = {**os.environ, **options, **environment}
+    return subprocess.run([program, *arguments], input=requests, capture_output=True, env=variables)
+
+
+def run(program, launches) -> list[Result]:
+    process = execute(program, launches)
+    assert process.returncode == 0, process.stderr.decode()
+    results, answer = [], memoryview(process.stdout)
+    for launch in launches:
+        result, answer = launch.receive(answer)
+        results.append(result)
+    assert not answer
+    return results
+
+
+def report(program, launches, *arguments, **environment) -> str:
+    """What a run that must fail says."""
+    process = execute(program, launches, *arguments, **environment)
+    assert process.returncode != 0, "the planted fault was not noticed"
+    return process.stderr.decode()
+
+
+# ---- data
+
+
+def logits(count, vocab, dtype=torch.float32, seed=0):
+    """Student and teacher, of the same shape roughly, and sharper where the vocabulary is larger."""
+    generator = torch.Generator().manual_seed(seed)
+    common, student, teacher = torch.randn(3, count, vocab, generator=generator)
+    scale = min(3.0, math.log(vocab))
+    return tuple((scale * (common + 0.5 * x)).to(dtype) for x in (student, teacher))
+
+
+def make(divergence, count, vocab, dtype, seed=0, **options):
+    student, teacher = logits(count, vocab, dtype, seed)
+    if isinstance(divergence, divergences.CrossEntropy):
+        teacher, options["hard_weight"] = None, 1.0
+        options.setdefault("labels", torch.arange(count) * 7919 % vocab)
+    return Launch(student, teacher, divergence, **options)
+
+
+def kept_rows(divergence):
+    return range(2 if isinstance(divergence, divergences.CrossEntropy) else 3)
+
+
+def same(x, y):
+    """Equal bit by bit."""
+    return torch.equal(x.contiguous().view(torch.uint8), y.contiguous().view(torch.uint8))
+
+
+def expected_of(launch):
+    gradient = torch.empty(launch.student.shape, dtype=torch.float64)
+    teacher = None if launch.teacher is None else launch.teacher.double()
+    upstream = None if launch.upstream is None else launch.upstream.double()
+    options = launch.labels, launch.divergence, launch.temperature, launch.hard_weight, gradient
+    return reference.row_losses(launch.student.double(), teacher, *options, upstream=upstream), gradient
+
+
+def assert_close(result, launch):
+    losses, gradient = expected_of(launch)
+    unweighted = launch.divergence.family == divergences.Family.ALPHA_BETA and abs(sum(launch.divergence.parameters)) < 0.1
+    bound = FLOAT32_UNWEIGHTED if unweighted else FLOAT32
+    if result.losses is not None:
+        assert (result.losses.double() - losses).abs().le(bound * losses.abs()).all()
+    dtype = launch.student.dtype
+    largest = torch.finfo(dtype).max
+    storage = 0 if dtype == torch.float32 else torch.finfo(dtype).eps / 2
+    smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps * launch.student.shape[1] ** 0.5
+    within = gradient.abs().amax(1) < largest  # beyond it the storage has no such numbers
+    error = (result.gradient.double() - gradient).norm(dim=1)
+    assert (error <= (bound + storage) * gradient.norm(dim=1) + smallest)[within].all()
+
+
+# ---- the kernel
+
+
+LAYOUTS = [
+    (Layout(), Layout(), Layout()),
+    (Layout(1, 2), Layout(0, 1), Layout(3, 4)),
+    (Layout(3, 5), Layout(3, 5), Layout(0, 0)),
+    (Layout(8, 13), Layout(7, 1), Layout(16, 3)),
+]
+
+
+@every_dtype
+@every_divergence
+def test_agrees_with_reference(sanitized, divergence, dtype):
+    launches = []
+    for i, vocab in enumerate([1, 3, 7, 1000, 1003, 2050, 5003]):
+        for j in range(1 if vocab > 2000 else 2):
+            turn = i + 2 * j
+            kept = turn % len(kept_rows(divergence))
+            launches.append(make(divergence, 2, vocab, dtype, turn, layouts=LAYOUTS[turn % 4], kept=kept, order=turn))
+    labels = torch.tensor([999, -100, 0])
+    for kept, temperature in enumerate([0.7, 2.0]):
+        options = {"labels": labels, "hard_weight": 0.3, "temperature": temperature, "kept": kept}
+        upstream = torch.tensor([0.5, 3.0, -2.0])
+        launches.append(make(divergence, 3, 1000, dtype, layouts=LAYOUTS[1], order=9, upstream=upstream, **options))
+    for launch, result in zip(launches, run(sanitized, launches), strict=True):
+        assert_close(result, launch)
+        if launch.labels is not None and launch.labels.eq(-100).any():
+            assert result.losses[1] == 0
+            assert result.gradient[1].eq(0).all()
+
+
+@every_dtype
+@every_divergence
+def test_results_depend_on_nothing_else(sanitized, divergence, dtype):
+    """Neither on the order of threads, nor on the rows kept in shared memory, nor on where the gradient goes; and the
+    statistics make the same gradient again."""
+    options = {"labels": torch.tensor([5, 777]), "hard_weight": 0.3, "layouts": LAYOUTS[1], "statistics": "written"}
+    launches = [
+        make(divergence, 2, 1003, dtype, kept=kept, order=order, gradient=gradient, **options)
+        for kept, (order, gradient) in itertools.product(
+            kept_rows(divergence), [(0, "apart"), (1, "in place"), (7, "apart"), (8, "none")]
+        )
+    ]
+    results = run(sanitized, launches)
+    first = results[0]
+    for result in results:
+        assert same(result.losses, first.losses)
+        assert result.gradient is None or same(result.gradient, first.gradient)
+        assert result.statistics == first.statistics
+    options["statistics"] = first.statistics
+    upstream = torch.tensor([2.0, -0.5])  # powers of 2 change no digit
+    again = [
+        make(divergence, 2, 1003, dtype, gradient=gradient, order=order, upstream=upstream, **options)
+        for order, gradient in [(0, "apart"), (1, "in place"), (9, "apart")]
+    ]
+    made = run(sanitized, again)
+    assert all(same(result.gradient, made[0].gradient) for result in made)
+    if dtype == torch.float32:
+        assert same(made[0].gradient, first.gradient * upstream[:, None])
+    else:
+        assert_close(made[0], again[0])
+
+
+@every_dtype
+@every_divergence
+def test_rows_that_are_no_distributions(sanitized, divergence, dtype):
+    hard = {"labels": torch.tensor([3, 4, 5]), "hard_weight": 0.3}
+    plain, impossible, broken, masked, empty, ignored = (make(divergence, 3, 1003, dtype, **hard) for _ in range(6))
+
+    impossible = dataclasses.replace(plain, labels=torch.tensor([3, 1003, -1]))
+    student = plain.student.clone()
+    student[1, 500] = math.nan
+    broken = dataclasses.replace(plain, student=student)
+    student, teacher = plain.student.clone(), None if plain.teacher is None else plain.teacher.clone()
+    for row in (student, teacher):
+        if row is not None:
+            row[:, 100:200] = -math.inf
+    masked = dataclasses.replace(plain, student=student, teacher=teacher)
+    student = plain.student.clone()
+    student[1] = -math.inf
+    empty = dataclasses.replace(plain, student=student)
+    student = plain.student.clone()
+    student[1, 2] = math.nan
+    ignored = dataclasses.replace(plain, student=student, labels=torch.tensor([3, -100, 5]), statistics="written")
+
+    plain, impossible, broken, masked_result, empty, ignored = run(
+        sanitized, [plain, impossible, broken, masked, empty, ignored]
+    )
+    assert impossible.losses.isnan().tolist() == [False, True, True]
+    assert broken.losses.isnan().tolist() == [False, True, False]
+    assert broken.gradient.isnan().all(1).tolist() == [False, True, False]
+    assert_close(masked_result, masked)
+    assert not empty.losses.isnan()[[0, 2]].any()
+    assert ignored.losses[1] == 0
+    assert ignored.gradient[1].eq(0).all()
+    assert ignored.statistics[STATISTICS_BYTES : 2 * STATISTICS_BYTES] == bytes(STATISTICS_BYTES)
+    for result in (impossible, broken, empty, ignored):  # other rows do not notice
+        assert same(result.losses[0], plain.losses[0])
+        assert same(result.gradient[0], plain.gradient[0])
+
+
+def launches_of_every_kind(divergence, dtype):
+    options = {"labels": torch.tensor([1, -100, 2]), "hard_weight": 0.3, "temperature": 2.0, "layouts": LAYOUTS[1]}
+    launches = [
+        make(divergence, 3, vocab, dtype, kept=kept, gradient=gradient, statistics="written", order=kept, **options)
+        for vocab, kept, gradient in itertools.product([50, 1003], kept_rows(divergence), ["apart", "in place"])
+    ]
+    statistics = struct.pack("6d", 5.0, 5.0, 5.0, 1.0, 1.0, 0.0) * 3
+    return [*launches, make(divergence, 3, 1003, dtype, statistics=statistics, **options)]
+
+
+@every_divergence
+def test_no_races(races, divergence):
+    run(races, [launch for dtype in DTYPES[:2] for launch in launches_of_every_kind(divergence, dtype)])
+
+
+# ---- planted faults
+
+BARRIERS = [i for i, line in enumerate(KERNEL.splitlines(), 1) if "__syncthreads();" in line]
+
+
+@pytest.mark.parametrize("line", BARRIERS)
+def test_without_a_barrier_threads_race(races, line):
+    names = ("ab", "akl", "alphanet")
+    chosen = [divergences.parse(name) for name in names] + [divergences.CrossEntropy()]
+    launches = [launch for divergence in chosen for launch in launches_of_every_kind(divergence, torch.float32)]
+    assert "race: thread" in report(races, launches, str(line))

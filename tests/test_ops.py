@@ -1,0 +1,370 @@
+import functools
+import os
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+import torch._functorch.config
+from oracle import ALPHA_BETA, FAMILIES, SMOOTH, gpt2_like_logits, mild_logits, relative_errors
+from row_kernels import ALL, COMPILED, FLOAT32, FLOAT64, kernel
+from torch.autograd.gradcheck import GradcheckError
+
+import abkd_fast
+from abkd_fast import AlphaBeta, divergence_loss, fused_linear_divergence, ops, parse, reference
+
+LABELS = torch.tensor([1, -100, 4])
+ROW_OPTIONS = (2.0, 0.3)  # temperature, hard_weight
+
+
+# ---- row_losses and row_gradients
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("divergence", ALL)
+def test_statistics_are_all_that_the_gradient_needs(divergence, dtype):
+    student, teacher = mild_logits(5, 2050, dtype)
+    labels, kind = torch.tensor([3, -100, 0, 49, 1]), parse(divergence)
+    rows = (teacher, labels, kind, *ROW_OPTIONS)
+    upstream = torch.tensor([0.5, 7.0, -2.0, 0.0, 3.0], dtype=torch.float64 if dtype == torch.float64 else None)
+    gradient, scaled, later = (torch.empty_like(student) for _ in range(3))
+    losses = ops.row_losses(student, *rows, gradient=gradient)
+    statistics = torch.full((5, ops.STATISTICS), torch.nan, dtype=torch.float64)
+    if ops._C is None:
+        statistics.zero_()
+    for options in ({}, {"gradient": scaled, "upstream": upstream}):
+        assert torch.equal(ops.row_losses(student, *rows, statistics=statistics, **options), losses)
+    ops.row_gradients(student, *rows, statistics, upstream, later)
+    # Each element and the few products it is made of are rounded once more, or once less.
+    bound, kept = 4 * torch.finfo(dtype).eps, [0, 2, 4]
+    assert relative_errors(scaled[kept], gradient[kept].double() * upstream[kept, None]).max() < bound
+    assert relative_errors(later[kept], scaled[kept]).max() < bound
+    assert scaled[[1, 3]].eq(0).all()
+    assert later[[1, 3]].eq(0).all()
+    ops.row_gradients(student, *rows, statistics, upstream, student)
+    assert torch.equal(student, later)
+
+
+@pytest.mark.parametrize("divergence", [x for x in ALL if x != "alphanet"])
+def test_reference_has_the_same_doors(divergence):
+    student, teacher = mild_logits(5, 50, torch.float64)
+    rows = (teacher, torch.tensor([3, -100, 0, 49, 1]), parse(divergence), *ROW_OPTIONS)
+    upstream = torch.randn(5, dtype=torch.float64)
+    results = []
+    for module in (ops, reference):
+        statistics, gradient, later = torch.zeros(5, 6).double(), torch.empty_like(student), torch.empty_like(student)
+        losses = module.row_losses(student, *rows, gradient, statistics, upstream)
+        module.row_gradients(student, *rows, statistics, upstream, later)
+        results.append((losses, gradient, later))
+    for mine, slow in zip(*results, strict=True):
+        torch.testing.assert_close(mine, slow, rtol=FLOAT64, atol=1e-14)  # elements of 1e-3 from terms of .1
+
+
+@pytest.mark.parametrize("divergence", ALL)
+def test_gradient_may_overwrite_the_student(divergence):
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        student, teacher = mild_logits(5, 2050, dtype)
+        rows = (teacher, torch.tensor([3, -100, 0, 49, 1]), parse(divergence), *ROW_OPTIONS)
+        gradient = torch.empty_like(student)
+        expected = ops.row_losses(student, *rows, gradient=gradient)
+        assert torch.equal(ops.row_losses(student, *rows, gradient=student), expected)
+        assert torch.equal(student, gradient)
+
+
+@COMPILED
+@pytest.mark.parametrize("label", [5, -1, -101])
+def test_labels_out_of_range(label):
+    with pytest.raises(RuntimeError, match=rf"labels\[1\] is {label}"):
+        divergence_loss(*mild_logits(3, 5), AlphaBeta(), torch.tensor([0, label, 2]), hard_weight=0.5)
+
+
+@COMPILED
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"statistics": torch.zeros(3, 5).double()}, "statistics must be contiguous float64"),
+        ({"statistics": torch.zeros(3, 6)}, "statistics must be contiguous float64"),
+        ({"statistics": torch.zeros(2, 6).double()}, "statistics must be contiguous float64"),
+        ({"upstream": torch.zeros(3).double()}, "upstream must be contiguous"),
+        ({"upstream": torch.zeros(2)}, "upstream must be contiguous"),
+        ({"upstream": torch.zeros(1).expand(3)}, "upstream must be contiguous"),
+        ({"gradient": torch.zeros(3, 8)}, "gradient must have the shape"),
+        ({"gradient": torch.zeros(3, 9).double()}, "gradient must have the dtype"),
+        ({"gradient": torch.zeros(9, 3).T}, "gradient must have rows without gaps"),
+        ({"teacher": None}, "needs teacher"),
+        ({"family": 99}, "unknown family 99"),
+        ({"parameters": [0.1]}, "has 2 parameters, got 1"),
+    ],
+)
+def test_wrong_operands(change, message):
+    student, teacher = mild_logits(3, 9)
+    call = {"student": student, "teacher": teacher, "labels": None, "family": 1, "parameters": [0.2, 0.7]}
+    call |= {"temperature": 1.0, "hard_weight": 0.0, "gradient": None, "statistics": None, "upstream": None}
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.abkd_fast.row_losses(**call | change)
+    if "gradient" in change or "upstream" in change or "statistics" in change:
+        call |= {"gradient": student, "statistics": torch.zeros(3, 6).double(), "upstream": torch.ones(3)}
+        with pytest.raises(RuntimeError, match=message):
+            torch.ops.abkd_fast.row_gradients(**call | change)
+
+
+# ---- autograd
+
+
+def loss_of(z, teacher, divergence, reduction, options=ROW_OPTIONS):
+    temperature, hard_weight = options
+    numbers = {"temperature": temperature, "hard_weight": hard_weight, "reduction": reduction}
+    kind = parse(divergence) if isinstance(divergence, str) else divergence
+    return divergence_loss(z, teacher, kind, LABELS, **numbers)
+
+
+# AKL's weights depend on the student, but not for the gradient. Those of BDKD and AlphaNet's branch are steps, away
+# from which these logits are; so are those of |p - q|.
+@pytest.mark.parametrize("divergence", [*ALPHA_BETA, *SMOOTH, "bdkd", "alphanet", "alphanet:0.2,0.8,token", "tvd"])
+@pytest.mark.parametrize("options", [(1.0, 0.0), ROW_OPTIONS])
+def test_gradcheck(divergence, options):
+    student, teacher = mild_logits(3, 6, torch.float64)
+    for reduction in ("none", "mean"):
+        assert torch.autograd.gradcheck(
+            functools.partial(loss_of, teacher=teacher, divergence=divergence, reduction=reduction, options=options),
+            student.requires_grad_(),
+        )
+
+
+@pytest.mark.parametrize("point", [(1e-5, 0.7), (0.7, -1e-5)])
+def test_gradcheck_near_a_limit(point):
+    student, teacher = mild_logits(3, 6, torch.float64)
+    assert torch.autograd.gradcheck(lambda z: divergence_loss(z, teacher, AlphaBeta(*point)), student.requires_grad_())
+
+
+def test_gradcheck_notices_a_weight_that_is_not_constant():
+    student, teacher = mild_logits(3, 6, torch.float64)
+    with pytest.raises(GradcheckError):
+        torch.autograd.gradcheck(lambda z: loss_of(z, teacher, "akl", "mean"), student.requires_grad_())
+
+
+def test_double_backward_is_refused():
+    student, teacher = mild_logits(3, 9)
+    loss = divergence_loss(student.requires_grad_(), teacher, AlphaBeta())
+    with pytest.raises(RuntimeError, match="create_graph"):
+        torch.autograd.grad(loss, student, create_graph=True)
+
+
+@pytest.mark.parametrize("divergence", ["ab", "alphanet"])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_backward_twice(reduction, divergence):
+    student, teacher = mild_logits(3, 9)
+    expected = torch.autograd.grad(loss_of(student.requires_grad_(), teacher, divergence, reduction).sum(), student)[0]
+    loss = loss_of(student, teacher, divergence, reduction).sum()
+    # A gradient scaled in place would come back 8 times, then 64 times as large; powers of 2 leave its digits alone.
+    for _ in range(2):
+        assert torch.equal(torch.autograd.grad(loss * 8, student, retain_graph=True)[0], 8 * expected)
+    (loss * 8).backward()
+    assert torch.equal(student.grad, 8 * expected)
+    with pytest.raises(RuntimeError, match="second time"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_gradients_of_several_losses_add_up(dtype):
+    student, teacher = mild_logits(3, 9, dtype)
+    kinds, factors = ("ab", "tvd", "alphanet"), (1.0, -2.0, 0.25)
+    parts = [torch.autograd.grad(loss_of(student.requires_grad_(), teacher, x, "mean"), student)[0] for x in kinds]
+    sum(factor * loss_of(student, teacher, x, "mean") for x, factor in zip(kinds, factors, strict=True)).backward()
+    expected = sum(factor * part.double() for factor, part in zip(factors, parts, strict=True))
+    # Each sum is rounded, on elements below 1.
+    torch.testing.assert_close(student.grad.double(), expected, rtol=0, atol=torch.finfo(dtype).eps)
+
+
+def test_no_gradient_flows_to_the_teacher():
+    student, teacher = (x.requires_grad_() for x in mild_logits(3, 9))
+    divergence_loss(student, teacher, AlphaBeta()).backward()
+    assert teacher.grad is None
+
+
+@pytest.mark.parametrize("divergence", ["ab", "akl", "alphanet"])
+def test_no_grad_needs_no_gradient(divergence):
+    student, teacher = mild_logits(3, 9)
+    expected = divergence_loss(student, teacher, parse(divergence))
+    with torch.no_grad():
+        loss = divergence_loss(student.requires_grad_(), teacher, parse(divergence))
+    assert not loss.requires_grad
+    assert torch.equal(loss, expected)
+    unneeded = torch.ops.abkd_fast.divergence(student, teacher, None, divergence, 1.0, 0.0, None, False)[2]
+    assert unneeded.shape == (0,)
+
+
+@pytest.mark.parametrize("divergence", ALL)
+def test_same_bits_twice(divergence):
+    student, teacher = gpt2_like_logits(9, 2503)
+    first, second = (kernel(student, teacher, divergence) for _ in range(2))
+    assert all(torch.equal(*pair) for pair in zip(first, second, strict=True))
+
+
+# ---- operators and compilation
+
+ALL_CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+# Backward scales in place the gradient that the operator returned; AOTAutograd can't return it then, but neither does
+# divergence_loss (see test_compile).
+CHECKS = ALL_CHECKS[:3]
+
+
+@COMPILED
+@pytest.mark.parametrize("divergence", ["ab", "akl", "jsd"])
+def test_opcheck_row_operators(divergence):
+    student, teacher = mild_logits(3, 9)
+    kind = parse(divergence)
+    rows = (kind.family, kind.parameters, *ROW_OPTIONS)
+    statistics, upstream = torch.zeros(3, 6).double(), torch.tensor([1.0, 2.0, -1.0])
+    for written in ((None, None, None), (torch.empty_like(student), None, None)):
+        torch.library.opcheck(torch.ops.abkd_fast.row_losses, (student, teacher, LABELS, *rows, *written))
+    written = (torch.empty_like(student), statistics, upstream)
+    torch.library.opcheck(torch.ops.abkd_fast.row_losses, (student, teacher, LABELS, *rows, *written))
+    ops.row_losses(student, teacher, LABELS, kind, *ROW_OPTIONS, statistics=statistics)
+    later = (statistics, upstream, torch.empty_like(student))
+    torch.library.opcheck(torch.ops.abkd_fast.row_gradients, (student, teacher, LABELS, *rows, *later))
+
+
+@COMPILED
+def test_opcheck_row_losses_without_teacher():
+    student, _ = mild_logits(3, 9)
+    torch.library.opcheck(torch.ops.abkd_fast.row_losses, (student, None, LABELS, 0, [], 1.0, 1.0, None, None, None))
+
+
+@pytest.mark.parametrize("divergence", ["ab", "bdkd", "alphanet"])
+def test_opcheck_divergence(divergence):
+    student, teacher = mild_logits(3, 9)
+    for need, factors in ((True, None), (True, torch.tensor([1.0, 0.5, -1.0])), (False, None)):
+        options = (divergence, *ROW_OPTIONS, factors, need)
+        z = student.detach().requires_grad_(need)
+        call = torch.ops.abkd_fast.divergence, (z, teacher, LABELS, *options)
+        torch.library.opcheck(*call, test_utils=CHECKS if need else ALL_CHECKS, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("upstream", [torch.tensor(2.0), torch.tensor(1.0), torch.randn(3, 1)])
+def test_opcheck_scale(upstream):
+    torch.library.opcheck(torch.ops.abkd_fast.scale_, (torch.randn(3, 9), upstream))
+
+
+@torch._functorch.config.patch(donated_buffer=False)  # as PyTorch demands where a compiled graph is retained
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compile(backend, dynamic, monkeypatch, tmp_path):
+    if backend == "inductor" and dynamic:
+        pytest.skip("compiled once with inductor is enough, for time")
+    # Inductor's cache on disk does not notice when an operator of ours changes.
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    torch._dynamo.reset()
+
+    def loss(z, y, labels):
+        return divergence_loss(z * 2, y, AlphaBeta(), labels, temperature=2.0, hard_weight=0.3)
+
+    compiled = torch.compile(loss, fullgraph=True, backend=backend, dynamic=dynamic)
+    for rows in (3, 5) if dynamic else (3,):
+        student, teacher = mild_logits(rows, 50)
+        labels = torch.tensor([1, -100, 4, 0, 2])[:rows]
+        results = []
+        for run in (loss, compiled):
+            z = student.clone().requires_grad_()
+            value = run(z, teacher, labels)
+            first = torch.autograd.grad(value * 4, z, retain_graph=True)[0]
+            value.backward()
+            assert torch.equal(first, 4 * z.grad)
+            results.append((value.detach(), z.grad))
+        assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("divergence", FAMILIES)
+def test_every_family_compiles(divergence, reduction):
+    torch._dynamo.reset()
+    student, teacher = mild_logits(3, 50)
+    results = []
+    for run in (loss_of, torch.compile(loss_of, fullgraph=True, backend="aot_eager")):
+        z = student.clone().requires_grad_()
+        value = run(z, teacher, parse(divergence), reduction)
+        value.sum().backward()
+        results.append((value.detach(), z.grad))
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+
+
+# ---- builds
+
+VARIANT = """
+import sys, torch, abkd_fast
+from row_kernels import kernel
+from oracle import ALPHA_BETA, FAMILIES, gpt2_like_logits
+results = {"simd": abkd_fast.build_info()["simd"]}
+for dtype in (torch.float32, torch.float64, torch.bfloat16):
+    rows = [x.to(dtype) for x in gpt2_like_logits(3, 5003)]
+    results |= {(str(dtype), x): kernel(*rows, x) for x in ALPHA_BETA + FAMILIES}
+torch.save(results, sys.argv[1])
+"""
+
+
+@COMPILED
+@pytest.mark.parametrize("simd", ["avx2", "baseline"])
+def test_simd_variants(simd, tmp_path):
+    capability = torch.backends.cpu.get_cpu_capability()
+    if simd == "avx2" and capability not in ("AVX2", "AVX512"):
+        pytest.skip(f"this processor has {capability}")
+    environment = {**os.environ, "ABKD_SIMD": simd, "PYTHONPATH": os.path.dirname(__file__)}
+    subprocess.run([sys.executable, "-c", VARIANT, tmp_path / "results.pt"], env=environment, check=True)
+    results = torch.load(tmp_path / "results.pt")
+    assert results.pop("simd") == simd
+    # In bfloat16 a last digit of float32 decides between two neighbours, 2^-8 apart.
+    bounds = {torch.float32: FLOAT32, torch.float64: FLOAT64, torch.bfloat16: 2**-8}
+    for dtype, bound in bounds.items():
+        rows = [x.to(dtype) for x in gpt2_like_logits(3, 5003)]
+        for divergence in ALL:
+            for got, expected in zip(results[str(dtype), divergence], kernel(*rows, divergence), strict=True):
+                assert relative_errors(got, expected).max() < bound
+
+
+@pytest.fixture
+def no_extension(monkeypatch):
+    monkeypatch.setattr(ops, "_C", None)
+    monkeypatch.setattr(ops, "_MISSING", "no such file", raising=False)
+    monkeypatch.setattr(ops, "_warned", set())
+
+
+@pytest.mark.parametrize("divergence", ALL)
+def test_reference_takes_over_where_the_extension_is_missing(divergence, request):
+    student, teacher = gpt2_like_logits(4, 1003)
+    labels = torch.tensor([1, -100, 4, 1002])
+    options = {"labels": labels, "temperature": 2.0, "hard_weight": 0.3}
+    expected = kernel(student, teacher, divergence, **options)
+    request.getfixturevalue("no_extension")
+    with pytest.warns(RuntimeWarning, match="no such file") as caught:
+        (losses, gradient), _ = (kernel(student, teacher, divergence, **options) for _ in range(2))
+    assert len(caught) == 1
+    assert abkd_fast.build_info()["missing"] == "no such file"
+    torch.testing.assert_close(losses, expected[0], rtol=FLOAT32, atol=0)
+    assert relative_errors(gradient[labels >= 0], expected[1][labels >= 0]).max() < FLOAT32
+    if divergence == "alphanet":
+        return  # a row alone decides otherwise
+    in_place = student.clone()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ops.row_losses(in_place, teacher, labels, parse(divergence), *ROW_OPTIONS, gradient=in_place)
+    assert torch.equal(in_place, gradient)
+
+
+@pytest.mark.parametrize("divergence", ["akl", "alphanet"])
+def test_reference_takes_over_in_the_fused_loss(divergence, request):
+    generator = torch.Generator().manual_seed(0)
+    tensors = [torch.randn(shape, generator=generator) for shape in ((9, 8), (37, 8), (9, 12), (37, 12))]
+
+    def run():
+        hidden, weight, *teacher = (x.clone().requires_grad_() for x in tensors)
+        loss = fused_linear_divergence(hidden, weight, *teacher, parse(divergence), chunk_tokens=4)
+        loss.backward()
+        return loss[None], hidden.grad, weight.grad
+
+    expected = run()
+    request.getfixturevalue("no_extension")
+    with pytest.warns(RuntimeWarning, match="no such file"):
+        got = run()
+    for mine, exact in zip(got, expected, strict=True):
+        assert relative_errors(mine.flatten()[None], exact.flatten()[None]).max() < FLOAT32
