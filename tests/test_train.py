@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from abkd_fast import tasks
 from abkd_fast.config import load
+from abkd_fast.divergences import BY_NAME
 from abkd_fast.train import main
 from abkd_fast.trainer import Trainer
 
@@ -92,6 +93,17 @@ def test_same_seed_same_bits_and_micro_batches_do_not_matter(recipe):
     assert losses("train.steps=3", "run.seed=11") != first
     # One micro-batch or many: the same mean over all response tokens of the step.
     assert losses("train.steps=3", "train.max_tokens=8192") == pytest.approx(first, rel=1e-5)
+
+
+@pytest.mark.parametrize("loss", [*BY_NAME, "alphanet:0.2,0.8,token"])
+def test_every_divergence_trains(recipe, teacher_folder, loss):
+    overrides = [f"loss={loss}", "method=kd", f"teacher.path={teacher_folder()}", "temperature=1.5", "hard_weight=0.1"]
+    trainer = Trainer(load(recipe()[1], overrides)[0])
+    trainer._load()
+    batch = next(trainer._batches())
+    losses = [trainer._step(batch)[0].item() for _ in range(4)]
+    assert losses == sorted(losses, reverse=True), "the loss of the same samples falls at every step"
+    assert losses[-1] < 0.95 * losses[0]
 
 
 def test_step_is_the_token_mean_gradient(recipe):

@@ -46,7 +46,7 @@ struct LogSoftmax {
   T scale, high, low;  // the log-normaliser as a number and the rest that it rounds away
 
   LogSoftmax(T scale, double lse) : scale(scale), high(T(lse)), low(T(lse - double(high))) {}
-  ABKD_INLINE_MEMBER T operator()(T logit) const { return lower(logit * scale - high - low, T(kLogFloor)); }
+  ABKD_INLINE_MEMBER T operator()(T logit) const { return logit * scale - high - low; }
 };
 
 template <typename T>
@@ -89,9 +89,9 @@ struct Row {
   // they share would add up. Two masked logits differ by 0.
   template <typename Functor>
   ABKD_INLINE_MEMBER auto apply(const Functor& functor, int64_t v) const {
-    const T a = log_p(teacher[v]), b = log_q(student[v]), floor = T(kLogFloor);
-    const T difference = lower(student[v] * log_q.scale, floor) - lower(teacher[v] * log_p.scale, floor) - shift;
-    return functor(a, b, a + b == T(2) * floor ? T(0) : difference);
+    const T z = lower(student[v] * log_q.scale, T(kLogFloor)), y = lower(teacher[v] * log_p.scale, T(kLogFloor));
+    const T a = y - log_p.high - log_p.low, b = z - log_q.high - log_q.low;
+    return functor(a, b, z + y == T(2 * kLogFloor) ? T(0) : z - y - shift);
   }
 
   // Sums of the pairs that functor makes; `seconds` [vocab], if not null, receives the second of each.
