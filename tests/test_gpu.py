@@ -2,7 +2,8 @@ import oracle
 import pytest
 import torch
 
-from abkd_fast import AlphaBeta, build_info, divergence_loss, fused_linear_divergence, ops
+from abkd_fast import AlphaBeta, build_info, divergence_loss, fused_linear_divergence, ops, parse
+from abkd_fast.divergences import BY_NAME
 
 pytestmark = [
     pytest.mark.gpu,
@@ -39,6 +40,37 @@ def test_kernel_agrees_with_oracle(alpha, beta, vocab, dtype):
     if dtype == torch.float16 and alpha + beta < 0.1:
         pytest.skip("the gradient is beyond the range of float16")
     assert_close_to_oracle(student, teacher, alpha, beta)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("vocab", [1003, 50257, 151936])
+@pytest.mark.parametrize("spelling", [*BY_NAME, "alphanet:0.2,0.8,token"])
+def test_every_divergence_agrees_with_oracle(spelling, vocab, dtype):
+    divergence = parse(spelling)
+    student, teacher = (x.to(dtype).cuda() for x in oracle.gpt2_like_logits(3, vocab))
+    expected = oracle.evaluate(student.cpu(), teacher.cpu(), divergence)
+    leaf = student.clone().requires_grad_()
+    losses = divergence_loss(leaf, teacher, divergence, reduction="none")
+    losses.sum().backward()
+    assert oracle.relative_errors(losses.cpu(), expected[0]).max() < FLOAT32
+    storage = 0 if dtype == torch.float32 else torch.finfo(dtype).eps / 2
+    tiny = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps * vocab**0.5
+    error = (leaf.grad.cpu().double() - expected[1]).norm(dim=1)
+    assert (error <= (FLOAT32 + storage) * expected[1].norm(dim=1) + tiny).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("spelling", BY_NAME)
+def test_gradients_from_statistics(spelling, dtype):
+    divergence = parse(spelling)
+    student, teacher = (x.to(dtype).cuda() for x in oracle.gpt2_like_logits(3, 5003))
+    rows = (student, teacher, torch.tensor([1, -100, 5002]).cuda(), divergence, 2.0, 0.3)
+    upstream = torch.tensor([0.5, 3.0, -2.0], device="cuda")
+    statistics = torch.zeros(3, ops.STATISTICS, dtype=torch.float64, device="cuda")
+    expected, gradient = torch.empty_like(student), torch.empty_like(student)
+    ops.row_losses(*rows, gradient=expected, statistics=statistics, upstream=upstream)
+    ops.row_gradients(*rows, statistics, upstream, gradient)
+    assert torch.equal(gradient, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -3,7 +3,8 @@
 //
 // Three passes over a row, in blocks that stay in the first-level cache: (A) log-normalisers, (B) values and slopes,
 // (C) gradient. Where B and C are one call the slopes of one row are kept between them, so that no exponential is
-// computed twice. Sums over the vocabulary are in float64: they cost nothing beside the exponentials.
+// computed twice. Sums over the vocabulary are in float64, but for those of values and slopes within a block: the
+// roundings of a log-normaliser are common to all tokens and would add up, theirs are not.
 
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
@@ -16,7 +17,7 @@
 namespace abkd::cpu::ABKD_ISA {
 namespace {
 
-constexpr int64_t kBlock = 1024;
+constexpr int64_t kBlock = 512;
 
 // log sum exp of scale * logits. A NaN logit does not show in the maximum, but in the sum.
 template <typename T>
@@ -34,8 +35,7 @@ double log_sum_exp(const T* logits, int64_t vocab, T scale) {
     }
     double partial = 0.0;
 #pragma omp simd reduction(+ : partial)
-    for (int64_t v = begin; v < end; ++v)
-      partial += double(exponential(lower(logits[v] * scale - shift, T(kLogFloor))));
+    for (int64_t v = begin; v < end; ++v) partial += double(exponential(logits[v] * scale - shift));
     sum += partial;
   }
   return double(shift) + (sum == 0.0 ? 0.0 : ::log(sum));  // 0: every logit is -inf
@@ -100,16 +100,16 @@ struct Row {
     Pair<double> total{};
     for (int64_t begin = 0; begin < vocab; begin += kBlock) {
       const int64_t end = begin + kBlock < vocab ? begin + kBlock : vocab;
-      double first = 0.0, second = 0.0;
+      T first = T(0), second = T(0);
 #pragma omp simd reduction(+ : first, second)
       for (int64_t v = begin; v < end; ++v) {
         const Pair<T> terms = apply(functor, v);
-        first += double(terms.first);
-        second += double(terms.second);
+        first += terms.first;
+        second += terms.second;
         if constexpr (kKeep) seconds[v] = terms.second;
       }
-      total.first += first;
-      total.second += second;
+      total.first += double(first);
+      total.second += double(second);
     }
     return total;
   }

@@ -31,11 +31,14 @@
 
 #include "races.h"
 
-// The toolkit's headers leave this one undefined for a host compiler, and `__shared__` empty. Shared variables need
-// static storage, and `thread_local` is the spelling of it that may also follow `extern`.
+// For a host compiler the toolkit's headers leave the first undefined and the second empty: shared variables need
+// static storage, and `thread_local` is the spelling of it that may also follow `extern` (-fno-extern-tls-init: it
+// means nothing more). The third asks for inlining, on which sanitizers spend half of the time of a compilation.
 #define __launch_bounds__(...)
 #undef __shared__
 #define __shared__ thread_local
+#undef __forceinline__
+#define __forceinline__ inline
 
 // What csrc/divergence/math.h has in assembly for a GPU; subnormal results become 0.
 #define ABKD_DEVICE
@@ -111,14 +114,14 @@ class Block {
 
   // Called by a fiber: back when all threads that it waits for are there.
   void wait(State state, std::source_location where) {
-    races::recording = false;
+    races::record_from_now_on(false);
     Fiber& self = *current_;
     self.state = state;
     self.where = where;
     leave(&self.sanitizer, stack_, stack_bytes_);
     change(self.context, scheduler_);
     arrive(self.sanitizer, &stack_, &stack_bytes_);
-    races::recording = true;
+    races::record_from_now_on(true);
   }
 
   uint64_t shuffle(uint64_t value, int offset, std::source_location where) {
@@ -131,9 +134,9 @@ class Block {
 
   void barrier(std::source_location where) {
     if (int(where.line()) != omitted_line) return wait(State::at_barrier, where);
-    races::recording = false;
+    races::record_from_now_on(false);
     ++omitted;
-    races::recording = true;
+    races::record_from_now_on(true);
   }
 
   [[noreturn]] static void fail(const char* reason) {
@@ -254,7 +257,7 @@ inline Block block;
 
 inline void Block::live() {
   arrive(nullptr, &block.stack_, &block.stack_bytes_);
-  races::recording = true;
+  races::record_from_now_on(true);
   for (;;) {
     (*block.kernel_)();
     block.wait(State::finished, {});
@@ -265,7 +268,8 @@ inline void Block::live() {
 inline void spoil_shared_memory() {
   const auto spoil = [](dl_phdr_info* program, size_t, void*) {
     for (int i = 0; i < program->dlpi_phnum; ++i)
-      if (program->dlpi_phdr[i].p_type == PT_TLS) std::memset(program->dlpi_tls_data, 0xff, program->dlpi_phdr[i].p_memsz);
+      if (program->dlpi_phdr[i].p_type == PT_TLS)
+        std::memset(program->dlpi_tls_data, 0xff, program->dlpi_phdr[i].p_memsz);
     return 1;  // the first is the program itself
   };
   dl_iterate_phdr(spoil, nullptr);
@@ -290,8 +294,7 @@ inline void __syncthreads(std::source_location where = std::source_location::cur
 }
 
 template <typename T>
-T __shfl_xor_sync(unsigned mask, T value, int offset,
-                  std::source_location where = std::source_location::current()) {
+T __shfl_xor_sync(unsigned mask, T value, int offset, std::source_location where = std::source_location::current()) {
   if (mask != 0xffffffffu) emulator::Block::fail("a shuffle among some lanes is not emulated");
   uint64_t bits = 0;
   std::memcpy(&bits, &value, sizeof(value));

@@ -12,9 +12,13 @@
 
 namespace races {
 
-// Whose accesses are recorded: those of a thread of the kernel, not the emulator's.
+#define RACES_UNINSTRUMENTED __attribute__((noinline, no_sanitize("thread")))
+
+// Only accesses of the kernel are recorded, not the emulator's.
 inline bool recording = false;
-inline int thread = 0;
+RACES_UNINSTRUMENTED inline void record_from_now_on(bool yes) { recording = yes; }
+
+inline int thread = 0;                        // the one that runs
 inline const unsigned char* stack = nullptr;  // the thread's own, which no other one sees
 inline size_t stack_bytes = 0;
 inline uint32_t interval = 0;  // number of barriers so far
@@ -28,8 +32,6 @@ struct Byte {
 };
 
 #if defined(__SANITIZE_THREAD__)
-#define RACES_UNINSTRUMENTED __attribute__((no_sanitize("thread")))
-
 constexpr size_t kBytes = size_t(1) << 20;  // more than a block touches between two barriers
 inline Byte bytes[kBytes];                  // a hash table; what an earlier interval left there is free
 
@@ -47,8 +49,10 @@ RACES_UNINSTRUMENTED inline void record(const void* where, size_t size, bool wri
     const bool read_by_others = byte.reader != Byte::kNobody && byte.reader != thread;
     const bool written_by_others = byte.writer != Byte::kNobody && byte.writer != thread;
     if (written_by_others || (writes && read_by_others)) {
-      std::fprintf(stderr, "emulator: race: thread %d %s %p, which thread %d %s since the last barrier; code at %p\n", thread,
-                   writes ? "writes" : "reads", where, written_by_others ? byte.writer : byte.reader,
+      std::fprintf(stderr,
+                   "emulator: race: thread %d %s %p, which thread %d (-2: several) %s since the last barrier; "
+                   "the place is what `addr2line -Cfie` says of %p\n",
+                   thread, writes ? "writes" : "reads", where, written_by_others ? byte.writer : byte.reader,
                    written_by_others ? "wrote" : "read", code);
       std::_Exit(3);
     }
@@ -61,13 +65,13 @@ RACES_UNINSTRUMENTED inline void record(const void* where, size_t size, bool wri
 
 }  // namespace races
 
-#define RACES_HOOK(name, size, writes)                                             \
+#define RACES_HOOK(name, size, writes)                                              \
   extern "C" RACES_UNINSTRUMENTED inline __attribute__((used)) void name(void* p) { \
     races::record(p, size, writes, __builtin_return_address(0));                    \
   }
-#define RACES_HOOKS(size)                            \
-  RACES_HOOK(__tsan_read##size, size, false)         \
-  RACES_HOOK(__tsan_write##size, size, true)         \
+#define RACES_HOOKS(size)                              \
+  RACES_HOOK(__tsan_read##size, size, false)           \
+  RACES_HOOK(__tsan_write##size, size, true)           \
   RACES_HOOK(__tsan_unaligned_read##size, size, false) \
   RACES_HOOK(__tsan_unaligned_write##size, size, true)
 RACES_HOOKS(1)
@@ -89,7 +93,7 @@ RACES_UNINSTRUMENTED inline __attribute__((used)) void __tsan_func_entry(void*) 
 RACES_UNINSTRUMENTED inline __attribute__((used)) void __tsan_func_exit() {}
 RACES_UNINSTRUMENTED inline __attribute__((used)) void __tsan_init() {}
 }
-#undef RACES_UNINSTRUMENTED
 #else
 }  // namespace races
 #endif
+#undef RACES_UNINSTRUMENTED
