@@ -104,6 +104,14 @@ def send(number):
 
 
 @pytest.fixture(scope="module")
+def forked():
+    """Processes from a server that has imported everything once, so that a run begins at once."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["abkd_fast.stages", "torch.utils.tensorboard", "test_resume"])
+    return context
+
+
+@pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
     run = Run(tmp_path_factory.mktemp("undisturbed"))
     assert run() == 0
@@ -117,9 +125,10 @@ def undisturbed(tmp_path_factory):
 )
 def test_crash(tmp_path, monkeypatch, undisturbed, capsys, step, saved):
     run = Run(tmp_path)
-    with monkeypatch.context() as patch, pytest.raises(Killed):
+    with monkeypatch.context() as patch:
         at_step(patch, step, crash)
-        run()
+        with pytest.raises(Killed):
+            run()
     assert run() == 2
     assert "was not finished: add --resume" in capsys.readouterr().err
     assert run("--resume") == 0
@@ -179,13 +188,11 @@ def test_signal_ends_an_evaluation_which_is_done_again(tmp_path, monkeypatch, un
         assert_same(run, undisturbed)
 
 
-def test_second_signal_leaves_at_once():
-    stop = checkpoint.StopSignals()
-    child = multiprocessing.get_context("forkserver").Process(target=_two_signals)
+def test_second_signal_leaves_at_once(forked):
+    child = forked.Process(target=_two_signals)
     child.start()
     child.join(30)
     assert child.exitcode == -signal.SIGTERM
-    assert stop.received is None
 
 
 def _two_signals():
@@ -202,17 +209,15 @@ def _train(arguments, log):
         raise SystemExit(main(arguments))
 
 
-def test_killed_at_random_moments(tmp_path, undisturbed):
+def test_killed_at_random_moments(tmp_path, undisturbed, forked):
     """SIGKILL, until 20 have struck a run at work. Saving at every step makes half of them strike a checkpoint."""
-    context = multiprocessing.get_context("forkserver")  # its server imports once, so that a run begins at once
-    context.set_forkserver_preload(["abkd_fast.stages", "torch.utils.tensorboard"])
     dice, kills, unfinished, number = random.Random(5), 0, 0, 0
     while kills < 20:
         number += 1
         run = Run(tmp_path / f"run{number}", "checkpoint.every_steps=1")
         code, more = None, []
         while code != 0:
-            child = context.Process(target=_train, args=([*run.arguments, *more], tmp_path / "log"))
+            child = forked.Process(target=_train, args=([*run.arguments, *more], tmp_path / "log"))
             child.start()
             deadline = time.monotonic() + 30
             while not (run.folder / "config.json").exists() and child.is_alive() and time.monotonic() < deadline:
@@ -420,7 +425,8 @@ def test_skipped_step_changes_no_weight_moment_or_count(tmp_path, monkeypatch):
         return weights | {name: tensor.clone() for name, tensor in moments.items()}
 
     poison(monkeypatch, 2)
-    for trainer.progress.step, batch in enumerate(trainer._batches(9), 1):
+    for batch in trainer._batches(9):
+        trainer.progress.step += 1
         before = everything()
         trainer._step(batch)
         after = everything()
