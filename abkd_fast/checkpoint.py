@@ -127,11 +127,6 @@ class Checkpoints:
             key=lambda path: int(path.name.removeprefix("step-")),
         )
 
-    def best(self) -> pathlib.Path | None:
-        """The one of the lowest development loss, where any was evaluated."""
-        losses = {path: json.loads((path / STATE).read_text(encoding="utf-8"))["dev_loss"] for path in self.all()}
-        return min((path for path in losses if losses[path] is not None), key=losses.get, default=None)
-
     def newest(self) -> pathlib.Path | None:
         """The newest undamaged one; damaged ones are reported and moved aside, unfinished ones removed.
 
@@ -159,7 +154,12 @@ class Checkpoints:
             console.print(f"[bold red]damaged[/] {path} ({reason}): moved to {aside.name}; an older one is used")
 
     def save(
-        self, step: int, save_model: Callable[[pathlib.Path], None], tensors: dict[str, Tensor], state: dict
+        self,
+        step: int,
+        best_step: int | None,
+        save_model: Callable[[pathlib.Path], None],
+        tensors: dict[str, Tensor],
+        state: dict,
     ) -> pathlib.Path:
         """Writes a checkpoint, then deletes those that need not stay. Raises one of WRITE_ERRORS."""
         path = self.folder_of(step)
@@ -169,9 +169,12 @@ class Checkpoints:
             (folder / STATE).write_text(json.dumps(state) + "\n", encoding="utf-8")
             digests = {file.name: _digest(file) for file in sorted(folder.iterdir())}
             (folder / MANIFEST).write_text(json.dumps(digests, indent=2) + "\n", encoding="utf-8")
-        for old in {*self.all()[: -self.keep]} - {self.best()}:
-            leaving = old.rename(old.with_name(old.name + ".tmp"))  # half deleted, it must not look like a checkpoint
-            shutil.rmtree(leaving)
+        for old in self.all()[: -self.keep]:
+            if best_step is None or old != self.folder_of(best_step):
+                leaving = old.rename(
+                    old.with_name(old.name + ".tmp")
+                )  # half deleted, it must not look like a whole one
+                shutil.rmtree(leaving, ignore_errors=True)
         return path
 
 
@@ -196,7 +199,7 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module, t
         key, _, name = full_name.partition(".")
         parameter = parameters[name]
         own = torch.empty_like(parameter if value.shape == parameter.shape else value, dtype=value.dtype)
-        optimizer.state[parameter][key] = own.to(parameter.device).copy_(value).detach()
+        optimizer.state[parameter][key] = own.to(parameter.device).copy_(value)
 
 
 def random_state() -> tuple[dict[str, Tensor], dict]:

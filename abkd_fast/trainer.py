@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import functools
 import json
-import math
 import os
 import pathlib
 import time
@@ -225,13 +224,15 @@ class Trainer:
 
     def _after_step(self, log: RunLog) -> None:
         """Evaluates and saves where that is due. Raises Interrupted after a signal."""
-        progress = self.progress
+        progress, best = self.progress, self.progress.best
         improved = self._evaluation_is_due() and self._evaluate(log)
         stop = self.signals.received
         saved = self.checkpoints.folder_of(progress.step)
         due = progress.step and progress.step % (self.config.checkpoint.every_steps or self.steps_per_epoch) == 0
         if self.saved != saved and (stop or ((due or improved) and progress.step < self.steps)):
             self._save(log)
+        if improved and self.saved != saved:
+            progress.best = best  # of those that could be written
         if stop:
             kept = f"{self.saved} is saved" if self.saved == saved else f"last checkpoint: {self.saved or 'none'}"
             raise Interrupted(f"{stop} after step {progress.step} of {self.steps}; {kept}")
@@ -258,7 +259,8 @@ class Trainer:
             self.progress.window_seconds = log.flush()
             tensors, state = self._state()
             save_model = functools.partial(self.student.save, tokenizer=self.tokenizer)
-            self.saved = self.checkpoints.save(self.progress.step, save_model, tensors, state)
+            best_step = self.progress.best[1] if self.progress.best else None
+            self.saved = self.checkpoints.save(self.progress.step, best_step, save_model, tensors, state)
         except checkpoint.WRITE_ERRORS as error:
             console.print(f"[bold red]no checkpoint[/] at step {self.progress.step} ({error}); training goes on")
         log.resume()
@@ -274,7 +276,6 @@ class Trainer:
         tensors = {f"{group}/{name}": value for group, values in groups.items() for name, value in values.items()}
         state |= {
             "progress": dataclasses.asdict(self.progress),
-            "dev_loss": self.progress.dev_loss if self.progress.evaluated_step == self.progress.step else None,
             "scheduler": self.scheduler.state_dict(),
             "data": self.train_set._fingerprint,
             "environment": self._environment(),
@@ -361,7 +362,7 @@ class Progress:
     evaluated_step: int = -1
     first_dev_loss: float | None = None
     dev_loss: float | None = None
-    best_dev_loss: float = math.inf
+    best: tuple[float, int] | None = None  # the lowest development loss after any step, and that step
 
     def evaluated(self, loss: float) -> bool:
         """Notes a development loss; whether it is the lowest after any step."""
@@ -369,8 +370,9 @@ class Progress:
         if self.step == 0:
             self.first_dev_loss = loss
             return False
-        improved = loss < self.best_dev_loss
-        self.best_dev_loss = min(loss, self.best_dev_loss)
+        improved = self.best is None or loss < self.best[0]
+        if improved:
+            self.best = loss, self.step
         return improved
 
 

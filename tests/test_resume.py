@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import random
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -17,6 +18,7 @@ import torch
 from conftest import LLAMA
 from safetensors import safe_open
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM
 
 from abkd_fast import checkpoint
@@ -132,12 +134,25 @@ def test_crash(tmp_path, monkeypatch, undisturbed, capsys, step, saved):
     assert run() == 2
     assert "was not finished: add --resume" in capsys.readouterr().err
     assert run("--resume") == 0
-    assert f"from {run.folder / 'checkpoints' / saved}" if saved else "from the start" in capsys.readouterr().out
+    assert (f"from {run.folder / 'checkpoints' / saved}" if saved else "from the start") in capsys.readouterr().out
     assert_same(run, undisturbed)
 
 
+def test_tensorboard_has_every_point_once(tmp_path, monkeypatch):
+    run = Run(tmp_path)
+    with monkeypatch.context() as patch:
+        at_step(patch, 9, crash)
+        with pytest.raises(Killed):
+            run()
+    time.sleep(1)  # TensorBoard orders its files by the second
+    assert run("--resume") == 0
+    board = EventAccumulator(str(run.folder / "tensorboard")).Reload()
+    assert [point.step for point in board.Scalars("train/loss")] == [3, 6, 9, 12]
+    assert [point.step for point in board.Scalars("dev/loss")] == [0, 4, 8, 12]
+
+
 @pytest.mark.parametrize("sections", [{"dtype": "float64"}, {"model": GPT2}, {"untied": True}], ids=str)
-def test_every_step_in_a_process_of_its_own(tmp_path, sections):
+def test_stopped_after_every_step(tmp_path, sections):
     """Stopped after every single step, in float64 too, with all kinds of dropout, tied and untied weights."""
     model = sections.get("model", {**TIED, "tie_word_embeddings": "untied" not in sections})
     overrides = [f"train.dtype={sections.get('dtype', 'float32')}", "train.steps=4", "checkpoint.every_steps=1"]
@@ -147,7 +162,8 @@ def test_every_step_in_a_process_of_its_own(tmp_path, sections):
         at_step(patch, 1, send(signal.SIGTERM))
         assert runs[1]() == INTERRUPTED
     for _ in range(3):
-        random.seed(), torch.rand(3)
+        random.seed()
+        torch.rand(3)
         with pytest.MonkeyPatch.context() as patch:
             at_step(patch, 1, send(signal.SIGTERM))
             assert runs[1]("--resume") == INTERRUPTED
@@ -165,8 +181,11 @@ def test_signal_saves_and_the_printed_command_continues(tmp_path, monkeypatch, u
     assert signal.getsignal(number) is before
     message, command = capsys.readouterr().err.splitlines()
     assert message == f"{name} after step 7 of 12; {run.folder}/checkpoints/step-000007 is saved; continue with:"
-    done = subprocess.run(command, shell=True, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    if name == "SIGTERM":
+        done = subprocess.run(command, shell=True, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    else:
+        assert main(shlex.split(command)[3:]) == 0
     assert_same(run, undisturbed)
 
 
@@ -334,6 +353,18 @@ def test_newest_and_best_stay_and_are_models(tmp_path, monkeypatch):
     with safe_open(folder / "model.safetensors", "pt") as file:
         assert torch.equal(model.model.norm.weight, file.get_tensor("model.norm.weight"))
     assert (folder / "tokenizer.json").exists()
+
+
+def test_evaluation_that_was_interrupted_still_finds_the_best(tmp_path, monkeypatch):
+    """The checkpoint of the signal, written before its loss was known, stays once a later process finds it the best."""
+    losses = {0: 9.0, 2: 3.0, 4: 4.0, 6: 4.0, 8: 4.5, 10: 4.6, 12: 4.7}
+    run = Run(tmp_path, "eval.every_steps=2", "checkpoint.every_steps=3", "checkpoint.keep=1")
+    with monkeypatch.context() as patch:
+        at_step(patch, 2, send(signal.SIGTERM))
+        assert run() == INTERRUPTED
+    monkeypatch.setattr(Trainer, "dev_loss", lambda self: losses[self.progress.step])
+    assert run("--resume") == 0
+    assert run.checkpoints() == ["step-000002", "step-000009"]
 
 
 def test_stages_resume(tmp_path, monkeypatch, capsys):
