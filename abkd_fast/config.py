@@ -128,6 +128,9 @@ class TrainConfig:
         Literal["auto", "float32", "bfloat16", "float64"], "of the computation; auto: bfloat16 on a GPU, else float32"
     ] = "auto"
     device: Annotated[Literal["auto", "cpu", "cuda"], "auto: the GPU if there is one"] = "auto"
+    on_nonfinite: Annotated[
+        Literal["stop", "skip"], "a step whose loss or gradient is not finite ends the run, or changes no weight"
+    ] = "stop"
 
     def __post_init__(self) -> None:
         _check_range(self, **dict.fromkeys(("epochs", "steps", "batch_size", "max_tokens"), (1, math.inf)))
@@ -154,6 +157,17 @@ class LogConfig:
 
 
 @_section
+class CheckpointConfig:
+    """Checkpoints for --resume, each with a model folder's files. SIGTERM and Ctrl-C save one and end the run."""
+
+    every_steps: Annotated[int | None, "how often, besides at every best dev loss (default: once an epoch)"] = None
+    keep: Annotated[int, "the newest so many stay, and the one of the best dev loss"] = 2
+
+    def __post_init__(self) -> None:
+        _check_range(self, every_steps=(1, math.inf), keep=(1, math.inf))
+
+
+@_section
 class Config:
     """One run: a student, a way to train it, and data."""
 
@@ -174,6 +188,7 @@ class Config:
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
     log: LogConfig = LogConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
 
     def __post_init__(self) -> None:
         from .divergences import parse

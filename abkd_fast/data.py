@@ -256,9 +256,16 @@ def _join(samples: list[dict]) -> Batch:
     )
 
 
-def shuffled_batches(dataset: datasets.Dataset, batch_size: int, seed: int, epoch: int) -> Iterator[list[dict]]:
-    """One epoch, in an order that depends on seed and epoch alone; a last, incomplete batch is left out."""
+def batch_rows(rows: int, batch_size: int, seed: int, epoch: int) -> list[list[int]]:
+    """The row numbers of an epoch's batches: they depend on these four alone; a last, incomplete batch is left out."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-    order = torch.randperm(len(dataset), generator=generator).tolist()
-    for start in range(0, len(order) - batch_size + 1, batch_size):
-        yield [dataset[index] for index in order[start : start + batch_size]]
+    order = torch.randperm(rows, generator=generator).tolist()
+    return [order[start : start + batch_size] for start in range(0, rows - batch_size + 1, batch_size)]
+
+
+def shuffled_batches(
+    dataset: datasets.Dataset, batch_size: int, seed: int, epoch: int, first: int = 0
+) -> Iterator[list[dict]]:
+    """One epoch in the order of `batch_rows`, from its batch number `first` on."""
+    for indices in batch_rows(len(dataset), batch_size, seed, epoch)[first:]:
+        yield [dataset[index] for index in indices]

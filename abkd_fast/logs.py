@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import pathlib
 import resource
 import sys
@@ -25,10 +27,16 @@ def peak_memory(device: torch.device) -> int:
 
 
 class RunLog:
-    """A context manager: writes numbers to the run folder and shows them."""
+    """A context manager: writes numbers to the run folder and shows them.
 
-    def __init__(self, folder: pathlib.Path, steps: int, device: torch.device) -> None:
-        self.folder, self.steps, self.device = folder, steps, device
+    A resumed run has `done` steps (-1: not even the evaluation before the first), and gets points after those; its
+    next one counts `elapsed` seconds from before.
+    """
+
+    def __init__(
+        self, folder: pathlib.Path, steps: int, device: torch.device, done: int = -1, elapsed: float = 0.0
+    ) -> None:
+        self.folder, self.steps, self.device, self.done, self.elapsed = folder, steps, device, done, elapsed
         self.bar = Progress(
             BarColumn(bar_width=6),  # so that everything fits into 84 columns
             MofNCompleteColumn(),
@@ -42,10 +50,14 @@ class RunLog:
     def __enter__(self) -> RunLog:
         from torch.utils.tensorboard import SummaryWriter
 
-        self.file = (self.folder / "metrics.jsonl").open("a", encoding="utf-8", buffering=1)
-        self.board = SummaryWriter(self.folder / "tensorboard")
+        path = self.folder / "metrics.jsonl"
+        if path.exists():
+            _drop_points(path, self.done)
+        self.file = path.open("a", encoding="utf-8", buffering=1)
+        self.board = SummaryWriter(self.folder / "tensorboard", purge_step=self.done + 1)
         self.bar.start()
-        self.started = self.last = time.perf_counter()
+        self.started = time.perf_counter()
+        self.last = self.started - self.elapsed
         return self
 
     def __exit__(self, *error: types.TracebackType | None) -> None:
@@ -54,7 +66,7 @@ class RunLog:
         self.file.close()
 
     def pause(self) -> None:
-        """Time from here to `resume` (an evaluation) is not counted as training."""
+        """Time from here to `resume` (an evaluation, a checkpoint) is not counted as training."""
         self.paused = time.perf_counter()
 
     def resume(self) -> None:
@@ -62,26 +74,47 @@ class RunLog:
         self.last += away
         self.started += away
 
+    def flush(self) -> float:
+        """Puts all points onto the disk; returns the seconds since the last one. Call it while paused."""
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.board.flush()
+        return self.paused - self.last
+
     def advance(self, step: int) -> None:
         self.bar.update(self.task, completed=step)
 
-    def train(self, step: int, steps: int, samples: int, tokens: int, loss: float, lr: float, grad_norm: float) -> None:
-        """One point, over the last `steps` steps with their samples and (unpadded) tokens. Synchronise before."""
+    def train(
+        self,
+        step: int,
+        samples: int,
+        tokens: int,
+        loss: float | None,
+        lr: float,
+        grad_norm: float | None,
+        skipped_steps: int,
+    ) -> None:
+        """One point, over the steps since the last one, with their samples and (unpadded) tokens. Synchronise before.
+
+        Loss and norm are None where every step was skipped.
+        """
         now = time.perf_counter()
         seconds, self.last = now - self.last, now
-        left = (now - self.started) / step * (self.steps - step)
+        left = (now - self.started) / (step - max(self.done, 0)) * (self.steps - step)
         values = {
             "loss": loss,
             "lr": lr,
             "grad_norm": grad_norm,
+            "skipped_steps": skipped_steps,
             "samples_per_second": samples / seconds,
             "seconds_per_sample": seconds / samples,
             "tokens_per_second": tokens / seconds,
             "peak_memory_bytes": peak_memory(self.device),
         }
         self._write("train", step, values)
+        mean = "-" if loss is None else f"{loss:.4f}"
         text = (
-            f"loss {loss:.4f} {samples / seconds:.1f} samples/s {seconds / samples:.4f} s/sample "
+            f"loss {mean} {samples / seconds:.1f} samples/s {seconds / samples:.4f} s/sample "
             f"{tokens / seconds:.0f} tokens/s {values['peak_memory_bytes'] / 2**30:.1f} GiB"
         )
         self.bar.update(self.task, completed=step, numbers=text)
@@ -93,7 +126,20 @@ class RunLog:
         self._write("dev", step, {"loss": dev_loss})
         console.print(f"step {step}/{self.steps}  dev loss {dev_loss:.4f}")
 
-    def _write(self, kind: str, step: int, values: dict[str, float]) -> None:
+    def _write(self, kind: str, step: int, values: dict[str, float | None]) -> None:
         self.file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
         for name, value in values.items():
-            self.board.add_scalar(f"{kind}/{name}", value, step)
+            if value is not None:
+                self.board.add_scalar(f"{kind}/{name}", value, step)
+
+
+def _drop_points(path: pathlib.Path, done: int) -> None:
+    """Cuts off the points after step `done`, and what a crash left unfinished behind them."""
+    kept = 0
+    with path.open("r+b") as file:
+        with contextlib.suppress(ValueError):  # of a line that is no JSON
+            for line in file:
+                if not line.endswith(b"\n") or json.loads(line)["step"] > done:
+                    break
+                kept += len(line)
+        file.truncate(kept)

@@ -135,6 +135,9 @@ def load(
             model = AutoModelForCausalLM.from_pretrained(spec.path, config=config, dtype=dtype)
         except Exception as error:  # of many kinds: missing, truncated or foreign files
             raise ConfigError(f"{key}.path: {spec.path}: its weights can't be read ({_first_line(error)})") from None
+        # Out of the mapped file: its alignment, other in every file, may change the last bit of a matrix product.
+        for parameter in model.parameters():
+            parameter.data = parameter.data.clone()
     return PackedCausalLM(model.to(device), key)
 
 
@@ -249,8 +252,6 @@ class PackedCausalLM(nn.Module):
         return torch.cat([logits[i, : len(row) - 1] for i, row in enumerate(rows)]).float()
 
     def save(self, folder: pathlib.Path, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Writes weights, configuration and tokenizer in Hugging Face layout; the folder appears only when complete."""
-        temporary = folder.with_name(folder.name + ".tmp")
-        self.model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-        temporary.rename(folder)
+        """Writes weights, configuration and tokenizer in Hugging Face layout."""
+        self.model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)

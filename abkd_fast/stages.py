@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import pathlib
 from collections.abc import Iterator
 
 from rich.table import Table
@@ -15,20 +16,23 @@ from .logs import console
 from .trainer import Trainer, check_folder
 
 
-def run(stages: list[Config]) -> list[dict]:
-    """Trains what is not there yet and returns the summary of every stage. Raises ConfigError before any training."""
+def run(stages: list[Config], resume: bool = False) -> list[dict]:
+    """Trains what is not there yet and returns the summary of every stage; with `resume`, goes on with what is begun.
+
+    Raises ConfigError before any training; else what `Trainer.train` raises.
+    """
     for index, config in enumerate(stages):
         _check(config, {other.run.stage for other in stages[:index]})
     stages = [_resolve(config) for config in stages]
     for config in stages:
-        _is_finished(config)
+        _is_finished(config, resume)
     summaries = []
     for config in stages:
-        if _is_finished(config):
+        if _is_finished(config, resume):
             console.print(f"[bold]{config.run.folder}[/bold]  is finished already: its result is used")
             summary = json.loads((config.run.folder / "summary.json").read_text(encoding="utf-8"))
         else:
-            summary = Trainer(config).train()
+            summary = Trainer(config, resume).train()
             console.print(f"saved {config.run.folder / 'final'}")
         summaries.append(summary)
     if len(stages) > 1:
@@ -64,20 +68,36 @@ def _resolve(config: Config) -> Config:
     return dataclasses.replace(config, **paths)
 
 
-def _is_finished(config: Config) -> bool:
-    """Whether this very stage has run. Raises ConfigError where its folder holds anything else."""
+def _is_finished(config: Config, resume: bool) -> bool:
+    """Whether this very run has its result. Raises ConfigError where its folder can't be used, or only to resume."""
     folder = config.run.folder
     if not folder.exists():
         return False
-    if not config.run.stage:
+    if not (folder / "config.json").exists():
+        check_folder(folder, resume and {path.name for path in folder.iterdir()} <= {"config.json.tmp"})
+        return False
+    finished = (folder / "final").exists()
+    if finished and not resume and not config.run.stage:
         check_folder(folder)
-    if not (folder / "final").exists():
-        raise ConfigError(f"{folder} exists, but was not finished: move it aside, or choose another run.name")
-    then, now = json.loads((folder / "config.json").read_text(encoding="utf-8")), config.to_dict()
-    changed = next(_differences(then, now), None)
+    if not finished and not resume:
+        raise ConfigError(f"{folder} exists, but was not finished: add --resume, or choose another run.name")
+    then = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    changed = "; ".join(_differences(_deciding(then), _deciding(config.to_dict())))
     if changed:
-        raise ConfigError(f"{folder} is the result of another configuration ({changed}): choose another run.name")
-    return True
+        way_out = "choose another run.name" if finished else "undo that to resume it, or choose another run.name"
+        raise ConfigError(f"{folder} is the result of another configuration ({changed}): {way_out}")
+    return finished
+
+
+def _deciding(values: dict) -> dict:
+    """The part of a configuration that a run's weights depend on, wherever the folder of all runs is."""
+    root = pathlib.Path(values["run"].pop("dir"), values["run"]["name"])
+    for role in ("student", "teacher"):
+        path = (values.get(role) or {}).get("path")
+        if path is not None and pathlib.Path(path).is_relative_to(root):
+            values[role]["path"] = str(pathlib.Path(path).relative_to(root))
+    values["train"].pop("on_nonfinite", None)
+    return {key: value for key, value in values.items() if key not in ("log", "checkpoint")}
 
 
 def _differences(then: dict, now: dict, prefix: str = "") -> Iterator[str]:

@@ -1,15 +1,22 @@
-"""Trains: `python -m abkd_fast.train --config RECIPE [--set key=value …]`."""
+"""Trains: `python -m abkd_fast.train --config RECIPE [--set key=value …] [--resume]`."""
 
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 
 from .config import ConfigError, describe, load
 
+INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: try again
+
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs a recipe; returns the exit status: 0, 2 for a mistake in the input, 1 for a loss that diverged."""
+    """Runs a recipe; returns the exit status.
+
+    0; 1: the loss or a gradient is not finite; 2: a mistake in the input; 75 (temporary failure): interrupted, and the
+    printed command continues.
+    """
     parser = argparse.ArgumentParser(
         prog="python -m abkd_fast.train",
         description="Distil or fine-tune a language model.",
@@ -26,12 +33,22 @@ def main(arguments: list[str] | None = None) -> int:
         help="override a value, for example optim.lr=1e-4; distil:train.steps=50 changes the stage distil alone, and "
         "is the way to change what a stage sets itself",
     )
+    parser.add_argument(
+        "--resume", action="store_true", help="continue an interrupted run from its newest checkpoint, to the same bits"
+    )
+    arguments = sys.argv[1:] if arguments is None else arguments
     options = parser.parse_args(arguments)
     try:
         stages = load(options.config, options.overrides)
-        from .stages import run  # after the configuration is known to be good: this loads PyTorch
+        from .checkpoint import Interrupted  # after the configuration is known to be good: this loads PyTorch
+        from .stages import run
 
-        run(stages)
+        try:
+            run(stages, options.resume)
+        except Interrupted as interruption:
+            command = [sys.executable, "-m", "abkd_fast.train", *arguments, *([] if options.resume else ["--resume"])]
+            print(f"{interruption}; continue with:\n{shlex.join(command)}", file=sys.stderr)
+            return INTERRUPTED
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import json
-import math
 import os
 import pathlib
 import time
@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 from transformers import get_scheduler, set_seed
 
-from . import attention, methods, models, ops
+from . import attention, checkpoint, methods, models, ops
+from .checkpoint import Interrupted
 from .config import Config, ConfigError, ModelConfig
-from .data import pack, read_rows, shuffled_batches, tokenise
+from .data import batch_rows, pack, read_rows, shuffled_batches, tokenise
 from .fused_linear import fused_linear_cross_entropy
 from .logs import RunLog, console, peak_memory
 from .teacher import Teacher
@@ -26,13 +27,16 @@ from .teacher import Teacher
 class Trainer:
     """One run, from its configuration to its `final/` folder."""
 
-    def __init__(self, config: Config) -> None:
-        """Checks all that can be checked without weights. Raises ConfigError; writes nothing."""
-        self.config = config
+    def __init__(self, config: Config, resume: bool = False) -> None:
+        """Checks all that can be checked without weights. Raises ConfigError; writes nothing.
+
+        With `resume`, the run goes on from its newest checkpoint, or from the start where it has none.
+        """
+        self.config, self.resume = config, resume
         self.device = choose_device(config.train.device)
         self.dtype = choose_dtype(config.train.dtype, self.device)
         self.method = methods.find(config.method)(config)
-        check_folder(config.run.folder)
+        check_folder(config.run.folder, resume)
         self.student_config = models.read_config(config.student, "student")
         self.teacher_config = models.read_config(config.teacher, "teacher") if self.method.needs_teacher else None
         source = config.tokenizer or config.student.path
@@ -49,6 +53,7 @@ class Trainer:
     def _read_data(self) -> None:
         data, train = self.config.data, self.config.train
         rows = read_rows(data.train, data.train_rows)
+        self.where = [row.where for row in rows]
         self.train_set = tokenise(rows, self.tokenizer, data.max_length)
         self.dev_set = None
         if data.dev is not None:
@@ -60,8 +65,14 @@ class Trainer:
 
     def _load(self) -> None:
         config = self.config
+        self.progress, self.window, self.signals = Progress(), Window(self.device), checkpoint.StopSignals()
+        self.checkpoints = checkpoint.Checkpoints(config.run.folder / "checkpoints", config.checkpoint.keep)
+        self.saved = self.checkpoints.newest() if self.resume else None
         set_seed(config.run.seed)
-        self.student = self._model(config.student, self.student_config, "student").train()
+        student = config.student
+        if self.saved:
+            student = dataclasses.replace(student, path=str(self.saved), config=None)
+        self.student = self._model(student, self.student_config, "student").train()
         self.teacher = None
         if self.method.needs_teacher:
             self.teacher = Teacher(self._model(config.teacher, self.teacher_config, "teacher"))
@@ -78,6 +89,8 @@ class Trainer:
             num_training_steps=self.steps,
             scheduler_specific_kwargs={"min_lr": optim.min_lr} if cosine else None,
         )
+        if self.saved:
+            self._restore(*checkpoint.load(self.saved))
 
     def _model(self, spec: ModelConfig, config: models.PretrainedConfig, key: str) -> models.PackedCausalLM:
         # Master weights stay in float32; bfloat16 is the type of the computation only.
@@ -93,49 +106,69 @@ class Trainer:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
 
     def train(self) -> dict:
-        """Trains, writes the run folder, and returns its summary."""
+        """Trains, writes the run folder, and returns its summary.
+
+        Raises FloatingPointError for a loss or gradient that is not finite (unless train.on_nonfinite is skip), and
+        Interrupted where a signal, or a disk without space for the result, ended the run.
+        """
         config = self.config
         self._load()
-        config.run.folder.mkdir(parents=True)
-        (config.run.folder / "config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n", encoding="utf-8")
+        config.run.folder.mkdir(parents=True, exist_ok=True)
+        checkpoint.atomic_write(config.run.folder / "config.json", json.dumps(config.to_dict(), indent=2) + "\n")
         for line in self.describe():
             console.print(line)
-        with RunLog(config.run.folder, self.steps, self.device) as log:
-            first = self._evaluate(log, 0)
-            last, samples, seconds = first, 0, 0.0
-            window = Window(self.device)
-            for step, batch in enumerate(self._batches(), 1):
+        progress = self.progress
+        log = RunLog(
+            config.run.folder, self.steps, self.device, progress.step if self.saved else -1, progress.window_seconds
+        )
+        with self.signals, log:
+            self._after_step(log)
+            for batch in self._batches(progress.step):
                 started, rate = time.perf_counter(), self.scheduler.get_last_lr()[0]
-                window.add(*self._step(batch), len(batch), sum(len(sample["input_ids"]) for sample in batch))
-                log.advance(step)
-                evaluate = step == self.steps or (config.eval.every_steps and step % config.eval.every_steps == 0)
-                if step % config.log.every_steps == 0 or step == self.steps:
-                    window.write(log, step, rate)
-                elif evaluate and self.device.type == "cuda":
+                tokens = sum(len(sample["input_ids"]) for sample in batch)
+                progress.step += 1
+                self.window.add(progress.step, *self._step(batch), len(batch), tokens)
+                log.advance(progress.step)
+                if progress.step % config.log.every_steps == 0 or progress.step == self.steps:
+                    self._log_window(log, rate)
+                elif self._evaluation_is_due() and self.device.type == "cuda":
                     torch.cuda.synchronize()  # the steps' time must not be counted as the evaluation's
-                seconds += time.perf_counter() - started
-                samples += len(batch)
-                if evaluate:
-                    last = self._evaluate(log, step)
+                progress.seconds += time.perf_counter() - started
+                progress.samples += len(batch)
+                self._after_step(log)
+        return self._finish()
+
+    def _batches(self, first: int = 0) -> Iterator[list[dict]]:
+        """The batches of samples of steps `first` to `steps`, counted from 0, epoch after epoch."""
+        epoch, index = divmod(first, self.steps_per_epoch)
+        train, seed = self.config.train, self.config.run.seed
+        while first < self.steps:
+            for batch in shuffled_batches(self.train_set, train.batch_size, seed, epoch, index):
+                if first == self.steps:
+                    return
+                first += 1
+                yield batch
+            epoch, index = epoch + 1, 0
+
+    def _finish(self) -> dict:
+        """Writes and returns the summary; the folder `final` is written last: with it the run is finished."""
+        progress, folder = self.progress, self.config.run.folder
         summary = {
-            "method": config.method,
+            "method": self.config.method,
             "steps": self.steps,
-            "dev_loss_before": first,
-            "dev_loss": last,
-            "seconds_per_sample": seconds / samples,
+            "skipped_steps": progress.skipped_steps,
+            "dev_loss_before": progress.first_dev_loss,
+            "dev_loss": progress.dev_loss,
+            "seconds_per_sample": progress.seconds / progress.samples,
             "peak_memory_bytes": peak_memory(self.device),
         }
-        (config.run.folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-        self.student.save(config.run.folder / "final", self.tokenizer)
+        try:
+            checkpoint.atomic_write(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+            with checkpoint.atomic_folder(folder / "final") as final:
+                self.student.save(final, self.tokenizer)
+        except checkpoint.WRITE_ERRORS as error:
+            raise Interrupted(f"{folder / 'final'} can't be written ({error}): make room") from None
         return summary
-
-    def _batches(self) -> Iterator[list[dict]]:
-        """`steps` batches of samples, epoch after epoch."""
-        for step in range(self.steps):
-            epoch, index = divmod(step, self.steps_per_epoch)
-            if index == 0:
-                batches = shuffled_batches(self.train_set, self.config.train.batch_size, self.config.run.seed, epoch)
-            yield next(batches)
 
     def _step(self, samples: list[dict]) -> tuple[Tensor, Tensor]:
         """One optimizer step; returns its loss and gradient norm, still on the device."""
@@ -150,31 +183,145 @@ class Trainer:
             loss.backward()
             total = total + loss.detach()
         norm = torch.nn.utils.clip_grad_norm_(self.student.parameters(), self.config.optim.clip_norm)
+        # The fused AdamW reads this on the device: where it is 1, weights, moments and step counts stay as they are.
+        self.optimizer.found_inf = (~_is_finite(total, norm)).float()
         self.optimizer.step()
         self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
         return total, norm
 
-    def _evaluate(self, log: RunLog, step: int) -> float | None:
-        if self.dev_set is None:
-            return None
+    def _log_window(self, log: RunLog, rate: float) -> None:
+        """Writes the point of the steps since the last one, and begins the next."""
+        self._check_finite()
+        skipped = self.window.write(log, self.progress.step, rate)
+        if skipped:
+            self.progress.skipped_steps += skipped
+            step, loss, norm = self.window.first_nonfinite.tolist()
+            console.print(f"skipped {skipped} steps that were not finite, the first: {self._account(step, loss, norm)}")
+        self.window = Window(self.device)
+
+    def _check_finite(self) -> None:
+        """Looks at what the device has noted, and so waits for it. Raises FloatingPointError."""
+        step, loss, norm = self.window.first_nonfinite.tolist()
+        if step and self.config.train.on_nonfinite == "stop":
+            saved = f"last good checkpoint: {self.saved}" if self.saved else "there is no checkpoint yet"
+            raise FloatingPointError(
+                f"{self._account(step, loss, norm)}; {saved}; resume with train.on_nonfinite=skip, or begin again with "
+                "a lower optim.lr"
+            )
+
+    def _account(self, step: float, loss: float, norm: float) -> str:
+        """One step's numbers and the rows of its samples."""
+        epoch, index = divmod(int(step) - 1, self.steps_per_epoch)
+        train, seed = self.config.train, self.config.run.seed
+        rows = batch_rows(len(self.train_set), train.batch_size, seed, epoch)[index]
+        numbers = {}
+        for row in sorted(rows):
+            source, _, number = self.where[row].rpartition(" ")
+            numbers.setdefault(source, []).append(number)
+        where = "; ".join(f"{source} {', '.join(numbers[source])}" for source in numbers)
+        return f"step {int(step)}: loss {loss:.4g}, gradient norm {norm:.4g}, samples {where}"
+
+    def _after_step(self, log: RunLog) -> None:
+        """Evaluates and saves where that is due. Raises Interrupted after a signal."""
+        progress, best = self.progress, self.progress.best
+        improved = self._evaluation_is_due() and self._evaluate(log)
+        stop = self.signals.received
+        saved = self.checkpoints.folder_of(progress.step)
+        due = progress.step and progress.step % (self.config.checkpoint.every_steps or self.steps_per_epoch) == 0
+        if self.saved != saved and (stop or ((due or improved) and progress.step < self.steps)):
+            self._save(log)
+        if improved and self.saved != saved:
+            progress.best = best  # of those that could be written
+        if stop:
+            kept = f"{self.saved} is saved" if self.saved == saved else f"last checkpoint: {self.saved or 'none'}"
+            raise Interrupted(f"{stop} after step {progress.step} of {self.steps}; {kept}")
+
+    def _evaluation_is_due(self) -> bool:
+        step, every = self.progress.step, self.config.eval.every_steps
+        due = step in (0, self.steps) or (every and step % every == 0)
+        return due and self.dev_set is not None and self.progress.evaluated_step != step
+
+    def _evaluate(self, log: RunLog) -> bool:
+        """Whether the development loss is the lowest so far. A signal ends it early; a resumed run does it again."""
         log.pause()
         loss = self.dev_loss()
-        log.evaluation(step, loss)
+        if loss is not None:
+            log.evaluation(self.progress.step, loss)
         log.resume()
-        return loss
+        return loss is not None and self.progress.evaluated(loss)
+
+    def _save(self, log: RunLog) -> None:
+        """Writes a checkpoint. Without space the last one stays, and training goes on."""
+        self._check_finite()
+        log.pause()
+        try:
+            self.progress.window_seconds = log.flush()
+            tensors, state = self._state()
+            save_model = functools.partial(self.student.save, tokenizer=self.tokenizer)
+            best_step = self.progress.best[1] if self.progress.best else None
+            self.saved = self.checkpoints.save(self.progress.step, best_step, save_model, tensors, state)
+        except checkpoint.WRITE_ERRORS as error:
+            console.print(f"[bold red]no checkpoint[/] at step {self.progress.step} ({error}); training goes on")
+        log.resume()
+
+    def _state(self) -> tuple[dict[str, Tensor], dict]:
+        """All that decides the steps to come besides the weights, and what the log and the summary need."""
+        generators, state = checkpoint.random_state()
+        groups = {
+            "optimizer": checkpoint.optimizer_tensors(self.optimizer, self.student),
+            "random": generators,
+            "window": self.window.tensors(),
+        }
+        tensors = {f"{group}/{name}": value for group, values in groups.items() for name, value in values.items()}
+        state |= {
+            "progress": dataclasses.asdict(self.progress),
+            "scheduler": self.scheduler.state_dict(),
+            "data": self.train_set._fingerprint,
+            "environment": self._environment(),
+        }
+        if hasattr(self.method, "state_dict"):
+            state["method"] = self.method.state_dict()
+        return tensors, state
+
+    def _restore(self, tensors: dict[str, Tensor], state: dict) -> None:
+        """The inverse of `_state`, after the weights. Raises ConfigError where the data have changed."""
+        if state["data"] != self.train_set._fingerprint:
+            raise ConfigError(f"{self.config.data.train}: rows or tokenizer have changed since {self.saved} was saved")
+        for key, now in self._environment().items():
+            then = state["environment"][key]
+            if then != now:
+                console.print(f"{key} was {then}, is {now}: the last bits of the result may differ")
+        groups = {"optimizer": {}, "random": {}, "window": {}}
+        for key, value in tensors.items():
+            group, _, name = key.partition("/")
+            groups[group][name] = value
+        checkpoint.load_optimizer_tensors(self.optimizer, self.student, groups["optimizer"])
+        self.window.load(groups["window"])
+        self.progress = Progress(**state["progress"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        for group, rate in zip(self.optimizer.param_groups, self.scheduler.get_last_lr(), strict=True):
+            group["lr"] = rate
+        if "method" in state:
+            self.method.load_state_dict(state["method"])
+        checkpoint.set_random_state(groups["random"], state)  # last: loading models draws from the generators
+
+    def _environment(self) -> dict[str, str | int]:
+        return {"PyTorch": torch.__version__, "device": _device_name(self.device)}
 
     @torch.no_grad()
-    def dev_loss(self) -> float:
-        """Cross-entropy of the development responses, mean over their tokens."""
+    def dev_loss(self) -> float | None:
+        """Cross-entropy of the development responses, mean over their tokens; None where a signal arrives."""
         self.student.eval()
         total, tokens = torch.zeros((), device=self.device, dtype=torch.float64), 0
         for batch in pack(list(self.dev_set), self.config.train.max_tokens):
             with self._precision():
                 total += self.student(batch.to(self.device), functools.partial(_cross_entropy, labels=batch.labels))
             tokens += len(batch.labels)
+            if self.signals.received:
+                break
         self.student.train()
-        return total.item() / tokens
+        return None if self.signals.received else total.item() / tokens
 
     def describe(self) -> Iterator[str]:
         """What was built and chosen, so that nobody trains on a slow path unknowingly."""
@@ -199,6 +346,34 @@ class Trainer:
         yield f"  device     {_device_name(self.device)}, {str(self.dtype).removeprefix('torch.')}"
         yield f"  kernels    {kernels}; attention {attention.backend(self.device)}, packed and checked"
         yield f"  steps      {self.steps} of {config.train.batch_size} samples, {self.steps_per_epoch} an epoch"
+        if self.resume:
+            yield f"  resumed    {f'from {self.saved}' if self.saved else 'from the start: there is no checkpoint'}"
+
+
+@dataclasses.dataclass
+class Progress:
+    """How far a run is, and the totals of its summary."""
+
+    step: int = 0
+    samples: int = 0
+    seconds: float = 0.0
+    window_seconds: float = 0.0
+    skipped_steps: int = 0
+    evaluated_step: int = -1
+    first_dev_loss: float | None = None
+    dev_loss: float | None = None
+    best: tuple[float, int] | None = None  # the lowest development loss after any step, and that step
+
+    def evaluated(self, loss: float) -> bool:
+        """Notes a development loss; whether it is the lowest after any step."""
+        self.dev_loss, self.evaluated_step = loss, self.step
+        if self.step == 0:
+            self.first_dev_loss = loss
+            return False
+        improved = self.best is None or loss < self.best[0]
+        if improved:
+            self.best = loss, self.step
+        return improved
 
 
 class Window:
@@ -206,36 +381,56 @@ class Window:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._clear()
-
-    def _clear(self) -> None:
-        self.loss = torch.zeros((), device=self.device, dtype=torch.float64)
+        self.loss = torch.zeros((), device=device, dtype=torch.float64)  # of the finite steps
+        self.norm = torch.zeros((), device=device, dtype=torch.float64)  # of the last finite one
+        self.skipped = torch.zeros((), device=device, dtype=torch.int64)
+        self.first_nonfinite = torch.zeros(3, device=device, dtype=torch.float64)  # its step, loss and norm
         self.steps = self.samples = self.tokens = 0
 
-    def add(self, loss: Tensor, norm: Tensor, samples: int, tokens: int) -> None:
-        self.loss += loss
-        self.norm = norm
+    def add(self, step: int, loss: Tensor, norm: Tensor, samples: int, tokens: int) -> None:
+        finite = _is_finite(loss, norm)
+        self.loss += torch.where(finite, loss, 0.0)
+        self.norm = torch.where(finite, norm, self.norm)
+        account = torch.stack([torch.full_like(self.loss, step), loss.double(), norm.double()])
+        is_first = ~finite & (self.skipped == 0)
+        self.first_nonfinite = torch.where(is_first, account, self.first_nonfinite)
+        self.skipped += ~finite
         self.steps += 1
         self.samples += samples
         self.tokens += tokens
 
-    def write(self, log: RunLog, step: int, lr: float) -> None:
-        loss = self.loss.item() / self.steps
-        if not math.isfinite(loss):
-            raise FloatingPointError(f"the loss is {loss} within the {self.steps} steps up to step {step}")
-        log.train(step, self.steps, self.samples, self.tokens, loss, lr, self.norm.item())
-        self._clear()
+    def write(self, log: RunLog, step: int, lr: float) -> int:
+        """Logs the point; returns how many steps were skipped."""
+        skipped = int(self.skipped)
+        finite = self.steps - skipped
+        loss, norm = (self.loss.item() / finite, self.norm.item()) if finite else (None, None)
+        log.train(step, self.samples, self.tokens, loss, lr, norm, skipped)
+        return skipped
+
+    def tensors(self) -> dict[str, Tensor]:
+        counts = torch.tensor([self.steps, self.samples, self.tokens])
+        sums = {"loss": self.loss, "norm": self.norm, "skipped": self.skipped, "first_nonfinite": self.first_nonfinite}
+        return {"counts": counts} | {name: value.cpu() for name, value in sums.items()}
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        self.steps, self.samples, self.tokens = tensors["counts"].tolist()
+        for name in ("loss", "norm", "skipped", "first_nonfinite"):
+            setattr(self, name, tensors[name].to(self.device, copy=True))
+
+
+def _is_finite(loss: Tensor, norm: Tensor) -> Tensor:
+    return torch.isfinite(loss) & torch.isfinite(norm)
 
 
 def _cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
     return fused_linear_cross_entropy(hidden, weight, labels, student_bias=bias, reduction="sum")
 
 
-def check_folder(folder: pathlib.Path) -> None:
-    """Raises ConfigError where a run's folder exists, or can't be made."""
-    if folder.exists():
+def check_folder(folder: pathlib.Path, resume: bool = False) -> None:
+    """Raises ConfigError where a run's folder exists (unless to resume it), or can't be made."""
+    if folder.exists() and not resume:
         raise ConfigError(f"{folder} exists already: choose another run.name, or move it aside")
-    parent = next(parent for parent in folder.absolute().parents if parent.exists())
+    parent = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise ConfigError(f"run.dir: {folder} can't be made: {parent} is not a folder that can be written to")
 

@@ -1,0 +1,221 @@
+"""Checkpoints: on the disk whole or not at all, checked before use, the newest and the best kept; and stop signals."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import pathlib
+import random
+import re
+import shutil
+import signal
+import threading
+import types
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from .config import ConfigError
+from .logs import console
+
+MANIFEST, STATE, TENSORS = "manifest.json", "trainer.json", "trainer.safetensors"
+WRITE_ERRORS = (OSError, SafetensorError)  # safetensors reports a full disk as an error of its own
+
+
+class Interrupted(Exception):
+    """The run ended before its last step, and can be resumed. The message is one line."""
+
+
+class StopSignals:
+    """While entered, the first SIGTERM or SIGINT only sets `received`; another one ends the process at once."""
+
+    received: str | None = None
+
+    def __enter__(self) -> StopSignals:
+        self.previous = {}
+        if threading.current_thread() is threading.main_thread():  # Python allows handlers in no other
+            for number in (signal.SIGTERM, signal.SIGINT):
+                if signal.getsignal(number) != signal.SIG_IGN:  # what a shell told its background jobs to ignore
+                    self.previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *error: types.TracebackType | None) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: types.FrameType | None) -> None:
+        if self.received:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        self.received = signal.Signals(number).name
+        console.print(f"{self.received}: the step is finished and saved; once more to leave at once")
+
+
+@contextlib.contextmanager
+def atomic_folder(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A temporary folder that becomes `folder`, flushed to the disk, once the block ends without an error."""
+    temporary = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        for path in (*temporary.rglob("*"), temporary):
+            _flush(path)
+        temporary.rename(folder)
+        _flush(folder.parent)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def atomic_write(path: pathlib.Path, text: str) -> None:
+    """Replaces a text file, so that a reader sees the old or the new one whole, whenever the machine stops."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    _flush(temporary)
+    temporary.replace(path)
+    _flush(path.parent)
+
+
+def _flush(path: pathlib.Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _digest(path: pathlib.Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def damage(folder: pathlib.Path) -> str | None:
+    """What is wrong with a checkpoint's files, or None where they are as they were written."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        for name, digest in manifest.items():
+            if _digest(folder / name) != digest:
+                return f"{name} differs from what was written"
+    except (OSError, ValueError, AttributeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+class Checkpoints:
+    """The checkpoints of one run: folders step-000120 of a model in Hugging Face layout and the trainer's state."""
+
+    def __init__(self, folder: pathlib.Path, keep: int) -> None:
+        self.folder, self.keep = folder, keep
+
+    def folder_of(self, step: int) -> pathlib.Path:
+        return self.folder / f"step-{step:06d}"
+
+    def all(self) -> list[pathlib.Path]:
+        """Whole ones, oldest first."""
+        return sorted(
+            (path for path in self.folder.glob("step-*") if re.fullmatch(r"step-\d+", path.name)),
+            key=lambda path: int(path.name.removeprefix("step-")),
+        )
+
+    def newest(self) -> pathlib.Path | None:
+        """The newest undamaged one; damaged ones are reported and moved aside, unfinished ones removed.
+
+        Raises ConfigError where all are damaged.
+        """
+        for unfinished in self.folder.glob("*.tmp"):
+            shutil.rmtree(unfinished)
+        damaged = {}
+        for path in reversed(self.all()):
+            reason = damage(path)
+            if reason is None:
+                self._set_aside(damaged)
+                return path
+            damaged[path] = reason
+        if damaged:
+            path, reason = next(iter(damaged.items()))
+            raise ConfigError(f"{path} is damaged ({reason}), and no other is there: move the run aside to start again")
+        return None
+
+    def _set_aside(self, damaged: dict[pathlib.Path, str]) -> None:
+        for path, reason in damaged.items():
+            aside = path.with_name(path.name + ".damaged")
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
+            console.print(f"[bold red]damaged[/] {path} ({reason}): moved to {aside.name}; an older one is used")
+
+    def save(
+        self,
+        step: int,
+        best_step: int | None,
+        save_model: Callable[[pathlib.Path], None],
+        tensors: dict[str, Tensor],
+        state: dict,
+    ) -> pathlib.Path:
+        """Writes a checkpoint, then deletes those that need not stay. Raises one of WRITE_ERRORS."""
+        path = self.folder_of(step)
+        with atomic_folder(path) as folder:
+            save_model(folder)
+            save_file(tensors, folder / TENSORS)
+            (folder / STATE).write_text(json.dumps(state) + "\n", encoding="utf-8")
+            digests = {file.name: _digest(file) for file in sorted(folder.iterdir())}
+            (folder / MANIFEST).write_text(json.dumps(digests, indent=2) + "\n", encoding="utf-8")
+        for old in self.all()[: -self.keep]:
+            if best_step is None or old != self.folder_of(best_step):
+                leaving = old.rename(
+                    old.with_name(old.name + ".tmp")
+                )  # half deleted, it must not look like a whole one
+                shutil.rmtree(leaving, ignore_errors=True)
+        return path
+
+
+def load(folder: pathlib.Path) -> tuple[dict[str, Tensor], dict]:
+    """Tensors and state as given to `save`."""
+    return load_file(folder / TENSORS), json.loads((folder / STATE).read_text(encoding="utf-8"))
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
+    """The optimizer's state by the names of the parameters: "exp_avg.model.embed.weight"."""
+    return {
+        f"{key}.{name}": value.detach().cpu().contiguous()
+        for name, parameter in model.named_parameters()
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def load_optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """The inverse. Every tensor gets memory of its own: a mapped file's alignment could change a sum's last bit."""
+    parameters = dict(model.named_parameters())
+    for full_name, value in tensors.items():
+        key, _, name = full_name.partition(".")
+        parameter = parameters[name]
+        own = torch.empty_like(parameter if value.shape == parameter.shape else value, dtype=value.dtype)
+        optimizer.state[parameter][key] = own.to(parameter.device).copy_(value)
+
+
+def random_state() -> tuple[dict[str, Tensor], dict]:
+    """The state of every generator that a run may draw from: PyTorch's as tensors, Python's and NumPy's for JSON."""
+    tensors = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_initialized():
+        tensors |= {f"cuda{index}": state for index, state in enumerate(torch.cuda.get_rng_state_all())}
+    name, keys, *rest = np.random.get_state()
+    return tensors, {"python": random.getstate(), "numpy": [name, keys.tolist(), *rest]}
+
+
+def set_random_state(tensors: dict[str, Tensor], state: dict) -> None:
+    torch.set_rng_state(tensors["cpu"])
+    for index in range(len(tensors) - 1):
+        torch.cuda.set_rng_state(tensors[f"cuda{index}"], index)
+    version, keys, gauss = state["python"]
+    random.setstate((version, tuple(keys), gauss))
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))

@@ -1,0 +1,494 @@
+"""An interrupted run, resumed, is the undisturbed one: weights to the last bit, log and summary too."""
+
+import contextlib
+import errno
+import json
+import multiprocessing
+import os
+import random
+import resource
+import shlex
+import shutil
+import signal
+import subprocess
+import time
+
+import pytest
+import torch
+from conftest import LLAMA
+from safetensors import safe_open
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import AutoModelForCausalLM
+
+from abkd_fast import checkpoint
+from abkd_fast.config import load
+from abkd_fast.data import batch_rows
+from abkd_fast.train import INTERRUPTED, main
+from abkd_fast.trainer import Trainer
+
+SMALL = {**LLAMA, "vocab_size": 1024, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+TIED = {**SMALL, "eos_token_id": 0, "bos_token_id": 0, "tie_word_embeddings": True, "attention_dropout": 0.1}
+GPT2 = {"model_type": "gpt2", "vocab_size": 1024, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 128}
+RECIPE = {
+    "run": {"name": "test"},
+    "method": "sft",
+    "tokenizer": "quickstart",
+    "student": {"config": TIED},
+    "data": {"train": "quickstart:small", "train_rows": 20, "dev": "quickstart:dev", "dev_rows": 4, "max_length": 128},
+    "optim": {"lr": 3e-3, "warmup_steps": 2},
+    "train": {"steps": 12, "batch_size": 4, "max_tokens": 256, "device": "cpu"},  # epochs of 5 steps
+    "eval": {"every_steps": 4},
+    "log": {"every_steps": 3},
+}
+
+
+class Run:
+    """The arguments of a small run, and what it left."""
+
+    def __init__(self, folder, *overrides, stage="", **sections):
+        folder.mkdir(exist_ok=True)
+        recipe = folder / "recipe.json"
+        recipe.write_text(json.dumps({**RECIPE, **sections, "run": {"name": "test", "dir": str(folder)}}))
+        self.arguments = ["--config", str(recipe), *(part for override in overrides for part in ("--set", override))]
+        self.folder = folder / "test" / stage
+
+    def __call__(self, *more):
+        return main([*self.arguments, *more])
+
+    def weights(self):
+        return load_file(self.folder / "final" / "model.safetensors")
+
+    def points(self):
+        """metrics.jsonl and summary without what is measured."""
+        lines = [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
+        summary = json.loads((self.folder / "summary.json").read_text())
+        measured = ("second", "bytes")
+        return [
+            {key: line[key] for key in line if not any(word in key for word in measured)} for line in [*lines, summary]
+        ]
+
+    def checkpoints(self):
+        return sorted(path.name for path in (self.folder / "checkpoints").iterdir())
+
+
+def assert_same(run, undisturbed):
+    assert run.points() == undisturbed.points()
+    ours, theirs = run.weights(), undisturbed.weights()
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        assert torch.equal(tensor, theirs[name]), name
+
+
+class Killed(BaseException):
+    """Ends a run between two lines, as a crash would."""
+
+
+def at_step(monkeypatch, number, action):
+    """Calls `action` after the optimizer's step `number`, counted from 1 in this process."""
+    step, count = Trainer._step, iter(range(1, 1000))
+
+    def wrapped(self, samples):
+        result = step(self, samples)
+        if next(count) == number:
+            action()
+        return result
+
+    monkeypatch.setattr(Trainer, "_step", wrapped)
+
+
+def crash():
+    raise Killed
+
+
+def send(number):
+    return lambda: os.kill(os.getpid(), number)
+
+
+@pytest.fixture(scope="module")
+def forked():
+    """Processes from a server that has imported everything once, so that a run begins at once."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["abkd_fast.stages", "torch.utils.tensorboard", "test_resume"])
+    return context
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    run = Run(tmp_path_factory.mktemp("undisturbed"))
+    assert run() == 0
+    return run
+
+
+@pytest.mark.parametrize(
+    ("step", "saved"),
+    [(1, None), (4, None), (5, "step-000004"), (6, "step-000005"), (8, "step-000005"), (12, "step-000010")],
+    ids=["first step", "before the first checkpoint", "epoch's last step", "epoch's first", "middle", "last step"],
+)
+def test_crash(tmp_path, monkeypatch, undisturbed, capsys, step, saved):
+    run = Run(tmp_path)
+    with monkeypatch.context() as patch:
+        at_step(patch, step, crash)
+        with pytest.raises(Killed):
+            run()
+    assert run() == 2
+    assert "was not finished: add --resume" in capsys.readouterr().err
+    assert run("--resume") == 0
+    assert (f"from {run.folder / 'checkpoints' / saved}" if saved else "from the start") in capsys.readouterr().out
+    assert_same(run, undisturbed)
+
+
+def test_tensorboard_has_every_point_once(tmp_path, monkeypatch):
+    run = Run(tmp_path)
+    with monkeypatch.context() as patch:
+        at_step(patch, 9, crash)
+        with pytest.raises(Killed):
+            run()
+    time.sleep(1)  # TensorBoard orders its files by the second
+    assert run("--resume") == 0
+    board = EventAccumulator(str(run.folder / "tensorboard")).Reload()
+    assert [point.step for point in board.Scalars("train/loss")] == [3, 6, 9, 12]
+    assert [point.step for point in board.Scalars("dev/loss")] == [0, 4, 8, 12]
+
+
+@pytest.mark.parametrize("sections", [{"dtype": "float64"}, {"model": GPT2}, {"untied": True}], ids=str)
+def test_stopped_after_every_step(tmp_path, sections):
+    """Stopped after every single step, in float64 too, with all kinds of dropout, tied and untied weights."""
+    model = sections.get("model", {**TIED, "tie_word_embeddings": "untied" not in sections})
+    overrides = [f"train.dtype={sections.get('dtype', 'float32')}", "train.steps=4", "checkpoint.every_steps=1"]
+    runs = [Run(tmp_path / name, *overrides, student={"config": model}) for name in ("once", "pieces")]
+    assert runs[0]() == 0
+    with pytest.MonkeyPatch.context() as patch:
+        at_step(patch, 1, send(signal.SIGTERM))
+        assert runs[1]() == INTERRUPTED
+    for _ in range(3):
+        random.seed()
+        torch.rand(3)
+        with pytest.MonkeyPatch.context() as patch:
+            at_step(patch, 1, send(signal.SIGTERM))
+            assert runs[1]("--resume") == INTERRUPTED
+    assert runs[1]("--resume") == 0
+    assert_same(runs[1], runs[0])
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_signal_saves_and_the_printed_command_continues(tmp_path, monkeypatch, undisturbed, capsys, name):
+    number = getattr(signal, name)
+    before = signal.getsignal(number)
+    run = Run(tmp_path)
+    at_step(monkeypatch, 7, send(number))
+    assert run() == INTERRUPTED == 75
+    assert signal.getsignal(number) is before
+    message, command = capsys.readouterr().err.splitlines()
+    assert message == f"{name} after step 7 of 12; {run.folder}/checkpoints/step-000007 is saved; continue with:"
+    if name == "SIGTERM":
+        done = subprocess.run(command, shell=True, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    else:
+        assert main(shlex.split(command)[3:]) == 0
+    assert_same(run, undisturbed)
+
+
+def test_signal_ends_an_evaluation_which_is_done_again(tmp_path, monkeypatch, undisturbed, capsys):
+    for moment in (0, 8):  # before the first step, and after step 8
+        run = Run(tmp_path / str(moment))
+        evaluate = Trainer.dev_loss
+
+        def interrupted(self, moment=moment, evaluate=evaluate):
+            if self.progress.step == moment:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return evaluate(self)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Trainer, "dev_loss", interrupted)
+            assert run() == INTERRUPTED
+        assert f"step-{moment:06d} is saved" in capsys.readouterr().err
+        assert run("--resume") == 0
+        assert_same(run, undisturbed)
+
+
+def test_second_signal_leaves_at_once(forked):
+    child = forked.Process(target=_two_signals)
+    child.start()
+    child.join(30)
+    assert child.exitcode == -signal.SIGTERM
+
+
+def _two_signals():
+    with checkpoint.StopSignals() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.received == "SIGINT"
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(10)
+
+
+def _train(arguments, log):
+    with open(log, "a") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+        os.dup2(file.fileno(), 1), os.dup2(file.fileno(), 2)
+        raise SystemExit(main(arguments))
+
+
+def test_killed_at_random_moments(tmp_path, undisturbed, forked):
+    """SIGKILL, until 20 have struck a run at work; saving at every step, so that many strike a checkpoint."""
+    dice, kills, unfinished, number = random.Random(5), 0, 0, 0
+    while kills < 20:
+        number += 1
+        run = Run(tmp_path / f"run{number}", "checkpoint.every_steps=1")
+        code, more = None, []
+        while code != 0:
+            child = forked.Process(target=_train, args=([*run.arguments, *more], tmp_path / "log"))
+            child.start()
+            deadline = time.monotonic() + 30
+            while not (run.folder / "config.json").exists() and child.is_alive() and time.monotonic() < deadline:
+                time.sleep(0.002)
+            child.join(dice.uniform(0.02, 0.9))
+            child.kill()
+            child.join()
+            code = child.exitcode
+            assert code in (0, -signal.SIGKILL), (tmp_path / "log").read_text()
+            kills += code != 0
+            folder = run.folder / "checkpoints"
+            unfinished += folder.exists() and any(path.suffix == ".tmp" for path in folder.iterdir())
+            more = ["--resume"] if run.folder.exists() else []
+        assert_same(run, undisturbed)
+        assert not [name for name in run.checkpoints() if name.endswith(".tmp")]
+    assert unfinished > 0, "no kill struck the writing of a checkpoint"
+
+
+def test_damaged_newest_checkpoint_is_reported_and_the_one_before_used(tmp_path, monkeypatch, undisturbed, capsys):
+    run = Run(tmp_path)
+    with monkeypatch.context() as patch:
+        at_step(patch, 7, send(signal.SIGTERM))
+        assert run() == INTERRUPTED
+    assert run.checkpoints() == ["step-000004", "step-000005", "step-000007"]  # best, and the newest two
+    newest = run.folder / "checkpoints" / "step-000007"
+    content = bytearray((newest / checkpoint.TENSORS).read_bytes())
+    content[-5] ^= 1
+    (newest / checkpoint.TENSORS).write_bytes(content)
+    shutil.copytree(tmp_path / "test", tmp_path / "all" / "test")
+    assert run("--resume") == 0
+    assert "step-000007 (trainer.safetensors differs" in capsys.readouterr().out
+    assert "step-000007.damaged" in run.checkpoints()
+    assert_same(run, undisturbed)
+
+    broken = Run(tmp_path / "all")
+    for folder in (broken.folder / "checkpoints").iterdir():
+        (folder / "model.safetensors").unlink()
+    for _ in range(2):
+        assert broken("--resume") == 2
+        assert "is damaged (FileNotFoundError" in capsys.readouterr().err
+
+
+def test_full_disk_keeps_the_last_checkpoint_and_training_goes_on(tmp_path, monkeypatch, undisturbed, capsys):
+    run = Run(tmp_path)
+
+    def flush(path, original=checkpoint._flush):
+        if "step-000010.tmp" in str(path):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        original(path)
+
+    monkeypatch.setattr(checkpoint, "_flush", flush)
+    assert run() == 0
+    assert "no checkpoint at step 10 ([Errno 28] No space left on device); training goes on" in capsys.readouterr().out
+    assert run.checkpoints() == ["step-000005", "step-000008"]
+    assert_same(run, undisturbed)
+
+
+def test_writes_that_fail_in_every_library(tmp_path, monkeypatch, undisturbed, capsys):
+    """A limit on the size of a file stands for a full disk: the real error of safetensors, and of the final save."""
+    run = Run(tmp_path)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    at_step(monkeypatch, 7, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, hard)))
+    try:
+        assert run() == INTERRUPTED
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    output = capsys.readouterr()
+    assert "no checkpoint at step 8 (" in output.out
+    assert "final can't be written" in output.err
+    assert "continue with" in output.err
+    assert run.checkpoints() == ["step-000004", "step-000005"]
+    assert not (run.folder / "final.tmp").exists()
+    assert run("--resume") == 0
+    assert_same(run, undisturbed)
+
+
+def test_changed_configuration_is_refused_by_key(tmp_path, monkeypatch, capsys):
+    run = Run(tmp_path)
+    with monkeypatch.context() as patch:
+        at_step(patch, 6, send(signal.SIGTERM))
+        assert run() == INTERRUPTED
+    before = (run.folder / "metrics.jsonl").read_bytes()
+    capsys.readouterr()
+    assert run("--resume", "--set", "optim.lr=0.1", "--set", "train.batch_size=5") == 2
+    error = capsys.readouterr().err
+    assert "(optim.lr was 0.003, is 0.1; train.batch_size was 4, is 5): undo that" in error
+    assert (run.folder / "metrics.jsonl").read_bytes() == before
+    moved = tmp_path / "elsewhere"
+    shutil.copytree(run.folder, moved / "test")
+    free = ["log.every_steps=2", "checkpoint.keep=1", f"run.dir={moved}", "train.on_nonfinite=skip"]
+    assert run("--resume", *(part for key in free for part in ("--set", key))) == 0
+
+
+def test_changed_data_are_refused(tmp_path, monkeypatch, write_jsonl, capsys):
+    rows = [{"prompt": f"Say {number}. ", "output": str(number)} for number in range(20)]
+    run = Run(tmp_path, f"data.train={write_jsonl(rows)}")
+    with monkeypatch.context() as patch:
+        at_step(patch, 6, send(signal.SIGTERM))
+        assert run() == INTERRUPTED
+    rows[3]["output"] = "another"
+    write_jsonl(rows)
+    assert run("--resume") == 2
+    assert "rows or tokenizer have changed since" in capsys.readouterr().err
+
+
+def test_newest_and_best_stay_and_are_models(tmp_path, monkeypatch):
+    losses = {0: 9.0, 2: 5.0, 4: 3.0, 6: 4.0, 8: 4.5, 10: 4.6, 12: 4.7}
+    run = Run(tmp_path, "eval.every_steps=2", "checkpoint.every_steps=3", "checkpoint.keep=2")
+    monkeypatch.setattr(Trainer, "dev_loss", lambda self: losses[self.progress.step])
+    assert run() == 0
+    assert run.checkpoints() == ["step-000004", "step-000006", "step-000009"]
+    folder = run.folder / "checkpoints" / "step-000004"
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        assert torch.equal(model.model.norm.weight, file.get_tensor("model.norm.weight"))
+    assert (folder / "tokenizer.json").exists()
+
+
+def test_evaluation_that_was_interrupted_still_finds_the_best(tmp_path, monkeypatch):
+    """The checkpoint of the signal, written before its loss was known, stays once a later process finds it the best."""
+    losses = {0: 9.0, 2: 3.0, 4: 4.0, 6: 4.0, 8: 4.5, 10: 4.6, 12: 4.7}
+    run = Run(tmp_path, "eval.every_steps=2", "checkpoint.every_steps=3", "checkpoint.keep=1")
+    with monkeypatch.context() as patch:
+        at_step(patch, 2, send(signal.SIGTERM))
+        assert run() == INTERRUPTED
+    monkeypatch.setattr(Trainer, "dev_loss", lambda self: losses[self.progress.step])
+    assert run("--resume") == 0
+    assert run.checkpoints() == ["step-000002", "step-000009"]
+
+
+def test_stages_resume(tmp_path, monkeypatch, capsys):
+    """The finished one is used again, the one that was interrupted goes on, the last begins."""
+    stages = {
+        "teacher": {"method": "sft"},
+        "student": {"method": "ab", "teacher": {"path": "stage:teacher"}},
+        "after": {"method": "sft", "student": {"path": "stage:student", "config": None}},
+    }
+    whole, parts = (Run(tmp_path / name, stage="after", stages=stages) for name in ("whole", "parts"))
+    assert whole() == 0
+    with monkeypatch.context() as patch:
+        at_step(patch, 12 + 7, send(signal.SIGTERM))
+        assert parts() == INTERRUPTED
+    capsys.readouterr()
+    assert parts() == 2
+    assert "student exists, but was not finished: add --resume" in capsys.readouterr().err
+    assert parts("--resume") == 0
+    output = capsys.readouterr().out
+    assert output.count("is finished already") == 1
+    assert output.count("step-000007") == 1
+    for stage in stages:
+        whole.folder, parts.folder = tmp_path / "whole" / "test" / stage, tmp_path / "parts" / "test" / stage
+        assert_same(parts, whole)
+    (tmp_path / "parts").rename(tmp_path / "moved")  # results are found again wherever the folder of all runs is
+    assert parts("--set", f"run.dir={tmp_path / 'moved'}", "--config", str(tmp_path / "moved" / "recipe.json")) == 0
+    assert capsys.readouterr().out.count("is finished already") == 3
+
+
+def test_resuming_a_finished_run_says_so(undisturbed, capsys):
+    before = (undisturbed.folder / "metrics.jsonl").read_bytes()
+    assert undisturbed("--resume") == 0
+    assert "is finished already" in capsys.readouterr().out
+    assert (undisturbed.folder / "metrics.jsonl").read_bytes() == before
+    assert undisturbed() == 2
+
+
+def test_resume_never_takes_a_folder_that_is_no_run(tmp_path, capsys):
+    run = Run(tmp_path)
+    run.folder.mkdir()
+    (run.folder / "precious").write_text("x")
+    assert run("--resume") == 2
+    assert "exists already" in capsys.readouterr().err
+    assert [path.name for path in run.folder.iterdir()] == ["precious"]
+
+
+def poison(patch, poisoned):
+    """Makes the gradient infinite in one step."""
+    step = Trainer._step
+
+    def wrapped(self, samples):
+        hook = None
+        if self.progress.step == poisoned:
+            hook = next(self.student.parameters()).register_hook(lambda gradient: gradient * torch.inf)
+        result = step(self, samples)
+        if hook:
+            hook.remove()
+        return result
+
+    patch.setattr(Trainer, "_step", wrapped)
+
+
+def test_non_finite_gradient_stops_and_no_checkpoint_is_poisoned(tmp_path, monkeypatch, capsys):
+    run = Run(tmp_path, "checkpoint.every_steps=2", "log.every_steps=100")
+    poison(monkeypatch, 7)
+    assert run() == 1
+    error = capsys.readouterr().err
+    rows = ", ".join(str(row + 1) for row in sorted(batch_rows(20, 4, 10, 1)[1]))
+    assert error.startswith("error: step 7: loss ")
+    assert f"gradient norm inf, samples quickstart:small row {rows}; last good checkpoint: " in error
+    assert "step-000006; resume with train.on_nonfinite=skip" in error
+    assert run.checkpoints() == ["step-000004", "step-000006"]
+    assert run("--resume", "--set", "train.on_nonfinite=skip") == 0
+    assert "skipped 1 steps that were not finite, the first: step 7: " in capsys.readouterr().out
+    assert json.loads((run.folder / "summary.json").read_text())["skipped_steps"] == 1
+
+
+def test_skipped_step_changes_no_weight_moment_or_count(tmp_path, monkeypatch):
+    run = Run(tmp_path, "train.on_nonfinite=skip", "log.every_steps=1", "optim.warmup_steps=0")
+    trainer = Trainer(load(run.arguments[1], run.arguments[3::2])[0])
+    trainer._load()
+
+    def everything():
+        weights = {name: p.detach().clone() for name, p in trainer.student.named_parameters()}
+        moments = checkpoint.optimizer_tensors(trainer.optimizer, trainer.student)
+        return weights | {name: tensor.clone() for name, tensor in moments.items()}
+
+    poison(monkeypatch, 2)
+    for batch in trainer._batches(9):
+        trainer.progress.step += 1
+        before = everything()
+        trainer._step(batch)
+        after = everything()
+        same = [torch.equal(after[name], tensor) for name, tensor in before.items()]
+        assert all(same) if trainer.progress.step == 2 else not any(same)
+    assert {tensor.item() for name, tensor in after.items() if name.startswith("step.")} == {2.0}
+
+    assert run() == 0
+    points = [line for line in run.points() if line.get("kind") == "train"]
+    assert [(point["loss"], point["grad_norm"], point["skipped_steps"]) for point in points[1:2]] == [(None, None, 1)]
+    assert sum(point["skipped_steps"] for point in points) == 1
+
+
+def test_method_state_is_kept(tmp_path, monkeypatch):
+    from abkd_fast.methods.sft import SupervisedFineTuning
+
+    class Counting(SupervisedFineTuning):
+        calls = 0
+
+        def loss(self, *arguments, **keywords):
+            self.calls += 1
+            return super().loss(*arguments, **keywords)
+
+        def state_dict(self):
+            return {"calls": self.calls}
+
+        def load_state_dict(self, state):
+            self.calls = state["calls"]
+
+    monkeypatch.setattr("abkd_fast.methods.find", lambda name: Counting)
+    run = Run(tmp_path, "train.max_tokens=8192")
+    with monkeypatch.context() as patch:
+        at_step(patch, 6, send(signal.SIGTERM))
+        assert run() == INTERRUPTED
+    trainer = Trainer(load(run.arguments[1], run.arguments[3::2])[0], resume=True)
+    trainer._load()
+    assert trainer.method.calls == 6
