@@ -209,7 +209,7 @@ class Batch:
     max_seqlen: int
     positions: Tensor  # [N], indices into T whose next token is in the response
     labels: Tensor  # [N], those next tokens; on the CPU
-    samples: int
+    samples: list[dict]  # as packed
 
     @property
     def tokens(self) -> int:
@@ -252,13 +252,16 @@ def _join(samples: list[dict]) -> Batch:
         max_seqlen=max(lengths),
         positions=positions,
         labels=input_ids[positions + 1],
-        samples=len(samples),
+        samples=samples,
     )
 
 
 def shuffled_batches(dataset: datasets.Dataset, batch_size: int, seed: int, epoch: int) -> Iterator[list[dict]]:
-    """One epoch, in an order that depends on seed and epoch alone; a last, incomplete batch is left out."""
+    """One epoch, in an order that depends on seed and epoch alone; a last, incomplete batch is left out.
+
+    Samples carry their "index" in the data set: the teacher's cache finds them by it.
+    """
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     order = torch.randperm(len(dataset), generator=generator).tolist()
     for start in range(0, len(order) - batch_size + 1, batch_size):
-        yield [dataset[index] for index in order[start : start + batch_size]]
+        yield [dataset[index] | {"index": index} for index in order[start : start + batch_size]]

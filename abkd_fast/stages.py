@@ -74,6 +74,7 @@ def _is_finished(config: Config) -> bool:
     if not (folder / "final").exists():
         raise ConfigError(f"{folder} exists, but was not finished: move it aside, or choose another run.name")
     then, now = json.loads((folder / "config.json").read_text(encoding="utf-8")), config.to_dict()
+    then["cache"] = now["cache"]  # which changes how long a result takes, never the result
     changed = next(_differences(then, now), None)
     if changed:
         raise ConfigError(f"{folder} is the result of another configuration ({changed}): choose another run.name")
