@@ -181,24 +181,26 @@ class StateFile:
         """Whether a finished build left this cache, whole or not."""
         return self.head is not None and None not in self.checksums
 
-    def _read_index(self) -> None:
-        """Checksums of blocks and head (None where there is none), and the seconds that computing them took."""
+    def _read_index(self) -> bool:
+        """Checksums of blocks and head (None where there is none), and the seconds that computing them took.
+
+        False where an index is there, but damaged.
+        """
         self.checksums: list[int | None] = [None] * len(self.layout.blocks)
         self.head: int | None = None
         self.seconds = 0.0
-        path = self.folder / "index.json"
         try:
-            index = json.loads(path.read_text(encoding="utf-8"))
+            index = json.loads((self.folder / "index.json").read_text(encoding="utf-8"))
             checksums, head, seconds = index["blocks"], index["head"], index["seconds"]
             good = index["identity"] == self.identity and len(checksums) == len(self.checksums)
             if not good or not isinstance(seconds, float):
                 raise ValueError
         except FileNotFoundError:
-            return
+            return True
         except (ValueError, TypeError, KeyError):
-            console.print(f"teacher cache: {path} is damaged: all is computed again")
-            return
+            return False
         self.checksums, self.head, self.seconds = checksums, head, seconds
+        return True
 
     def _write_index(self) -> None:
         values = {"identity": self.identity, "seconds": self.seconds, "head": self.head, "blocks": self.checksums}
@@ -230,7 +232,8 @@ class StateFile:
                 console.print(f"teacher cache: another process is building {self.folder}: waiting for it")
                 lock.acquire()
         try:
-            self._read_index()
+            if not self._read_index():
+                console.print(f"teacher cache: {self.folder / 'index.json'} is damaged: all is computed again")
             yield
         finally:
             lock.release()

@@ -57,9 +57,18 @@ class Teacher:
 class CachedTeacher:
     """Looks its states up: rows [R, H] in device memory, or mapped from disk."""
 
-    def __init__(self, rows: Tensor, layout: cache.Layout, weight: Tensor, bias: Tensor | None, note: str) -> None:
-        self.rows, self.layout, self.weight, self.bias = rows, layout, weight, bias
-        self.note = note
+    def __init__(
+        self, rows: Tensor, layout: cache.Layout, head: tuple[Tensor, Tensor | None], seconds: tuple[float, float]
+    ) -> None:
+        """Seconds: of computing all rows, whenever that was, and of what this run computed."""
+        self.rows, self.layout = rows, layout
+        self.weight, self.bias = head
+        self.pass_seconds, self.build_seconds = seconds
+        self.note = ""
+
+    def saved(self, samples: int) -> float:
+        """About how many seconds a run has saved that has seen so many samples; below 0 where building took longer."""
+        return self.pass_seconds * samples / len(self.layout.starts) - self.build_seconds
 
     def states(self, batch: Batch) -> TeacherStates:
         hidden = torch.cat([self.rows[self.layout.sample(sample["index"])] for sample in batch.samples])
@@ -175,7 +184,8 @@ class TeacherCache:
         rows = torch.empty(self.layout.rows, self.width, dtype=self.dtype, device=self.device)
         for number, block, _ in builder.blocks(range(len(self.layout.blocks))):
             rows[self.layout.block(number)] = block
-        return self._cached(builder, rows, *builder.head(), f"memory, not kept: {reason}", builder.seconds)
+        where = f"in memory, not kept ({reason})"
+        return self._cached(builder, rows, builder.head(), where, builder.seconds)
 
     def _from_file(self, builder: _Builder, in_memory: bool) -> CachedTeacher:
         with self.file.locked():
@@ -194,18 +204,19 @@ class TeacherCache:
             rows, where = rows.to(self.device, copy=True), f"in memory, kept in {self.file.folder}"
         if not missing:
             where += f", checked in {checked:.1f} s"
-        return self._cached(builder, rows, *head, where, self.file.seconds)
+        return self._cached(builder, rows, head, where, self.file.seconds)
 
     def _cached(
-        self, builder: _Builder, rows: Tensor, weight: Tensor, bias: Tensor | None, where: str, seconds: float
+        self, builder: _Builder, rows: Tensor, head: tuple[Tensor, Tensor | None], where: str, seconds: float
     ) -> CachedTeacher:
         """Without the teacher's body. One pass of the teacher over the data takes `seconds`."""
+        head = tuple(None if tensor is None else tensor.detach().to(self.device) for tensor in head)
+        teacher = CachedTeacher(rows, self.layout, head, (seconds, builder.seconds))
         built = f"built in {builder.seconds:.1f} s" if builder.seconds else "found"
-        saved = self.passes * seconds - builder.seconds
-        note = f"cached states, {_size(self.bytes)} {where}; {built}, saves about {max(0, saved):.1f} s in this run"
-        weight, bias = (None if t is None else t.detach().to(self.device) for t in (weight, bias))
+        saved = max(0, teacher.saved(self.samples))
+        teacher.note = f"states cached, {_size(self.bytes)} {where}; {built}, will save about {saved:.1f} s"
         builder.free()
-        return CachedTeacher(rows, self.layout, weight, bias, note)
+        return teacher
 
 
 class _Builder:

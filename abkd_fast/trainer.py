@@ -20,7 +20,7 @@ from .config import Config, ConfigError, ModelConfig
 from .data import pack, read_rows, shuffled_batches, tokenise
 from .fused_linear import fused_linear_cross_entropy
 from .logs import RunLog, console, peak_memory
-from .teacher import TeacherCache
+from .teacher import CachedTeacher, TeacherCache
 
 
 class Trainer:
@@ -124,6 +124,8 @@ class Trainer:
                 samples += len(batch)
                 if evaluate:
                     last = self._evaluate(log, step)
+        if isinstance(self.teacher, CachedTeacher):
+            console.print(f"the teacher's cache saved about {self.teacher.saved(samples):.1f} s")
         summary = {
             "method": config.method,
             "steps": self.steps,
