@@ -97,6 +97,18 @@ class DataConfig:
 
 
 @_section
+class CacheConfig:
+    """The teacher's final hidden states at the response tokens, computed once instead of once an epoch; exact."""
+
+    mode: Annotated[
+        Literal["off", "auto", "memory", "disk"],
+        "off: the teacher runs in every step; disk: a mapped file; memory: the file, if it can be written, is also "
+        "loaded into device memory; auto: what fits",
+    ] = "auto"
+    dir: Annotated[str | None, "folder of all caches (default: $ABKD_CACHE, or abkd_fast in the user's caches)"] = None
+
+
+@_section
 class OptimConfig:
     """AdamW; weights of one dimension (biases, norms) don't decay."""
 
@@ -184,6 +196,7 @@ class Config:
     student: ModelConfig
     teacher: ModelConfig | None = None
     data: DataConfig
+    cache: CacheConfig = CacheConfig()
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()

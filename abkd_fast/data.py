@@ -209,7 +209,7 @@ class Batch:
     max_seqlen: int
     positions: Tensor  # [N], indices into T whose next token is in the response
     labels: Tensor  # [N], those next tokens; on the CPU
-    samples: int
+    samples: list[dict]  # as packed
 
     @property
     def tokens(self) -> int:
@@ -252,7 +252,7 @@ def _join(samples: list[dict]) -> Batch:
         max_seqlen=max(lengths),
         positions=positions,
         labels=input_ids[positions + 1],
-        samples=len(samples),
+        samples=samples,
     )
 
 
@@ -266,6 +266,9 @@ def batch_rows(rows: int, batch_size: int, seed: int, epoch: int) -> list[list[i
 def shuffled_batches(
     dataset: datasets.Dataset, batch_size: int, seed: int, epoch: int, first: int = 0
 ) -> Iterator[list[dict]]:
-    """One epoch in the order of `batch_rows`, from its batch number `first` on."""
+    """One epoch in the order of `batch_rows`, from its batch number `first` on.
+
+    Samples carry their "index" in the data set: the teacher's cache finds them by it.
+    """
     for indices in batch_rows(len(dataset), batch_size, seed, epoch)[first:]:
-        yield [dataset[index] for index in indices]
+        yield [dataset[index] | {"index": index} for index in indices]

@@ -45,8 +45,7 @@ def read_config(spec: ModelConfig, key: str) -> PretrainedConfig:
             config = AutoConfig.from_pretrained(spec.path)
         else:
             config = AutoConfig.for_model(**spec.config)
-        with torch.device("meta"):  # no memory: only whether the numbers fit together
-            AutoModelForCausalLM.from_config(config)
+        outline(config)  # whether its numbers fit together
     except ConfigError:
         raise
     except Exception as error:  # transformers checks with many kinds of errors
@@ -59,6 +58,12 @@ def read_config(spec: ModelConfig, key: str) -> PretrainedConfig:
             if hasattr(config, name):
                 setattr(config, name, spec.dropout)
     return config
+
+
+def outline(config: PretrainedConfig) -> nn.Module:
+    """The model without memory for its weights: shapes alone."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
 
 
 def read_tokenizer(path: str, key: str) -> PreTrainedTokenizerBase:

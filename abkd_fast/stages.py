@@ -97,7 +97,7 @@ def _deciding(values: dict) -> dict:
         if path is not None and pathlib.Path(path).is_relative_to(root):
             values[role]["path"] = str(pathlib.Path(path).relative_to(root))
     values["train"].pop("on_nonfinite", None)
-    return {key: value for key, value in values.items() if key not in ("log", "checkpoint")}
+    return {key: value for key, value in values.items() if key not in ("log", "checkpoint", "cache")}
 
 
 def _differences(then: dict, now: dict, prefix: str = "") -> Iterator[str]:

@@ -1,14 +1,27 @@
-"""The teacher: a frozen forward pass up to the hidden states that its output projection reads."""
+"""The teacher: a frozen forward pass up to the hidden states that its output projection reads, and their cache."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import gc
+import pathlib
+import time
+from collections.abc import Callable, Iterator
 
+import datasets
 import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
+from transformers import PretrainedConfig
 
-from .data import Batch
+from . import cache, models
+from .config import Config, ConfigError
+from .data import Batch, pack
+from .logs import console
 from .models import PackedCausalLM
+
+MEMORY_SHARE = 0.25  # of the free memory, that mode auto takes for the states
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,10 +34,247 @@ class TeacherStates:
 
 
 class Teacher:
-    def __init__(self, model: PackedCausalLM) -> None:
+    """Runs in every step."""
+
+    def __init__(self, model: PackedCausalLM, note: str = "runs in every step") -> None:
         self.model = model.eval().requires_grad_(False)
+        self.note = note
 
     @torch.no_grad()
     def states(self, batch: Batch) -> TeacherStates:
+        """The response tokens' states. On a processor each sample's are the same bits in any company.
+
+        Matrix products and vector loops may round differently with the number of rows (Llama's do); alone, a sample
+        is always the same computation, and takes a processor hardly longer.
+        """
         head = self.model.head
-        return TeacherStates(self.model.hidden_states(batch).to(head.weight.dtype), head.weight, head.bias)
+        alone = head.weight.device.type == "cpu"
+        batches = [pack([sample], batch.tokens)[0] for sample in batch.samples] if alone else [batch]
+        hidden = torch.cat([self.model.hidden_states(part) for part in batches])
+        return TeacherStates(hidden.to(head.weight.dtype), head.weight, head.bias)
+
+
+class CachedTeacher:
+    """Looks its states up: rows [R, H] in device memory, or mapped from disk."""
+
+    def __init__(
+        self, rows: Tensor, layout: cache.Layout, head: tuple[Tensor, Tensor | None], seconds: tuple[float, float]
+    ) -> None:
+        """Seconds: of computing all rows, whenever that was, and of what this run computed."""
+        self.rows, self.layout = rows, layout
+        self.weight, self.bias = head
+        self.pass_seconds, self.build_seconds = seconds
+        self.note = ""
+
+    def saved(self, samples: int) -> float:
+        """About how many seconds a run has saved that has seen so many samples; below 0 where building took longer."""
+        return self.pass_seconds * samples / len(self.layout.starts) - self.build_seconds
+
+    def states(self, batch: Batch) -> TeacherStates:
+        hidden = torch.cat([self.rows[self.layout.sample(sample["index"])] for sample in batch.samples])
+        if hidden.device != self.weight.device:
+            hidden = hidden.pin_memory().to(self.weight.device, non_blocking=True)
+        return TeacherStates(hidden, self.weight, self.bias)
+
+
+class TeacherCache:
+    """Decides how a run gets its teacher's states, and opens or builds the cache."""
+
+    def __init__(
+        self,
+        config: Config,
+        teacher: PretrainedConfig,
+        dataset: datasets.Dataset,
+        samples: int,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        """For a run that sees so many samples of `dataset`, counting repetitions.
+
+        Raises ConfigError for a folder that can't hold the cache, where mode insists on it.
+        """
+        self.mode, self.spec, self.config = config.cache.mode, config.teacher, teacher
+        self.root = pathlib.Path(config.cache.dir) if config.cache.dir else cache.default_folder()
+        self.dataset, self.samples, self.device, self.dtype = dataset, samples, device, dtype
+        self.max_tokens = config.train.max_tokens
+        self.layout = cache.Layout(dataset)
+        self.width = models.outline(teacher).get_output_embeddings().weight.shape[1]
+        self.bytes = self.layout.rows * self.width * dtype.itemsize
+        if self.mode == "off":
+            return
+        # Random weights are known only once they are drawn.
+        weights = None if self.spec.path is None else cache.hash_weights(self.spec.path, teacher, self.root)
+        self._identify(weights)
+        problem = self.file.problem()
+        if self.mode == "disk" and problem and not self.file.is_recorded:
+            raise ConfigError(f"cache.dir: {problem}; choose another, or cache.mode=off")
+
+    def _identify(self, weights: dict | str | None) -> None:
+        identity = {
+            "weights": weights,
+            "model": cache.describe_model(self.config, models.DROPOUT),
+            "samples": cache.hash_samples(self.dataset),
+            "dtype": str(self.dtype),
+            "device": self.device.type,
+        }
+        self.file = cache.StateFile(self.root, identity, self.layout, self.width, self.dtype)
+
+    @property
+    def passes(self) -> float:
+        return self.samples / len(self.dataset)
+
+    def choose(self, memory: int) -> tuple[bool, bool, str]:
+        """Whether a file is used, whether memory is, and why not, given so many free bytes of device memory.
+
+        Raises ConfigError where mode asks for memory that isn't there.
+        """
+        if self.mode == "off":
+            return False, False, "cache.mode is off"
+        found = self.file.is_recorded
+        problem = None if found else self.file.problem()
+        if self.mode == "auto" and not found and self.passes <= 1:
+            return False, False, "no sample is seen twice"
+        if self.mode == "memory":
+            if self.bytes > memory:
+                raise ConfigError(
+                    f"cache.mode is memory, but the teacher's states are {_size(self.bytes)} and {_size(memory)} are "
+                    "free; use disk or off"
+                )
+            return problem is None, True, problem or ""
+        fits = self.bytes <= MEMORY_SHARE * memory
+        if self.mode == "disk" or problem is None:
+            # A processor's memory holds the pages of a mapped file anyway.
+            return True, self.mode == "auto" and fits and self.device.type == "cuda", ""
+        if fits:
+            return False, True, problem
+        return False, False, f"{problem}, and {_size(self.bytes)} are too much for memory"
+
+    def open(
+        self,
+        load: Callable[[], PackedCausalLM],
+        precision: Callable[[], contextlib.AbstractContextManager],
+        reserved: int,
+    ) -> Teacher | CachedTeacher:
+        """The teacher: its states from the cache, built first where blocks are missing, or else running in every step.
+
+        Args:
+            load: gives the model; called only if something has to be computed (or the weights are random).
+            precision: the context that the model runs in.
+            reserved: bytes of device memory that the training will need besides what it holds now.
+
+        Raises ConfigError where what the mode asks for can't be had.
+        """
+        on_disk, in_memory, reason = self.choose(max(0, _free_memory(self.device) - reserved))
+        if not on_disk and not in_memory:
+            return Teacher(load(), f"runs in every step ({reason})")
+        model = None
+        if self.spec.path is None:
+            model = load()
+            self._identify(cache.hash_tensors(model.state_dict()))
+        builder = _Builder(self, load, model, precision)
+        if on_disk:
+            try:
+                return self._from_file(builder, in_memory)
+            except OSError as error:
+                reason = f"{self.file.folder}: {error.strerror or error}"
+                if self.mode == "disk":
+                    raise ConfigError(f"cache.dir: {reason}; choose another, or cache.mode=off") from None
+                if self.mode == "auto" and not in_memory:
+                    return Teacher(builder.model(), f"runs in every step ({reason})")
+        rows = torch.empty(self.layout.rows, self.width, dtype=self.dtype, device=self.device)
+        for number, block, _ in builder.blocks(range(len(self.layout.blocks))):
+            rows[self.layout.block(number)] = block
+        where = f"in memory, not kept ({reason})"
+        return self._cached(builder, rows, builder.head(), where, builder.seconds)
+
+    def _from_file(self, builder: _Builder, in_memory: bool) -> CachedTeacher:
+        with self.file.locked():
+            started = time.perf_counter()
+            missing, head = self.file.missing(), self.file.read_head()
+            checked = time.perf_counter() - started
+            if missing or head is None:
+                self.file.reserve()
+                head = builder.head()
+                self.file.write_head(*head)
+                for number, block, seconds in builder.blocks(missing):
+                    self.file.write(number, block, seconds)
+        rows = self.file.read()
+        where = f"mapped from {self.file.folder}"
+        if in_memory:
+            rows, where = rows.to(self.device, copy=True), f"in memory, kept in {self.file.folder}"
+        if not missing:
+            where += f", checked in {checked:.1f} s"
+        return self._cached(builder, rows, head, where, self.file.seconds)
+
+    def _cached(
+        self, builder: _Builder, rows: Tensor, head: tuple[Tensor, Tensor | None], where: str, seconds: float
+    ) -> CachedTeacher:
+        """Without the teacher's body. One pass of the teacher over the data takes `seconds`."""
+        head = tuple(None if tensor is None else tensor.detach().to(self.device) for tensor in head)
+        teacher = CachedTeacher(rows, self.layout, head, (seconds, builder.seconds))
+        built = f"built in {builder.seconds:.1f} s" if builder.seconds else "found"
+        saved = max(0, teacher.saved(self.samples))
+        teacher.note = f"states cached, {_size(self.bytes)} {where}; {built}, will save about {saved:.1f} s"
+        builder.free()
+        return teacher
+
+
+class _Builder:
+    """Loads the model when it is first needed, and computes blocks with it."""
+
+    def __init__(
+        self,
+        owner: TeacherCache,
+        load: Callable[[], PackedCausalLM],
+        model: PackedCausalLM | None,
+        precision: Callable[[], contextlib.AbstractContextManager],
+    ) -> None:
+        self.owner, self.load, self.loaded, self.precision = owner, load, model, precision
+        self.seconds = 0.0
+
+    def model(self) -> PackedCausalLM:
+        if self.loaded is None:
+            self.loaded = self.load()
+        return self.loaded
+
+    def head(self) -> tuple[Tensor, Tensor | None]:
+        return self.model().head.weight, self.model().head.bias
+
+    def blocks(self, numbers: list[int] | range) -> Iterator[tuple[int, Tensor, float]]:
+        """Each block's number, its rows [n, H], and the seconds that they took."""
+        owner, teacher = self.owner, Teacher(self.model())
+        if len(numbers):
+            total = len(owner.layout.blocks)
+            console.print(f"teacher cache: computing {len(numbers)} of {total} blocks, {_size(owner.bytes)} in all")
+        columns = BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(compact=True), TextColumn("teacher's states")
+        with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+            for number in bar.track(numbers):
+                started = time.perf_counter()
+                samples = [owner.dataset[index] for index in owner.layout.blocks[number]]
+                with self.precision():
+                    parts = [teacher.states(b.to(owner.device)).hidden for b in pack(samples, owner.max_tokens)]
+                rows = torch.cat(parts)
+                if owner.device.type == "cuda":
+                    torch.cuda.synchronize()
+                seconds = time.perf_counter() - started
+                self.seconds += seconds
+                yield number, rows, seconds
+
+    def free(self) -> None:
+        self.loaded = None
+        gc.collect()
+        if self.owner.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _size(number: int) -> str:
+    return f"{number / 1e9:.1f} GB" if number >= 1e9 else f"{number / 1e6:.1f} MB"
+
+
+def _free_memory(device: torch.device) -> int:
+    """Bytes that the device could still allocate; 0 where the system doesn't say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    with contextlib.suppress(OSError), open("/proc/meminfo", encoding="ascii") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
+    return 0

@@ -21,7 +21,7 @@ from .config import Config, ConfigError, ModelConfig
 from .data import batch_rows, pack, read_rows, shuffled_batches, tokenise
 from .fused_linear import fused_linear_cross_entropy
 from .logs import RunLog, console, peak_memory
-from .teacher import Teacher
+from .teacher import CachedTeacher, TeacherCache
 
 
 class Trainer:
@@ -49,6 +49,10 @@ class Trainer:
         if self.method.needs_teacher:
             models.check_length(self.teacher_config, "teacher", config.data.max_length)
         self._read_data()
+        self.cache = None
+        if self.method.needs_teacher:
+            samples = self.steps * config.train.batch_size
+            self.cache = TeacherCache(config, self.teacher_config, self.train_set, samples, self.device, self.dtype)
 
     def _read_data(self) -> None:
         data, train = self.config.data, self.config.train
@@ -74,8 +78,11 @@ class Trainer:
             student = dataclasses.replace(student, path=str(self.saved), config=None)
         self.student = self._model(student, self.student_config, "student").train()
         self.teacher = None
-        if self.method.needs_teacher:
-            self.teacher = Teacher(self._model(config.teacher, self.teacher_config, "teacher"))
+        if self.cache:
+            load = functools.partial(self._model, config.teacher, self.teacher_config, "teacher")
+            optimizer_bytes = 12 * sum(p.numel() for p in self.student.parameters())  # gradients and two moments
+            with torch.random.fork_rng(devices=[]):  # dropout is the same whether the teacher's weights load or not
+                self.teacher = self.cache.open(load, self._precision, optimizer_bytes)
         optim = config.optim
         decayed = [p for p in self.student.parameters() if p.requires_grad and p.dim() > 1]
         others = [p for p in self.student.parameters() if p.requires_grad and p.dim() <= 1]
@@ -153,6 +160,8 @@ class Trainer:
     def _finish(self) -> dict:
         """Writes and returns the summary; the folder `final` is written last: with it the run is finished."""
         progress, folder = self.progress, self.config.run.folder
+        if isinstance(self.teacher, CachedTeacher):
+            console.print(f"the teacher's cache saved about {self.teacher.saved(progress.samples):.1f} s")
         summary = {
             "method": self.config.method,
             "steps": self.steps,
@@ -329,9 +338,11 @@ class Trainer:
         kernels = "PyTorch reference (extension missing)" if "missing" in info else f"CPU {info['simd']}"
         if self.device.type == "cuda" and info["cuda"]:
             kernels = f"CUDA {info['cuda']}"
-        counts = {"student": self.student} | ({"teacher": self.teacher.model} if self.teacher else {})
+        counts = {"student": self.student.model}
+        if self.teacher:  # whose body may be gone
+            counts["teacher"] = models.outline(self.teacher_config)
         sizes = ", ".join(
-            f"{role} {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M ({model.model.config.model_type})"
+            f"{role} {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M ({model.config.model_type})"
             for role, model in counts.items()
         )
         lengths = torch.tensor([len(ids) for ids in self.train_set["input_ids"]])
@@ -345,6 +356,8 @@ class Trainer:
         )
         yield f"  device     {_device_name(self.device)}, {str(self.dtype).removeprefix('torch.')}"
         yield f"  kernels    {kernels}; attention {attention.backend(self.device)}, packed and checked"
+        if self.teacher:
+            yield f"  teacher    {self.teacher.note}"
         yield f"  steps      {self.steps} of {config.train.batch_size} samples, {self.steps_per_epoch} an epoch"
         if self.resume:
             yield f"  resumed    {f'from {self.saved}' if self.saved else 'from the start: there is no checkpoint'}"

@@ -27,6 +27,14 @@ def shared():
     return SHARED
 
 
+@pytest.fixture(autouse=True)
+def cache_folder(tmp_path, monkeypatch):
+    """No test leaves a teacher's states in the user's folder, or finds any there."""
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("ABKD_CACHE", str(folder))
+    return folder
+
+
 @pytest.fixture
 def write_jsonl(tmp_path):
     def write(rows, name="rows.jsonl"):

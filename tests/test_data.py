@@ -132,7 +132,7 @@ def test_packing_keeps_every_response_token_once(lengths, max_tokens):
     ]
     batches = pack(samples, max_tokens)
     assert all(batch.tokens <= max_tokens for batch in batches)
-    assert sum(batch.samples for batch in batches) == len(samples)
+    assert [sample for batch in batches for sample in batch.samples] == samples
     labels = torch.cat([batch.labels for batch in batches]).tolist()
     assert labels == [token for sample in samples for token in sample["input_ids"][sample["prompt_length"] :]]
     for batch in batches:

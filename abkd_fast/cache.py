@@ -1,0 +1,304 @@
+"""A teacher's hidden states on disk: which rows lie where, what they were computed from, and whether they are whole.
+
+A cache is a folder named by a fingerprint of all that its rows depend on. It holds `states.bin`, the rows, raw;
+`head.safetensors`, the output projection that reads them; `index.json`, a checksum of every block; and `lock`.
+A block counts when its bytes match its checksum, so an interrupted build and a damaged file are one case: the blocks
+that don't match are computed again. Nothing depends on the order in which a dying machine wrote its pages.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+import zlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import datasets
+import filelock
+import numpy as np
+import pyarrow.compute
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from .logs import console
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+FORMAT = 1
+BLOCK_TOKENS = 8192  # of prompt and response: enough to fill a GPU, and what an interruption loses at most
+DISK_MARGIN = 1 << 30  # bytes that a cache leaves free on its disk
+# What a configuration says besides the function that the model computes.
+NOT_THE_MODEL = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache")
+
+
+def default_folder() -> pathlib.Path:
+    """$ABKD_CACHE, or abkd_fast in the user's cache folder."""
+    if os.environ.get("ABKD_CACHE"):
+        return pathlib.Path(os.environ["ABKD_CACHE"])
+    home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+    return pathlib.Path(home) / "abkd_fast"
+
+
+def table_of(dataset: datasets.Dataset) -> tuple[pyarrow.ListArray, pyarrow.Array]:
+    """The columns input_ids and prompt_length of a tokenised data set."""
+    table = dataset.with_format("arrow")[:]
+    return tuple(table.column(name).combine_chunks() for name in ("input_ids", "prompt_length"))
+
+
+class Layout:
+    """Where the rows of every sample lie: samples from long to short, so that packs are even and the largest is first.
+
+    rows: the response tokens of all samples. blocks: sample indices, at most BLOCK_TOKENS tokens (or one sample) each.
+    """
+
+    def __init__(self, dataset: datasets.Dataset) -> None:
+        ids, prompts = table_of(dataset)
+        lengths = pyarrow.compute.list_value_length(ids).to_numpy(zero_copy_only=False)
+        counts = lengths - prompts.to_numpy(zero_copy_only=False)
+        order = np.argsort(-lengths, kind="stable")
+        self.ends = np.empty(len(order), dtype=np.int64)
+        self.ends[order] = np.cumsum(counts[order])
+        self.starts = self.ends - counts
+        self.rows = int(counts.sum())
+        self.blocks: list[list[int]] = []
+        used = BLOCK_TOKENS
+        for index, length in zip(order.tolist(), lengths[order].tolist(), strict=True):
+            if used + length > BLOCK_TOKENS:
+                self.blocks.append([])
+                used = 0
+            self.blocks[-1].append(index)
+            used += length
+
+    def sample(self, index: int) -> slice:
+        return slice(int(self.starts[index]), int(self.ends[index]))
+
+    def block(self, number: int) -> slice:
+        samples = self.blocks[number]
+        return slice(int(self.starts[samples[0]]), int(self.ends[samples[-1]]))
+
+
+def hash_samples(dataset: datasets.Dataset) -> str:
+    """Of the token ids and prompt lengths: tokenizer, template, rows and max_length act through these alone."""
+    ids, prompts = table_of(dataset)
+    digest = hashlib.sha256()
+    for column in (pyarrow.compute.list_flatten(ids), pyarrow.compute.list_value_length(ids), prompts):
+        digest.update(column.to_numpy(zero_copy_only=False).astype("<i8").tobytes())
+    return digest.hexdigest()
+
+
+def hash_tensors(tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in tensors.items():
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(_bytes(tensor))
+    return digest.hexdigest()
+
+
+def hash_weights(path: str, config: PretrainedConfig, folder: pathlib.Path) -> dict[str, str]:
+    """What identifies a model's weights: a hash of each file, or the commit of a model from the Hub.
+
+    Hashes are remembered in `folder`, each with its file's size, times and inode: hashing runs at some 1.5 GB/s.
+    """
+    weights = pathlib.Path(path)
+    if not weights.is_dir():
+        return {path: config._commit_hash}
+    memo = folder / "weights.json"
+    try:
+        known = json.loads(memo.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        known = {}
+    hashes, found = {}, {}
+    for file in sorted(weights.glob("*.safetensors")) or sorted(weights.glob("*.bin")):
+        status = file.stat()
+        # The time of the last change of the inode: `cp -p` over a file sets the other times back, not this one.
+        stamp = [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
+        match known.get(str(file.resolve())):
+            case [*then, str(digest)] if then == stamp:
+                hashes[file.name] = digest
+            case _:
+                hashes[file.name] = _hash_file(file)
+                found[str(file.resolve())] = [*stamp, hashes[file.name]]
+    if found:
+        with contextlib.suppress(OSError):  # a folder that can't be written to: hashed again next time
+            folder.mkdir(parents=True, exist_ok=True)
+            _replace(memo, json.dumps(known | found, indent=1).encode())
+    return hashes
+
+
+def _hash_file(path: pathlib.Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while content := file.read(1 << 24):
+            digest.update(content)
+    return digest.hexdigest()
+
+
+def describe_model(config: PretrainedConfig, dropout: tuple[str, ...]) -> dict:
+    """A model's configuration without what doesn't change its hidden states, as JSON values."""
+    values = json.loads(json.dumps(config.to_dict(), default=str))
+    return {name: value for name, value in values.items() if name not in (*NOT_THE_MODEL, *dropout)}
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return memoryview(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+
+
+def _replace(path: pathlib.Path, content: bytes) -> None:
+    """The whole content or the old file, whatever happens."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+class StateFile:
+    """Rows [layout.rows, width] of one teacher, in the folder that `identity` names."""
+
+    def __init__(self, root: pathlib.Path, identity: dict, layout: Layout, width: int, dtype: torch.dtype) -> None:
+        identity = {"format": FORMAT, **identity}
+        self.key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
+        self.folder = root / self.key
+        self.identity, self.layout, self.width, self.dtype = identity, layout, width, dtype
+        self.row_bytes = width * dtype.itemsize
+        self.path = self.folder / "states.bin"
+        self._read_index()
+
+    @property
+    def bytes(self) -> int:
+        return self.layout.rows * self.row_bytes
+
+    @property
+    def is_recorded(self) -> bool:
+        """Whether a finished build left this cache, whole or not."""
+        return self.head is not None and None not in self.checksums
+
+    def _read_index(self) -> bool:
+        """Checksums of blocks and head (None where there is none), and the seconds that computing them took.
+
+        False where an index is there, but damaged.
+        """
+        self.checksums: list[int | None] = [None] * len(self.layout.blocks)
+        self.head: int | None = None
+        self.seconds = 0.0
+        try:
+            index = json.loads((self.folder / "index.json").read_text(encoding="utf-8"))
+            checksums, head, seconds = index["blocks"], index["head"], index["seconds"]
+            good = index["identity"] == self.identity and len(checksums) == len(self.checksums)
+            if not good or not isinstance(seconds, float):
+                raise ValueError
+        except FileNotFoundError:
+            return True
+        except (ValueError, TypeError, KeyError):
+            return False
+        self.checksums, self.head, self.seconds = checksums, head, seconds
+        return True
+
+    def _write_index(self) -> None:
+        values = {"identity": self.identity, "seconds": self.seconds, "head": self.head, "blocks": self.checksums}
+        _replace(self.folder / "index.json", json.dumps(values).encode())
+
+    def problem(self) -> str | None:
+        """Why rows can't be written here; None where they can."""
+        parent = next(parent for parent in (self.folder, *self.folder.absolute().parents) if parent.exists())
+        if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+            return f"{parent} is not a folder that can be written to"
+        there = self.path.stat().st_blocks * 512 if self.path.exists() else 0
+        needed, free = self.bytes - there + DISK_MARGIN, shutil.disk_usage(parent).free
+        if needed > free:
+            return f"{parent} has {free / 1e9:.1f} GB free, and {needed / 1e9:.1f} GB are needed"
+        return None
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """One process at a time looks for missing blocks and computes them. The lock dies with its holder.
+
+        The index is read again: another process may have finished meanwhile.
+        """
+        lock = filelock.FileLock(self.folder / "lock")
+        with contextlib.suppress(OSError):  # a folder that can't be written to has no writers to fear
+            self.folder.mkdir(parents=True, exist_ok=True)
+            try:
+                lock.acquire(timeout=0)
+            except filelock.Timeout:
+                console.print(f"teacher cache: another process is building {self.folder}: waiting for it")
+                lock.acquire()
+        try:
+            if not self._read_index():
+                console.print(f"teacher cache: {self.folder / 'index.json'} is damaged: all is computed again")
+            yield
+        finally:
+            lock.release()
+
+    def missing(self) -> list[int]:
+        """The blocks without a checksum, or whose bytes don't match it. Reads the whole file, at some 4 GB/s."""
+        missing, damaged = [], 0
+        with contextlib.ExitStack() as stack:
+            file = stack.enter_context(self.path.open("rb")) if self.path.exists() else None
+            for number, checksum in enumerate(self.checksums):
+                if checksum is None or self._checksum(file, number) != checksum:
+                    missing.append(number)
+                    damaged += checksum is not None
+        if damaged:
+            console.print(
+                f"teacher cache: {damaged} of {len(self.checksums)} blocks of {self.path} are damaged: computed again"
+            )
+        return missing
+
+    def _checksum(self, file: object, number: int) -> int | None:
+        if file is None:
+            return None
+        rows = self.layout.block(number)
+        file.seek(rows.start * self.row_bytes)
+        size = (rows.stop - rows.start) * self.row_bytes
+        content = file.read(size)
+        return zlib.crc32(content) if len(content) == size else None
+
+    def reserve(self) -> None:
+        """Makes room for all rows, so that a full disk shows before anything is computed. Raises OSError."""
+        with self.path.open("ab") as file:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, self.bytes)
+            file.truncate(self.bytes)
+
+    def write(self, number: int, rows: Tensor, seconds: float) -> None:
+        """One block's rows, which took so long to compute. Raises OSError."""
+        content = _bytes(rows)
+        with self.path.open("r+b") as file:
+            file.seek(self.layout.block(number).start * self.row_bytes)
+            file.write(content)
+        self.checksums[number] = zlib.crc32(content)
+        self.seconds += seconds
+        self._write_index()
+
+    def read(self) -> Tensor:
+        """All rows [layout.rows, width], mapped: only what is used is read."""
+        size = self.layout.rows * self.width
+        return torch.from_file(str(self.path), shared=False, size=size, dtype=self.dtype).view(-1, self.width)
+
+    def write_head(self, weight: Tensor, bias: Tensor | None) -> None:
+        """The output projection [V, width] and its bias [V]. Raises OSError."""
+        tensors = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
+        content = safetensors.torch.save({name: t.detach().cpu().contiguous() for name, t in tensors.items()})
+        _replace(self.folder / "head.safetensors", content)
+        self.head = zlib.crc32(content)
+        self._write_index()
+
+    def read_head(self) -> tuple[Tensor, Tensor | None] | None:
+        """What write_head wrote; None where it is missing or damaged."""
+        path = self.folder / "head.safetensors"
+        content = path.read_bytes() if path.exists() else b""
+        if self.head is None or zlib.crc32(content) != self.head:
+            return None
+        tensors = safetensors.torch.load(content)
+        bias = tensors.get("bias")
+        # Copies: tensors of a file begin anywhere, and a library may choose its kernel by alignment.
+        return tensors["weight"].clone(), None if bias is None else bias.clone()

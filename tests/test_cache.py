@@ -1,0 +1,492 @@
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import GPT2, LLAMA
+from transformers import AutoConfig, AutoModelForCausalLM, set_seed
+
+from abkd_fast import cache, tasks
+from abkd_fast.config import ConfigError, load
+from abkd_fast.teacher import CachedTeacher, Teacher
+from abkd_fast.train import main
+from abkd_fast.trainer import Trainer
+
+LENGTH = 128
+MODELS = {
+    "gpt2": {**GPT2, "vocab_size": 1024, "n_embd": 48, "bos_token_id": 0, "eos_token_id": 0},
+    "llama": {**LLAMA, "vocab_size": 1024, "hidden_size": 48, "bos_token_id": 0, "eos_token_id": 0},
+}
+
+
+def make_teacher(folder, kind="llama", seed=0):
+    set_seed(seed)
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(**MODELS[kind])).save_pretrained(folder)
+    tasks.tokenizer().save_pretrained(folder)
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    """Writes a recipe with a student that has dropout and a teacher in a folder; returns its path."""
+
+    def write(kind="llama", **sections):
+        make_teacher(tmp_path / "teacher", kind)
+        student = {"hidden_size": 32} if kind == "llama" else {"n_embd": 32, "resid_pdrop": 0.1}
+        values = {
+            "run": {"name": "test", "dir": str(tmp_path / "runs")},
+            "method": "ab",
+            "tokenizer": "quickstart",
+            "student": {"config": {**MODELS[kind], **student}},
+            "teacher": {"path": str(tmp_path / "teacher")},
+            "data": {"train": "quickstart:small", "train_rows": 60, "max_length": LENGTH},
+            "train": {"epochs": 2, "batch_size": 8, "max_tokens": 256, "device": "cpu"},
+            **sections,
+        }
+        path = tmp_path / "recipe.json"
+        path.write_text(json.dumps(values))
+        return str(path)
+
+    return write
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    monkeypatch.setattr(cache, "BLOCK_TOKENS", 300)
+
+
+def loaded(path, *overrides):
+    trainer = Trainer(load(path, overrides)[0])
+    trainer._load()
+    return trainer
+
+
+def losses(trainer):
+    return [trainer._step(batch)[0].item() for batch in trainer._batches()]
+
+
+def only(folder):
+    """The one cache in a folder of caches."""
+    (found,) = [path for path in folder.iterdir() if path.is_dir()]
+    return found
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
+def test_losses_are_the_same_bits_in_every_mode(recipe, kind, dtype):
+    path = recipe(kind)
+    results = {}
+    for mode in ("off", "disk", "disk again", "memory"):
+        trainer = loaded(path, f"cache.mode={mode.split()[0]}", f"train.dtype={dtype}")
+        assert isinstance(trainer.teacher, Teacher if mode == "off" else CachedTeacher)
+        results[mode] = losses(trainer)
+    assert len(results["off"]) == 2 * (60 // 8)
+    assert results["disk"] == results["disk again"] == results["memory"] == results["off"]
+    # The packing of the training's micro-batches plays no part either.
+    assert losses(loaded(path, "cache.mode=disk", f"train.dtype={dtype}", "train.max_tokens=128")) == losses(
+        loaded(path, "cache.mode=off", f"train.dtype={dtype}", "train.max_tokens=128")
+    )
+
+
+def test_rows_are_the_padded_model_states(recipe):
+    """Not only the same as without a cache: the hidden states of transformers' own forward pass, sample by sample."""
+    trainer = loaded(recipe(), "train.dtype=float64")
+    model = AutoModelForCausalLM.from_pretrained(trainer.config.teacher.path, dtype=torch.float64).eval()
+    for index in (0, 7, 59):
+        sample = trainer.train_set[index]
+        ids = torch.tensor(sample["input_ids"])[None]
+        with torch.no_grad():
+            expected = model.model(ids).last_hidden_state[0, sample["prompt_length"] - 1 : -1]
+        rows = trainer.teacher.rows[trainer.teacher.layout.sample(index)]
+        torch.testing.assert_close(rows, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_second_run_finds_it_and_loads_no_teacher(recipe, cache_folder, capsys, monkeypatch, tmp_path):
+    path = recipe()
+    assert main(["--config", path]) == 0
+    first = capsys.readouterr().out
+    assert "computing 1 of 1 blocks" in first
+    assert "built in" in first
+    assert "the teacher's cache saved about" in first
+    before = (only(cache_folder) / "states.bin").stat().st_mtime_ns
+    shutil.rmtree(tmp_path / "runs")
+    loads = []
+    original = Trainer._model
+    monkeypatch.setattr(Trainer, "_model", lambda self, *a: (loads.append(a[2]), original(self, *a))[1])
+    assert main(["--config", path]) == 0
+    second = capsys.readouterr().out
+    assert loads == ["student"]
+    assert "computing" not in second
+    assert "; found, will save about" in second
+    assert (only(cache_folder) / "states.bin").stat().st_mtime_ns == before
+
+
+def test_body_is_freed_after_building(recipe):
+    import gc
+
+    def bodies():
+        gc.collect()
+        return sum(type(o).__name__ == "LlamaModel" and not o.embed_tokens.weight.is_meta for o in gc.get_objects())
+
+    before = bodies()
+    trainer = loaded(recipe())
+    assert isinstance(trainer.teacher, CachedTeacher)
+    assert bodies() == before + 1, "the student's alone"
+
+
+def test_random_teacher_is_known_by_its_weights(recipe, cache_folder):
+    path = recipe(teacher={"config": MODELS["llama"]})
+    expected = losses(loaded(path, "cache.mode=off"))
+    assert losses(loaded(path)) == expected
+    assert losses(loaded(path)) == expected
+    only(cache_folder)
+    losses(loaded(path, "run.seed=11"))
+    assert sum(folder.is_dir() for folder in cache_folder.iterdir()) == 2
+
+
+def test_key_changes_with_everything_that_rows_depend_on(recipe, tmp_path):
+    path = recipe()
+
+    def key(*overrides):
+        return Trainer(load(path, overrides)[0]).cache.file.key
+
+    first = key()
+    same = [
+        "optim.lr=1",
+        "run.seed=3",
+        "train.max_tokens=512",
+        "loss=fkl",
+        "teacher.dropout=0.3",
+        "data.max_length=127",
+    ]
+    assert {key(override) for override in same} == {first}, "max_length that cuts nothing changes no sample"
+    different = [
+        key(override)
+        for override in (
+            "data.max_length=64",
+            "data.train_rows=59",
+            "train.dtype=bfloat16",
+            "data.train=quickstart:dev",
+        )
+    ]
+    shutil.copytree(tmp_path / "teacher", tmp_path / "copy")
+    assert key(f"teacher.path={tmp_path / 'copy'}") == first, "the content counts, not the place"
+    weights = tmp_path / "teacher" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    times = weights.stat()
+    weights.write_bytes(content)
+    os.utime(weights, ns=(times.st_atime_ns, times.st_mtime_ns))
+    different.append(key())
+    config = json.loads((tmp_path / "teacher" / "config.json").read_text())
+    (tmp_path / "copy" / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-3}))
+    different.append(key(f"teacher.path={tmp_path / 'copy'}"))
+    assert len({first, *different}) == 1 + len(different)
+
+
+def test_samples_hash_tells_tokens_from_boundaries():
+    import datasets
+
+    def digest(ids, prompts):
+        return cache.hash_samples(datasets.Dataset.from_dict({"input_ids": ids, "prompt_length": prompts}))
+
+    variants = [([[1, 2, 3], [4, 5]], [1, 1]), ([[1, 2], [3, 4, 5]], [1, 1]), ([[1, 2, 3], [4, 5]], [2, 1])]
+    assert len({digest(*variant) for variant in variants}) == 3
+
+
+def test_weights_are_hashed_once(recipe, cache_folder, monkeypatch):
+    path = recipe()
+    Trainer(load(path)[0])
+    hashed = []
+    monkeypatch.setattr(cache, "_hash_file", lambda file: hashed.append(file) or "x")
+    Trainer(load(path)[0])
+    assert hashed == []
+    (cache_folder / "weights.json").write_text("{broken")
+    Trainer(load(path)[0])
+    assert len(hashed) == 1
+
+
+def test_teacher_changed_in_place_is_noticed(recipe, tmp_path):
+    path = recipe()
+    stale = losses(loaded(path))
+    make_teacher(tmp_path / "teacher", seed=1)
+    fresh = losses(loaded(path))
+    assert fresh != stale
+    assert fresh == losses(loaded(path, "cache.mode=off"))
+
+
+def flip(path, offset):
+    with path.open("r+b") as file:
+        file.seek(offset)
+        byte = file.read(1)[0]
+        file.seek(offset)
+        file.write(bytes([byte ^ 1]))
+
+
+def change_index(folder, change):
+    index = json.loads((folder / "index.json").read_text())
+    (folder / "index.json").write_text(json.dumps(change(index)))
+
+
+DAMAGE = {
+    "flipped bit": (lambda f: flip(f / "states.bin", 1000), "1 of {n} blocks"),
+    "flipped last bit": (lambda f: flip(f / "states.bin", (f / "states.bin").stat().st_size - 1), "1 of {n} blocks"),
+    "truncated": (lambda f: os.truncate(f / "states.bin", 30000), "blocks of"),
+    "longer": (lambda f: (f / "states.bin").open("ab").write(b"x"), None),
+    "emptied": (lambda f: os.truncate(f / "states.bin", 0), "{n} of {n} blocks"),
+    "no states": (lambda f: (f / "states.bin").unlink(), "{n} of {n} blocks"),
+    "no index": (lambda f: (f / "index.json").unlink(), "computing {n} of {n}"),
+    "torn index": (lambda f: os.truncate(f / "index.json", 100), "index.json is damaged: all is computed again"),
+    "index of something else": (lambda f: (f / "index.json").write_text("[1]"), "index.json is damaged"),
+    "wrong checksum": (lambda f: change_index(f, lambda i: {**i, "blocks": [1, *i["blocks"][1:]]}), "1 of {n} blocks"),
+    "checksum of another type": (
+        lambda f: change_index(f, lambda i: {**i, "blocks": ["x", *i["blocks"][1:]]}),
+        "1 of {n} blocks",
+    ),
+    "too few checksums": (lambda f: change_index(f, lambda i: {**i, "blocks": [1]}), "index.json is damaged"),
+    "other identity": (lambda f: change_index(f, lambda i: {**i, "identity": {}}), "index.json is damaged"),
+    "flipped head": (lambda f: flip(f / "head.safetensors", 5000), None),
+    "no head": (lambda f: (f / "head.safetensors").unlink(), None),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_damage_is_noticed_and_mended(recipe, cache_folder, capsys, small_blocks, name):
+    path = recipe()
+    expected = losses(loaded(path))
+    folder = only(cache_folder)
+    whole = (folder / "states.bin").read_bytes()
+    blocks = len(json.loads((folder / "index.json").read_text())["blocks"])
+    assert blocks > 5
+    capsys.readouterr()
+    damage, message = DAMAGE[name]
+    damage(folder)
+    assert losses(loaded(path)) == expected
+    output = capsys.readouterr().out
+    assert (message or "").format(n=blocks) in output
+    assert sum("damaged" in line for line in output.splitlines()) <= 1
+    assert (folder / "states.bin").read_bytes()[: len(whole)] == whole
+    losses(loaded(path))
+    assert "computing" not in capsys.readouterr().out
+
+
+# Builds with small blocks, a pause in each, and says so; the test kills it or lets it go on.
+BUILD = """
+import sys, time
+from abkd_fast import cache
+from abkd_fast.config import load
+from abkd_fast.trainer import Trainer
+cache.BLOCK_TOKENS = 300
+write, reserve = cache.StateFile.write, cache.StateFile.reserve
+def slow_write(self, number, rows, seconds):
+    write(self, number, rows, seconds)
+    print("wrote", number, flush=True)
+    time.sleep(float(sys.argv[2]))
+cache.StateFile.write = slow_write
+print("start", flush=True)
+trainer = Trainer(load(sys.argv[1], [])[0])
+trainer._load()
+print([trainer._step(batch)[0].item() for batch in trainer._batches()], flush=True)
+"""
+
+
+def builder(path, pause):
+    command = [sys.executable, "-c", BUILD, path, str(pause)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, bufsize=1)
+
+
+def test_killed_builds_resume_to_the_same_bits(recipe, cache_folder, capsys, small_blocks):
+    path = recipe()
+    expected = losses(loaded(path))
+    whole = (only(cache_folder) / "states.bin").read_bytes()
+    blocks = capsys.readouterr().out.count("computing") and len(loaded(path).teacher.layout.blocks)
+    shutil.rmtree(only(cache_folder))
+    written = []
+    for stop_after in (1, 3, 2):
+        process = builder(path, 0.01)
+        count = 0
+        for line in process.stdout:
+            if line.startswith("wrote"):
+                written.append(int(line.split()[1]))
+                count += 1
+            if count == stop_after:
+                time.sleep(0.004 * stop_after)  # somewhere within the next block
+                process.send_signal(signal.SIGKILL)
+                break
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
+    assert len(set(written)) == len(written) == 6, "no block that was written is computed again"
+    capsys.readouterr()
+    assert losses(loaded(path)) == expected
+    left = int(capsys.readouterr().out.split("computing ")[1].split()[0])
+    assert blocks - 6 - 3 <= left <= blocks - 6, "each kill may have let one more block through"
+    assert (only(cache_folder) / "states.bin").read_bytes() == whole
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments(recipe, cache_folder, small_blocks):
+    path = recipe()
+    expected = losses(loaded(path))
+    whole = (only(cache_folder) / "states.bin").read_bytes()
+    shutil.rmtree(only(cache_folder))
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(5):
+        process = builder(path, 0)
+        line = process.stdout.readline()
+        while line and "blocks" not in line:  # imports and loading are over
+            line = process.stdout.readline()
+        time.sleep(0.3 * torch.rand((), generator=generator).item())
+        process.kill()
+        process.communicate()
+    assert losses(loaded(path)) == expected
+    assert (only(cache_folder) / "states.bin").read_bytes() == whole
+
+
+def test_two_builders_share_the_work(recipe, cache_folder, small_blocks):
+    path = recipe()
+    first = builder(path, 0.5)
+    for line in first.stdout:
+        if line.startswith("wrote"):
+            break
+    second = builder(path, 0)
+    seen = []
+    for line in second.stdout:
+        seen.append(line)
+        if "waiting" in line:
+            break
+    assert any("another process is building" in line for line in seen)
+    first.kill()  # the second takes over, from the first block that is missing
+    first.communicate()
+    rest, _ = second.communicate()
+    assert second.returncode == 0
+    assert "wrote 0\n" not in rest
+    assert "wrote 5\n" in rest
+    assert json.loads(rest.splitlines()[-1]) == losses(loaded(path, "cache.mode=off"))
+
+
+def test_waiting_for_a_builder_that_finishes(recipe, small_blocks):
+    path = recipe()
+    processes = [builder(path, 0.02) for _ in range(2)]
+    outputs = [process.communicate()[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0]
+    assert sum("wrote" in output for output in outputs) == 1, "one builds, the other finds"
+    assert outputs[0].splitlines()[-1] == outputs[1].splitlines()[-1]
+
+
+UNUSABLE = "cache.dir=/dev/null/x"
+
+
+def test_folder_that_cannot_be_written_to(recipe, capsys, tmp_path):
+    path = recipe()
+    expected = losses(loaded(path, "cache.mode=off"))
+    assert main(["--config", path, "--set", UNUSABLE, "--set", "cache.mode=disk"]) == 2
+    error = capsys.readouterr().err
+    assert "cache.dir: /dev/null is not a folder that can be written to; choose another, or cache.mode=off" in error
+    assert not (tmp_path / "runs").exists()
+    for mode in ("auto", "memory"):
+        trainer = loaded(path, UNUSABLE, f"cache.mode={mode}")
+        assert "in memory, not kept (/dev/null is not a folder" in trainer.teacher.note
+        assert losses(trainer) == expected
+
+
+def test_full_disk(recipe, capsys, monkeypatch):
+    path = recipe()
+    usage = shutil.disk_usage("/")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10**9))
+    assert main(["--config", path, "--set", "cache.mode=disk"]) == 2
+    assert "has 1.0 GB free, and 1.1 GB are needed; choose another, or cache.mode=off" in capsys.readouterr().err
+    assert "not kept" in loaded(path).teacher.note
+
+
+@pytest.mark.parametrize("call", ["reserve", "write"])
+def test_disk_that_fills_up_while_building(recipe, monkeypatch, call):
+    path = recipe()
+    expected = losses(loaded(path, "cache.mode=off"))
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(cache.StateFile, call, full)
+    with pytest.raises(ConfigError, match=r"No space left on device; choose another, or cache\.mode=off"):
+        loaded(path, "cache.mode=disk")
+    for mode, kind in (("auto", Teacher), ("memory", CachedTeacher)):
+        trainer = loaded(path, f"cache.mode={mode}")
+        assert isinstance(trainer.teacher, kind)
+        assert "No space left on device" in trainer.teacher.note
+        assert losses(trainer) == expected
+
+
+def test_complete_cache_in_a_read_only_folder(recipe, cache_folder, monkeypatch):
+    path = recipe()
+    expected = losses(loaded(path))
+
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    monkeypatch.setattr(cache.filelock.FileLock, "acquire", refuse)
+    monkeypatch.setattr(cache, "_replace", refuse)
+    trainer = loaded(path, "cache.mode=disk")
+    assert "found" in trainer.teacher.note
+    assert losses(trainer) == expected
+
+
+def test_what_auto_decides(recipe):
+    path = recipe()
+
+    def decide(memory, *overrides, device="cpu", dir=None):
+        trainer = Trainer(load(path, [*overrides, *([f"cache.dir={dir}"] if dir else [])])[0])
+        trainer.cache.device = torch.device(device)
+        return trainer.cache.choose(memory)
+
+    needed = Trainer(load(path)[0]).cache.bytes
+    nowhere = "/dev/null/x"
+    assert decide(10**12) == (True, False, "")  # a mapped file is in a processor's memory anyway
+    assert decide(10**12, device="cuda") == (True, True, "")
+    assert decide(4 * needed, device="cuda") == (True, True, "")
+    assert decide(4 * needed - 4, device="cuda") == (True, False, "")
+    assert decide(10**12, dir=nowhere)[:2] == (False, True)
+    disk, memory, reason = decide(0, dir=nowhere)
+    assert (disk, memory) == (False, False)
+    assert (
+        reason == f"/dev/null is not a folder that can be written to, and {needed / 1e6:.1f} MB are too much for memory"
+    )
+    assert decide(10**12, "train.epochs=1") == (False, False, "no sample is seen twice")
+    assert decide(10**12, "train.epochs=1", "cache.mode=disk")[0]
+    assert decide(needed, "cache.mode=memory") == (True, True, "")
+    with pytest.raises(ConfigError, match=r"cache\.mode is memory, but the teacher's states are .* use disk or off"):
+        decide(needed - 1, "cache.mode=memory")
+    loaded(path)
+    assert decide(0, "train.epochs=1") == (True, False, ""), "what is there is used, however short the run"
+
+
+def test_finished_stage_is_used_whatever_the_cache(recipe, capsys):
+    path = recipe(stages={"one": {"train": {"steps": 2}}})
+    assert main(["--config", path]) == 0
+    assert main(["--config", path, "--set", "cache.mode=off"]) == 0
+    assert "is finished already" in capsys.readouterr().out
+
+
+def test_layout_covers_every_row_once():
+    import datasets
+
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(2, 200, (500,), generator=generator).tolist()
+    prompts = [1 + index % (length - 1) for index, length in enumerate(lengths)]
+    ids = [list(range(length)) for length in lengths]
+    layout = cache.Layout(datasets.Dataset.from_dict({"input_ids": ids, "prompt_length": prompts}))
+    slices = sorted((layout.sample(index) for index in range(500)), key=lambda s: s.start)
+    assert [s.start for s in slices] == [0, *(s.stop for s in slices[:-1])]
+    assert slices[-1].stop == layout.rows == sum(lengths) - sum(prompts)
+    assert all(
+        layout.sample(index).stop - layout.sample(index).start == lengths[index] - prompts[index]
+        for index in range(500)
+    )
+    assert sorted(index for block in layout.blocks for index in block) == list(range(500))
+    blocks = [layout.block(number) for number in range(len(layout.blocks))]
+    assert [b.start for b in blocks] == [0, *(b.stop for b in blocks[:-1])]
+    assert all(sum(lengths[index] for index in block) <= cache.BLOCK_TOKENS for block in layout.blocks)
