@@ -195,7 +195,7 @@ class StateFile:
             good = index["identity"] == self.identity and len(checksums) == len(self.checksums)
             if not good or not isinstance(seconds, float):
                 raise ValueError
-        except FileNotFoundError:
+        except OSError:
             return True
         except (ValueError, TypeError, KeyError):
             return False

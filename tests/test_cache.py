@@ -348,7 +348,7 @@ def test_killed_at_random_moments(recipe, cache_folder, small_blocks):
 
 def test_two_builders_share_the_work(recipe, cache_folder, small_blocks):
     path = recipe()
-    first = builder(path, 0.5)
+    first = builder(path, 60)
     for line in first.stdout:
         if line.startswith("wrote"):
             break
@@ -364,7 +364,7 @@ def test_two_builders_share_the_work(recipe, cache_folder, small_blocks):
     rest, _ = second.communicate()
     assert second.returncode == 0
     assert "wrote 0\n" not in rest
-    assert "wrote 5\n" in rest
+    assert "wrote 1\n" in rest
     assert json.loads(rest.splitlines()[-1]) == losses(loaded(path, "cache.mode=off"))
 
 
@@ -427,7 +427,8 @@ def test_complete_cache_in_a_read_only_folder(recipe, cache_folder, monkeypatch)
     def refuse(*_, **__):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(os, "access", lambda *_: False)
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda p, mode: not str(p).startswith(str(cache_folder)) and access(p, mode))
     monkeypatch.setattr(cache.filelock.FileLock, "acquire", refuse)
     monkeypatch.setattr(cache, "_replace", refuse)
     trainer = loaded(path, "cache.mode=disk")
