@@ -223,7 +223,7 @@ def _two_signals():
 
 
 def _train(arguments, log):
-    with open(log, "a") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+    with open(log, "w", buffering=1) as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
         os.dup2(file.fileno(), 1), os.dup2(file.fileno(), 2)
         raise SystemExit(main(arguments))
 
@@ -234,22 +234,23 @@ def test_killed_at_random_moments(tmp_path, undisturbed, forked):
     while kills < 20:
         number += 1
         run = Run(tmp_path / f"run{number}", "checkpoint.every_steps=1")
-        code, more = None, []
+        code, attempt = None, 0
         while code != 0:
-            child = forked.Process(target=_train, args=([*run.arguments, *more], tmp_path / "log"))
+            log = tmp_path / f"{number}-{attempt}.log"
+            more = ["--resume"] if run.folder.exists() else []
+            child = forked.Process(target=_train, args=([*run.arguments, *more], log))
             child.start()
-            deadline = time.monotonic() + 30
-            while not (run.folder / "config.json").exists() and child.is_alive() and time.monotonic() < deadline:
-                time.sleep(0.002)
-            child.join(dice.uniform(0.02, 0.9))
+            if dice.random() < 0.7:  # from the first step on, so that a run gets ahead; the others strike its start
+                while child.is_alive() and not (log.exists() and "  steps  " in log.read_text()):
+                    time.sleep(0.002)
+            child.join(dice.uniform(0, 0.5) if kills < 20 else None)
             child.kill()
             child.join()
-            code = child.exitcode
-            assert code in (0, -signal.SIGKILL), (tmp_path / "log").read_text()
+            code, attempt = child.exitcode, attempt + 1
+            assert code in (0, -signal.SIGKILL), log.read_text()
             kills += code != 0
             folder = run.folder / "checkpoints"
             unfinished += folder.exists() and any(path.suffix == ".tmp" for path in folder.iterdir())
-            more = ["--resume"] if run.folder.exists() else []
         assert_same(run, undisturbed)
         assert not [name for name in run.checkpoints() if name.endswith(".tmp")]
     assert unfinished > 0, "no kill struck the writing of a checkpoint"
