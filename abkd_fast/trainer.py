@@ -98,6 +98,7 @@ class Trainer:
         )
         if self.saved:
             self._restore(*checkpoint.load(self.saved))
+        self.resumed_samples = self.progress.samples
 
     def _model(self, spec: ModelConfig, config: models.PretrainedConfig, key: str) -> models.PackedCausalLM:
         # Master weights stay in float32; bfloat16 is the type of the computation only.
@@ -161,7 +162,8 @@ class Trainer:
         """Writes and returns the summary; the folder `final` is written last: with it the run is finished."""
         progress, folder = self.progress, self.config.run.folder
         if isinstance(self.teacher, CachedTeacher):
-            console.print(f"the teacher's cache saved about {self.teacher.saved(progress.samples):.1f} s")
+            seconds = self.teacher.saved(progress.samples - self.resumed_samples)
+            console.print(f"the teacher's cache saved about {seconds:.1f} s")
         summary = {
             "method": self.config.method,
             "steps": self.steps,

@@ -299,6 +299,7 @@ def builder(path, pause):
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, bufsize=1)
 
 
+@pytest.mark.slow
 def test_killed_builds_resume_to_the_same_bits(recipe, cache_folder, capsys, small_blocks):
     path = recipe()
     expected = losses(loaded(path))
@@ -346,6 +347,7 @@ def test_killed_at_random_moments(recipe, cache_folder, small_blocks):
     assert (only(cache_folder) / "states.bin").read_bytes() == whole
 
 
+@pytest.mark.slow
 def test_two_builders_share_the_work(recipe, cache_folder, small_blocks):
     path = recipe()
     first = builder(path, 60)
@@ -368,6 +370,7 @@ def test_two_builders_share_the_work(recipe, cache_folder, small_blocks):
     assert json.loads(rest.splitlines()[-1]) == losses(loaded(path, "cache.mode=off"))
 
 
+@pytest.mark.slow
 def test_waiting_for_a_builder_that_finishes(recipe, small_blocks):
     path = recipe()
     processes = [builder(path, 0.02) for _ in range(2)]

@@ -228,6 +228,7 @@ def _train(arguments, log):
         raise SystemExit(main(arguments))
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments(tmp_path, undisturbed, forked):
     """SIGKILL, until 20 have struck a run at work; saving at every step, so that many strike a checkpoint."""
     dice, kills, unfinished, number = random.Random(5), 0, 0, 0
