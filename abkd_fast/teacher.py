@@ -45,7 +45,7 @@ class Teacher:
         """The response tokens' states. On a processor each sample's are the same bits in any company.
 
         Matrix products and vector loops may round differently with the number of rows (Llama's do); alone, a sample
-        is always the same computation, and takes a processor hardly longer.
+        is always the same computation, and takes a processor up to 1.4 times as long for short samples.
         """
         head = self.model.head
         alone = head.weight.device.type == "cpu"
