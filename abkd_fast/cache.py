@@ -26,6 +26,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from .checkpoint import file_digest
 from .logs import console
 
 if TYPE_CHECKING:
@@ -123,21 +124,13 @@ def hash_weights(path: str, config: PretrainedConfig, folder: pathlib.Path) -> d
             case [*then, str(digest)] if then == stamp:
                 hashes[file.name] = digest
             case _:
-                hashes[file.name] = _hash_file(file)
+                hashes[file.name] = file_digest(file)
                 found[str(file.resolve())] = [*stamp, hashes[file.name]]
     if found:
         with contextlib.suppress(OSError):  # a folder that can't be written to: hashed again next time
             folder.mkdir(parents=True, exist_ok=True)
             _replace(memo, json.dumps(known | found, indent=1).encode())
     return hashes
-
-
-def _hash_file(path: pathlib.Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while content := file.read(1 << 24):
-            digest.update(content)
-    return digest.hexdigest()
 
 
 def describe_model(config: PretrainedConfig, dropout: tuple[str, ...]) -> dict:

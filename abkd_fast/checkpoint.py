@@ -91,10 +91,11 @@ def _flush(path: pathlib.Path) -> None:
         os.close(descriptor)
 
 
-def _digest(path: pathlib.Path) -> str:
+def file_digest(path: pathlib.Path) -> str:
+    """SHA-256 of a file's content."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
-        while block := file.read(1 << 20):
+        while block := file.read(1 << 24):
             digest.update(block)
     return digest.hexdigest()
 
@@ -104,7 +105,7 @@ def damage(folder: pathlib.Path) -> str | None:
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         for name, digest in manifest.items():
-            if _digest(folder / name) != digest:
+            if file_digest(folder / name) != digest:
                 return f"{name} differs from what was written"
     except (OSError, ValueError, AttributeError) as error:
         return f"{type(error).__name__}: {error}"
@@ -167,13 +168,12 @@ class Checkpoints:
             save_model(folder)
             save_file(tensors, folder / TENSORS)
             (folder / STATE).write_text(json.dumps(state) + "\n", encoding="utf-8")
-            digests = {file.name: _digest(file) for file in sorted(folder.iterdir())}
+            digests = {file.name: file_digest(file) for file in sorted(folder.iterdir())}
             (folder / MANIFEST).write_text(json.dumps(digests, indent=2) + "\n", encoding="utf-8")
         for old in self.all()[: -self.keep]:
             if best_step is None or old != self.folder_of(best_step):
-                leaving = old.rename(
-                    old.with_name(old.name + ".tmp")
-                )  # half deleted, it must not look like a whole one
+                # Half deleted, it must not look like a whole one.
+                leaving = old.rename(old.with_name(old.name + ".tmp"))
                 shutil.rmtree(leaving, ignore_errors=True)
         return path
 

@@ -21,6 +21,7 @@ from .ops import (
     choose_branch,
     count_kept,
     decides_per_batch,
+    loss_dtype,
     measure_rows,
     new_large,
     refuse_second_derivative,
@@ -52,11 +53,6 @@ def choose_chunk_tokens(tokens: int, vocab: int, models: int, dtype: torch.dtype
 
 def _round_up(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
-
-
-def _accumulate_dtype(hidden: Tensor) -> torch.dtype:
-    """Of losses and gradients, and of the logits unless told otherwise."""
-    return torch.float64 if hidden.dtype == torch.float64 else torch.float32
 
 
 def _operands(model: tuple[Tensor, Tensor, Tensor | None], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -146,7 +142,7 @@ def _run(
     Every gradient is in float32 (float64 for float64 hidden states) and not divided by the number of rows.
     """
     with torch.autocast(student[0].device.type, enabled=False):
-        dtype = _accumulate_dtype(student[0])
+        dtype = loss_dtype(student[0])
         student = hidden, weight, _ = _operands(student, dtype)
         teacher = None if teacher is None else _operands(teacher, dtype)
         need_hidden, need_weight, need_bias = need
@@ -238,7 +234,7 @@ def _fused_linear(
 @_fused_linear.register_fake
 def _(student_hidden, student_weight, *arguments):  # noqa: ANN001
     (*_, need, _) = arguments
-    dtype = _accumulate_dtype(student_hidden)
+    dtype = loss_dtype(student_hidden)
 
     def like(needed: bool, *shape: int) -> Tensor:
         return student_hidden.new_empty(shape if needed else (0,), dtype=dtype)
@@ -312,7 +308,7 @@ def _loss(
             raise ValueError(f"{name} bias has shape {list(bias.shape)}, expected [{len(weight)}]")
     labels = check_labels(labels, len(student[0]), hard_weight)
     need = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in student]
-    accumulate = _accumulate_dtype(student[0])
+    accumulate = loss_dtype(student[0])
     allowed = [torch.float64] if accumulate == torch.float64 else [torch.float32, torch.bfloat16, torch.float16]
     if logits_dtype is not None and logits_dtype not in allowed:
         names = " or ".join(map(str, allowed))

@@ -27,7 +27,7 @@ else:
 
     @torch.library.register_fake("abkd_fast::row_losses")
     def _row_losses_fake(student, *_):  # noqa: ANN001
-        return student.new_empty(student.shape[0], dtype=_loss_dtype(student))
+        return student.new_empty(student.shape[0], dtype=loss_dtype(student))
 
     @torch.library.register_fake("abkd_fast::row_gradients")
     def _row_gradients_fake(*_):
@@ -44,7 +44,8 @@ def build_info() -> dict:
     return _C.build_info()
 
 
-def _loss_dtype(logits: Tensor) -> torch.dtype:
+def loss_dtype(logits: Tensor) -> torch.dtype:
+    """Of losses, and of sums over the vocabulary or the tokens, from logits or hidden states."""
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
@@ -188,7 +189,7 @@ def _divergence(
 @_divergence.register_fake
 def _(student, *arguments):  # noqa: ANN001
     need_gradient = arguments[-1]
-    losses = student.new_empty(student.shape[0], dtype=_loss_dtype(student))
+    losses = student.new_empty(student.shape[0], dtype=loss_dtype(student))
     return losses.new_empty(()), losses, student.new_empty(student.shape if need_gradient else (0,))
 
 
@@ -272,7 +273,7 @@ def shared_vocabulary(student: int, teacher: int) -> int:
 
 def count_kept(labels: Tensor | None, rows: Tensor) -> Tensor:
     """The number of `rows` [N, ...] that count, at least 1, as a scalar of their loss on their device."""
-    dtype = _loss_dtype(rows)
+    dtype = loss_dtype(rows)
     if labels is None:
         return torch.tensor(max(1, rows.shape[0]), dtype=dtype, device=rows.device)
     return (labels != -100).sum().clamp(min=1).to(rows.device, dtype)

@@ -202,7 +202,7 @@ def test_weights_are_hashed_once(recipe, cache_folder, monkeypatch):
     path = recipe()
     Trainer(load(path)[0])
     hashed = []
-    monkeypatch.setattr(cache, "_hash_file", lambda file: hashed.append(file) or "x")
+    monkeypatch.setattr(cache, "file_digest", lambda file: hashed.append(file) or "x")
     Trainer(load(path)[0])
     assert hashed == []
     (cache_folder / "weights.json").write_text("{broken")
