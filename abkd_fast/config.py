@@ -63,23 +63,57 @@ class RunConfig:
 
 
 @_section
+class LoraConfig:
+    """A new low-rank adapter: only it is trained. The defaults are the papers'."""
+
+    rank: Annotated[int, "width of the two factors"] = 16
+    alpha: Annotated[float, "the product of the factors is scaled by alpha / rank"] = 64.0
+    dropout: Annotated[float, "on the adapter's input"] = 0.1
+    targets: Annotated[tuple[str, ...], "names of the projections that get one"] = ("q_proj", "v_proj")
+
+    def __post_init__(self) -> None:
+        _check_range(self, rank=(1, math.inf), alpha=(0, math.inf), dropout=(0, 1))
+        if not self.targets:
+            raise ConfigError('targets is empty, expected names of projections, for example ["q_proj", "v_proj"]')
+
+
+@_section
 class ModelConfig:
     """A Hugging Face causal language model, as student or teacher."""
 
     path: Annotated[str | None, 'folder or Hub name; "stage:NAME" is the result of an earlier stage'] = None
     config: Annotated[dict | None, "instead of path: a transformers configuration, for random weights"] = None
     dropout: Annotated[float | None, "sets every dropout rate of the model (default: the model's own)"] = None
+    adapter: Annotated[
+        str | None,
+        "folder or Hub name of a LoRA adapter (or stage:NAME): a student goes on with it, a teacher merges it",
+    ] = None
+    lora: Annotated[LoraConfig | None, "train a new LoRA adapter instead of all weights"] = None
 
     def __post_init__(self) -> None:
         if (self.path is None) == (self.config is None):
             raise ConfigError("give either path or config")
         if self.config is not None and "model_type" not in self.config:
             raise ConfigError('config needs "model_type", for example "gpt2" or "llama"')
+        if self.adapter is not None and self.lora is not None:
+            raise ConfigError("give either adapter, to go on with one, or lora, for a new one")
         _check_range(self, dropout=(0, 1))
 
     @property
     def is_stage(self) -> bool:
         return self.path is not None and self.path.startswith("stage:")
+
+
+@_section
+class PretrainConfig:
+    """Plain text whose language-modelling loss is added in every step, as the papers do: one block a sample."""
+
+    path: Annotated[str, "JSONL file or folder of them with text, plain .txt, or the papers' .bin and .idx files"]
+    weight: Annotated[float, "factor of its mean cross-entropy"] = 1.0
+    rows: Annotated[int | None, "use only the first documents"] = None
+
+    def __post_init__(self) -> None:
+        _check_range(self, weight=(0, math.inf), rows=(1, math.inf))
 
 
 @_section
@@ -91,9 +125,12 @@ class DataConfig:
     train_rows: Annotated[int | None, "use only the first rows"] = None
     dev_rows: Annotated[int | None, "use only the first rows"] = None
     max_length: Annotated[int, "tokens of prompt and response together; longer responses are cut"] = 512
+    max_prompt_length: Annotated[int | None, "rows with longer prompts, in tokens, are left out (null: none is)"] = 256
+    pretrain: Annotated[PretrainConfig | None, "plain text, for an additional language-modelling loss"] = None
 
     def __post_init__(self) -> None:
         _check_range(self, train_rows=(1, math.inf), dev_rows=(1, math.inf), max_length=(2, math.inf))
+        _check_range(self, max_prompt_length=(1, math.inf))
 
 
 @_section
@@ -140,6 +177,8 @@ class TrainConfig:
         Literal["auto", "float32", "bfloat16", "float64"], "of the computation; auto: bfloat16 on a GPU, else float32"
     ] = "auto"
     device: Annotated[Literal["auto", "cpu", "cuda"], "auto: the GPU if there is one"] = "auto"
+    gradient_checkpointing: Annotated[bool, "compute the student's layers twice instead of keeping them"] = False
+    compile: Annotated[Literal["auto", "off"], "auto: torch.compile on a GPU"] = "auto"
     on_nonfinite: Annotated[
         Literal["stop", "skip"], "a step whose loss or gradient is not finite ends the run, or changes no weight"
     ] = "stop"
@@ -153,6 +192,9 @@ class EvalConfig:
     """The loss on data.dev: cross-entropy of the reference responses, mean over their tokens."""
 
     every_steps: Annotated[int | None, "how often, besides before the first and after the last step"] = None
+    select: Annotated[Literal["last", "dev_loss"], "whose weights final/ holds: the last step's, or the best one's"] = (
+        "last"
+    )
 
     def __post_init__(self) -> None:
         _check_range(self, every_steps=(1, math.inf))
@@ -343,6 +385,10 @@ def _convert(hint: Any, value: Any, name: str, file: str) -> Any:
         if value not in valid:
             raise ConfigError(f"{file}: {name} is {json.dumps(value)}, expected one of {', '.join(valid)}")
         return value
+    if hint == tuple[str, ...]:
+        if not isinstance(value, list | tuple) or not all(isinstance(item, str) for item in value):
+            raise ConfigError(f"{file}: {name} must be a list of texts, got {json.dumps(value)}")
+        return tuple(value)
     if typing.get_origin(hint) is tuple:
         length = len(typing.get_args(hint))
         if not isinstance(value, list | tuple) or len(value) != length:
@@ -350,24 +396,25 @@ def _convert(hint: Any, value: Any, name: str, file: str) -> Any:
         return tuple(_convert(float, item, name, file) for item in value)
     if hint is float and isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1e300:
         return float(value)
-    expected = {float: "a number", int: "a whole number", str: "text", dict: "an object"}[hint]
+    expected = {float: "a number", int: "a whole number", bool: "true or false", str: "text", dict: "an object"}[hint]
     wrong_number = isinstance(value, bool) or (isinstance(value, float) and not math.isfinite(value))
     if not isinstance(value, hint) or (hint in (int, float) and wrong_number):
         raise ConfigError(f"{file}: {name} must be {expected}, got {json.dumps(value)}")
     return value
 
 
-def describe() -> Iterator[str]:
+def describe(cls: type = Config, prefix: str = "") -> Iterator[str]:
     """Every key with its default and meaning, section by section, a line each."""
-    hints = typing.get_type_hints(Config, include_extras=True)
-    sections = [(f"{name}.", hint) for name, hint in hints.items() if typing.get_origin(hint) is not Annotated]
-    for prefix, cls in [("", Config), *sections]:
-        cls = next((option for option in typing.get_args(cls) if dataclasses.is_dataclass(option)), cls)
-        yield f"{prefix.rstrip('.') or 'top level'}: {cls.__doc__}"
-        notes = typing.get_type_hints(cls, include_extras=True)
-        for field in dataclasses.fields(cls):
-            if typing.get_origin(notes[field.name]) is Annotated:
-                required = field.default is dataclasses.MISSING
-                default = "required" if required else json.dumps(field.default)
-                yield f"  {prefix + field.name:22} {notes[field.name].__metadata__[0]} [{default}]"
-        yield ""
+    yield f"{prefix.rstrip('.') or 'top level'}: {cls.__doc__}"
+    hints, notes = typing.get_type_hints(cls), typing.get_type_hints(cls, include_extras=True)
+    sections = {}
+    for field in dataclasses.fields(cls):
+        name, options = prefix + field.name, (hints[field.name], *typing.get_args(hints[field.name]))
+        sections |= {f"{name}.": option for option in options if dataclasses.is_dataclass(option)}
+        if typing.get_origin(notes[field.name]) is Annotated:
+            required = field.default is dataclasses.MISSING
+            default = "required" if required else json.dumps(field.default)
+            yield f"  {name:22} {notes[field.name].__metadata__[0]} [{default}]"
+    yield ""
+    for name, section in sections.items():
+        yield from describe(section, name)
