@@ -74,13 +74,19 @@ def atomic_folder(folder: pathlib.Path) -> Iterator[pathlib.Path]:
         raise
 
 
-def atomic_write(path: pathlib.Path, text: str) -> None:
-    """Replaces a text file, so that a reader sees the old or the new one whole, whenever the machine stops."""
+@contextlib.contextmanager
+def atomic_file(path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A temporary file that replaces `path` once the block ends: a reader sees the old or the new one whole, always."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
+    yield temporary
     _flush(temporary)
     temporary.replace(path)
     _flush(path.parent)
+
+
+def atomic_write(path: pathlib.Path, text: str) -> None:
+    with atomic_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def _flush(path: pathlib.Path) -> None:

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 
 from rich.table import Table
 
-from . import models
+from . import models, pretrain
 from .config import Config, ConfigError, ModelConfig
-from .data import read_rows
+from .data import DEV, TRAIN, read_rows
 from .logs import console
 from .trainer import Trainer, check_folder
 
@@ -48,9 +48,12 @@ def _check(config: Config, earlier: set[str]) -> None:
         elif spec.path.removeprefix("stage:") not in earlier:
             known = ", ".join(sorted(earlier)) or "none"
             raise ConfigError(f"{key}.path: {spec.path}: no such stage before this one; earlier stages: {known}")
-    for source, limit in ((config.data.train, config.data.train_rows), (config.data.dev, config.data.dev_rows)):
-        if source is not None:
-            read_rows(source, limit)
+    data = config.data
+    read_rows(data.train, data.train_rows, TRAIN)
+    if data.dev is not None:
+        read_rows(data.dev, data.dev_rows, DEV)
+    if data.adds_text:
+        pretrain.check_source(data.pretrain.path)
 
 
 def _models(config: Config) -> dict[str, ModelConfig]:

@@ -9,18 +9,18 @@ import json
 import os
 import pathlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 from transformers import get_scheduler, set_seed
 
-from . import attention, checkpoint, methods, models, ops
+from . import attention, checkpoint, methods, models, ops, pretrain
 from .checkpoint import Interrupted
 from .config import Config, ConfigError, ModelConfig
-from .data import batch_rows, pack, read_rows, shuffled_batches, tokenise
-from .fused_linear import fused_linear_cross_entropy
+from .data import DEV, TRAIN, Batch, batch_rows, describe_long_rows, pack, read_rows, step_samples, tokenise
 from .logs import RunLog, console, peak_memory
+from .methods.sft import cross_entropy
 from .teacher import CachedTeacher, TeacherCache
 
 
@@ -56,16 +56,29 @@ class Trainer:
 
     def _read_data(self) -> None:
         data, train = self.config.data, self.config.train
-        rows = read_rows(data.train, data.train_rows)
-        self.where = [row.where for row in rows]
-        self.train_set = tokenise(rows, self.tokenizer, data.max_length)
-        self.dev_set = None
+        limits = data.max_length, data.max_prompt_length
+        rows = read_rows(data.train, data.train_rows, TRAIN)
+        self.train_set = tokenise(rows, self.tokenizer, *limits)
+        self.where = [rows[row].where for row in self.train_set["row"]]
+        self.long_rows = {"train": describe_long_rows(rows, self.train_set, *limits)}
+        self.dev_set = self.pretrain_set = None
         if data.dev is not None:
-            self.dev_set = tokenise(read_rows(data.dev, data.dev_rows), self.tokenizer, data.max_length)
+            rows = read_rows(data.dev, data.dev_rows, DEV)
+            self.dev_set = tokenise(rows, self.tokenizer, *limits)
+            self.long_rows["dev"] = describe_long_rows(rows, self.dev_set, *limits)
         self.steps_per_epoch = len(self.train_set) // train.batch_size
         if self.steps_per_epoch == 0:
-            raise ConfigError(f"{data.train}: {len(rows)} rows are fewer than train.batch_size = {train.batch_size}")
+            raise ConfigError(
+                f"{data.train}: {len(self.train_set)} rows are fewer than train.batch_size = {train.batch_size}"
+            )
         self.steps = train.steps or train.epochs * self.steps_per_epoch
+        if data.adds_text:
+            self.pretrain_set = pretrain.load_blocks(data.pretrain, self.tokenizer, data.max_length)
+            if len(self.pretrain_set) < train.batch_size:
+                raise ConfigError(
+                    f"data.pretrain: {data.pretrain.path}: {len(self.pretrain_set)} blocks of {data.max_length} tokens "
+                    f"are fewer than train.batch_size = {train.batch_size}"
+                )
 
     def _load(self) -> None:
         config = self.config
@@ -133,9 +146,10 @@ class Trainer:
             self._after_step(log)
             for batch in self._batches(progress.step):
                 started, rate = time.perf_counter(), self.scheduler.get_last_lr()[0]
-                tokens = sum(len(sample["input_ids"]) for sample in batch)
+                blocks = self._blocks(progress.step)
+                tokens = sum(len(sample["input_ids"]) for sample in (*batch, *blocks))
                 progress.step += 1
-                self.window.add(progress.step, *self._step(batch), len(batch), tokens)
+                self.window.add(progress.step, *self._step(batch, blocks), len(batch), tokens)
                 log.advance(progress.step)
                 if progress.step % config.log.every_steps == 0 or progress.step == self.steps:
                     self._log_window(log, rate)
@@ -147,16 +161,14 @@ class Trainer:
         return self._finish()
 
     def _batches(self, first: int = 0) -> Iterator[list[dict]]:
-        """The batches of samples of steps `first` to `steps`, counted from 0, epoch after epoch."""
-        epoch, index = divmod(first, self.steps_per_epoch)
+        """The batches of samples of steps `first` to `steps`, counted from 0."""
         train, seed = self.config.train, self.config.run.seed
-        while first < self.steps:
-            for batch in shuffled_batches(self.train_set, train.batch_size, seed, epoch, index):
-                if first == self.steps:
-                    return
-                first += 1
-                yield batch
-            epoch, index = epoch + 1, 0
+        return (step_samples(self.train_set, train.batch_size, seed, step) for step in range(first, self.steps))
+
+    def _blocks(self, step: int) -> list[dict]:
+        """The blocks of plain text of a step, counted from 0: as many as samples, or none."""
+        train, seed = self.config.train, self.config.run.seed
+        return step_samples(self.pretrain_set, train.batch_size, seed, step) if self.pretrain_set is not None else []
 
     def _finish(self) -> dict:
         """Writes and returns the summary; the folder `final` is written last: with it the run is finished."""
@@ -181,25 +193,42 @@ class Trainer:
             raise Interrupted(f"{folder / 'final'} can't be written ({error}): make room") from None
         return summary
 
-    def _step(self, samples: list[dict]) -> tuple[Tensor, Tensor]:
-        """One optimizer step; returns its loss and gradient norm, still on the device."""
-        batches = pack(samples, self.config.train.max_tokens)
-        tokens = sum(len(batch.labels) for batch in batches)  # of all responses: the mean is over the whole step
-        total = 0.0
-        for batch in batches:
-            batch = batch.to(self.device)
-            with self._precision():
-                states = self.teacher.states(batch) if self.teacher else None
-                loss = self.student(batch, functools.partial(self.method.loss, batch=batch, teacher=states)) / tokens
-            loss.backward()
-            total = total + loss.detach()
+    def _step(self, samples: list[dict], blocks: list[dict] = ()) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """One optimizer step; returns its loss, gradient norm, and the loss's parts, still on the device."""
+        total = self._backward(samples, self._method_loss)
+        parts = {}
+        if blocks:
+            weight = self.config.data.pretrain.weight
+            text = self._backward(blocks, lambda batch: functools.partial(cross_entropy, batch=batch), weight)
+            parts = {"loss_method": total, "loss_pretrain": text}
+            total = total + weight * text
         norm = torch.nn.utils.clip_grad_norm_(self.student.parameters(), self.config.optim.clip_norm)
         # The fused AdamW reads this on the device: where it is 1, weights, moments and step counts stay as they are.
         self.optimizer.found_inf = (~_is_finite(total, norm)).float()
         self.optimizer.step()
         self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return total, norm
+        return total, norm, parts
+
+    def _backward(self, samples: list[dict], loss_of: Callable[[Batch], Callable], weight: float = 1.0) -> Tensor:
+        """Adds to the gradient that of `weight` times the mean loss of all labels; returns the mean.
+
+        loss_of: gives a batch's summed loss, as a function of hidden states, projection and bias.
+        """
+        batches = pack(samples, self.config.train.max_tokens)
+        labels = sum(len(batch.labels) for batch in batches)  # the mean is over the whole step
+        total = 0.0
+        for batch in batches:
+            batch = batch.to(self.device)
+            with self._precision():
+                loss = self.student(batch, loss_of(batch)) / labels
+            (weight * loss).backward()
+            total = total + loss.detach()
+        return total
+
+    def _method_loss(self, batch: Batch) -> Callable[..., Tensor]:
+        states = self.teacher.states(batch) if self.teacher else None
+        return functools.partial(self.method.loss, batch=batch, teacher=states)
 
     def _log_window(self, log: RunLog, rate: float) -> None:
         """Writes the point of the steps since the last one, and begins the next."""
@@ -288,7 +317,7 @@ class Trainer:
         state |= {
             "progress": dataclasses.asdict(self.progress),
             "scheduler": self.scheduler.state_dict(),
-            "data": self.train_set._fingerprint,
+            "data": self._fingerprints(),
             "environment": self._environment(),
         }
         if hasattr(self.method, "state_dict"):
@@ -297,8 +326,9 @@ class Trainer:
 
     def _restore(self, tensors: dict[str, Tensor], state: dict) -> None:
         """The inverse of `_state`, after the weights. Raises ConfigError where the data have changed."""
-        if state["data"] != self.train_set._fingerprint:
-            raise ConfigError(f"{self.config.data.train}: rows or tokenizer have changed since {self.saved} was saved")
+        for key, now in self._fingerprints().items():
+            if state["data"][key] != now:
+                raise ConfigError(f"{key}: its text or the tokenizer has changed since {self.saved} was saved")
         for key, now in self._environment().items():
             then = state["environment"][key]
             if then != now:
@@ -317,6 +347,11 @@ class Trainer:
             self.method.load_state_dict(state["method"])
         checkpoint.set_random_state(groups["random"], state)  # last: loading models draws from the generators
 
+    def _fingerprints(self) -> dict[str, str]:
+        """A hash of the tokens of all sources that the steps to come read."""
+        sources = {"data.train": self.train_set, "data.pretrain": self.pretrain_set}
+        return {key: source._fingerprint for key, source in sources.items() if source is not None}
+
     def _environment(self) -> dict[str, str | int]:
         return {"PyTorch": torch.__version__, "device": _device_name(self.device)}
 
@@ -327,7 +362,7 @@ class Trainer:
         total, tokens = torch.zeros((), device=self.device, dtype=torch.float64), 0
         for batch in pack(list(self.dev_set), self.config.train.max_tokens):
             with self._precision():
-                total += self.student(batch.to(self.device), functools.partial(_cross_entropy, labels=batch.labels))
+                total += self.student(batch.to(self.device), functools.partial(cross_entropy, batch=batch))
             tokens += len(batch.labels)
             if self.signals.received:
                 break
@@ -347,15 +382,22 @@ class Trainer:
             f"{role} {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M ({model.config.model_type})"
             for role, model in counts.items()
         )
-        lengths = torch.tensor([len(ids) for ids in self.train_set["input_ids"]])
-        cut = int((lengths == config.data.max_length).sum())
+        lengths = torch.tensor(self.train_set["row_length"][:]).clamp(max=config.data.max_length)
         loss = f"  loss {config.loss}" if self.teacher else ""
         yield f"[bold]{config.run.folder}[/bold]  method {config.method}{loss}"
         yield f"  models     {sizes}"
         yield (
             f"  data       {len(lengths)} rows, {lengths.float().mean():.0f} tokens each on average, "
-            f"{cut} reach the limit of {config.data.max_length}"
+            f"the first {self.where[0]}"
         )
+        for name, note in self.long_rows.items():
+            if note:
+                yield f"  long rows  {name}: {note}"
+        if self.pretrain_set is not None:
+            yield (
+                f"  plain text {len(self.pretrain_set)} blocks of {config.data.max_length} tokens, one a sample; "
+                f"weight {config.data.pretrain.weight:g}"
+            )
         yield f"  device     {_device_name(self.device)}, {str(self.dtype).removeprefix('torch.')}"
         yield f"  kernels    {kernels}; attention {attention.backend(self.device)}, packed and checked"
         if self.teacher:
@@ -400,11 +442,14 @@ class Window:
         self.norm = torch.zeros((), device=device, dtype=torch.float64)  # of the last finite one
         self.skipped = torch.zeros((), device=device, dtype=torch.int64)
         self.first_nonfinite = torch.zeros(3, device=device, dtype=torch.float64)  # its step, loss and norm
+        self.parts: dict[str, Tensor] = {}  # of the loss, likewise
         self.steps = self.samples = self.tokens = 0
 
-    def add(self, step: int, loss: Tensor, norm: Tensor, samples: int, tokens: int) -> None:
+    def add(self, step: int, loss: Tensor, norm: Tensor, parts: dict[str, Tensor], samples: int, tokens: int) -> None:
         finite = _is_finite(loss, norm)
         self.loss += torch.where(finite, loss, 0.0)
+        for name, part in parts.items():
+            self.parts[name] = self.parts.get(name, 0.0) + torch.where(finite, part, 0.0).double()
         self.norm = torch.where(finite, norm, self.norm)
         account = torch.stack([torch.full_like(self.loss, step), loss.double(), norm.double()])
         is_first = ~finite & (self.skipped == 0)
@@ -419,26 +464,26 @@ class Window:
         skipped = int(self.skipped)
         finite = self.steps - skipped
         loss, norm = (self.loss.item() / finite, self.norm.item()) if finite else (None, None)
-        log.train(step, self.samples, self.tokens, loss, lr, norm, skipped)
+        parts = {name: part.item() / finite if finite else None for name, part in self.parts.items()}
+        log.train(step, self.samples, self.tokens, loss, parts, lr, norm, skipped)
         return skipped
 
     def tensors(self) -> dict[str, Tensor]:
         counts = torch.tensor([self.steps, self.samples, self.tokens])
         sums = {"loss": self.loss, "norm": self.norm, "skipped": self.skipped, "first_nonfinite": self.first_nonfinite}
+        sums |= {f"parts.{name}": part for name, part in self.parts.items()}
         return {"counts": counts} | {name: value.cpu() for name, value in sums.items()}
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         self.steps, self.samples, self.tokens = tensors["counts"].tolist()
+        own = {name: value.to(self.device, copy=True) for name, value in tensors.items()}
         for name in ("loss", "norm", "skipped", "first_nonfinite"):
-            setattr(self, name, tensors[name].to(self.device, copy=True))
+            setattr(self, name, own[name])
+        self.parts = {name.removeprefix("parts."): own[name] for name in own if name.startswith("parts.")}
 
 
 def _is_finite(loss: Tensor, norm: Tensor) -> Tensor:
     return torch.isfinite(loss) & torch.isfinite(norm)
-
-
-def _cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
-    return fused_linear_cross_entropy(hidden, weight, labels, student_bias=bias, reduction="sum")
 
 
 def check_folder(folder: pathlib.Path, resume: bool = False) -> None:

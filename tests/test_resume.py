@@ -88,8 +88,8 @@ def at_step(monkeypatch, number, action):
     """Calls `action` after the optimizer's step `number`, counted from 1 in this process."""
     step, count = Trainer._step, iter(range(1, 1000))
 
-    def wrapped(self, samples):
-        result = step(self, samples)
+    def wrapped(self, *batch):
+        result = step(self, *batch)
         if next(count) == number:
             action()
         return result
@@ -341,7 +341,7 @@ def test_changed_data_are_refused(tmp_path, monkeypatch, write_jsonl, capsys):
     rows[3]["output"] = "another"
     write_jsonl(rows)
     assert run("--resume") == 2
-    assert "rows or tokenizer have changed since" in capsys.readouterr().err
+    assert "data.train: its text or the tokenizer has changed since" in capsys.readouterr().err
 
 
 def test_newest_and_best_stay_and_are_models(tmp_path, monkeypatch):
@@ -417,11 +417,11 @@ def poison(patch, poisoned):
     """Makes the gradient infinite in one step."""
     step = Trainer._step
 
-    def wrapped(self, samples):
+    def wrapped(self, *batch):
         hook = None
         if self.progress.step == poisoned:
             hook = next(self.student.parameters()).register_hook(lambda gradient: gradient * torch.inf)
-        result = step(self, samples)
+        result = step(self, *batch)
         if hook:
             hook.remove()
         return result
