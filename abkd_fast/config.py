@@ -118,11 +118,11 @@ class PretrainConfig:
 
 @_section
 class DataConfig:
-    """Rows with instruction, input and output, or prompt and output, or messages: JSONL file, folder, or Hub name.
+    """Rows with instruction, input and output, prompt and output, or messages; or the papers' .bin and .idx files."""
 
-    Or MiniLLM's binary files: an .idx or .bin file, or a folder with train_0.bin (and dev_0.bin or valid_0.bin)."""
-
-    train: Annotated[str, 'training rows; "quickstart:train" are tasks that the package generates']
+    train: Annotated[
+        str, 'training rows; JSONL or .bin file, folder or Hub name; "quickstart:train" are generated tasks'
+    ]
     dev: Annotated[str | None, "rows whose loss is reported during training"] = None
     train_rows: Annotated[int | None, "use only the first rows"] = None
     dev_rows: Annotated[int | None, "use only the first rows"] = None

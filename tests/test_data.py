@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_resume import Run, poison
 from transformers import AutoTokenizer
 
 from abkd_fast import tasks
@@ -147,6 +148,16 @@ def test_long_prompts_are_left_out_and_long_sequences_counted(write_jsonl):
     assert note == f"1 of 4 rows exceed {limit} tokens and are cut; {left_out.replace('None', str(prompts[1] - 1))}"
     with pytest.raises(ConfigError, match=r"line 1 and all others: the prompts exceed 2 tokens.*raise data.max_prompt"):
         tokenised(rows, 512, 2)
+
+
+def test_rows_of_a_bad_step_are_named_rightly_where_others_are_left_out(write_jsonl, tmp_path, monkeypatch, capsys):
+    long = {"prompt": "Add 1 and 2. " * 9, "output": " 3"}
+    path = write_jsonl([long, *[{"prompt": f"Add {n}.", "output": str(n)} for n in range(2, 6)], long])
+    poison(monkeypatch, 1)
+    assert Run(tmp_path, f"data.train={path}", "data.max_prompt_length=20", "data.dev=null")() == 1
+    captured = capsys.readouterr()
+    assert f"2 rows are left out: their prompts exceed 20 tokens ({path} line 1, …)" in captured.out
+    assert f"samples {path} line 2, 3, 4, 5; " in captured.err
 
 
 lengths = st.lists(st.tuples(st.integers(1, 12), st.integers(1, 12)), min_size=1, max_size=12)

@@ -4,6 +4,7 @@ import pathlib
 
 import numpy as np
 import pytest
+from test_resume import Run, assert_same
 
 from abkd_fast import indexed, tasks
 from abkd_fast.cache import hash_samples
@@ -110,15 +111,20 @@ def test_items_that_are_no_rows_are_named(write_indexed, item, dtype, message):
     assert f"{path} {message}" in str(error.value)
 
 
-def test_samples_are_those_of_the_same_rows_as_jsonl(write_indexed, write_jsonl, tmp_path):
-    """Tokenised as the papers' tools do it; beside the binary file lies JSONL of all splits, which is not read."""
+def as_items(rows):
+    """Rows as the papers' tools store them."""
     tokenizer = tasks.tokenizer()
-    rows = read_rows("quickstart:small", 50)
-    items = []
     for row in rows:
         prompt = tokenizer(row.values["prompt"])["input_ids"]
         whole = tokenizer(row.values["prompt"] + row.values["output"])["input_ids"]
-        items.append([*prompt, 65535, *whole[len(prompt) :], tokenizer.eos_token_id])
+        yield [*prompt, 65535, *whole[len(prompt) :], tokenizer.eos_token_id]
+
+
+def test_samples_are_those_of_the_same_rows_as_jsonl(write_indexed, write_jsonl, tmp_path):
+    """Beside the binary file lies JSONL of all splits, which is not read."""
+    tokenizer = tasks.tokenizer()
+    rows = read_rows("quickstart:small", 50)
+    items = list(as_items(rows))
     write_indexed(items[:30], "train_0")
     write_indexed(items[30:], "train_1")
     write_jsonl([row.values for row in rows[:5]], "valid.jsonl")
@@ -131,3 +137,12 @@ def test_samples_are_those_of_the_same_rows_as_jsonl(write_indexed, write_jsonl,
     assert binary.to_dict() == expected.to_dict()
     assert hash_samples(binary) == hash_samples(expected), "the teacher's cache is the same"
     assert len(read_rows(str(tmp_path), limit=31)) == 31
+
+
+def test_run_is_that_of_the_same_rows_as_jsonl(write_indexed, tmp_path):
+    write_indexed(as_items(read_rows("quickstart:small", 20)), "train_0")
+    write_indexed(as_items(read_rows("quickstart:dev", 4)), "valid_0")
+    folder = f'"{tmp_path}"'
+    jsonl, binary = Run(tmp_path / "jsonl"), Run(tmp_path / "binary", f"data.train={folder}", f"data.dev={folder}")
+    assert [jsonl(), binary()] == [0, 0]
+    assert_same(binary, jsonl)
