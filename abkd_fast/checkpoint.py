@@ -78,10 +78,14 @@ def atomic_folder(folder: pathlib.Path) -> Iterator[pathlib.Path]:
 def atomic_file(path: pathlib.Path) -> Iterator[pathlib.Path]:
     """A temporary file that replaces `path` once the block ends: a reader sees the old or the new one whole, always."""
     temporary = path.with_name(path.name + ".tmp")
-    yield temporary
-    _flush(temporary)
-    temporary.replace(path)
-    _flush(path.parent)
+    try:
+        yield temporary
+        _flush(temporary)
+        temporary.replace(path)
+        _flush(path.parent)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def atomic_write(path: pathlib.Path, text: str) -> None:

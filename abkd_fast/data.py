@@ -36,6 +36,7 @@ PROMPT_WITH_INPUT = (
 # Names of the indexed binary files that a folder may hold.
 TRAIN, DEV = ("train",), ("dev", "valid")
 
+# Columns of tokenised data.
 SAMPLE = datasets.Features(
     {"input_ids": datasets.List(datasets.Value("int32")), "prompt_length": datasets.Value("int32")}
 )
@@ -177,7 +178,7 @@ def tokenise(
             indexed.check_ids(row.where, ids, len(tokenizer))
     content = [json.dumps(row.values, default=np.ndarray.tolist) for row in rows]
     limits = max_length, max_prompt_length
-    key = cache_key(content, tokenizer, limits)
+    key = fingerprint(content, tokenizer, limits)
     raw = datasets.Dataset.from_dict({"row": content})
     progress = datasets.utils.logging.is_progress_bar_enabled()
     datasets.disable_progress_bar()
@@ -187,7 +188,7 @@ def tokenise(
         with_indices=True,
         remove_columns=["row"],
         features=ROW,
-        cache_file_name=str(cache_file(key)),
+        cache_file_name=str(arrow_file(key)),
         new_fingerprint=key,
     )
     if progress:
@@ -197,7 +198,7 @@ def tokenise(
             f"{rows[0].where} and all others: the prompts exceed {max_prompt_length} tokens, so no row is left; raise "
             "data.max_prompt_length"
         )
-    for number, length in zip(dataset["row"], dataset["prompt_length"], strict=True):
+    for number, length in zip(dataset["row"][:], dataset["prompt_length"][:], strict=True):
         where = rows[number].where
         if length == 0:
             raise ConfigError(f"{where}: the prompt is empty: nothing predicts the first token of the response")
@@ -209,7 +210,7 @@ def tokenise(
     return dataset
 
 
-def cache_key(content: list, tokenizer: PreTrainedTokenizerBase, limits: tuple[int | None, ...]) -> str:
+def fingerprint(content: list, tokenizer: PreTrainedTokenizerBase, limits: tuple[int | None, ...]) -> str:
     """A hash of all that tokenised data depend on; `content` is what JSON can hold."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     state = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
@@ -217,7 +218,7 @@ def cache_key(content: list, tokenizer: PreTrainedTokenizerBase, limits: tuple[i
     return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
 
 
-def cache_file(key: str) -> pathlib.Path:
+def arrow_file(key: str) -> pathlib.Path:
     """Where tokenised data are kept."""
     folder = pathlib.Path(datasets.config.HF_DATASETS_CACHE) / "abkd_fast"
     folder.mkdir(parents=True, exist_ok=True)
@@ -267,9 +268,9 @@ def describe_long_rows(
     rows: list[Row], dataset: datasets.Dataset, max_length: int, max_prompt_length: int | None
 ) -> str:
     """What `tokenise` did to rows that are too long, for people; empty where there were none."""
-    kept = set(dataset["row"])
+    kept = set(dataset["row"][:])
     left_out = [row.where for number, row in enumerate(rows) if number not in kept]
-    cut = sum(length > max_length for length in dataset["row_length"])
+    cut = sum(length > max_length for length in dataset["row_length"][:])
     notes = []
     if cut:
         notes.append(f"{cut} of {len(rows)} rows exceed {max_length} tokens and are cut")

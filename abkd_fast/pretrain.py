@@ -16,7 +16,7 @@ from datasets.table import MemoryMappedTable
 from . import indexed
 from .checkpoint import atomic_file, file_digest
 from .config import ConfigError, PretrainConfig
-from .data import SAMPLE, TRAIN, cache_file, cache_key, read_jsonl
+from .data import SAMPLE, TRAIN, arrow_file, fingerprint, read_jsonl
 from .logs import console
 
 if TYPE_CHECKING:
@@ -38,21 +38,24 @@ def load_blocks(spec: PretrainConfig, tokenizer: PreTrainedTokenizerBase, max_le
 
     Documents follow each other with an end token after each; a binary file's items do as they are. What is left at
     the end makes no block. The result is kept beside tokenised rows, under a hash of files, tokenizer and limits, and
-    mapped; while it is made, memory holds a few MB of the text.
+    mapped; making it takes the same memory for any amount of text.
 
     Raises ConfigError for files that can't be read, foreign token ids, and too little text for a block.
     """
     files = _find_files(spec.path)
-    limits = max_length, spec.rows
-    path = cache_file(key := cache_key([_identity(file) for file in files], tokenizer, limits))
-    try:
-        with filelock.FileLock(f"{path}.lock"):  # two runs that start together don't do it twice
-            if not path.exists():
-                console.print(f"plain text: tokenising {spec.path}; later runs find the result in {path.parent}")
-                with atomic_file(path) as temporary:
-                    _write(temporary, _cut(_token_ids(files, tokenizer, spec.rows), max_length))
-    except OSError as error:
-        raise ConfigError(f"data.pretrain: {path}: can't be written ({error}); HF_DATASETS_CACHE moves it") from None
+    key = fingerprint([_identity(file) for file in files], tokenizer, (max_length, spec.rows))
+    path = arrow_file(key)
+    if not path.exists():
+        try:
+            with filelock.FileLock(f"{path}.lock"):  # another run that starts now waits, and finds it
+                if not path.exists():
+                    console.print(f"plain text: tokenising {spec.path}; later runs find the result in {path.parent}")
+                    with atomic_file(path) as temporary:
+                        _write(temporary, _cut(_token_ids(files, tokenizer, spec.rows), max_length))
+        except OSError as error:
+            raise ConfigError(
+                f"data.pretrain: {path}: can't be written ({error}); HF_DATASETS_CACHE moves it"
+            ) from None
     dataset = datasets.Dataset(MemoryMappedTable.from_file(str(path)), fingerprint=key)
     if not len(dataset):
         raise ConfigError(f"data.pretrain: {spec.path}: is too short for one block of data.max_length = {max_length}")

@@ -59,7 +59,7 @@ class Trainer:
         limits = data.max_length, data.max_prompt_length
         rows = read_rows(data.train, data.train_rows, TRAIN)
         self.train_set = tokenise(rows, self.tokenizer, *limits)
-        self.where = [rows[row].where for row in self.train_set["row"]]
+        self.where = [rows[row].where for row in self.train_set["row"][:]]
         self.long_rows = {"train": describe_long_rows(rows, self.train_set, *limits)}
         self.dev_set = self.pretrain_set = None
         if data.dev is not None:

@@ -1,8 +1,10 @@
 """The plain-text term: its blocks, its loss and gradient, and its place in a run."""
 
+import errno
 import json
 import pathlib
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -94,15 +96,21 @@ def test_result_is_kept_by_content(write_jsonl, tmp_path, monkeypatch, capsys):
     write_jsonl([{"text": text} for text in TEXTS[1:9]])
     assert blocks(path) == expected(TEXTS[1:9])
 
-    def interrupted(path, blocks):
-        path.write_bytes(b"half")
-        raise Killed
 
+@pytest.mark.parametrize(("error", "raised"), [(Killed(), Killed), (OSError(errno.ENOSPC, "No space"), ConfigError)])
+def test_half_written_result_is_never_used(write_jsonl, monkeypatch, error, raised):
+    def fail(path, blocks):
+        path.write_bytes(b"half")
+        raise error
+
+    path = write_jsonl([{"text": text} for text in TEXTS[:9]])
     with monkeypatch.context() as patch:
-        patch.setattr(pretrain, "_write", interrupted)
-        with pytest.raises(Killed):
-            blocks(path, 5)
-    assert blocks(path, 5) == expected(TEXTS[1:9], 5)
+        patch.setattr(pretrain, "_write", fail)
+        with pytest.raises(raised, match=r"can't be written .*No space" if raised is ConfigError else None):
+            blocks(path)
+    folder = pathlib.Path(datasets.config.HF_DATASETS_CACHE)
+    assert not [*folder.rglob("*.arrow"), *folder.rglob("*.tmp")]
+    assert blocks(path) == expected(TEXTS[:9])
 
 
 BAD = {
