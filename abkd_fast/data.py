@@ -9,7 +9,8 @@ import itertools
 import json
 import pathlib
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, TypeVar
 
 import datasets
 import numpy as np
@@ -291,6 +292,7 @@ class Batch:
     positions: Tensor  # [N], indices into T whose next token is in the response
     labels: Tensor  # [N], those next tokens; on the CPU
     samples: list[dict]  # as packed
+    is_text: bool = False  # blocks of plain text
 
     @property
     def tokens(self) -> int:
@@ -300,6 +302,11 @@ class Batch:
         """The same batch with everything but the labels on `device`."""
         moved = ("input_ids", "position_ids", "cu_seqlens", "positions")
         return dataclasses.replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in moved})
+
+    def pin(self) -> Batch:
+        """The same batch in page-locked memory, which a GPU copies from while the processor goes on."""
+        pinned = ("input_ids", "position_ids", "cu_seqlens", "positions", "labels")
+        return dataclasses.replace(self, **{name: getattr(self, name).pin_memory() for name in pinned})
 
 
 def pack(samples: list[dict], max_tokens: int) -> list[Batch]:
@@ -351,4 +358,19 @@ def step_samples(dataset: datasets.Dataset, batch_size: int, seed: int, step: in
     Samples carry their "index" in the data set: the teacher's cache finds them by it.
     """
     epoch, batch = divmod(step, len(dataset) // batch_size)
-    return [dataset[index] | {"index": index} for index in batch_rows(len(dataset), batch_size, seed, epoch)[batch]]
+    indices = batch_rows(len(dataset), batch_size, seed, epoch)[batch]
+    columns = dataset[indices] | {"index": indices}
+    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
+
+Item = TypeVar("Item")
+
+
+def ahead(items: Iterator[Item]) -> Iterator[Item]:
+    """The same items; a thread makes the next one while the caller is busy with the last."""
+    end = object()
+    with ThreadPoolExecutor(1, thread_name_prefix="ahead") as thread:
+        coming = thread.submit(next, items, end)
+        while (item := coming.result()) is not end:
+            coming = thread.submit(next, items, end)
+            yield item

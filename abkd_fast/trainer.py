@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import importlib.util
 import json
 import os
 import pathlib
@@ -15,10 +16,10 @@ import torch
 from torch import Tensor
 from transformers import get_scheduler, set_seed
 
-from . import attention, checkpoint, methods, models, ops, pretrain
+from . import attention, checkpoint, costs, methods, models, ops, pretrain
 from .checkpoint import Interrupted
 from .config import Config, ConfigError, ModelConfig
-from .data import DEV, TRAIN, Batch, batch_rows, describe_long_rows, pack, read_rows, step_samples, tokenise
+from .data import DEV, TRAIN, Batch, ahead, batch_rows, describe_long_rows, pack, read_rows, step_samples, tokenise
 from .logs import RunLog, console, peak_memory
 from .methods.sft import cross_entropy
 from .teacher import CachedTeacher, TeacherCache
@@ -37,6 +38,7 @@ class Trainer:
         self.dtype = choose_dtype(config.train.dtype, self.device)
         self.method = methods.find(config.method)(config)
         check_folder(config.run.folder, resume)
+        check_wandb(config.log.wandb)
         self.student_config = models.read_config(config.student, "student")
         self.teacher_config = models.read_config(config.teacher, "teacher") if self.method.needs_teacher else None
         source = config.tokenizer or config.student.path
@@ -80,6 +82,11 @@ class Trainer:
                     f"are fewer than train.batch_size = {train.batch_size}"
                 )
 
+    def step_cost(self, cached: bool) -> costs.StepCost:
+        """Of a step, with or without the teacher's cache."""
+        teacher = costs.ModelCost(self.teacher_config) if self.method.needs_teacher else None
+        return costs.StepCost(costs.ModelCost(self.student_config), None, teacher, cached)
+
     def _load(self) -> None:
         config = self.config
         self.progress, self.window, self.signals = Progress(), Window(self.device), checkpoint.StopSignals()
@@ -90,6 +97,8 @@ class Trainer:
         if self.saved:
             student = dataclasses.replace(student, path=str(self.saved), config=None)
         self.student = self._model(student, self.student_config, "student").train()
+        if self.device.type == "cuda" and config.train.compile == "auto":
+            self.student.compile()
         self.teacher = None
         if self.cache:
             load = functools.partial(self._model, config.teacher, self.teacher_config, "teacher")
@@ -112,6 +121,7 @@ class Trainer:
         if self.saved:
             self._restore(*checkpoint.load(self.saved))
         self.resumed_samples = self.progress.samples
+        self.cost = self.step_cost(isinstance(self.teacher, CachedTeacher))
 
     def _model(self, spec: ModelConfig, config: models.PretrainedConfig, key: str) -> models.PackedCausalLM:
         # Master weights stay in float32; bfloat16 is the type of the computation only.
@@ -133,42 +143,43 @@ class Trainer:
         Interrupted where a signal, or a disk without space for the result, ended the run.
         """
         config = self.config
-        self._load()
-        config.run.folder.mkdir(parents=True, exist_ok=True)
-        checkpoint.atomic_write(config.run.folder / "config.json", json.dumps(config.to_dict(), indent=2) + "\n")
-        for line in self.describe():
-            console.print(line)
-        progress = self.progress
-        log = RunLog(
-            config.run.folder, self.steps, self.device, progress.step if self.saved else -1, progress.window_seconds
-        )
+        with checkpoint.locked(config.run.folder):
+            self._load()
+            checkpoint.atomic_write(config.run.folder / "config.json", json.dumps(config.to_dict(), indent=2) + "\n")
+            for line in self.describe():
+                console.print(line)
+            self._run()
+            return self._finish()
+
+    def _run(self) -> None:
+        config, progress = self.config, self.progress
+        done = progress.step if self.saved else -1
+        log = RunLog(config, self.steps, self.device, done, progress.window_seconds)
         with self.signals, log:
             self._after_step(log)
-            for batch in self._batches(progress.step):
+            batches = self._batches(progress.step)
+            for batch in ahead(batches) if self.device.type == "cuda" else batches:
                 started, rate = time.perf_counter(), self.scheduler.get_last_lr()[0]
-                blocks = self._blocks(progress.step)
-                tokens = sum(len(sample["input_ids"]) for sample in (*batch, *blocks))
                 progress.step += 1
-                self.window.add(progress.step, *self._step(batch, blocks), len(batch), tokens)
+                self.window.add(progress.step, *self._step(batch), batch, self.cost)
                 log.advance(progress.step)
                 if progress.step % config.log.every_steps == 0 or progress.step == self.steps:
                     self._log_window(log, rate)
                 elif self._evaluation_is_due() and self.device.type == "cuda":
                     torch.cuda.synchronize()  # the steps' time must not be counted as the evaluation's
                 progress.seconds += time.perf_counter() - started
-                progress.samples += len(batch)
+                progress.samples += config.train.batch_size
                 self._after_step(log)
-        return self._finish()
 
-    def _batches(self, first: int = 0) -> Iterator[list[dict]]:
-        """The batches of samples of steps `first` to `steps`, counted from 0."""
+    def _batches(self, first: int = 0) -> Iterator[list[Batch]]:
+        """The micro-batches of each step from `first` to `steps`, counted from 0; those of plain text come last."""
         train, seed = self.config.train, self.config.run.seed
-        return (step_samples(self.train_set, train.batch_size, seed, step) for step in range(first, self.steps))
-
-    def _blocks(self, step: int) -> list[dict]:
-        """The blocks of plain text of a step, counted from 0: as many as samples, or none."""
-        train, seed = self.config.train, self.config.run.seed
-        return step_samples(self.pretrain_set, train.batch_size, seed, step) if self.pretrain_set is not None else []
+        for step in range(first, self.steps):
+            batch = pack(step_samples(self.train_set, train.batch_size, seed, step), train.max_tokens)
+            if self.pretrain_set is not None:
+                text = pack(step_samples(self.pretrain_set, train.batch_size, seed, step), train.max_tokens)
+                batch += [dataclasses.replace(part, is_text=True) for part in text]
+            yield [part.pin() for part in batch] if self.device.type == "cuda" else batch
 
     def _finish(self) -> dict:
         """Writes and returns the summary; the folder `final` is written last: with it the run is finished."""
@@ -193,15 +204,15 @@ class Trainer:
             raise Interrupted(f"{folder / 'final'} can't be written ({error}): make room") from None
         return summary
 
-    def _step(self, samples: list[dict], blocks: list[dict] = ()) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    def _step(self, batch: list[Batch]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """One optimizer step; returns its loss, gradient norm, and the loss's parts, still on the device."""
-        total = self._backward(samples, self._method_loss)
+        total = self._backward([part for part in batch if not part.is_text], self._method_loss)
         parts = {}
-        if blocks:
+        if text := [part for part in batch if part.is_text]:
             weight = self.config.data.pretrain.weight
-            text = self._backward(blocks, lambda batch: functools.partial(cross_entropy, batch=batch), weight)
-            parts = {"loss_method": total, "loss_pretrain": text}
-            total = total + weight * text
+            text_loss = self._backward(text, lambda part: functools.partial(cross_entropy, batch=part), weight)
+            parts = {"loss_method": total, "loss_pretrain": text_loss}
+            total = total + weight * text_loss
         norm = torch.nn.utils.clip_grad_norm_(self.student.parameters(), self.config.optim.clip_norm)
         # The fused AdamW reads this on the device: where it is 1, weights, moments and step counts stay as they are.
         self.optimizer.found_inf = (~_is_finite(total, norm)).float()
@@ -210,25 +221,24 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         return total, norm, parts
 
-    def _backward(self, samples: list[dict], loss_of: Callable[[Batch], Callable], weight: float = 1.0) -> Tensor:
+    def _backward(self, batch: list[Batch], loss_of: Callable[[Batch], Callable], weight: float = 1.0) -> Tensor:
         """Adds to the gradient that of `weight` times the mean loss of all labels; returns the mean.
 
-        loss_of: gives a batch's summed loss, as a function of hidden states, projection and bias.
+        loss_of: gives a micro-batch's summed loss, as a function of hidden states, projection and bias.
         """
-        batches = pack(samples, self.config.train.max_tokens)
-        labels = sum(len(batch.labels) for batch in batches)  # the mean is over the whole step
+        labels = sum(len(part.labels) for part in batch)  # the mean is over the whole step
         total = 0.0
-        for batch in batches:
-            batch = batch.to(self.device)
+        for part in batch:
+            part = part.to(self.device)
             with self._precision():
-                loss = self.student(batch, loss_of(batch)) / labels
+                loss = self.student(part, loss_of(part)) / labels
             (weight * loss).backward()
             total = total + loss.detach()
         return total
 
-    def _method_loss(self, batch: Batch) -> Callable[..., Tensor]:
-        states = self.teacher.states(batch) if self.teacher else None
-        return functools.partial(self.method.loss, batch=batch, teacher=states)
+    def _method_loss(self, part: Batch) -> Callable[..., Tensor]:
+        states = self.teacher.states(part) if self.teacher else None
+        return functools.partial(self.method.loss, batch=part, teacher=states)
 
     def _log_window(self, log: RunLog, rate: float) -> None:
         """Writes the point of the steps since the last one, and begins the next."""
@@ -390,21 +400,28 @@ class Trainer:
             f"  data       {len(lengths)} rows, {lengths.float().mean():.0f} tokens each on average, "
             f"the first {self.where[0]}"
         )
-        for name, note in self.long_rows.items():
-            if note:
-                yield f"  long rows  {name}: {note}"
-        if self.pretrain_set is not None:
-            yield (
-                f"  plain text {len(self.pretrain_set)} blocks of {config.data.max_length} tokens, one a sample; "
-                f"weight {config.data.pretrain.weight:g}"
-            )
+        yield from self.describe_data()
         yield f"  device     {_device_name(self.device)}, {str(self.dtype).removeprefix('torch.')}"
         yield f"  kernels    {kernels}; attention {attention.backend(self.device)}, packed and checked"
         if self.teacher:
             yield f"  teacher    {self.teacher.note}"
+        if self.device.type == "cuda":
+            yield f"  compile    {'the layers of the student' if config.train.compile == 'auto' else 'off'}"
         yield f"  steps      {self.steps} of {config.train.batch_size} samples, {self.steps_per_epoch} an epoch"
         if self.resume:
             yield f"  resumed    {f'from {self.saved}' if self.saved else 'from the start: there is no checkpoint'}"
+
+    def describe_data(self) -> Iterator[str]:
+        """What rows that are too long came to, and the plain text."""
+        for name, note in self.long_rows.items():
+            if note:
+                yield f"  long rows  {name}: {note}"
+        if self.pretrain_set is not None:
+            data = self.config.data
+            yield (
+                f"  plain text {len(self.pretrain_set)} blocks of {data.max_length} tokens, one a sample; "
+                f"weight {data.pretrain.weight:g}"
+            )
 
 
 @dataclasses.dataclass
@@ -443,9 +460,17 @@ class Window:
         self.skipped = torch.zeros((), device=device, dtype=torch.int64)
         self.first_nonfinite = torch.zeros(3, device=device, dtype=torch.float64)  # its step, loss and norm
         self.parts: dict[str, Tensor] = {}  # of the loss, likewise
-        self.steps = self.samples = self.tokens = 0
+        self.steps = self.samples = self.tokens = self.real_tokens = self.flops = 0
 
-    def add(self, step: int, loss: Tensor, norm: Tensor, parts: dict[str, Tensor], samples: int, tokens: int) -> None:
+    def add(
+        self,
+        step: int,
+        loss: Tensor,
+        norm: Tensor,
+        parts: dict[str, Tensor],
+        batch: list[Batch],
+        cost: costs.StepCost,
+    ) -> None:
         finite = _is_finite(loss, norm)
         self.loss += torch.where(finite, loss, 0.0)
         for name, part in parts.items():
@@ -456,8 +481,10 @@ class Window:
         self.first_nonfinite = torch.where(is_first, account, self.first_nonfinite)
         self.skipped += ~finite
         self.steps += 1
-        self.samples += samples
-        self.tokens += tokens
+        self.samples += sum(len(part.samples) for part in batch if not part.is_text)
+        self.tokens += sum(part.tokens for part in batch)
+        self.real_tokens += sum(len(sample["input_ids"]) for part in batch for sample in part.samples)
+        self.flops += sum(cost.flops(part.samples, not part.is_text) for part in batch)
 
     def write(self, log: RunLog, step: int, lr: float) -> int:
         """Logs the point; returns how many steps were skipped."""
@@ -465,17 +492,20 @@ class Window:
         finite = self.steps - skipped
         loss, norm = (self.loss.item() / finite, self.norm.item()) if finite else (None, None)
         parts = {name: part.item() / finite if finite else None for name, part in self.parts.items()}
-        log.train(step, self.samples, self.tokens, loss, parts, lr, norm, skipped)
+        log.train(step, *self.counts()[1:], loss, parts, lr, norm, skipped)
         return skipped
 
+    def counts(self) -> list[int]:
+        return [self.steps, self.samples, self.tokens, self.real_tokens, self.flops]
+
     def tensors(self) -> dict[str, Tensor]:
-        counts = torch.tensor([self.steps, self.samples, self.tokens])
+        counts = torch.tensor(self.counts())
         sums = {"loss": self.loss, "norm": self.norm, "skipped": self.skipped, "first_nonfinite": self.first_nonfinite}
         sums |= {f"parts.{name}": part for name, part in self.parts.items()}
         return {"counts": counts} | {name: value.cpu() for name, value in sums.items()}
 
     def load(self, tensors: dict[str, Tensor]) -> None:
-        self.steps, self.samples, self.tokens = tensors["counts"].tolist()
+        self.steps, self.samples, self.tokens, self.real_tokens, self.flops = tensors["counts"].tolist()
         own = {name: value.to(self.device, copy=True) for name, value in tensors.items()}
         for name in ("loss", "norm", "skipped", "first_nonfinite"):
             setattr(self, name, own[name])
@@ -484,6 +514,12 @@ class Window:
 
 def _is_finite(loss: Tensor, norm: Tensor) -> Tensor:
     return torch.isfinite(loss) & torch.isfinite(norm)
+
+
+def check_wandb(project: str | None) -> None:
+    """Raises ConfigError where Weights & Biases is asked for, but not installed."""
+    if project is not None and importlib.util.find_spec("wandb") is None:
+        raise ConfigError(f'log.wandb is "{project}", but wandb is not installed: pip install wandb, or leave it out')
 
 
 def check_folder(folder: pathlib.Path, resume: bool = False) -> None:

@@ -1,5 +1,6 @@
 import itertools
 import json
+import threading
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from transformers import AutoTokenizer
 
 from abkd_fast import tasks
 from abkd_fast.config import ConfigError
-from abkd_fast.data import describe_long_rows, pack, read_rows, step_samples, tokenise
+from abkd_fast.data import ahead, describe_long_rows, pack, read_rows, step_samples, tokenise
 
 GOOD = {"instruction": "Say hello.", "input": "", "output": "Hello."}
 
@@ -212,3 +213,43 @@ def test_real_dolly_has_the_published_lengths(shared):
     assert int(total.max()) == 512
     note = describe_long_rows(rows, dataset, 512, 256)  # the papers' tools left the long prompts out already
     assert note == "198 of 11435 rows exceed 512 tokens and are cut"
+
+
+def test_items_made_ahead_are_the_same():
+    made = []
+
+    def items():
+        for number in range(5):
+            made.append(number)
+            yield number
+
+    coming = ahead(items())
+    assert next(coming) == 0
+    assert next(coming) == 1
+    assert list(coming) == [2, 3, 4]
+    assert made == [0, 1, 2, 3, 4]
+
+
+def test_an_error_ahead_reaches_the_caller():
+    def items():
+        yield 1
+        raise OSError("no such page")
+
+    coming = ahead(items())
+    assert next(coming) == 1
+    with pytest.raises(OSError, match="no such page"):
+        next(coming)
+
+
+def test_the_next_item_is_made_while_the_last_is_used():
+    begun = threading.Event()
+
+    def items():
+        yield 1
+        begun.set()
+        yield 2
+
+    coming = ahead(items())
+    assert next(coming) == 1
+    assert begun.wait(timeout=60)
+    coming.close()

@@ -203,14 +203,18 @@ def test_loss_and_gradient(tmp_path, text, method):
     run = Run(tmp_path / "run", student={"config": config})
     run_trainer = Trainer(load(run.arguments[1], overrides)[0])
     run_trainer._load()
-    samples, texts = next(run_trainer._batches()), run_trainer._blocks(0)
-    assert [len(texts), *{len(block["input_ids"]) for block in texts}] == [4, 128]
+    batch = next(run_trainer._batches())
+    assert [part.is_text for part in batch] == [False, False, True, True, True, True]
+    samples, texts = (
+        [s for part in batch if part.is_text == is_text for s in part.samples] for is_text in (False, True)
+    )
+    assert [len(samples), len(texts), *{len(block["input_ids"]) for block in texts}] == [4, 4, 128]
     captured = {}
     run_trainer.optimizer.register_step_pre_hook(
         lambda *_: captured.update({name: p.grad.clone() for name, p in run_trainer.student.named_parameters()})
     )
     weights = {name: p.detach().clone() for name, p in run_trainer.student.named_parameters()}
-    loss, _, parts = run_trainer._step(samples, texts)
+    loss, _, parts = run_trainer._step(batch)
     run_trainer.student.load_state_dict(weights, strict=False)
 
     model = run_trainer.student.model
@@ -257,6 +261,18 @@ def test_run_resumes_to_the_same_bits(tmp_path, monkeypatch, text, capsys):
     assert run("--resume") == 0
     assert "step-000005" in capsys.readouterr().out
     assert_same(run, undisturbed)
+
+
+def test_work_counts_text_and_samples_count_rows(tmp_path, text, capsys):
+    run = Run(tmp_path, f"data.pretrain.path={text}", "data.dev=null")
+    assert run("--dry-run") == 0
+    assert "blocks of 128 tokens, one a sample; weight 1" in capsys.readouterr().out
+    assert run() == 0
+    _, *others = Trainer(load(run.arguments[1], [*run.arguments[3::2], "run.name=other"])[0])._batches()
+    tokens = sum(part.tokens for batch in others[2:5] for part in batch)  # of the second point
+    assert tokens > 3 * 4 * 128
+    point = json.loads((run.folder / "metrics.jsonl").read_text().splitlines()[1])
+    assert point["tokens_per_second"] * point["seconds_per_sample"] == pytest.approx(tokens / 12)
 
 
 def test_weight_zero_leaves_the_text_unread(tmp_path):

@@ -88,8 +88,8 @@ def at_step(monkeypatch, number, action):
     """Calls `action` after the optimizer's step `number`, counted from 1 in this process."""
     step, count = Trainer._step, iter(range(1, 1000))
 
-    def wrapped(self, *batch):
-        result = step(self, *batch)
+    def wrapped(self, samples):
+        result = step(self, samples)
         if next(count) == number:
             action()
         return result
@@ -417,11 +417,11 @@ def poison(patch, poisoned):
     """Makes the gradient infinite in one step."""
     step = Trainer._step
 
-    def wrapped(self, *batch):
+    def wrapped(self, samples):
         hook = None
         if self.progress.step == poisoned:
             hook = next(self.student.parameters()).register_hook(lambda gradient: gradient * torch.inf)
-        result = step(self, *batch)
+        result = step(self, samples)
         if hook:
             hook.remove()
         return result
