@@ -34,7 +34,7 @@ def shared():
 def cache_folder(tmp_path, monkeypatch):
     """No test leaves a teacher's states or tokenised data in the user's folders, or finds any there."""
     folder = tmp_path / "cache"
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
     monkeypatch.setenv("ABKD_CACHE", str(folder))
     return folder
 
