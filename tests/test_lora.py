@@ -219,6 +219,13 @@ def trainer(run):
     return trainer
 
 
+@pytest.mark.parametrize("lora", [{"rank": 4}, None], ids=["lora", "all weights"])
+def test_weights_that_are_trained_are_float32(tmp_path, base, lora):
+    run = LoraRun(tmp_path, base, "train.dtype=bfloat16", student={"path": base, "lora": lora})
+    for parameter in trainer(run).student.parameters():
+        assert parameter.dtype == (torch.float32 if parameter.requires_grad else torch.bfloat16)
+
+
 def test_only_the_adapter_is_trained(tmp_path, base, monkeypatch):
     made = trainer(LoraRun(tmp_path, base))
     before = {name: p.detach().clone() for name, p in made.student.named_parameters()}
