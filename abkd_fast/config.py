@@ -108,8 +108,6 @@ class ModelConfig:
             raise ConfigError('config needs "model_type", for example "gpt2" or "llama"')
         if self.adapter is not None and self.lora is not None:
             raise ConfigError("give either adapter, to go on with one, or lora, for a new one")
-        if self.has_adapter and self.path is None:
-            raise ConfigError("an adapter needs the same weights every time, and config gives random ones; give path")
         _check_range(self, dropout=(0, 1))
 
     @property
@@ -230,6 +228,7 @@ class LogConfig:
     """metrics.jsonl, TensorBoard and the terminal."""
 
     every_steps: Annotated[int, "steps that one logged point sums up"] = 10
+    wandb: Annotated[str | None, "a project of Weights & Biases that gets the points too (needs wandb)"] = None
 
     def __post_init__(self) -> None:
         _check_range(self, every_steps=(1, math.inf))

@@ -8,7 +8,7 @@ import pathlib
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -51,25 +51,33 @@ def check(model: PreTrainedModel, spec: ModelConfig, key: str) -> None:
     if spec.lora is not None:
         _check_targets(model, spec, key)
     try:
-        settings = _settings(model, spec, key)
-        if settings.peft_type != peft.PeftType.LORA:
-            raise ConfigError(f"{source} is a {settings.peft_type.value} adapter, expected LORA")
-        with torch.device("meta"):
-            adapted = peft.PeftModel(model, settings)
-        saved = None if spec.adapter is None else peft.load_peft_weights(str(find(spec.adapter, key)), device="cpu")
+        ours = outline(model, spec, key)
+        theirs = ours if spec.adapter is None else peft.load_peft_weights(str(find(spec.adapter, key)), device="cpu")
     except ConfigError:
         raise
     except Exception as error:  # of many kinds: broken or foreign files, names of modules that aren't there
         raise ConfigError(f"{source} can't be used ({first_line(error)})") from None
     if model.get_output_embeddings() is not head:
         raise ConfigError(f"{source}: adapts the output projection, which has to stay as it is here")
-    if saved is not None:
-        shapes = peft.get_peft_model_state_dict(adapted, save_embedding_layers=False)
-        theirs, ours = ({name: list(tensor.shape) for name, tensor in x.items()} for x in (saved, shapes))
-        for name in sorted({*theirs, *ours}):
-            if theirs.get(name) != ours.get(name):
-                sizes = f"{name} is {theirs.get(name, 'missing')} there, expected {ours.get(name, 'none')}"
-                raise ConfigError(f"{source} doesn't fit {key}.path: {spec.path}: {sizes}")
+    sizes = [{name: list(tensor.shape) for name, tensor in tensors.items()} for tensors in (theirs, ours)]
+    for name in sorted({*theirs, *ours}):
+        there, here = (shapes.get(name, "missing") for shapes in sizes)
+        if there != here:
+            raise ConfigError(f"{source} doesn't fit {key}.path: {spec.path}: {name} is {there} there, {here} here")
+
+
+def outline(model: PreTrainedModel, spec: ModelConfig, key: str) -> dict[str, Tensor]:
+    """An adapter's tensors by name, without memory, from the outline of its model, which is changed.
+
+    Raises ConfigError for an adapter of another kind, and what peft raises.
+    """
+    import peft
+
+    settings = _settings(model, spec, key)
+    if settings.peft_type != peft.PeftType.LORA:
+        raise ConfigError(f"{key}.adapter: {spec.adapter} is a {settings.peft_type.value} adapter, expected LORA")
+    with torch.device("meta"):
+        return peft.get_peft_model_state_dict(peft.PeftModel(model, settings), save_embedding_layers=False)
 
 
 def _check_targets(model: PreTrainedModel, spec: ModelConfig, key: str) -> None:

@@ -8,6 +8,7 @@ import os
 import pathlib
 import warnings
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -81,6 +82,13 @@ def outline(config: PretrainedConfig) -> PreTrainedModel:
     """The model without memory for its weights: shapes alone."""
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config)
+
+
+def adapter_size(spec: ModelConfig, config: PretrainedConfig, key: str) -> int | None:
+    """How many weights a model's adapter has; None where it has no adapter."""
+    if not spec.has_adapter:
+        return None
+    return sum(tensor.numel() for tensor in lora.outline(outline(config), spec, key).values())
 
 
 def describe(model: nn.Module) -> str:
@@ -239,6 +247,17 @@ class PackedCausalLM(nn.Module):
             max_length_k=batch.max_seqlen,
         ).last_hidden_state  # [1, T, H]
         return states[0, batch.positions]
+
+    def compile(self, **options: Any) -> None:
+        """Compiles the layers, for any number of tokens; all of them share one piece of code.
+
+        Args:
+            options: of torch.compile.
+        """
+        layers = self.causal_lm.config.num_hidden_layers
+        stacks = (module for module in self.causal_lm.base_model.modules() if isinstance(module, nn.ModuleList))
+        for layer in next(stack for stack in stacks if len(stack) == layers):
+            layer.compile(dynamic=True, **options)
 
     def forward(self, batch: Batch, loss: Callable[..., Tensor]) -> Tensor:
         hidden = self.hidden_states(batch)

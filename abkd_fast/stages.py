@@ -10,10 +10,11 @@ from collections.abc import Iterator
 
 from rich.table import Table
 
-from . import models
+from . import checkpoint, models
 from .config import Config, ConfigError, ModelConfig
 from .data import read_rows
 from .logs import console
+from .plan import describe
 from .trainer import Trainer, check_folder
 
 
@@ -41,9 +42,41 @@ def run(stages: list[Config], resume: bool = False) -> list[dict]:
     return summaries
 
 
+def plan(stages: list[Config], resume: bool = False) -> None:
+    """Prints what `run` would do; loads no weights and writes no run folder. Raises ConfigError as `run` does."""
+    for index, config in enumerate(stages):
+        _check(config, {other.run.stage: other for other in stages[:index]})
+    students: dict[str, ModelConfig] = {}  # by stage
+    for config in stages:
+        specs = {role: _as_begun(spec, students) for role, spec in _models(config).items()}
+        students[config.run.stage] = specs["student"]
+        if "teacher" in specs:
+            specs["teacher"] = dataclasses.replace(specs["teacher"], lora=None)  # merged
+        console.print(f"[bold]{config.run.folder}[/bold]")
+        if _is_finished(_resolve(config), resume):
+            console.print("  is finished already: its result would be used")
+            continue
+        for line in describe(Trainer(dataclasses.replace(config, **specs), resume)):
+            console.print(line, markup=False)
+
+
+def _as_begun(spec: ModelConfig, students: dict[str, ModelConfig]) -> ModelConfig:
+    """The same model with what a stage will leave replaced by what that stage begins with: it has the same shapes."""
+    begun = {key: students[name] for key, name in spec.stages.items()}
+    if "path" in begun:
+        spec = dataclasses.replace(spec, path=begun["path"].path, config=begun["path"].config)
+    if "adapter" in begun:
+        spec = dataclasses.replace(spec, adapter=begun["adapter"].adapter, lora=begun["adapter"].lora)
+    return spec
+
+
 def _check(config: Config, earlier: dict[str, Config]) -> None:
     """Raises ConfigError for rows, models and references to stages that can't be used, before anything is trained."""
     for role, spec in _models(config).items():
+        if spec.has_adapter and spec.path is None:
+            raise ConfigError(
+                f"{role}: an adapter needs the same weights every time, config gives random ones: use path"
+            )
         for key, name in spec.stages.items():
             _check_reference(f"{role}.{key}: stage:{name}", key, name, spec, earlier)
         if "path" not in spec.stages:
@@ -86,7 +119,9 @@ def _is_finished(config: Config, resume: bool) -> bool:
     if not folder.exists():
         return False
     if not (folder / "config.json").exists():
-        check_folder(folder, resume and {path.name for path in folder.iterdir()} <= {"config.json.tmp"})
+        check_folder(
+            folder, resume and {path.name for path in folder.iterdir()} <= {"config.json.tmp", checkpoint.LOCK}
+        )
         return False
     finished = (folder / "final").exists()
     if finished and not resume and not config.run.stage:
