@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import json
 import math
+import os
 import pathlib
 import types
 import typing
@@ -17,6 +18,16 @@ RECIPES = pathlib.Path(__file__).parent / "recipes"
 
 class ConfigError(ValueError):
     """Something the user wrote, or pointed to, can't be used. The message is one line and says what to do."""
+
+
+def first_line(error: Exception) -> str:
+    """What a library's error says, for a ConfigError."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def looks_local(path: str) -> bool:
+    """Whether a text is meant as a path, not as a Hub name."""
+    return os.path.isabs(path) or path.startswith(".") or path.count("/") > 1
 
 
 def _check_range(section: object, **ranges: tuple[float, float]) -> None:
@@ -100,8 +111,20 @@ class ModelConfig:
         _check_range(self, dropout=(0, 1))
 
     @property
-    def is_stage(self) -> bool:
-        return self.path is not None and self.path.startswith("stage:")
+    def has_adapter(self) -> bool:
+        return self.adapter is not None or self.lora is not None
+
+    @property
+    def stages(self) -> dict[str, str]:
+        """The names of the stages that path and adapter refer to."""
+        values = {key: getattr(self, key) or "" for key in ("path", "adapter")}
+        return {key: value.removeprefix("stage:") for key, value in values.items() if value.startswith("stage:")}
+
+    def saved_in(self, folder: pathlib.Path) -> ModelConfig:
+        """The same model with the weights that training it left in a folder: the adapter's alone, where it has one."""
+        if self.has_adapter:
+            return dataclasses.replace(self, adapter=str(folder), lora=None)
+        return dataclasses.replace(self, path=str(folder), config=None)
 
 
 @_section
@@ -153,7 +176,7 @@ class CacheConfig:
 
 @_section
 class OptimConfig:
-    """AdamW; weights of one dimension (biases, norms) don't decay."""
+    """AdamW; weights of one dimension (biases, norms) don't decay, except a LoRA adapter's."""
 
     lr: Annotated[float, "peak learning rate"] = 5e-4
     min_lr: Annotated[float, "learning rate that the cosine ends at"] = 1e-7
@@ -265,6 +288,8 @@ class Config:
         _check_range(self, hard_weight=(0, 1), temperature=(1e-3, 1e3))
         if self.method != "sft" and self.teacher is None:
             raise ConfigError(f'teacher: missing, and method "{self.method}" needs one; give teacher.path')
+        if self.teacher is not None and self.teacher.lora is not None:
+            raise ConfigError("teacher.lora: a teacher is not trained; teacher.adapter merges an adapter into it")
         if self.tokenizer is None and self.student.path is None:
             raise ConfigError("tokenizer: missing, and a student with random weights brings none")
         if self.train.max_tokens < self.data.max_length:

@@ -85,7 +85,8 @@ class Trainer:
     def step_cost(self, cached: bool) -> costs.StepCost:
         """Of a step, with or without the teacher's cache."""
         teacher = costs.ModelCost(self.teacher_config) if self.method.needs_teacher else None
-        return costs.StepCost(costs.ModelCost(self.student_config), None, teacher, cached)
+        adapter = models.adapter_size(self.config.student, self.student_config, "student")
+        return costs.StepCost(costs.ModelCost(self.student_config), adapter, teacher, cached)
 
     def _load(self) -> None:
         config = self.config
@@ -93,21 +94,22 @@ class Trainer:
         self.checkpoints = checkpoint.Checkpoints(config.run.folder / "checkpoints", config.checkpoint.keep)
         self.saved = self.checkpoints.newest() if self.resume else None
         set_seed(config.run.seed)
-        student = config.student
-        if self.saved:
-            student = dataclasses.replace(student, path=str(self.saved), config=None)
+        student = config.student.saved_in(self.saved) if self.saved else config.student
         self.student = self._model(student, self.student_config, "student").train()
+        trained = [p for p in self.student.parameters() if p.requires_grad]
+        if config.train.gradient_checkpointing:
+            self.student.checkpoint_layers()
         if self.device.type == "cuda" and config.train.compile == "auto":
             self.student.compile()
         self.teacher = None
         if self.cache:
             load = functools.partial(self._model, config.teacher, self.teacher_config, "teacher")
-            optimizer_bytes = 12 * sum(p.numel() for p in self.student.parameters())  # gradients and two moments
+            optimizer_bytes = 12 * sum(p.numel() for p in trained)  # gradients and two moments
             with torch.random.fork_rng(devices=[]):  # dropout is the same whether the teacher's weights load or not
                 self.teacher = self.cache.open(load, self._precision, optimizer_bytes)
         optim = config.optim
-        decayed = [p for p in self.student.parameters() if p.requires_grad and p.dim() > 1]
-        others = [p for p in self.student.parameters() if p.requires_grad and p.dim() <= 1]
+        decayed = [p for p in trained if p.dim() > 1 or self.student.has_adapter]
+        others = [p for p in trained if p.dim() <= 1 and not self.student.has_adapter]
         groups = [{"params": decayed, "weight_decay": optim.weight_decay}, {"params": others, "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True)
         cosine = optim.schedule == "cosine"
@@ -124,9 +126,9 @@ class Trainer:
         self.cost = self.step_cost(isinstance(self.teacher, CachedTeacher))
 
     def _model(self, spec: ModelConfig, config: models.PretrainedConfig, key: str) -> models.PackedCausalLM:
-        # Master weights stay in float32; bfloat16 is the type of the computation only.
+        # What is trained stays in float32; there bfloat16 is the type of the computation only.
         storage = torch.float64 if self.dtype == torch.float64 else torch.float32
-        if key == "teacher" and self.dtype == torch.bfloat16:
+        if (key == "teacher" or spec.has_adapter) and self.dtype == torch.bfloat16:
             storage = torch.bfloat16
         model = models.load(spec, config, key, storage, self.device)
         with self._precision():
@@ -388,14 +390,12 @@ class Trainer:
         counts = {"student": self.student.model}
         if self.teacher:  # whose body may be gone
             counts["teacher"] = models.outline(self.teacher_config)
-        sizes = ", ".join(
-            f"{role} {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M ({model.config.model_type})"
-            for role, model in counts.items()
-        )
+        sizes = ", ".join(f"{role} {models.describe(model)}" for role, model in counts.items())
+        merged = f" with {config.teacher.adapter} merged" if self.teacher and config.teacher.adapter else ""
         lengths = torch.tensor(self.train_set["row_length"][:]).clamp(max=config.data.max_length)
         loss = f"  loss {config.loss}" if self.teacher else ""
         yield f"[bold]{config.run.folder}[/bold]  method {config.method}{loss}"
-        yield f"  models     {sizes}"
+        yield f"  models     {sizes}{merged}"
         yield (
             f"  data       {len(lengths)} rows, {lengths.float().mean():.0f} tokens each on average, "
             f"the first {self.where[0]}"
