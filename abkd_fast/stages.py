@@ -13,6 +13,7 @@ from . import models
 from .config import Config, ConfigError, ModelConfig
 from .data import read_rows
 from .logs import console
+from .recipe import load
 from .trainer import Trainer, check_folder
 
 
@@ -30,7 +31,7 @@ def run(stages: list[Config], resume: bool = False) -> list[dict]:
     for config in stages:
         if _is_finished(config, resume):
             console.print(f"[bold]{config.run.folder}[/bold]  is finished already: its result is used")
-            summary = json.loads((config.run.folder / "summary.json").read_text(encoding="utf-8"))
+            summary = _read_summary(config.run.folder)
         else:
             summary = Trainer(config, resume).train()
             console.print(f"saved {config.run.folder / 'final'}")
@@ -48,9 +49,12 @@ def _check(config: Config, earlier: set[str]) -> None:
         elif spec.path.removeprefix("stage:") not in earlier:
             known = ", ".join(sorted(earlier)) or "none"
             raise ConfigError(f"{key}.path: {spec.path}: no such stage before this one; earlier stages: {known}")
-    for source, limit in ((config.data.train, config.data.train_rows), (config.data.dev, config.data.dev_rows)):
-        if source is not None:
-            read_rows(source, limit)
+    for key in ("train", "dev"):
+        if (source := getattr(config.data, key)) is not None:
+            try:
+                read_rows(source, getattr(config.data, f"{key}_rows"))
+            except ConfigError as error:
+                raise ConfigError(f"data.{key}: {error}") from None
 
 
 def _models(config: Config) -> dict[str, ModelConfig]:
@@ -81,12 +85,20 @@ def _is_finished(config: Config, resume: bool) -> bool:
         check_folder(folder)
     if not finished and not resume:
         raise ConfigError(f"{folder} exists, but was not finished: add --resume, or choose another run.name")
-    then = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    changed = "; ".join(_differences(_deciding(then), _deciding(config.to_dict())))
+    (then,) = load(str(folder / "config.json"))
+    changed = "; ".join(_differences(_deciding(then.to_dict()), _deciding(config.to_dict())))
     if changed:
         way_out = "choose another run.name" if finished else "undo that to resume it, or choose another run.name"
         raise ConfigError(f"{folder} is the result of another configuration ({changed}): {way_out}")
     return finished
+
+
+def _read_summary(folder: pathlib.Path) -> dict:
+    path = folder / "summary.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} can't be read ({error}): move {folder} aside to run it again") from None
 
 
 def _deciding(values: dict) -> dict:

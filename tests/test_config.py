@@ -5,8 +5,8 @@ import time
 
 import pytest
 
-from abkd_fast import config
-from abkd_fast.config import Config, ConfigError, load
+from abkd_fast.config import Config, ConfigError
+from abkd_fast.recipe import RECIPES, load
 
 GOOD = {
     "run": {"name": "test"},
@@ -117,7 +117,7 @@ def test_stages_merge_and_take_their_own_overrides(write):
         load(write({**changed(), "stages": stages}), ["tow:optim.lr=1"])
 
 
-@pytest.mark.parametrize("recipe", [path.name for path in sorted(config.RECIPES.glob("*.json"))])
+@pytest.mark.parametrize("recipe", [path.name for path in sorted(RECIPES.glob("*.json"))])
 def test_packaged_recipes_are_valid(recipe):
     assert all(isinstance(stage, Config) for stage in load(recipe))
 

@@ -22,8 +22,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoModelForCausalLM
 
 from abkd_fast import checkpoint
-from abkd_fast.config import load
 from abkd_fast.data import batch_rows
+from abkd_fast.recipe import load
 from abkd_fast.train import INTERRUPTED, main
 from abkd_fast.trainer import Trainer
 

@@ -9,8 +9,8 @@ from conftest import LLAMA
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from abkd_fast import tasks
-from abkd_fast.config import load
 from abkd_fast.divergences import BY_NAME
+from abkd_fast.recipe import load
 from abkd_fast.train import main
 from abkd_fast.trainer import Trainer
 
