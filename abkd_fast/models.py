@@ -92,7 +92,7 @@ def read_tokenizer(path: str, key: str) -> PreTrainedTokenizerBase:
     if path == "quickstart":
         return tasks.tokenizer()
     folder = pathlib.Path(path)
-    if folder.is_dir() and not any(folder.glob(f"{kind}*") for kind in ("tokenizer", "vocab", "spiece")):
+    if folder.is_dir() and not any([*folder.glob(f"{kind}*")] for kind in ("tokenizer", "vocab", "spiece")):
         raise ConfigError(f"{key}: {path} is a folder without a tokenizer; name another as tokenizer")
     try:
         if not folder.exists() and (folder.is_absolute() or path.startswith(".") or path.count("/") > 1):

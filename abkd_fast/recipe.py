@@ -74,14 +74,17 @@ def _find(name: str, folder: pathlib.Path, where: str) -> pathlib.Path:
     try:
         if path.exists() and not path.is_dir():
             return path
+        is_folder = path.is_dir()
     except OSError as error:
         raise ConfigError(f"{where}{name}: can't be read ({error.strerror})") from None
     packaged = RECIPES / f"{name.removesuffix('.json')}.json"
     if packaged.parent == RECIPES and packaged.exists():
         return packaged
-    names = sorted(recipe.name for recipe in RECIPES.glob("*.json"))
-    near = difflib.get_close_matches(path.name, names, n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]}?" if near else f"packaged recipes are {', '.join(names)}"
+    if is_folder:
+        raise ConfigError(f"{where}{name}: is a folder, expected a JSON file")
+    names = sorted(recipe.stem for recipe in RECIPES.glob("*.json"))
+    near = difflib.get_close_matches(path.stem, names, n=1)
+    hint = f"did you mean {near[0]}.json?" if near else f"packaged recipes are {', '.join(names)}"
     raise ConfigError(f"{where}{name}: no such file; {hint}")
 
 

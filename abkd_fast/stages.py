@@ -78,7 +78,9 @@ def _is_finished(config: Config, resume: bool) -> bool:
     if not folder.exists():
         return False
     if not (folder / "config.json").exists():
-        check_folder(folder, resume and {path.name for path in folder.iterdir()} <= {"config.json.tmp"})
+        check_folder(
+            folder, resume and folder.is_dir() and {path.name for path in folder.iterdir()} <= {"config.json.tmp"}
+        )
         return False
     finished = (folder / "final").exists()
     if finished and not resume and not config.run.stage:
