@@ -38,21 +38,26 @@ def main(arguments: list[str] | None = None) -> int:
         default=[],
         metavar="KEY=VALUE",
         dest="overrides",
-        help="override a value, for example optim.lr=1e-4; distil:train.steps=50 changes the stage distil alone, and "
+        help="override a value, for example optim.lr=1e-4; abkd:train.steps=50 changes the stage abkd alone, and "
         "is the way to change what a stage sets itself",
     )
     parser.add_argument(
         "--resume", action="store_true", help="continue an interrupted run from its newest checkpoint, to the same bits"
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print the configuration in force, the data in numbers, steps, memory and cache, and train nothing",
     )
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parser.parse_args(arguments)
     try:
         stages = load(options.config, options.overrides)
         from .checkpoint import Interrupted  # after the configuration is known to be good: this loads PyTorch
-        from .stages import run
+        from .stages import plan, run
 
         try:
-            run(stages, options.resume)
+            (plan if options.dry_run else run)(stages, options.resume)
         except Interrupted as interruption:
             return _interrupted(str(interruption), arguments)
     except KeyboardInterrupt:  # outside of the loop, which handles signals itself: while models load, above all
