@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
-import os
 import pathlib
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import safetensors
 import torch
 from torch import Tensor, nn
 from transformers import (
@@ -44,10 +45,30 @@ def check_path(path: str, key: str) -> None:
             raise ConfigError(f"{key}: {path} holds a LoRA adapter: give it as {role}.adapter, and its base as {key}")
         if not (folder / "config.json").exists():
             raise ConfigError(f"{key}: {path} has no config.json; expected a model folder in Hugging Face layout")
-        if not [*folder.glob("*.safetensors"), *folder.glob("*.bin")]:
-            raise ConfigError(f"{key}: {path} has no weights (*.safetensors or *.bin)")
+        _check_weights(folder, key)
     elif looks_local(path):
         raise ConfigError(f"{key}: {path}: no such model folder")
+
+
+def _check_weights(folder: pathlib.Path, key: str) -> None:
+    """Raises ConfigError where files are missing, cut off, or Git's pointers to files. Reads their headers alone."""
+    files = [*folder.glob("*.safetensors"), *folder.glob("*.bin")]
+    if not files:
+        raise ConfigError(f"{key}: {folder} has no weights (*.safetensors or *.bin)")
+    for file in files:
+        try:
+            if file.suffix == ".safetensors":
+                safetensors.safe_open(file, "pt").__exit__(None, None, None)
+        except (OSError, safetensors.SafetensorError) as error:
+            raise ConfigError(f"{key}: {file} is damaged or incomplete ({error}): get it again") from None
+    index = folder / "model.safetensors.index.json"
+    try:
+        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values() if index.exists() else ()
+        missing = sorted(name for name in set(names) if not (folder / name).exists())
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        raise ConfigError(f"{key}: {index} is damaged: get it again") from None
+    if missing:
+        raise ConfigError(f"{key}: {folder} lacks {len(missing)} files of its index, the first: {missing[0]}")
 
 
 def read_config(spec: ModelConfig, key: str) -> PretrainedConfig:
@@ -108,8 +129,11 @@ def read_tokenizer(path: str, key: str) -> PreTrainedTokenizerBase:
     """A tokenizer; "quickstart" is the one made for the generated tasks. Raises ConfigError where there is none."""
     if path == "quickstart":
         return tasks.tokenizer()
+    folder = pathlib.Path(path)
+    if folder.is_dir() and not any([*folder.glob(f"{kind}*")] for kind in ("tokenizer", "vocab", "spiece")):
+        raise ConfigError(f"{key}: {path} is a folder without a tokenizer; name another as tokenizer")
     try:
-        if os.sep in path and not pathlib.Path(path).exists() and path.count("/") > 1:
+        if not folder.exists() and (folder.is_absolute() or path.startswith(".") or path.count("/") > 1):
             raise OSError("no such folder")
         tokenizer = AutoTokenizer.from_pretrained(path)
     except Exception as error:  # of many kinds: a broken file, no network, a missing package

@@ -15,6 +15,7 @@ from .config import Config, ConfigError, ModelConfig
 from .data import DEV, TRAIN, read_rows
 from .logs import console
 from .plan import describe
+from .recipe import load
 from .trainer import Trainer, check_folder
 
 
@@ -32,7 +33,7 @@ def run(stages: list[Config], resume: bool = False) -> list[dict]:
     for config in stages:
         if _is_finished(config, resume):
             console.print(f"[bold]{config.run.folder}[/bold]  is finished already: its result is used")
-            summary = json.loads((config.run.folder / "summary.json").read_text(encoding="utf-8"))
+            summary = _read_summary(config.run.folder)
         else:
             summary = Trainer(config, resume).train()
             console.print(f"saved {config.run.folder / 'final'}")
@@ -81,12 +82,14 @@ def _check(config: Config, earlier: dict[str, Config]) -> None:
             _check_reference(f"{role}.{key}: stage:{name}", key, name, spec, earlier)
         if "path" not in spec.stages:
             models.read_config(dataclasses.replace(spec, adapter=None) if "adapter" in spec.stages else spec, role)
-    data = config.data
-    read_rows(data.train, data.train_rows, TRAIN)
-    if data.dev is not None:
-        read_rows(data.dev, data.dev_rows, DEV)
-    if data.adds_text:
-        pretrain.check_source(data.pretrain.path)
+    for key, split in (("train", TRAIN), ("dev", DEV)):
+        if (source := getattr(config.data, key)) is not None:
+            try:
+                read_rows(source, getattr(config.data, f"{key}_rows"), split)
+            except ConfigError as error:
+                raise ConfigError(f"data.{key}: {error}") from None
+    if config.data.adds_text:
+        pretrain.check_source(config.data.pretrain.path)
 
 
 def _check_reference(where: str, key: str, name: str, spec: ModelConfig, earlier: dict[str, Config]) -> None:
@@ -122,21 +125,28 @@ def _is_finished(config: Config, resume: bool) -> bool:
     if not folder.exists():
         return False
     if not (folder / "config.json").exists():
-        check_folder(
-            folder, resume and {path.name for path in folder.iterdir()} <= {"config.json.tmp", checkpoint.LOCK}
-        )
+        is_begun = folder.is_dir() and {path.name for path in folder.iterdir()} <= {"config.json.tmp", checkpoint.LOCK}
+        check_folder(folder, resume and is_begun)
         return False
     finished = (folder / "final").exists()
     if finished and not resume and not config.run.stage:
         check_folder(folder)
     if not finished and not resume:
         raise ConfigError(f"{folder} exists, but was not finished: add --resume, or choose another run.name")
-    then = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    changed = "; ".join(_differences(_deciding(then), _deciding(config.to_dict())))
+    (then,) = load(str(folder / "config.json"))
+    changed = "; ".join(_differences(_deciding(then.to_dict()), _deciding(config.to_dict())))
     if changed:
         way_out = "choose another run.name" if finished else "undo that to resume it, or choose another run.name"
         raise ConfigError(f"{folder} is the result of another configuration ({changed}): {way_out}")
     return finished
+
+
+def _read_summary(folder: pathlib.Path) -> dict:
+    path = folder / "summary.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} can't be read ({error}): move {folder} aside to run it again") from None
 
 
 def _deciding(values: dict) -> dict:

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import importlib.util
 import json
+import math
 import os
 import pathlib
 import time
@@ -189,22 +190,43 @@ class Trainer:
         if isinstance(self.teacher, CachedTeacher):
             seconds = self.teacher.saved(progress.samples - self.resumed_samples)
             console.print(f"the teacher's cache saved about {seconds:.1f} s")
+        step, dev_loss, saved = self._selected()
         summary = {
             "method": self.config.method,
             "steps": self.steps,
+            "selected_step": step,
             "skipped_steps": progress.skipped_steps,
             "dev_loss_before": progress.first_dev_loss,
-            "dev_loss": progress.dev_loss,
+            "dev_loss": dev_loss,
             "seconds_per_sample": progress.seconds / progress.samples,
             "peak_memory_bytes": peak_memory(self.device),
         }
         try:
             checkpoint.atomic_write(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
             with checkpoint.atomic_folder(folder / "final") as final:
-                self.student.save(final, self.tokenizer)
+                if saved:
+                    checkpoint.copy_model(saved, final)
+                else:
+                    self.student.save(final, self.tokenizer)
         except checkpoint.WRITE_ERRORS as error:
             raise Interrupted(f"{folder / 'final'} can't be written ({error}): make room") from None
         return summary
+
+    def _selected(self) -> tuple[int, float | None, pathlib.Path | None]:
+        """The step whose weights `final` gets, its development loss, and its checkpoint (None: the weights in memory).
+
+        The last step, unless eval.select asks for the lowest development loss, and its checkpoint is whole.
+        """
+        last = self.steps, self.progress.dev_loss, None
+        if self.config.eval.select == "last" or self.progress.best is None or self.progress.best[1] == self.steps:
+            return last
+        loss, step = self.progress.best
+        saved = self.checkpoints.folder_of(step)
+        if reason := checkpoint.damage(saved):
+            console.print(f"[bold red]damaged[/] {saved} ({reason}), of the lowest dev loss: the last step is taken")
+            return last
+        console.print(f"step {step} is taken, of the lowest dev loss, {loss:.4f}")
+        return step, loss, saved
 
     def _step(self, batch: list[Batch]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """One optimizer step; returns its loss, gradient norm, and the loss's parts, still on the device."""
@@ -283,15 +305,15 @@ class Trainer:
         due = progress.step and progress.step % (self.config.checkpoint.every_steps or self.steps_per_epoch) == 0
         if self.saved != saved and (stop or ((due or improved) and progress.step < self.steps)):
             self._save(log)
-        if improved and self.saved != saved:
-            progress.best = best  # of those that could be written
+        if improved and self.saved != saved and progress.step < self.steps:
+            progress.best = best  # of those that could be written; the last step's weights are still at hand
         if stop:
             kept = f"{self.saved} is saved" if self.saved == saved else f"last checkpoint: {self.saved or 'none'}"
             raise Interrupted(f"{stop} after step {progress.step} of {self.steps}; {kept}")
 
     def _evaluation_is_due(self) -> bool:
-        step, every = self.progress.step, self.config.eval.every_steps
-        due = step in (0, self.steps) or (every and step % every == 0)
+        step = self.progress.step
+        due = step in (0, self.steps) or step % (self.config.eval.every_steps or self.steps_per_epoch) == 0
         return due and self.dev_set is not None and self.progress.evaluated_step != step
 
     def _evaluate(self, log: RunLog) -> bool:
@@ -444,7 +466,7 @@ class Progress:
         if self.step == 0:
             self.first_dev_loss = loss
             return False
-        improved = self.best is None or loss < self.best[0]
+        improved = loss < (self.best[0] if self.best else math.inf)  # never a loss that is no number
         if improved:
             self.best = loss, self.step
         return improved
