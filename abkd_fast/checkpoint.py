@@ -216,6 +216,13 @@ class Checkpoints:
         return path
 
 
+def copy_model(folder: pathlib.Path, target: pathlib.Path) -> None:
+    """Copies the files of a checkpoint's model, without the trainer's, into an existing folder."""
+    for file in folder.iterdir():
+        if file.name not in (MANIFEST, STATE, TENSORS):
+            shutil.copy(file, target)
+
+
 def load(folder: pathlib.Path) -> tuple[dict[str, Tensor], dict]:
     """Tensors and state as given to `save`."""
     return load_file(folder / TENSORS), json.loads((folder / STATE).read_text(encoding="utf-8"))

@@ -115,7 +115,7 @@ def _saved_bytes(config: PretrainedConfig, layers: int, batch: Batch, dtype: tor
     with FakeTensorMode(allow_non_fake_inputs=True), torch.autocast("cpu", dtype, enabled=half):
         model = models.PackedCausalLM(AutoModelForCausalLM.from_config(config, dtype=storage), "student").train()
         if recompute:
-            model.model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.checkpoint_layers()
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             model.hidden_states(batch)
         weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import importlib.util
 import json
+import math
 import os
 import pathlib
 import time
@@ -85,7 +86,8 @@ class Trainer:
     def step_cost(self, cached: bool) -> costs.StepCost:
         """Of a step, with or without the teacher's cache."""
         teacher = costs.ModelCost(self.teacher_config) if self.method.needs_teacher else None
-        return costs.StepCost(costs.ModelCost(self.student_config), None, teacher, cached)
+        adapter = models.adapter_size(self.config.student, self.student_config, "student")
+        return costs.StepCost(costs.ModelCost(self.student_config), adapter, teacher, cached)
 
     def _load(self) -> None:
         config = self.config
@@ -93,21 +95,22 @@ class Trainer:
         self.checkpoints = checkpoint.Checkpoints(config.run.folder / "checkpoints", config.checkpoint.keep)
         self.saved = self.checkpoints.newest() if self.resume else None
         set_seed(config.run.seed)
-        student = config.student
-        if self.saved:
-            student = dataclasses.replace(student, path=str(self.saved), config=None)
+        student = config.student.saved_in(self.saved) if self.saved else config.student
         self.student = self._model(student, self.student_config, "student").train()
+        trained = [p for p in self.student.parameters() if p.requires_grad]
+        if config.train.gradient_checkpointing:
+            self.student.checkpoint_layers()
         if self.device.type == "cuda" and config.train.compile == "auto":
             self.student.compile()
         self.teacher = None
         if self.cache:
             load = functools.partial(self._model, config.teacher, self.teacher_config, "teacher")
-            optimizer_bytes = 12 * sum(p.numel() for p in self.student.parameters())  # gradients and two moments
+            optimizer_bytes = 12 * sum(p.numel() for p in trained)  # gradients and two moments
             with torch.random.fork_rng(devices=[]):  # dropout is the same whether the teacher's weights load or not
                 self.teacher = self.cache.open(load, self._precision, optimizer_bytes)
         optim = config.optim
-        decayed = [p for p in self.student.parameters() if p.requires_grad and p.dim() > 1]
-        others = [p for p in self.student.parameters() if p.requires_grad and p.dim() <= 1]
+        decayed = [p for p in trained if p.dim() > 1 or self.student.has_adapter]
+        others = [p for p in trained if p.dim() <= 1 and not self.student.has_adapter]
         groups = [{"params": decayed, "weight_decay": optim.weight_decay}, {"params": others, "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True)
         cosine = optim.schedule == "cosine"
@@ -124,9 +127,9 @@ class Trainer:
         self.cost = self.step_cost(isinstance(self.teacher, CachedTeacher))
 
     def _model(self, spec: ModelConfig, config: models.PretrainedConfig, key: str) -> models.PackedCausalLM:
-        # Master weights stay in float32; bfloat16 is the type of the computation only.
+        # What is trained stays in float32; there bfloat16 is the type of the computation only.
         storage = torch.float64 if self.dtype == torch.float64 else torch.float32
-        if key == "teacher" and self.dtype == torch.bfloat16:
+        if (key == "teacher" or spec.has_adapter) and self.dtype == torch.bfloat16:
             storage = torch.bfloat16
         model = models.load(spec, config, key, storage, self.device)
         with self._precision():
@@ -187,22 +190,43 @@ class Trainer:
         if isinstance(self.teacher, CachedTeacher):
             seconds = self.teacher.saved(progress.samples - self.resumed_samples)
             console.print(f"the teacher's cache saved about {seconds:.1f} s")
+        step, dev_loss, saved = self._selected()
         summary = {
             "method": self.config.method,
             "steps": self.steps,
+            "selected_step": step,
             "skipped_steps": progress.skipped_steps,
             "dev_loss_before": progress.first_dev_loss,
-            "dev_loss": progress.dev_loss,
+            "dev_loss": dev_loss,
             "seconds_per_sample": progress.seconds / progress.samples,
             "peak_memory_bytes": peak_memory(self.device),
         }
         try:
             checkpoint.atomic_write(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
             with checkpoint.atomic_folder(folder / "final") as final:
-                self.student.save(final, self.tokenizer)
+                if saved:
+                    checkpoint.copy_model(saved, final)
+                else:
+                    self.student.save(final, self.tokenizer)
         except checkpoint.WRITE_ERRORS as error:
             raise Interrupted(f"{folder / 'final'} can't be written ({error}): make room") from None
         return summary
+
+    def _selected(self) -> tuple[int, float | None, pathlib.Path | None]:
+        """The step whose weights `final` gets, its development loss, and its checkpoint (None: the weights in memory).
+
+        The last step, unless eval.select asks for the lowest development loss, and its checkpoint is whole.
+        """
+        last = self.steps, self.progress.dev_loss, None
+        if self.config.eval.select == "last" or self.progress.best is None or self.progress.best[1] == self.steps:
+            return last
+        loss, step = self.progress.best
+        saved = self.checkpoints.folder_of(step)
+        if reason := checkpoint.damage(saved):
+            console.print(f"[bold red]damaged[/] {saved} ({reason}), of the lowest dev loss: the last step is taken")
+            return last
+        console.print(f"step {step} is taken, of the lowest dev loss, {loss:.4f}")
+        return step, loss, saved
 
     def _step(self, batch: list[Batch]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """One optimizer step; returns its loss, gradient norm, and the loss's parts, still on the device."""
@@ -281,15 +305,15 @@ class Trainer:
         due = progress.step and progress.step % (self.config.checkpoint.every_steps or self.steps_per_epoch) == 0
         if self.saved != saved and (stop or ((due or improved) and progress.step < self.steps)):
             self._save(log)
-        if improved and self.saved != saved:
-            progress.best = best  # of those that could be written
+        if improved and self.saved != saved and progress.step < self.steps:
+            progress.best = best  # of those that could be written; the last step's weights are still at hand
         if stop:
             kept = f"{self.saved} is saved" if self.saved == saved else f"last checkpoint: {self.saved or 'none'}"
             raise Interrupted(f"{stop} after step {progress.step} of {self.steps}; {kept}")
 
     def _evaluation_is_due(self) -> bool:
-        step, every = self.progress.step, self.config.eval.every_steps
-        due = step in (0, self.steps) or (every and step % every == 0)
+        step = self.progress.step
+        due = step in (0, self.steps) or step % (self.config.eval.every_steps or self.steps_per_epoch) == 0
         return due and self.dev_set is not None and self.progress.evaluated_step != step
 
     def _evaluate(self, log: RunLog) -> bool:
@@ -388,14 +412,12 @@ class Trainer:
         counts = {"student": self.student.model}
         if self.teacher:  # whose body may be gone
             counts["teacher"] = models.outline(self.teacher_config)
-        sizes = ", ".join(
-            f"{role} {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M ({model.config.model_type})"
-            for role, model in counts.items()
-        )
+        sizes = ", ".join(f"{role} {models.describe(model)}" for role, model in counts.items())
+        merged = f" with {config.teacher.adapter} merged" if self.teacher and config.teacher.adapter else ""
         lengths = torch.tensor(self.train_set["row_length"][:]).clamp(max=config.data.max_length)
         loss = f"  loss {config.loss}" if self.teacher else ""
         yield f"[bold]{config.run.folder}[/bold]  method {config.method}{loss}"
-        yield f"  models     {sizes}"
+        yield f"  models     {sizes}{merged}"
         yield (
             f"  data       {len(lengths)} rows, {lengths.float().mean():.0f} tokens each on average, "
             f"the first {self.where[0]}"
@@ -444,7 +466,7 @@ class Progress:
         if self.step == 0:
             self.first_dev_loss = loss
             return False
-        improved = self.best is None or loss < self.best[0]
+        improved = loss < (self.best[0] if self.best else math.inf)  # never a loss that is no number
         if improved:
             self.best = loss, self.step
         return improved

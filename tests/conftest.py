@@ -9,6 +9,7 @@ import pytest
 # Two threads that spin for each other crawl when tests share the machine; sleeping threads do not. OpenMP reads this
 # when torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test asks the Hub
 
 import datasets
 import torch

@@ -45,7 +45,7 @@ def test_activations_are_those_that_autograd_keeps(config, recompute):
     (batch,) = pack(samples([40, 17, 60]), max_tokens=128)
     model = build(config, torch.float32, num_hidden_layers=5).train()
     if recompute:
-        model.model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.checkpoint_layers()
     kept = {}
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.setdefault(t.data_ptr(), t), lambda t: t):
         model.hidden_states(batch)
