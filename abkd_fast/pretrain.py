@@ -77,16 +77,15 @@ def _find_files(source: str) -> list[pathlib.Path]:
     Raises ConfigError where there are none.
     """
     path = pathlib.Path(source)
-    if path.is_dir():
-        files = indexed.find(source, TRAIN) or sorted([*path.glob("*.jsonl"), *path.glob("*.txt")])
-        if not files:
-            raise ConfigError(f"data.pretrain: {source}: a folder without .jsonl, .txt or .bin files")
-        return files
-    if path.suffix not in (".jsonl", ".txt", ".bin", ".idx"):
-        raise ConfigError(f"data.pretrain: {source}: expected a folder, or a .jsonl, .txt or .bin file")
-    if not path.is_file():
+    if not path.exists():
         raise ConfigError(f"data.pretrain: {source}: no such file or folder")
-    return indexed.find(source, TRAIN) or [path]
+    files = indexed.find(source, TRAIN)
+    if not files:
+        there = path.iterdir() if path.is_dir() else [path]
+        files = sorted(file for file in there if file.suffix in (".jsonl", ".txt"))
+    if not files:
+        raise ConfigError(f"data.pretrain: {source}: expected a .jsonl, .txt or .bin file, or a folder with some")
+    return files
 
 
 def _read_documents(path: pathlib.Path) -> Iterator[Iterator[str]]:

@@ -13,8 +13,9 @@ from test_resume import Killed, Run, assert_same, at_step, crash, poison
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from abkd_fast import pretrain, tasks, trainer
-from abkd_fast.config import ConfigError, PretrainConfig, load
+from abkd_fast.config import ConfigError, PretrainConfig
 from abkd_fast.data import read_rows, step_samples
+from abkd_fast.recipe import load
 from abkd_fast.trainer import Trainer
 
 TEXTS = [
@@ -115,7 +116,8 @@ def test_half_written_result_is_never_used(write_jsonl, monkeypatch, error, rais
 
 BAD = {
     "none.jsonl": (None, "none.jsonl: no such file or folder"),
-    "text.parquet": ("x", "expected a folder, or a .jsonl, .txt or .bin file"),
+    "none": (None, "none: no such file or folder"),
+    "text.parquet": ("x", "expected a .jsonl, .txt or .bin file, or a folder with some"),
     "one.jsonl": ('{"text": "Hello."}', "is too short for one block of data.max_length = 16"),
     "empty.jsonl": ("", "is too short for one block"),
     "empty.txt": ("", "is too short for one block"),
@@ -143,7 +145,7 @@ def test_bad_text_is_named(tmp_path, name):
 
 
 def test_bad_folders_and_foreign_ids_are_named(tmp_path, write_indexed):
-    with pytest.raises(ConfigError, match=r"a folder without \.jsonl, \.txt or \.bin files"):
+    with pytest.raises(ConfigError, match=r"expected a .* or a folder with some"):
         blocks(tmp_path)
     with pytest.raises(ConfigError, match="item 2: has token id 65535, but the tokenizer has 840 tokens"):
         blocks(write_indexed([[1, 2, 3], [4, 65535, 5]]))
