@@ -132,8 +132,8 @@ class PretrainConfig:
     """Plain text whose language-modelling loss is added in every step, as the papers do: one block a sample."""
 
     path: Annotated[str, "JSONL file or folder of them with text, plain .txt, or the papers' .bin and .idx files"]
-    weight: Annotated[float, "factor of its mean cross-entropy"] = 1.0
-    rows: Annotated[int | None, "use only the first documents"] = None
+    weight: Annotated[float, "factor of its mean cross-entropy; 0 leaves the text unread"] = 1.0
+    rows: Annotated[int | None, "use only the first documents (of binary files: items)"] = None
 
     def __post_init__(self) -> None:
         _check_range(self, weight=(0, math.inf), rows=(1, math.inf))
@@ -141,9 +141,11 @@ class PretrainConfig:
 
 @_section
 class DataConfig:
-    """Rows with instruction, input and output, or prompt and output, or messages: JSONL file, folder, or Hub name."""
+    """Rows with instruction, input and output, prompt and output, or messages; or the papers' .bin and .idx files."""
 
-    train: Annotated[str, 'training rows; "quickstart:train" are tasks that the package generates']
+    train: Annotated[
+        str, 'training rows; JSONL or .bin file, folder or Hub name; "quickstart:train" are generated tasks'
+    ]
     dev: Annotated[str | None, "rows whose loss is reported during training"] = None
     train_rows: Annotated[int | None, "use only the first rows"] = None
     dev_rows: Annotated[int | None, "use only the first rows"] = None
@@ -154,6 +156,10 @@ class DataConfig:
     def __post_init__(self) -> None:
         _check_range(self, train_rows=(1, math.inf), dev_rows=(1, math.inf), max_length=(2, math.inf))
         _check_range(self, max_prompt_length=(1, math.inf))
+
+    @property
+    def adds_text(self) -> bool:
+        return self.pretrain is not None and self.pretrain.weight > 0
 
 
 @_section

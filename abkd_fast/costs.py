@@ -73,14 +73,14 @@ class StepCost:
     teacher: ModelCost | None
     cached: bool
 
-    def flops(self, samples: list[dict]) -> int:
-        """Of one step, as algorithms need them: recomputed layers don't count."""
+    def flops(self, samples: list[dict], taught: bool = True) -> int:
+        """Of one step, as algorithms need them: recomputed layers don't count. Plain text is not `taught`."""
         lengths = [len(sample["input_ids"]) for sample in samples]
         tokens, squares = sum(lengths), sum(length * length for length in lengths)
         responses = tokens - sum(sample["prompt_length"] for sample in samples)
         passes = 3 if self.adapter is None else 2  # forward, gradients of the activations, and of the weights
         flops = passes * (self.student.body_flops(tokens, squares) + self.student.head_flops(responses))
-        if self.teacher:
+        if self.teacher and taught:
             flops += self.teacher.head_flops(responses)
             flops += 0 if self.cached else self.teacher.body_flops(tokens, squares)
         return flops

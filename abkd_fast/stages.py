@@ -10,9 +10,9 @@ from collections.abc import Iterator
 
 from rich.table import Table
 
-from . import checkpoint, models
+from . import checkpoint, models, pretrain
 from .config import Config, ConfigError, ModelConfig
-from .data import read_rows
+from .data import DEV, TRAIN, read_rows
 from .logs import console
 from .plan import describe
 from .trainer import Trainer, check_folder
@@ -81,9 +81,12 @@ def _check(config: Config, earlier: dict[str, Config]) -> None:
             _check_reference(f"{role}.{key}: stage:{name}", key, name, spec, earlier)
         if "path" not in spec.stages:
             models.read_config(dataclasses.replace(spec, adapter=None) if "adapter" in spec.stages else spec, role)
-    for source, limit in ((config.data.train, config.data.train_rows), (config.data.dev, config.data.dev_rows)):
-        if source is not None:
-            read_rows(source, limit)
+    data = config.data
+    read_rows(data.train, data.train_rows, TRAIN)
+    if data.dev is not None:
+        read_rows(data.dev, data.dev_rows, DEV)
+    if data.adds_text:
+        pretrain.check_source(data.pretrain.path)
 
 
 def _check_reference(where: str, key: str, name: str, spec: ModelConfig, earlier: dict[str, Config]) -> None:

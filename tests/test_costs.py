@@ -35,6 +35,7 @@ def test_teacher_and_adapter_in_a_step():
     body, head = cost.body_flops(tokens, squares), cost.head_flops(responses)
     assert costs.StepCost(cost, None, cost, False).flops(rows) == 4 * (body + head)
     assert costs.StepCost(cost, None, cost, True).flops(rows) == 3 * body + 4 * head
+    assert costs.StepCost(cost, None, cost, False).flops(rows, taught=False) == 3 * (body + head)
     assert costs.StepCost(cost, 100, None, False).flops(rows) == 2 * (body + head)
 
 

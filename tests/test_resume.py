@@ -341,7 +341,7 @@ def test_changed_data_are_refused(tmp_path, monkeypatch, write_jsonl, capsys):
     rows[3]["output"] = "another"
     write_jsonl(rows)
     assert run("--resume") == 2
-    assert "rows or tokenizer have changed since" in capsys.readouterr().err
+    assert "data.train: its text or the tokenizer has changed since" in capsys.readouterr().err
 
 
 def test_newest_and_best_stay_and_are_models(tmp_path, monkeypatch):

@@ -118,7 +118,7 @@ def test_step_is_the_token_mean_gradient(recipe):
         lambda *_: captured.update({name: p.grad.clone() for name, p in trainer.student.named_parameters()})
     )
     weights = {name: p.detach().clone() for name, p in trainer.student.named_parameters()}
-    loss, norm = trainer._step(batch)
+    loss, norm, _ = trainer._step(batch)
     trainer.student.load_state_dict(weights, strict=False)
 
     model = trainer.student.model
