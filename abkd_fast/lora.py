@@ -47,7 +47,8 @@ def check(model: PreTrainedModel, spec: ModelConfig, key: str) -> None:
     import peft
 
     source = f"{key}.adapter: {spec.adapter}" if spec.adapter else f"{key}.lora.targets: {', '.join(spec.lora.targets)}"
-    head = model.get_output_embeddings()
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    tied = head.weight is embeddings.weight
     if spec.lora is not None:
         _check_targets(model, spec, key)
     try:
@@ -57,7 +58,7 @@ def check(model: PreTrainedModel, spec: ModelConfig, key: str) -> None:
         raise
     except Exception as error:  # of many kinds: broken or foreign files, names of modules that aren't there
         raise ConfigError(f"{source} can't be used ({first_line(error)})") from None
-    if model.get_output_embeddings() is not head:
+    if model.get_output_embeddings() is not head or (tied and model.get_input_embeddings() is not embeddings):
         raise ConfigError(f"{source}: adapts the output projection, which has to stay as it is here")
     sizes = [{name: list(tensor.shape) for name, tensor in tensors.items()} for tensors in (theirs, ours)]
     for name in sorted({*theirs, *ours}):

@@ -113,7 +113,7 @@ def adapter_size(spec: ModelConfig, config: PretrainedConfig, key: str) -> int |
 
 
 def describe(model: nn.Module) -> str:
-    """Size and kind, and what is trained where that is an adapter: "3432.1M (llama), LoRA rank 16: 5.3M trained"."""
+    """Size and kind, and what is trained where that is an adapter: "3431.8M (llama), LoRA rank 16: 5.3M trained"."""
 
     def millions(parameters: Iterator[Tensor]) -> str:
         return f"{sum(p.numel() for p in parameters) / 1e6:.1f}M"

@@ -407,6 +407,10 @@ BAD = {
         {"student": {"path": "@base", "adapter": "@with_head"}},
         "adapts the output projection",
     ),
+    "tied output projection": (
+        {"student": {"path": "@gpt2-base", "adapter": "@with_embeddings"}},
+        "adapts the output projection",
+    ),
     "no folder": ({"student": {"path": "@base", "adapter": "./nowhere"}}, "./nowhere: no such adapter folder"),
     "whole model as adapter": (
         {"student": {"path": "@base", "adapter": "@base"}},
@@ -458,6 +462,7 @@ def places(tmp_path_factory):
     save_adapter(root / "wider", save_model(root / "wider-base", {**SMALL, "hidden_size": 32}))
     save_adapter(root / "deeper", save_model(root / "deeper-base", {**SMALL, "num_hidden_layers": 3}))
     save_adapter(root / "gpt2", save_model(root / "gpt2-base", {**GPT2, **END, "vocab_size": 1024}))
+    save_adapter(root / "with_embeddings", root / "gpt2-base", target_modules=["wte"])
     ia3 = peft.IA3Config(task_type="CAUSAL_LM", target_modules=["k_proj"], feedforward_modules=[])
     peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base), ia3).save_pretrained(root / "ia3")
     for name in ("broken", "cut"):
