@@ -486,8 +486,12 @@ def test_evaluations_once_an_epoch_by_default(tmp_path):
 def test_stop_while_models_load(tmp_path, monkeypatch, undisturbed, capsys):
     """Outside of the loop, Ctrl-C has no step to finish: it prints how to continue, and no traceback."""
     run = Run(tmp_path)
+
+    def load(*arguments):
+        raise KeyboardInterrupt
+
     with monkeypatch.context() as patch:
-        patch.setattr("abkd_fast.models.load", lambda *arguments: os.kill(os.getpid(), signal.SIGINT))
+        patch.setattr("abkd_fast.models.load", load)
         assert run() == INTERRUPTED
     message, command = capsys.readouterr().err.splitlines()
     assert message == "interrupted; continue with:"
