@@ -1,5 +1,6 @@
 """LoRA adapters and recomputed layers, against peft and transformers used plainly: padded, whole logits, float64."""
 
+import itertools
 import json
 import pathlib
 import shutil
@@ -15,10 +16,11 @@ from test_resume import Killed, Run, assert_same, at_step, crash
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from abkd_fast import attention, fused_linear, models, tasks
-from abkd_fast.config import ConfigError, ModelConfig, load
+from abkd_fast.config import ConfigError, ModelConfig
 from abkd_fast.data import pack
 from abkd_fast.divergences import AlphaBeta
 from abkd_fast.ops import divergence_loss
+from abkd_fast.recipe import load
 from abkd_fast.train import main
 from abkd_fast.trainer import Trainer
 
@@ -517,11 +519,15 @@ def test_llama_recipe_at_reduced_size(tmp_path, shared, capsys):
     small = save_model(tmp_path / "small", {**llama, "num_hidden_layers": 1}, tokenizer)
     large = save_model(tmp_path / "large", {**llama, "num_hidden_layers": 2}, tokenizer, seed=1)
     dolly = shared / "data" / "dolly"
+    with (dolly / "train.jsonl").open(encoding="utf-8") as rows:
+        texts = [json.loads(row)["output"] for row in itertools.islice(rows, 30)]
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(texts), encoding="utf-8")
     overrides = [
         *(f"run.dir={tmp_path}", f"student.path={small}", f"teacher:student.path={large}"),
-        *(f"distil:teacher.path={large}", f"data.train={dolly / 'train.jsonl'}", f"data.dev={dolly / 'dev.jsonl'}"),
+        *(f"teacher.path={large}", f"data.train={dolly / 'train.jsonl'}", f"data.dev={dolly / 'dev.jsonl'}"),
         *("data.train_rows=4", "data.dev_rows=2", "train.batch_size=2", "train.steps=2"),
-        *("init:train.batch_size=2", "init:eval.every_steps=1"),
+        *("init:train.batch_size=2", "init:eval.every_steps=1", f"data.pretrain.path={text}"),
     ]
     arguments = ["--config", "llama.json", *(part for override in overrides for part in ("--set", override))]
     assert main([*arguments, "--dry-run"]) == 0
@@ -530,7 +536,7 @@ def test_llama_recipe_at_reduced_size(tmp_path, shared, capsys):
     printed = capsys.readouterr().out
     assert "LoRA rank 16: " in printed
     assert f"with {tmp_path / 'llama' / 'teacher' / 'final'} merged" in printed
-    finals = [tmp_path / "llama" / stage / "final" for stage in ("init", "distil")]
+    finals = [tmp_path / "llama" / stage / "final" for stage in ("init", "abkd")]
     adapters = [load_file(final / "adapter_model.safetensors") for final in finals]
     assert adapters[0].keys() == adapters[1].keys()
     assert all(not torch.equal(adapters[0][name], adapters[1][name]) for name in adapters[0])
