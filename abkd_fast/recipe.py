@@ -110,7 +110,7 @@ def _read(path: pathlib.Path, place: str) -> dict:
         raise ConfigError(f"{place}: can't be read ({error})") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{place}: expected a JSON object")
-    stages = values.get("stages") or {}
+    stages = {} if values.get("stages") is None else values["stages"]
     good = isinstance(stages, dict) and all(name and isinstance(own, dict | None) for name, own in stages.items())
     if not good:
         raise ConfigError(f'{place}: stages: expected an object of objects, {{"NAME": {{…}}, …}}')

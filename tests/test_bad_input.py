@@ -175,6 +175,7 @@ CASES = {
     ),
     # Stages
     "list of stages": case("recipe.json: stages: expected an object of objects", stages=[{}]),
+    "empty list of stages": case("recipe.json: stages: expected an object of objects", stages=[]),
     "stage is a number": case("recipe.json: stages: expected an object of objects", stages={"one": 1}),
     "stage without a name": case("recipe.json: stages: expected an object of objects", stages={"": {}}),
     "no stages": case("recipe.json: stages: none is left", stages={}),
