@@ -112,7 +112,7 @@ class PublishedTrainer:
 
 
 def _with_default_attention(model: nn.Module) -> nn.Module:
-    """A model with the same parameters, the tensors themselves, and the attention that transformers gives by default."""
+    """A model of the very same parameters, with the attention that transformers gives by default."""
     twin = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
     twin.set_attn_implementation("sdpa")
     return twin
