@@ -1,9 +1,9 @@
 """Seconds a sample of every method, against the published way and against fine-tuning: `python benchmarks/timing.py`.
 
 Our steps are the trainer's own, without and with the teacher's cache; the published way is published.py. Both have the
-same models (of random weights), and the same batches, as long as Dolly's samples are. All take turns, so that a drift
-of the machine touches them alike. A step is timed from its samples in memory to the changed weights. Before that, every
-pair has to agree on loss and gradient norm, dropout off; a method whose sides don't is marked as failed, gets no
+same models (of random weights) and the same batches, as long as Dolly's samples are. All take turns, so that a drift of
+the machine touches them alike. A step is timed from its batch, packed or padded, to the changed weights. Before that,
+both sides have to agree on loss and gradient norm, dropout off: a method whose sides don't is marked as failed, gets no
 ratios, and makes the exit status 1. Tables go to the terminal, and as JSON and Markdown to --out.
 
 --overhead measures, in the trainer's whole loop, what is neither model nor loss.
@@ -206,11 +206,12 @@ class Benchmark:
         self.make_batches()
 
     def make_batches(self) -> None:
-        """Makes the batches, as samples for the trainer and padded for the published one."""
+        """Makes the batches, packed for the trainer and padded for the published one."""
         trainer, size = self.trainer, self.batch_size
         samples = [sample | {"index": index} for index, sample in enumerate(trainer.train_set)]
         batches = [samples[start : start + size] for start in range(0, len(samples), size)]
-        self.batches = [(batch, pad(batch, LENGTH, trainer.device)) for batch in batches]
+        budget = trainer.config.train.max_tokens
+        self.batches = [(pack(batch, budget), pad(batch, LENGTH, trainer.device)) for batch in batches]
         models = trainer.student, self.teachers["ours"].model
         student, teacher = (sum(p.numel() for p in model.parameters()) / 1e6 for model in models)
         prompt = sum(sample["prompt_length"] for sample in samples) / len(samples)
@@ -375,9 +376,9 @@ class Benchmark:
         for name, method in self.methods.items():
             trainer, profile = Trainer(self.config(name, "auto")), cProfile.Profile()
             trainer._load()
-            trainer._load = lambda: None  # no second time: what runs from here on is the loop
+            trainer.config.run.folder.mkdir(parents=True)
             with contextlib.redirect_stdout(None):
-                profile.runcall(trainer.train)
+                profile.runcall(trainer._run)
             way = ", teacher's states cached" if method.loss else ""
             title = f"{name}{way}: {OVERHEAD_STEPS} steps of {self.batch_size} samples"
             columns = {"name": ("", ""), "ms": ("ms a step", ".2f"), "ratio": ("%", ".2f")}
@@ -392,8 +393,7 @@ WORK = {
     "clipping and AdamW": (torch.nn.utils.clip_grad_norm_, torch.optim.AdamW.step),
 }
 CHORES = {
-    "reading samples": (Trainer._batches,),
-    "packing": (pack,),
+    "reading and packing": (Trainer._batches,),
     "sums, log, progress": (Window.add, RunLog.advance, Trainer._log_window),
     "evaluation, checkpoints": (Trainer._after_step,),
 }
@@ -409,7 +409,7 @@ def overhead_rows(profile: cProfile.Profile) -> list[dict]:
         keys = ((code.co_filename, code.co_firstlineno, code.co_name) for code in codes)
         return sum(stats[key][2 if own else 3] for key in keys if key in stats)
 
-    whole = seconds(LOOP) + seconds([Trainer.train], own=True)
+    whole = seconds(LOOP) + seconds([Trainer._run], own=True)
     spent = {name: seconds(functions) for name, functions in (WORK | CHORES).items()}
     spent["the rest"] = whole - sum(spent.values())
     spent["the trainer itself"] = whole - sum(spent[name] for name in WORK)
