@@ -112,14 +112,21 @@ def length_quantiles(data: str, tokenizer: str) -> tuple[tuple[int, ...], tuple[
     return tuple(tuple(lengths.tolist()) for lengths in of_each)
 
 
-def draw_lengths(quantiles: tuple[int, ...], count: int, generator: np.random.Generator) -> list[int]:
-    """As many lengths, one from each of `count` equal parts of the distribution: every batch is like the whole."""
-    at = (generator.permutation(count) + generator.random(count)) / count
-    return np.interp(at, np.linspace(0, 1, len(quantiles)), quantiles).round().astype(int).tolist()
+def draw_lengths(
+    quantiles: tuple[int, ...], batches: int, batch_size: int, generator: np.random.Generator
+) -> np.ndarray:
+    """Lengths [batches, batch_size], one from each of so many equal parts of the distribution.
+
+    All together are like the whole, and so is every batch, as far as its few samples can be.
+    """
+    count = batches * batch_size
+    at = ((np.arange(count) + generator.random(count)) / count).reshape(batch_size, batches)
+    at = generator.permuted(generator.permuted(at, axis=1), axis=0)
+    return np.interp(at, np.linspace(0, 1, len(quantiles)), quantiles).round().astype(int).T
 
 
 def write_rows(path: pathlib.Path, batches: int, batch_size: int, vocab: int) -> None:
-    """Rows of random tokens, batch after batch, for a tokenizer whose words are the numbers of its tokens.
+    """Rows of random tokens, batch after batch, for the tokenizer below.
 
     Prompt and response lengths are independent: in Dolly their correlation is -0.06.
     """
@@ -128,17 +135,17 @@ def write_rows(path: pathlib.Path, batches: int, batch_size: int, vocab: int) ->
     def text(tokens: int) -> str:
         return "".join(f" {token}" for token in generator.integers(1, vocab, size=tokens))
 
+    prompts, responses = (draw_lengths(lengths, batches, batch_size, generator) for lengths in (PROMPTS, RESPONSES))
     with path.open("w") as file:
-        for _ in range(batches):
-            lengths = (draw_lengths(quantiles, batch_size, generator) for quantiles in (PROMPTS, RESPONSES))
-            for prompt, response in zip(*lengths, strict=True):
-                file.write(json.dumps({"prompt": text(prompt), "output": text(response - 1)}) + "\n")
+        for prompt, response in zip(prompts.flat, responses.flat, strict=True):
+            file.write(json.dumps({"prompt": text(prompt), "output": text(response - 1)}) + "\n")
 
 
 def write_tokenizer(folder: pathlib.Path, vocab: int) -> None:
-    words = Tokenizer(WordLevel({str(token): token for token in range(vocab)}))
+    """Its words are the numbers of its tokens, but for the end token, 0."""
+    words = Tokenizer(WordLevel({"<end>": 0} | {str(token): token for token in range(1, vocab)}))
     words.pre_tokenizer = WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="0").save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>").save_pretrained(folder)
 
 
 def duration(seconds: float) -> str:

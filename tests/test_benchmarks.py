@@ -11,6 +11,9 @@ import sys
 import numpy as np
 import pytest
 
+from abkd_fast.data import read_rows, tokenise
+from abkd_fast.models import read_tokenizer
+
 BENCHMARKS = pathlib.Path(__file__).parents[1] / "benchmarks"
 
 
@@ -112,11 +115,28 @@ def test_timing_lengths_are_dollys(timing, shared):
 def test_timing_batches_are_like_the_whole(timing):
     generator = np.random.default_rng(0)
     quantiles = np.arange(101)  # uniform from 0 to 100
-    batches = np.array([timing.draw_lengths(quantiles, 4, generator) for _ in range(500)])
-    quarters = np.sort(batches, axis=1) / 25
-    assert (quarters >= np.arange(4) - 0.02).all()  # one sample in each quarter, rounded to whole numbers
-    assert (quarters <= np.arange(4) + 1.02).all()
-    assert np.abs(batches.mean(axis=0) - 50).max() < 5 * 100 / math.sqrt(12 * 500)  # in no fixed order
+    lengths = np.array([timing.draw_lengths(quantiles, 5, 4, generator) for _ in range(100)])
+    assert lengths.shape == (100, 5, 4)
+    for count, each in ((4, lengths), (20, lengths.reshape(100, 20))):
+        part = np.sort(each, axis=-1) * count / 100
+        rounding = 0.5 * count / 100 + 1e-9
+        assert (part >= np.arange(count) - rounding).all()  # one sample in each part
+        assert (part <= np.arange(count) + 1 + rounding).all()
+    deviation = 100 / math.sqrt(12 * 100)  # of the mean over 100 draws
+    assert np.abs(lengths.mean(axis=0) - 50).max() < 5 * deviation  # in no fixed order
+
+
+def test_timing_rows_have_the_lengths_drawn(timing, tmp_path):
+    timing.write_rows(tmp_path / "rows.jsonl", 5, 4, 1009)
+    timing.write_tokenizer(tmp_path / "tokenizer", 1009)
+    rows = read_rows(str(tmp_path / "rows.jsonl"))
+    dataset = tokenise(rows, read_tokenizer(str(tmp_path / "tokenizer"), "tokenizer"), 512)
+    for row, ids, prompt in zip(rows, dataset["input_ids"], dataset["prompt_length"], strict=True):
+        whole = [*map(int, (row.values["prompt"] + row.values["output"]).split()), 0]
+        assert ids == whole[:512]
+        assert prompt == len(row.values["prompt"].split())
+    assert len(rows) == 20
+    assert np.mean(dataset["prompt_length"]) == pytest.approx(71.3, rel=0.1)
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
