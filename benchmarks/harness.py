@@ -138,7 +138,7 @@ def _met(value: float, target: dict[str, float]) -> bool:
 
 
 class Report:
-    """Tables on the terminal as they come, and everything in one JSON file at the end.
+    """Tables on the terminal as they come, and everything in one JSON file, and in Markdown, at the end.
 
     A row is a dictionary; where it has a `target`, that is a bound on its `ratio`.
     """
@@ -150,8 +150,13 @@ class Report:
         self.console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
         self.content = {"machine": describe_machine(device), "options": options, "sections": {}, "notes": []}
         machine = self.content["machine"]
-        self.console.print(f"{machine['device']}, torch {machine['torch']}, commit {machine['commit']}", markup=False)
-        self.console.print(str(machine["build"]), markup=False)
+        self.markdown = []  # paragraphs
+        self._say(f"{machine['device']}, torch {machine['torch']}, commit {machine['commit']}")
+        self._say(str(machine["build"]))
+
+    def _say(self, text: str) -> None:
+        self.markdown.append(text)
+        self.console.print(text, markup=False)
 
     def table(self, section: str, title: str, rows: list[dict[str, Any]], columns: dict[str, tuple[str, str]]) -> None:
         """`columns`: key of a row -> heading and format."""
@@ -167,10 +172,14 @@ class Report:
         for key, (heading, _) in columns.items():
             left = key in ("name", "target")
             table.add_column(heading, justify="left" if left else "right", no_wrap=not left)
-        for row in rows:
-            table.add_row(*(self._cell(row, key, form) for key, (_, form) in columns.items()))
+        cells = [[self._cell(row, key, form) for key, (_, form) in columns.items()] for row in rows]
+        for row in cells:
+            table.add_row(*row)
         self.console.print()
         self.console.print(table)
+        headings = [heading.replace("\n", " ") for heading, _ in columns.values()]
+        lines = [f"| {' | '.join(row)} |" for row in (headings, ["---"] * len(columns), *cells)]
+        self.markdown.append("\n".join([f"**{title}**", "", *lines]))
 
     @staticmethod
     def _cell(row: dict[str, Any], key: str, form: str) -> str:
@@ -186,12 +195,13 @@ class Report:
 
     def note(self, text: str) -> None:
         self.content["notes"].append(text)
-        self.console.print(text, markup=False)
+        self._say(text)
 
     def save(self, path: pathlib.Path) -> None:
         tables = [table for section in self.content["sections"].values() for table in section]
         met = [row["met"] for table in tables for row in table["rows"] if "met" in row]
         self.content["targets"] = {"met": sum(met), "of": len(met)}
         path.write_text(json.dumps(self.content, indent=2, default=str) + "\n")
-        judged = f"{sum(met)} of {len(met)} targets met" if self.judge else "tiny sizes: the figures mean nothing"
+        path.with_suffix(".md").write_text("\n\n".join(self.markdown) + "\n")
+        judged = f"{sum(met)} of {len(met)} targets met" if self.judge else "no target is meant for these sizes"
         self.console.print(f"\n{judged}; everything is in {path}", markup=False)

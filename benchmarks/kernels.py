@@ -6,7 +6,8 @@ fused     from hidden states, GPT-2 XL to GPT-2, against the bare matrix product
 memory    the same against the number of tokens: time, and memory beyond inputs and results
 accuracy  errors of value and gradient against float64
 
-Everything is forward and backward, in medians of interleaved runs. Tables go to the terminal, JSON and a plot to --out.
+Everything is forward and backward, in medians of interleaved runs. Tables go to the terminal; JSON, Markdown and a plot
+to --out.
 """
 
 from __future__ import annotations

@@ -13,13 +13,16 @@ PEER_DIVERGENCE = JensenShannon()  # what the peers know, too: both call the tea
 PEER_BETA = 1 - PEER_DIVERGENCE.lam
 
 
-def published(student: Tensor, teacher: Tensor) -> Tensor:
-    """Equation 5 as it is usually written down, in eager PyTorch: powers of float32 softmaxes."""
-    alpha, beta = DIVERGENCE.alpha, DIVERGENCE.beta
+def published_rows(student: Tensor, teacher: Tensor, alpha: float, beta: float) -> Tensor:
+    """Equation 5 as it is usually written down, in eager PyTorch: powers of float32 softmaxes. [..., V] to [...]."""
     p, q = teacher.softmax(-1, dtype=torch.float32), student.softmax(-1, dtype=torch.float32)
     total = alpha + beta
     terms = p**alpha * q**beta - alpha / total * p**total - beta / total * q**total
-    return -terms.sum(-1).mean() / (alpha * beta)
+    return -terms.sum(-1) / (alpha * beta)
+
+
+def published(student: Tensor, teacher: Tensor) -> Tensor:
+    return published_rows(student, teacher, DIVERGENCE.alpha, DIVERGENCE.beta).mean()
 
 
 def published_linear(hidden: Tensor, weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor) -> Tensor:
