@@ -52,7 +52,8 @@ def packed_attention(
     sequence boundaries (cu_seq_lens_q) on the way.
     """
     global calls
-    calls += 1
+    if not torch.compiler.is_compiling():  # a counter would be compiled in, and compiled anew at every value
+        calls += 1
     if softcap is not None or s_aux is not None:
         raise RuntimeError(f"{'soft-capping' if s_aux is None else 'sinks'} in its attention, which packing lacks")
     if cu_seq_lens_q is None:

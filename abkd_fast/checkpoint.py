@@ -15,6 +15,7 @@ import threading
 import types
 from collections.abc import Callable, Iterator
 
+import filelock
 import numpy as np
 import torch
 from safetensors import SafetensorError
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from .config import ConfigError
 from .logs import console
 
+LOCK = "lock"
 MANIFEST, STATE, TENSORS = "manifest.json", "trainer.json", "trainer.safetensors"
 WRITE_ERRORS = (OSError, SafetensorError)  # safetensors reports a full disk as an error of its own
 
@@ -55,6 +57,32 @@ class StopSignals:
             os.kill(os.getpid(), number)
         self.received = signal.Signals(number).name
         console.print(f"{self.received}: the step is finished and saved; once more to leave at once")
+
+
+@contextlib.contextmanager
+def locked(folder: pathlib.Path) -> Iterator[None]:
+    """Makes the folder of a run, and keeps other processes out; what nothing was written to is removed again.
+
+    Raises ConfigError where another process is there.
+    """
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(folder / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        raise ConfigError(
+            f"{folder}: another process is at work on this run: wait for it, or choose another run.name"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+        if made and {path.name for path in folder.iterdir()} <= {LOCK}:
+            (folder / LOCK).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # of a folder that others have begun to use
+                for path in made:
+                    path.rmdir()
 
 
 @contextlib.contextmanager

@@ -205,6 +205,7 @@ class LogConfig:
     """metrics.jsonl, TensorBoard and the terminal."""
 
     every_steps: Annotated[int, "steps that one logged point sums up"] = 10
+    wandb: Annotated[str | None, "a project of Weights & Biases that gets the points too (needs wandb)"] = None
 
     def __post_init__(self) -> None:
         _check_range(self, every_steps=(1, math.inf))

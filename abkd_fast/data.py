@@ -7,7 +7,8 @@ import hashlib
 import json
 import pathlib
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, TypeVar
 
 import datasets
 import torch
@@ -220,6 +221,11 @@ class Batch:
         moved = ("input_ids", "position_ids", "cu_seqlens", "positions")
         return dataclasses.replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in moved})
 
+    def pin(self) -> Batch:
+        """The same batch in page-locked memory, which a GPU copies from while the processor goes on."""
+        pinned = ("input_ids", "position_ids", "cu_seqlens", "positions", "labels")
+        return dataclasses.replace(self, **{name: getattr(self, name).pin_memory() for name in pinned})
+
 
 def pack(samples: list[dict], max_tokens: int) -> list[Batch]:
     """Samples in order, in as many micro-batches as a budget of max_tokens asks for."""
@@ -271,4 +277,18 @@ def shuffled_batches(
     Samples carry their "index" in the data set: the teacher's cache finds them by it.
     """
     for indices in batch_rows(len(dataset), batch_size, seed, epoch)[first:]:
-        yield [dataset[index] | {"index": index} for index in indices]
+        columns = dataset[indices] | {"index": indices}
+        yield [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
+
+Item = TypeVar("Item")
+
+
+def ahead(items: Iterator[Item]) -> Iterator[Item]:
+    """The same items; a thread makes the next one while the caller is busy with the last."""
+    end = object()
+    with ThreadPoolExecutor(1, thread_name_prefix="ahead") as thread:
+        coming = thread.submit(next, items, end)
+        while (item := coming.result()) is not end:
+            coming = thread.submit(next, items, end)
+            yield item

@@ -15,6 +15,9 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from .config import Config
+from .costs import peak_flops
+
 console = Console(soft_wrap=True, highlight=False)
 
 
@@ -26,6 +29,11 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+def size(number: float) -> str:
+    """Bytes, for people."""
+    return f"{number / 1e9:.1f} GB" if number >= 1e9 else f"{number / 1e6:.1f} MB"
+
+
 class RunLog:
     """A context manager: writes numbers to the run folder and shows them.
 
@@ -33,10 +41,11 @@ class RunLog:
     next one counts `elapsed` seconds from before.
     """
 
-    def __init__(
-        self, folder: pathlib.Path, steps: int, device: torch.device, done: int = -1, elapsed: float = 0.0
-    ) -> None:
-        self.folder, self.steps, self.device, self.done, self.elapsed = folder, steps, device, done, elapsed
+    def __init__(self, config: Config, steps: int, device: torch.device, done: int = -1, elapsed: float = 0.0) -> None:
+        self.config, self.folder, self.steps, self.device = config, config.run.folder, steps, device
+        self.done, self.elapsed = done, elapsed
+        self.peak_flops = peak_flops(device)
+        self.wandb = None
         self.bar = Progress(
             BarColumn(bar_width=6),  # so that everything fits into 84 columns
             MofNCompleteColumn(),
@@ -55,6 +64,13 @@ class RunLog:
             _drop_points(path, self.done)
         self.file = path.open("a", encoding="utf-8", buffering=1)
         self.board = SummaryWriter(self.folder / "tensorboard", purge_step=self.done + 1)
+        if self.config.log.wandb is not None:
+            import wandb
+
+            values = self.config.to_dict()
+            self.wandb = wandb.init(
+                project=self.config.log.wandb, name=str(self.folder), dir=str(self.folder), config=values
+            )
         self.bar.start()
         self.started = time.perf_counter()
         self.last = self.started - self.elapsed
@@ -62,8 +78,11 @@ class RunLog:
 
     def __exit__(self, *error: types.TracebackType | None) -> None:
         self.bar.stop()
+        if self.wandb:
+            self.wandb.finish()
         self.board.close()
-        self.file.close()
+        with contextlib.suppress(OSError):  # of a full disk, reported when it was met
+            self.file.close()
 
     def pause(self) -> None:
         """Time from here to `resume` (an evaluation, a checkpoint) is not counted as training."""
@@ -89,14 +108,16 @@ class RunLog:
         step: int,
         samples: int,
         tokens: int,
+        real_tokens: int,
+        flops: int,
         loss: float | None,
         lr: float,
         grad_norm: float | None,
         skipped_steps: int,
     ) -> None:
-        """One point, over the steps since the last one, with their samples and (unpadded) tokens. Synchronise before.
+        """One point, over the steps since the last one: their samples, tokens (all, and those of samples), operations.
 
-        Loss and norm are None where every step was skipped.
+        Synchronise before. Loss and norm are None where every step was skipped.
         """
         now = time.perf_counter()
         seconds, self.last = now - self.last, now
@@ -108,15 +129,18 @@ class RunLog:
             "skipped_steps": skipped_steps,
             "samples_per_second": samples / seconds,
             "seconds_per_sample": seconds / samples,
-            "tokens_per_second": tokens / seconds,
+            "tokens_per_second": real_tokens / seconds,
+            "real_token_share": real_tokens / tokens,
+            "tflops_per_second": flops / seconds / 1e12,
+            "mfu": flops / seconds / self.peak_flops if self.peak_flops else None,
             "peak_memory_bytes": peak_memory(self.device),
         }
         self._write("train", step, values)
         mean = "-" if loss is None else f"{loss:.4f}"
         text = (
             f"loss {mean} {samples / seconds:.1f} samples/s {seconds / samples:.4f} s/sample "
-            f"{tokens / seconds:.0f} tokens/s {values['peak_memory_bytes'] / 2**30:.1f} GiB"
-        )
+            f"{real_tokens / seconds:.0f} tokens/s {values['peak_memory_bytes'] / 2**30:.1f} GiB"
+        ) + (f" mfu {values['mfu']:.0%}" if self.peak_flops else "")
         self.bar.update(self.task, completed=step, numbers=text)
         if not console.is_terminal:
             minutes, rest = divmod(round(left), 60)
@@ -127,10 +151,16 @@ class RunLog:
         console.print(f"step {step}/{self.steps}  dev loss {dev_loss:.4f}")
 
     def _write(self, kind: str, step: int, values: dict[str, float | None]) -> None:
-        self.file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
-        for name, value in values.items():
-            if value is not None:
-                self.board.add_scalar(f"{kind}/{name}", value, step)
+        """A full disk costs points, not the run."""
+        try:
+            self.file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+            for name, value in values.items():
+                if value is not None:
+                    self.board.add_scalar(f"{kind}/{name}", value, step)
+        except OSError as error:
+            console.print(f"[bold red]no log[/] of step {step} ({error}); training goes on")
+        if self.wandb:
+            self.wandb.log({f"{kind}/{name}": value for name, value in values.items()}, step=step)
 
 
 def _drop_points(path: pathlib.Path, done: int) -> None:

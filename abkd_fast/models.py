@@ -7,6 +7,7 @@ import logging
 import os
 import pathlib
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -186,6 +187,17 @@ class PackedCausalLM(nn.Module):
             max_length_k=batch.max_seqlen,
         ).last_hidden_state  # [1, T, H]
         return states[0, batch.positions]
+
+    def compile(self, **options: Any) -> None:
+        """Compiles the layers, for any number of tokens; all of them share one piece of code.
+
+        Args:
+            options: of torch.compile.
+        """
+        layers = self.model.config.num_hidden_layers
+        stacks = (module for module in self.model.base_model.modules() if isinstance(module, nn.ModuleList))
+        for layer in next(stack for stack in stacks if len(stack) == layers):
+            layer.compile(dynamic=True, **options)
 
     def forward(self, batch: Batch, loss: Callable[..., Tensor]) -> Tensor:
         hidden = self.hidden_states(batch)

@@ -9,10 +9,11 @@ from collections.abc import Iterator
 
 from rich.table import Table
 
-from . import models
+from . import checkpoint, models
 from .config import Config, ConfigError, ModelConfig
 from .data import read_rows
 from .logs import console
+from .plan import describe
 from .trainer import Trainer, check_folder
 
 
@@ -38,6 +39,25 @@ def run(stages: list[Config], resume: bool = False) -> list[dict]:
     if len(stages) > 1:
         console.print(_table(stages, summaries))
     return summaries
+
+
+def plan(stages: list[Config], resume: bool = False) -> None:
+    """Prints what `run` would do; loads no weights and writes no run folder. Raises ConfigError as `run` does."""
+    for index, config in enumerate(stages):
+        _check(config, {other.run.stage for other in stages[:index]})
+    students: dict[str, ModelConfig] = {}  # by stage: its result has the shapes of what it began with
+    for config in stages:
+        specs = {
+            key: students[spec.path.removeprefix("stage:")] if spec.is_stage else spec
+            for key, spec in _models(config).items()
+        }
+        students[config.run.stage] = specs["student"]
+        console.print(f"[bold]{config.run.folder}[/bold]")
+        if _is_finished(_resolve(config), resume):
+            console.print("  is finished already: its result would be used")
+            continue
+        for line in describe(Trainer(dataclasses.replace(config, **specs), resume)):
+            console.print(line, markup=False)
 
 
 def _check(config: Config, earlier: set[str]) -> None:
@@ -74,7 +94,9 @@ def _is_finished(config: Config, resume: bool) -> bool:
     if not folder.exists():
         return False
     if not (folder / "config.json").exists():
-        check_folder(folder, resume and {path.name for path in folder.iterdir()} <= {"config.json.tmp"})
+        check_folder(
+            folder, resume and {path.name for path in folder.iterdir()} <= {"config.json.tmp", checkpoint.LOCK}
+        )
         return False
     finished = (folder / "final").exists()
     if finished and not resume and not config.run.stage:

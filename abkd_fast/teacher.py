@@ -18,7 +18,7 @@ from transformers import PretrainedConfig
 from . import cache, models
 from .config import Config, ConfigError
 from .data import Batch, pack
-from .logs import console
+from .logs import console, size
 from .models import PackedCausalLM
 
 MEMORY_SHARE = 0.25  # of the free memory, that mode auto takes for the states
@@ -137,7 +137,7 @@ class TeacherCache:
         if self.mode == "memory":
             if self.bytes > memory:
                 raise ConfigError(
-                    f"cache.mode is memory, but the teacher's states are {_size(self.bytes)} and {_size(memory)} are "
+                    f"cache.mode is memory, but the teacher's states are {size(self.bytes)} and {size(memory)} are "
                     "free; use disk or off"
                 )
             return problem is None, True, problem or ""
@@ -147,7 +147,7 @@ class TeacherCache:
             return True, self.mode == "auto" and fits and self.device.type == "cuda", ""
         if fits:
             return False, True, problem
-        return False, False, f"{problem}, and {_size(self.bytes)} are too much for memory"
+        return False, False, f"{problem}, and {size(self.bytes)} are too much for memory"
 
     def open(
         self,
@@ -164,7 +164,7 @@ class TeacherCache:
 
         Raises ConfigError where what the mode asks for can't be had.
         """
-        on_disk, in_memory, reason = self.choose(max(0, _free_memory(self.device) - reserved))
+        on_disk, in_memory, reason = self.choose(max(0, free_memory(self.device) - reserved))
         if not on_disk and not in_memory:
             return Teacher(load(), f"runs in every step ({reason})")
         model = None
@@ -214,7 +214,7 @@ class TeacherCache:
         teacher = CachedTeacher(rows, self.layout, head, (seconds, builder.seconds))
         built = f"built in {builder.seconds:.1f} s" if builder.seconds else "found"
         saved = max(0, teacher.saved(self.samples))
-        teacher.note = f"states cached, {_size(self.bytes)} {where}; {built}, will save about {saved:.1f} s"
+        teacher.note = f"states cached, {size(self.bytes)} {where}; {built}, will save about {saved:.1f} s"
         builder.free()
         return teacher
 
@@ -245,7 +245,7 @@ class _Builder:
         owner, teacher = self.owner, Teacher(self.model())
         if len(numbers):
             total = len(owner.layout.blocks)
-            console.print(f"teacher cache: computing {len(numbers)} of {total} blocks, {_size(owner.bytes)} in all")
+            console.print(f"teacher cache: computing {len(numbers)} of {total} blocks, {size(owner.bytes)} in all")
         columns = BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(compact=True), TextColumn("teacher's states")
         with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
             for number in bar.track(numbers):
@@ -267,11 +267,7 @@ class _Builder:
             torch.cuda.empty_cache()
 
 
-def _size(number: int) -> str:
-    return f"{number / 1e9:.1f} GB" if number >= 1e9 else f"{number / 1e6:.1f} MB"
-
-
-def _free_memory(device: torch.device) -> int:
+def free_memory(device: torch.device) -> int:
     """Bytes that the device could still allocate; 0 where the system doesn't say."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]

@@ -36,15 +36,20 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--resume", action="store_true", help="continue an interrupted run from its newest checkpoint, to the same bits"
     )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print the configuration in force, the data in numbers, steps, memory and cache, and train nothing",
+    )
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parser.parse_args(arguments)
     try:
         stages = load(options.config, options.overrides)
         from .checkpoint import Interrupted  # after the configuration is known to be good: this loads PyTorch
-        from .stages import run
+        from .stages import plan, run
 
         try:
-            run(stages, options.resume)
+            (plan if options.dry_run else run)(stages, options.resume)
         except Interrupted as interruption:
             command = [sys.executable, "-m", "abkd_fast.train", *arguments, *([] if options.resume else ["--resume"])]
             print(f"{interruption}; continue with:\n{shlex.join(command)}", file=sys.stderr)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import importlib.util
 import json
 import os
 import pathlib
@@ -15,10 +16,10 @@ import torch
 from torch import Tensor
 from transformers import get_scheduler, set_seed
 
-from . import attention, checkpoint, methods, models, ops
+from . import attention, checkpoint, costs, methods, models, ops
 from .checkpoint import Interrupted
 from .config import Config, ConfigError, ModelConfig
-from .data import batch_rows, pack, read_rows, shuffled_batches, tokenise
+from .data import Batch, ahead, batch_rows, pack, read_rows, shuffled_batches, tokenise
 from .fused_linear import fused_linear_cross_entropy
 from .logs import RunLog, console, peak_memory
 from .teacher import CachedTeacher, TeacherCache
@@ -37,6 +38,7 @@ class Trainer:
         self.dtype = choose_dtype(config.train.dtype, self.device)
         self.method = methods.find(config.method)(config)
         check_folder(config.run.folder, resume)
+        check_wandb(config.log.wandb)
         self.student_config = models.read_config(config.student, "student")
         self.teacher_config = models.read_config(config.teacher, "teacher") if self.method.needs_teacher else None
         source = config.tokenizer or config.student.path
@@ -67,6 +69,11 @@ class Trainer:
             raise ConfigError(f"{data.train}: {len(rows)} rows are fewer than train.batch_size = {train.batch_size}")
         self.steps = train.steps or train.epochs * self.steps_per_epoch
 
+    def step_cost(self, cached: bool) -> costs.StepCost:
+        """Of a step, with or without the teacher's cache."""
+        teacher = costs.ModelCost(self.teacher_config) if self.method.needs_teacher else None
+        return costs.StepCost(costs.ModelCost(self.student_config), None, teacher, cached)
+
     def _load(self) -> None:
         config = self.config
         self.progress, self.window, self.signals = Progress(), Window(self.device), checkpoint.StopSignals()
@@ -77,6 +84,8 @@ class Trainer:
         if self.saved:
             student = dataclasses.replace(student, path=str(self.saved), config=None)
         self.student = self._model(student, self.student_config, "student").train()
+        if self.device.type == "cuda" and config.train.compile == "auto":
+            self.student.compile()
         self.teacher = None
         if self.cache:
             load = functools.partial(self._model, config.teacher, self.teacher_config, "teacher")
@@ -99,6 +108,7 @@ class Trainer:
         if self.saved:
             self._restore(*checkpoint.load(self.saved))
         self.resumed_samples = self.progress.samples
+        self.cost = self.step_cost(isinstance(self.teacher, CachedTeacher))
 
     def _model(self, spec: ModelConfig, config: models.PretrainedConfig, key: str) -> models.PackedCausalLM:
         # Master weights stay in float32; bfloat16 is the type of the computation only.
@@ -120,42 +130,45 @@ class Trainer:
         Interrupted where a signal, or a disk without space for the result, ended the run.
         """
         config = self.config
-        self._load()
-        config.run.folder.mkdir(parents=True, exist_ok=True)
-        checkpoint.atomic_write(config.run.folder / "config.json", json.dumps(config.to_dict(), indent=2) + "\n")
-        for line in self.describe():
-            console.print(line)
-        progress = self.progress
-        log = RunLog(
-            config.run.folder, self.steps, self.device, progress.step if self.saved else -1, progress.window_seconds
-        )
+        with checkpoint.locked(config.run.folder):
+            self._load()
+            checkpoint.atomic_write(config.run.folder / "config.json", json.dumps(config.to_dict(), indent=2) + "\n")
+            for line in self.describe():
+                console.print(line)
+            self._run()
+            return self._finish()
+
+    def _run(self) -> None:
+        config, progress = self.config, self.progress
+        done = progress.step if self.saved else -1
+        log = RunLog(config, self.steps, self.device, done, progress.window_seconds)
         with self.signals, log:
             self._after_step(log)
-            for batch in self._batches(progress.step):
+            batches = self._batches(progress.step)
+            for batch in ahead(batches) if self.device.type == "cuda" else batches:
                 started, rate = time.perf_counter(), self.scheduler.get_last_lr()[0]
-                tokens = sum(len(sample["input_ids"]) for sample in batch)
                 progress.step += 1
-                self.window.add(progress.step, *self._step(batch), len(batch), tokens)
+                self.window.add(progress.step, *self._step(batch), batch, self.cost)
                 log.advance(progress.step)
                 if progress.step % config.log.every_steps == 0 or progress.step == self.steps:
                     self._log_window(log, rate)
                 elif self._evaluation_is_due() and self.device.type == "cuda":
                     torch.cuda.synchronize()  # the steps' time must not be counted as the evaluation's
                 progress.seconds += time.perf_counter() - started
-                progress.samples += len(batch)
+                progress.samples += config.train.batch_size
                 self._after_step(log)
-        return self._finish()
 
-    def _batches(self, first: int = 0) -> Iterator[list[dict]]:
-        """The batches of samples of steps `first` to `steps`, counted from 0, epoch after epoch."""
+    def _batches(self, first: int = 0) -> Iterator[list[Batch]]:
+        """The micro-batches of each step from `first` to `steps`, counted from 0, epoch after epoch."""
         epoch, index = divmod(first, self.steps_per_epoch)
         train, seed = self.config.train, self.config.run.seed
         while first < self.steps:
-            for batch in shuffled_batches(self.train_set, train.batch_size, seed, epoch, index):
+            for samples in shuffled_batches(self.train_set, train.batch_size, seed, epoch, index):
                 if first == self.steps:
                     return
                 first += 1
-                yield batch
+                batch = pack(samples, train.max_tokens)
+                yield [part.pin() for part in batch] if self.device.type == "cuda" else batch
             epoch, index = epoch + 1, 0
 
     def _finish(self) -> dict:
@@ -181,16 +194,15 @@ class Trainer:
             raise Interrupted(f"{folder / 'final'} can't be written ({error}): make room") from None
         return summary
 
-    def _step(self, samples: list[dict]) -> tuple[Tensor, Tensor]:
+    def _step(self, batch: list[Batch]) -> tuple[Tensor, Tensor]:
         """One optimizer step; returns its loss and gradient norm, still on the device."""
-        batches = pack(samples, self.config.train.max_tokens)
-        tokens = sum(len(batch.labels) for batch in batches)  # of all responses: the mean is over the whole step
+        tokens = sum(len(part.labels) for part in batch)  # of all responses: the mean is over the whole step
         total = 0.0
-        for batch in batches:
-            batch = batch.to(self.device)
+        for part in batch:
+            part = part.to(self.device)
             with self._precision():
-                states = self.teacher.states(batch) if self.teacher else None
-                loss = self.student(batch, functools.partial(self.method.loss, batch=batch, teacher=states)) / tokens
+                states = self.teacher.states(part) if self.teacher else None
+                loss = self.student(part, functools.partial(self.method.loss, batch=part, teacher=states)) / tokens
             loss.backward()
             total = total + loss.detach()
         norm = torch.nn.utils.clip_grad_norm_(self.student.parameters(), self.config.optim.clip_norm)
@@ -360,6 +372,8 @@ class Trainer:
         yield f"  kernels    {kernels}; attention {attention.backend(self.device)}, packed and checked"
         if self.teacher:
             yield f"  teacher    {self.teacher.note}"
+        if self.device.type == "cuda":
+            yield f"  compile    {'the layers of the student' if config.train.compile == 'auto' else 'off'}"
         yield f"  steps      {self.steps} of {config.train.batch_size} samples, {self.steps_per_epoch} an epoch"
         if self.resume:
             yield f"  resumed    {f'from {self.saved}' if self.saved else 'from the start: there is no checkpoint'}"
@@ -400,9 +414,9 @@ class Window:
         self.norm = torch.zeros((), device=device, dtype=torch.float64)  # of the last finite one
         self.skipped = torch.zeros((), device=device, dtype=torch.int64)
         self.first_nonfinite = torch.zeros(3, device=device, dtype=torch.float64)  # its step, loss and norm
-        self.steps = self.samples = self.tokens = 0
+        self.steps = self.samples = self.tokens = self.real_tokens = self.flops = 0
 
-    def add(self, step: int, loss: Tensor, norm: Tensor, samples: int, tokens: int) -> None:
+    def add(self, step: int, loss: Tensor, norm: Tensor, batch: list[Batch], cost: costs.StepCost) -> None:
         finite = _is_finite(loss, norm)
         self.loss += torch.where(finite, loss, 0.0)
         self.norm = torch.where(finite, norm, self.norm)
@@ -411,24 +425,29 @@ class Window:
         self.first_nonfinite = torch.where(is_first, account, self.first_nonfinite)
         self.skipped += ~finite
         self.steps += 1
-        self.samples += samples
-        self.tokens += tokens
+        self.samples += sum(len(part.samples) for part in batch)
+        self.tokens += sum(part.tokens for part in batch)
+        self.real_tokens += sum(len(sample["input_ids"]) for part in batch for sample in part.samples)
+        self.flops += sum(cost.flops(part.samples) for part in batch)
 
     def write(self, log: RunLog, step: int, lr: float) -> int:
         """Logs the point; returns how many steps were skipped."""
         skipped = int(self.skipped)
         finite = self.steps - skipped
         loss, norm = (self.loss.item() / finite, self.norm.item()) if finite else (None, None)
-        log.train(step, self.samples, self.tokens, loss, lr, norm, skipped)
+        log.train(step, *self.counts()[1:], loss, lr, norm, skipped)
         return skipped
 
+    def counts(self) -> list[int]:
+        return [self.steps, self.samples, self.tokens, self.real_tokens, self.flops]
+
     def tensors(self) -> dict[str, Tensor]:
-        counts = torch.tensor([self.steps, self.samples, self.tokens])
+        counts = torch.tensor(self.counts())
         sums = {"loss": self.loss, "norm": self.norm, "skipped": self.skipped, "first_nonfinite": self.first_nonfinite}
         return {"counts": counts} | {name: value.cpu() for name, value in sums.items()}
 
     def load(self, tensors: dict[str, Tensor]) -> None:
-        self.steps, self.samples, self.tokens = tensors["counts"].tolist()
+        self.steps, self.samples, self.tokens, self.real_tokens, self.flops = tensors["counts"].tolist()
         for name in ("loss", "norm", "skipped", "first_nonfinite"):
             setattr(self, name, tensors[name].to(self.device, copy=True))
 
@@ -439,6 +458,12 @@ def _is_finite(loss: Tensor, norm: Tensor) -> Tensor:
 
 def _cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
     return fused_linear_cross_entropy(hidden, weight, labels, student_bias=bias, reduction="sum")
+
+
+def check_wandb(project: str | None) -> None:
+    """Raises ConfigError where Weights & Biases is asked for, but not installed."""
+    if project is not None and importlib.util.find_spec("wandb") is None:
+        raise ConfigError(f'log.wandb is "{project}", but wandb is not installed: pip install wandb, or leave it out')
 
 
 def check_folder(folder: pathlib.Path, resume: bool = False) -> None:

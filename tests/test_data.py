@@ -1,5 +1,6 @@
 import itertools
 import json
+import threading
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from transformers import AutoTokenizer
 
 from abkd_fast import tasks
 from abkd_fast.config import ConfigError
-from abkd_fast.data import pack, read_rows, shuffled_batches, tokenise
+from abkd_fast.data import ahead, pack, read_rows, shuffled_batches, tokenise
 
 GOOD = {"instruction": "Say hello.", "input": "", "output": "Hello."}
 
@@ -167,3 +168,43 @@ def test_real_dolly_has_the_published_lengths(shared):
     assert prompt.mean().item() == pytest.approx(71.3, abs=0.1)
     assert total.mean().item() == pytest.approx(145.6, abs=0.2)
     assert int(total.max()) == 512
+
+
+def test_items_made_ahead_are_the_same():
+    made = []
+
+    def items():
+        for number in range(5):
+            made.append(number)
+            yield number
+
+    coming = ahead(items())
+    assert next(coming) == 0
+    assert next(coming) == 1
+    assert list(coming) == [2, 3, 4]
+    assert made == [0, 1, 2, 3, 4]
+
+
+def test_an_error_ahead_reaches_the_caller():
+    def items():
+        yield 1
+        raise OSError("no such page")
+
+    coming = ahead(items())
+    assert next(coming) == 1
+    with pytest.raises(OSError, match="no such page"):
+        next(coming)
+
+
+def test_the_next_item_is_made_while_the_last_is_used():
+    begun = threading.Event()
+
+    def items():
+        yield 1
+        begun.set()
+        yield 2
+
+    coming = ahead(items())
+    assert next(coming) == 1
+    assert begun.wait(timeout=60)
+    coming.close()

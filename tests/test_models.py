@@ -1,8 +1,10 @@
+import copy
 import dataclasses
 import functools
 
 import pytest
 import torch
+import torch._dynamo.testing
 import torch.nn.functional as F
 from conftest import GPT2, LLAMA
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -180,3 +182,49 @@ def test_check_tolerates_the_rounding_of_16_bits():
         (batch,) = pack(samples([9, 5]), max_tokens=14)
         model(batch, lambda h, weight, bias: hidden.extend((h, weight)) or h.sum())
     assert {x.dtype for x in hidden} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("config", [GPT2, LLAMA], ids=["gpt2", "llama-gqa"])
+def test_compiled_layers_compute_the_same(config):
+    plain = build(config, torch.float64, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0).train()
+    compiled = copy.deepcopy(plain)
+    compiled.compile(backend="aot_eager")
+    names = [name for name, _ in plain.named_parameters()]
+    assert [name for name, _ in compiled.named_parameters()] == names, "checkpoints keep their names"
+    for lengths in ([5, 17, 9], [7, 22, 3, 4]):
+        (batch,) = pack(samples(lengths), max_tokens=64)
+        results = []
+        for model in (plain, compiled):
+            model.zero_grad()
+            loss = model(batch, lambda hidden, weight, bias: (hidden @ weight.T).logsumexp(1).sum())
+            loss.backward()
+            results.append([loss.detach(), *(p.grad for p in model.parameters())])
+        torch.testing.assert_close(results[0], results[1], rtol=1e-10, atol=1e-10)
+
+
+@torch.library.custom_op("abkd_test::attention", mutates_args=())
+def opaque_attention(query: torch.Tensor, cu_seqlens: torch.Tensor, longest: int) -> torch.Tensor:
+    return query.clone()
+
+
+@opaque_attention.register_fake
+def _(query, cu_seqlens, longest):
+    return torch.empty_like(query)
+
+
+@pytest.mark.parametrize("config", [GPT2, LLAMA], ids=["gpt2", "llama-gqa"])
+def test_layers_compile_whole_around_an_attention_kernel(config, monkeypatch):
+    """As on a GPU, where attention is one operator: no graph breaks, one piece of code for all layers and lengths."""
+
+    def kernel(module, query, key, value, mask, *, cu_seq_lens_q, max_length_q, **_):
+        return opaque_attention(query, cu_seq_lens_q, max_length_q).transpose(1, 2).contiguous(), None
+
+    monkeypatch.setitem(attention.AttentionInterface._global_mapping, attention.NAME, kernel)
+    torch._dynamo.reset()
+    model = build(config, torch.float32)
+    counter = torch._dynamo.testing.CompileCounter()
+    model.compile(backend=counter, fullgraph=True)
+    with torch.no_grad():
+        for lengths in ([5, 17, 9], [7, 22, 3, 4], [30, 30]):
+            model.hidden_states(pack(samples(lengths), max_tokens=64)[0])
+    assert counter.frame_count == 1

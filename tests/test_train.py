@@ -1,7 +1,10 @@
+import importlib.machinery
 import json
 import pathlib
+import re
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -121,7 +124,9 @@ def test_step_is_the_token_mean_gradient(recipe):
     model = trainer.student.model
     model.set_attn_implementation("sdpa")
     total, tokens = 0.0, 0
-    for sample in batch:  # one sample at a time: nothing packed, nothing padded
+    for sample in (
+        sample for part in batch for sample in part.samples
+    ):  # one sample at a time: nothing packed, nothing padded
         ids = torch.tensor(sample["input_ids"])
         logits = model(ids[None], use_cache=False).logits[0, sample["prompt_length"] - 1 : -1]
         total = total + torch.nn.functional.cross_entropy(logits, ids[sample["prompt_length"] :], reduction="sum")
@@ -299,3 +304,92 @@ def test_real_dolly_and_tokenizer(recipe, shared, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(folder / "final")
     ids = AutoTokenizer.from_pretrained(folder / "final")("The moon", return_tensors="pt")["input_ids"]
     assert model.generate(ids, max_new_tokens=5).shape[1] > ids.shape[1]
+
+
+def test_dry_run_tells_and_writes_nothing(recipe, tmp_path, capsys, monkeypatch):
+    from abkd_fast import models
+
+    monkeypatch.setattr(models, "load", lambda *_: pytest.fail("weights were loaded"))
+    stages = {
+        "teacher": {"method": "sft"},
+        "student": {"method": "ab", "teacher": {"path": "stage:teacher"}, "student": {"config": {"hidden_size": 16}}},
+    }
+    assert main([*recipe(stages=stages), "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    trainer = Trainer(load(recipe()[1])[0])
+    lengths = [len(ids) for ids in trainer.train_set["input_ids"]]
+    assert f"{len(lengths)} rows, {sum(lengths)} tokens an epoch" in out
+    assert f"together   mean {sum(lengths) / len(lengths):.1f}, " in out
+    assert '"lr": 0.003' in out
+    assert out.count("12 of 8 samples, 75 an epoch, 0.2 epochs") == 2
+    assert out.count("memory     about ") == 2
+    assert "cache      none: no sample is seen twice" in out
+    assert not (tmp_path / "runs").exists()
+    assert main([*recipe(["train.epochs=2", "train.steps=null"], stages=stages), "--dry-run"]) == 0
+    assert re.search(r"cache {6}\S+ [KMG]?B of teacher's states in \S+, to be computed", capsys.readouterr().out)
+
+
+def test_one_process_a_run(recipe, tmp_path, capsys):
+    from abkd_fast import checkpoint
+
+    with checkpoint.locked(tmp_path / "runs" / "test"):
+        assert main([*recipe(), "--resume"]) == 2
+    assert "another process is at work on this run" in capsys.readouterr().err
+    assert not (tmp_path / "runs" / "test").exists(), "nothing was written"
+    assert main(recipe()) == 0
+
+
+def test_full_disk_costs_points_not_the_run(recipe, tmp_path, capsys, monkeypatch):
+    from abkd_fast import logs
+
+    enter = logs.RunLog.__enter__
+
+    def on_full_disk(log):
+        enter(log)
+        log.file.close()
+        log.file = open("/dev/full", "a", buffering=1)  # noqa: SIM115
+        return log
+
+    monkeypatch.setattr(logs.RunLog, "__enter__", on_full_disk)
+    assert main(recipe()) == 0
+    assert "no log" in capsys.readouterr().out
+    assert (tmp_path / "runs" / "test" / "final").exists()
+
+
+def test_weights_and_biases_where_asked_for(recipe, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert main(recipe(["log.wandb=mine"])) == 2
+    assert "wandb is not installed" in capsys.readouterr().err
+    monkeypatch.undo()
+    calls = []
+
+    class Run:
+        def log(self, values, step):
+            calls.append((step, values))
+
+        def finish(self):
+            calls.append("finished")
+
+    fake = types.ModuleType("wandb")
+    fake.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
+    fake.init = lambda **options: calls.append(options) or Run()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    assert main(recipe(["log.wandb=mine"])) == 0
+    assert calls[0]["project"] == "mine"
+    assert calls[0]["config"]["optim"]["lr"] == 3e-3
+    assert calls[-1] == "finished"
+    logged = [values["train/loss"] for _, values in calls[1:-1] if "train/loss" in values]
+    assert logged == [p["loss"] for p in metrics(tmp_path / "runs" / "test") if p["kind"] == "train"]
+
+
+def test_points_tell_the_work_done(recipe, tmp_path):
+    assert main(recipe()) == 0
+    trainer = Trainer(load(recipe()[1], ["run.name=other"])[0])
+    trainer.cost = trainer.step_cost(cached=False)
+    batches = list(trainer._batches())
+    points = [point for point in metrics(tmp_path / "runs" / "test") if point["kind"] == "train"]
+    flops = sum(trainer.cost.flops(part.samples) for batch in batches[:4] for part in batch)
+    seconds = 4 * 8 * points[0]["seconds_per_sample"]
+    assert points[0]["tflops_per_second"] * seconds == pytest.approx(flops / 1e12)
+    assert points[0]["real_token_share"] == 1.0
+    assert points[0]["mfu"] is None, "nobody states a peak for processors"

@@ -1,0 +1,60 @@
+"""What a run would do and need, before any weights load: `--dry-run`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+
+import numpy as np
+import pyarrow.compute
+
+from . import costs
+from .cache import table_of
+from .logs import size
+from .teacher import free_memory
+from .trainer import Trainer
+
+
+def describe(trainer: Trainer) -> Iterator[str]:
+    """The configuration in force, the data in numbers, steps, memory and the teacher's cache."""
+    config = trainer.config
+    yield json.dumps(config.to_dict(), indent=2)
+    yield from _data(trainer)
+    yield (
+        f"  steps      {trainer.steps} of {config.train.batch_size} samples, {trainer.steps_per_epoch} an epoch, "
+        f"{trainer.steps / trainer.steps_per_epoch:.1f} epochs"
+    )
+    on_disk, in_memory, reason = (
+        trainer.cache.choose(free_memory(trainer.device)) if trainer.cache else (False, False, "")
+    )
+    yield from _memory(trainer, on_disk or in_memory)
+    if on_disk:
+        state = "found" if trainer.cache.file.is_recorded else "to be computed"
+        yield f"  cache      {size(trainer.cache.bytes)} of teacher's states in {trainer.cache.file.folder}, {state}"
+    elif in_memory:
+        yield f"  cache      {size(trainer.cache.bytes)} of teacher's states in memory, not kept ({reason})"
+    elif trainer.cache:
+        yield f"  cache      none: {reason}"
+
+
+def _data(trainer: Trainer) -> Iterator[str]:
+    ids, prompts = table_of(trainer.train_set)
+    lengths = pyarrow.compute.list_value_length(ids).to_numpy(zero_copy_only=False)
+    prompts = prompts.to_numpy(zero_copy_only=False)
+    yield f"  data       {len(lengths)} rows, {lengths.sum()} tokens an epoch"
+    for name, counts in (("prompts", prompts), ("responses", lengths - prompts), ("together", lengths)):
+        median, most = np.percentile(counts, [50, 95])
+        yield (
+            f"    {name:10} mean {counts.mean():.1f}, median {median:.0f}, 95 % up to {most:.0f}, "
+            f"longest {counts.max()} tokens"
+        )
+
+
+def _memory(trainer: Trainer, cached: bool) -> Iterator[str]:
+    """About what training takes in its first step's largest micro-batch."""
+    batch = max(next(trainer._batches()), key=lambda part: part.tokens)
+    cost = trainer.step_cost(cached)
+    parts = dict(costs.memory(cost, trainer.student_config, batch, trainer.config.train, trainer.dtype, trainer.device))
+    details = ", ".join(f"{name} {size(number)}" for name, number in parts.items())
+    yield f"  memory     about {size(sum(parts.values()))} with micro-batches of {batch.tokens} tokens: {details}"
+    yield f"  work       {cost.flops(batch.samples) / len(batch.samples) / 1e9:.3g} GFLOP a sample"

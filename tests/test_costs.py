@@ -1,0 +1,77 @@
+import pytest
+import torch
+from conftest import GPT2, LLAMA
+from test_models import build, samples
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig
+
+from abkd_fast import costs
+from abkd_fast.config import TrainConfig
+from abkd_fast.data import pack
+
+QWEN3 = {**LLAMA, "model_type": "qwen3", "head_dim": 16}
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("config", [GPT2, LLAMA, QWEN3], ids=["gpt2", "llama-gqa", "qwen3"])
+def test_operations_are_those_that_pytorch_counts(config):
+    model = build(config, torch.float32)
+    rows = samples([40, 17, 60])
+    (batch,) = pack(rows, max_tokens=128)
+    # The mathematics of attention as plain products: those it counts, all of them, causal or not.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(batch, lambda hidden, weight, bias: (hidden @ weight.T).sum()).backward()
+    cost = costs.ModelCost(model.model.config)
+    causal = 3 * cost.body_flops(0, sum(len(row["input_ids"]) ** 2 for row in rows))
+    assert causal > 0
+    assert costs.StepCost(cost, None, None, False).flops(rows) == counter.get_total_flops() - causal
+
+
+def test_teacher_and_adapter_in_a_step():
+    cost, rows = costs.ModelCost(AutoConfig.for_model(**LLAMA)), samples([40, 17])
+    tokens, squares = 57, 40**2 + 17**2
+    responses = tokens - sum(row["prompt_length"] for row in rows)
+    body, head = cost.body_flops(tokens, squares), cost.head_flops(responses)
+    assert costs.StepCost(cost, None, cost, False).flops(rows) == 4 * (body + head)
+    assert costs.StepCost(cost, None, cost, True).flops(rows) == 3 * body + 4 * head
+    assert costs.StepCost(cost, 100, None, False).flops(rows) == 2 * (body + head)
+
+
+@pytest.mark.parametrize("config", [GPT2, LLAMA], ids=["gpt2", "llama-gqa"])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_activations_are_those_that_autograd_keeps(config, recompute):
+    (batch,) = pack(samples([40, 17, 60]), max_tokens=128)
+    model = build(config, torch.float32, num_hidden_layers=5).train()
+    if recompute:
+        model.model.gradient_checkpointing_enable({"use_reentrant": False})
+    kept = {}
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.setdefault(t.data_ptr(), t), lambda t: t):
+        model.hidden_states(batch)
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept.values()}
+    measured = sum(size for address, size in storages.items() if address not in weights)
+    counted = costs.activation_bytes(model.model.config, batch, torch.float32, recompute)
+    if recompute:  # and one layer, whose tensors the hooks above don't see
+        one = costs.activation_bytes(model.model.config, batch, torch.float32, False) / 5
+        assert measured < counted < measured + 1.3 * one
+    else:
+        assert counted == measured
+
+
+def test_memory_by_what_holds_it():
+    config = AutoConfig.for_model(**LLAMA)
+    cost = costs.ModelCost(config)
+    (batch,) = pack(samples([40, 17]), max_tokens=64)
+    trained = dict(
+        costs.memory(costs.StepCost(cost, None, cost, True), config, batch, TrainConfig(), torch.float32, CPU)
+    )
+    assert trained["student's weights"] == 4 * cost.parameters
+    assert trained["gradients and optimizer"] == 12 * cost.parameters
+    assert trained["teacher"] == 4 * cost.head
+    adapter = dict(
+        costs.memory(costs.StepCost(cost, 100, None, False), config, batch, TrainConfig(), torch.bfloat16, CPU)
+    )
+    assert adapter["student's weights"] == 400 + 2 * cost.parameters
+    assert adapter["gradients and optimizer"] == 1200
+    assert "teacher" not in adapter
