@@ -41,17 +41,19 @@ class Row:
     values: dict
 
 
-def read_rows(source: str, limit: int | None = None) -> list[Row]:
+def read_rows(source: str, limit: int | None = None, prompts_only: bool = False) -> list[Row]:
     """Rows of a JSONL file, of all JSONL files of a folder, of a Hub data set's train split, or of the quickstart.
 
     Raises ConfigError, naming file and line, for a missing or empty source, broken JSON, and rows without a prompt
-    or with an output that is missing, not text, or empty.
+    or with an output that is missing, not text, or empty. With `prompts_only` outputs are not read: all are empty.
     """
     rows = []
     for where, values in _raw_rows(source):
         if limit is not None and len(rows) == limit:
             break
-        rows.append(Row(where, _check(values, where)))
+        if prompts_only:
+            values = _without_output(values)
+        rows.append(Row(where, _check(values, where, prompts_only)))
     if not rows:
         raise ConfigError(f"{source}: has no rows")
     return rows
@@ -97,7 +99,19 @@ def _read_jsonl(path: pathlib.Path) -> Iterator[tuple[str, object]]:
         raise ConfigError(f"{path}: is not UTF-8 text after line {number} ({error.reason})") from None
 
 
-def _check(values: object, where: str) -> dict:
+def _without_output(values: object) -> object:
+    """The same row with an empty output, or an empty last message by the assistant."""
+    if not isinstance(values, dict):
+        return values
+    messages = values.get("messages")
+    if not isinstance(messages, list) or not messages:
+        return {**values, "output": ""}
+    if isinstance(messages[-1], dict) and messages[-1].get("role") == "assistant":
+        messages = messages[:-1]
+    return {"messages": [*messages, {"role": "assistant", "content": ""}]}
+
+
+def _check(values: object, where: str, empty_output: bool = False) -> dict:
     if not isinstance(values, dict):
         raise ConfigError(f"{where}: expected a JSON object with instruction, input and output")
     try:
@@ -112,7 +126,7 @@ def _check(values: object, where: str) -> dict:
         )
         if not good or len(messages) < 2 or messages[-1]["role"] != "assistant":
             raise ConfigError(f'{where}: "messages" must be objects with role and content, the last by the assistant')
-        if not messages[-1]["content"].strip():
+        if not empty_output and not messages[-1]["content"].strip():
             raise ConfigError(f"{where}: the last message is empty: nothing to learn")
         return {"messages": messages}
     prompt_key = "prompt" if "prompt" in values else "instruction"
@@ -122,7 +136,7 @@ def _check(values: object, where: str) -> dict:
             raise ConfigError(f'{where}: missing "{key}"; keys are {keys} (expected instruction, input, output)')
         if not isinstance(values[key], str):
             raise ConfigError(f'{where}: "{key}" must be text, got {json.dumps(values[key])[:60]}')
-    if not values["output"].strip():
+    if not empty_output and not values["output"].strip():
         raise ConfigError(f'{where}: "output" is empty: nothing to learn')
     extra = values.get("input") or ""
     if not isinstance(extra, str):
@@ -142,9 +156,7 @@ def tokenise(rows: list[Row], tokenizer: PreTrainedTokenizerBase, max_length: in
 
     Raises ConfigError where a prompt leaves no room for a response.
     """
-    chat = next((row for row in rows if "messages" in row.values), None)
-    if chat is not None and tokenizer.chat_template is None:
-        raise ConfigError(f"{chat.where}: has messages, but the tokenizer has no chat template; use prompt and output")
+    _check_template(rows, tokenizer)
     content = [row.values for row in rows]
     identity = [content, _tokenizer_identity(tokenizer), max_length]
     key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
@@ -163,14 +175,42 @@ def tokenise(rows: list[Row], tokenizer: PreTrainedTokenizerBase, max_length: in
     if progress:
         datasets.enable_progress_bar()
     for row, length in zip(rows, dataset["prompt_length"], strict=True):
-        if length == 0:
-            raise ConfigError(f"{row.where}: the prompt is empty: nothing predicts the first token of the response")
+        _check_prompt(row, length)
         if length >= max_length:
             raise ConfigError(
                 f"{row.where}: the prompt has {length} tokens and fills all {max_length}: nothing to learn; "
                 "raise data.max_length or drop the row"
             )
     return dataset
+
+
+def encode_prompts(rows: list[Row], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """The prompts in tokens, as `tokenise` has them.
+
+    Raises ConfigError for an empty one, and for messages where the tokenizer has no chat template.
+    """
+    _check_template(rows, tokenizer)
+    prompts = tokenizer([_prompt(row.values, tokenizer) for row in rows], add_special_tokens=False)["input_ids"]
+    for row, prompt in zip(rows, prompts, strict=True):
+        _check_prompt(row, len(prompt))
+    return prompts
+
+
+def _check_template(rows: list[Row], tokenizer: PreTrainedTokenizerBase) -> None:
+    chat = next((row for row in rows if "messages" in row.values), None)
+    if chat is not None and tokenizer.chat_template is None:
+        raise ConfigError(f"{chat.where}: has messages, but the tokenizer has no chat template; use prompt and output")
+
+
+def _check_prompt(row: Row, length: int) -> None:
+    if length == 0:
+        raise ConfigError(f"{row.where}: the prompt is empty: nothing predicts the first token of the response")
+
+
+def _prompt(row: dict, tokenizer: PreTrainedTokenizerBase) -> str:
+    if "messages" in row:
+        return tokenizer.apply_chat_template(row["messages"][:-1], tokenize=False, add_generation_prompt=True)
+    return row["prompt"]
 
 
 def _tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -181,16 +221,9 @@ def _tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _encode(rows: list[dict], tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict[str, list]:
-    prompts, wholes = [], []
-    for row in rows:
-        if "messages" in row:
-            prompts.append(
-                tokenizer.apply_chat_template(row["messages"][:-1], tokenize=False, add_generation_prompt=True)
-            )
-            wholes.append(prompts[-1] + row["messages"][-1]["content"])
-        else:
-            prompts.append(row["prompt"])
-            wholes.append(row["prompt"] + row["output"])
+    prompts = [_prompt(row, tokenizer) for row in rows]
+    outputs = [row["messages"][-1]["content"] if "messages" in row else row["output"] for row in rows]
+    wholes = [prompt + output for prompt, output in zip(prompts, outputs, strict=True)]
     prompt_ids = tokenizer(prompts, add_special_tokens=False)["input_ids"]
     whole_ids = tokenizer(wholes, add_special_tokens=False)["input_ids"]
     samples = [

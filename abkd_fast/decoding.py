@@ -25,8 +25,8 @@ BUCKET = 256  # all slots at once read keys up to the next multiple of this, so 
 class Decoder:
     """One model, and the keys and values of as many sequences as there are slots.
 
-    On a CPU every sequence attends to its own keys by itself: no padding, and the same rounding in any company. On a GPU
-    all slots, idle ones too, go through at once: one shape for each bucket of lengths, replayed as a CUDA graph.
+    On a CPU every sequence attends to its own keys by itself: no padding, and the same rounding in any company. On a
+    GPU all slots, idle ones too, go through at once: one shape for each bucket of lengths, replayed as a CUDA graph.
     """
 
     def __init__(self, model: PackedCausalLM, slots: int, capacity: int) -> None:
@@ -122,7 +122,7 @@ class Decoder:
         return keys, values
 
     def attend(self, query: Tensor, keys: Tensor, values: Tensor, scale: float | None, window: int | None) -> Tensor:
-        """Each row's query [1, heads, B, dim] over its slot's tokens, or the last `window` of them: [1, B, heads, dim]."""
+        """Each row's query [1, heads, B, dim] over its slot's tokens, or the last `window`: [1, B, heads, dim]."""
         query = query[0].transpose(0, 1).to(keys.dtype)  # [B, heads, dim]
         if self.all_at_once:
             lengths = self.inputs[2, :, None] + 1
@@ -179,7 +179,10 @@ def prepared(model: PackedCausalLM | PreTrainedModel) -> Iterator[PackedCausalLM
             packed.check()
         inner.eval()
         inner.set_attn_implementation(NAME)
-        with _fast_products(inner):
+        # Compiled layers would be compiled anew for every step.
+        is_compiled = any(module._compiled_call_impl for module in inner.modules())
+        eager = torch.compiler.set_stance("force_eager") if is_compiled else contextlib.nullcontext()
+        with _fast_products(inner), eager:
             yield packed
     finally:
         inner.set_attn_implementation(implementation)

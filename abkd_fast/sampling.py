@@ -62,24 +62,25 @@ def sample(
     settings: SamplingSettings,
     seeds: list[int],
     batch_size: int = 32,
-    on_progress: Callable[[int], None] | None = None,
+    on_response: Callable[[int, list[int]], None] | None = None,
 ) -> list[list[int]]:
     """Responses to prompts, in tokens, in the prompts' order, the end token included where one came.
 
-    A response depends on its prompt and seed, not on the others or batch_size. On a CPU in float32 this is exact: there
-    every row of a matrix product rounds alike in any company. Elsewhere products round differently with the number of
-    rows, and a draw that falls within rounding of a boundary may flip: about once in 10^6 tokens in float32, and once in
-    10^2 or 10^3 in bfloat16. At most batch_size sequences are in memory; a response also ends where the model has no
-    more positions.
+    A response depends on its prompt and seed, not on the others or batch_size. On a CPU in float32 this is exact where
+    a model's widths are multiples of 32, as they usually are: logits are the same bits in any company. Elsewhere
+    products round differently with the number of rows, and two tokens within rounding of a tie may change places: as
+    seldom as rounding is small against 1, hardly ever in float32, now and then in bfloat16.
+
+    At most batch_size sequences are in progress; a response also ends where the model has no more positions.
 
     Args:
         model: is in eval mode meanwhile, and takes the memory of its weights once more on a CPU in float32.
         seeds: one a prompt, any whole numbers.
-        on_progress: is called with the number of finished responses, whenever that changes.
+        on_response: is called with each response as it ends, after its prompt's number.
 
     Raises ConfigError for an empty prompt, one without room for a response, and a model that packing can't do.
     """
-    return [sequence.response for sequence in _run([model], 0.0, prompts, settings, seeds, batch_size, on_progress)]
+    return [sequence.response for sequence in _run([model], 0.0, prompts, settings, seeds, batch_size, on_response)]
 
 
 def sample_mixture(
@@ -90,21 +91,22 @@ def sample_mixture(
     settings: SamplingSettings,
     seeds: list[int],
     batch_size: int = 32,
-    on_progress: Callable[[int], None] | None = None,
+    on_response: Callable[[int, list[int]], None] | None = None,
 ) -> list[tuple[list[int], list[float]]]:
     """As `sample`, from (1 - teacher_weight) q + teacher_weight p of the student q and the teacher p (MiniLLM, eq. 7).
 
     Returns each response with log q of its tokens, before temperature and bans.
     """
     models = [student, teacher]
-    run = _run(models, teacher_weight, prompts, settings, seeds, batch_size, on_progress)
+    run = _run(models, teacher_weight, prompts, settings, seeds, batch_size, on_response)
     return [(sequence.response, sequence.log_probs) for sequence in run]
 
 
 class _Sequence:
     """One prompt and what has been generated for it."""
 
-    def __init__(self, prompt: list[int], seed: int, limit: int, ngram_size: int) -> None:
+    def __init__(self, index: int, prompt: list[int], seed: int, limit: int, ngram_size: int) -> None:
+        self.index = index
         self.tokens, self.prompt_length, self.seed, self.limit = list(prompt), len(prompt), seed, limit
         self.log_probs = []
         self.ngram_size, self.followers = ngram_size, collections.defaultdict(list)
@@ -147,35 +149,33 @@ def _run(
     settings: SamplingSettings,
     seeds: list[int],
     batch_size: int,
-    on_progress: Callable[[int], None] | None,
+    on_response: Callable[[int, list[int]], None] | None,
 ) -> list[_Sequence]:
     """Continuous batching: whenever sequences have ended, waiting prompts take their slots."""
     with contextlib.ExitStack() as stack:
         models = [stack.enter_context(prepared(model)) for model in models]
         limits = [_limit(models, prompt, settings, index) for index, prompt in enumerate(prompts)]
         sequences = [
-            _Sequence(prompt, seed, limit, settings.no_repeat_ngram_size)
-            for prompt, seed, limit in zip(prompts, seeds, limits, strict=True)
+            _Sequence(index, *values, settings.no_repeat_ngram_size)
+            for index, values in enumerate(zip(prompts, seeds, limits, strict=True))
         ]
         slots = min(batch_size, len(prompts))
         capacity = max((len(sequence.tokens) + sequence.limit for sequence in sequences), default=0)
         decoders = [Decoder(model, slots, capacity) for model in models]
         waiting = collections.deque(sorted(sequences, key=lambda sequence: -len(sequence.tokens)))
         running: dict[int, _Sequence] = {}
-        finished = 0
         while waiting or running:
             entering = _enter(waiting, [slot for slot in range(slots) if slot not in running])
             active = entering or running
             tokens = {slot: sequence.tokens for slot, sequence in active.items()}
             logits = [decoder.prefill(tokens) if entering else decoder.decode(tokens) for decoder in decoders]
             _advance(list(active.values()), logits, teacher_weight, settings)
-            running |= entering
-            ended = [slot for slot, sequence in active.items() if sequence.has_ended(settings)]
-            for slot in ended:
-                del running[slot]
-            finished += len(ended)
-            if ended and on_progress:
-                on_progress(finished)
+            running = {**running, **entering}
+            for slot, sequence in active.items():
+                if sequence.has_ended(settings):
+                    del running[slot]
+                    if on_response:
+                        on_response(sequence.index, sequence.response)
     return sequences
 
 
@@ -215,7 +215,7 @@ def _advance(
     if len(logits) > 1:
         vocabulary = shared_vocabulary(*(x.shape[1] for x in logits))
         student, teacher = (x[:, :vocabulary].log_softmax(1) for x in logits)
-        scores = torch.logaddexp(student + math.log1p(-teacher_weight), teacher + math.log(teacher_weight))
+        scores = ((1 - teacher_weight) * student.exp() + teacher_weight * teacher.exp()).log()
     tokens = _choose(scores, sequences, settings)
     if len(logits) > 1:
         for sequence, value in zip(sequences, student.gather(1, tokens[:, None])[:, 0].tolist(), strict=True):
@@ -268,7 +268,7 @@ def _exponentials(seeds: Tensor, steps: Tensor, count: int) -> Tensor:
     key = _mix(_mix(seeds) + steps)
     columns = torch.arange(1, count + 1, device=seeds.device)
     bits = _mix(key[:, None] + columns * -0x61C8864680B583EB)  # 2^64 / golden ratio, as a signed number
-    return -((_shift(bits, 11) + 0.5) * 2.0**-53).log()
+    return -((_shift(bits, 12) + 0.5) * 2.0**-52).log()  # neither 0 nor infinite
 
 
 def _mix(x: Tensor) -> Tensor:

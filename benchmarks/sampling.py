@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, GPT2Config
 from abkd_fast.sampling import SamplingSettings, sample
 
 OURS = "sample"
-# Every twentieth of the quantiles of the prompts' lengths in Dolly's training set, in GPT-2's tokens, and the responses' mean.
+# Of Dolly's training set in GPT-2's tokens: 21 quantiles of the prompts' lengths, and the responses' mean.
 PROMPT_LENGTHS = (31, 36, 37, 38, 38, 39, 40, 41, 41, 42, 44, 45, 47, 50, 57, 68, 94, 139, 178, 212, 256)
 RESPONSE_LENGTH = 74
 PAPERS_BATCH, PAPERS_PROMPT = 8, 256
