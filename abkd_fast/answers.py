@@ -34,7 +34,6 @@ class Generation:
             if value is not None and value < 1:
                 raise ConfigError(f"{name} is {value}, expected at least 1")
         chosen = {name: getattr(options, name) for name in SETTINGS}
-        self.settings = SamplingSettings(**chosen)
         self.device = choose_device(options.device)
         self.dtype = choose_dtype(options.dtype, self.device)
         self.spec = ModelConfig(path=options.model)

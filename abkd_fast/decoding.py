@@ -50,14 +50,14 @@ class Decoder:
             [token for prompt in prompts.values() for token in prompt],
             [position for length in lengths for position in range(length)],
         ]
-        self.prompts = True
+        self.reads_prompts = True
         boundaries = torch.tensor(starts, dtype=torch.int32, device=self.device)
         states = self._states(torch.tensor(rows, device=self.device), boundaries, max(lengths))  # [T, H]
         return self._logits(states[boundaries[1:] - 1])
 
     def decode(self, sequences: dict[int, list[int]]) -> Tensor:
         """Reads the last token of each sequence, the others being in its slot; the logits [B, V] after it."""
-        self.prompts = False
+        self.reads_prompts = False
         self.rows = [(slot, len(tokens)) for slot, tokens in sequences.items()]
         last = [[slot, tokens[-1], len(tokens) - 1] for slot, tokens in sequences.items()]
         inputs = torch.tensor(last, device=self.device).T  # [3, B]
@@ -158,7 +158,7 @@ def slot_attention(
 ) -> tuple[Tensor, None]:
     """Attention of whole packed prompts, or of one new token a sequence over its slot: [1, T, heads, dim]."""
     keys, values = decoder.store(key, value)
-    if decoder.prompts:
+    if decoder.reads_prompts:
         settings |= {"scaling": scaling, "sliding_window": sliding_window}
         return packed_attention(module, query, key, value, attention_mask, **settings)
     return decoder.attend(query, keys, values, scaling, sliding_window), None

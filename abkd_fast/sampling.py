@@ -75,10 +75,12 @@ def sample(
 
     Args:
         model: is in eval mode meanwhile, and takes the memory of its weights once more on a CPU in float32.
-        seeds: one a prompt, any whole numbers.
+        prompts: tokens of each.
+        seeds: one a prompt, whole numbers that count modulo 2^64.
         on_response: is called with each response as it ends, after its prompt's number.
 
-    Raises ConfigError for an empty prompt, one without room for a response, and a model that packing can't do.
+    Raises ConfigError for an empty prompt, one without room for a response, a batch_size below 1, and a model that
+    packing can't do.
     """
     return [sequence.response for sequence in _run([model], 0.0, prompts, settings, seeds, batch_size, on_response)]
 
@@ -93,10 +95,14 @@ def sample_mixture(
     batch_size: int = 32,
     on_response: Callable[[int, list[int]], None] | None = None,
 ) -> list[tuple[list[int], list[float]]]:
-    """As `sample`, from (1 - teacher_weight) q + teacher_weight p of the student q and the teacher p (MiniLLM, eq. 7).
+    """As `sample`, from (1 - teacher_weight) q + teacher_weight p: MiniLLM's teacher-mixed sampling.
 
-    Returns each response with log q of its tokens, before temperature and bans.
+    q and p are the next-token probabilities of student and teacher, over the common prefix of their vocabularies.
+    Returns each response with log q of its tokens, before temperature and bans. Raises ConfigError for a weight that
+    is not from 0 to 1, too.
     """
+    if not 0 <= teacher_weight <= 1:
+        raise ConfigError(f"teacher_weight is {teacher_weight}, expected at least 0 and at most 1")
     models = [student, teacher]
     run = _run(models, teacher_weight, prompts, settings, seeds, batch_size, on_response)
     return [(sequence.response, sequence.log_probs) for sequence in run]
@@ -152,6 +158,8 @@ def _run(
     on_response: Callable[[int, list[int]], None] | None,
 ) -> list[_Sequence]:
     """Continuous batching: whenever sequences have ended, waiting prompts take their slots."""
+    if batch_size < 1:
+        raise ConfigError(f"batch_size is {batch_size}, expected at least 1")
     with contextlib.ExitStack() as stack:
         models = [stack.enter_context(prepared(model)) for model in models]
         limits = [_limit(models, prompt, settings, index) for index, prompt in enumerate(prompts)]
@@ -170,7 +178,7 @@ def _run(
             tokens = {slot: sequence.tokens for slot, sequence in active.items()}
             logits = [decoder.prefill(tokens) if entering else decoder.decode(tokens) for decoder in decoders]
             _advance(list(active.values()), logits, teacher_weight, settings)
-            running = {**running, **entering}
+            running = running | entering  # never in place: `active` may be the same dictionary
             for slot, sequence in active.items():
                 if sequence.has_ended(settings):
                     del running[slot]

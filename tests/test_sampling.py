@@ -168,7 +168,7 @@ WARPERS = {
 @pytest.mark.parametrize("name", WARPERS)
 def test_pairs_of_tokens_follow_the_model(name):
     changes, warpers = WARPERS[name]
-    vocabulary, draws = 11, 4000
+    vocabulary, draws = 11, 2000
     model = build(GPT2, torch.float32, vocab_size=vocabulary, scale=6.0)
     prompt = [3, 1, 4]
     settings = SamplingSettings(max_new_tokens=2, **changes)
@@ -184,7 +184,7 @@ def test_pairs_of_tokens_follow_the_model(name):
 
 
 def test_mixture_draws_from_both_and_reports_the_student():
-    vocabulary, draws, weight = 11, 4000, 0.3
+    vocabulary, draws, weight = 11, 2000, 0.3
     # The teacher's vocabulary is padded.
     student = build(GPT2, vocab_size=vocabulary, scale=6.0)
     teacher = build(LLAMA, vocab_size=vocabulary + 5, scale=6.0, seed=3)
@@ -256,6 +256,10 @@ def test_positions_limit_responses():
         sample(model, prompts_of(5, 32), SamplingSettings(), [0, 1])
     with pytest.raises(ConfigError, match="prompt 0 is empty"):
         sample(model, [[]], SamplingSettings(), [0])
+    with pytest.raises(ConfigError, match="batch_size is 0, expected at least 1"):
+        sample(model, prompts, SamplingSettings(), [0, 1], batch_size=0)
+    with pytest.raises(ConfigError, match="teacher_weight is 1.5"):
+        sample_mixture(model, model, 1.5, prompts, SamplingSettings(), [0, 1])
 
 
 @pytest.mark.parametrize("packed", [False, True])
