@@ -41,27 +41,30 @@ def _parser() -> argparse.ArgumentParser:
         description="Answer the prompts of a data set with a model. The result is data to train on, one row a line: "
         "prompt and output (or messages), the number of its row, and whether the answer ended by itself. An "
         "interrupted command goes on where it was when it is given again.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--model", required=True, metavar="DIR", help="folder or Hub name")
     parser.add_argument("--data", required=True, help="JSONL file, folder, or Hub name; outputs are not read")
     parser.add_argument("--out", required=True, metavar="FILE.jsonl", type=pathlib.Path, help="where answers go")
-    parser.add_argument("--tokenizer", metavar="DIR", help="folder or Hub name (None: the model's)")
-    parser.add_argument("--rows", type=int, help="use only the first rows (None: all)")
-    parser.add_argument("--max-new-tokens", type=int, default=256, help="longer answers are cut")
-    parser.add_argument("--min-new-tokens", type=int, default=0, help="no end before so many")
-    parser.add_argument("--temperature", type=float, default=1.0, help="0: always the most likely token")
-    parser.add_argument("--top-k", type=int, default=0, help="only the K most likely tokens (0: all)")
-    parser.add_argument("--top-p", type=float, default=1.0, help="only the most likely tokens of this mass in all")
-    parser.add_argument("--no-repeat-ngram-size", type=int, default=0, help="no N tokens occur twice (0: they may)")
-    parser.add_argument("--seed", type=int, default=10, help="an answer depends on it, its row's number and its prompt")
-    parser.add_argument("--batch-size", type=int, default=64, help="answers in progress at a time")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: the GPU if any")
+    parser.add_argument("--tokenizer", metavar="DIR", help="folder or Hub name (default: the model's)")
+    parser.add_argument("--rows", metavar="N", type=int, help="use only the first rows")
+    numbers = (
+        ("--max-new-tokens", 256, "longer answers are cut"),
+        ("--min-new-tokens", 0, "no end before so many"),
+        ("--temperature", 1.0, "0: always the most likely token"),
+        ("--top-k", 0, "only the so many most likely tokens (0: all)"),
+        ("--top-p", 1.0, "only the most likely tokens of this mass in all"),
+        ("--no-repeat-ngram-size", 0, "no sequence of so many tokens occurs twice (0: it may)"),
+        ("--seed", 10, "an answer depends on it, its row's number and its prompt"),
+        ("--batch-size", 64, "answers in progress at a time"),
+    )
+    for name, default, text in numbers:
+        parser.add_argument(name, type=type(default), metavar="N", default=default, help=f"{text} [{default}]")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: the GPU if any [auto]")
     parser.add_argument(
         "--dtype",
         choices=("auto", "float32", "bfloat16", "float64"),
         default="auto",
-        help="auto: bfloat16 on a GPU, else float32",
+        help="auto: bfloat16 on a GPU, else float32 [auto]",
     )
     return parser
 

@@ -258,7 +258,7 @@ def test_positions_limit_responses():
         sample(model, [[]], SamplingSettings(), [0])
     with pytest.raises(ConfigError, match="batch_size is 0, expected at least 1"):
         sample(model, prompts, SamplingSettings(), [0, 1], batch_size=0)
-    with pytest.raises(ConfigError, match="teacher_weight is 1.5"):
+    with pytest.raises(ConfigError, match=r"teacher_weight is 1\.5"):
         sample_mixture(model, model, 1.5, prompts, SamplingSettings(), [0, 1])
 
 
