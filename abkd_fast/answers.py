@@ -93,7 +93,10 @@ class Generation:
         def keep(number: int, response: list[int]) -> None:
             index = self.todo[number]
             text = self.tokenizer.decode(response, skip_special_tokens=True)
-            self.answers.add(index, self.rows[index].values, text, response[-1] == self.end)
+            values = self.rows[index].values
+            if "prompt_ids" in values:
+                values = {"prompt": self.tokenizer.decode(self.prompts[index])}
+            self.answers.add(index, values, text, response[-1] == self.end)
             self.tokens += len(response)
             bar.advance(task)
             if signals.received:

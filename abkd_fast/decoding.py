@@ -73,7 +73,7 @@ class Decoder:
     def _states(self, inputs: Tensor, boundaries: Tensor | None = None, longest: int | None = None) -> Tensor:
         """The final hidden states [T, H] of T tokens, given the slot, token and position of each [3, T]."""
         self.layer, self.where = 0, (inputs[0], inputs[2])
-        return self.model.model.base_model(
+        return self.model.causal_lm.base_model(
             input_ids=inputs[1:2],
             position_ids=inputs[2:],
             use_cache=False,
@@ -171,7 +171,7 @@ def prepared(model: PackedCausalLM | PreTrainedModel) -> Iterator[PackedCausalLM
     Raises ConfigError for a model that packing can't do (what is a PackedCausalLM already has been checked).
     """
     is_packed = isinstance(model, PackedCausalLM)
-    inner = model.model if is_packed else model
+    inner = model.causal_lm if is_packed else model
     implementation, training = inner.config._attn_implementation, inner.training
     try:
         packed = model if is_packed else PackedCausalLM(model, "model")

@@ -193,7 +193,7 @@ def _limit(models: list[PackedCausalLM], prompt: list[int], settings: SamplingSe
         raise ConfigError(f"prompt {index} is empty: nothing predicts the first token of the response")
     limit = settings.max_new_tokens
     for model in models:
-        positions = getattr(model.model.config, "max_position_embeddings", None)
+        positions = getattr(model.causal_lm.config, "max_position_embeddings", None)
         if positions is not None:
             limit = min(limit, positions - len(prompt))
         if limit < 1:
