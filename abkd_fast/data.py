@@ -52,22 +52,25 @@ class Row:
     values: dict  # prompt and output, messages, or prompt_ids and output_ids
 
 
-def read_rows(source: str, limit: int | None = None, splits: tuple[str, ...] = TRAIN) -> list[Row]:
+def read_rows(
+    source: str, limit: int | None = None, splits: tuple[str, ...] = TRAIN, prompts_only: bool = False
+) -> list[Row]:
     """Rows of a JSONL file, of all JSONL files of a folder, of a Hub data set's train split, or of the quickstart.
 
     Indexed binary files are read, too. In a folder they come first, as the papers' tools leave the same rows, of all
     splits, as JSONL beside them; `splits` says whose files they are. Of several outputs a row has the first.
 
     Raises ConfigError, naming file and line, for a missing or empty source, broken JSON, and rows without a prompt
-    or with an output that is missing, not text, or empty.
+    or with an output that is missing, not text, or empty. With `prompts_only` outputs of JSON rows are not read: all
+    are empty.
     """
-    rows = list(itertools.islice(_rows(source, splits), limit))
+    rows = list(itertools.islice(_rows(source, splits, prompts_only), limit))
     if not rows:
         raise ConfigError(f"{source}: has no rows")
     return rows
 
 
-def _rows(source: str, splits: tuple[str, ...]) -> Iterator[Row]:
+def _rows(source: str, splits: tuple[str, ...], prompts_only: bool) -> Iterator[Row]:
     parts = indexed.find(source, splits)
     for part in parts:
         for where, ids in indexed.read_items(part):
@@ -75,7 +78,7 @@ def _rows(source: str, splits: tuple[str, ...]) -> Iterator[Row]:
             yield Row(where, {"prompt_ids": prompt, "output_ids": output})
     if not parts:
         for where, values in _raw_rows(source):
-            yield Row(where, _check(values, where))
+            yield Row(where, _check(_without_output(values) if prompts_only else values, where, prompts_only))
 
 
 def _raw_rows(source: str) -> Iterator[tuple[str, object]]:
@@ -124,7 +127,19 @@ def read_jsonl(path: pathlib.Path) -> Iterator[tuple[str, object]]:
         raise ConfigError(f"{path}: is not UTF-8 text after line {number} ({error.reason})") from None
 
 
-def _check(values: object, where: str) -> dict:
+def _without_output(values: object) -> object:
+    """The same row with an empty output, or an empty last message by the assistant."""
+    if not isinstance(values, dict):
+        return values
+    messages = values.get("messages")
+    if not isinstance(messages, list) or not messages:
+        return {**values, "output": ""}
+    if isinstance(messages[-1], dict) and messages[-1].get("role") == "assistant":
+        messages = messages[:-1]
+    return {"messages": [*messages, {"role": "assistant", "content": ""}]}
+
+
+def _check(values: object, where: str, empty_output: bool = False) -> dict:
     if not isinstance(values, dict):
         raise ConfigError(f"{where}: expected a JSON object with instruction, input and output")
     if "messages" in values:
@@ -135,7 +150,7 @@ def _check(values: object, where: str) -> dict:
         )
         if not good or len(messages) < 2 or messages[-1]["role"] != "assistant":
             raise ConfigError(f'{where}: "messages" must be objects with role and content, the last by the assistant')
-        if not messages[-1]["content"].strip():
+        if not empty_output and not messages[-1]["content"].strip():
             raise ConfigError(f"{where}: the last message is empty: nothing to learn")
         return {"messages": messages}
     prompt_key = "prompt" if "prompt" in values else "instruction"
@@ -147,7 +162,7 @@ def _check(values: object, where: str) -> dict:
             raise ConfigError(f'{where}: missing "{key}"; keys are {keys} (expected instruction, input, output)')
         if not isinstance(values[key], str):
             raise ConfigError(f'{where}: "{key}" must be text, got {json.dumps(values[key])[:60]}')
-    if not values["output"].strip():
+    if not empty_output and not values["output"].strip():
         raise ConfigError(f'{where}: "output" is empty: nothing to learn')
     extra = values.get("input") or ""
     if not isinstance(extra, str):
@@ -171,12 +186,7 @@ def tokenise(
 
     Raises ConfigError where no row is left, where a prompt leaves no room for a response, and for foreign token ids.
     """
-    chat = next((row for row in rows if "messages" in row.values), None)
-    if chat is not None and tokenizer.chat_template is None:
-        raise ConfigError(f"{chat.where}: has messages, but the tokenizer has no chat template; use prompt and output")
-    for row in rows:
-        for ids in (row.values[key] for key in ("prompt_ids", "output_ids") if key in row.values):
-            indexed.check_ids(row.where, ids, len(tokenizer))
+    _check_rows(rows, tokenizer)
     content = [json.dumps(row.values, default=np.ndarray.tolist) for row in rows]
     limits = max_length, max_prompt_length
     key = fingerprint(content, tokenizer, limits)
@@ -201,14 +211,49 @@ def tokenise(
         )
     for number, length in zip(dataset["row"][:], dataset["prompt_length"][:], strict=True):
         where = rows[number].where
-        if length == 0:
-            raise ConfigError(f"{where}: the prompt is empty: nothing predicts the first token of the response")
+        _check_prompt(where, length)
         if length >= max_length:
             raise ConfigError(
                 f"{where}: the prompt has {length} tokens and fills all {max_length}: nothing to learn; "
                 "raise data.max_length, or lower data.max_prompt_length"
             )
     return dataset
+
+
+def encode_prompts(rows: list[Row], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """The prompts in tokens, as `tokenise` has them.
+
+    Raises ConfigError for an empty one, foreign token ids, and messages where the tokenizer has no chat template.
+    """
+    _check_rows(rows, tokenizer)
+    values = [row.values for row in rows]
+    if "prompt_ids" in values[0]:  # then all have them
+        prompts = [np.asarray(row["prompt_ids"]).tolist() for row in values]
+    else:
+        prompts = tokenizer([_prompt(row, tokenizer) for row in values], add_special_tokens=False)["input_ids"]
+    for row, prompt in zip(rows, prompts, strict=True):
+        _check_prompt(row.where, len(prompt))
+    return prompts
+
+
+def _check_rows(rows: list[Row], tokenizer: PreTrainedTokenizerBase) -> None:
+    chat = next((row for row in rows if "messages" in row.values), None)
+    if chat is not None and tokenizer.chat_template is None:
+        raise ConfigError(f"{chat.where}: has messages, but the tokenizer has no chat template; use prompt and output")
+    for row in rows:
+        for ids in (row.values[key] for key in ("prompt_ids", "output_ids") if key in row.values):
+            indexed.check_ids(row.where, ids, len(tokenizer))
+
+
+def _check_prompt(where: str, length: int) -> None:
+    if length == 0:
+        raise ConfigError(f"{where}: the prompt is empty: nothing predicts the first token of the response")
+
+
+def _prompt(row: dict, tokenizer: PreTrainedTokenizerBase) -> str:
+    if "messages" in row:
+        return tokenizer.apply_chat_template(row["messages"][:-1], tokenize=False, add_generation_prompt=True)
+    return row["prompt"]
 
 
 def fingerprint(content: list, tokenizer: PreTrainedTokenizerBase, limits: tuple[int | None, ...]) -> str:
@@ -247,16 +292,9 @@ def _encode(
 
 def _token_ids(rows: list[dict], tokenizer: PreTrainedTokenizerBase) -> list[tuple[list[int], list[int]]]:
     """The tokens of each row's prompt, and of its response and the end."""
-    prompts, wholes = [], []
-    for row in rows:
-        if "messages" in row:
-            prompts.append(
-                tokenizer.apply_chat_template(row["messages"][:-1], tokenize=False, add_generation_prompt=True)
-            )
-            wholes.append(prompts[-1] + row["messages"][-1]["content"])
-        else:
-            prompts.append(row["prompt"])
-            wholes.append(row["prompt"] + row["output"])
+    prompts = [_prompt(row, tokenizer) for row in rows]
+    outputs = [row["messages"][-1]["content"] if "messages" in row else row["output"] for row in rows]
+    wholes = [prompt + output for prompt, output in zip(prompts, outputs, strict=True)]
     prompt_ids = tokenizer(prompts, add_special_tokens=False)["input_ids"]
     whole_ids = tokenizer(wholes, add_special_tokens=False)["input_ids"]
     return [
