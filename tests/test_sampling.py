@@ -11,8 +11,8 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from abkd_fast import decoding, models
-from abkd_fast.config import ConfigError
+from abkd_fast import decoding, lora, models
+from abkd_fast.config import ConfigError, LoraConfig, ModelConfig
 from abkd_fast.sampling import SamplingSettings, _draw, _Sequence, sample, sample_mixture
 
 MODELS = {
@@ -278,6 +278,22 @@ def test_model_is_left_as_it_was(packed):
     boundaries = {"cu_seq_lens_q": torch.tensor([0, ids.shape[1]])} if packed else {}
     inner(ids, use_cache=False, **boundaries).logits.sum().backward()
     assert all(parameter.grad is not None for parameter in inner.parameters())
+
+
+def test_adapters_take_part():
+    spec = ModelConfig(path="base", lora=LoraConfig(rank=4))
+    student = models.PackedCausalLM(lora.attach(build(LLAMA), spec, "student"), "student")
+    settings = SamplingSettings(max_new_tokens=8, temperature=0)
+    without = sample(student, PROMPTS, settings, [0] * 8)  # a new adapter changes nothing
+    with torch.no_grad():
+        for name, parameter in student.named_parameters():
+            if "lora_" in name:
+                parameter.normal_()
+    responses = sample(student, PROMPTS, settings, [0] * 8)
+    assert responses != without
+    merged = student.model.merge_and_unload()
+    merged.set_attn_implementation("sdpa")
+    assert responses == [generated(merged, prompt, max_new_tokens=8) for prompt in PROMPTS]
 
 
 def test_model_that_packing_cannot_do_is_refused():
