@@ -50,6 +50,7 @@ class Row:
 
     where: str
     values: dict  # prompt and output, messages, or prompt_ids and output_ids
+    outputs: object = None  # of a row of JSON, unchecked: of several, `values` has the first
 
 
 def read_rows(
@@ -78,7 +79,8 @@ def _rows(source: str, splits: tuple[str, ...], prompts_only: bool) -> Iterator[
             yield Row(where, {"prompt_ids": prompt, "output_ids": output})
     if not parts:
         for where, values in _raw_rows(source):
-            yield Row(where, _check(_without_output(values) if prompts_only else values, where, prompts_only))
+            checked = _check(_without_output(values) if prompts_only else values, where, prompts_only)
+            yield Row(where, checked, _outputs(values))
 
 
 def _raw_rows(source: str) -> Iterator[tuple[str, object]]:
@@ -137,6 +139,14 @@ def _without_output(values: object) -> object:
     if isinstance(messages[-1], dict) and messages[-1].get("role") == "assistant":
         messages = messages[:-1]
     return {"messages": [*messages, {"role": "assistant", "content": ""}]}
+
+
+def _outputs(values: dict) -> object:
+    """What a checked row has as its output or outputs."""
+    if "messages" not in values:
+        return values.get("output")
+    last = values["messages"][-1]
+    return last["content"] if last["role"] == "assistant" else None
 
 
 def _check(values: object, where: str, empty_output: bool = False) -> dict:
@@ -218,6 +228,25 @@ def tokenise(
                 "raise data.max_length, or lower data.max_prompt_length"
             )
     return dataset
+
+
+def references(rows: list[Row], tokenizer: PreTrainedTokenizerBase) -> list[list[str]]:
+    """The texts that a response to each row is compared with: all its outputs.
+
+    Raises ConfigError for a row without one, and for one that is not text.
+    """
+    texts = []
+    for row in rows:
+        if "output_ids" in row.values:
+            outputs = tokenizer.decode(row.values["output_ids"], skip_special_tokens=True)
+        else:
+            outputs = row.outputs
+        outputs = outputs if isinstance(outputs, list) else [outputs]
+        if not outputs or not all(isinstance(text, str) for text in outputs):
+            shown = json.dumps(row.outputs)[:60]
+            raise ConfigError(f'{row.where}: "output" must be a text or a list of texts to compare with, got {shown}')
+        texts.append(outputs)
+    return texts
 
 
 def encode_prompts(rows: list[Row], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:

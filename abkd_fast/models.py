@@ -71,6 +71,18 @@ def _check_weights(folder: pathlib.Path, key: str) -> None:
         raise ConfigError(f"{key}: {folder} lacks {len(missing)} files of its index, the first: {missing[0]}")
 
 
+def spec_of(path: str) -> ModelConfig:
+    """A model to read from: a folder or Hub name, or the folder of a LoRA adapter, merged into its own base."""
+    settings = pathlib.Path(path, lora.SETTINGS)
+    if not settings.exists():
+        return ModelConfig(path=path)
+    try:
+        base = json.loads(settings.read_text(encoding="utf-8"))["base_model_name_or_path"]
+        return ModelConfig(path=base, adapter=path)
+    except (OSError, ValueError, LookupError, TypeError):
+        raise ConfigError(f"model: {settings} names no base model: the adapter can't be used alone") from None
+
+
 def read_config(spec: ModelConfig, key: str) -> PretrainedConfig:
     """A model's configuration, without its weights.
 
@@ -185,7 +197,7 @@ def load(
 ) -> PackedCausalLM:
     """The model with its weights in `dtype` (random ones from `config` where spec has no path).
 
-    A student's adapter is attached, and it alone is trained; a teacher's is merged.
+    A student's adapter is attached, and it alone is trained; others are merged.
     """
     for name in ATTENTION_DROPOUT:
         if getattr(config, name, 0) and not attention.supports_dropout(device):
@@ -197,7 +209,7 @@ def load(
     if spec.path is None:
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     else:
-        merges = key == "teacher" and spec.adapter is not None
+        merges = key != "student" and spec.adapter is not None
         read_dtype = torch.promote_types(dtype, torch.float32) if merges else dtype
         try:
             model = AutoModelForCausalLM.from_pretrained(spec.path, config=config, dtype=read_dtype)
