@@ -12,7 +12,6 @@ import typing
 from collections.abc import Iterator
 from typing import Annotated, Literal
 
-
 SEEDS = (10, 20, 30, 40, 50)  # the papers' for evaluations
 
 
@@ -239,7 +238,7 @@ class TrainConfig:
 
 @_section
 class EvalConfig:
-    """On data.dev, in training: cross-entropy of the reference responses, and ROUGE-L; on eval.sets, after it: ROUGE-L."""
+    """In training the loss on data.dev, cross-entropy of its responses, and ROUGE-L; after it scores on test sets."""
 
     every_steps: Annotated[
         int | None, "how often, besides before the first and after the last step (default: once an epoch)"

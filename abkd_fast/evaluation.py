@@ -1,7 +1,7 @@
-"""A model's answers to test sets, scored as in the papers, in files that grow answer by answer; and those on dev rows.
+"""A model's answers to test sets, scored as in the papers, in files that grow answer by answer.
 
 The papers' protocol: plain sampling, no 6-gram twice, at most 256 new tokens, the first 256 tokens of a prompt, and
-the mean over five seeds. On development rows, during training: a single pass, and no n-gram is banned.
+the mean over five seeds.
 """
 
 from __future__ import annotations
@@ -15,15 +15,13 @@ import pathlib
 import statistics
 from collections.abc import Iterable
 
-import datasets
 import torch
 from rich.table import Table
-from transformers import PreTrainedTokenizerBase
 
-from . import models, sampling, scoring
+from . import models, scoring
 from .answers import GrowingFile, answer, hash_weights
-from .checkpoint import WRITE_ERRORS, Interrupted, StopSignals, atomic_write
-from .config import SEEDS, Config, ConfigError
+from .checkpoint import WRITE_ERRORS, Interrupted, atomic_write
+from .config import SEEDS, ConfigError
 from .data import DEV, Row, encode_prompts, read_rows, references
 from .logs import console
 from .sampling import SamplingSettings
@@ -46,7 +44,7 @@ SCORES = "scores.json"
 class Protocol:
     """How models are asked; the defaults are the papers' for test sets. Raises ConfigError for values out of range."""
 
-    sampling: SamplingSettings = SamplingSettings(no_repeat_ngram_size=6)
+    sampling: SamplingSettings = dataclasses.field(default_factory=lambda: SamplingSettings(no_repeat_ngram_size=6))
     max_prompt_length: int = 256  # the first so many tokens are read
     begin_token: bool = False  # before every prompt; the papers' Llama models got one here, though not in training
 
@@ -75,7 +73,7 @@ class TestSet:
 
 
 def read_sets(sets: dict[str, str], rows: int | None = None) -> dict[str, list[Row]]:
-    """The rows of each set, by its name in the papers. Raises ConfigError for a set that can't be used, and its name."""
+    """The rows of each set, by its name in the papers. Raises ConfigError where a set, or its name, can't be used."""
     read = {}
     for key, source in sets.items():
         name = NAMES.get(key.lower(), key)
@@ -159,7 +157,7 @@ class Evaluation:
         return self.out / f"{name}.seed{seed}.jsonl"
 
     def _compare(self) -> None:
-        """Takes over the scores that are there. Raises ConfigError where they are another model's, or other settings'."""
+        """Takes over the scores that are there. Raises ConfigError where they are of another model or setting."""
         path, then = self.out / SCORES, {"sets": {}}
         if path.exists():
             then = read_scores(path)
@@ -211,7 +209,8 @@ class Evaluation:
             yield f"  {test.name}: {len(test.prompts)} rows of {test.source}{cut}"
         begins = self.tokenizer("a")["input_ids"][:1] == [self.tokenizer.bos_token_id]
         if begins and not self.protocol.begin_token:
-            yield f"  prompts have no {self.tokenizer.bos_token}, as in training; the papers' test prompts had one: --bos"
+            begin = self.tokenizer.bos_token
+            yield f"  prompts have no {begin}, as in training; the papers' test prompts had one: --bos"
 
     def _score(self, model: models.PackedCausalLM, test: TestSet, seeds: list[int]) -> None:
         """Answers a set with all seeds in one stream, so that the batch is full to the end."""
@@ -226,12 +225,11 @@ class Evaluation:
             def keep(number: int, response: list[int]) -> None:
                 seed, row = todo[number]
                 values = {"prompt": self.tokenizer.decode(test.prompts[row]), "output": test.references[row]}
-                files[seed].add(row, values | judge(self.tokenizer, response, test.references[row]))
+                files[seed].add(row, values | scoring.judge(self.tokenizer, response, test.references[row]))
 
             prompts = [test.prompts[row] for _, row in todo]
-            answer(
-                model, prompts, self.settings, response_seeds(todo), self.batch_size, keep, f"answers to {test.name}"
-            )
+            numbers = scoring.response_seeds(todo)
+            answer(model, prompts, self.settings, numbers, self.batch_size, keep, f"answers to {test.name}")
         for seed in seeds:
             answers = files[seed].sort()
             for metric in METRICS:
@@ -283,52 +281,3 @@ def _mean(answers: list[dict], metric: str) -> float:
     """Over answers; of those that match exactly, the percentage."""
     scale = 100 if metric == "exact_match" else 1
     return scale * statistics.fmean(values[metric] for values in answers)
-
-
-def judge(tokenizer: PreTrainedTokenizerBase, response: list[int], references: list[str]) -> dict:
-    """A response's text and scores."""
-    text = tokenizer.decode(response, skip_special_tokens=True).strip()
-    return {
-        "response": text,
-        "rouge_l": scoring.rouge_l(text, references),
-        "exact_match": scoring.exact_match(text, references),
-    }
-
-
-def response_seeds(questions: Iterable[tuple[int, int]]) -> list[int]:
-    """Of (seed, row) pairs: a response depends on the two and its prompt, on nothing else."""
-    return [(seed << 32) + row for seed, row in questions]
-
-
-class DevelopmentRouge:
-    """ROUGE-L on the first development rows, one sampled pass with the run's seed."""
-
-    def __init__(
-        self, config: Config, rows: list[Row], dev_set: datasets.Dataset, tokenizer: PreTrainedTokenizerBase
-    ) -> None:
-        """Takes the checked rows, and those of them that were tokenised."""
-        count = min(config.eval.rouge_rows, len(dev_set))
-        samples = dev_set[:count]
-        pairs = zip(samples["input_ids"], samples["prompt_length"], strict=True)
-        self.prompts = [ids[:length] for ids, length in pairs]
-        self.references = references([rows[number] for number in samples["row"]], tokenizer)
-        self.seeds = response_seeds((config.run.seed, row) for row in range(count))
-        self.tokenizer = tokenizer
-        self.settings = SamplingSettings(
-            max_new_tokens=config.eval.max_new_tokens, eos_token_ids=(tokenizer.eos_token_id,)
-        )
-
-    def measure(self, student: models.PackedCausalLM, signals: StopSignals) -> float | None:
-        """The mean over the rows; None where a signal arrives."""
-        scores = [0.0] * len(self.prompts)
-
-        def on_response(row: int, response: list[int]) -> None:
-            scores[row] = judge(self.tokenizer, response, self.references[row])["rouge_l"]
-            if signals.received:
-                raise Interrupted(signals.received)
-
-        try:
-            sampling.sample(student, self.prompts, self.settings, self.seeds, 64, on_response)
-        except Interrupted:
-            return None
-        return statistics.fmean(scores)

@@ -8,11 +8,20 @@ number, so that one process scores faster than several could be started.
 from __future__ import annotations
 
 import functools
+import statistics
 import string
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
+import datasets
 from nltk.stem.porter import PorterStemmer  # what rouge_score takes
 from rouge_score import scoring, tokenize
+from transformers import PreTrainedTokenizerBase
+
+from .checkpoint import Interrupted, StopSignals
+from .config import Config
+from .data import Row, references
+from .models import PackedCausalLM
+from .sampling import SamplingSettings, sample
 
 
 class _Stemmer:
@@ -59,3 +68,52 @@ def _bare(text: str) -> str:
 
 
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+def judge(tokenizer: PreTrainedTokenizerBase, response: list[int], outputs: list[str]) -> dict:
+    """A response's text and scores."""
+    text = tokenizer.decode(response, skip_special_tokens=True).strip()
+    return {
+        "response": text,
+        "rouge_l": rouge_l(text, outputs),
+        "exact_match": exact_match(text, outputs),
+    }
+
+
+def response_seeds(questions: Iterable[tuple[int, int]]) -> list[int]:
+    """Of (seed, row) pairs: a response depends on the two and its prompt, on nothing else."""
+    return [(seed << 32) + row for seed, row in questions]
+
+
+class DevelopmentRouge:
+    """ROUGE-L on the first development rows: one sampled pass with the run's seed, no n-gram banned, as the papers do."""
+
+    def __init__(
+        self, config: Config, rows: list[Row], dev_set: datasets.Dataset, tokenizer: PreTrainedTokenizerBase
+    ) -> None:
+        """Takes the checked rows, and those of them that were tokenised."""
+        count = min(config.eval.rouge_rows, len(dev_set))
+        samples = dev_set[:count]
+        pairs = zip(samples["input_ids"], samples["prompt_length"], strict=True)
+        self.prompts = [ids[:length] for ids, length in pairs]
+        self.references = references([rows[number] for number in samples["row"]], tokenizer)
+        self.seeds = response_seeds((config.run.seed, row) for row in range(count))
+        self.tokenizer = tokenizer
+        self.settings = SamplingSettings(
+            max_new_tokens=config.eval.max_new_tokens, eos_token_ids=(tokenizer.eos_token_id,)
+        )
+
+    def measure(self, student: PackedCausalLM, signals: StopSignals) -> float | None:
+        """The mean over the rows; None where a signal arrives."""
+        scores = [0.0] * len(self.prompts)
+
+        def on_response(row: int, response: list[int]) -> None:
+            scores[row] = judge(self.tokenizer, response, self.references[row])["rouge_l"]
+            if signals.received:
+                raise Interrupted(signals.received)
+
+        try:
+            sample(student, self.prompts, self.settings, self.seeds, 64, on_response)
+        except Interrupted:
+            return None
+        return statistics.fmean(scores)
