@@ -86,7 +86,7 @@ def response_seeds(questions: Iterable[tuple[int, int]]) -> list[int]:
 
 
 class DevelopmentRouge:
-    """ROUGE-L on the first development rows: one sampled pass with the run's seed, no n-gram banned, as the papers do."""
+    """ROUGE-L on the first development rows: one sampled pass with the run's seed, and no n-gram banned."""
 
     def __init__(
         self, config: Config, rows: list[Row], dev_set: datasets.Dataset, tokenizer: PreTrainedTokenizerBase
