@@ -230,23 +230,23 @@ def tokenise(
     return dataset
 
 
-def references(rows: list[Row], tokenizer: PreTrainedTokenizerBase) -> list[list[str]]:
-    """The texts that a response to each row is compared with: all its outputs.
+def outputs_of(row: Row) -> list[str]:
+    """All outputs of a row of JSON. Raises ConfigError where there is none, and for one that is not text."""
+    outputs = row.outputs if isinstance(row.outputs, list) else [row.outputs]
+    if not outputs or not all(isinstance(text, str) for text in outputs):
+        got = json.dumps(row.outputs)[:60]
+        raise ConfigError(f'{row.where}: "output" must be a text or a list of texts to compare with, got {got}')
+    return outputs
 
-    Raises ConfigError for a row without one, and for one that is not text.
-    """
-    texts = []
-    for row in rows:
-        if "output_ids" in row.values:
-            outputs = tokenizer.decode(row.values["output_ids"], skip_special_tokens=True)
-        else:
-            outputs = row.outputs
-        outputs = outputs if isinstance(outputs, list) else [outputs]
-        if not outputs or not all(isinstance(text, str) for text in outputs):
-            shown = json.dumps(row.outputs)[:60]
-            raise ConfigError(f'{row.where}: "output" must be a text or a list of texts to compare with, got {shown}')
-        texts.append(outputs)
-    return texts
+
+def references(rows: list[Row], tokenizer: PreTrainedTokenizerBase) -> list[list[str]]:
+    """The texts that a response to each row is compared with: all its outputs. Raises what `outputs_of` does."""
+    return [
+        [tokenizer.decode(row.values["output_ids"], skip_special_tokens=True)]
+        if "output_ids" in row.values
+        else outputs_of(row)
+        for row in rows
+    ]
 
 
 def encode_prompts(rows: list[Row], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:

@@ -22,7 +22,7 @@ from . import models, scoring
 from .answers import GrowingFile, answer, hash_weights
 from .checkpoint import WRITE_ERRORS, Interrupted, atomic_write
 from .config import SEEDS, ConfigError
-from .data import DEV, Row, encode_prompts, read_rows, references
+from .data import DEV, Row, encode_prompts, outputs_of, read_rows, references
 from .logs import console
 from .sampling import SamplingSettings
 from .trainer import choose_device, choose_dtype
@@ -83,6 +83,9 @@ def read_sets(sets: dict[str, str], rows: int | None = None) -> dict[str, list[R
             raise ConfigError(f"{key}: there are two sets called {name}")
         try:
             read[name] = read_rows(source, rows, DEV, prompts_only=True)
+            for row in read[name]:
+                if "output_ids" not in row.values:
+                    outputs_of(row)
         except ConfigError as error:
             raise ConfigError(f"{key}: {error}") from None
     return read
@@ -136,7 +139,7 @@ class Evaluation:
             "settings": {**protocol.to_dict(), "dtype": str(self.dtype).removeprefix("torch.")},
             "sets": {},
         }
-        self._compare()
+        self._take_over()
 
     def _encode(self, name: str, source: str, rows: list[Row]) -> TestSet:
         begin = [self.tokenizer.bos_token_id] if self.protocol.begin_token else []
@@ -156,7 +159,7 @@ class Evaluation:
     def _file(self, name: str, seed: int) -> pathlib.Path:
         return self.out / f"{name}.seed{seed}.jsonl"
 
-    def _compare(self) -> None:
+    def _take_over(self) -> None:
         """Takes over the scores that are there. Raises ConfigError where they are of another model or setting."""
         path, then = self.out / SCORES, {"sets": {}}
         if path.exists():
@@ -215,7 +218,7 @@ class Evaluation:
     def _score(self, model: models.PackedCausalLM, test: TestSet, seeds: list[int]) -> None:
         """Answers a set with all seeds in one stream, so that the batch is full to the end."""
         scores = self.scores["sets"].setdefault(
-            test.name, {"source": test.source, **test.identity(), **{metric: _summary({}) for metric in METRICS}}
+            test.name, {"source": test.source, **test.identity(), **{metric: summarise({}) for metric in METRICS}}
         )
         self._write()
         with contextlib.ExitStack() as stack:
@@ -234,7 +237,7 @@ class Evaluation:
             answers = files[seed].sort()
             for metric in METRICS:
                 values = scores[metric]["seeds"] | {str(seed): _mean(answers, metric)}
-                scores[metric] = _summary(values)
+                scores[metric] = summarise(values)
         self._write()
 
     def _write(self) -> None:
@@ -267,7 +270,7 @@ def spread(summary: dict) -> str:
     return f"{summary['mean']:.1f}{deviation}"
 
 
-def _summary(seeds: dict[str, float]) -> dict:
+def summarise(seeds: dict[str, float]) -> dict:
     """Mean and sample standard deviation over seeds."""
     values = list(seeds.values())
     return {
