@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import csv
 import dataclasses
 import io
@@ -101,12 +102,17 @@ def _read(folder: pathlib.Path) -> Run:
 
 
 def _labels(runs: list[Run]) -> list[str]:
-    """The papers' names; where several runs have one, with what tells them apart."""
+    """The papers' names; where several runs have one, with what tells them apart: the loss's numbers, then folders."""
     names = [_label(run, runs) for run in runs]
-    if len(set(names)) < len(names):
-        values = [run.config["loss"].partition(":")[2] for run in runs]
-        names = [_told_apart(names, index, values[index]) for index in range(len(names))]
-    return [_told_apart(names, index, runs[index].folder.name) for index in range(len(names))]
+    numbers = [run.config["loss"].partition(":")[2] for run in runs]
+    for details in (numbers, [run.folder.name for run in runs]):
+        pairs = set(zip(names, details, strict=True))
+        shared = collections.Counter(name for name, _ in pairs)
+        names = [
+            f"{name} ({detail})" if shared[name] > 1 and detail else name
+            for name, detail in zip(names, details, strict=True)
+        ]
+    return names
 
 
 def _label(run: Run, runs: list[Run]) -> str:
@@ -116,11 +122,6 @@ def _label(run: Run, runs: list[Run]) -> str:
         return "Initial student"
     method, loss = run.config["method"], run.config["loss"].partition(":")[0]
     return LOSSES[loss] if method in WORD_LEVEL else METHODS.get(method, method)
-
-
-def _told_apart(names: list[str], index: int, detail: str) -> str:
-    name = names[index]
-    return f"{name} ({detail})" if names.count(name) > 1 and detail else name
 
 
 @dataclasses.dataclass(frozen=True)
