@@ -8,6 +8,7 @@ _MODULES = {
         SkewReverseKL TotalVariation WSD parse
     """,
     "ops": "build_info divergence_loss",
+    "sampling": "SamplingSettings sample sample_mixture",
     "fused_linear": "fused_linear_cross_entropy fused_linear_divergence",
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names.split()}

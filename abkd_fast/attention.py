@@ -109,13 +109,22 @@ def _variable_length() -> Callable[..., Tensor]:
     ) -> Tensor:
         if dropout:
             raise RuntimeError("attention dropout, which needs flash-attn on a GPU")
-        dim, grouped = q.shape[-1], q.shape[1] != k.shape[1]
-        if dim % 8:  # the kernel wants a multiple of 8; zeros change no product (OpenLLaMA-3B has 100)
-            q, k, v = (F.pad(x, (0, -dim % 8)) for x in (q, k, v))
-        out = varlen_attn(q, k, v, cu, cu, longest, longest, scale=scale, window_size=(window, 0), enable_gqa=grouped)
-        return out[..., :dim]
+        grouped = q.shape[1] != k.shape[1]
+        kernel = functools.partial(varlen_attn, scale=scale, window_size=(window, 0), enable_gqa=grouped)
+        return _in_multiples_of_8(kernel, q, k, v, cu, cu, longest, longest)
 
     return varlen
+
+
+def _in_multiples_of_8(kernel: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> Tensor:
+    """A kernel's result for heads of any size; its scale must not depend on the size that it sees.
+
+    Zeros change no product (OpenLLaMA-3B has 100).
+    """
+    dim = q.shape[-1]
+    if dim % 8:
+        q, k, v = (F.pad(x, (0, -dim % 8)) for x in (q, k, v))
+    return kernel(q, k, v, *arguments)[..., :dim]
 
 
 AttentionInterface.register(NAME, packed_attention)

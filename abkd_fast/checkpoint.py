@@ -102,13 +102,23 @@ def atomic_folder(folder: pathlib.Path) -> Iterator[pathlib.Path]:
         raise
 
 
-def atomic_write(path: pathlib.Path, text: str) -> None:
-    """Replaces a text file, so that a reader sees the old or the new one whole, whenever the machine stops."""
+@contextlib.contextmanager
+def atomic_file(path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A temporary file that replaces `path` once the block ends: a reader sees the old or the new one whole, always."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    _flush(temporary)
-    temporary.replace(path)
-    _flush(path.parent)
+    try:
+        yield temporary
+        _flush(temporary)
+        temporary.replace(path)
+        _flush(path.parent)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def atomic_write(path: pathlib.Path, text: str) -> None:
+    with atomic_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def _flush(path: pathlib.Path) -> None:
@@ -204,6 +214,13 @@ class Checkpoints:
                 leaving = old.rename(old.with_name(old.name + ".tmp"))
                 shutil.rmtree(leaving, ignore_errors=True)
         return path
+
+
+def copy_model(folder: pathlib.Path, target: pathlib.Path) -> None:
+    """Copies the files of a checkpoint's model, without the trainer's, into an existing folder."""
+    for file in folder.iterdir():
+        if file.name not in (MANIFEST, STATE, TENSORS):
+            shutil.copy(file, target)
 
 
 def load(folder: pathlib.Path) -> tuple[dict[str, Tensor], dict]:

@@ -1,4 +1,4 @@
-"""Configurations: frozen dataclasses, and their way from JSON, with errors that name the key and the way out."""
+"""Configurations: what can be said in a recipe, as frozen dataclasses that check their own values."""
 
 from __future__ import annotations
 
@@ -6,17 +6,33 @@ import dataclasses
 import difflib
 import json
 import math
+import os
 import pathlib
-import types
 import typing
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal
-
-RECIPES = pathlib.Path(__file__).parent / "recipes"
+from typing import Annotated, Literal
 
 
 class ConfigError(ValueError):
-    """Something the user wrote, or pointed to, can't be used. The message is one line and says what to do."""
+    """Something the user wrote, or pointed to, can't be used. The message is one line and says what to do.
+
+    `key` is the dotted key at fault, where it is one key's.
+    """
+
+    def __init__(self, message: str, key: str = "") -> None:
+        # What users wrote may hold any character.
+        super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in message))
+        self.key = key
+
+
+def first_line(error: Exception) -> str:
+    """What a library's error says, for a ConfigError."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def looks_local(path: str) -> bool:
+    """Whether a text is meant as a path, not as a Hub name."""
+    return os.path.isabs(path) or path.startswith(".") or path.count("/") > 1
 
 
 def _check_range(section: object, **ranges: tuple[float, float]) -> None:
@@ -27,10 +43,19 @@ def _check_range(section: object, **ranges: tuple[float, float]) -> None:
         if value is not None and not (low < value <= high if is_open else low <= value <= high):
             bound = f"above {low}" if is_open else f"at least {low}"
             limit = "" if high == math.inf else f" and at most {high:g}"
-            raise ConfigError(f"{name} is {value}, expected {bound}{limit}")
+            raise ConfigError(f"{name} is {value}, expected {bound}{limit}", name)
 
 
-def _nearest(name: str, valid: typing.Iterable[str]) -> str:
+def _check_folder_name(section: object, name: str) -> None:
+    """Raises ConfigError for what is not one folder's name: it would end up elsewhere."""
+    value = getattr(section, name)
+    good = value == pathlib.PurePath(value).name and value.strip(". ") and value.isprintable() and ":" not in value
+    if not good or len(value.encode()) > 200:
+        raise ConfigError(f'{name} is "{value[:60]}", expected the name of a folder, without "/" or ":"', name)
+
+
+def nearest(name: str, valid: typing.Iterable[str]) -> str:
+    """A hint for a message: the valid name that was probably meant, or else all of them."""
     near = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.5)
     return f"; did you mean {near[0]}?" if near else f"; valid are {', '.join(valid)}"
 
@@ -44,14 +69,15 @@ class RunConfig:
     """Where results go. A run's folder is DIR/NAME, or DIR/NAME/STAGE for a stage of a recipe."""
 
     name: Annotated[str, "name of the run"]
-    stage: Annotated[str, "name of the stage; set by recipes with stages"] = ""
+    stage: Annotated[str | None, "name of the stage; set by recipes with stages"] = None
     dir: Annotated[str, "folder of all runs"] = "runs"
     seed: Annotated[int, "seeds weights, dropout and the order of the data"] = 10
 
     def __post_init__(self) -> None:
         _check_range(self, seed=(0, 2**32 - 1))
-        if not self.name.strip("./ "):
-            raise ConfigError(f'name is "{self.name}", expected the name of a folder')
+        _check_folder_name(self, "name")
+        if self.stage is not None:
+            _check_folder_name(self, "stage")
 
     @property
     def root(self) -> pathlib.Path:
@@ -59,7 +85,7 @@ class RunConfig:
 
     @property
     def folder(self) -> pathlib.Path:
-        return self.root / self.stage
+        return self.root / (self.stage or "")
 
 
 @_section
@@ -74,7 +100,8 @@ class LoraConfig:
     def __post_init__(self) -> None:
         _check_range(self, rank=(1, math.inf), alpha=(0, math.inf), dropout=(0, 1))
         if not self.targets:
-            raise ConfigError('targets is empty, expected names of projections, for example ["q_proj", "v_proj"]')
+            example = '["q_proj", "v_proj"]'
+            raise ConfigError(f"targets is empty, expected names of projections, for example {example}", "targets")
 
 
 @_section
@@ -91,17 +118,31 @@ class ModelConfig:
     lora: Annotated[LoraConfig | None, "train a new LoRA adapter instead of all weights"] = None
 
     def __post_init__(self) -> None:
-        if (self.path is None) == (self.config is None):
-            raise ConfigError("give either path or config")
+        if self.path is None and self.config is None:
+            raise ConfigError("path: missing; give a folder or a Hub name (or config, for random weights)", "path")
+        if self.path is not None and self.config is not None:
+            raise ConfigError("has both path and config: give one, and null for the other")
         if self.config is not None and "model_type" not in self.config:
-            raise ConfigError('config needs "model_type", for example "gpt2" or "llama"')
+            raise ConfigError('config needs "model_type", for example "gpt2" or "llama"', "config")
         if self.adapter is not None and self.lora is not None:
             raise ConfigError("give either adapter, to go on with one, or lora, for a new one")
         _check_range(self, dropout=(0, 1))
 
     @property
-    def is_stage(self) -> bool:
-        return self.path is not None and self.path.startswith("stage:")
+    def has_adapter(self) -> bool:
+        return self.adapter is not None or self.lora is not None
+
+    @property
+    def stages(self) -> dict[str, str]:
+        """The names of the stages that path and adapter refer to."""
+        values = {key: getattr(self, key) or "" for key in ("path", "adapter")}
+        return {key: value.removeprefix("stage:") for key, value in values.items() if value.startswith("stage:")}
+
+    def saved_in(self, folder: pathlib.Path) -> ModelConfig:
+        """The same model with the weights that training it left in a folder: the adapter's alone, where it has one."""
+        if self.has_adapter:
+            return dataclasses.replace(self, adapter=str(folder), lora=None)
+        return dataclasses.replace(self, path=str(folder), config=None)
 
 
 @_section
@@ -109,8 +150,8 @@ class PretrainConfig:
     """Plain text whose language-modelling loss is added in every step, as the papers do: one block a sample."""
 
     path: Annotated[str, "JSONL file or folder of them with text, plain .txt, or the papers' .bin and .idx files"]
-    weight: Annotated[float, "factor of its mean cross-entropy"] = 1.0
-    rows: Annotated[int | None, "use only the first documents"] = None
+    weight: Annotated[float, "factor of its mean cross-entropy; 0 leaves the text unread"] = 1.0
+    rows: Annotated[int | None, "use only the first documents (of binary files: items)"] = None
 
     def __post_init__(self) -> None:
         _check_range(self, weight=(0, math.inf), rows=(1, math.inf))
@@ -118,9 +159,11 @@ class PretrainConfig:
 
 @_section
 class DataConfig:
-    """Rows with instruction, input and output, or prompt and output, or messages: JSONL file, folder, or Hub name."""
+    """Rows with instruction, input and output, prompt and output, or messages; or the papers' .bin and .idx files."""
 
-    train: Annotated[str, 'training rows; "quickstart:train" are tasks that the package generates']
+    train: Annotated[
+        str, 'training rows; JSONL or .bin file, folder or Hub name; "quickstart:train" are generated tasks'
+    ]
     dev: Annotated[str | None, "rows whose loss is reported during training"] = None
     train_rows: Annotated[int | None, "use only the first rows"] = None
     dev_rows: Annotated[int | None, "use only the first rows"] = None
@@ -131,6 +174,10 @@ class DataConfig:
     def __post_init__(self) -> None:
         _check_range(self, train_rows=(1, math.inf), dev_rows=(1, math.inf), max_length=(2, math.inf))
         _check_range(self, max_prompt_length=(1, math.inf))
+
+    @property
+    def adds_text(self) -> bool:
+        return self.pretrain is not None and self.pretrain.weight > 0
 
 
 @_section
@@ -147,7 +194,7 @@ class CacheConfig:
 
 @_section
 class OptimConfig:
-    """AdamW; weights of one dimension (biases, norms) don't decay."""
+    """AdamW; weights of one dimension (biases, norms) don't decay, except a LoRA adapter's."""
 
     lr: Annotated[float, "peak learning rate"] = 5e-4
     min_lr: Annotated[float, "learning rate that the cosine ends at"] = 1e-7
@@ -162,7 +209,7 @@ class OptimConfig:
         rates = dict.fromkeys(("lr", "clip_norm", "eps"), (0, math.inf))
         _check_range(self, **rates, min_lr=(0, self.lr), warmup_steps=(0, math.inf), weight_decay=(0, math.inf))
         if not all(0 <= beta < 1 for beta in self.betas):
-            raise ConfigError(f"betas are {list(self.betas)}, expected two numbers from 0 up to 1")
+            raise ConfigError(f"betas are {list(self.betas)}, expected two numbers from 0 up to 1", "betas")
 
 
 @_section
@@ -191,10 +238,12 @@ class TrainConfig:
 class EvalConfig:
     """The loss on data.dev: cross-entropy of the reference responses, mean over their tokens."""
 
-    every_steps: Annotated[int | None, "how often, besides before the first and after the last step"] = None
-    select: Annotated[Literal["last", "dev_loss"], "whose weights final/ holds: the last step's, or the best one's"] = (
-        "last"
-    )
+    every_steps: Annotated[
+        int | None, "how often, besides before the first and after the last step (default: once an epoch)"
+    ] = None
+    select: Annotated[
+        Literal["last", "dev_loss"], "whose weights final/ holds: the last step's, or those of the lowest dev loss"
+    ] = "last"
 
     def __post_init__(self) -> None:
         _check_range(self, every_steps=(1, math.inf))
@@ -251,16 +300,22 @@ class Config:
         from .methods import NAMES
 
         if self.method not in NAMES:
-            raise ConfigError(f'method: unknown method "{self.method}"{_nearest(self.method, NAMES)}')
+            raise ConfigError(f'method: unknown method "{self.method}"{nearest(self.method, NAMES)}', "method")
         try:
             parse(self.loss)
         except ValueError as error:
-            raise ConfigError(str(error)) from None
+            raise ConfigError(str(error), "loss") from None
         _check_range(self, hard_weight=(0, 1), temperature=(1e-3, 1e3))
         if self.method != "sft" and self.teacher is None:
             raise ConfigError(f'teacher: missing, and method "{self.method}" needs one; give teacher.path')
+        if self.teacher is not None and self.teacher.lora is not None:
+            raise ConfigError("teacher.lora: a teacher is not trained; teacher.adapter merges an adapter into it")
         if self.tokenizer is None and self.student.path is None:
             raise ConfigError("tokenizer: missing, and a student with random weights brings none")
+        if self.eval.select == "dev_loss" and self.data.dev is None:
+            raise ConfigError(
+                "eval.select is dev_loss, but data.dev is missing; give it, or select last", "eval.select"
+            )
         if self.train.max_tokens < self.data.max_length:
             raise ConfigError(
                 f"train.max_tokens is {self.train.max_tokens}, but one sample may have data.max_length = "
@@ -269,139 +324,6 @@ class Config:
 
     def to_dict(self) -> dict:
         return json.loads(json.dumps(dataclasses.asdict(self)))
-
-
-def load(name_or_path: str, overrides: list[str] = ()) -> list[Config]:
-    """The stages of a recipe (one, unless it lists several), with overrides applied.
-
-    Args:
-        name_or_path: a JSON file, or the name of a packaged recipe, with or without ".json".
-        overrides: "key=value" for what the stages share, or "STAGE:key=value" for one stage, which wins; keys dotted,
-            values JSON or else text.
-
-    Raises ConfigError, naming file, key and value.
-    """
-    path = pathlib.Path(name_or_path)
-    if not path.exists():
-        packaged = RECIPES / path.with_suffix(".json").name
-        if path.parent != pathlib.Path(".") or not packaged.exists():
-            names = sorted(recipe.name for recipe in RECIPES.glob("*.json"))
-            near = difflib.get_close_matches(path.name, names, n=1, cutoff=0.5)
-            hint = f"; did you mean {near[0]}?" if near else f"; packaged recipes are {', '.join(names)}"
-            raise ConfigError(f"{name_or_path}: no such file{hint}")
-        path = packaged
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{path} line {error.lineno}: broken JSON: {error.msg}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: can't be read: {error}") from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path}: expected a JSON object")
-    values.pop("comment", None)
-    stages = values.pop("stages", None)
-    pairs = [_parse_override(override, stages or {}) for override in overrides]
-    for stage, keys, value in pairs:
-        if stage is None:
-            _set(values, keys, value)
-    if stages is None:
-        return [_build(Config, values, "", path.name)]
-    if not isinstance(stages, dict) or not stages or not all(isinstance(stage, dict) for stage in stages.values()):
-        raise ConfigError(f'{path.name}: stages: expected an object of objects, {{"NAME": {{…}}, …}}')
-    configs = []
-    for name, own in stages.items():
-        merged = _merge(_merge(values, own), {"run": {"stage": name}})
-        for stage, keys, value in pairs:
-            if stage == name:
-                _set(merged, keys, value)
-        configs.append(_build(Config, merged, "", f"{path.name} stage {name}"))
-    return configs
-
-
-def _merge(base: dict, over: dict) -> dict:
-    """`over` on top of `base`, section by section; null removes a section."""
-    merged = json.loads(json.dumps(base))
-    for key, value in over.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merge(merged[key], value) if both else value
-    return merged
-
-
-def _parse_override(override: str, stages: dict) -> tuple[str | None, list[str], Any]:
-    """The stage (None: all), the keys and the value of "STAGE:key.key=value"."""
-    key, equals, text = override.partition("=")
-    if not equals:
-        raise ConfigError(f'--set {override}: expected key=value, for example "optim.lr=1e-4"')
-    stage, colon, rest = key.partition(":")
-    if colon and stage not in stages:
-        raise ConfigError(f'--set {override}: no stage "{stage}"{_nearest(stage, stages) if stages else ""}')
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError:
-        value = text
-    return (stage if colon else None), (rest if colon else key).split("."), value
-
-
-def _set(values: dict, keys: list[str], value: Any) -> None:
-    for section in keys[:-1]:
-        if values.get(section) is None:
-            values[section] = {}
-        values = values[section]
-        if not isinstance(values, dict):
-            raise ConfigError(f"--set {'.'.join(keys)}: {section} is not a section")
-    values[keys[-1]] = value
-
-
-def _build(cls: type, values: Any, where: str, file: str) -> Any:
-    """A dataclass from a JSON object; `where` is the dotted path so far."""
-    if not isinstance(values, dict):
-        raise ConfigError(f"{file}: {where}: expected an object, got {json.dumps(values)}")
-    hints = typing.get_type_hints(cls)
-    fields = {field.name: field for field in dataclasses.fields(cls)}
-    arguments = {}
-    for key, value in values.items():
-        name = f"{where}.{key}" if where else key
-        if key == "comment":
-            continue
-        if key not in fields:
-            raise ConfigError(f"{file}: {name}: unknown key{_nearest(key, fields)}")
-        arguments[key] = _convert(hints[key], value, name, file)
-    for key, field in fields.items():
-        if key not in arguments and field.default is dataclasses.MISSING:
-            raise ConfigError(f"{file}: {where + '.' if where else ''}{key}: missing")
-    try:
-        return cls(**arguments)
-    except ConfigError as error:
-        raise ConfigError(f"{file}: {where + '.' if where else ''}{error}") from None
-
-
-def _convert(hint: Any, value: Any, name: str, file: str) -> Any:
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        options = [option for option in typing.get_args(hint) if option is not type(None)]
-        return None if value is None else _convert(options[0], value, name, file)
-    if dataclasses.is_dataclass(hint):
-        return _build(hint, value, name, file)
-    if typing.get_origin(hint) is Literal:
-        valid = typing.get_args(hint)
-        if value not in valid:
-            raise ConfigError(f"{file}: {name} is {json.dumps(value)}, expected one of {', '.join(valid)}")
-        return value
-    if hint == tuple[str, ...]:
-        if not isinstance(value, list | tuple) or not all(isinstance(item, str) for item in value):
-            raise ConfigError(f"{file}: {name} must be a list of texts, got {json.dumps(value)}")
-        return tuple(value)
-    if typing.get_origin(hint) is tuple:
-        length = len(typing.get_args(hint))
-        if not isinstance(value, list | tuple) or len(value) != length:
-            raise ConfigError(f"{file}: {name} must be a list of {length} numbers, got {json.dumps(value)}")
-        return tuple(_convert(float, item, name, file) for item in value)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1e300:
-        return float(value)
-    expected = {float: "a number", int: "a whole number", bool: "true or false", str: "text", dict: "an object"}[hint]
-    wrong_number = isinstance(value, bool) or (isinstance(value, float) and not math.isfinite(value))
-    if not isinstance(value, hint) or (hint in (int, float) and wrong_number):
-        raise ConfigError(f"{file}: {name} must be {expected}, got {json.dumps(value)}")
-    return value
 
 
 def describe(cls: type = Config, prefix: str = "") -> Iterator[str]:

@@ -73,14 +73,14 @@ class StepCost:
     teacher: ModelCost | None
     cached: bool
 
-    def flops(self, samples: list[dict]) -> int:
-        """Of one step, as algorithms need them: recomputed layers don't count."""
+    def flops(self, samples: list[dict], taught: bool = True) -> int:
+        """Of one step, as algorithms need them: recomputed layers don't count. Plain text is not `taught`."""
         lengths = [len(sample["input_ids"]) for sample in samples]
         tokens, squares = sum(lengths), sum(length * length for length in lengths)
         responses = tokens - sum(sample["prompt_length"] for sample in samples)
         passes = 3 if self.adapter is None else 2  # forward, gradients of the activations, and of the weights
         flops = passes * (self.student.body_flops(tokens, squares) + self.student.head_flops(responses))
-        if self.teacher:
+        if self.teacher and taught:
             flops += self.teacher.head_flops(responses)
             flops += 0 if self.cached else self.teacher.body_flops(tokens, squares)
         return flops
@@ -115,7 +115,7 @@ def _saved_bytes(config: PretrainedConfig, layers: int, batch: Batch, dtype: tor
     with FakeTensorMode(allow_non_fake_inputs=True), torch.autocast("cpu", dtype, enabled=half):
         model = models.PackedCausalLM(AutoModelForCausalLM.from_config(config, dtype=storage), "student").train()
         if recompute:
-            model.model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.checkpoint_layers()
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             model.hidden_states(batch)
         weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
+import itertools
 import json
 import pathlib
 from collections.abc import Iterator
@@ -11,10 +13,11 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, TypeVar
 
 import datasets
+import numpy as np
 import torch
 from torch import Tensor
 
-from . import tasks
+from . import indexed, tasks
 from .config import ConfigError
 
 if TYPE_CHECKING:
@@ -31,6 +34,14 @@ PROMPT_WITH_INPUT = (
     "Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
 )
+# Names of the indexed binary files that a folder may hold.
+TRAIN, DEV = ("train",), ("dev", "valid")
+
+# Columns of tokenised data.
+SAMPLE = datasets.Features(
+    {"input_ids": datasets.List(datasets.Value("int32")), "prompt_length": datasets.Value("int32")}
+)
+ROW = datasets.Features({**SAMPLE, "row": datasets.Value("int64"), "row_length": datasets.Value("int32")})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,23 +49,36 @@ class Row:
     """One checked row. `where` names its file and line for messages."""
 
     where: str
-    values: dict
+    values: dict  # prompt and output, messages, or prompt_ids and output_ids
 
 
-def read_rows(source: str, limit: int | None = None) -> list[Row]:
+def read_rows(
+    source: str, limit: int | None = None, splits: tuple[str, ...] = TRAIN, prompts_only: bool = False
+) -> list[Row]:
     """Rows of a JSONL file, of all JSONL files of a folder, of a Hub data set's train split, or of the quickstart.
 
+    Indexed binary files are read, too. In a folder they come first, as the papers' tools leave the same rows, of all
+    splits, as JSONL beside them; `splits` says whose files they are. Of several outputs a row has the first.
+
     Raises ConfigError, naming file and line, for a missing or empty source, broken JSON, and rows without a prompt
-    or with an output that is missing, not text, or empty.
+    or with an output that is missing, not text, or empty. With `prompts_only` outputs of JSON rows are not read: all
+    are empty.
     """
-    rows = []
-    for where, values in _raw_rows(source):
-        if limit is not None and len(rows) == limit:
-            break
-        rows.append(Row(where, _check(values, where)))
+    rows = list(itertools.islice(_rows(source, splits, prompts_only), limit))
     if not rows:
         raise ConfigError(f"{source}: has no rows")
     return rows
+
+
+def _rows(source: str, splits: tuple[str, ...], prompts_only: bool) -> Iterator[Row]:
+    parts = indexed.find(source, splits)
+    for part in parts:
+        for where, ids in indexed.read_items(part):
+            prompt, output = indexed.split_item(where, ids)
+            yield Row(where, {"prompt_ids": prompt, "output_ids": output})
+    if not parts:
+        for where, values in _raw_rows(source):
+            yield Row(where, _check(_without_output(values) if prompts_only else values, where, prompts_only))
 
 
 def _raw_rows(source: str) -> Iterator[tuple[str, object]]:
@@ -67,9 +91,9 @@ def _raw_rows(source: str) -> Iterator[tuple[str, object]]:
         if not files:
             raise ConfigError(f"{source}: a folder without .jsonl files")
         for file in files:
-            yield from _read_jsonl(file)
+            yield from read_jsonl(file)
     elif path.is_file():
-        yield from _read_jsonl(path)
+        yield from read_jsonl(path)
     elif path.suffix or path.is_absolute() or source.startswith(".") or source.count("/") != 1:
         raise ConfigError(f"{source}: no such file or folder")
     else:
@@ -82,28 +106,42 @@ def _raw_rows(source: str) -> Iterator[tuple[str, object]]:
             yield f"{source} row {number}", values
 
 
-def _read_jsonl(path: pathlib.Path) -> Iterator[tuple[str, object]]:
+def read_jsonl(path: pathlib.Path) -> Iterator[tuple[str, object]]:
+    """Where each line of a file is, and its JSON value. Raises ConfigError for what can't be read as that."""
     number = 0
     try:
         with path.open(encoding="utf-8") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
-                    yield f"{path} line {number}", json.loads(line)
+                    values = json.loads(line)
+                    if "\\u" in line:  # only an escape can make what no text has
+                        json.dumps(values, ensure_ascii=False).encode()
+                    yield f"{path} line {number}", values
     except json.JSONDecodeError as error:
         raise ConfigError(f"{path} line {number}: broken JSON: {error.msg}") from None
+    except UnicodeEncodeError:
+        raise ConfigError(f"{path} line {number}: has half of a surrogate pair, which no text has") from None
     except OSError as error:
         raise ConfigError(f"{path}: can't be read ({error.strerror})") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: is not UTF-8 text after line {number} ({error.reason})") from None
 
 
-def _check(values: object, where: str) -> dict:
+def _without_output(values: object) -> object:
+    """The same row with an empty output, or an empty last message by the assistant."""
+    if not isinstance(values, dict):
+        return values
+    messages = values.get("messages")
+    if not isinstance(messages, list) or not messages:
+        return {**values, "output": ""}
+    if isinstance(messages[-1], dict) and messages[-1].get("role") == "assistant":
+        messages = messages[:-1]
+    return {"messages": [*messages, {"role": "assistant", "content": ""}]}
+
+
+def _check(values: object, where: str, empty_output: bool = False) -> dict:
     if not isinstance(values, dict):
         raise ConfigError(f"{where}: expected a JSON object with instruction, input and output")
-    try:
-        json.dumps(values, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        raise ConfigError(f"{where}: has half of a surrogate pair, which no text has") from None
     if "messages" in values:
         messages = values["messages"]
         good = isinstance(messages, list) and all(
@@ -112,17 +150,19 @@ def _check(values: object, where: str) -> dict:
         )
         if not good or len(messages) < 2 or messages[-1]["role"] != "assistant":
             raise ConfigError(f'{where}: "messages" must be objects with role and content, the last by the assistant')
-        if not messages[-1]["content"].strip():
+        if not empty_output and not messages[-1]["content"].strip():
             raise ConfigError(f"{where}: the last message is empty: nothing to learn")
         return {"messages": messages}
     prompt_key = "prompt" if "prompt" in values else "instruction"
+    if isinstance(values.get("output"), list) and values["output"]:
+        values = {**values, "output": values["output"][0]}  # as the papers train on sets with several references
     for key in (prompt_key, "output"):
         if key not in values:
             keys = ", ".join(values) or "none"
             raise ConfigError(f'{where}: missing "{key}"; keys are {keys} (expected instruction, input, output)')
         if not isinstance(values[key], str):
             raise ConfigError(f'{where}: "{key}" must be text, got {json.dumps(values[key])[:60]}')
-    if not values["output"].strip():
+    if not empty_output and not values["output"].strip():
         raise ConfigError(f'{where}: "output" is empty: nothing to learn')
     extra = values.get("input") or ""
     if not isinstance(extra, str):
@@ -134,70 +174,149 @@ def _check(values: object, where: str) -> dict:
     return {"prompt": prompt, "output": values["output"]}
 
 
-def tokenise(rows: list[Row], tokenizer: PreTrainedTokenizerBase, max_length: int) -> datasets.Dataset:
-    """Columns input_ids (prompt, response and the end token, at most max_length) and prompt_length, in tokens.
+def tokenise(
+    rows: list[Row], tokenizer: PreTrainedTokenizerBase, max_length: int, max_prompt_length: int | None = None
+) -> datasets.Dataset:
+    """Columns input_ids (prompt, response and the end token), prompt_length, row and row_length; lengths in tokens.
 
-    The prompt is tokenised alone and the response as the rest of both together, without a begin token, as in the
-    papers. The result is kept in the `datasets` cache under a hash of rows, tokenizer and max_length.
+    As in the papers, the prompt is tokenised alone and the response as the rest of both together, without a begin
+    token; rows whose prompt has more than max_prompt_length tokens are left out, and sequences cut to max_length.
+    `row` is a sample's place in `rows`, row_length its length before the cut. The result is kept in the `datasets`
+    cache under a hash of rows, tokenizer and limits.
 
-    Raises ConfigError where a prompt leaves no room for a response.
+    Raises ConfigError where no row is left, where a prompt leaves no room for a response, and for foreign token ids.
     """
-    chat = next((row for row in rows if "messages" in row.values), None)
-    if chat is not None and tokenizer.chat_template is None:
-        raise ConfigError(f"{chat.where}: has messages, but the tokenizer has no chat template; use prompt and output")
-    content = [row.values for row in rows]
-    identity = [content, _tokenizer_identity(tokenizer), max_length]
-    key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
-    folder = pathlib.Path(datasets.config.HF_DATASETS_CACHE) / "abkd_fast"
-    folder.mkdir(parents=True, exist_ok=True)
-    raw = datasets.Dataset.from_dict({"row": [json.dumps(values) for values in content]})
+    _check_rows(rows, tokenizer)
+    content = [json.dumps(row.values, default=np.ndarray.tolist) for row in rows]
+    limits = max_length, max_prompt_length
+    key = fingerprint(content, tokenizer, limits)
+    raw = datasets.Dataset.from_dict({"row": content})
     progress = datasets.utils.logging.is_progress_bar_enabled()
     datasets.disable_progress_bar()
     dataset = raw.map(
-        lambda batch: _encode([json.loads(row) for row in batch["row"]], tokenizer, max_length),
+        lambda batch, numbers: _encode([json.loads(row) for row in batch["row"]], numbers, tokenizer, *limits),
         batched=True,
+        with_indices=True,
         remove_columns=["row"],
-        cache_file_name=str(folder / f"{key}.arrow"),
+        features=ROW,
+        cache_file_name=str(arrow_file(key)),
         new_fingerprint=key,
     )
     if progress:
         datasets.enable_progress_bar()
-    for row, length in zip(rows, dataset["prompt_length"], strict=True):
-        if length == 0:
-            raise ConfigError(f"{row.where}: the prompt is empty: nothing predicts the first token of the response")
+    if not len(dataset):
+        raise ConfigError(
+            f"{rows[0].where} and all others: the prompts exceed {max_prompt_length} tokens, so no row is left; raise "
+            "data.max_prompt_length"
+        )
+    for number, length in zip(dataset["row"][:], dataset["prompt_length"][:], strict=True):
+        where = rows[number].where
+        _check_prompt(where, length)
         if length >= max_length:
             raise ConfigError(
-                f"{row.where}: the prompt has {length} tokens and fills all {max_length}: nothing to learn; "
-                "raise data.max_length or drop the row"
+                f"{where}: the prompt has {length} tokens and fills all {max_length}: nothing to learn; "
+                "raise data.max_length, or lower data.max_prompt_length"
             )
     return dataset
 
 
-def _tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> str:
+def encode_prompts(rows: list[Row], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """The prompts in tokens, as `tokenise` has them.
+
+    Raises ConfigError for an empty one, foreign token ids, and messages where the tokenizer has no chat template.
+    """
+    _check_rows(rows, tokenizer)
+    values = [row.values for row in rows]
+    if "prompt_ids" in values[0]:  # then all have them
+        prompts = [np.asarray(row["prompt_ids"]).tolist() for row in values]
+    else:
+        prompts = tokenizer([_prompt(row, tokenizer) for row in values], add_special_tokens=False)["input_ids"]
+    for row, prompt in zip(rows, prompts, strict=True):
+        _check_prompt(row.where, len(prompt))
+    return prompts
+
+
+def _check_rows(rows: list[Row], tokenizer: PreTrainedTokenizerBase) -> None:
+    chat = next((row for row in rows if "messages" in row.values), None)
+    if chat is not None and tokenizer.chat_template is None:
+        raise ConfigError(f"{chat.where}: has messages, but the tokenizer has no chat template; use prompt and output")
+    for row in rows:
+        for ids in (row.values[key] for key in ("prompt_ids", "output_ids") if key in row.values):
+            indexed.check_ids(row.where, ids, len(tokenizer))
+
+
+def _check_prompt(where: str, length: int) -> None:
+    if length == 0:
+        raise ConfigError(f"{where}: the prompt is empty: nothing predicts the first token of the response")
+
+
+def _prompt(row: dict, tokenizer: PreTrainedTokenizerBase) -> str:
+    if "messages" in row:
+        return tokenizer.apply_chat_template(row["messages"][:-1], tokenize=False, add_generation_prompt=True)
+    return row["prompt"]
+
+
+def fingerprint(content: list, tokenizer: PreTrainedTokenizerBase, limits: tuple[int | None, ...]) -> str:
+    """A hash of all that tokenised data depend on; `content` is what JSON can hold."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     state = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
-    text = json.dumps([state, tokenizer.eos_token, getattr(tokenizer, "chat_template", None)])
-    return hashlib.sha256(text.encode()).hexdigest()
+    identity = [content, state, tokenizer.eos_token, getattr(tokenizer, "chat_template", None), limits]
+    return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
 
 
-def _encode(rows: list[dict], tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict[str, list]:
-    prompts, wholes = [], []
-    for row in rows:
-        if "messages" in row:
-            prompts.append(
-                tokenizer.apply_chat_template(row["messages"][:-1], tokenize=False, add_generation_prompt=True)
-            )
-            wholes.append(prompts[-1] + row["messages"][-1]["content"])
-        else:
-            prompts.append(row["prompt"])
-            wholes.append(row["prompt"] + row["output"])
+def arrow_file(key: str) -> pathlib.Path:
+    """Where tokenised data are kept."""
+    folder = pathlib.Path(datasets.config.HF_DATASETS_CACHE) / "abkd_fast"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / f"{key}.arrow"
+
+
+def _encode(
+    rows: list[dict],
+    numbers: list[int],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    max_prompt_length: int | None,
+) -> dict[str, list]:
+    columns = {name: [] for name in ROW}
+    binary = "prompt_ids" in rows[0]  # then all are
+    pairs = [(row["prompt_ids"], row["output_ids"]) for row in rows] if binary else _token_ids(rows, tokenizer)
+    for number, (prompt, response) in zip(numbers, pairs, strict=True):
+        if max_prompt_length is None or len(prompt) <= max_prompt_length:
+            whole = prompt + response
+            sample = whole[:max_length], len(prompt), number, len(whole)
+            for column, value in zip(columns.values(), sample, strict=True):
+                column.append(value)
+    return columns
+
+
+def _token_ids(rows: list[dict], tokenizer: PreTrainedTokenizerBase) -> list[tuple[list[int], list[int]]]:
+    """The tokens of each row's prompt, and of its response and the end."""
+    prompts = [_prompt(row, tokenizer) for row in rows]
+    outputs = [row["messages"][-1]["content"] if "messages" in row else row["output"] for row in rows]
+    wholes = [prompt + output for prompt, output in zip(prompts, outputs, strict=True)]
     prompt_ids = tokenizer(prompts, add_special_tokens=False)["input_ids"]
     whole_ids = tokenizer(wholes, add_special_tokens=False)["input_ids"]
-    samples = [
-        (prompt + whole[len(prompt) :] + [tokenizer.eos_token_id])[:max_length]
+    return [
+        (prompt, [*whole[len(prompt) :], tokenizer.eos_token_id])
         for prompt, whole in zip(prompt_ids, whole_ids, strict=True)
     ]
-    return {"input_ids": samples, "prompt_length": [len(prompt) for prompt in prompt_ids]}
+
+
+def describe_long_rows(
+    rows: list[Row], dataset: datasets.Dataset, max_length: int, max_prompt_length: int | None
+) -> str:
+    """What `tokenise` did to rows that are too long, for people; empty where there were none."""
+    kept = set(dataset["row"][:])
+    left_out = [row.where for number, row in enumerate(rows) if number not in kept]
+    cut = sum(length > max_length for length in dataset["row_length"][:])
+    notes = []
+    if cut:
+        notes.append(f"{cut} of {len(rows)} rows exceed {max_length} tokens and are cut")
+    if left_out:
+        first = left_out[0] + ", …" * (len(left_out) > 1)
+        notes.append(f"{len(left_out)} rows are left out: their prompts exceed {max_prompt_length} tokens ({first})")
+    return "; ".join(notes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,6 +330,7 @@ class Batch:
     positions: Tensor  # [N], indices into T whose next token is in the response
     labels: Tensor  # [N], those next tokens; on the CPU
     samples: list[dict]  # as packed
+    is_text: bool = False  # blocks of plain text
 
     @property
     def tokens(self) -> int:
@@ -262,6 +382,7 @@ def _join(samples: list[dict]) -> Batch:
     )
 
 
+@functools.lru_cache(maxsize=2)  # one epoch of the rows, and one of the plain text
 def batch_rows(rows: int, batch_size: int, seed: int, epoch: int) -> list[list[int]]:
     """The row numbers of an epoch's batches: they depend on these four alone; a last, incomplete batch is left out."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
@@ -269,16 +390,15 @@ def batch_rows(rows: int, batch_size: int, seed: int, epoch: int) -> list[list[i
     return [order[start : start + batch_size] for start in range(0, rows - batch_size + 1, batch_size)]
 
 
-def shuffled_batches(
-    dataset: datasets.Dataset, batch_size: int, seed: int, epoch: int, first: int = 0
-) -> Iterator[list[dict]]:
-    """One epoch in the order of `batch_rows`, from its batch number `first` on.
+def step_samples(dataset: datasets.Dataset, batch_size: int, seed: int, step: int) -> list[dict]:
+    """The samples of a step, counted from 0: epoch after epoch of `batch_rows`, and a function of these four alone.
 
     Samples carry their "index" in the data set: the teacher's cache finds them by it.
     """
-    for indices in batch_rows(len(dataset), batch_size, seed, epoch)[first:]:
-        columns = dataset[indices] | {"index": indices}
-        yield [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    epoch, batch = divmod(step, len(dataset) // batch_size)
+    indices = batch_rows(len(dataset), batch_size, seed, epoch)[batch]
+    columns = dataset[indices] | {"index": indices}
+    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
 
 Item = TypeVar("Item")

@@ -111,19 +111,21 @@ class RunLog:
         real_tokens: int,
         flops: int,
         loss: float | None,
+        parts: dict[str, float | None],
         lr: float,
         grad_norm: float | None,
         skipped_steps: int,
     ) -> None:
         """One point, over the steps since the last one: their samples, tokens (all, and those of samples), operations.
 
-        Synchronise before. Loss and norm are None where every step was skipped.
+        Synchronise before. Loss, its parts and norm are None where every step was skipped.
         """
         now = time.perf_counter()
         seconds, self.last = now - self.last, now
         left = (now - self.started) / (step - max(self.done, 0)) * (self.steps - step)
         values = {
             "loss": loss,
+            **parts,
             "lr": lr,
             "grad_norm": grad_norm,
             "skipped_steps": skipped_steps,
@@ -144,7 +146,8 @@ class RunLog:
         self.bar.update(self.task, completed=step, numbers=text)
         if not console.is_terminal:
             minutes, rest = divmod(round(left), 60)
-            console.print(f"step {step}/{self.steps}  {text}  lr {lr:.1e}  left {minutes}m{rest:02d}s")
+            named = "".join(f"  {name} {part:.4f}" for name, part in parts.items() if part is not None)
+            console.print(f"step {step}/{self.steps}  {text}{named}  lr {lr:.1e}  left {minutes}m{rest:02d}s")
 
     def evaluation(self, step: int, dev_loss: float) -> None:
         self._write("dev", step, {"loss": dev_loss})

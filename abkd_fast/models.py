@@ -3,23 +3,34 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
-import os
 import pathlib
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import safetensors
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as transformers_logging
 
-from . import attention, tasks
-from .config import ConfigError, ModelConfig
+from . import attention, lora, tasks
+from .config import ConfigError, ModelConfig, first_line, looks_local
 from .data import Batch, pack
 from .ops import shared_vocabulary
 
 transformers_logging.disable_progress_bar()  # one bar on the terminal: the run's own
+# Newer versions of transformers rename what older ones, peft and this module know by these names.
+warnings.filterwarnings("ignore", r".*gradient_checkpointing.* is deprecated", FutureWarning)
 
 ATTENTION_DROPOUT = ("attn_pdrop", "attention_dropout")
 DROPOUT = (*ATTENTION_DROPOUT, "resid_pdrop", "embd_pdrop", "dropout", "hidden_dropout", "activation_dropout")
@@ -28,62 +39,108 @@ DROPOUT = (*ATTENTION_DROPOUT, "resid_pdrop", "embd_pdrop", "dropout", "hidden_d
 def check_path(path: str, key: str) -> None:
     """Raises ConfigError for a local folder that holds no model."""
     folder = pathlib.Path(path)
-    looks_local = folder.is_absolute() or path.startswith(".") or path.count("/") > 1
     if folder.exists():
+        if (folder / lora.SETTINGS).exists():
+            role = key.partition(".")[0]
+            raise ConfigError(f"{key}: {path} holds a LoRA adapter: give it as {role}.adapter, and its base as {key}")
         if not (folder / "config.json").exists():
             raise ConfigError(f"{key}: {path} has no config.json; expected a model folder in Hugging Face layout")
-        if not [*folder.glob("*.safetensors"), *folder.glob("*.bin")]:
-            raise ConfigError(f"{key}: {path} has no weights (*.safetensors or *.bin)")
-    elif looks_local:
+        _check_weights(folder, key)
+    elif looks_local(path):
         raise ConfigError(f"{key}: {path}: no such model folder")
 
 
+def _check_weights(folder: pathlib.Path, key: str) -> None:
+    """Raises ConfigError where files are missing, cut off, or Git's pointers to files. Reads their headers alone."""
+    files = [*folder.glob("*.safetensors"), *folder.glob("*.bin")]
+    if not files:
+        raise ConfigError(f"{key}: {folder} has no weights (*.safetensors or *.bin)")
+    for file in files:
+        try:
+            if file.suffix == ".safetensors":
+                safetensors.safe_open(file, "pt").__exit__(None, None, None)
+        except (OSError, safetensors.SafetensorError) as error:
+            raise ConfigError(f"{key}: {file} is damaged or incomplete ({error}): get it again") from None
+    index = folder / "model.safetensors.index.json"
+    try:
+        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values() if index.exists() else ()
+        missing = sorted(name for name in set(names) if not (folder / name).exists())
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        raise ConfigError(f"{key}: {index} is damaged: get it again") from None
+    if missing:
+        raise ConfigError(f"{key}: {folder} lacks {len(missing)} files of its index, the first: {missing[0]}")
+
+
 def read_config(spec: ModelConfig, key: str) -> PretrainedConfig:
-    """A model's configuration, without its weights. Raises ConfigError where there is none."""
+    """A model's configuration, without its weights.
+
+    Raises ConfigError where there is none, and where the model's adapter doesn't fit it.
+    """
     try:
         if spec.path is not None:
             check_path(spec.path, f"{key}.path")
             config = AutoConfig.from_pretrained(spec.path)
         else:
             config = AutoConfig.for_model(**spec.config)
-        outline(config)  # whether its numbers fit together
+        model = outline(config)  # whether its numbers fit together
     except ConfigError:
         raise
     except Exception as error:  # transformers checks with many kinds of errors
         what = (
             f"{key}.path: {spec.path}: no such folder, and no such model on the Hub" if spec.path else f"{key}.config"
         )
-        raise ConfigError(f"{what} ({_first_line(error)})") from None
+        raise ConfigError(f"{what} ({first_line(error)})") from None
     if spec.dropout is not None:
         for name in DROPOUT:
             if hasattr(config, name):
                 setattr(config, name, spec.dropout)
+    if spec.has_adapter:
+        lora.check(model, spec, key)
     return config
 
 
-def outline(config: PretrainedConfig) -> nn.Module:
+def outline(config: PretrainedConfig) -> PreTrainedModel:
     """The model without memory for its weights: shapes alone."""
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config)
+
+
+def adapter_size(spec: ModelConfig, config: PretrainedConfig, key: str) -> int | None:
+    """How many weights a model's adapter has; None where it has no adapter."""
+    if not spec.has_adapter:
+        return None
+    return sum(tensor.numel() for tensor in lora.outline(outline(config), spec, key).values())
+
+
+def describe(model: nn.Module) -> str:
+    """Size and kind, and what is trained where that is an adapter: "3431.8M (llama), LoRA rank 16: 5.3M trained"."""
+
+    def millions(parameters: Iterator[Tensor]) -> str:
+        return f"{sum(p.numel() for p in parameters) / 1e6:.1f}M"
+
+    text = f"{millions(model.parameters())} ({model.config.model_type})"
+    if isinstance(model, PreTrainedModel):
+        return text
+    trained = millions(p for p in model.parameters() if p.requires_grad)
+    return f"{text}, LoRA rank {model.peft_config['default'].r}: {trained} trained"
 
 
 def read_tokenizer(path: str, key: str) -> PreTrainedTokenizerBase:
     """A tokenizer; "quickstart" is the one made for the generated tasks. Raises ConfigError where there is none."""
     if path == "quickstart":
         return tasks.tokenizer()
+    folder = pathlib.Path(path)
+    if folder.is_dir() and not any([*folder.glob(f"{kind}*")] for kind in ("tokenizer", "vocab", "spiece")):
+        raise ConfigError(f"{key}: {path} is a folder without a tokenizer; name another as tokenizer")
     try:
-        if os.sep in path and not pathlib.Path(path).exists() and path.count("/") > 1:
+        if not folder.exists() and (folder.is_absolute() or path.startswith(".") or path.count("/") > 1):
             raise OSError("no such folder")
         tokenizer = AutoTokenizer.from_pretrained(path)
     except Exception as error:  # of many kinds: a broken file, no network, a missing package
-        raise ConfigError(f"{key}: {path}: no tokenizer there ({_first_line(error)})") from None
+        raise ConfigError(f"{key}: {path}: no tokenizer there ({first_line(error)})") from None
     if tokenizer.eos_token_id is None:
         raise ConfigError(f"{key}: {path}: has no end token (eos_token), which every response needs")
     return tokenizer
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 def check_vocabularies(
@@ -126,7 +183,10 @@ def check_length(config: PretrainedConfig, key: str, max_length: int) -> None:
 def load(
     spec: ModelConfig, config: PretrainedConfig, key: str, dtype: torch.dtype, device: torch.device
 ) -> PackedCausalLM:
-    """The model with its weights (random ones from `config` where spec has no path), checked for packing."""
+    """The model with its weights in `dtype` (random ones from `config` where spec has no path).
+
+    A student's adapter is attached, and it alone is trained; a teacher's is merged.
+    """
     for name in ATTENTION_DROPOUT:
         if getattr(config, name, 0) and not attention.supports_dropout(device):
             logging.getLogger("abkd_fast").warning(
@@ -137,13 +197,19 @@ def load(
     if spec.path is None:
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     else:
+        merges = key == "teacher" and spec.adapter is not None
+        read_dtype = torch.promote_types(dtype, torch.float32) if merges else dtype
         try:
-            model = AutoModelForCausalLM.from_pretrained(spec.path, config=config, dtype=dtype)
+            model = AutoModelForCausalLM.from_pretrained(spec.path, config=config, dtype=read_dtype)
         except Exception as error:  # of many kinds: missing, truncated or foreign files
-            raise ConfigError(f"{key}.path: {spec.path}: its weights can't be read ({_first_line(error)})") from None
+            raise ConfigError(f"{key}.path: {spec.path}: its weights can't be read ({first_line(error)})") from None
+        if merges:
+            model = lora.merge(model, spec, key, dtype)
         # Out of the mapped file: its alignment, other in every file, may change the last bit of a matrix product.
         for parameter in model.parameters():
             parameter.data = parameter.data.clone()
+        if key == "student" and spec.has_adapter:
+            model = lora.attach(model, spec, key)
     return PackedCausalLM(model.to(device), key)
 
 
@@ -161,7 +227,7 @@ class PackedCausalLM(nn.Module):
     """
 
     def __init__(self, model: nn.Module, key: str) -> None:
-        """Takes a transformers model and switches its attention.
+        """Takes a transformers model, or peft's around one, and switches its attention.
 
         Raises ConfigError, with the reason, for models whose attention or output can't be reproduced this way.
         """
@@ -169,15 +235,33 @@ class PackedCausalLM(nn.Module):
         self.model = model
         self.key = key
         with self._explained():
-            model.set_attn_implementation(attention.NAME)
+            self.causal_lm.set_attn_implementation(attention.NAME)
+
+    @property
+    def has_adapter(self) -> bool:
+        return not isinstance(self.model, PreTrainedModel)
+
+    @property
+    def causal_lm(self) -> PreTrainedModel:
+        """The transformers model. Where an adapter is attached, it is within the projections of this one."""
+        return self.model.get_base_model() if self.has_adapter else self.model
 
     @property
     def head(self) -> nn.Linear:
-        return self.model.get_output_embeddings()
+        return self.causal_lm.get_output_embeddings()
+
+    def checkpoint_layers(self) -> None:
+        """From now on layers keep their inputs alone, and are computed again in backward, with the same dropout."""
+        if not self.causal_lm.supports_gradient_checkpointing:
+            kind = self.causal_lm.config.model_type
+            raise ConfigError(f"train.gradient_checkpointing: a {kind} model has none; set it to false")
+        self.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
+        # It also made the embeddings ask for a gradient, which only the reentrant kind needs.
+        self.causal_lm.disable_input_require_grads()
 
     def hidden_states(self, batch: Batch) -> Tensor:
         """Final hidden states [N, H] at batch.positions."""
-        states = self.model.base_model(
+        states = self.causal_lm.base_model(
             input_ids=batch.input_ids,
             position_ids=batch.position_ids,
             use_cache=False,
@@ -194,8 +278,8 @@ class PackedCausalLM(nn.Module):
         Args:
             options: of torch.compile.
         """
-        layers = self.model.config.num_hidden_layers
-        stacks = (module for module in self.model.base_model.modules() if isinstance(module, nn.ModuleList))
+        layers = self.causal_lm.config.num_hidden_layers
+        stacks = (module for module in self.causal_lm.base_model.modules() if isinstance(module, nn.ModuleList))
         for layer in next(stack for stack in stacks if len(stack) == layers):
             layer.compile(dynamic=True, **options)
 
@@ -210,8 +294,8 @@ class PackedCausalLM(nn.Module):
         try:
             yield
         except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
-            kind = self.model.config.model_type
-            raise ConfigError(f"{self.key}: a {kind} model can't be trained packed: {_first_line(error)}") from None
+            kind = self.causal_lm.config.model_type
+            raise ConfigError(f"{self.key}: a {kind} model can't be trained packed: {first_line(error)}") from None
 
     @torch.no_grad()
     def check(self) -> None:
@@ -220,7 +304,7 @@ class PackedCausalLM(nn.Module):
         Raises ConfigError where the logits differ, or attention was not called once a layer: a model with soft-capped
         or scaled logits, recurrent state, or attention of its own is refused, never silently wrong.
         """
-        config = self.model.config
+        config = self.causal_lm.config
         device = next(self.model.parameters()).device
         generator = torch.Generator().manual_seed(0)
         rows = [torch.randint(config.vocab_size, (length,), generator=generator) for length in (9, 5)]
@@ -261,14 +345,15 @@ class PackedCausalLM(nn.Module):
         longest = max(map(len, rows))
         input_ids = torch.stack([nn.functional.pad(row, (0, longest - len(row))) for row in rows]).to(device)
         mask = torch.stack([torch.arange(longest) < len(row) for row in rows]).long().to(device)
-        self.model.set_attn_implementation("sdpa")
+        self.causal_lm.set_attn_implementation("sdpa")
         try:
             logits = self.model(input_ids=input_ids, attention_mask=mask, use_cache=False).logits  # [2, longest, V]
         finally:
-            self.model.set_attn_implementation(attention.NAME)
+            self.causal_lm.set_attn_implementation(attention.NAME)
         return torch.cat([logits[i, : len(row) - 1] for i, row in enumerate(rows)]).float()
 
     def save(self, folder: pathlib.Path, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Writes weights, configuration and tokenizer in Hugging Face layout."""
-        self.model.save_pretrained(folder)
+        """Writes weights, configuration and tokenizer in Hugging Face layout; of a LoRA model, those of the adapter."""
+        # Left to choose whether embeddings belong to an adapter, peft asks the Hub every time.
+        self.model.save_pretrained(folder, **({"save_embedding_layers": False} if self.has_adapter else {}))
         tokenizer.save_pretrained(folder)

@@ -48,13 +48,16 @@ def _data(trainer: Trainer) -> Iterator[str]:
             f"    {name:10} mean {counts.mean():.1f}, median {median:.0f}, 95 % up to {most:.0f}, "
             f"longest {counts.max()} tokens"
         )
+    yield from trainer.describe_data()
 
 
 def _memory(trainer: Trainer, cached: bool) -> Iterator[str]:
     """About what training takes in its first step's largest micro-batch."""
-    batch = max(next(trainer._batches()), key=lambda part: part.tokens)
+    step = next(trainer._batches())
+    batch = max(step, key=lambda part: part.tokens)
     cost = trainer.step_cost(cached)
     parts = dict(costs.memory(cost, trainer.student_config, batch, trainer.config.train, trainer.dtype, trainer.device))
     details = ", ".join(f"{name} {size(number)}" for name, number in parts.items())
     yield f"  memory     about {size(sum(parts.values()))} with micro-batches of {batch.tokens} tokens: {details}"
-    yield f"  work       {cost.flops(batch.samples) / len(batch.samples) / 1e9:.3g} GFLOP a sample"
+    work = sum(cost.flops(part.samples, not part.is_text) for part in step) / trainer.config.train.batch_size
+    yield f"  work       {work / 1e9:.3g} GFLOP a sample"

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import pathlib
 from collections.abc import Iterator
 
 from rich.table import Table
 
-from . import checkpoint, models
+from . import checkpoint, models, pretrain
 from .config import Config, ConfigError, ModelConfig
-from .data import read_rows
+from .data import DEV, TRAIN, read_rows
 from .logs import console
 from .plan import describe
+from .recipe import load
 from .trainer import Trainer, check_folder
 
 
@@ -23,7 +25,7 @@ def run(stages: list[Config], resume: bool = False) -> list[dict]:
     Raises ConfigError before any training; else what `Trainer.train` raises.
     """
     for index, config in enumerate(stages):
-        _check(config, {other.run.stage for other in stages[:index]})
+        _check(config, {other.run.stage: other for other in stages[:index]})
     stages = [_resolve(config) for config in stages]
     for config in stages:
         _is_finished(config, resume)
@@ -31,7 +33,7 @@ def run(stages: list[Config], resume: bool = False) -> list[dict]:
     for config in stages:
         if _is_finished(config, resume):
             console.print(f"[bold]{config.run.folder}[/bold]  is finished already: its result is used")
-            summary = json.loads((config.run.folder / "summary.json").read_text(encoding="utf-8"))
+            summary = _read_summary(config.run.folder)
         else:
             summary = Trainer(config, resume).train()
             console.print(f"saved {config.run.folder / 'final'}")
@@ -44,14 +46,13 @@ def run(stages: list[Config], resume: bool = False) -> list[dict]:
 def plan(stages: list[Config], resume: bool = False) -> None:
     """Prints what `run` would do; loads no weights and writes no run folder. Raises ConfigError as `run` does."""
     for index, config in enumerate(stages):
-        _check(config, {other.run.stage for other in stages[:index]})
-    students: dict[str, ModelConfig] = {}  # by stage: its result has the shapes of what it began with
+        _check(config, {other.run.stage: other for other in stages[:index]})
+    students: dict[str, ModelConfig] = {}  # by stage
     for config in stages:
-        specs = {
-            key: students[spec.path.removeprefix("stage:")] if spec.is_stage else spec
-            for key, spec in _models(config).items()
-        }
+        specs = {role: _as_begun(spec, students) for role, spec in _models(config).items()}
         students[config.run.stage] = specs["student"]
+        if "teacher" in specs:
+            specs["teacher"] = dataclasses.replace(specs["teacher"], lora=None)  # merged
         console.print(f"[bold]{config.run.folder}[/bold]")
         if _is_finished(_resolve(config), resume):
             console.print("  is finished already: its result would be used")
@@ -60,17 +61,48 @@ def plan(stages: list[Config], resume: bool = False) -> None:
             console.print(line, markup=False)
 
 
-def _check(config: Config, earlier: set[str]) -> None:
+def _as_begun(spec: ModelConfig, students: dict[str, ModelConfig]) -> ModelConfig:
+    """The same model with what a stage will leave replaced by what that stage begins with: it has the same shapes."""
+    begun = {key: students[name] for key, name in spec.stages.items()}
+    if "path" in begun:
+        spec = dataclasses.replace(spec, path=begun["path"].path, config=begun["path"].config)
+    if "adapter" in begun:
+        spec = dataclasses.replace(spec, adapter=begun["adapter"].adapter, lora=begun["adapter"].lora)
+    return spec
+
+
+def _check(config: Config, earlier: dict[str, Config]) -> None:
     """Raises ConfigError for rows, models and references to stages that can't be used, before anything is trained."""
-    for key, spec in _models(config).items():
-        if not spec.is_stage:
-            models.read_config(spec, key)
-        elif spec.path.removeprefix("stage:") not in earlier:
-            known = ", ".join(sorted(earlier)) or "none"
-            raise ConfigError(f"{key}.path: {spec.path}: no such stage before this one; earlier stages: {known}")
-    for source, limit in ((config.data.train, config.data.train_rows), (config.data.dev, config.data.dev_rows)):
-        if source is not None:
-            read_rows(source, limit)
+    for role, spec in _models(config).items():
+        if spec.has_adapter and spec.path is None:
+            raise ConfigError(
+                f"{role}: an adapter needs the same weights every time, config gives random ones: use path"
+            )
+        for key, name in spec.stages.items():
+            _check_reference(f"{role}.{key}: stage:{name}", key, name, spec, earlier)
+        if "path" not in spec.stages:
+            models.read_config(dataclasses.replace(spec, adapter=None) if "adapter" in spec.stages else spec, role)
+    for key, split in (("train", TRAIN), ("dev", DEV)):
+        if (source := getattr(config.data, key)) is not None:
+            try:
+                read_rows(source, getattr(config.data, f"{key}_rows"), split)
+            except ConfigError as error:
+                raise ConfigError(f"data.{key}: {error}") from None
+    if config.data.adds_text:
+        pretrain.check_source(config.data.pretrain.path)
+
+
+def _check_reference(where: str, key: str, name: str, spec: ModelConfig, earlier: dict[str, Config]) -> None:
+    """Raises ConfigError unless the stage is there, and leaves what the key wants: a model, or an adapter of it."""
+    if name not in earlier:
+        raise ConfigError(f"{where}: no such stage before this one; earlier stages: {', '.join(earlier) or 'none'}")
+    result = earlier[name].student
+    if key == "path" and result.has_adapter:
+        raise ConfigError(f"{where} is a LoRA adapter: give it as adapter, and its base {result.path} as path")
+    if key == "adapter" and not result.has_adapter:
+        raise ConfigError(f"{where} is a whole model, not an adapter: give it as path")
+    if key == "adapter" and result.path != spec.path:
+        raise ConfigError(f"{where} is an adapter of {result.path}, but path is {spec.path}: give them one base")
 
 
 def _models(config: Config) -> dict[str, ModelConfig]:
@@ -80,12 +112,11 @@ def _models(config: Config) -> dict[str, ModelConfig]:
 
 def _resolve(config: Config) -> Config:
     """The same configuration with "stage:NAME" replaced by the folder of that stage's result."""
-    paths = {
-        key: dataclasses.replace(spec, path=str(config.run.root / spec.path.removeprefix("stage:") / "final"))
-        for key, spec in _models(config).items()
-        if spec.is_stage
-    }
-    return dataclasses.replace(config, **paths)
+    resolved = {}
+    for role, spec in _models(config).items():
+        folders = {key: str(config.run.root / name / "final") for key, name in spec.stages.items()}
+        resolved[role] = dataclasses.replace(spec, **folders)
+    return dataclasses.replace(config, **resolved)
 
 
 def _is_finished(config: Config, resume: bool) -> bool:
@@ -94,31 +125,39 @@ def _is_finished(config: Config, resume: bool) -> bool:
     if not folder.exists():
         return False
     if not (folder / "config.json").exists():
-        check_folder(
-            folder, resume and {path.name for path in folder.iterdir()} <= {"config.json.tmp", checkpoint.LOCK}
-        )
+        is_begun = folder.is_dir() and {path.name for path in folder.iterdir()} <= {"config.json.tmp", checkpoint.LOCK}
+        check_folder(folder, resume and is_begun)
         return False
     finished = (folder / "final").exists()
     if finished and not resume and not config.run.stage:
         check_folder(folder)
     if not finished and not resume:
         raise ConfigError(f"{folder} exists, but was not finished: add --resume, or choose another run.name")
-    then = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    changed = "; ".join(_differences(_deciding(then), _deciding(config.to_dict())))
+    (then,) = load(str(folder / "config.json"))
+    changed = "; ".join(_differences(_deciding(then.to_dict()), _deciding(config.to_dict())))
     if changed:
         way_out = "choose another run.name" if finished else "undo that to resume it, or choose another run.name"
         raise ConfigError(f"{folder} is the result of another configuration ({changed}): {way_out}")
     return finished
 
 
+def _read_summary(folder: pathlib.Path) -> dict:
+    path = folder / "summary.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} can't be read ({error}): move {folder} aside to run it again") from None
+
+
 def _deciding(values: dict) -> dict:
     """The part of a configuration that a run's weights depend on, wherever the folder of all runs is."""
     root = pathlib.Path(values["run"].pop("dir"), values["run"]["name"])
-    for role in ("student", "teacher"):
-        path = (values.get(role) or {}).get("path")
+    for role, key in itertools.product(("student", "teacher"), ("path", "adapter")):
+        path = (values.get(role) or {}).get(key)
         if path is not None and pathlib.Path(path).is_relative_to(root):
-            values[role]["path"] = str(pathlib.Path(path).relative_to(root))
-    values["train"].pop("on_nonfinite", None)
+            values[role][key] = str(pathlib.Path(path).relative_to(root))
+    for key in ("on_nonfinite", "gradient_checkpointing"):
+        values["train"].pop(key, None)
     return {key: value for key, value in values.items() if key not in ("log", "checkpoint", "cache")}
 
 

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from . import cache, models
+from . import cache, lora, models
 from .config import Config, ConfigError
 from .data import Batch, pack
 from .logs import console, size
@@ -102,8 +102,10 @@ class TeacherCache:
         self.bytes = self.layout.rows * self.width * dtype.itemsize
         if self.mode == "off":
             return
-        # Random weights are known only once they are drawn.
-        weights = None if self.spec.path is None else cache.hash_weights(self.spec.path, teacher, self.root)
+        weights = None  # random ones are known only once they are drawn
+        if self.spec.path is not None:
+            adapter = None if self.spec.adapter is None else lora.find(self.spec.adapter, "teacher")
+            weights = cache.hash_weights(self.spec.path, teacher, self.root, adapter)
         self._identify(weights)
         problem = self.file.problem()
         if self.mode == "disk" and problem and not self.file.is_recorded:

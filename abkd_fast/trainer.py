@@ -10,18 +10,19 @@ import json
 import os
 import pathlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 from transformers import get_scheduler, set_seed
 
-from . import attention, checkpoint, costs, methods, models, ops
+from . import attention, checkpoint, costs, methods, models, ops, pretrain
 from .checkpoint import Interrupted
 from .config import Config, ConfigError, ModelConfig
-from .data import Batch, ahead, batch_rows, pack, read_rows, shuffled_batches, tokenise
-from .fused_linear import fused_linear_cross_entropy
+from .data import DEV, TRAIN, Batch, ahead, batch_rows, describe_long_rows, pack, read_rows, step_samples, tokenise
 from .logs import RunLog, console, peak_memory
+from .methods.sft import cross_entropy
+from .progress import Progress, Window, is_finite
 from .teacher import CachedTeacher, TeacherCache
 
 
@@ -58,21 +59,35 @@ class Trainer:
 
     def _read_data(self) -> None:
         data, train = self.config.data, self.config.train
-        rows = read_rows(data.train, data.train_rows)
-        self.where = [row.where for row in rows]
-        self.train_set = tokenise(rows, self.tokenizer, data.max_length)
-        self.dev_set = None
+        limits = data.max_length, data.max_prompt_length
+        rows = read_rows(data.train, data.train_rows, TRAIN)
+        self.train_set = tokenise(rows, self.tokenizer, *limits)
+        self.where = [rows[row].where for row in self.train_set["row"][:]]
+        self.long_rows = {"train": describe_long_rows(rows, self.train_set, *limits)}
+        self.dev_set = self.pretrain_set = None
         if data.dev is not None:
-            self.dev_set = tokenise(read_rows(data.dev, data.dev_rows), self.tokenizer, data.max_length)
+            rows = read_rows(data.dev, data.dev_rows, DEV)
+            self.dev_set = tokenise(rows, self.tokenizer, *limits)
+            self.long_rows["dev"] = describe_long_rows(rows, self.dev_set, *limits)
         self.steps_per_epoch = len(self.train_set) // train.batch_size
         if self.steps_per_epoch == 0:
-            raise ConfigError(f"{data.train}: {len(rows)} rows are fewer than train.batch_size = {train.batch_size}")
+            raise ConfigError(
+                f"{data.train}: {len(self.train_set)} rows are fewer than train.batch_size = {train.batch_size}"
+            )
         self.steps = train.steps or train.epochs * self.steps_per_epoch
+        if data.adds_text:
+            self.pretrain_set = pretrain.load_blocks(data.pretrain, self.tokenizer, data.max_length)
+            if len(self.pretrain_set) < train.batch_size:
+                raise ConfigError(
+                    f"data.pretrain: {data.pretrain.path}: {len(self.pretrain_set)} blocks of {data.max_length} tokens "
+                    f"are fewer than train.batch_size = {train.batch_size}"
+                )
 
     def step_cost(self, cached: bool) -> costs.StepCost:
         """Of a step, with or without the teacher's cache."""
         teacher = costs.ModelCost(self.teacher_config) if self.method.needs_teacher else None
-        return costs.StepCost(costs.ModelCost(self.student_config), None, teacher, cached)
+        adapter = models.adapter_size(self.config.student, self.student_config, "student")
+        return costs.StepCost(costs.ModelCost(self.student_config), adapter, teacher, cached)
 
     def _load(self) -> None:
         config = self.config
@@ -80,21 +95,22 @@ class Trainer:
         self.checkpoints = checkpoint.Checkpoints(config.run.folder / "checkpoints", config.checkpoint.keep)
         self.saved = self.checkpoints.newest() if self.resume else None
         set_seed(config.run.seed)
-        student = config.student
-        if self.saved:
-            student = dataclasses.replace(student, path=str(self.saved), config=None)
+        student = config.student.saved_in(self.saved) if self.saved else config.student
         self.student = self._model(student, self.student_config, "student").train()
+        trained = [p for p in self.student.parameters() if p.requires_grad]
+        if config.train.gradient_checkpointing:
+            self.student.checkpoint_layers()
         if self.device.type == "cuda" and config.train.compile == "auto":
             self.student.compile()
         self.teacher = None
         if self.cache:
             load = functools.partial(self._model, config.teacher, self.teacher_config, "teacher")
-            optimizer_bytes = 12 * sum(p.numel() for p in self.student.parameters())  # gradients and two moments
+            optimizer_bytes = 12 * sum(p.numel() for p in trained)  # gradients and two moments
             with torch.random.fork_rng(devices=[]):  # dropout is the same whether the teacher's weights load or not
                 self.teacher = self.cache.open(load, self._precision, optimizer_bytes)
         optim = config.optim
-        decayed = [p for p in self.student.parameters() if p.requires_grad and p.dim() > 1]
-        others = [p for p in self.student.parameters() if p.requires_grad and p.dim() <= 1]
+        decayed = [p for p in trained if p.dim() > 1 or self.student.has_adapter]
+        others = [p for p in trained if p.dim() <= 1 and not self.student.has_adapter]
         groups = [{"params": decayed, "weight_decay": optim.weight_decay}, {"params": others, "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True)
         cosine = optim.schedule == "cosine"
@@ -111,9 +127,9 @@ class Trainer:
         self.cost = self.step_cost(isinstance(self.teacher, CachedTeacher))
 
     def _model(self, spec: ModelConfig, config: models.PretrainedConfig, key: str) -> models.PackedCausalLM:
-        # Master weights stay in float32; bfloat16 is the type of the computation only.
+        # What is trained stays in float32; there bfloat16 is the type of the computation only.
         storage = torch.float64 if self.dtype == torch.float64 else torch.float32
-        if key == "teacher" and self.dtype == torch.bfloat16:
+        if (key == "teacher" or spec.has_adapter) and self.dtype == torch.bfloat16:
             storage = torch.bfloat16
         model = models.load(spec, config, key, storage, self.device)
         with self._precision():
@@ -159,17 +175,14 @@ class Trainer:
                 self._after_step(log)
 
     def _batches(self, first: int = 0) -> Iterator[list[Batch]]:
-        """The micro-batches of each step from `first` to `steps`, counted from 0, epoch after epoch."""
-        epoch, index = divmod(first, self.steps_per_epoch)
+        """The micro-batches of each step from `first` to `steps`, counted from 0; those of plain text come last."""
         train, seed = self.config.train, self.config.run.seed
-        while first < self.steps:
-            for samples in shuffled_batches(self.train_set, train.batch_size, seed, epoch, index):
-                if first == self.steps:
-                    return
-                first += 1
-                batch = pack(samples, train.max_tokens)
-                yield [part.pin() for part in batch] if self.device.type == "cuda" else batch
-            epoch, index = epoch + 1, 0
+        for step in range(first, self.steps):
+            batch = pack(step_samples(self.train_set, train.batch_size, seed, step), train.max_tokens)
+            if self.pretrain_set is not None:
+                text = pack(step_samples(self.pretrain_set, train.batch_size, seed, step), train.max_tokens)
+                batch += [dataclasses.replace(part, is_text=True) for part in text]
+            yield [part.pin() for part in batch] if self.device.type == "cuda" else batch
 
     def _finish(self) -> dict:
         """Writes and returns the summary; the folder `final` is written last: with it the run is finished."""
@@ -177,41 +190,79 @@ class Trainer:
         if isinstance(self.teacher, CachedTeacher):
             seconds = self.teacher.saved(progress.samples - self.resumed_samples)
             console.print(f"the teacher's cache saved about {seconds:.1f} s")
+        step, dev_loss, saved = self._selected()
         summary = {
             "method": self.config.method,
             "steps": self.steps,
+            "selected_step": step,
             "skipped_steps": progress.skipped_steps,
             "dev_loss_before": progress.first_dev_loss,
-            "dev_loss": progress.dev_loss,
+            "dev_loss": dev_loss,
             "seconds_per_sample": progress.seconds / progress.samples,
             "peak_memory_bytes": peak_memory(self.device),
         }
         try:
             checkpoint.atomic_write(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
             with checkpoint.atomic_folder(folder / "final") as final:
-                self.student.save(final, self.tokenizer)
+                if saved:
+                    checkpoint.copy_model(saved, final)
+                else:
+                    self.student.save(final, self.tokenizer)
         except checkpoint.WRITE_ERRORS as error:
             raise Interrupted(f"{folder / 'final'} can't be written ({error}): make room") from None
         return summary
 
-    def _step(self, batch: list[Batch]) -> tuple[Tensor, Tensor]:
-        """One optimizer step; returns its loss and gradient norm, still on the device."""
-        tokens = sum(len(part.labels) for part in batch)  # of all responses: the mean is over the whole step
+    def _selected(self) -> tuple[int, float | None, pathlib.Path | None]:
+        """The step whose weights `final` gets, its development loss, and its checkpoint (None: the weights in memory).
+
+        The last step, unless eval.select asks for the lowest development loss, and its checkpoint is whole.
+        """
+        last = self.steps, self.progress.dev_loss, None
+        if self.config.eval.select == "last" or self.progress.best is None or self.progress.best[1] == self.steps:
+            return last
+        loss, step = self.progress.best
+        saved = self.checkpoints.folder_of(step)
+        if reason := checkpoint.damage(saved):
+            console.print(f"[bold red]damaged[/] {saved} ({reason}), of the lowest dev loss: the last step is taken")
+            return last
+        console.print(f"step {step} is taken, of the lowest dev loss, {loss:.4f}")
+        return step, loss, saved
+
+    def _step(self, batch: list[Batch]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """One optimizer step; returns its loss, gradient norm, and the loss's parts, still on the device."""
+        total = self._backward([part for part in batch if not part.is_text], self._method_loss)
+        parts = {}
+        if text := [part for part in batch if part.is_text]:
+            weight = self.config.data.pretrain.weight
+            text_loss = self._backward(text, lambda part: functools.partial(cross_entropy, batch=part), weight)
+            parts = {"loss_method": total, "loss_pretrain": text_loss}
+            total = total + weight * text_loss
+        norm = torch.nn.utils.clip_grad_norm_(self.student.parameters(), self.config.optim.clip_norm)
+        # The fused AdamW reads this on the device: where it is 1, weights, moments and step counts stay as they are.
+        self.optimizer.found_inf = (~is_finite(total, norm)).float()
+        self.optimizer.step()
+        self.scheduler.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return total, norm, parts
+
+    def _backward(self, batch: list[Batch], loss_of: Callable[[Batch], Callable], weight: float = 1.0) -> Tensor:
+        """Adds to the gradient that of `weight` times the mean loss of all labels; returns the mean.
+
+        loss_of: gives a micro-batch's summed loss, as a function of hidden states, projection and bias.
+        """
+        labels = sum(len(part.labels) for part in batch)  # the mean is over the whole step
         total = 0.0
         for part in batch:
             part = part.to(self.device)
             with self._precision():
-                states = self.teacher.states(part) if self.teacher else None
-                loss = self.student(part, functools.partial(self.method.loss, batch=part, teacher=states)) / tokens
-            loss.backward()
+                loss = self.student(part, loss_of(part)) / labels
+            (weight * loss).backward()
             total = total + loss.detach()
-        norm = torch.nn.utils.clip_grad_norm_(self.student.parameters(), self.config.optim.clip_norm)
-        # The fused AdamW reads this on the device: where it is 1, weights, moments and step counts stay as they are.
-        self.optimizer.found_inf = (~_is_finite(total, norm)).float()
-        self.optimizer.step()
-        self.scheduler.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return total, norm
+        return total
+
+    def _method_loss(self, part: Batch) -> Callable[..., Tensor]:
+        states = self.teacher.states(part) if self.teacher else None
+        return functools.partial(self.method.loss, batch=part, teacher=states)
 
     def _log_window(self, log: RunLog, rate: float) -> None:
         """Writes the point of the steps since the last one, and begins the next."""
@@ -254,15 +305,15 @@ class Trainer:
         due = progress.step and progress.step % (self.config.checkpoint.every_steps or self.steps_per_epoch) == 0
         if self.saved != saved and (stop or ((due or improved) and progress.step < self.steps)):
             self._save(log)
-        if improved and self.saved != saved:
-            progress.best = best  # of those that could be written
+        if improved and self.saved != saved and progress.step < self.steps:
+            progress.best = best  # of those that could be written; the last step's weights are still at hand
         if stop:
             kept = f"{self.saved} is saved" if self.saved == saved else f"last checkpoint: {self.saved or 'none'}"
             raise Interrupted(f"{stop} after step {progress.step} of {self.steps}; {kept}")
 
     def _evaluation_is_due(self) -> bool:
-        step, every = self.progress.step, self.config.eval.every_steps
-        due = step in (0, self.steps) or (every and step % every == 0)
+        step = self.progress.step
+        due = step in (0, self.steps) or step % (self.config.eval.every_steps or self.steps_per_epoch) == 0
         return due and self.dev_set is not None and self.progress.evaluated_step != step
 
     def _evaluate(self, log: RunLog) -> bool:
@@ -300,7 +351,7 @@ class Trainer:
         state |= {
             "progress": dataclasses.asdict(self.progress),
             "scheduler": self.scheduler.state_dict(),
-            "data": self.train_set._fingerprint,
+            "data": self._fingerprints(),
             "environment": self._environment(),
         }
         if hasattr(self.method, "state_dict"):
@@ -309,8 +360,9 @@ class Trainer:
 
     def _restore(self, tensors: dict[str, Tensor], state: dict) -> None:
         """The inverse of `_state`, after the weights. Raises ConfigError where the data have changed."""
-        if state["data"] != self.train_set._fingerprint:
-            raise ConfigError(f"{self.config.data.train}: rows or tokenizer have changed since {self.saved} was saved")
+        for key, now in self._fingerprints().items():
+            if state["data"][key] != now:
+                raise ConfigError(f"{key}: its text or the tokenizer has changed since {self.saved} was saved")
         for key, now in self._environment().items():
             then = state["environment"][key]
             if then != now:
@@ -329,6 +381,11 @@ class Trainer:
             self.method.load_state_dict(state["method"])
         checkpoint.set_random_state(groups["random"], state)  # last: loading models draws from the generators
 
+    def _fingerprints(self) -> dict[str, str]:
+        """A hash of the tokens of all sources that the steps to come read."""
+        sources = {"data.train": self.train_set, "data.pretrain": self.pretrain_set}
+        return {key: source._fingerprint for key, source in sources.items() if source is not None}
+
     def _environment(self) -> dict[str, str | int]:
         return {"PyTorch": torch.__version__, "device": _device_name(self.device)}
 
@@ -339,7 +396,7 @@ class Trainer:
         total, tokens = torch.zeros((), device=self.device, dtype=torch.float64), 0
         for batch in pack(list(self.dev_set), self.config.train.max_tokens):
             with self._precision():
-                total += self.student(batch.to(self.device), functools.partial(_cross_entropy, labels=batch.labels))
+                total += self.student(batch.to(self.device), functools.partial(cross_entropy, batch=batch))
             tokens += len(batch.labels)
             if self.signals.received:
                 break
@@ -355,19 +412,17 @@ class Trainer:
         counts = {"student": self.student.model}
         if self.teacher:  # whose body may be gone
             counts["teacher"] = models.outline(self.teacher_config)
-        sizes = ", ".join(
-            f"{role} {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M ({model.config.model_type})"
-            for role, model in counts.items()
-        )
-        lengths = torch.tensor([len(ids) for ids in self.train_set["input_ids"]])
-        cut = int((lengths == config.data.max_length).sum())
+        sizes = ", ".join(f"{role} {models.describe(model)}" for role, model in counts.items())
+        merged = f" with {config.teacher.adapter} merged" if self.teacher and config.teacher.adapter else ""
+        lengths = torch.tensor(self.train_set["row_length"][:]).clamp(max=config.data.max_length)
         loss = f"  loss {config.loss}" if self.teacher else ""
         yield f"[bold]{config.run.folder}[/bold]  method {config.method}{loss}"
-        yield f"  models     {sizes}"
+        yield f"  models     {sizes}{merged}"
         yield (
             f"  data       {len(lengths)} rows, {lengths.float().mean():.0f} tokens each on average, "
-            f"{cut} reach the limit of {config.data.max_length}"
+            f"the first {self.where[0]}"
         )
+        yield from self.describe_data()
         yield f"  device     {_device_name(self.device)}, {str(self.dtype).removeprefix('torch.')}"
         yield f"  kernels    {kernels}; attention {attention.backend(self.device)}, packed and checked"
         if self.teacher:
@@ -378,86 +433,17 @@ class Trainer:
         if self.resume:
             yield f"  resumed    {f'from {self.saved}' if self.saved else 'from the start: there is no checkpoint'}"
 
-
-@dataclasses.dataclass
-class Progress:
-    """How far a run is, and the totals of its summary."""
-
-    step: int = 0
-    samples: int = 0
-    seconds: float = 0.0
-    window_seconds: float = 0.0
-    skipped_steps: int = 0
-    evaluated_step: int = -1
-    first_dev_loss: float | None = None
-    dev_loss: float | None = None
-    best: tuple[float, int] | None = None  # the lowest development loss after any step, and that step
-
-    def evaluated(self, loss: float) -> bool:
-        """Notes a development loss; whether it is the lowest after any step."""
-        self.dev_loss, self.evaluated_step = loss, self.step
-        if self.step == 0:
-            self.first_dev_loss = loss
-            return False
-        improved = self.best is None or loss < self.best[0]
-        if improved:
-            self.best = loss, self.step
-        return improved
-
-
-class Window:
-    """Sums since the last logged point. They stay on the device: reading them would wait for it."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.loss = torch.zeros((), device=device, dtype=torch.float64)  # of the finite steps
-        self.norm = torch.zeros((), device=device, dtype=torch.float64)  # of the last finite one
-        self.skipped = torch.zeros((), device=device, dtype=torch.int64)
-        self.first_nonfinite = torch.zeros(3, device=device, dtype=torch.float64)  # its step, loss and norm
-        self.steps = self.samples = self.tokens = self.real_tokens = self.flops = 0
-
-    def add(self, step: int, loss: Tensor, norm: Tensor, batch: list[Batch], cost: costs.StepCost) -> None:
-        finite = _is_finite(loss, norm)
-        self.loss += torch.where(finite, loss, 0.0)
-        self.norm = torch.where(finite, norm, self.norm)
-        account = torch.stack([torch.full_like(self.loss, step), loss.double(), norm.double()])
-        is_first = ~finite & (self.skipped == 0)
-        self.first_nonfinite = torch.where(is_first, account, self.first_nonfinite)
-        self.skipped += ~finite
-        self.steps += 1
-        self.samples += sum(len(part.samples) for part in batch)
-        self.tokens += sum(part.tokens for part in batch)
-        self.real_tokens += sum(len(sample["input_ids"]) for part in batch for sample in part.samples)
-        self.flops += sum(cost.flops(part.samples) for part in batch)
-
-    def write(self, log: RunLog, step: int, lr: float) -> int:
-        """Logs the point; returns how many steps were skipped."""
-        skipped = int(self.skipped)
-        finite = self.steps - skipped
-        loss, norm = (self.loss.item() / finite, self.norm.item()) if finite else (None, None)
-        log.train(step, *self.counts()[1:], loss, lr, norm, skipped)
-        return skipped
-
-    def counts(self) -> list[int]:
-        return [self.steps, self.samples, self.tokens, self.real_tokens, self.flops]
-
-    def tensors(self) -> dict[str, Tensor]:
-        counts = torch.tensor(self.counts())
-        sums = {"loss": self.loss, "norm": self.norm, "skipped": self.skipped, "first_nonfinite": self.first_nonfinite}
-        return {"counts": counts} | {name: value.cpu() for name, value in sums.items()}
-
-    def load(self, tensors: dict[str, Tensor]) -> None:
-        self.steps, self.samples, self.tokens, self.real_tokens, self.flops = tensors["counts"].tolist()
-        for name in ("loss", "norm", "skipped", "first_nonfinite"):
-            setattr(self, name, tensors[name].to(self.device, copy=True))
-
-
-def _is_finite(loss: Tensor, norm: Tensor) -> Tensor:
-    return torch.isfinite(loss) & torch.isfinite(norm)
-
-
-def _cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
-    return fused_linear_cross_entropy(hidden, weight, labels, student_bias=bias, reduction="sum")
+    def describe_data(self) -> Iterator[str]:
+        """What rows that are too long came to, and the plain text."""
+        for name, note in self.long_rows.items():
+            if note:
+                yield f"  long rows  {name}: {note}"
+        if self.pretrain_set is not None:
+            data = self.config.data
+            yield (
+                f"  plain text {len(self.pretrain_set)} blocks of {data.max_length} tokens, one a sample; "
+                f"weight {data.pretrain.weight:g}"
+            )
 
 
 def check_wandb(project: str | None) -> None:

@@ -37,12 +37,14 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from abkd_fast import methods
-from abkd_fast.config import Config, load
+from abkd_fast.config import Config
 from abkd_fast.data import pack, read_rows, tokenise
 from abkd_fast.logs import RunLog
 from abkd_fast.models import PackedCausalLM, read_tokenizer
+from abkd_fast.progress import Window
+from abkd_fast.recipe import load
 from abkd_fast.teacher import CachedTeacher, Teacher, TeacherCache
-from abkd_fast.trainer import Trainer, Window
+from abkd_fast.trainer import Trainer
 
 LENGTH = 512  # tokens that a sample has at most, and that the published way pads it to
 # Tokens of prompt and response of Dolly's training rows: the quantiles 0, 1/32, … 1, as --measure-lengths prints them.
@@ -243,7 +245,7 @@ class Benchmark:
 
             def step(batch: tuple) -> tuple[Tensor, Tensor]:
                 self.trainer.method, self.trainer.teacher = method, teacher
-                return self.trainer._step(batch[0])
+                return self.trainer._step(batch[0])[:2]
 
             return step
 

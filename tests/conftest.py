@@ -1,13 +1,17 @@
 import json
 import os
 import pathlib
+import struct
 
+import numpy as np
 import pytest
 
 # Two threads that spin for each other crawl when tests share the machine; sleeping threads do not. OpenMP reads this
 # when torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test asks the Hub
 
+import datasets
 import torch
 
 # A folder with real data and tokenizers beside the checkout; tests that want it skip where it is not.
@@ -28,9 +32,10 @@ def shared():
 
 
 @pytest.fixture(autouse=True)
-def cache_folder(tmp_path, monkeypatch):
-    """No test leaves a teacher's states in the user's folder, or finds any there."""
+def cache_folder(tmp_path, tmp_path_factory, monkeypatch):
+    """No test leaves a teacher's states or tokenised data in the user's folders, or finds any there."""
     folder = tmp_path / "cache"
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
     monkeypatch.setenv("ABKD_CACHE", str(folder))
     return folder
 
@@ -41,6 +46,26 @@ def write_jsonl(tmp_path):
         path = tmp_path / name
         path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
         return str(path)
+
+    return write
+
+
+@pytest.fixture
+def write_indexed(tmp_path):
+    """Writes Megatron's binary format, from its description: returns the .bin file's path."""
+    codes = {"uint8": 1, "int8": 2, "int16": 3, "int32": 4, "int64": 5, "uint16": 8, "uint32": 9}
+
+    def write(items, name="train_0", dtype="uint16"):
+        path = tmp_path / name
+        arrays = [np.array(item, dtype=np.int64).astype(dtype) for item in items]
+        path.with_suffix(".bin").write_bytes(b"".join(array.tobytes() for array in arrays))
+        header = b"MMIDIDX\x00\x00" + struct.pack("<Q", 1) + struct.pack("<B", codes[dtype])
+        counts = struct.pack("<QQ", len(arrays), 1)
+        sizes = [len(array) for array in arrays]
+        places = [sum(array.nbytes for array in arrays[:number]) for number in range(len(arrays))]
+        index = struct.pack(f"<{len(sizes)}i", *sizes) + struct.pack(f"<{len(places)}q", *places)
+        path.with_suffix(".idx").write_bytes(header + counts + index + struct.pack("<q", 0))
+        return str(path.with_suffix(".bin"))
 
     return write
 

@@ -139,6 +139,19 @@ def test_timing_rows_have_the_lengths_drawn(timing, tmp_path):
     assert np.mean(dataset["prompt_length"]) == pytest.approx(71.3, rel=0.1)
 
 
+def test_sampling_quick(tmp_path):
+    command = [sys.executable, BENCHMARKS / "sampling.py", "--quick", "--device", "cpu", "--out", tmp_path]
+    result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONIOENCODING": "utf-8"})
+    assert result.returncode == 0, result.stderr
+    content = json.loads((tmp_path / "sampling.json").read_text())
+    assert content["sections"].keys() == {"full", "ending"}
+    for tables in content["sections"].values():
+        rows = tables[0]["rows"]
+        assert [row["name"].split(",")[0] for row in rows] == ["sample", "generate", "generate"]
+        assert all(6 <= row["tokens"] <= 48 and row["rate"] > 0 for row in rows)
+    assert {row["tokens"] for row in content["sections"]["full"][0]["rows"]} == {48}
+
+
 @pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
 def test_gpu_script_says_what_is_missing(tmp_path):
     (tmp_path / "dirname").symlink_to(shutil.which("dirname"))

@@ -12,7 +12,8 @@ from conftest import GPT2, LLAMA
 from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 
 from abkd_fast import cache, tasks
-from abkd_fast.config import ConfigError, load
+from abkd_fast.config import ConfigError
+from abkd_fast.recipe import load
 from abkd_fast.teacher import CachedTeacher, Teacher
 from abkd_fast.train import main
 from abkd_fast.trainer import Trainer
@@ -278,7 +279,7 @@ def test_damage_is_noticed_and_mended(recipe, cache_folder, capsys, small_blocks
 BUILD = """
 import sys, time
 from abkd_fast import cache
-from abkd_fast.config import load
+from abkd_fast.recipe import load
 from abkd_fast.trainer import Trainer
 cache.BLOCK_TOKENS = 300
 write, reserve = cache.StateFile.write, cache.StateFile.reserve

@@ -35,6 +35,7 @@ def test_teacher_and_adapter_in_a_step():
     body, head = cost.body_flops(tokens, squares), cost.head_flops(responses)
     assert costs.StepCost(cost, None, cost, False).flops(rows) == 4 * (body + head)
     assert costs.StepCost(cost, None, cost, True).flops(rows) == 3 * body + 4 * head
+    assert costs.StepCost(cost, None, cost, False).flops(rows, taught=False) == 3 * (body + head)
     assert costs.StepCost(cost, 100, None, False).flops(rows) == 2 * (body + head)
 
 
@@ -44,7 +45,7 @@ def test_activations_are_those_that_autograd_keeps(config, recompute):
     (batch,) = pack(samples([40, 17, 60]), max_tokens=128)
     model = build(config, torch.float32, num_hidden_layers=5).train()
     if recompute:
-        model.model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.checkpoint_layers()
     kept = {}
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.setdefault(t.data_ptr(), t), lambda t: t):
         model.hidden_states(batch)

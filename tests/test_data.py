@@ -6,17 +6,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_resume import Run, poison
 from transformers import AutoTokenizer
 
 from abkd_fast import tasks
 from abkd_fast.config import ConfigError
-from abkd_fast.data import ahead, pack, read_rows, shuffled_batches, tokenise
+from abkd_fast.data import ahead, describe_long_rows, pack, read_rows, step_samples, tokenise
 
 GOOD = {"instruction": "Say hello.", "input": "", "output": "Hello."}
 
 
-def tokenised(rows, max_length=64):
-    return tokenise(rows, tasks.tokenizer(), max_length)
+def tokenised(rows, max_length=64, max_prompt_length=None):
+    return tokenise(rows, tasks.tokenizer(), max_length, max_prompt_length)
 
 
 @pytest.mark.parametrize(
@@ -27,7 +28,9 @@ def tokenised(rows, max_length=64):
         ([GOOD, {"instruction": "x"}], 'line 2: missing "output"; keys are instruction'),
         ([{"output": "x"}], 'line 1: missing "instruction"; keys are output'),
         ([{**GOOD, "output": 5}], 'line 1: "output" must be text, got 5'),
-        ([{**GOOD, "output": ["a", "b"]}], 'line 1: "output" must be text'),
+        ([{**GOOD, "output": []}], 'line 1: "output" must be text, got []'),
+        ([{**GOOD, "output": [5, "b"]}], 'line 1: "output" must be text, got 5'),
+        ([{**GOOD, "output": [" ", "b"]}], 'line 1: "output" is empty'),
         ([{**GOOD, "output": None}], 'line 1: "output" must be text, got null'),
         ([{**GOOD, "output": "  \n"}], 'line 1: "output" is empty'),
         ([{**GOOD, "input": 3}], 'line 1: "input" must be text'),
@@ -58,12 +61,13 @@ def test_not_text(tmp_path):
 
 def test_folder_limit_and_formats(write_jsonl, tmp_path):
     write_jsonl([GOOD, "", {"prompt": "P", "output": "O", "other": 1}], "a.jsonl")
-    write_jsonl([{**GOOD, "input": "I"}], "b.jsonl")
-    first, second, third = read_rows(str(tmp_path))
+    write_jsonl([{**GOOD, "input": "I"}, {**GOOD, "output": ["One.", "Another."]}], "b.jsonl")
+    first, second, third, references = read_rows(str(tmp_path))
     assert first.values["prompt"].endswith("### Instruction:\nSay hello.\n\n### Response:\n")
     assert second.values == {"prompt": "P", "output": "O"}
     assert second.where.endswith("a.jsonl line 3")
     assert "### Input:\nI\n" in third.values["prompt"]
+    assert references.values["output"] == "One."
     assert len(read_rows(str(tmp_path), limit=2)) == 2
 
 
@@ -121,6 +125,42 @@ def test_chat_template(write_jsonl):
         tokenizer.chat_template = None
 
 
+def test_long_prompts_are_left_out_and_long_sequences_counted(write_jsonl):
+    tokenizer = tasks.tokenizer()
+    texts = [("Add 1 and 2.", " 3"), ("Add 1 and 2. " * 3, " 3"), ("Add 1.", " It is 3." * 9), ("Add 1 and 2.", " 3.")]
+    path = write_jsonl([{"prompt": prompt, "output": output} for prompt, output in texts])
+    rows = read_rows(path)
+    prompts = [len(tokenizer(prompt)["input_ids"]) for prompt, _ in texts]
+    wholes = [tokenizer(prompt + output)["input_ids"] + [tokenizer.eos_token_id] for prompt, output in texts]
+    limit = len(wholes[3])  # of exactly this length, a row is not cut
+    assert prompts[0] < prompts[1] - 1
+    for max_prompt_length, kept in ((prompts[1] - 1, [0, 2, 3]), (prompts[1], [0, 1, 2, 3]), (None, [0, 1, 2, 3])):
+        dataset = tokenised(rows, 512, max_prompt_length)
+        assert dataset["row"][:] == kept
+        assert dataset["input_ids"][:] == [wholes[row] for row in kept]
+        assert dataset["prompt_length"][:] == [prompts[row] for row in kept]
+        left_out = f"1 rows are left out: their prompts exceed {max_prompt_length} tokens ({path} line 2)"
+        note = describe_long_rows(rows, dataset, 512, max_prompt_length)
+        assert note == ("" if len(kept) == 4 else left_out)
+    dataset = tokenised(rows, limit, prompts[1] - 1)
+    assert dataset["input_ids"][:] == [wholes[row][:limit] for row in (0, 2, 3)]
+    assert dataset["row_length"][:] == [len(wholes[row]) for row in (0, 2, 3)]
+    note = describe_long_rows(rows, dataset, limit, prompts[1] - 1)
+    assert note == f"1 of 4 rows exceed {limit} tokens and are cut; {left_out.replace('None', str(prompts[1] - 1))}"
+    with pytest.raises(ConfigError, match=r"line 1 and all others: the prompts exceed 2 tokens.*raise data.max_prompt"):
+        tokenised(rows, 512, 2)
+
+
+def test_rows_of_a_bad_step_are_named_rightly_where_others_are_left_out(write_jsonl, tmp_path, monkeypatch, capsys):
+    long = {"prompt": "Add 1 and 2. " * 9, "output": " 3"}
+    path = write_jsonl([long, *[{"prompt": f"Add {n}.", "output": str(n)} for n in range(2, 6)], long])
+    poison(monkeypatch, 1)
+    assert Run(tmp_path, f"data.train={path}", "data.max_prompt_length=20", "data.dev=null")() == 1
+    captured = capsys.readouterr()
+    assert f"2 rows are left out: their prompts exceed 20 tokens ({path} line 1, …)" in captured.out
+    assert f"samples {path} line 2, 3, 4, 5; " in captured.err
+
+
 lengths = st.lists(st.tuples(st.integers(1, 12), st.integers(1, 12)), min_size=1, max_size=12)
 
 
@@ -149,25 +189,30 @@ def test_epochs_are_permutations_that_depend_on_seed_and_epoch_alone(write_jsonl
     rows = read_rows(write_jsonl([{"prompt": f"Add {i}", "output": str(i)} for i in range(20)]))
     dataset = tokenised(rows)
 
-    def epoch(seed, number):
-        return [sample["input_ids"] for batch in shuffled_batches(dataset, 6, seed, number) for sample in batch]
+    def samples(seed, *steps):
+        return [sample["input_ids"] for step in steps for sample in step_samples(dataset, 6, seed, step)]
 
-    assert epoch(1, 0) == epoch(1, 0)
-    assert epoch(1, 0) != epoch(1, 1) != epoch(2, 1)
-    assert len(epoch(1, 0)) == 18
-    assert len({json.dumps(ids) for ids in epoch(1, 0)}) == 18
+    first, second = samples(1, 0, 1, 2), samples(1, 3, 4, 5)
+    assert first == samples(1, 0, 1, 2)
+    assert first != second != samples(2, 0, 1, 2)
+    assert second[6:12] == samples(1, 4)
+    for epoch in (first, second):
+        assert len(epoch) == 18
+        assert len({json.dumps(ids) for ids in epoch}) == 18
 
 
 def test_real_dolly_has_the_published_lengths(shared):
     tokenizer = AutoTokenizer.from_pretrained(shared / "tokenizers" / "gpt2")
     rows = read_rows(str(shared / "data" / "dolly" / "train.jsonl"))
     assert len(rows) == 11435
-    dataset = tokenise(rows, tokenizer, 512)
+    dataset = tokenise(rows, tokenizer, 512, 256)
     prompt = torch.tensor(dataset["prompt_length"]).double()
     total = torch.tensor([len(ids) for ids in dataset["input_ids"]]).double()
     assert prompt.mean().item() == pytest.approx(71.3, abs=0.1)
     assert total.mean().item() == pytest.approx(145.6, abs=0.2)
     assert int(total.max()) == 512
+    note = describe_long_rows(rows, dataset, 512, 256)  # the papers' tools left the long prompts out already
+    assert note == "198 of 11435 rows exceed 512 tokens and are cut"
 
 
 def test_items_made_ahead_are_the_same():

@@ -1,6 +1,5 @@
 import importlib.machinery
 import json
-import pathlib
 import re
 import subprocess
 import sys
@@ -12,8 +11,8 @@ from conftest import LLAMA
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from abkd_fast import tasks
-from abkd_fast.config import load
 from abkd_fast.divergences import BY_NAME
+from abkd_fast.recipe import load
 from abkd_fast.train import main
 from abkd_fast.trainer import Trainer
 
@@ -118,7 +117,7 @@ def test_step_is_the_token_mean_gradient(recipe):
         lambda *_: captured.update({name: p.grad.clone() for name, p in trainer.student.named_parameters()})
     )
     weights = {name: p.detach().clone() for name, p in trainer.student.named_parameters()}
-    loss, norm = trainer._step(batch)
+    loss, norm, _ = trainer._step(batch)
     trainer.student.load_state_dict(weights, strict=False)
 
     model = trainer.student.model
@@ -183,75 +182,10 @@ def test_padded_teacher_vocabulary_is_fine(recipe, teacher_folder):
     assert main(recipe(["train.steps=2"], method="ab", teacher=teacher)) == 0
 
 
-BAD = {
-    "unknown key": (["optim.lrr=1"], "optim.lrr: unknown key; did you mean lr?"),
-    "unknown method": (["method=abk"], 'unknown method "abk"; did you mean ab?'),
-    "wrong type": (["train.epochs=two"], 'train.epochs must be a whole number, got "two"'),
-    "negative learning rate": (["optim.lr=-1"], "optim.lr is -1.0, expected above 0"),
-    "no data file": (["data.train=nowhere.jsonl"], "nowhere.jsonl: no such file"),
-    "no dev file": (["data.dev=nowhere.jsonl"], "nowhere.jsonl: no such file"),
-    "unknown split": (["data.train=quickstart:tain"], "no such split"),
-    "few rows": (["data.train_rows=5"], "5 rows are fewer than train.batch_size = 8"),
-    "long prompt": (["data.max_length=20"], "fills all 20: nothing to learn; raise data.max_length"),
-    "no model folder": (["student.config=null", "student.path=./nowhere"], "student.path: ./nowhere: no such model"),
-    "small vocabulary": (["student.config.vocab_size=300"], "but the student fewer (student has 300)"),
-    "unknown model type": (["student.config.model_type=lama"], "student.config"),
-    "padding too large": (["method=ab", "teacher.config=null", "teacher.path=@teacher"], "student has 1024 vocabulary"),
-    "no positions": (["student.config.max_position_embeddings=64"], "max_length is 128, but the student has 64"),
-    "width that is no number": (["student.config.hidden_size=wide"], "student.config"),
-    "no causal model": (["student.config.model_type=t5"], "student.config"),
-    "negative seed": (["run.seed=-1"], "run.seed is -1, expected at least 0"),
-    "huge number": (["optim.lr=1" + 400 * "0"], "optim.lr must be a number"),
-    "tiny temperature": (["temperature=1e-300"], "temperature is 1e-300"),
-    "nameless run": (["run.name=."], "expected the name of a folder"),
-    "folder that is a file": (["run.dir=/dev/null/x"], "can't be made"),
-    "stage that is not": (["teacher.path=stage:x", "method=ab"], "no such stage before this one"),
-    "refused model": (["student.config.model_type=stablelm"], "can't be trained packed"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", BAD)
-def test_bad_input_is_one_line_and_status_2(recipe, teacher_folder, tmp_path, capsys, name):
-    overrides, message = BAD[name]
-    if "teacher.path=@teacher" in overrides:
-        overrides = [*overrides[:-1], f"teacher.path={teacher_folder(vocab_size=9000)}"]
-    assert main(recipe(overrides)) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ")
-    assert error.count("\n") == 1
-    assert message in error
+def test_model_that_cannot_be_packed_is_refused(recipe, tmp_path, capsys):
+    assert main(recipe(["student.config.model_type=stablelm"])) == 2
+    assert "student: a stablelm model can't be trained packed" in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
-
-
-def test_vocabulary_and_tokenizer_mismatch(recipe, teacher_folder, capsys):
-    from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast
-
-    folder = teacher_folder(vocab_size=300)
-    assert main(recipe(method="ab", teacher={"path": folder})) == 2
-    assert "student has 1024, teacher has 300" in capsys.readouterr().err
-    other = Tokenizer(models.BPE({"<end>": 0, "b": 1}, [], unk_token="<end>"))
-    folder = teacher_folder(PreTrainedTokenizerFast(tokenizer_object=other, eos_token="<end>"))
-    assert main(recipe(method="ab", teacher={"path": folder})) == 2
-    assert "differ at id 1 ('!' / 'b')" in capsys.readouterr().err
-
-
-def test_later_stages_are_checked_before_the_first_is_trained(recipe, tmp_path, capsys):
-    stages = {"one": {"method": "sft"}, "two": {"method": "sft", "data": {"train": "nowhere.jsonl"}}}
-    assert main(recipe(stages=stages)) == 2
-    assert "nowhere.jsonl: no such file" in capsys.readouterr().err
-    assert not (tmp_path / "runs").exists()
-
-
-def test_model_folder_without_weights(recipe, teacher_folder, capsys):
-    folder = pathlib.Path(teacher_folder())
-    weights = folder / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:1000])
-    assert main(recipe(method="ab", teacher={"path": str(folder)})) == 2
-    assert "its weights can't be read" in capsys.readouterr().err
-    weights.unlink()
-    assert main(recipe(method="ab", teacher={"path": str(folder)})) == 2
-    assert "has no weights" in capsys.readouterr().err
 
 
 def test_existing_run_is_left_alone(recipe, tmp_path, capsys):

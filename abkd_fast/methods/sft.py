@@ -9,12 +9,14 @@ from ..data import Batch
 from ..fused_linear import fused_linear_cross_entropy
 
 
+def cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, batch: Batch, teacher: None = None) -> Tensor:
+    """The sum over the labels of a batch, from their hidden states [N, H]."""
+    return fused_linear_cross_entropy(hidden, weight, batch.labels, student_bias=bias, reduction="sum")
+
+
 class SupervisedFineTuning:
     needs_teacher = False
+    loss = staticmethod(cross_entropy)
 
     def __init__(self, config: Config) -> None:
         del config  # nothing to choose
-
-    def loss(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, batch: Batch, teacher: None = None) -> Tensor:
-        """The summed loss of the response tokens, from their hidden states [N, H]."""
-        return fused_linear_cross_entropy(hidden, weight, batch.labels, student_bias=bias, reduction="sum")

@@ -1,0 +1,166 @@
+"""A model's answers to the prompts of a data set, as data to train on: a file that grows answer by answer."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import pathlib
+import time
+
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from . import cache, models, sampling
+from .checkpoint import WRITE_ERRORS, Interrupted, StopSignals, atomic_write
+from .config import ConfigError, ModelConfig
+from .data import encode_prompts, read_rows
+from .logs import console
+from .sampling import SamplingSettings
+from .trainer import choose_device, choose_dtype
+
+SETTINGS = ("max_new_tokens", "min_new_tokens", "temperature", "top_k", "top_p", "no_repeat_ngram_size")
+
+
+class Generation:
+    """One command, from its options (those of `generate.py`) to its file."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        """Checks all that can be checked without weights. Raises ConfigError; writes nothing."""
+        self.options = options
+        for name in ("rows", "batch_size"):
+            value = getattr(options, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} is {value}, expected at least 1")
+        chosen = {name: getattr(options, name) for name in SETTINGS}
+        self.device = choose_device(options.device)
+        self.dtype = choose_dtype(options.dtype, self.device)
+        self.spec = ModelConfig(path=options.model)
+        self.config = models.read_config(self.spec, "model")
+        self.tokenizer = models.read_tokenizer(options.tokenizer or options.model, "tokenizer")
+        models.check_vocabularies(self.tokenizer, self.config, None, None)
+        self.end = self.tokenizer.eos_token_id
+        self.settings = SamplingSettings(**chosen, eos_token_ids=(self.end,))
+        self.rows = read_rows(options.data, options.rows, prompts_only=True)
+        self.prompts = encode_prompts(self.rows, self.tokenizer)
+        positions = getattr(self.config, "max_position_embeddings", math.inf)
+        for row, prompt in zip(self.rows, self.prompts, strict=True):
+            if len(prompt) >= positions:
+                raise ConfigError(
+                    f"{row.where}: the prompt has {len(prompt)} tokens, and the model {positions} positions: no room "
+                    "for an answer; drop the row"
+                )
+        identity = {
+            "weights": cache.hash_weights(options.model, self.config, cache.default_folder()),
+            "prompts": hashlib.sha256(json.dumps([self.prompts, self.end]).encode()).hexdigest(),
+            "seed": options.seed,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            **chosen,
+        }
+        self.answers = Answers(options.out, identity)
+
+    def run(self) -> None:
+        """Answers what is not answered yet. Raises Interrupted after a signal, and where there is no room."""
+        path, answers = self.options.out, self.answers
+        if answers.finished:
+            console.print(f"{path} is finished already")
+            return
+        self.todo = [index for index in range(len(self.rows)) if index not in answers.rows]
+        dtype = str(self.dtype).removeprefix("torch.")
+        console.print(f"{len(self.todo)} of {len(self.rows)} prompts to answer, on {self.device}, in {dtype}")
+        model = models.load(self.spec, self.config, "model", self.dtype, self.device)
+        started, self.tokens = time.perf_counter(), 0
+        try:
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16), answers:
+                model.check()
+                self._answer(model)
+                answers.finish()
+        except WRITE_ERRORS as error:
+            raise Interrupted(f"{path} can't be written ({error}): make room") from None
+        seconds = time.perf_counter() - started
+        console.print(
+            f"{len(answers.rows)} answers in {path}; {len(self.rows) - len(answers.rows)} were empty and are left out; "
+            f"{self.tokens} tokens in {seconds:.1f} s, {self.tokens / seconds:.0f} tokens/s"
+        )
+
+    def _answer(self, model: models.PackedCausalLM) -> None:
+        columns = BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(compact=True), TextColumn("answers")
+        bar = Progress(*columns, console=console, disable=not console.is_terminal)
+        task = bar.add_task("answers", total=len(self.todo))
+        signals = StopSignals()
+
+        def keep(number: int, response: list[int]) -> None:
+            index = self.todo[number]
+            text = self.tokenizer.decode(response, skip_special_tokens=True)
+            values = self.rows[index].values
+            if "prompt_ids" in values:
+                values = {"prompt": self.tokenizer.decode(self.prompts[index])}
+            self.answers.add(index, values, text, response[-1] == self.end)
+            self.tokens += len(response)
+            bar.advance(task)
+            if signals.received:
+                done = len(self.answers.rows)
+                raise Interrupted(f"{signals.received} after {done} of {len(self.rows)} answers, which are kept")
+
+        seeds = [(self.options.seed << 32) + index for index in self.todo]
+        prompts = [self.prompts[index] for index in self.todo]
+        with signals, bar:
+            sampling.sample(model, prompts, self.settings, seeds, self.options.batch_size, keep)
+
+
+class Answers:
+    """A file of answers and, beside it, what they depend on. A context manager: the file is open for additions."""
+
+    def __init__(self, path: pathlib.Path, identity: dict) -> None:
+        """Finds the numbers of the rows that are answered already. Raises ConfigError where the path can't be used."""
+        self.path, self.identity, self.rows, self.finished = path, identity, set(), False
+        self.record = path.with_name(path.name + ".settings.json")
+        if not path.exists():
+            if not path.parent.is_dir():
+                raise ConfigError(f"out: {path.parent} is no folder")
+            return
+        try:
+            then = json.loads(self.record.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            raise ConfigError(f"out: {path} exists, and not as the result of this command: choose another") from None
+        self.finished = then.pop("finished")
+        changed = [key for key, value in identity.items() if then.get(key) != value]
+        if changed:
+            raise ConfigError(f"out: {path} was made with other {', '.join(changed)}: choose another, or delete it")
+        self.rows = {answer["row"] for answer in self._read()}
+
+    def _read(self) -> list[dict]:
+        """Whole lines; what a crash left of the last one is no answer."""
+        lines = self.path.read_bytes().splitlines(keepends=True)
+        return [json.loads(line) for line in lines if line.endswith(b"\n")]
+
+    def _write_record(self, finished: bool) -> None:
+        atomic_write(self.record, json.dumps({**self.identity, "finished": finished}, indent=2) + "\n")
+
+    def __enter__(self) -> Answers:
+        self._write_record(finished=False)
+        answers = self._read() if self.path.exists() else []
+        atomic_write(self.path, "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers))
+        self.file = self.path.open("a", encoding="utf-8", buffering=1)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.file.close()
+
+    def add(self, row: int, values: dict, output: str, ended: bool) -> None:
+        """Writes the answer to a checked row, unless it is empty: there is nothing to learn from that."""
+        if not output.strip():
+            return
+        if "messages" in values:
+            answer = {"messages": [*values["messages"][:-1], {"role": "assistant", "content": output}]}
+        else:
+            answer = {"prompt": values["prompt"], "output": output}
+        self.file.write(json.dumps({**answer, "row": row, "ended": ended}, ensure_ascii=False) + "\n")
+        self.rows.add(row)
+
+    def finish(self) -> None:
+        """Puts the answers into the order of their rows."""
+        answers = sorted(self._read(), key=lambda answer: answer["row"])
+        atomic_write(self.path, "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers))
+        self._write_record(finished=True)

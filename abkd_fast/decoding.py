@@ -1,0 +1,220 @@
+"""A model that reads prompts and continues them: keys and values in slots, attention over them, products on a CPU."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from .attention import packed_attention
+from .models import PackedCausalLM
+
+NAME = "abkd_slots"
+BUCKET = 256  # all slots at once read keys up to the next multiple of this, so that few shapes occur
+
+
+class Decoder:
+    """One model, and the keys and values of as many sequences as there are slots.
+
+    On a CPU every sequence attends to its own keys by itself: no padding, and the same rounding in any company. On a
+    GPU all slots, idle ones too, go through at once: one shape for each bucket of lengths, replayed as a CUDA graph.
+    """
+
+    def __init__(self, model: PackedCausalLM, slots: int, capacity: int) -> None:
+        """For sequences of at most `capacity` tokens. The model has to be `prepared`."""
+        self.model, self.slots, self.capacity = model, slots, capacity
+        self.device = model.head.weight.device
+        self.all_at_once = self.device.type == "cuda"
+        self.keys: list[Tensor] = []  # of each layer, [slots, key heads, capacity, dim]
+        self.values: list[Tensor] = []
+        self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self.use_graphs = self.device.type == "cuda"
+        self.inputs = torch.zeros(3, slots, dtype=torch.long, device=self.device)  # slot, token, position of each row
+        self.inputs[0] = torch.arange(slots)
+
+    def prefill(self, prompts: dict[int, list[int]]) -> Tensor:
+        """Reads whole prompts into their slots, packed end to end; the logits [B, V] after each."""
+        lengths = [len(prompt) for prompt in prompts.values()]
+        starts = [0, *itertools.accumulate(lengths)]
+        rows = [
+            [slot for slot, prompt in prompts.items() for _ in prompt],
+            [token for prompt in prompts.values() for token in prompt],
+            [position for length in lengths for position in range(length)],
+        ]
+        self.reads_prompts = True
+        boundaries = torch.tensor(starts, dtype=torch.int32, device=self.device)
+        states = self._states(torch.tensor(rows, device=self.device), boundaries, max(lengths))  # [T, H]
+        return self._logits(states[boundaries[1:] - 1])
+
+    def decode(self, sequences: dict[int, list[int]]) -> Tensor:
+        """Reads the last token of each sequence, the others being in its slot; the logits [B, V] after it."""
+        self.reads_prompts = False
+        self.rows = [(slot, len(tokens)) for slot, tokens in sequences.items()]
+        last = [[slot, tokens[-1], len(tokens) - 1] for slot, tokens in sequences.items()]
+        inputs = torch.tensor(last, device=self.device).T  # [3, B]
+        if not self.all_at_once:
+            return self._logits(self._states(inputs))
+        self.inputs[1:] = 0
+        self.inputs[:, inputs[0]] = inputs
+        longest = max(length for _, length in self.rows)
+        self.span = min(self.capacity, -(-longest // BUCKET) * BUCKET)
+        states = self._replay() if self.use_graphs else self._states(self.inputs)
+        return self._logits(states[inputs[0]])
+
+    def _states(self, inputs: Tensor, boundaries: Tensor | None = None, longest: int | None = None) -> Tensor:
+        """The final hidden states [T, H] of T tokens, given the slot, token and position of each [3, T]."""
+        self.layer, self.where = 0, (inputs[0], inputs[2])
+        return self.model.causal_lm.base_model(
+            input_ids=inputs[1:2],
+            position_ids=inputs[2:],
+            use_cache=False,
+            cu_seq_lens_q=boundaries,
+            cu_seq_lens_k=boundaries,
+            max_length_q=longest,
+            max_length_k=longest,
+            decoder=self,
+        ).last_hidden_state[0]
+
+    def _logits(self, states: Tensor) -> Tensor:
+        head = self.model.head
+        logits = head(states.to(head.weight.dtype))  # [B, V]
+        return logits if logits.dtype == torch.float64 else logits.float()
+
+    def _replay(self) -> Tensor:
+        """The same as `_states(self.inputs)`, from a CUDA graph where one can be captured."""
+        if self.span not in self.graphs:
+            graph = torch.cuda.CUDAGraph()
+            try:
+                self._states(self.inputs)  # outside the graph: kernels are loaded and chosen
+                torch.cuda.synchronize(self.device)
+                with torch.cuda.graph(graph):
+                    states = self._states(self.inputs)
+            except RuntimeError as error:
+                reason = str(error).splitlines()[0]
+                warnings.warn(f"abkd_fast: generation goes on without CUDA graphs ({reason})", RuntimeWarning, 2)
+                self.use_graphs = False
+                return self._states(self.inputs)
+            self.graphs[self.span] = graph, states
+        graph, states = self.graphs[self.span]
+        graph.replay()
+        return states
+
+    def store(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Puts the new tokens' keys and values, [1, key heads, T, dim], into this layer's, and returns those."""
+        if self.layer == len(self.keys):
+            make = value.new_zeros if self.all_at_once else value.new_empty  # what is not a number can't be masked
+            self.keys.append(make(self.slots, key.shape[1], self.capacity, key.shape[3]))
+            self.values.append(make(self.slots, value.shape[1], self.capacity, value.shape[3]))
+        keys, values = self.keys[self.layer], self.values[self.layer]
+        slots, positions = self.where
+        keys[slots, :, positions] = key[0].transpose(0, 1).to(keys.dtype)
+        values[slots, :, positions] = value[0].transpose(0, 1)
+        self.layer += 1
+        return keys, values
+
+    def attend(self, query: Tensor, keys: Tensor, values: Tensor, scale: float | None, window: int | None) -> Tensor:
+        """Each row's query [1, heads, B, dim] over its slot's tokens, or the last `window`: [1, B, heads, dim]."""
+        query = query[0].transpose(0, 1).to(keys.dtype)  # [B, heads, dim]
+        if self.all_at_once:
+            lengths = self.inputs[2, :, None] + 1
+            index = torch.arange(self.span, device=self.device)
+            mask = index < lengths  # [slots, span]
+            if window is not None:
+                mask &= index >= lengths - window
+            grouped = query.shape[1] != keys.shape[1]
+            keys, values, mask = keys[:, :, : self.span], values[:, :, : self.span], mask[:, None, None]
+            out = F.scaled_dot_product_attention(query[:, :, None], keys, values, mask, scale=scale, enable_gqa=grouped)
+            return out[None, :, :, 0]
+        # The heads that share a key head are one call's queries: a single one would take as long.
+        query = query.unflatten(1, (keys.shape[1], -1))  # [B, key heads, heads / key heads, dim]
+        outputs = []
+        for row, (slot, length) in enumerate(self.rows):
+            seen = slice(0 if window is None else max(0, length - window), length)
+            k, v = keys[slot : slot + 1, :, seen], values[slot : slot + 1, :, seen]
+            outputs.append(F.scaled_dot_product_attention(query[row : row + 1], k, v, scale=scale))
+        return torch.cat(outputs).flatten(1, 2)[None]
+
+
+def slot_attention(
+    module: nn.Module,
+    query: Tensor,  # [1, heads, T, dim]
+    key: Tensor,  # [1, key heads, T, dim]
+    value: Tensor,  # [1, key heads, T, dim]
+    attention_mask: Tensor | None,
+    *,
+    decoder: Decoder,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    **settings: Any,
+) -> tuple[Tensor, None]:
+    """Attention of whole packed prompts, or of one new token a sequence over its slot: [1, T, heads, dim]."""
+    keys, values = decoder.store(key, value)
+    if decoder.reads_prompts:
+        settings |= {"scaling": scaling, "sliding_window": sliding_window}
+        return packed_attention(module, query, key, value, attention_mask, **settings)
+    return decoder.attend(query, keys, values, scaling, sliding_window), None
+
+
+@contextlib.contextmanager
+def prepared(model: PackedCausalLM | PreTrainedModel) -> Iterator[PackedCausalLM]:
+    """The model ready for a Decoder, in eval mode; afterwards it is as it was.
+
+    Raises ConfigError for a model that packing can't do (what is a PackedCausalLM already has been checked).
+    """
+    is_packed = isinstance(model, PackedCausalLM)
+    inner = model.causal_lm if is_packed else model
+    implementation, training = inner.config._attn_implementation, inner.training
+    try:
+        packed = model if is_packed else PackedCausalLM(model, "model")
+        if not is_packed:
+            packed.check()
+        inner.eval()
+        inner.set_attn_implementation(NAME)
+        # Compiled layers would be compiled anew for every step.
+        is_compiled = any(module._compiled_call_impl for module in inner.modules())
+        eager = torch.compiler.set_stance("force_eager") if is_compiled else contextlib.nullcontext()
+        with _fast_products(inner), eager:
+            yield packed
+    finally:
+        inner.set_attn_implementation(implementation)
+        inner.train(training)
+
+
+@contextlib.contextmanager
+def _fast_products(model: nn.Module) -> Iterator[None]:
+    """On a CPU in float32: products with weights that oneDNN has rearranged, once, into a copy.
+
+    Few rows cost half to a fifth of what they cost otherwise, and from two rows on, every row rounds alike in any
+    company.
+    """
+    layers = [module for module in model.modules() if type(module) in (nn.Linear, Conv1D)]
+    usable = torch.backends.mkldnn.is_available() and not torch.is_autocast_enabled("cpu")
+    layers = [x for x in layers if usable and x.weight.device.type == "cpu" and x.weight.dtype == torch.float32]
+    try:
+        for layer in layers:
+            weight = layer.weight.T if isinstance(layer, Conv1D) else layer.weight  # [out, in]
+            arranged = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None)
+            layer.forward = functools.partial(_product, arranged, layer.bias)
+        yield
+    finally:
+        for layer in layers:
+            layer.__dict__.pop("forward", None)
+
+
+def _product(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
+    rows = x.reshape(-1, x.shape[-1])
+    alone = len(rows) == 1  # one row goes another way, and would round differently
+    out = torch.ops.mkldnn._linear_pointwise(rows.expand(2, -1) if alone else rows, weight, bias, "none", [], "")
+    return (out[:1] if alone else out).view(*x.shape[:-1], -1)
+
+
+AttentionInterface.register(NAME, slot_attention)

@@ -1,0 +1,73 @@
+"""Generates: `python -m abkd_fast.generate --model DIR --data FILE --out FILE.jsonl`, a model's answers as data."""
+
+from __future__ import annotations
+
+import argparse
+import pathlib
+import shlex
+import sys
+
+from .config import ConfigError
+from .train import INTERRUPTED
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Answers the prompts of a data set; returns the exit status.
+
+    0; 2: a mistake in the input; 75 (temporary failure): interrupted, or no room for the answers: the same command
+    continues.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options = _parser().parse_args(arguments)
+    try:
+        from .answers import Generation  # after the options are known to be good: this loads PyTorch
+        from .checkpoint import Interrupted
+
+        try:
+            Generation(options).run()
+        except Interrupted as interruption:
+            command = shlex.join([sys.executable, "-m", "abkd_fast.generate", *arguments])
+            print(f"{interruption}; continue with:\n{command}", file=sys.stderr)
+            return INTERRUPTED
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m abkd_fast.generate",
+        description="Answer the prompts of a data set with a model. The result is data to train on, one row a line: "
+        "prompt and output (or messages), the number of its row, and whether the answer ended by itself. An "
+        "interrupted command goes on where it was when it is given again.",
+    )
+    parser.add_argument("--model", required=True, metavar="DIR", help="folder or Hub name")
+    parser.add_argument("--data", required=True, help="JSONL file, folder, or Hub name; outputs are not read")
+    parser.add_argument("--out", required=True, metavar="FILE.jsonl", type=pathlib.Path, help="where answers go")
+    parser.add_argument("--tokenizer", metavar="DIR", help="folder or Hub name (default: the model's)")
+    parser.add_argument("--rows", metavar="N", type=int, help="use only the first rows")
+    numbers = (
+        ("--max-new-tokens", 256, "longer answers are cut"),
+        ("--min-new-tokens", 0, "no end before so many"),
+        ("--temperature", 1.0, "0: always the most likely token"),
+        ("--top-k", 0, "only the so many most likely tokens (0: all)"),
+        ("--top-p", 1.0, "only the most likely tokens of this mass in all"),
+        ("--no-repeat-ngram-size", 0, "no sequence of so many tokens occurs twice (0: it may)"),
+        ("--seed", 10, "an answer depends on it, its row's number and its prompt"),
+        ("--batch-size", 64, "answers in progress at a time"),
+    )
+    for name, default, text in numbers:
+        parser.add_argument(name, type=type(default), metavar="N", default=default, help=f"{text} [{default}]")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: the GPU if any [auto]")
+    parser.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16", "float64"),
+        default="auto",
+        help="auto: bfloat16 on a GPU, else float32 [auto]",
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

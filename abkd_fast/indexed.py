@@ -1,0 +1,112 @@
+"""The indexed binary files of MiniLLM, DistiLLM and ABKD (Megatron's format): sequences of token ids.
+
+An .idx file is, little-endian and without gaps, the magic MMIDIDX and two zero bytes, the version 1 (8 bytes), the
+code of the ids' type (1 byte), the numbers of items and of documents (8 bytes each), then the items' lengths (int32),
+where each begins in the .bin file, in bytes (int64), and the documents' first items (int64), which nothing here needs.
+"""
+
+from __future__ import annotations
+
+import itertools
+import pathlib
+import struct
+from collections.abc import Iterator
+
+import numpy as np
+
+from .config import ConfigError
+
+MAGIC = b"MMIDIDX\0\0"
+HEADER = struct.Struct("<9sQBQQ")
+DTYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2", 9: "<u4"}
+
+
+def find(source: str, splits: tuple[str, ...]) -> list[pathlib.Path]:
+    """The .bin files that `source` names: itself (or its .idx), or the parts SPLIT_0.bin, SPLIT_1.bin, … of a folder.
+
+    The first split that is there counts. Empty where `source` is something else. Raises ConfigError for a folder
+    with the parts of other splits alone.
+    """
+    path = pathlib.Path(source)
+    if path.suffix in (".bin", ".idx"):
+        return [path.with_suffix(".bin")]
+    for split in splits:
+        parts = (path / f"{split}_{number}.bin" for number in itertools.count())
+        if found := list(itertools.takewhile(pathlib.Path.exists, parts)):
+            return found
+    if others := sorted(path.glob("*_0.bin")):
+        raise ConfigError(
+            f"{source}: has {others[0].name}, but no {' or '.join(f'{split}_0.bin' for split in splits)}; name a file"
+        )
+    return []
+
+
+def read_items(path: pathlib.Path) -> Iterator[tuple[str, np.ndarray]]:
+    """Every item of a .bin file: where it is, counted from 1, and its token ids, mapped.
+
+    Raises ConfigError for files that are missing, truncated, or of another format.
+    """
+    try:
+        dtype, sizes, starts = _read_index(path.with_suffix(".idx"))
+        length = path.stat().st_size
+        content = np.asarray(np.memmap(path, np.uint8, mode="r")) if length else np.empty(0, np.uint8)
+    except OSError as error:
+        raise ConfigError(f"{error.filename}: can't be read ({error.strerror}); a .bin file needs its .idx") from None
+    ends = starts + dtype.itemsize * sizes
+    outside = (sizes < 0) | (starts < 0) | (starts > length) | (ends > length)
+    if outside.any():
+        number = int(outside.argmax())
+        raise ConfigError(
+            f"{path} item {number + 1}: is bytes {starts[number]} to {ends[number]}, but the file has {length}: "
+            "it is truncated, or the .idx is another file's"
+        )
+    for number, (start, end) in enumerate(zip(starts.tolist(), ends.tolist(), strict=True), 1):
+        yield f"{path} item {number}", content[start:end].view(dtype)
+
+
+def _read_index(path: pathlib.Path) -> tuple[np.dtype, np.ndarray, np.ndarray]:
+    """The ids' type, and every item's length and first byte (int64 both)."""
+    content = path.read_bytes()
+    if not content.startswith(MAGIC):
+        raise ConfigError(f"{path}: is not the index of a binary file: it begins with {content[:9]}, not {MAGIC}")
+    if len(content) < HEADER.size:
+        raise ConfigError(f"{path}: is truncated: it has {len(content)} bytes, and its header alone {HEADER.size}")
+    _, version, code, items, documents = HEADER.unpack_from(content)
+    if version != 1:
+        raise ConfigError(f"{path}: has version {version} of its format, expected 1")
+    if code not in DTYPES:
+        raise ConfigError(
+            f"{path}: has type code {code}, expected that of whole numbers: {', '.join(map(str, DTYPES))}"
+        )
+    expected = HEADER.size + 12 * items + 8 * documents
+    if len(content) != expected:
+        raise ConfigError(f"{path}: has {len(content)} bytes, but its {items} items ask for {expected}: it is damaged")
+    sizes = np.frombuffer(content, "<i4", items, HEADER.size)
+    starts = np.frombuffer(content, "<i8", items, HEADER.size + sizes.nbytes)
+    return np.dtype(DTYPES[code]), sizes.astype(np.int64), starts.astype(np.int64)
+
+
+def split_item(where: str, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Prompt and response. Between them stands the largest number of the ids' type, or -1 where that has a sign.
+
+    Raises ConfigError for an item without it, or with nothing after it.
+    """
+    largest = np.iinfo(ids.dtype).max
+    (separators,) = ((ids == largest) | (ids == -1)).nonzero()
+    if not len(separators):
+        raise ConfigError(f"{where}: has no separator ({largest}); without prompts it is plain text, for data.pretrain")
+    prompt, response = ids[: separators[0]], ids[separators[0] + 1 :]
+    if not len(response):
+        raise ConfigError(f"{where}: the response is empty: nothing to learn")
+    return prompt, response
+
+
+def check_ids(where: str, ids: np.ndarray, vocabulary: int) -> None:
+    """Raises ConfigError where ids can't be those of a tokenizer with so many tokens."""
+    if vocabulary > np.iinfo(ids.dtype).max:
+        raise ConfigError(f"{where}: {ids.dtype} has no room for the tokenizer's {vocabulary} tokens and a separator")
+    wrong = ids[(ids < 0) | (ids >= vocabulary)]
+    if len(wrong):
+        raise ConfigError(
+            f"{where}: has token id {wrong[0]}, but the tokenizer has {vocabulary} tokens: another one made the file"
+        )

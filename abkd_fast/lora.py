@@ -1,0 +1,142 @@
+"""LoRA adapters, through peft: found, compared with the model that they go on, attached to it or merged into it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import pathlib
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from .config import ConfigError, ModelConfig, first_line, looks_local
+
+if TYPE_CHECKING:  # peft takes a second or two to import, and most runs need none: each function imports it
+    import peft
+
+SETTINGS = "adapter_config.json"
+
+
+def find(adapter: str, key: str) -> pathlib.Path:
+    """An adapter's folder; one from the Hub is downloaded. Raises ConfigError where there is none."""
+    folder = pathlib.Path(adapter)
+    if not folder.is_dir():
+        if looks_local(adapter):
+            raise ConfigError(f"{key}.adapter: {adapter}: no such adapter folder")
+        from huggingface_hub import snapshot_download
+
+        try:
+            folder = pathlib.Path(snapshot_download(adapter, allow_patterns="adapter_*"))
+        except Exception as error:  # of many kinds: no such name, no network
+            missing = "no such folder, and no such adapter on the Hub"
+            raise ConfigError(f"{key}.adapter: {adapter}: {missing} ({first_line(error)})") from None
+    if not (folder / SETTINGS).exists():
+        hint = f"; it holds a whole model: give it as {key}.path" if (folder / "config.json").exists() else ""
+        raise ConfigError(f"{key}.adapter: {adapter} has no {SETTINGS}, expected a LoRA adapter as peft saves it{hint}")
+    return folder
+
+
+def check(model: PreTrainedModel, spec: ModelConfig, key: str) -> None:
+    """Raises ConfigError unless the adapter fits the model, given as an outline; the outline is changed.
+
+    An adapter of the output projection is refused: losses read that as one matrix, which stays frozen.
+    """
+    import peft
+
+    source = f"{key}.adapter: {spec.adapter}" if spec.adapter else f"{key}.lora.targets: {', '.join(spec.lora.targets)}"
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    tied = head.weight is embeddings.weight
+    if spec.lora is not None:
+        _check_targets(model, spec, key)
+    try:
+        ours = outline(model, spec, key)
+        theirs = ours if spec.adapter is None else peft.load_peft_weights(str(find(spec.adapter, key)), device="cpu")
+    except ConfigError:
+        raise
+    except Exception as error:  # of many kinds: broken or foreign files, names of modules that aren't there
+        raise ConfigError(f"{source} can't be used ({first_line(error)})") from None
+    if model.get_output_embeddings() is not head or (tied and model.get_input_embeddings() is not embeddings):
+        raise ConfigError(f"{source}: adapts the output projection, which has to stay as it is here")
+    sizes = [{name: list(tensor.shape) for name, tensor in tensors.items()} for tensors in (theirs, ours)]
+    for name in sorted({*theirs, *ours}):
+        there, here = (shapes.get(name, "missing") for shapes in sizes)
+        if there != here:
+            raise ConfigError(f"{source} doesn't fit {key}.path: {spec.path}: {name} is {there} there, {here} here")
+
+
+def outline(model: PreTrainedModel, spec: ModelConfig, key: str) -> dict[str, Tensor]:
+    """An adapter's tensors by name, without memory, from the outline of its model, which is changed.
+
+    Raises ConfigError for an adapter of another kind, and what peft raises.
+    """
+    import peft
+
+    settings = _settings(model, spec, key)
+    if settings.peft_type != peft.PeftType.LORA:
+        raise ConfigError(f"{key}.adapter: {spec.adapter} is a {settings.peft_type.value} adapter, expected LORA")
+    with torch.device("meta"):
+        return peft.get_peft_model_state_dict(peft.PeftModel(model, settings), save_embedding_layers=False)
+
+
+def _check_targets(model: PreTrainedModel, spec: ModelConfig, key: str) -> None:
+    """peft minds only if none is there: a misspelt one among others would be left out in silence."""
+    projections = {name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
+    for target in spec.lora.targets:
+        if not any(f".{name}".endswith(f".{target}") for name in projections):
+            known = ", ".join(sorted({name.rpartition(".")[2] for name in projections}))
+            kind = model.config.model_type
+            raise ConfigError(f"{key}.lora.targets: no {target} in a {kind} model; its projections are {known}")
+
+
+def _settings(model: PreTrainedModel, spec: ModelConfig, key: str) -> peft.PeftConfig:
+    import peft
+
+    if spec.adapter is not None:
+        return peft.PeftConfig.from_pretrained(str(find(spec.adapter, key)))
+    return peft.LoraConfig(
+        task_type="CAUSAL_LM",
+        r=spec.lora.rank,
+        lora_alpha=spec.lora.alpha,
+        lora_dropout=spec.lora.dropout,
+        target_modules=list(spec.lora.targets),
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
+    )
+
+
+def attach(model: PreTrainedModel, spec: ModelConfig, key: str) -> peft.PeftModel:
+    """The frozen model with its adapter, which is trained, in at least float32."""
+    import peft
+    from peft.tuners.lora import LoraLayer
+
+    if spec.lora is not None:
+        adapted = peft.get_peft_model(model, _settings(model, spec, key))
+    else:
+        adapted = peft.PeftModel.from_pretrained(model, str(find(spec.adapter, key)), is_trainable=True)
+    settings = adapted.peft_config["default"]
+    base = os.path.abspath(spec.path) if os.path.isdir(spec.path) else spec.path
+    if spec.adapter is not None and settings.base_model_name_or_path not in (base, spec.path):
+        logging.getLogger("abkd_fast").warning(
+            f"{key}.adapter: {spec.adapter} was trained on {settings.base_model_name_or_path}, and goes on {base} now"
+        )
+    settings.base_model_name_or_path = base
+    for module in adapted.modules():
+        if isinstance(module, LoraLayer):
+            module.cast_input_dtype_enabled = False  # or autocast's 16 bits become 32 before the dropout
+    return adapted
+
+
+def merge(model: PreTrainedModel, spec: ModelConfig, key: str, dtype: torch.dtype) -> PreTrainedModel:
+    """The model with the adapter's product added to its weights, which come in float32 and leave in `dtype`."""
+    import peft
+
+    try:
+        adapted = peft.PeftModel.from_pretrained(model, str(find(spec.adapter, key)))
+        merged = adapted.merge_and_unload(safe_merge=True)
+    except ValueError as error:  # what isn't finite
+        raise ConfigError(f"{key}.adapter: {spec.adapter} can't be merged ({first_line(error)})") from None
+    for parameter in merged.parameters():  # not buffers: rotary frequencies stay in float32
+        parameter.data = parameter.data.to(dtype)
+    return merged

@@ -1,0 +1,177 @@
+"""Plain text for the language-modelling term: documents, tokenised and cut into blocks of one length."""
+
+from __future__ import annotations
+
+import itertools
+import pathlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import datasets
+import filelock
+import numpy as np
+import pyarrow
+from datasets.table import MemoryMappedTable
+
+from . import indexed
+from .checkpoint import atomic_file, file_digest
+from .config import ConfigError, PretrainConfig
+from .data import SAMPLE, TRAIN, arrow_file, fingerprint, read_jsonl
+from .logs import console
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+NEWLINE = "<@x(x!>"  # stands for a line's end within a document in MiniLLM's data.txt
+PIECE = 1 << 20  # characters that are tokenised at once, about
+ITEMS = 1024  # of a binary file that are read at once
+
+
+def check_source(source: str) -> None:
+    """Raises ConfigError where there is no such text, or a file's first document can't be read."""
+    for file in _find_files(source):
+        next(indexed.read_items(file) if file.suffix == ".bin" else _read_documents(file), None)
+
+
+def load_blocks(spec: PretrainConfig, tokenizer: PreTrainedTokenizerBase, max_length: int) -> datasets.Dataset:
+    """Columns input_ids, blocks of max_length tokens, and prompt_length, always 1: all but the first are predicted.
+
+    Documents follow each other with an end token after each; a binary file's items do as they are. What is left at
+    the end makes no block. The result is kept beside tokenised rows, under a hash of files, tokenizer and limits, and
+    mapped; making it takes the same memory for any amount of text.
+
+    Raises ConfigError for files that can't be read, foreign token ids, and too little text for a block.
+    """
+    files = _find_files(spec.path)
+    key = fingerprint([_identity(file) for file in files], tokenizer, (max_length, spec.rows))
+    path = arrow_file(key)
+    if not path.exists():
+        try:
+            with filelock.FileLock(f"{path}.lock"):  # another run that starts now waits, and finds it
+                if not path.exists():
+                    console.print(f"plain text: tokenising {spec.path}; later runs find the result in {path.parent}")
+                    with atomic_file(path) as temporary:
+                        _write(temporary, _cut(_token_ids(files, tokenizer, spec.rows), max_length))
+        except OSError as error:
+            raise ConfigError(
+                f"data.pretrain: {path}: can't be written ({error}); HF_DATASETS_CACHE moves it"
+            ) from None
+    dataset = datasets.Dataset(MemoryMappedTable.from_file(str(path)), fingerprint=key)
+    if not len(dataset):
+        raise ConfigError(f"data.pretrain: {spec.path}: is too short for one block of data.max_length = {max_length}")
+    return dataset
+
+
+def _identity(file: pathlib.Path) -> list[str]:
+    """The file's kind and content."""
+    parts = [file, file.with_suffix(".idx")] if file.suffix == ".bin" else [file]
+    try:
+        return [file.suffix, *map(file_digest, parts)]
+    except OSError as error:
+        raise ConfigError(f"data.pretrain: {error.filename}: can't be read ({error.strerror})") from None
+
+
+def _find_files(source: str) -> list[pathlib.Path]:
+    """The files that a source names: one, or a folder's binary ones, or else its .jsonl and .txt in order of names.
+
+    Raises ConfigError where there are none.
+    """
+    path = pathlib.Path(source)
+    if not path.exists():
+        raise ConfigError(f"data.pretrain: {source}: no such file or folder")
+    files = indexed.find(source, TRAIN)
+    if not files:
+        there = path.iterdir() if path.is_dir() else [path]
+        files = sorted(file for file in there if file.suffix in (".jsonl", ".txt"))
+    if not files:
+        raise ConfigError(f"data.pretrain: {source}: expected a .jsonl, .txt or .bin file, or a folder with some")
+    return files
+
+
+def _read_documents(path: pathlib.Path) -> Iterator[Iterator[str]]:
+    """The documents of a text file, each in pieces of about PIECE characters, to be read in order.
+
+    A .jsonl file has one a line, in "text"; blank ones don't count. A .txt file is one document, except in
+    MiniLLM's format, which NEWLINE in its first piece gives away: there each line is one.
+
+    Raises ConfigError, naming file and line, for what can't be read.
+    """
+    if path.suffix == ".jsonl":
+        for where, values in read_jsonl(path):
+            text = values.get("text") if isinstance(values, dict) else None
+            if not isinstance(text, str):
+                raise ConfigError(f'{where}: expected a JSON object with "text"')
+            if text.strip():
+                yield iter([text])
+        return
+    pieces = _read_pieces(path)
+    first = next(pieces, "")
+    pieces = itertools.chain([first], pieces)
+    if NEWLINE in first:
+        for piece in pieces:
+            yield from (iter([line.replace(NEWLINE, "\n")]) for line in piece.split("\n") if line.strip())
+    elif first:
+        yield pieces
+
+
+def _read_pieces(path: pathlib.Path) -> Iterator[str]:
+    """A file's text in pieces of whole lines."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            while lines := file.readlines(PIECE):
+                yield "".join(lines)
+    except OSError as error:
+        raise ConfigError(f"{path}: can't be read ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: is not UTF-8 text ({error.reason})") from None
+
+
+def _token_ids(
+    files: list[pathlib.Path], tokenizer: PreTrainedTokenizerBase, limit: int | None
+) -> Iterator[np.ndarray]:
+    """All tokens in order, int32, some at a time; of the first `limit` documents or items where that is a number."""
+    if files[0].suffix == ".bin":
+        items = itertools.islice((item for file in files for item in indexed.read_items(file)), limit)
+        while some := list(itertools.islice(items, ITEMS)):
+            for where, ids in some:
+                indexed.check_ids(where, ids, len(tokenizer))
+            yield np.concatenate([ids for _, ids in some]).astype(np.int32)
+        return
+    documents = itertools.islice((document for file in files for document in _read_documents(file)), limit)
+    pieces = (piece for document in documents for piece in itertools.chain(document, [""]))  # "": its end
+    for texts in _group(pieces):
+        ids = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        ids = (some if text else [tokenizer.eos_token_id] for text, some in zip(texts, ids, strict=True))
+        yield np.fromiter(itertools.chain.from_iterable(ids), np.int32)
+
+
+def _group(pieces: Iterator[str]) -> Iterator[list[str]]:
+    """The same in lists of at least PIECE characters."""
+    group, size = [], 0
+    for piece in pieces:
+        group.append(piece)
+        size += len(piece)
+        if size >= PIECE:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
+
+
+def _cut(tokens: Iterator[np.ndarray], length: int) -> Iterator[np.ndarray]:
+    """The stream of tokens as blocks [n, length], some at a time."""
+    rest = np.empty(0, np.int32)
+    for some in tokens:
+        stream = np.concatenate([rest, some])
+        whole = len(stream) // length * length
+        yield stream[:whole].reshape(-1, length)
+        rest = stream[whole:]
+
+
+def _write(path: pathlib.Path, blocks: Iterator[np.ndarray]) -> None:
+    schema = SAMPLE.arrow_schema
+    with pyarrow.ipc.new_stream(str(path), schema) as writer:
+        for some in blocks:
+            ends = np.arange(0, some.size + 1, some.shape[1], dtype=np.int32)
+            ids = pyarrow.ListArray.from_arrays(ends, some.reshape(-1))
+            writer.write_batch(pyarrow.record_batch([ids, np.ones(len(some), np.int32)], schema=schema))

@@ -1,0 +1,105 @@
+"""How far a run is: its totals, and the sums since the last logged point."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import torch
+from torch import Tensor
+
+from .costs import StepCost
+from .data import Batch
+from .logs import RunLog
+
+
+@dataclasses.dataclass
+class Progress:
+    """How far a run is, and the totals of its summary."""
+
+    step: int = 0
+    samples: int = 0
+    seconds: float = 0.0
+    window_seconds: float = 0.0
+    skipped_steps: int = 0
+    evaluated_step: int = -1
+    first_dev_loss: float | None = None
+    dev_loss: float | None = None
+    best: tuple[float, int] | None = None  # the lowest development loss after any step, and that step
+
+    def evaluated(self, loss: float) -> bool:
+        """Notes a development loss; whether it is the lowest after any step."""
+        self.dev_loss, self.evaluated_step = loss, self.step
+        if self.step == 0:
+            self.first_dev_loss = loss
+            return False
+        improved = loss < (self.best[0] if self.best else math.inf)  # never a loss that is no number
+        if improved:
+            self.best = loss, self.step
+        return improved
+
+
+class Window:
+    """Sums since the last logged point. They stay on the device: reading them would wait for it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.loss = torch.zeros((), device=device, dtype=torch.float64)  # of the finite steps
+        self.norm = torch.zeros((), device=device, dtype=torch.float64)  # of the last finite one
+        self.skipped = torch.zeros((), device=device, dtype=torch.int64)
+        self.first_nonfinite = torch.zeros(3, device=device, dtype=torch.float64)  # its step, loss and norm
+        self.parts: dict[str, Tensor] = {}  # of the loss, likewise
+        self.steps = self.samples = self.tokens = self.real_tokens = self.flops = 0
+
+    def add(
+        self,
+        step: int,
+        loss: Tensor,
+        norm: Tensor,
+        parts: dict[str, Tensor],
+        batch: list[Batch],
+        cost: StepCost,
+    ) -> None:
+        finite = is_finite(loss, norm)
+        self.loss += torch.where(finite, loss, 0.0)
+        for name, part in parts.items():
+            self.parts[name] = self.parts.get(name, 0.0) + torch.where(finite, part, 0.0).double()
+        self.norm = torch.where(finite, norm, self.norm)
+        account = torch.stack([torch.full_like(self.loss, step), loss.double(), norm.double()])
+        is_first = ~finite & (self.skipped == 0)
+        self.first_nonfinite = torch.where(is_first, account, self.first_nonfinite)
+        self.skipped += ~finite
+        self.steps += 1
+        self.samples += sum(len(part.samples) for part in batch if not part.is_text)
+        self.tokens += sum(part.tokens for part in batch)
+        self.real_tokens += sum(len(sample["input_ids"]) for part in batch for sample in part.samples)
+        self.flops += sum(cost.flops(part.samples, not part.is_text) for part in batch)
+
+    def write(self, log: RunLog, step: int, lr: float) -> int:
+        """Logs the point; returns how many steps were skipped."""
+        skipped = int(self.skipped)
+        finite = self.steps - skipped
+        loss, norm = (self.loss.item() / finite, self.norm.item()) if finite else (None, None)
+        parts = {name: part.item() / finite if finite else None for name, part in self.parts.items()}
+        log.train(step, *self.counts()[1:], loss, parts, lr, norm, skipped)
+        return skipped
+
+    def counts(self) -> list[int]:
+        return [self.steps, self.samples, self.tokens, self.real_tokens, self.flops]
+
+    def tensors(self) -> dict[str, Tensor]:
+        counts = torch.tensor(self.counts())
+        sums = {"loss": self.loss, "norm": self.norm, "skipped": self.skipped, "first_nonfinite": self.first_nonfinite}
+        sums |= {f"parts.{name}": part for name, part in self.parts.items()}
+        return {"counts": counts} | {name: value.cpu() for name, value in sums.items()}
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        self.steps, self.samples, self.tokens, self.real_tokens, self.flops = tensors["counts"].tolist()
+        own = {name: value.to(self.device, copy=True) for name, value in tensors.items()}
+        for name in ("loss", "norm", "skipped", "first_nonfinite"):
+            setattr(self, name, own[name])
+        self.parts = {name.removeprefix("parts."): own[name] for name in own if name.startswith("parts.")}
+
+
+def is_finite(loss: Tensor, norm: Tensor) -> Tensor:
+    return torch.isfinite(loss) & torch.isfinite(norm)

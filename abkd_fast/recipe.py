@@ -1,0 +1,257 @@
+"""Recipes: JSON files, their bases and stages, and values from the command line, made into configurations."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import json
+import math
+import pathlib
+import types
+import typing
+from typing import Any, Literal
+
+from .config import Config, ConfigError, nearest
+
+RECIPES = pathlib.Path(__file__).parent / "recipes"
+
+
+class Layer(typing.NamedTuple):
+    """Some of a configuration's values, and what a message calls the place where the user finds them."""
+
+    place: str
+    values: dict
+
+
+def load(name_or_path: str, overrides: list[str] = ()) -> list[Config]:
+    """The stages of a recipe (one, unless it lists several), on top of its bases, with overrides applied.
+
+    Args:
+        name_or_path: a JSON file, or the name of a packaged recipe, with or without ".json".
+        overrides: "key=value" for what the stages share, or "STAGE:key=value" for one stage, which wins; keys dotted,
+            values JSON or else text.
+
+    Raises ConfigError, naming file (or override), key and value.
+    """
+    files = _read_with_bases(name_or_path)
+    stages = _stages(files)
+    shared = [Layer(place, {key: values[key] for key in values if key != "stages"}) for place, values in files]
+    changes: dict[str, list[Layer]] = {"": [], **{name: [] for name in stages or {}}}
+    for override in overrides:
+        stage, layer = _parse_override(override, stages)
+        changes[stage].append(layer)
+    shared += changes[""]
+    if stages is None:
+        return [_configure(shared, name_or_path)]
+    configs = []
+    for name, own in stages.items():
+        place = f"{name_or_path} stage {name}"
+        configs.append(_configure([*shared, *own, Layer(place, {"run": {"stage": name}}), *changes[name]], place))
+    return configs
+
+
+def _read_with_bases(name_or_path: str) -> list[Layer]:
+    """The contents of a recipe file and of its bases, the last base first."""
+    path = _find(name_or_path, pathlib.Path(), "")
+    files, paths = [Layer(name_or_path, _read(path, name_or_path))], [path]
+    while (base := files[0].values.pop("base", None)) is not None:
+        owner = files[0].place
+        if not isinstance(base, str):
+            raise ConfigError(f"{owner}: base must be text, got {json.dumps(base)}")
+        path = _find(base, paths[0].parent, f"{owner}: base: ")
+        place = f"{base} (base of {name_or_path})"
+        if any(path.samefile(other) for other in paths):
+            raise ConfigError(f"{owner}: base: {base} leads back to itself; no recipe can be its own base")
+        paths.insert(0, path)
+        files.insert(0, Layer(place, _read(path, place)))
+    return files
+
+
+def _find(name: str, folder: pathlib.Path, where: str) -> pathlib.Path:
+    """A file beside `folder`'s others, or a packaged recipe. Raises ConfigError, which begins with `where`."""
+    path = folder / name
+    try:
+        if path.exists() and not path.is_dir():
+            return path
+        is_folder = path.is_dir()
+    except OSError as error:
+        raise ConfigError(f"{where}{name}: can't be read ({error.strerror})") from None
+    packaged = RECIPES / f"{name.removesuffix('.json')}.json"
+    if packaged.parent == RECIPES and packaged.exists():
+        return packaged
+    if is_folder:
+        raise ConfigError(f"{where}{name}: is a folder, expected a JSON file")
+    names = sorted(recipe.stem for recipe in RECIPES.glob("*.json"))
+    near = difflib.get_close_matches(path.stem, names, n=1)
+    hint = f"did you mean {near[0]}.json?" if near else f"packaged recipes are {', '.join(names)}"
+    raise ConfigError(f"{where}{name}: no such file; {hint}")
+
+
+def _read(path: pathlib.Path, place: str) -> dict:
+    """A file's JSON object, with stages that are objects or null."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict:
+        values = dict(pairs)
+        if len(values) < len(pairs):
+            names = [key for key, _ in pairs]
+            raise ConfigError(f"{place}: {next(key for key in names if names.count(key) > 1)}: written twice")
+        return values
+
+    try:
+        values = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=unique)
+    except ConfigError:
+        raise
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{place} line {error.lineno}: broken JSON: {error.msg}") from None
+    except OSError as error:
+        raise ConfigError(f"{place}: can't be read ({error.strerror})") from None
+    except (ValueError, RecursionError) as error:  # not UTF-8, a number of thousands of digits, endless brackets
+        raise ConfigError(f"{place}: can't be read ({error})") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{place}: expected a JSON object")
+    stages = {} if values.get("stages") is None else values["stages"]
+    good = isinstance(stages, dict) and all(name and isinstance(own, dict | None) for name, own in stages.items())
+    if not good:
+        raise ConfigError(f'{place}: stages: expected an object of objects, {{"NAME": {{…}}, …}}')
+    return values
+
+
+def _stages(files: list[Layer]) -> dict[str, list[Layer]] | None:
+    """What the files say about each stage, or None for a recipe without stages. Null removes what a base has."""
+    stages = None
+    for place, values in files:
+        if "stages" not in values:
+            continue
+        if values["stages"] is None:
+            stages = None
+            continue
+        stages = stages or {}
+        for name, own in values["stages"].items():
+            if own is not None:
+                stages.setdefault(name, []).append(Layer(f"{place} stage {name}", own))
+            elif name in stages:
+                del stages[name]
+            else:
+                raise ConfigError(f"{place}: stages.{name} is null, but no base has it{_known(name, stages)}")
+    if stages == {}:
+        raise ConfigError(f"{files[-1].place}: stages: none is left; null instead of all of them means no stages")
+    return stages
+
+
+def _known(name: str, stages: dict) -> str:
+    return nearest(name, stages) if stages else "; there are no stages"
+
+
+def _parse_override(override: str, stages: dict | None) -> tuple[str, Layer]:
+    """The stage ("": all) and the value of "STAGE:key.key=value"."""
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f'--set {override}: expected key=value, for example "optim.lr=1e-4"')
+    stage, colon, rest = key.rpartition(":")
+    if colon and stage not in (stages or {}):
+        raise ConfigError(f'--set {override}: no stage "{stage}"{_known(stage, stages or {})}')
+    keys = rest.split(".")
+    if keys[0] in ("base", "stages"):
+        raise ConfigError(f'--set {override}: {keys[0]} is the file\'s; a stage is changed by "STAGE:key=value"')
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        value = text
+    return stage, Layer(f"--set {override}", functools.reduce(lambda inner, key: {key: inner}, reversed(keys), value))
+
+
+def _configure(layers: list[Layer], otherwise: str) -> Config:
+    """The layers on top of each other. A message names the one that has the key at fault, or `otherwise`."""
+    try:
+        return _build(Config, functools.reduce(_merge, (layer.values for layer in layers)))
+    except ConfigError as error:
+        place = next((layer.place for layer in reversed(layers) if _has(layer.values, error.key)), otherwise)
+        raise ConfigError(f"{place}: {error}") from None
+
+
+def _merge(base: dict, over: dict) -> dict:
+    """`over` on top of `base`, section by section."""
+    both = {key for key, value in over.items() if isinstance(value, dict) and isinstance(base.get(key), dict)}
+    return {**base, **over, **{key: _merge(base[key], over[key]) for key in both}}
+
+
+def _has(values: Any, key: str) -> bool:
+    for part in key.split("."):
+        if not isinstance(values, dict) or part not in values:
+            return False
+        values = values[part]
+    return True
+
+
+def _build(cls: type, values: Any, prefix: str = "") -> Any:
+    """A dataclass from a JSON object whose keys begin with `prefix`, which ends with a dot."""
+    if not isinstance(values, dict):
+        section = prefix.removesuffix(".")
+        raise ConfigError(f"{section}: expected an object, got {_show(values)}", section)
+    hints = typing.get_type_hints(cls)
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    arguments = {}
+    for key, value in values.items():
+        name = prefix + key
+        if key == "comment":
+            continue
+        if key not in fields:
+            raise ConfigError(f"{name}: unknown key{nearest(key, fields)}", name)
+        if value is not None or type(None) in typing.get_args(hints[key]):  # else null is the default
+            arguments[key] = _convert(hints[key], value, name)
+    for key, field in fields.items():
+        if key not in arguments and field.default is dataclasses.MISSING:
+            raise ConfigError(f"{prefix}{key}: missing", prefix + key)
+    try:
+        return cls(**arguments)
+    except ConfigError as error:
+        where = prefix if error.key or not prefix else f"{prefix.removesuffix('.')}: "
+        raise ConfigError(f"{where}{error}", prefix + error.key) from None
+
+
+def _convert(hint: Any, value: Any, name: str) -> Any:
+    """A JSON value as the type that a key wants."""
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        (option,) = (option for option in typing.get_args(hint) if option is not type(None))
+        return None if value is None else _convert(option, value, name)
+    if dataclasses.is_dataclass(hint):
+        return _build(hint, value, f"{name}.")
+    if typing.get_origin(hint) is Literal:
+        if value not in (valid := typing.get_args(hint)):
+            raise ConfigError(f"{name} is {_show(value)}, expected one of {', '.join(valid)}", name)
+        return value
+    if typing.get_origin(hint) is tuple:
+        return _convert_list(hint, value, name)
+    if hint is float and type(value) is int and abs(value) < 1e300:
+        return float(value)
+    expected = {float: "a number", int: "a whole number", bool: "true or false", str: "text", dict: "an object"}[hint]
+    if type(value) is not hint or (hint is float and not math.isfinite(value)):
+        raise ConfigError(f"{name} must be {expected}, got {_show(value)}", name)
+    if hint is int and abs(value) >= 2**63:
+        raise ConfigError(f"{name} is too large: {_show(value)}", name)
+    if value == "":
+        raise ConfigError(f"{name} is empty: give a text, or leave it out", name)
+    if hint is str and not _may_be_path(value):
+        raise ConfigError(f"{name} has a NUL character or is too long, for a name or path: {_show(value)}", name)
+    return value
+
+
+def _may_be_path(text: str) -> bool:
+    parts = text.encode("utf-8", "surrogatepass").split(b"/")
+    return "\0" not in text and len(text) < 4096 and max(map(len, parts)) < 256
+
+
+def _convert_list(hint: Any, value: Any, name: str) -> tuple:
+    """A JSON list as tuple[str, ...] or a tuple of some numbers."""
+    item, *rest = typing.get_args(hint)
+    length = None if rest == [...] else 1 + len(rest)
+    if not isinstance(value, list) or (length is not None and len(value) != length):
+        expected = "a list of texts" if length is None else f"a list of {length} numbers"
+        raise ConfigError(f"{name} must be {expected}, got {_show(value)}", name)
+    return tuple(_convert(item, part, name) for part in value)
+
+
+def _show(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:60]}…"

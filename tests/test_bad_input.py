@@ -1,0 +1,416 @@
+"""What can't work is one line with the way out, and exit status 2, before any weights load and any folder is made."""
+
+import json
+
+import pytest
+import torch
+from conftest import LLAMA
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from tokenizers import models as tokenizer_models
+from transformers import AutoConfig, PreTrainedTokenizerFast
+
+from abkd_fast import models, tasks
+from abkd_fast.train import main
+
+SMALL = {**LLAMA, "vocab_size": 1024, "eos_token_id": 0, "bos_token_id": 0}
+GOOD = {
+    "run": {"name": "test"},
+    "method": "sft",
+    "tokenizer": "quickstart",
+    "student": {"config": SMALL},
+    "data": {"train": "quickstart:small", "dev": "quickstart:dev", "train_rows": 16, "dev_rows": 4, "max_length": 128},
+    "train": {"steps": 12, "batch_size": 8, "max_tokens": 256, "device": "cpu"},
+}
+ROW = {"instruction": "Say hello.", "output": "Hello."}
+
+
+@pytest.fixture(scope="module")
+def model_folders(tmp_path_factory):
+    """Folders of a teacher, each with its own fault."""
+    root = tmp_path_factory.mktemp("models")
+
+    def make(name, tokenizer=None, **changes):
+        AutoConfig.for_model(**{**SMALL, **changes}).save_pretrained(root / name)
+        save_file({"x": torch.zeros(100)}, root / name / "model.safetensors")
+        (tokenizer or tasks.tokenizer()).save_pretrained(root / name)
+        return root / name
+
+    other = Tokenizer(tokenizer_models.BPE({"<end>": 0, "b": 1}, [], unk_token="<end>"))
+    make("good")
+    make("small", vocab_size=300)
+    make("large", vocab_size=9000)
+    make("foreign", PreTrainedTokenizerFast(tokenizer_object=other, eos_token="<end>"))
+    make("endless", PreTrainedTokenizerFast(tokenizer_object=other))
+    (make("no-config") / "config.json").unlink()
+    (make("no-weights") / "model.safetensors").unlink()
+    (make("broken-config") / "config.json").write_text("{")
+    for file in make("no-tokenizer").glob("tokenizer*"):
+        file.unlink()
+    (make("broken-tokenizer") / "tokenizer.json").write_text("[]")
+    cut = make("cut") / "model.safetensors"
+    cut.write_bytes(cut.read_bytes()[:-1])
+    (make("pointer") / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\nsize 9\n")
+    shards = {"weight_map": {"x": "model.safetensors", "y": "model-00002.safetensors"}}
+    (make("shard-missing") / "model.safetensors.index.json").write_text(json.dumps(shards))
+    (make("broken-index") / "model.safetensors.index.json").write_text("[]")
+    return root
+
+
+def case(*words, sets=(), recipe=None, files=None, arguments=(), **sections):
+    """What the line has to contain; --set values; and the recipe: sections that differ from GOOD, or its whole text."""
+    if recipe is None:
+        recipe = {key: value for key, value in {**GOOD, **sections}.items() if value is not ...}
+    return words, sets, {"recipe.json": recipe, **(files or {})}, arguments
+
+
+def with_teacher(folder):
+    return {"method": "ab", "teacher": {"path": f"models/{folder}"}}
+
+
+def data(*rows):
+    """Training rows in rows.jsonl."""
+    lines = [row if isinstance(row, str | bytes) else json.dumps(row) for row in rows]
+    content = b"".join((line if isinstance(line, bytes) else line.encode()) + b"\n" for line in lines)
+    return {"sets": ["data.train=rows.jsonl", "train.batch_size=1"], "files": {"rows.jsonl": content}}
+
+
+BASE = {**GOOD, "optim": {"lr": 1e-3}, "stages": {"one": {}, "two": {"student": {"path": "stage:one", "config": None}}}}
+FINISHED = {"runs/test/final/config.json": "{}"}
+
+CASES = {
+    # The file
+    "no recipe": case("nowhere.json: no such file; packaged recipes are gpt2", arguments=["--config", "nowhere.json"]),
+    "recipe misspelled": case(
+        "quikstart: no such file; did you mean quickstart.json?", arguments=["--config", "quikstart"]
+    ),
+    "recipe is a folder": case("models: is a folder, expected a JSON file", arguments=["--config", "models"]),
+    "recipe's name too long": case("can't be read (File name too long)", arguments=["--config", "a" * 300]),
+    "recipe's name with NUL": case("a\\x00b: no such file", arguments=["--config", "a\0b"]),
+    "empty recipe": case("recipe.json line 1: broken JSON: Expecting value", recipe=""),
+    "trailing comma": case("recipe.json line 2: broken JSON", recipe='{"run": {"name": "x"},\n}'),
+    "missing comma": case("recipe.json line 3: broken JSON: Expecting ',' delimiter", recipe='{\n"run": 1\n"data": 2}'),
+    "recipe is a list": case("recipe.json: expected a JSON object", recipe="[1]"),
+    "recipe is binary": case("recipe.json line 1: broken JSON", recipe=b"\0\0\0\0"),
+    "recipe is not UTF-8": case("recipe.json: can't be read ('utf-8' codec", recipe=b'{"run": "\xff"}'),
+    "endless brackets": case("recipe.json: can't be read (maximum recursion depth", recipe="[" * 100_000),
+    "endless number": case("recipe.json: can't be read (Exceeds the limit", recipe='{"run": ' + "1" * 5000 + "}"),
+    "key written twice": case("recipe.json: optim: written twice", recipe='{"optim": {}, "run": {}, "optim": {}}'),
+    # Keys
+    "unknown key": case("recipe.json: optim.lrr: unknown key; did you mean lr?", optim={"lrr": 1}),
+    "unknown section": case("recipe.json: optmi: unknown key; did you mean optim?", optmi={"lr": 1}),
+    "unknown key of an inner section": case(
+        "student.lora.rnk: unknown key; did you mean rank?", sets=["student.lora.rnk=8"]
+    ),
+    "key like no other": case("optim.foo: unknown key; valid are lr, min_lr,", optim={"foo": 1}),
+    "key of control characters": case("a\\n\\x1bb: unknown key", recipe={**GOOD, "a\n\x1bb": 1}),
+    "no run": case("recipe.json: run: missing", run=...),
+    "no training data": case("recipe.json: data.train: missing", data={"dev": "quickstart:dev"}),
+    "no student": case("recipe.json: student: missing", student=...),
+    "no teacher": case('teacher: missing, and method "ab" needs one; give teacher.path', method="ab"),
+    "no tokenizer": case("tokenizer: missing, and a student with random weights brings none", tokenizer=None),
+    "no path of the student": case("student.path: missing; give a folder or a Hub name", student={}),
+    "no path of the plain text": case("data.pretrain.path: missing", sets=["data.pretrain.weight=1"]),
+    "null for a required key": case("recipe.json: run.name: missing", run={"name": None}),
+    # Types
+    "section is a number": case("recipe.json: student: expected an object, got 5", student=5),
+    "section is a list": case("recipe.json: optim: expected an object, got []", optim=[]),
+    "text for a number": case('recipe.json: optim.lr must be a number, got "0.2x"', optim={"lr": "0.2x"}),
+    "true for a number": case("recipe.json: optim.lr must be a number, got true", optim={"lr": True}),
+    "not a number": case("recipe.json: optim.lr must be a number, got NaN", optim={"lr": float("nan")}),
+    "infinite number": case("recipe.json: optim.lr must be a number, got Infinity", optim={"lr": float("inf")}),
+    "number of 400 digits": case("--set optim.lr=1000", "optim.lr must be a number", sets=["optim.lr=1" + 400 * "0"]),
+    "fraction for a count": case(
+        "recipe.json: log.every_steps must be a whole number, got 1.5", log={"every_steps": 1.5}
+    ),
+    "count beyond 64 bits": case("--set train.steps=1000", "train.steps is too large", sets=[f"train.steps={10**30}"]),
+    "number for a text": case("recipe.json: loss must be text, got 5", loss=5),
+    "number for a switch": case("must be true or false, got 1", sets=["train.gradient_checkpointing=1"]),
+    "short list": case("recipe.json: optim.betas must be a list of 2 numbers, got [0.9]", optim={"betas": [0.9]}),
+    "list of texts": case('recipe.json: optim.betas must be a number, got "a"', optim={"betas": ["a", 0.9]}),
+    "text for a list": case('must be a list of texts, got "q_proj"', sets=["student.lora.targets=q_proj"]),
+    "empty text": case("recipe.json: tokenizer is empty", tokenizer=""),
+    "NUL in a path": case("data.train has a NUL character or is too long", sets=["data.train=a\0b"]),
+    "endless path": case("data.train has a NUL character or is too long", sets=["data.train=" + 5000 * "a"]),
+    # Ranges
+    "negative learning rate": case("recipe.json: optim.lr is -0.1, expected above 0", optim={"lr": -0.1}),
+    "no learning rate": case("recipe.json: optim.lr is 0.0, expected above 0", optim={"lr": 0}),
+    "least above peak": case("optim.min_lr is 0.1, expected at least 0 and at most 0.0005", optim={"min_lr": 0.1}),
+    "decay rate of 1": case(
+        "recipe.json: optim.betas are [0.9, 1.0], expected two numbers from 0", optim={"betas": [0.9, 1]}
+    ),
+    "no epochs": case("train.epochs is 0, expected at least 1", sets=["train.epochs=0"]),
+    "no batch": case("train.batch_size is 0, expected at least 1", sets=["train.batch_size=0"]),
+    "no checkpoint kept": case("checkpoint.keep is 0, expected at least 1", sets=["checkpoint.keep=0"]),
+    "negative seed": case("run.seed is -1, expected at least 0 and at most 4.29497e+09", sets=["run.seed=-1"]),
+    "dropout above 1": case("student.dropout is 2.0, expected at least 0 and at most 1", sets=["student.dropout=2"]),
+    "tiny temperature": case("temperature is 1e-300, expected at least 0.001", sets=["temperature=1e-300"]),
+    "hard weight above 1": case("hard_weight is 1.5, expected at least 0 and at most 1", sets=["hard_weight=1.5"]),
+    "negative weight of the plain text": case(
+        "data.pretrain.weight is -1.0", sets=['data.pretrain={"path": "x", "weight": -1}']
+    ),
+    "adapter of rank 0": case("student.lora.rank is 0, expected at least 1", sets=["student.lora.rank=0"]),
+    "adapter nowhere": case("student.lora.targets is empty, expected names", sets=["student.lora.targets=[]"]),
+    # Choices
+    "unknown method": case('method: unknown method "abk"; did you mean ab?', sets=["method=abk"]),
+    "unknown loss": case('loss "ba:1,2": unknown divergence "ba"; did you mean "ab"?', sets=["loss=ba:1,2"]),
+    "loss of words": case('loss "ab:x": expected numbers after the colon, as in "ab:0.2,0.7"', sets=["loss=ab:x"]),
+    "loss with too many numbers": case('loss "ab:1,2,3": at most 2 values (alpha, beta)', sets=["loss=ab:1,2,3"]),
+    "loss out of range": case('loss "jsd:0": lam is 0.0, expected a number between 0 and 1', sets=["loss=jsd:0"]),
+    "loss of infinity": case('loss "ab:1e400": alpha is inf, expected a finite number', sets=["loss=ab:1e400"]),
+    "unknown schedule": case(
+        'optim.schedule is "linear", expected one of cosine, constant', optim={"schedule": "linear"}
+    ),
+    "unknown cache mode": case('cache.mode is "ram", expected one of off, auto, memory, disk', cache={"mode": "ram"}),
+    "unknown type of number": case('train.dtype is "float8", expected one of auto,', sets=["train.dtype=float8"]),
+    "unknown device": case('train.device is "gpu", expected one of auto, cpu, cuda', sets=["train.device=gpu"]),
+    "unknown selection": case('eval.select is "best", expected one of last, dev_loss', sets=["eval.select=best"]),
+    # Contradictions
+    "path and config": case("student: has both path and config: give one, and null", sets=["student.path=x"]),
+    "adapter and lora": case("student: give either adapter", student={"path": "x", "adapter": "y", "lora": {}}),
+    "config without a type": case('student.config needs "model_type"', student={"config": {"hidden_size": 8}}),
+    "budget below a sample": case("train.max_tokens is 256", "data.max_length = 512", sets=["data.max_length=512"]),
+    "selection without dev rows": case(
+        "eval.select is dev_loss, but data.dev is missing", sets=["eval.select=dev_loss", "data.dev=null"]
+    ),
+    # Stages
+    "list of stages": case("recipe.json: stages: expected an object of objects", stages=[{}]),
+    "empty list of stages": case("recipe.json: stages: expected an object of objects", stages=[]),
+    "stage is a number": case("recipe.json: stages: expected an object of objects", stages={"one": 1}),
+    "stage without a name": case("recipe.json: stages: expected an object of objects", stages={"": {}}),
+    "no stages": case("recipe.json: stages: none is left", stages={}),
+    "stage's name is a path": case(
+        'recipe.json stage ../one: run.stage is "../one", expected the name', stages={"../one": {}}
+    ),
+    "key of a stage": case("recipe.json stage one: optim.lrr: unknown key", stages={"one": {"optim": {"lrr": 1}}}),
+    "stage that is not": case(
+        "student.path: stage:x: no such stage before this one; earlier stages: one",
+        recipe=BASE,
+        sets=["two:student.path=stage:x"],
+    ),
+    "stage of itself": case(
+        "stage:two: no such stage before this one; earlier stages: one",
+        recipe=BASE,
+        sets=["two:student.path=stage:two"],
+    ),
+    "stage without stages": case(
+        "student.path: stage:one: no such stage before this one; earlier stages: none", student={"path": "stage:one"}
+    ),
+    "later stage's data": case(
+        "data.train: nowhere.jsonl: no such file", recipe=BASE, sets=["two:data.train=nowhere.jsonl"]
+    ),
+    # Bases
+    "no base": case("recipe.json: base: quikstart: no such file; did you mean quickstart.json?", base="quikstart"),
+    "base is a number": case("recipe.json: base must be text, got 5", base=5),
+    "base of itself": case("recipe.json: base: recipe.json leads back to itself", base="recipe.json"),
+    "bases in a circle": case(
+        "a.json (base of recipe.json): base: recipe.json leads back to itself",
+        base="a.json",
+        files={"a.json": {"base": "recipe.json"}},
+    ),
+    "base of a base that is not": case(
+        "a.json (base of recipe.json): base: b.json: no such file", base="a.json", files={"a.json": {"base": "b.json"}}
+    ),
+    "broken base": case("a.json (base of recipe.json) line 2: broken JSON", base="a.json", files={"a.json": "{\n"}),
+    "unknown key of a base": case(
+        "a.json (base of recipe.json): optim.lrr: unknown key", base="a.json", files={"a.json": {"optim": {"lrr": 1}}}
+    ),
+    "value of a base": case(
+        "b.json (base of recipe.json): log.every_steps is 0",
+        base="sub/a.json",
+        files={"sub/a.json": {"base": "b.json", "eval": {"every_steps": 1}}, "sub/b.json": {"log": {"every_steps": 0}}},
+    ),
+    "value of a base's stage": case(
+        "a.json (base of recipe.json) stage one: optim.lr is -1.0",
+        base="a.json",
+        files={"a.json": {"stages": {"one": {"optim": {"lr": -1}}}}},
+    ),
+    "value on a base": case(
+        "error: recipe.json: optim.eps is -1.0",
+        base="a.json",
+        optim={"eps": -1},
+        files={"a.json": {"optim": {"lr": 1e-3}}},
+    ),
+    "null for a stage that no base has": case(
+        "recipe.json: stages.tow is null, but no base has it; did you mean two?",
+        recipe={"base": "a.json", "stages": {"tow": None}},
+        files={"a.json": BASE},
+    ),
+    "null for every stage": case(
+        "recipe.json: stages: none is left; null instead of all of them",
+        recipe={"base": "a.json", "stages": {"one": None, "two": None}},
+        files={"a.json": BASE},
+    ),
+    "null for a stage that another one needs": case(
+        "stage:one: no such stage before this one",
+        recipe={"base": "a.json", "stages": {"one": None}},
+        files={"a.json": BASE},
+    ),
+    # --set
+    "no value": case('--set optim.lr: expected key=value, for example "optim.lr=1e-4"', sets=["optim.lr"]),
+    "no key": case("--set =1: expected key=value", sets=["=1"]),
+    "empty part of a key": case("--set optim..lr=1: optim.: unknown key", sets=["optim..lr=1"]),
+    "key below a text": case('--set run.name.x=1: run.name must be text, got {"x": 1}', sets=["run.name.x=1"]),
+    "unknown stage": case('--set tow:loss=fkl: no stage "tow"; did you mean two?', recipe=BASE, sets=["tow:loss=fkl"]),
+    "stage of a recipe without": case('--set one:loss=fkl: no stage "one"; there are no stages', sets=["one:loss=fkl"]),
+    "stage as a section": case(
+        "--set stages.two.loss=fkl: stages", '"STAGE:key=value"', recipe=BASE, sets=["stages.two.loss=fkl"]
+    ),
+    "value for a stage": case(
+        "--set two:optim.lr=high: optim.lr must be a number", recipe=BASE, sets=["two:optim.lr=high"]
+    ),
+    # Folders
+    "run outside of the folder of runs": case(
+        'run.name is "../x", expected the name of a folder', sets=["run.name=../x"]
+    ),
+    "absolute run": case('run.name is "/tmp/x", expected the name of a folder', sets=["run.name=/tmp/x"]),
+    "run of dots": case('run.name is "..", expected the name of a folder', sets=["run.name=.."]),
+    "run of two lines": case('run.name is "a\\nb", expected the name of a folder', sets=["run.name=a\nb"]),
+    "run of a long name": case('run.name is "aaa', "expected the name of a folder", sets=["run.name=" + 210 * "a"]),
+    "runs in a file": case(
+        "run.dir: recipe.json/test can't be made: ", "recipe.json is not a folder", sets=["run.dir=recipe.json"]
+    ),
+    "run exists": case("runs/test exists already: choose another run.name", files={"runs/test/x": ""}),
+    "run is a file": case("runs/test exists already", files={"runs/test": ""}),
+    "run to resume is a file": case("runs/test exists already", files={"runs/test": ""}, arguments=["--resume"]),
+    "run to resume is another folder": case(
+        "runs/test exists already", files={"runs/test/x": ""}, arguments=["--resume"]
+    ),
+    "run not finished": case(
+        "runs/test exists, but was not finished: add --resume", files={"runs/test/config.json": GOOD}
+    ),
+    "changed key": case(
+        "(optim.lr was 0.0005, is 0.1; train.steps was 12, is 5): undo that",
+        files={"runs/test/config.json": GOOD},
+        sets=["optim.lr=0.1", "train.steps=5"],
+        arguments=["--resume"],
+    ),
+    "broken configuration of a run": case(
+        "runs/test/config.json line 1: broken JSON", files={"runs/test/config.json": ""}, arguments=["--resume"]
+    ),
+    "broken summary of a run": case(
+        "runs/test/summary.json can't be read",
+        files={**FINISHED, "runs/test/config.json": GOOD, "runs/test/summary.json": "{"},
+        arguments=["--resume"],
+    ),
+    "cache in a file": case(
+        "cache.dir: ",
+        "recipe.json is not a folder that can be written to; choose another",
+        **with_teacher("good"),
+        cache={"dir": "recipe.json", "mode": "disk"},
+    ),
+    # Data
+    "no file": case("data.train: nowhere.jsonl: no such file or folder", sets=["data.train=nowhere.jsonl"]),
+    "no dev file": case("data.dev: a/b/c: no such file or folder", sets=["data.dev=a/b/c"]),
+    "no data set": case(
+        "data.train: nobody/nothing: no such file, and no data set of that name on the Hub",
+        sets=["data.train=nobody/nothing"],
+    ),
+    "unknown split": case(
+        "data.train: quickstart:tain: no such split; valid are train, small, dev", sets=["data.train=quickstart:tain"]
+    ),
+    "folder without rows": case("data.train: models: a folder without .jsonl files", sets=["data.train=models"]),
+    "empty file": case("data.train: rows.jsonl: has no rows", **data()),
+    "broken row": case("data.train: rows.jsonl line 2: broken JSON", **data(ROW, '{"instruction": ')),
+    "row that is no object": case("rows.jsonl line 1: expected a JSON object", **data("5")),
+    "row of NULs": case("rows.jsonl line 2: broken JSON", **data(ROW, b"\0\0\0")),
+    "row that is not UTF-8": case("rows.jsonl: is not UTF-8 text", **data(b'{"instruction": "\xff"}')),
+    "row with half a character": case(
+        "rows.jsonl line 1: has half of a surrogate pair", **data('{"prompt": "x", "output": "\\ud800"}')
+    ),
+    "row without an output": case(
+        'rows.jsonl line 2: missing "output"; keys are instruction', **data(ROW, {"instruction": "x"})
+    ),
+    "row without an instruction": case(
+        'rows.jsonl line 1: missing "instruction"; keys are output', **data({"output": "x"})
+    ),
+    "output that is a number": case('rows.jsonl line 1: "output" must be text, got 5', **data({**ROW, "output": 5})),
+    "empty output": case('rows.jsonl line 1: "output" is empty: nothing to learn', **data({**ROW, "output": " \n"})),
+    "input that is a list": case('rows.jsonl line 1: "input" must be text', **data({**ROW, "input": [1]})),
+    "messages without an answer": case(
+        "rows.jsonl line 1", "the last by the assistant", **data({"messages": [{"role": "user", "content": "x"}]})
+    ),
+    "messages without a template": case(
+        "rows.jsonl line 1: has messages, but the tokenizer has no chat template",
+        **data({"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]}),
+    ),
+    "empty prompt": case("rows.jsonl line 1: the prompt is empty", **data({"prompt": "", "output": "x"})),
+    "fewer rows than a batch": case(
+        "quickstart:small: 5 rows are fewer than train.batch_size = 8", sets=["data.train_rows=5"]
+    ),
+    # Models and tokenizers
+    "no folder": case("student.path: ./nowhere: no such model folder", student={"path": "./nowhere"}),
+    "no model of that name": case(
+        "student.path: nobody/nothing: no such folder, and no such model on the Hub", student={"path": "nobody/nothing"}
+    ),
+    "folder without a configuration": case(
+        "teacher.path: models/no-config has no config.json; expected a model folder", **with_teacher("no-config")
+    ),
+    "broken configuration": case(
+        "teacher.path: models/broken-config", "not a valid JSON file", **with_teacher("broken-config")
+    ),
+    "folder without weights": case(
+        "teacher.path: models/no-weights has no weights (*.safetensors or *.bin)", **with_teacher("no-weights")
+    ),
+    "truncated weights": case(
+        "teacher.path: models/cut/model.safetensors is damaged or incomplete", **with_teacher("cut")
+    ),
+    "pointer to weights": case(
+        "teacher.path: models/pointer/model.safetensors is damaged or incomplete", **with_teacher("pointer")
+    ),
+    "missing shard": case(
+        "models/shard-missing lacks 1 files of its index, the first: model-00002.safetensors",
+        **with_teacher("shard-missing"),
+    ),
+    "broken index": case("models/broken-index/model.safetensors.index.json is damaged", **with_teacher("broken-index")),
+    "unknown kind of model": case("student.config (", "lama", sets=["student.config.model_type=lama"]),
+    "kind of model without a next token": case("student.config (", sets=["student.config.model_type=t5"]),
+    "width that is a word": case("student.config (", "hidden_size", sets=["student.config.hidden_size=wide"]),
+    "width that is no multiple": case("student.config (", sets=["student.config.num_attention_heads=5"]),
+    "too few positions": case(
+        "data.max_length is 128, but the student has 64 positions; lower it",
+        sets=["student.config.max_position_embeddings=64"],
+    ),
+    "no tokenizer's folder": case("tokenizer: ./nowhere: no tokenizer there (no such folder)", tokenizer="./nowhere"),
+    "folder without a tokenizer": case(
+        "teacher.path: models/no-tokenizer is a folder without a tokenizer", **with_teacher("no-tokenizer")
+    ),
+    "broken tokenizer": case(
+        "tokenizer: models/broken-tokenizer: no tokenizer there (", tokenizer="models/broken-tokenizer"
+    ),
+    "tokenizer without an end": case("tokenizer: models/endless: has no end token", tokenizer="models/endless"),
+    "two tokenizers": case(
+        "tokenizers of student (840 tokens) and teacher (2) differ at id 1 ('!' / 'b')", **with_teacher("foreign")
+    ),
+    "student's vocabulary too small": case(
+        "the tokenizer has 840 tokens, but the student fewer (student has 300)", sets=["student.config.vocab_size=300"]
+    ),
+    "teacher's vocabulary too small": case(
+        "the teacher fewer (student has 1024, teacher has 300)", **with_teacher("small")
+    ),
+    "vocabularies of two kinds": case(
+        "vocabulary: the student has 1024 vocabulary entries and the teacher 9000", **with_teacher("large")
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_one_line_and_status_2(tmp_path, monkeypatch, capsys, model_folders, name):
+    words, sets, files, arguments = CASES[name]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").symlink_to(model_folders)
+    for file, content in files.items():
+        path = tmp_path / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(content) if isinstance(content, dict) else content
+        path.write_bytes(text.encode() if isinstance(text, str) else text)
+    monkeypatch.setattr(models, "load", lambda *arguments: pytest.fail("weights are loaded"))
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    options = [part for override in sets for part in ("--set", override)]
+    assert main(["--config", "recipe.json", *options, *arguments]) == 2
+    output = capsys.readouterr()
+    assert output.err.startswith("error: ")
+    assert output.err.count("\n") == 1
+    for word in words:
+        assert word in output.err
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before

@@ -1,0 +1,164 @@
+import json
+import signal
+
+import pytest
+from conftest import LLAMA
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from abkd_fast import generate, tasks
+from abkd_fast.answers import Answers
+from abkd_fast.data import encode_prompts, read_rows, tokenise
+from abkd_fast.generate import main
+from abkd_fast.sampling import SamplingSettings, sample
+
+
+@pytest.fixture
+def model_folder(tmp_path):
+    folder = tmp_path / "model"
+    tokenizer = tasks.tokenizer()
+    config = AutoConfig.for_model(**{**LLAMA, "vocab_size": len(tokenizer), "intermediate_size": 64})
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def command(model_folder, tmp_path):
+    """The command's arguments; later ones win."""
+
+    def make(*more):
+        out = str(tmp_path / "answers.jsonl")
+        arguments = ["--model", str(model_folder), "--data", "quickstart:dev", "--out", out, "--rows", "12"]
+        return [*arguments, "--max-new-tokens", "9", "--device", "cpu", *more]
+
+    return make
+
+
+def answers_of(tmp_path):
+    return [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+
+
+def test_answers_are_the_samples_and_can_be_trained_on(command, model_folder, tmp_path, capsys):
+    assert main(command()) == 0
+    answers = answers_of(tmp_path)
+    tokenizer = tasks.tokenizer()
+    rows = read_rows("quickstart:dev", 12)
+    settings = SamplingSettings(max_new_tokens=9, eos_token_ids=(tokenizer.eos_token_id,))
+    model = AutoModelForCausalLM.from_pretrained(model_folder)
+    seeds = [(10 << 32) + index for index in range(12)]
+    responses = sample(model, encode_prompts(rows, tokenizer), settings, seeds)
+    texts = [tokenizer.decode(response, skip_special_tokens=True) for response in responses]
+    assert [answer["row"] for answer in answers] == list(range(12))
+    assert [answer["prompt"] for answer in answers] == [row.values["prompt"] for row in rows]
+    assert [answer["output"] for answer in answers] == texts
+    assert [answer["ended"] for answer in answers] == [r[-1] == tokenizer.eos_token_id for r in responses]
+    again = read_rows(str(tmp_path / "answers.jsonl"))
+    assert [row.values["output"] for row in again] == texts
+    assert len(tokenise(again, tokenizer, 512)) == 12
+    assert "12 answers in" in capsys.readouterr().out
+
+
+def test_interrupted_command_continues_to_the_same_file(command, tmp_path, capsys, monkeypatch):
+    path = tmp_path / "answers.jsonl"
+    assert main(command()) == 0
+    undisturbed = path.read_bytes()
+    assert main(command()) == 0
+    assert "is finished already" in capsys.readouterr().out
+    for file in tmp_path.glob("answers*"):
+        file.unlink()
+
+    add, count = Answers.add, 0
+
+    def add_and_be_stopped(self, *arguments):
+        nonlocal count
+        add(self, *arguments)
+        count += 1
+        if count == 5:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(Answers, "add", add_and_be_stopped)
+    assert main(command("--batch-size", "2")) == generate.INTERRUPTED
+    error = capsys.readouterr().err
+    assert "SIGTERM after 5 of 12 answers, which are kept; continue with:\n" in error
+    assert "-m abkd_fast.generate --model" in error
+    kept = answers_of(tmp_path)
+    assert len(kept) == 5
+    with path.open("ab") as file:
+        file.write(b'{"prompt": "torn \xc3')
+    monkeypatch.setattr(Answers, "add", add)
+    assert main(command("--batch-size", "5")) == 0
+    assert "7 of 12 prompts to answer" in capsys.readouterr().out
+    assert path.read_bytes() == undisturbed
+
+
+def test_other_settings_and_foreign_files_are_refused(command, tmp_path, capsys):
+    assert main(command()) == 0
+    before = (tmp_path / "answers.jsonl").read_bytes()
+    assert main(command("--temperature", "0.5", "--seed", "11")) == 2
+    assert "was made with other seed, temperature: choose another, or delete it" in capsys.readouterr().err
+    (tmp_path / "answers.jsonl.settings.json").unlink()
+    assert main(command()) == 2
+    assert "exists, and not as the result of this command" in capsys.readouterr().err
+    assert (tmp_path / "answers.jsonl").read_bytes() == before
+
+
+def test_empty_answers_are_left_out(command, tmp_path, capsys, monkeypatch):
+    def empty(model, prompts, settings, seeds, batch_size, on_response):
+        for index in range(len(prompts)):
+            on_response(index, [*([5] if index % 2 else []), *settings.eos_token_ids])
+
+    monkeypatch.setattr("abkd_fast.sampling.sample", empty)
+    assert main(command()) == 0
+    assert [answer["row"] for answer in answers_of(tmp_path)] == [1, 3, 5, 7, 9, 11]
+    assert all(answer["ended"] for answer in answers_of(tmp_path))
+    assert "6 were empty and are left out" in capsys.readouterr().out
+
+
+def test_prompts_need_no_output(command, write_jsonl, tmp_path):
+    rows = [{"instruction": "Say hello."}, {"prompt": "Hello", "output": ["one", "two"]}]
+    assert main(command("--data", write_jsonl(rows))) == 0
+    assert [answer["row"] for answer in answers_of(tmp_path)] == [0, 1]
+
+
+def test_messages_stay_messages(command, model_folder, write_jsonl, tmp_path):
+    tokenizer = tasks.tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    try:
+        tokenizer.save_pretrained(model_folder)
+    finally:
+        tokenizer.chat_template = None
+    question = {"role": "user", "content": "Hi"}
+    rows = [{"messages": [question]}, {"messages": [question, {"role": "assistant", "content": "Hello"}]}]
+    assert main(command("--data", write_jsonl(rows))) == 0
+    for answer in answers_of(tmp_path):
+        first, last = answer["messages"]
+        assert first == question
+        assert last["role"] == "assistant"
+
+
+BAD = {
+    "no model": (["--model", "./nowhere"], "model.path: ./nowhere: no such model folder"),
+    "no data": (["--data", "nowhere.jsonl"], "nowhere.jsonl: no such file"),
+    "no folder": (["--out", "nowhere/answers.jsonl"], "out: nowhere is no folder"),
+    "temperature": (["--temperature", "-1"], "temperature is -1.0, expected at least 0"),
+    "batch size": (["--batch-size", "0"], "batch_size is 0, expected at least 1"),
+    "rows": (["--rows", "0"], "rows is 0, expected at least 1"),
+    "tokenizer": (["--tokenizer", "./no/such/thing"], "tokenizer: ./no/such/thing: no tokenizer there"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_line_and_status_2(command, tmp_path, capsys, name):
+    arguments, message = BAD[name]
+    assert main(command(*arguments)) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {message}")
+    assert error.count("\n") == 1
+    assert not (tmp_path / "answers.jsonl").exists()
+
+
+def test_prompt_without_room_is_refused(command, write_jsonl, tmp_path, capsys):
+    data = write_jsonl([{"prompt": "Add 1 and 2."}, {"prompt": "word " * 200}])
+    assert main(command("--data", data)) == 2
+    assert f"error: {data} line 2: the prompt has " in capsys.readouterr().err
+    assert not (tmp_path / "answers.jsonl").exists()
