@@ -181,6 +181,57 @@ class DataConfig:
 
 
 @_section
+class SamplingConfig:
+    """How on-policy methods generate responses."""
+
+    max_new_tokens: Annotated[int, "tokens of a response; prompt and response are cut to data.max_length, too"] = 256
+    temperature: Annotated[float, "divides the logits"] = 1.0
+    top_k: Annotated[int, "only the most likely tokens (0: all)"] = 0
+    top_p: Annotated[float, "only the most likely tokens of so much probability"] = 1.0
+    batch_size: Annotated[int, "sequences in progress at a time; no response depends on it"] = 64
+
+    def __post_init__(self) -> None:
+        _check_range(self, max_new_tokens=(1, math.inf), temperature=(1e-3, 1e3), top_k=(0, math.inf))
+        _check_range(self, top_p=(0, 1), batch_size=(1, math.inf))
+
+
+@_section
+class OnPolicyConfig:
+    """When imitkd, gkd and distillm train on responses that the student writes, and how they are replayed."""
+
+    fraction: Annotated[float | None, "gkd: share of the steps (default .5); imitkd has 1"] = None
+    replay_rows: Annotated[
+        int, "distillm, imitkd, gkd: capacity of the replay buffer (gkd, imitkd: 0 is no buffer)"
+    ] = 1000
+    threshold: Annotated[float, "distillm: share of steps that may use the student's text, at first"] = 0.0
+    loss_margin: Annotated[float, "distillm: the share grows by .1 where the dev loss has risen by so much"] = 0.1
+    schedule: Annotated[
+        Literal["decreasing", "constant", "increasing"], "distillm: how many of those steps generate anew, over the run"
+    ] = "decreasing"
+
+    def __post_init__(self) -> None:
+        _check_range(self, fraction=(0, 1), threshold=(0, 1), loss_margin=(0, math.inf), replay_rows=(0, math.inf))
+
+
+@_section
+class MiniLLMConfig:
+    """Of minillm: policy gradient on rollouts. The defaults are the paper's."""
+
+    rollouts: Annotated[int, "prompts of a round of generation"] = 256
+    inner_epochs: Annotated[int, "passes over the rollouts of a round"] = 4
+    teacher_weight: Annotated[float, "of the teacher in the mixture that writes"] = 0.2
+    gamma: Annotated[float, "discount of later rewards"] = 0.95
+    reward_scale: Annotated[float, "rewards are divided by it"] = 0.5
+    clip_reward: Annotated[float, "rewards beyond are cut"] = 100.0
+    clip_ratio: Annotated[float, "how far the ratio of probabilities may move from 1"] = 0.2
+    text_kd: Annotated[float, "w in (1 - w) cross-entropy + w divergence to the teacher, on data.pretrain"] = 0.5
+
+    def __post_init__(self) -> None:
+        _check_range(self, rollouts=(1, math.inf), inner_epochs=(1, math.inf), teacher_weight=(0, 1), gamma=(0, 1))
+        _check_range(self, reward_scale=(1e-6, math.inf), clip_reward=(0, math.inf), clip_ratio=(0, 1), text_kd=(0, 1))
+
+
+@_section
 class CacheConfig:
     """The teacher's final hidden states at the response tokens, computed once instead of once an epoch; exact."""
 
@@ -288,6 +339,9 @@ class Config:
     student: ModelConfig
     teacher: ModelConfig | None = None
     data: DataConfig
+    sampling: SamplingConfig = SamplingConfig()
+    on_policy: OnPolicyConfig = OnPolicyConfig()
+    minillm: MiniLLMConfig = MiniLLMConfig()
     cache: CacheConfig = CacheConfig()
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()

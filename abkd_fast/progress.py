@@ -75,13 +75,13 @@ class Window:
         self.real_tokens += sum(len(sample["input_ids"]) for part in batch for sample in part.samples)
         self.flops += sum(cost.flops(part.samples, not part.is_text) for part in batch)
 
-    def write(self, log: RunLog, step: int, lr: float) -> int:
-        """Logs the point; returns how many steps were skipped."""
+    def write(self, log: RunLog, step: int, lr: float, numbers: dict[str, float]) -> int:
+        """Logs the point, with numbers of the method's own; returns how many steps were skipped."""
         skipped = int(self.skipped)
         finite = self.steps - skipped
         loss, norm = (self.loss.item() / finite, self.norm.item()) if finite else (None, None)
         parts = {name: part.item() / finite if finite else None for name, part in self.parts.items()}
-        log.train(step, *self.counts()[1:], loss, parts, lr, norm, skipped)
+        log.train(step, *self.counts()[1:], loss, parts | numbers, lr, norm, skipped)
         return skipped
 
     def counts(self) -> list[int]:

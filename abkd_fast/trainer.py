@@ -23,7 +23,8 @@ from .data import DEV, TRAIN, Batch, ahead, batch_rows, describe_long_rows, pack
 from .logs import RunLog, console, peak_memory
 from .methods.sft import cross_entropy
 from .progress import Progress, Window, is_finite
-from .teacher import CachedTeacher, TeacherCache
+from .rollouts import Rollouts
+from .teacher import CachedTeacher, OnPolicyTeacher, Teacher, TeacherCache
 
 
 class Trainer:
@@ -54,7 +55,7 @@ class Trainer:
         self._read_data()
         self.cache = None
         if self.method.needs_teacher:
-            samples = self.steps * config.train.batch_size
+            samples = round(self.steps * config.train.batch_size * self.method.data_share)
             self.cache = TeacherCache(config, self.teacher_config, self.train_set, samples, self.device, self.dtype)
 
     def _read_data(self) -> None:
@@ -83,6 +84,10 @@ class Trainer:
                     f"are fewer than train.batch_size = {train.batch_size}"
                 )
 
+    @property
+    def is_on_policy(self) -> bool:
+        return self.method.data_share < 1
+
     def step_cost(self, cached: bool) -> costs.StepCost:
         """Of a step, with or without the teacher's cache."""
         teacher = costs.ModelCost(self.teacher_config) if self.method.needs_teacher else None
@@ -107,7 +112,9 @@ class Trainer:
             load = functools.partial(self._model, config.teacher, self.teacher_config, "teacher")
             optimizer_bytes = 12 * sum(p.numel() for p in trained)  # gradients and two moments
             with torch.random.fork_rng(devices=[]):  # dropout is the same whether the teacher's weights load or not
-                self.teacher = self.cache.open(load, self._precision, optimizer_bytes)
+                live = Teacher(load()) if self.is_on_policy else None
+                of_data = self.cache.open((lambda: live.model) if live else load, self._precision, optimizer_bytes)
+            self.teacher = OnPolicyTeacher(live, of_data) if live else of_data
         optim = config.optim
         decayed = [p for p in trained if p.dim() > 1 or self.student.has_adapter]
         others = [p for p in trained if p.dim() <= 1 and not self.student.has_adapter]
@@ -121,6 +128,9 @@ class Trainer:
             num_training_steps=self.steps,
             scheduler_specific_kwargs={"min_lr": optim.min_lr} if cosine else None,
         )
+        if self.is_on_policy:
+            models_of_text = self.student, self.teacher.live.model
+            self.rollouts = Rollouts(config, self.tokenizer, self.train_set, *models_of_text, self._precision)
         if self.saved:
             self._restore(*checkpoint.load(self.saved))
         self.resumed_samples = self.progress.samples
@@ -163,6 +173,8 @@ class Trainer:
             batches = self._batches(progress.step)
             for batch in ahead(batches) if self.device.type == "cuda" else batches:
                 started, rate = time.perf_counter(), self.scheduler.get_last_lr()[0]
+                if self.is_on_policy:
+                    batch = self._written(batch)
                 progress.step += 1
                 self.window.add(progress.step, *self._step(batch), batch, self.cost)
                 log.advance(progress.step)
@@ -183,6 +195,13 @@ class Trainer:
                 text = pack(step_samples(self.pretrain_set, train.batch_size, seed, step), train.max_tokens)
                 batch += [dataclasses.replace(part, is_text=True) for part in text]
             yield [part.pin() for part in batch] if self.device.type == "cuda" else batch
+
+    def _written(self, batch: list[Batch]) -> list[Batch]:
+        """The next step's micro-batches with the sequences that the method trains on, given those of the data."""
+        step = self.progress.step
+        samples = [sample for part in batch if not part.is_text for sample in part.samples]
+        written = self.method.sequences(step, step / self.steps, samples, self.rollouts)
+        return pack(written, self.config.train.max_tokens) + [part for part in batch if part.is_text]
 
     def _finish(self) -> dict:
         """Writes and returns the summary; the folder `final` is written last: with it the run is finished."""
@@ -267,7 +286,8 @@ class Trainer:
     def _log_window(self, log: RunLog, rate: float) -> None:
         """Writes the point of the steps since the last one, and begins the next."""
         self._check_finite()
-        skipped = self.window.write(log, self.progress.step, rate)
+        numbers = self.method.numbers() | self.rollouts.numbers() if self.is_on_policy else {}
+        skipped = self.window.write(log, self.progress.step, rate, numbers)
         if skipped:
             self.progress.skipped_steps += skipped
             step, loss, norm = self.window.first_nonfinite.tolist()
@@ -322,6 +342,8 @@ class Trainer:
         loss = self.dev_loss()
         if loss is not None:
             log.evaluation(self.progress.step, loss)
+            if self.is_on_policy:
+                self.method.evaluated(loss)
         log.resume()
         return loss is not None and self.progress.evaluated(loss)
 

@@ -1,14 +1,19 @@
-"""The training methods, one file each: which loss a student's hidden states get.
+"""The training methods, one file each: which loss a student's hidden states get, and on which sequences.
 
-A method is a class with `needs_teacher` and `loss`; the trainer knows no method by name.
+A method is a class with `needs_teacher`, `loss`, and `data_share`: about the share of its steps that trains on the
+data's own responses. Below 1 it is on-policy, and has what GKD in student_text.py has: `sequences` gives the samples
+that a step trains on, `evaluated` hears of the dev loss, `numbers` go to the log, and `state_dict` into checkpoints, as
+JSON. The trainer knows no method by name.
 """
 
-NAMES = ("sft", "ab", "kd")
+NAMES = ("sft", "ab", "kd", "imitkd", "gkd")
 
 
 def find(name: str) -> type:
     """The class of a method named in NAMES."""
     from .kd import WordLevelKD
     from .sft import SupervisedFineTuning
+    from .student_text import GKD, ImitKD
 
-    return {"sft": SupervisedFineTuning, "ab": WordLevelKD, "kd": WordLevelKD}[name]
+    methods = {"sft": SupervisedFineTuning, "ab": WordLevelKD, "kd": WordLevelKD, "imitkd": ImitKD, "gkd": GKD}
+    return methods[name]
