@@ -7,11 +7,13 @@ import time
 from collections.abc import Callable
 
 import datasets
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from .config import Config
 from .data import step_samples
 from .models import PackedCausalLM
+from .ops import shared_vocabulary
 from .sampling import SamplingSettings, sample, sample_mixture
 
 
@@ -41,6 +43,8 @@ class Rollouts:
             top_k=sampling.top_k,
             top_p=sampling.top_p,
             eos_token_ids=(tokenizer.eos_token_id,),
+            # Vocabularies are padded to different sizes, and both models read what is written.
+            vocabulary=shared_vocabulary(*(len(model.head.weight) for model in (student, teacher))),
         )
         self.counts = _nothing()
 
@@ -50,14 +54,14 @@ class Rollouts:
 
     def write(self, samples: list[dict], step: int) -> list[dict]:
         """The samples with responses by the student."""
-        arguments, started = self._arguments(samples, step), time.perf_counter()
+        arguments, started = self._arguments(samples, step), self._now()
         with self.precision():
             responses = sample(self.student, *arguments)
         return self._with_responses(samples, responses, started)
 
     def write_mixed(self, samples: list[dict], step: int, teacher_weight: float) -> list[dict]:
         """As `write`, by the mixture of student and teacher (MiniLLM); "log_probs" are the student's, of each token."""
-        arguments, started = self._arguments(samples, step), time.perf_counter()
+        arguments, started = self._arguments(samples, step), self._now()
         with self.precision():
             written = sample_mixture(self.student, self.teacher, teacher_weight, *arguments)
         rollouts = self._with_responses(samples, [response for response, _ in written], started)
@@ -77,6 +81,12 @@ class Rollouts:
         first = (self.config.run.seed << 40) + (step << 20)
         seeds = [first + place for place in range(len(samples))]
         return prompts, self.settings, seeds, self.config.sampling.batch_size
+
+    def _now(self) -> float:
+        """The time, once the device has done what it was given before: none of that is generation."""
+        if self.student.head.weight.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
 
     def _with_responses(self, samples: list[dict], responses: list[list[int]], started: float) -> list[dict]:
         self.counts["calls"] += 1

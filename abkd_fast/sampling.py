@@ -40,6 +40,7 @@ class SamplingSettings:
     top_p: float = 1.0
     no_repeat_ngram_size: int = 0  # 0: no ban; n-grams of the prompt count too
     eos_token_ids: tuple[int, ...] = ()
+    vocabulary: int | None = None  # only the first so many tokens (None: all that the model has)
 
     def __post_init__(self) -> None:
         bounds = {
@@ -237,6 +238,7 @@ def _advance(
 
 def _choose(scores: Tensor, sequences: list[_Sequence], settings: SamplingSettings) -> Tensor:
     """The next token of each sequence, [B], from log-probabilities up to a constant [B, V], which it may overwrite."""
+    scores = scores[:, : settings.vocabulary]
     for row, sequence in enumerate(sequences):
         banned = sequence.banned()
         if sequence.new_tokens < settings.min_new_tokens:

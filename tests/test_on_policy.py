@@ -301,6 +301,15 @@ def test_interrupted_run_resumes_to_the_same_bits(make, monkeypatch, method):
         assert thresholds[0] < thresholds[-1]
 
 
+def test_student_writes_no_token_that_the_teacher_cannot_read(make, monkeypatch):
+    """A student whose vocabulary is padded further: an untrained one would often write what is padding."""
+    written, write = [], rollouts.Rollouts.write
+    monkeypatch.setattr(rollouts.Rollouts, "write", lambda *arguments: written.append(write(*arguments)) or written[-1])
+    assert make("imitkd", "student.config.vocab_size=1400", "train.steps=3")() == 0
+    tokens = {token for samples in written for sample in samples for token in sample["input_ids"]}
+    assert 840 < max(tokens) < 1024
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_killed_again_and_again(make, method):
