@@ -110,7 +110,7 @@ class ModelConfig:
 
     path: Annotated[str | None, 'folder or Hub name; "stage:NAME" is the result of an earlier stage'] = None
     config: Annotated[dict | None, "instead of path: a transformers configuration, for random weights"] = None
-    dropout: Annotated[float | None, "sets every dropout rate of the model (default: the model's own)"] = None
+    dropout: Annotated[float | None, "sets every dropout rate of model and adapter (default: their own)"] = None
     adapter: Annotated[
         str | None,
         "folder or Hub name of a LoRA adapter (or stage:NAME): a student goes on with it, a teacher merges it",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import datasets
 from transformers import PreTrainedTokenizerBase
@@ -53,13 +53,18 @@ class Rollouts:
         return self._samples(arguments[0], responses, started)
 
     def write_mixed(self, samples: list[dict], step: int, teacher_weight: float) -> list[dict]:
-        """As `write`, by the mixture of student and teacher (MiniLLM); "log_probs" are the student's, of each token."""
+        """As `write`, by the mixture of student and teacher (MiniLLM).
+
+        "student_log_probs" and "teacher_log_probs" are lists of each model's own, of the tokens of the response.
+        """
         arguments, started = self._arguments(samples, step), time.perf_counter()
         with self.precision():
             written = sample_mixture(self.student, self.teacher, teacher_weight, *arguments)
-        rollouts = self._samples(arguments[0], [response for response, _ in written], started)
-        for rollout, (_, log_probs) in zip(rollouts, written, strict=True):
-            rollout["log_probs"] = log_probs[: len(rollout["input_ids"]) - rollout["prompt_length"]]
+        responses, *log_probs = zip(*written, strict=True)
+        rollouts = self._samples(arguments[0], responses, started)
+        for rollout, student, teacher in zip(rollouts, *log_probs, strict=True):
+            length = len(rollout["input_ids"]) - rollout["prompt_length"]
+            rollout |= {"student_log_probs": student[:length], "teacher_log_probs": teacher[:length]}
         return rollouts
 
     def numbers(self) -> dict[str, float]:
@@ -79,7 +84,7 @@ class Rollouts:
         seeds = [first + place for place in range(len(samples))]
         return prompts, self.settings, seeds, self.config.sampling.batch_size
 
-    def _samples(self, prompts: list[list[int]], responses: list[list[int]], started: float) -> list[dict]:
+    def _samples(self, prompts: list[list[int]], responses: Sequence[list[int]], started: float) -> list[dict]:
         self.seconds += time.perf_counter() - started
         self.sequences += len(responses)
         self.tokens += sum(map(len, responses))

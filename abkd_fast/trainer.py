@@ -75,6 +75,8 @@ class Trainer:
             raise ConfigError(
                 f"{data.train}: {len(self.train_set)} rows are fewer than train.batch_size = {train.batch_size}"
             )
+        if hasattr(self.method, "check_rows"):
+            self.method.check_rows(len(self.train_set))
         self.steps = train.steps or train.epochs * self.steps_per_epoch
         if data.adds_text:
             self.pretrain_set = pretrain.load_blocks(data.pretrain, self.tokenizer, data.max_length)
@@ -253,7 +255,7 @@ class Trainer:
         parts = {}
         if text := [part for part in batch if part.is_text]:
             weight = self.config.data.pretrain.weight
-            text_loss = self._backward(text, lambda part: functools.partial(cross_entropy, batch=part), weight)
+            text_loss = self._backward(text, self._text_loss, weight)
             parts = {"loss_method": total, "loss_pretrain": text_loss}
             total = total + weight * text_loss
         norm = torch.nn.utils.clip_grad_norm_(self.student.parameters(), self.config.optim.clip_norm)
@@ -282,6 +284,11 @@ class Trainer:
     def _method_loss(self, part: Batch) -> Callable[..., Tensor]:
         states = self.teacher.states(part) if self.teacher else None
         return functools.partial(self.method.loss, batch=part, teacher=states)
+
+    def _text_loss(self, part: Batch) -> Callable[..., Tensor]:
+        if not hasattr(self.method, "text_loss"):
+            return functools.partial(cross_entropy, batch=part)
+        return functools.partial(self.method.text_loss, batch=part, teacher=self.teacher.live.states(part))
 
     def _log_window(self, log: RunLog, rate: float) -> None:
         """Writes the point of the steps since the last one, and begins the next."""
@@ -437,7 +444,7 @@ class Trainer:
         sizes = ", ".join(f"{role} {models.describe(model)}" for role, model in counts.items())
         merged = f" with {config.teacher.adapter} merged" if self.teacher and config.teacher.adapter else ""
         lengths = torch.tensor(self.train_set["row_length"][:]).clamp(max=config.data.max_length)
-        loss = f"  loss {config.loss}" if self.teacher else ""
+        loss = f"  loss {self.method.divergence}" if self.teacher else ""
         yield f"[bold]{config.run.folder}[/bold]  method {config.method}{loss}"
         yield f"  models     {sizes}{merged}"
         yield (
