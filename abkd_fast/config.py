@@ -215,7 +215,7 @@ class OnPolicyConfig:
 
 @_section
 class MiniLLMConfig:
-    """Of minillm: policy gradient on rollouts. The defaults are the paper's."""
+    """Of minillm: policy gradient on rollouts. The defaults are the paper's; `loss` has to be rkl."""
 
     rollouts: Annotated[int, "prompts of a round of generation"] = 256
     inner_epochs: Annotated[int, "passes over the rollouts of a round"] = 4

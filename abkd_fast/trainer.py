@@ -444,7 +444,7 @@ class Trainer:
         sizes = ", ".join(f"{role} {models.describe(model)}" for role, model in counts.items())
         merged = f" with {config.teacher.adapter} merged" if self.teacher and config.teacher.adapter else ""
         lengths = torch.tensor(self.train_set["row_length"][:]).clamp(max=config.data.max_length)
-        loss = f"  loss {self.method.divergence}" if self.teacher else ""
+        loss = f"  loss {config.loss}" if self.teacher else ""
         yield f"[bold]{config.run.folder}[/bold]  method {config.method}{loss}"
         yield f"  models     {sizes}{merged}"
         yield (

@@ -118,6 +118,7 @@ MODEL = {**LLAMA, "vocab_size": 1024, "hidden_size": 32, "intermediate_size": 64
 STUDENT = {**MODEL, "eos_token_id": 0, "bos_token_id": 0}
 SECTIONS = {
     "method": "minillm",
+    "loss": "rkl",
     "student": {"config": STUDENT},
     "teacher": {"config": {**STUDENT, "num_hidden_layers": 1, "initializer_range": 0.3}},
     "sampling": {"max_new_tokens": 12, "batch_size": 5},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import operator
 
 import numpy as np
 import torch
@@ -11,11 +12,21 @@ from torch import Tensor
 
 from ..config import Config, ConfigError
 from ..data import Batch, batch_rows
-from ..divergences import ForwardKL, ReverseKL
+from ..divergences import ForwardKL
 from ..fused_linear import fused_linear_divergence, fused_linear_policy_gradient
 from ..ops import is_clipped
 from ..rollouts import Rollouts
 from ..teacher import TeacherStates
+
+# What configurations may say only so: rewards and importance weights are of what is sampled from, which is trained.
+NEEDED = {
+    "loss": "rkl",
+    "temperature": 1,
+    "hard_weight": 0,
+    "sampling.temperature": 1,
+    "sampling.top_k": 0,
+    "sampling.top_p": 1,
+}
 
 
 class MiniLLM:
@@ -36,21 +47,20 @@ class MiniLLM:
 
     needs_teacher = True
     data_share = 0.0
-    divergence = ReverseKL()
 
     def __init__(self, config: Config) -> None:
-        """Raises ConfigError for rollouts that give no minibatch, and for sampling whose probability is not b."""
+        """Raises ConfigError for rollouts that give no minibatch, and where another loss or sampling is asked for."""
         self.settings, self.batch_size, self.seed = config.minillm, config.train.batch_size, config.run.seed
         if self.settings.rollouts < self.batch_size:
             raise ConfigError(
                 f"minillm.rollouts is {self.settings.rollouts}, but a step takes train.batch_size = {self.batch_size} "
                 "of them; raise the first or lower the second"
             )
-        for name, value in {"temperature": 1, "top_k": 0, "top_p": 1}.items():
-            if (given := getattr(config.sampling, name)) != value:
+        for key, value in NEEDED.items():
+            if (given := operator.attrgetter(key)(config)) != value:
                 raise ConfigError(
-                    f"sampling.{name} is {given}, but minillm needs {value}: it weighs tokens by the models' own "
-                    "probabilities"
+                    f"{key} is {given}, but minillm needs {value}: it lowers the reverse KL divergence between the "
+                    "models' own probabilities"
                 )
         self.rollouts: list[dict] = []
         self._clear()
