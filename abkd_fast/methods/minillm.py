@@ -18,7 +18,7 @@ from ..ops import is_clipped
 from ..rollouts import Rollouts
 from ..teacher import TeacherStates
 
-# What configurations may say only so: rewards and importance weights are of what is sampled from, which is trained.
+# Rewards, importance weights and what is trained are the same probabilities, those that are sampled from.
 NEEDED = {
     "loss": "rkl",
     "temperature": 1,
@@ -96,7 +96,10 @@ class MiniLLM:
         return batch
 
     def _scored(self, rollout: dict) -> dict:
-        """A training sample: log b and return of each token, and the sum of the rewards."""
+        """A training sample: log b and return of each token, and the sum of the rewards.
+
+        On the host, where sampling leaves its numbers: that takes milliseconds a round.
+        """
         settings = self.settings
         rewards, log_probs = [], []
         for ours, theirs in zip(rollout["student_log_probs"], rollout["teacher_log_probs"], strict=True):
