@@ -142,9 +142,10 @@ def _run(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The chunk loop: losses [N], and the gradients of their sum (or of upstream [N] times them) where `need`ed.
 
-    `policy`: advantages [N], log_probs [N] and clip_ratio of `policy_rows`, whose gradients are then made, and ratios
-    [N], which are written; the losses are its divergences.
     Every gradient is in float32 (float64 for float64 hidden states) and not divided by the number of rows.
+
+    policy: advantages [N], log_probs [N] and clip_ratio for `policy_rows`, whose gradients are then made and whose
+        divergences are the losses, and [N] numbers that receive its ratios.
     """
     with torch.autocast(student[0].device.type, enabled=False):
         dtype = loss_dtype(student[0])

@@ -165,14 +165,15 @@ def policy_rows(
     """KL(q, p) [N] of logits [N, V], and the ratios r [N] = q(label) / e^log_probs, both in the type of the losses.
 
     `gradient` [N, V], which may be `student`, receives the derivative by the student's logits of each row's
-    KL(q, p) + `clipped_surrogate`. Advantages and log_probs are [N], in the type of the losses. No autograd.
+    KL(q, p) + `clipped_surrogate`. Advantages and log_probs are [N], in the type of the losses; every label is a
+    token. No autograd.
     """
     rows = student, teacher, labels, ReverseKL(), 1.0, 0.0
     divergences, statistics = measure_rows(*rows)
     log_q = student.gather(1, labels[:, None])[:, 0] - statistics[:, STUDENT_LSE]
     ratios = (log_q - log_probs).exp().to(divergences.dtype)
     if gradient is not None:
-        # The surrogate's derivative is -w (onehot - q). With the slope of a divergence, dz = u - q slope.
+        # The divergence's derivative is u - q slope, the surrogate's w q - w onehot: the kernel makes all but the last.
         weights = torch.where(is_clipped(ratios, advantages, clip_ratio), 0.0, advantages * ratios)
         statistics[:, SLOPE] -= weights
         row_gradients(*rows, statistics, torch.ones_like(divergences), gradient)

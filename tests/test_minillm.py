@@ -15,7 +15,7 @@ from abkd_fast import fused_linear, fused_linear_policy_gradient, ops, tasks
 from abkd_fast.data import pack
 from abkd_fast.methods.minillm import MiniLLM
 from abkd_fast.recipe import load
-from abkd_fast.teacher import TeacherStates
+from abkd_fast.teacher import Teacher, TeacherStates
 from abkd_fast.train import INTERRUPTED
 
 TOKENS, VOCAB, CLIP = 24, 37, 0.2
@@ -88,7 +88,7 @@ def test_policy_gradient_equals_its_definition(monkeypatch, tensors, dtype, comp
 
 
 def test_gradient_by_logits_is_the_published_formula(tensors):
-    """dz = -A rho (onehot - q) where that is not clipped, + q (d - KL(q, p)): ALGORITHMS of the papers, verified."""
+    """dz = -A rho (onehot - q) where that is not clipped, + q (d - KL(q, p)), written out."""
     student, teacher, labels, advantages, log_probs = tensors
     logits, theirs = F.linear(*student), F.linear(*teacher)[:, :VOCAB].contiguous()
     gradient = torch.empty_like(logits)
@@ -216,8 +216,10 @@ def test_losses_of_rollouts_and_text_from_whole_logits(tmp_path):
     assert logged["reward"] == pytest.approx(sum(sample["reward"] for sample in samples) / count)
 
 
-def test_training_lowers_the_reverse_kl(tmp_path):
+def test_training_lowers_the_reverse_kl_and_the_teacher_reads_each_rollout_once(tmp_path, monkeypatch):
     """A random student comes nearer to a teacher of a few steps, on tokens that it mostly writes itself."""
+    states, read = Teacher.states, []
+    monkeypatch.setattr(Teacher, "states", lambda self, batch: read.extend(batch.samples) or states(self, batch))
     stages = {
         "teacher": {"method": "sft", "teacher": None, "optim": {"lr": 1e-2}, "train": {"steps": 40}},
         "student": {"teacher": {"path": "stage:teacher"}, "log": {"every_steps": 8}},
@@ -227,6 +229,7 @@ def test_training_lowers_the_reverse_kl(tmp_path):
     assert run() == 0
     points = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
     assert points[-1]["reverse_kl"] < 0.7 * points[0]["reverse_kl"]
+    assert len(read) == 4 * 16  # of the 128 samples that were trained on
     for point in points:
         assert 0 < point["clip_share"] < 1
         assert point["reward"] < 0
