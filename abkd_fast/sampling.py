@@ -33,12 +33,14 @@ class SamplingSettings:
     """
 
     max_new_tokens: int = 256
+    max_length: int | None = None  # of prompt and response together
     min_new_tokens: int = 0  # no end token before so many others
     temperature: float = 1.0  # 0: the most likely token
     top_k: int = 0  # 0: all tokens
     top_p: float = 1.0
     no_repeat_ngram_size: int = 0  # 0: no ban; n-grams of the prompt count too
     eos_token_ids: tuple[int, ...] = ()
+    vocabulary: int | None = None  # only the first so many tokens (None: all that the model has)
 
     def __post_init__(self) -> None:
         bounds = {
@@ -192,16 +194,18 @@ def _limit(models: list[PackedCausalLM], prompt: list[int], settings: SamplingSe
     if not prompt:
         raise ConfigError(f"prompt {index} is empty: nothing predicts the first token of the response")
     limit = settings.max_new_tokens
-    for model in models:
-        positions = getattr(model.causal_lm.config, "max_position_embeddings", None)
-        if positions is not None:
-            limit = min(limit, positions - len(prompt))
+    rooms = {f"the {m.key} {room} positions": room for m in models if (room := _positions(m)) is not None}
+    if settings.max_length is not None:
+        rooms[f"max_length is {settings.max_length}"] = settings.max_length
+    for what, room in rooms.items():
+        limit = min(limit, room - len(prompt))
         if limit < 1:
-            raise ConfigError(
-                f"prompt {index} has {len(prompt)} tokens, and the {model.key} {positions} positions: no room for a "
-                "response"
-            )
+            raise ConfigError(f"prompt {index} has {len(prompt)} tokens, and {what}: no room for a response")
     return limit
+
+
+def _positions(model: PackedCausalLM) -> int | None:
+    return getattr(model.causal_lm.config, "max_position_embeddings", None)
 
 
 def _enter(waiting: collections.deque[_Sequence], free: list[int]) -> dict[int, _Sequence]:
@@ -235,6 +239,7 @@ def _advance(
 
 def _choose(scores: Tensor, sequences: list[_Sequence], settings: SamplingSettings) -> Tensor:
     """The next token of each sequence, [B], from log-probabilities up to a constant [B, V], which it may overwrite."""
+    scores = scores[:, : settings.vocabulary]
     for row, sequence in enumerate(sequences):
         banned = sequence.banned()
         if sequence.new_tokens < settings.min_new_tokens:

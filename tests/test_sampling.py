@@ -253,6 +253,10 @@ def test_positions_limit_responses():
     prompts = prompts_of(30, 20)
     responses = sample(model, prompts, SamplingSettings(max_new_tokens=10), [0, 1])
     assert [len(response) for response in responses] == [2, 10]
+    settings = SamplingSettings(max_new_tokens=10, max_length=24)
+    assert [len(response) for response in sample(model, prompts_of(23, 20, 9), settings, [0, 1, 2])] == [1, 4, 10]
+    with pytest.raises(ConfigError, match="prompt 0 has 24 tokens, and max_length is 24: no room for a response"):
+        sample(model, prompts_of(24), settings, [0])
     with pytest.raises(ConfigError, match="prompt 1 has 32 tokens, and the model 32 positions"):
         sample(model, prompts_of(5, 32), SamplingSettings(), [0, 1])
     with pytest.raises(ConfigError, match="prompt 0 is empty"):
