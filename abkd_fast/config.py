@@ -110,7 +110,7 @@ class ModelConfig:
 
     path: Annotated[str | None, 'folder or Hub name; "stage:NAME" is the result of an earlier stage'] = None
     config: Annotated[dict | None, "instead of path: a transformers configuration, for random weights"] = None
-    dropout: Annotated[float | None, "sets every dropout rate of the model (default: the model's own)"] = None
+    dropout: Annotated[float | None, "sets every dropout rate of model and adapter (default: their own)"] = None
     adapter: Annotated[
         str | None,
         "folder or Hub name of a LoRA adapter (or stage:NAME): a student goes on with it, a teacher merges it",
@@ -234,7 +234,7 @@ class OnPolicyConfig:
 
 @_section
 class MiniLLMConfig:
-    """Of minillm: policy gradient on rollouts. The defaults are the paper's."""
+    """Of minillm: policy gradient on rollouts. The defaults are the paper's; `loss` has to be rkl."""
 
     rollouts: Annotated[int, "prompts of a round of generation"] = 256
     inner_epochs: Annotated[int, "passes over the rollouts of a round"] = 4
@@ -348,8 +348,8 @@ class Config:
     method: Annotated[
         str,
         "sft (no teacher); ab or kd (divergence to a teacher on the data's responses); imitkd, gkd or distillm (also "
-        "on the student's own); seqkd (sft on what a stage with method generate wrote); generate (no training: the "
-        "student, here mostly a teacher, answers data.train)",
+        "on the student's own); minillm (policy gradient); seqkd (sft on what a stage with method generate wrote); "
+        "generate (no training: the student, here mostly a teacher, answers data.train)",
     ] = "ab"
     loss: Annotated[
         str,

@@ -383,7 +383,7 @@ def _join(samples: list[dict]) -> Batch:
     )
 
 
-@functools.lru_cache(maxsize=2)  # one epoch of the rows, and one of the plain text
+@functools.lru_cache(maxsize=4)  # an epoch of the rows, of the plain text, of prompts, and of rollouts
 def batch_rows(rows: int, batch_size: int, seed: int, epoch: int) -> list[list[int]]:
     """The row numbers of an epoch's batches: they depend on these four alone; a last, incomplete batch is left out."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import datasets
 import torch
@@ -60,12 +60,19 @@ class Rollouts:
         return self._with_responses(samples, responses, started)
 
     def write_mixed(self, samples: list[dict], step: int, teacher_weight: float) -> list[dict]:
-        """As `write`, by the mixture of student and teacher (MiniLLM); "log_probs" are the student's, of each token."""
+        """As `write`, by the mixture of student and teacher (MiniLLM).
+
+        "student_log_probs" and "teacher_log_probs" are lists of each model's own, of the tokens of the response.
+        """
         arguments, started = self._arguments(samples, step), self._now()
         with self.precision():
             written = sample_mixture(self.student, self.teacher, teacher_weight, *arguments)
-        rollouts = self._with_responses(samples, [response for response, _ in written], started)
-        return [rollout | {"log_probs": own} for rollout, (_, own) in zip(rollouts, written, strict=True)]
+        responses, *log_probs = zip(*written, strict=True)
+        rollouts = self._with_responses(samples, responses, started)
+        return [
+            rollout | {"student_log_probs": student, "teacher_log_probs": teacher}
+            for rollout, student, teacher in zip(rollouts, *log_probs, strict=True)
+        ]
 
     def numbers(self, steps: int) -> dict[str, float]:
         """For the log: what was generated since the last call, and the share of the `steps` since then that did it."""
@@ -88,7 +95,7 @@ class Rollouts:
             torch.cuda.synchronize()
         return time.perf_counter()
 
-    def _with_responses(self, samples: list[dict], responses: list[list[int]], started: float) -> list[dict]:
+    def _with_responses(self, samples: list[dict], responses: Sequence[list[int]], started: float) -> list[dict]:
         self.counts["calls"] += 1
         self.counts["sequences"] += len(responses)
         self.counts["tokens"] += sum(map(len, responses))

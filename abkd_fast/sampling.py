@@ -96,18 +96,18 @@ def sample_mixture(
     seeds: list[int],
     batch_size: int = 32,
     on_response: Callable[[int, list[int]], None] | None = None,
-) -> list[tuple[list[int], list[float]]]:
+) -> list[tuple[list[int], list[float], list[float]]]:
     """As `sample`, from (1 - teacher_weight) q + teacher_weight p: MiniLLM's teacher-mixed sampling.
 
     q and p are the next-token probabilities of student and teacher, over the common prefix of their vocabularies.
-    Returns each response with log q of its tokens, before temperature and bans. Raises ConfigError for a weight that
-    is not from 0 to 1, too.
+    Returns each response with log q and log p of its tokens, before temperature and bans. Raises ConfigError for a
+    weight that is not from 0 to 1, too.
     """
     if not 0 <= teacher_weight <= 1:
         raise ConfigError(f"teacher_weight is {teacher_weight}, expected at least 0 and at most 1")
     models = [student, teacher]
     run = _run(models, teacher_weight, prompts, settings, seeds, batch_size, on_response)
-    return [(sequence.response, sequence.log_probs) for sequence in run]
+    return [(sequence.response, *sequence.log_probs) for sequence in run]
 
 
 class _Sequence:
@@ -116,7 +116,7 @@ class _Sequence:
     def __init__(self, index: int, prompt: list[int], seed: int, limit: int, ngram_size: int) -> None:
         self.index = index
         self.tokens, self.prompt_length, self.seed, self.limit = list(prompt), len(prompt), seed, limit
-        self.log_probs = []
+        self.log_probs = [], []  # of a mixture: student's and teacher's
         self.ngram_size, self.followers = ngram_size, collections.defaultdict(list)
         if ngram_size:
             for end in range(ngram_size, len(prompt) + 1):
@@ -230,8 +230,9 @@ def _advance(
         scores = ((1 - teacher_weight) * student.exp() + teacher_weight * teacher.exp()).log()
     tokens = _choose(scores, sequences, settings)
     if len(logits) > 1:
-        for sequence, value in zip(sequences, student.gather(1, tokens[:, None])[:, 0].tolist(), strict=True):
-            sequence.log_probs.append(value)
+        for model, log_probs in enumerate((student, teacher)):
+            for sequence, value in zip(sequences, log_probs.gather(1, tokens[:, None])[:, 0].tolist(), strict=True):
+                sequence.log_probs[model].append(value)
     for sequence, token in zip(sequences, tokens.tolist(), strict=True):
         sequence.append(token)
 

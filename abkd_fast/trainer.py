@@ -75,6 +75,8 @@ class Trainer:
             raise ConfigError(
                 f"{data.train}: {len(self.train_set)} rows are fewer than train.batch_size = {train.batch_size}"
             )
+        if hasattr(self.method, "check_rows"):
+            self.method.check_rows(len(self.train_set))
         self.steps = train.steps or train.epochs * self.steps_per_epoch
         if data.adds_text:
             self.pretrain_set = pretrain.load_blocks(data.pretrain, self.tokenizer, data.max_length)
@@ -255,7 +257,7 @@ class Trainer:
         parts = {}
         if text := [part for part in batch if part.is_text]:
             weight = self.config.data.pretrain.weight
-            text_loss = self._backward(text, lambda part: functools.partial(cross_entropy, batch=part), weight)
+            text_loss = self._backward(text, self._text_loss, weight)
             parts = {"loss_method": total, "loss_pretrain": text_loss}
             total = total + weight * text_loss
         norm = torch.nn.utils.clip_grad_norm_(self.student.parameters(), self.config.optim.clip_norm)
@@ -285,6 +287,11 @@ class Trainer:
         states = self.teacher.states(part) if self.teacher else None
         return functools.partial(self.method.loss, batch=part, teacher=states)
 
+    def _text_loss(self, part: Batch) -> Callable[..., Tensor]:
+        if not hasattr(self.method, "text_loss"):
+            return functools.partial(cross_entropy, batch=part)
+        return functools.partial(self.method.text_loss, batch=part, teacher=self.teacher.live.states(part))
+
     def _log_window(self, log: RunLog, rate: float) -> None:
         """Writes the point of the steps since the last one, and begins the next."""
         self._check_finite()
@@ -309,7 +316,7 @@ class Trainer:
     def _account(self, step: float, loss: float, norm: float) -> str:
         """The numbers of a step since the last logged point, and the rows that its samples or their prompts are."""
         numbers = {}
-        for row in sorted(self.window.rows[int(step) - self.progress.step - 1]):
+        for row in sorted({*self.window.rows[int(step) - self.progress.step - 1]}):
             source, _, number = self.where[row].rpartition(" ")
             numbers.setdefault(source, []).append(number)
         where = "; ".join(f"{source} {', '.join(numbers[source])}" for source in numbers)

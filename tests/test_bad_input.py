@@ -68,6 +68,11 @@ def with_teacher(folder):
     return {"method": "ab", "teacher": {"path": f"models/{folder}"}}
 
 
+def minillm(sets):
+    teacher = {"teacher": {"path": "models/good"}}
+    return {"method": "minillm", "loss": "rkl", **teacher, "sets": ["minillm.rollouts=16", *sets]}
+
+
 def on_policy(method, *sets):
     return {**with_teacher("good"), "method": method, "sets": sets}
 
@@ -408,6 +413,32 @@ CASES = {
     "empty prompt": case("rows.jsonl line 1: the prompt is empty", **data({"prompt": "", "output": "x"})),
     "fewer rows than a batch": case(
         "quickstart:small: 5 rows are fewer than train.batch_size = 8", sets=["data.train_rows=5"]
+    ),
+    # MiniLLM
+    "fewer rollouts than a batch": case(
+        "minillm.rollouts is 7, but a step takes train.batch_size = 8", **minillm(sets=["minillm.rollouts=7"])
+    ),
+    "fewer rows than rollouts": case(
+        "minillm.rollouts is 17, but data.train has 16 rows", **minillm(sets=["minillm.rollouts=17"])
+    ),
+    "another loss": case("loss is fkl, but minillm needs rkl: it lowers", **minillm(sets=["loss=fkl"])),
+    "other probabilities than the models'": case(
+        "sampling.top_p is 0.9, but minillm needs 1", **minillm(sets=["sampling.top_p=0.9"])
+    ),
+    "rollouts at another temperature": case(
+        "sampling.temperature is 0.7, but minillm needs 1", **minillm(sets=["sampling.temperature=0.7"])
+    ),
+    "teacher's weight above 1": case(
+        "minillm.teacher_weight is 1.2, expected at least 0 and at most 1",
+        **minillm(sets=["minillm.teacher_weight=1.2"]),
+    ),
+    "negative discount": case("minillm.gamma is -0.1, expected at least 0", **minillm(sets=["minillm.gamma=-0.1"])),
+    "no reward's scale": case("minillm.reward_scale is 0.0", **minillm(sets=["minillm.reward_scale=0"])),
+    "no inner epochs": case(
+        "minillm.inner_epochs is 0, expected at least 1", **minillm(sets=["minillm.inner_epochs=0"])
+    ),
+    "share of the text above 1": case(
+        "minillm.text_kd is 2.0, expected at least 0", **minillm(sets=["minillm.text_kd=2"])
     ),
     # Models and tokenizers
     "no folder": case("student.path: ./nowhere: no such model folder", student={"path": "./nowhere"}),

@@ -117,6 +117,7 @@ TABLE = {
     "gpt2-akl.json": ("gpt2", "kd", "akl:0.5", 5e-4, 20, 32, True),
     "gpt2-alphanet.json": ("gpt2", "kd", "alphanet:0.2,0.9", 5e-4, 20, 32, True),
     "gpt2-kd.json": ("gpt2", "kd", "fkl", 5e-4, 20, 32, False),
+    "gpt2-minillm.json": ("gpt2", "minillm", "rkl", 5e-6, 20, 32, True),
     "gpt2-sft.json": ("gpt2", "sft", None, 5e-4, 20, 32, False),
     "gpt2-seqkd.json": ("gpt2", "seqkd", None, 5e-4, 20, 32, True),
     "gpt2-imitkd.json": ("gpt2", "imitkd", "fkl", 5e-4, 20, 32, True),
@@ -124,6 +125,7 @@ TABLE = {
     "gpt2-distillm.json": ("gpt2", "distillm", "sfkl:0.1", 5e-4, 20, 32, True),
     "gpt2-medium.json": ("gpt2-medium", "ab", "ab:0.2,0.7", 3e-4, 20, 4, True),
     "gpt2-medium-kd.json": ("gpt2-medium", "kd", "fkl", 5e-4, 20, 16, False),
+    "gpt2-medium-minillm.json": ("gpt2-medium", "minillm", "rkl", 5e-6, 20, 16, True),
     "gpt2-medium-sft.json": ("gpt2-medium", "sft", None, 1e-4, 20, 32, False),
     "gpt2-medium-seqkd.json": ("gpt2-medium", "seqkd", None, 5e-4, 20, 32, True),
     "gpt2-medium-imitkd.json": ("gpt2-medium", "imitkd", "fkl", 5e-4, 20, 32, True),
@@ -131,6 +133,7 @@ TABLE = {
     "gpt2-medium-distillm.json": ("gpt2-medium", "distillm", "srkl:0.1", 5e-4, 20, 16, True),
     "gpt2-large.json": ("gpt2-large", "ab", "ab:0.2,0.7", 1e-4, 10, 16, True),
     "gpt2-large-kd.json": ("gpt2-large", "kd", "fkl", 5e-4, 10, 32, False),
+    "gpt2-large-minillm.json": ("gpt2-large", "minillm", "rkl", 5e-6, 20, 16, True),
     "gpt2-large-sft.json": ("gpt2-large", "sft", None, 1e-4, 10, 32, False),
     "gpt2-large-seqkd.json": ("gpt2-large", "seqkd", None, 5e-4, 10, 16, True),
     "gpt2-large-imitkd.json": ("gpt2-large", "imitkd", "fkl", 5e-4, 10, 16, True),
@@ -138,6 +141,7 @@ TABLE = {
     "gpt2-large-distillm.json": ("gpt2-large", "distillm", "srkl:0.1", 1e-4, 10, 16, True),
     "llama.json": ("open_llama_3b_v2", "ab", "ab:0.1,0.8", 2.5e-4, 10, 16, True),
     "llama-kd.json": ("open_llama_3b_v2", "kd", "fkl", 2.5e-4, 10, 16, True),
+    "llama-minillm.json": ("open_llama_3b_v2", "minillm", "rkl", 5e-6, 10, 32, True),
     "llama-sft.json": ("open_llama_3b_v2", "sft", None, 5e-4, 20, 16, False),
     "llama-seqkd.json": ("open_llama_3b_v2", "seqkd", None, 2.5e-4, 10, 16, False),
     "llama-imitkd.json": ("open_llama_3b_v2", "imitkd", "fkl", 5e-4, 10, 32, True),
@@ -254,7 +258,19 @@ def test_plain_text_can_be_left_out_of_one_stage():
     assert load("gpt2.json", ["abkd:data.pretrain=null"])[-1].data.pretrain is None
 
 
-def test_students_keep_their_models_own_dropout():
-    assert {config.student.dropout for recipe in PACKAGED for config in load(recipe)} == {None}
+@pytest.mark.parametrize("recipe", [name for name in TABLE if "minillm" in name])
+def test_minillm_has_the_values_of_its_scripts(recipe):
+    config, own = load(recipe)[-1], load(recipe)[-1].minillm
+    assert (own.rollouts, own.inner_epochs, own.teacher_weight, own.gamma) == (256, 4, 0.2, 0.95)
+    assert (own.reward_scale, own.clip_reward, own.clip_ratio, own.text_kd) == (0.5, 100, 0.2, 0.5)
+    optim = config.optim
+    assert (config.train.steps, optim.warmup_steps, optim.betas, optim.weight_decay) == (5000, 100, (0.9, 0.95), 1e-6)
+    assert optim.schedule == ("cosine" if recipe.startswith("llama") else "constant")
+    assert optim.clip_norm == 1
+
+
+def test_students_keep_their_models_own_dropout_but_minillms():
+    rates = {(config.method == "minillm", config.student.dropout) for recipe in PACKAGED for config in load(recipe)}
+    assert rates == {(False, None), (True, 0.0)}
     gpt2 = AutoConfig.for_model("gpt2")
     assert (gpt2.embd_pdrop, gpt2.attn_pdrop, gpt2.resid_pdrop) == (0.1, 0.1, 0.1)

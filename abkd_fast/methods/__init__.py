@@ -8,10 +8,11 @@ data's own responses. An on-policy one has, besides, what GKD in student_text.py
 - `evaluated` hears of every dev loss, that before the first step included.
 - `numbers` go to the log, and `state_dict`, which JSON can hold, into checkpoints.
 
-The trainer knows no method by name.
+It may have `check_rows`, which refuses data of too few rows, and `text_loss`, which is like `loss` and replaces the
+cross-entropy of plain text. The trainer knows no method by name.
 """
 
-NAMES = ("sft", "ab", "kd", "seqkd", "imitkd", "gkd", "distillm")
+NAMES = ("sft", "ab", "kd", "seqkd", "imitkd", "gkd", "distillm", "minillm")
 WITHOUT_TEACHER = ("sft", "seqkd")
 
 
@@ -19,6 +20,7 @@ def find(name: str) -> type:
     """The class of a method named in NAMES."""
     from .distillm import DistiLLM
     from .kd import WordLevelKD
+    from .minillm import MiniLLM
     from .sft import SupervisedFineTuning
     from .student_text import GKD, ImitKD
 
@@ -30,5 +32,6 @@ def find(name: str) -> type:
         "imitkd": ImitKD,
         "gkd": GKD,
         "distillm": DistiLLM,
+        "minillm": MiniLLM,
     }
     return methods[name]
