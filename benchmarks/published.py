@@ -122,7 +122,7 @@ class TeacherMix(LogitsProcessor):
         out = self.teacher(
             input_ids=input_ids[:, new],
             attention_mask=mask,
-            position_ids=_positions(mask)[:, new],
+            position_ids=token_positions(mask)[:, new],
             past_key_values=self.cache,
             use_cache=True,
             logits_to_keep=1,
@@ -219,8 +219,13 @@ class PublishedTrainer:
         ]
 
     def roll_out(self, samples: list[dict], lengths: list[int]) -> RolloutBatch:
-        """MiniLLM's rollouts from at most CHUNK prompts."""
-        return self.score(self.write(samples, lengths, self.minillm.teacher_weight))
+        """MiniLLM's rollouts, CHUNK prompts at a time."""
+        chunks = []
+        for start in range(0, len(samples), CHUNK):
+            chunk = slice(start, start + CHUNK)
+            chunks.append(self.score(self.write(samples[chunk], lengths[chunk], self.minillm.teacher_weight)))
+        fields = (field.name for field in dataclasses.fields(RolloutBatch))
+        return RolloutBatch(*(torch.cat([getattr(chunk, name) for chunk in chunks]) for name in fields))
 
     @torch.no_grad()
     def score(self, samples: list[dict]) -> RolloutBatch:
@@ -291,14 +296,14 @@ def _pad_left(prompts: list[list[int]], device: torch.device) -> tuple[Tensor, T
     return ids.to(device), mask.long().to(device)
 
 
-def _positions(attention_mask: Tensor) -> Tensor:
+def token_positions(attention_mask: Tensor) -> Tensor:
     """Those of the tokens that are no padding, from 0."""
     return (attention_mask.cumsum(-1) - 1).clamp(min=0)
 
 
 def _logits(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
     """[B, S, V]"""
-    positions = _positions(attention_mask)
+    positions = token_positions(attention_mask)
     return model(input_ids=input_ids, attention_mask=attention_mask, position_ids=positions, use_cache=False).logits
 
 

@@ -70,8 +70,8 @@ ROWS = {
         published.skew_forward_kl,
         has_entropy=True,
         parts={"data": 0.5, "rollout": 0.25, "new": 0.25, "again": 0.25},
-        note="its threshold, which follows the dev loss, is assumed to be .5 on average; by its decreasing schedule half "
-        "of the steps below it write anew, and the others replay",
+        note="its threshold, which follows the dev loss, is assumed to be .5 on average, so half of the steps train on "
+        "responses; by its decreasing schedule half of those write new ones, and the others replay",
         settings={"on_policy": {"threshold": 1.0}},
     ),
     "AlphaNet": Method("kd", "alphanet:0.2,0.8", published.alphanet),
@@ -90,6 +90,11 @@ class Turn:
     prompts: list[dict]  # that MiniLLM's rollouts answer, those of the samples first
     text: list[Batch]  # plain text, where there is any
     padded_text: PaddedBatch | None
+
+    @property
+    def published_rollouts(self) -> int:
+        """How many prompts the published way answers: a chunk, or as many as a step needs."""
+        return max(published.CHUNK, len(self.samples))
 
 
 class Responses(Rollouts):
@@ -210,7 +215,7 @@ class Published:
 
     def rollout(self, name: str) -> Callable[[Turn], None]:
         def write(turn: Turn) -> None:
-            samples = turn.prompts[: published.CHUNK] if name == "MiniLLM" else turn.samples
+            samples = turn.prompts[: turn.published_rollouts] if name == "MiniLLM" else turn.samples
             make = self.trainer.roll_out if name == "MiniLLM" else self.trainer.write
             with self.precision():
                 self.written[name] = make(samples, response_lengths(samples))
