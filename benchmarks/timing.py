@@ -381,8 +381,10 @@ class Benchmark:
         axes.set_yticks(range(len(rows)), [row["name"] for row in rows])
         axes.invert_yaxis()
         axes.set_xscale("log")
-        axes.margins(x=0.1)
+        decades = np.log10([row[way] for row in rows for way in WAYS if way in row])
+        axes.set_xlim(10 ** np.floor(decades.min()), 10 ** np.ceil(decades.max() + 0.2))  # room for the last number
         axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter("")
         axes.set_xlabel("seconds/sample, on a logarithmic scale")
         axes.set_title(f"{self.scale.title}, {self.report.content['machine']['device']}", loc="left", fontsize=10)
         axes.spines[["top", "right"]].set_visible(False)
