@@ -110,7 +110,7 @@ class ModelConfig:
 
     path: Annotated[str | None, 'folder or Hub name; "stage:NAME" is the result of an earlier stage'] = None
     config: Annotated[dict | None, "instead of path: a transformers configuration, for random weights"] = None
-    dropout: Annotated[float | None, "sets every dropout rate of the model (default: the model's own)"] = None
+    dropout: Annotated[float | None, "sets every dropout rate of model and adapter (default: their own)"] = None
     adapter: Annotated[
         str | None,
         "folder or Hub name of a LoRA adapter (or stage:NAME): a student goes on with it, a teacher merges it",
@@ -162,7 +162,9 @@ class DataConfig:
     """Rows with instruction, input and output, prompt and output, or messages; or the papers' .bin and .idx files."""
 
     train: Annotated[
-        str, 'training rows; JSONL or .bin file, folder or Hub name; "quickstart:train" are generated tasks'
+        str,
+        'training rows; JSONL or .bin file, folder or Hub name; "quickstart:train" are generated tasks, "stage:NAME" '
+        "what an earlier stage with method generate has written",
     ]
     dev: Annotated[str | None, "rows whose loss is reported during training"] = None
     train_rows: Annotated[int | None, "use only the first rows"] = None
@@ -176,15 +178,20 @@ class DataConfig:
         _check_range(self, max_prompt_length=(1, math.inf))
 
     @property
+    def stage(self) -> str | None:
+        """The name of the stage that writes the training rows."""
+        return self.train.removeprefix("stage:") if self.train.startswith("stage:") else None
+
+    @property
     def adds_text(self) -> bool:
         return self.pretrain is not None and self.pretrain.weight > 0
 
 
 @_section
 class SamplingConfig:
-    """How on-policy methods generate responses."""
+    """How on-policy methods, and stages with method generate, write responses."""
 
-    max_new_tokens: Annotated[int, "tokens of a response; prompt and response are cut to data.max_length, too"] = 256
+    max_new_tokens: Annotated[int, "longer responses are cut, and so are prompt and response at data.max_length"] = 256
     temperature: Annotated[float, "divides the logits"] = 1.0
     top_k: Annotated[int, "only the most likely tokens (0: all)"] = 0
     top_p: Annotated[float, "only the most likely tokens of so much probability"] = 1.0
@@ -197,14 +204,14 @@ class SamplingConfig:
 
 @_section
 class OnPolicyConfig:
-    """When imitkd, gkd and distillm train on responses that the student writes, and how they are replayed."""
+    """When imitkd, gkd and distillm train on responses that the student writes, and how those are replayed."""
 
-    fraction: Annotated[float | None, "gkd: share of the steps (default .5); imitkd has 1"] = None
+    fraction: Annotated[float, "gkd: share of the steps"] = 0.5
     replay_rows: Annotated[
-        int, "distillm, imitkd, gkd: capacity of the replay buffer (gkd, imitkd: 0 is no buffer)"
+        int, "imitkd, gkd, distillm: responses that are kept for replay (imitkd, gkd: 0, only new ones are used)"
     ] = 1000
-    threshold: Annotated[float, "distillm: share of steps that may use the student's text, at first"] = 0.0
-    loss_margin: Annotated[float, "distillm: the share grows by .1 where the dev loss has risen by so much"] = 0.1
+    threshold: Annotated[float, "distillm: share of the steps, at first"] = 0.0
+    loss_margin: Annotated[float, "distillm: that share grows by .1 where the dev loss has risen by so much"] = 0.1
     schedule: Annotated[
         Literal["decreasing", "constant", "increasing"], "distillm: how many of those steps generate anew, over the run"
     ] = "decreasing"
@@ -212,10 +219,22 @@ class OnPolicyConfig:
     def __post_init__(self) -> None:
         _check_range(self, fraction=(0, 1), threshold=(0, 1), loss_margin=(0, math.inf), replay_rows=(0, math.inf))
 
+    def check_method(self, method: str) -> None:
+        """Raises ConfigError for values that would change nothing, since the method reads no such key."""
+        readers = {"fraction": ("gkd",), "replay_rows": ("imitkd", "gkd", "distillm")}
+        for field in dataclasses.fields(self):
+            value, own = getattr(self, field.name), readers.get(field.name, ("distillm",))
+            if value != field.default and method not in own:
+                raise ConfigError(
+                    f'on_policy.{field.name} is {value}, but method "{method}" has no such choice, only '
+                    f"{', '.join(own)}: leave it out",
+                    f"on_policy.{field.name}",
+                )
+
 
 @_section
 class MiniLLMConfig:
-    """Of minillm: policy gradient on rollouts. The defaults are the paper's."""
+    """Of minillm: policy gradient on rollouts. The defaults are the paper's; `loss` has to be rkl."""
 
     rollouts: Annotated[int, "prompts of a round of generation"] = 256
     inner_epochs: Annotated[int, "passes over the rollouts of a round"] = 4
@@ -326,7 +345,12 @@ class CheckpointConfig:
 class Config:
     """One run: a student, a way to train it, and data."""
 
-    method: Annotated[str, "sft (no teacher), or ab or kd (divergence to a teacher on the data's responses)"] = "ab"
+    method: Annotated[
+        str,
+        "sft (no teacher); ab or kd (divergence to a teacher on the data's responses); imitkd, gkd or distillm (also "
+        "on the student's own); seqkd (sft on what a stage with method generate wrote); generate (no training: the "
+        "student, here mostly a teacher, answers data.train)",
+    ] = "ab"
     loss: Annotated[
         str,
         "the divergence: ab:ALPHA,BETA, fkl, rkl, wsd:LAM, bdkd, jsd:LAM, akl:MU, tvd, sfkl:LAM, srkl:LAM, "
@@ -351,16 +375,17 @@ class Config:
 
     def __post_init__(self) -> None:
         from .divergences import parse
-        from .methods import NAMES
+        from .methods import NAMES, WITHOUT_TEACHER
 
-        if self.method not in NAMES:
-            raise ConfigError(f'method: unknown method "{self.method}"{nearest(self.method, NAMES)}', "method")
+        names = (*NAMES, "generate")
+        if self.method not in names:
+            raise ConfigError(f'method: unknown method "{self.method}"{nearest(self.method, names)}', "method")
         try:
             parse(self.loss)
         except ValueError as error:
             raise ConfigError(str(error), "loss") from None
         _check_range(self, hard_weight=(0, 1), temperature=(1e-3, 1e3))
-        if self.method != "sft" and self.teacher is None:
+        if self.method not in (*WITHOUT_TEACHER, "generate") and self.teacher is None:
             raise ConfigError(f'teacher: missing, and method "{self.method}" needs one; give teacher.path')
         if self.teacher is not None and self.teacher.lora is not None:
             raise ConfigError("teacher.lora: a teacher is not trained; teacher.adapter merges an adapter into it")
@@ -375,6 +400,21 @@ class Config:
                 f"train.max_tokens is {self.train.max_tokens}, but one sample may have data.max_length = "
                 f"{self.data.max_length} tokens; raise the first or lower the second"
             )
+        self._check_generation()
+
+    def _check_generation(self) -> None:
+        self.on_policy.check_method(self.method)
+        capacity, batch_size = self.on_policy.replay_rows, self.train.batch_size
+        replays = self.method == "distillm" or (self.method in ("imitkd", "gkd") and capacity > 0)
+        if replays and capacity < batch_size:
+            raise ConfigError(
+                f"on_policy.replay_rows is {capacity}, fewer than train.batch_size = {batch_size}, what a step takes",
+                "on_policy.replay_rows",
+            )
+        if self.method == "distillm" and self.data.dev is None:
+            raise ConfigError("data.dev: missing, and method distillm follows its loss", "data.dev")
+        if self.method == "generate" and (self.student.path is None or self.student.lora is not None):
+            raise ConfigError("student: method generate trains nothing: give the path of a model", "student")
 
     def to_dict(self) -> dict:
         return json.loads(json.dumps(dataclasses.asdict(self)))

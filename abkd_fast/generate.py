@@ -7,7 +7,7 @@ import pathlib
 import shlex
 import sys
 
-from .config import ConfigError
+from .config import ConfigError, ModelConfig
 from .train import INTERRUPTED
 
 
@@ -24,7 +24,7 @@ def main(arguments: list[str] | None = None) -> int:
         from .checkpoint import Interrupted
 
         try:
-            Generation(options).run()
+            Generation(options, ModelConfig(path=options.model)).run()
         except Interrupted as interruption:
             command = shlex.join([sys.executable, "-m", "abkd_fast.generate", *arguments])
             print(f"{interruption}; continue with:\n{command}", file=sys.stderr)
@@ -47,6 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", required=True, metavar="FILE.jsonl", type=pathlib.Path, help="where answers go")
     parser.add_argument("--tokenizer", metavar="DIR", help="folder or Hub name (default: the model's)")
     parser.add_argument("--rows", metavar="N", type=int, help="use only the first rows")
+    parser.add_argument("--max-prompt-length", metavar="N", type=int, help="leave out rows with more tokens of prompt")
     numbers = (
         ("--max-new-tokens", 256, "longer answers are cut"),
         ("--min-new-tokens", 0, "no end before so many"),

@@ -185,7 +185,7 @@ def load(
 ) -> PackedCausalLM:
     """The model with its weights in `dtype` (random ones from `config` where spec has no path).
 
-    A student's adapter is attached, and it alone is trained; a teacher's is merged.
+    A student's adapter is attached, and it alone is trained; others are merged.
     """
     for name in ATTENTION_DROPOUT:
         if getattr(config, name, 0) and not attention.supports_dropout(device):
@@ -197,7 +197,7 @@ def load(
     if spec.path is None:
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     else:
-        merges = key == "teacher" and spec.adapter is not None
+        merges = key != "student" and spec.adapter is not None
         read_dtype = torch.promote_types(dtype, torch.float32) if merges else dtype
         try:
             model = AutoModelForCausalLM.from_pretrained(spec.path, config=config, dtype=read_dtype)

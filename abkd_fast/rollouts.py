@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import datasets
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from .config import Config
 from .data import step_samples
 from .models import PackedCausalLM
+from .ops import shared_vocabulary
 from .sampling import SamplingSettings, sample, sample_mixture
 
 
 class Rollouts:
-    """Writes responses to the prompts of samples. Deterministic: seeds are a function of run.seed, step and place."""
+    """Writes responses to the prompts of samples. Deterministic: seeds are a function of run.seed, step and place.
+
+    What it gives are samples again, the end token included where one came, and "row", that of the prompt.
+    """
 
     def __init__(
         self,
@@ -33,58 +38,77 @@ class Rollouts:
         sampling = config.sampling
         self.settings = SamplingSettings(
             max_new_tokens=sampling.max_new_tokens,
+            max_length=config.data.max_length,
             temperature=sampling.temperature,
             top_k=sampling.top_k,
             top_p=sampling.top_p,
             eos_token_ids=(tokenizer.eos_token_id,),
+            # Vocabularies are padded to different sizes, and both models read what is written.
+            vocabulary=shared_vocabulary(*(len(model.head.weight) for model in (student, teacher))),
         )
-        self.sequences = self.tokens = 0
-        self.seconds = 0.0
+        self.counts = _nothing()
 
     def prompts(self, count: int, turn: int) -> list[dict]:
         """Samples of the data, `count` at a time; turn 0 gives the first, epoch after epoch."""
         return step_samples(self.train_set, count, self.config.run.seed, turn)
 
     def write(self, samples: list[dict], step: int) -> list[dict]:
-        """The samples with responses by the student, cut to data.max_length; the end token included where one came."""
-        arguments, started = self._arguments(samples, step), time.perf_counter()
+        """The samples with responses by the student."""
+        arguments, started = self._arguments(samples, step), self._now()
         with self.precision():
             responses = sample(self.student, *arguments)
-        return self._samples(arguments[0], responses, started)
+        return self._with_responses(samples, responses, started)
 
     def write_mixed(self, samples: list[dict], step: int, teacher_weight: float) -> list[dict]:
-        """As `write`, by the mixture of student and teacher (MiniLLM); "log_probs" are the student's, of each token."""
-        arguments, started = self._arguments(samples, step), time.perf_counter()
+        """As `write`, by the mixture of student and teacher (MiniLLM).
+
+        "student_log_probs" and "teacher_log_probs" are lists of each model's own, of the tokens of the response.
+        """
+        arguments, started = self._arguments(samples, step), self._now()
         with self.precision():
             written = sample_mixture(self.student, self.teacher, teacher_weight, *arguments)
-        rollouts = self._samples(arguments[0], [response for response, _ in written], started)
-        for rollout, (_, log_probs) in zip(rollouts, written, strict=True):
-            rollout["log_probs"] = log_probs[: len(rollout["input_ids"]) - rollout["prompt_length"]]
-        return rollouts
+        responses, *log_probs = zip(*written, strict=True)
+        rollouts = self._with_responses(samples, responses, started)
+        return [
+            rollout | {"student_log_probs": student, "teacher_log_probs": teacher}
+            for rollout, student, teacher in zip(rollouts, *log_probs, strict=True)
+        ]
 
-    def numbers(self) -> dict[str, float]:
-        """For the log: what has been generated since the last call."""
-        if not self.sequences:
-            return {}
-        numbers = {
-            "generated_tokens_per_second": self.tokens / self.seconds,
-            "generated_length": self.tokens / self.sequences,
-        }
-        self.sequences, self.tokens, self.seconds = 0, 0, 0.0
+    def numbers(self, steps: int) -> dict[str, float]:
+        """For the log: what was generated since the last call, and the share of the `steps` since then that did it."""
+        counts, self.counts = self.counts, _nothing()
+        numbers = {"generating_share": counts["calls"] / steps}
+        if counts["sequences"]:
+            numbers["generated_tokens_per_second"] = counts["tokens"] / counts["seconds"]
+            numbers["generated_length"] = counts["tokens"] / counts["sequences"]
         return numbers
 
     def _arguments(self, samples: list[dict], step: int) -> tuple[list[list[int]], SamplingSettings, list[int], int]:
-        prompts = [sample["input_ids"][: sample["prompt_length"]] for sample in samples]
+        prompts = [_prompt(sample) for sample in samples]
         first = (self.config.run.seed << 40) + (step << 20)
         seeds = [first + place for place in range(len(samples))]
         return prompts, self.settings, seeds, self.config.sampling.batch_size
 
-    def _samples(self, prompts: list[list[int]], responses: list[list[int]], started: float) -> list[dict]:
-        self.seconds += time.perf_counter() - started
-        self.sequences += len(responses)
-        self.tokens += sum(map(len, responses))
-        longest = self.config.data.max_length
+    def _now(self) -> float:
+        """The time, once the device has done what it was given before: none of that is generation."""
+        if self.student.head.weight.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def _with_responses(self, samples: list[dict], responses: Sequence[list[int]], started: float) -> list[dict]:
+        self.counts["calls"] += 1
+        self.counts["sequences"] += len(responses)
+        self.counts["tokens"] += sum(map(len, responses))
+        self.counts["seconds"] += time.perf_counter() - started
         return [
-            {"input_ids": (prompt + response)[:longest], "prompt_length": len(prompt)}
-            for prompt, response in zip(prompts, responses, strict=True)
+            {"input_ids": _prompt(sample) + response, "prompt_length": sample["prompt_length"], "row": sample["row"]}
+            for sample, response in zip(samples, responses, strict=True)
         ]
+
+
+def _prompt(sample: dict) -> list[int]:
+    return sample["input_ids"][: sample["prompt_length"]]
+
+
+def _nothing() -> dict[str, float]:
+    return {"calls": 0, "sequences": 0, "tokens": 0, "seconds": 0.0}

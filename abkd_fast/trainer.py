@@ -19,7 +19,7 @@ from transformers import get_scheduler, set_seed
 from . import attention, checkpoint, costs, methods, models, ops, pretrain
 from .checkpoint import Interrupted
 from .config import Config, ConfigError, ModelConfig
-from .data import DEV, TRAIN, Batch, ahead, batch_rows, describe_long_rows, pack, read_rows, step_samples, tokenise
+from .data import DEV, TRAIN, Batch, ahead, describe_long_rows, pack, read_rows, step_samples, tokenise
 from .logs import RunLog, console, peak_memory
 from .methods.sft import cross_entropy
 from .progress import Progress, Window, is_finite
@@ -63,7 +63,7 @@ class Trainer:
         limits = data.max_length, data.max_prompt_length
         rows = read_rows(data.train, data.train_rows, TRAIN)
         self.train_set = tokenise(rows, self.tokenizer, *limits)
-        self.where = [rows[row].where for row in self.train_set["row"][:]]
+        self.where = [row.where for row in rows]
         self.long_rows = {"train": describe_long_rows(rows, self.train_set, *limits)}
         self.dev_set = self.pretrain_set = None
         if data.dev is not None:
@@ -75,6 +75,8 @@ class Trainer:
             raise ConfigError(
                 f"{data.train}: {len(self.train_set)} rows are fewer than train.batch_size = {train.batch_size}"
             )
+        if hasattr(self.method, "check_rows"):
+            self.method.check_rows(len(self.train_set))
         self.steps = train.steps or train.epochs * self.steps_per_epoch
         if data.adds_text:
             self.pretrain_set = pretrain.load_blocks(data.pretrain, self.tokenizer, data.max_length)
@@ -86,7 +88,7 @@ class Trainer:
 
     @property
     def is_on_policy(self) -> bool:
-        return self.method.data_share < 1
+        return hasattr(self.method, "sequences")
 
     def step_cost(self, cached: bool) -> costs.StepCost:
         """Of a step, with or without the teacher's cache."""
@@ -200,8 +202,10 @@ class Trainer:
         """The next step's micro-batches with the sequences that the method trains on, given those of the data."""
         step = self.progress.step
         samples = [sample for part in batch if not part.is_text for sample in part.samples]
-        written = self.method.sequences(step, step / self.steps, samples, self.rollouts)
-        return pack(written, self.config.train.max_tokens) + [part for part in batch if part.is_text]
+        chosen = self.method.sequences(step, (step + 1) / self.steps, samples, self.rollouts)
+        if chosen is samples:
+            return batch
+        return pack(chosen, self.config.train.max_tokens) + [part for part in batch if part.is_text]
 
     def _finish(self) -> dict:
         """Writes and returns the summary; the folder `final` is written last: with it the run is finished."""
@@ -253,7 +257,7 @@ class Trainer:
         parts = {}
         if text := [part for part in batch if part.is_text]:
             weight = self.config.data.pretrain.weight
-            text_loss = self._backward(text, lambda part: functools.partial(cross_entropy, batch=part), weight)
+            text_loss = self._backward(text, self._text_loss, weight)
             parts = {"loss_method": total, "loss_pretrain": text_loss}
             total = total + weight * text_loss
         norm = torch.nn.utils.clip_grad_norm_(self.student.parameters(), self.config.optim.clip_norm)
@@ -283,10 +287,15 @@ class Trainer:
         states = self.teacher.states(part) if self.teacher else None
         return functools.partial(self.method.loss, batch=part, teacher=states)
 
+    def _text_loss(self, part: Batch) -> Callable[..., Tensor]:
+        if not hasattr(self.method, "text_loss"):
+            return functools.partial(cross_entropy, batch=part)
+        return functools.partial(self.method.text_loss, batch=part, teacher=self.teacher.live.states(part))
+
     def _log_window(self, log: RunLog, rate: float) -> None:
         """Writes the point of the steps since the last one, and begins the next."""
         self._check_finite()
-        numbers = self.method.numbers() | self.rollouts.numbers() if self.is_on_policy else {}
+        numbers = self.method.numbers() | self.rollouts.numbers(self.window.steps) if self.is_on_policy else {}
         skipped = self.window.write(log, self.progress.step, rate, numbers)
         if skipped:
             self.progress.skipped_steps += skipped
@@ -305,12 +314,9 @@ class Trainer:
             )
 
     def _account(self, step: float, loss: float, norm: float) -> str:
-        """One step's numbers and the rows of its samples."""
-        epoch, index = divmod(int(step) - 1, self.steps_per_epoch)
-        train, seed = self.config.train, self.config.run.seed
-        rows = batch_rows(len(self.train_set), train.batch_size, seed, epoch)[index]
+        """The numbers of a step since the last logged point, and the rows that its samples or their prompts are."""
         numbers = {}
-        for row in sorted(rows):
+        for row in sorted(self.window.rows[int(step) - self.progress.step - 1]):
             source, _, number = self.where[row].rpartition(" ")
             numbers.setdefault(source, []).append(number)
         where = "; ".join(f"{source} {', '.join(numbers[source])}" for source in numbers)
@@ -378,6 +384,8 @@ class Trainer:
         }
         if hasattr(self.method, "state_dict"):
             state["method"] = self.method.state_dict()
+        if self.is_on_policy:
+            state["rollouts"] = self.rollouts.counts
         return tensors, state
 
     def _restore(self, tensors: dict[str, Tensor], state: dict) -> None:
@@ -401,6 +409,8 @@ class Trainer:
             group["lr"] = rate
         if "method" in state:
             self.method.load_state_dict(state["method"])
+        if "rollouts" in state:
+            self.rollouts.counts = state["rollouts"]
         checkpoint.set_random_state(groups["random"], state)  # last: loading models draws from the generators
 
     def _fingerprints(self) -> dict[str, str]:
@@ -442,7 +452,7 @@ class Trainer:
         yield f"  models     {sizes}{merged}"
         yield (
             f"  data       {len(lengths)} rows, {lengths.float().mean():.0f} tokens each on average, "
-            f"the first {self.where[0]}"
+            f"the first {self.where[self.train_set['row'][0]]}"
         )
         yield from self.describe_data()
         yield f"  device     {_device_name(self.device)}, {str(self.dtype).removeprefix('torch.')}"
@@ -456,7 +466,7 @@ class Trainer:
             yield f"  resumed    {f'from {self.saved}' if self.saved else 'from the start: there is no checkpoint'}"
 
     def describe_data(self) -> Iterator[str]:
-        """What rows that are too long came to, and the plain text."""
+        """What rows that are too long came to, the plain text, and what is generated."""
         for name, note in self.long_rows.items():
             if note:
                 yield f"  long rows  {name}: {note}"
@@ -465,6 +475,12 @@ class Trainer:
             yield (
                 f"  plain text {len(self.pretrain_set)} blocks of {data.max_length} tokens, one a sample; "
                 f"weight {data.pretrain.weight:g}"
+            )
+        if self.is_on_policy:
+            sampling = self.config.sampling
+            yield (
+                f"  generation up to {sampling.max_new_tokens} tokens a response at temperature "
+                f"{sampling.temperature:g}, {sampling.batch_size} at a time"
             )
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import random
-
 from ..config import Config
 from ..rollouts import Rollouts
 from .kd import WordLevelKD
@@ -13,51 +11,44 @@ from .replay import ReplayBuffer
 class GKD(WordLevelKD):
     """A share of the steps, on_policy.fraction, trains on the student's responses, the others on the data's.
 
-    As in the published code, responses go through a replay buffer; on_policy.replay_rows = 0 uses them as they come.
+    As in the published code of ABKD and DistiLLM, new responses go through a replay buffer, and the step gets a random
+    batch of it; with on_policy.replay_rows = 0 it trains on the new ones, as the paper has it.
     """
-
-    default_fraction = 0.5
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
-        fraction = config.on_policy.fraction
-        self.fraction = self.default_fraction if fraction is None else fraction
-        self.data_share = 1 - self.fraction
-        self.random = random.Random(config.run.seed)  # every process draws the same
-        self.buffer = ReplayBuffer(config.on_policy.replay_rows)
-        self.steps = self.generating = 0
+        self.fraction = config.on_policy.fraction
+        self.buffer = ReplayBuffer(config.on_policy.replay_rows, config.run.seed)
+
+    @property
+    def data_share(self) -> float:
+        return 1 - self.fraction
 
     def sequences(self, step: int, progress: float, samples: list[dict], rollouts: Rollouts) -> list[dict]:
-        """What this step trains on, given its samples of the data; `progress` is the share of steps done."""
-        self.steps += 1
-        if self.random.random() >= self.fraction:
+        if self.buffer.coin() >= self.fraction:
             return samples
-        self.generating += 1
         written = rollouts.write(samples, step)
         if not self.buffer.capacity:
             return written
         self.buffer.add(written)
-        return self.buffer.draw(len(samples), self.random)
+        return self.buffer.draw(len(samples))
 
     def evaluated(self, dev_loss: float) -> None:
-        """Before the first step, too. Nothing depends on it here."""
+        """Nothing depends on it."""
 
     def numbers(self) -> dict[str, float]:
-        """Since the last call."""
-        share = self.generating / max(1, self.steps)
-        self.steps = self.generating = 0
-        return {"generating_share": share}
+        return {}
 
     def state_dict(self) -> dict:
-        return {"random": self.random.getstate(), "buffer": self.buffer.state_dict()}
+        return self.buffer.state_dict()
 
     def load_state_dict(self, state: dict) -> None:
-        version, numbers, gauss = state["random"]
-        self.random.setstate((version, tuple(numbers), gauss))
-        self.buffer.load_state_dict(state["buffer"])
+        self.buffer.load_state_dict(state)
 
 
 class ImitKD(GKD):
     """Every step trains on the student's responses."""
 
-    default_fraction = 1.0
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.fraction = 1.0
