@@ -127,6 +127,7 @@ def _limits(samples: list[dict]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _mode(module: nn.Module, dropout: bool) -> Iterator[None]:
+    """MiniLLM trains without dropout."""
     training = module.training
     module.train(training and dropout)
     yield
@@ -174,16 +175,15 @@ class Ours:
             samples = self.written[name]
             with _mode(self.trainer.student, dropout=name != "MiniLLM"):
                 if name == "MiniLLM":
-                    method.rollouts, method.settings = samples, self._round_of(method, samples)
+                    # In a round of these samples alone, step 1 is its second epoch: one that writes nothing.
+                    method.rollouts, method.settings = (
+                        samples,
+                        dataclasses.replace(method.settings, rollouts=len(samples)),
+                    )
                     samples = method.sequences(1, 1.0, turn.samples, self.rollouts)
                 return self._step(method, teacher, pack(samples, self.trainer.config.train.max_tokens) + turn.text)
 
         return step
-
-    @staticmethod
-    def _round_of(method: object, samples: list[dict]) -> object:
-        """Settings by which a round is these samples: then step 1 is its second epoch."""
-        return dataclasses.replace(method.settings, rollouts=len(samples))
 
     def method(self, name: str) -> object:
         return methods.find(METHODS[name].method)(self.config(name))

@@ -2,9 +2,12 @@
 
 Our steps are the trainer's own, without and with the teacher's cache; the published way is published.py. Both have the
 same models (of random weights) and the same batches, as long as Dolly's samples are. All take turns, so that a drift of
-the machine touches them alike. A step is timed from its batch, packed or padded, to the changed weights. Before that,
-both sides have to agree on loss and gradient norm, dropout off: a method whose sides don't is marked as failed, gets no
-ratios, and makes the exit status 1. Tables go to the terminal, and as JSON and Markdown to --out.
+the machine touches them alike. A step is timed from its batch, packed or padded, to the changed weights. A method that
+generates has several kinds of steps: each is timed, and they are added up in the shares that the method has of them.
+
+Before that, both sides have to agree on loss and gradient norm, dropout off, on the data and on given responses: a
+method whose sides don't is marked as failed, gets no ratios, and makes the exit status 1. Tables go to the terminal,
+and with a chart, as JSON and Markdown, to --out.
 
 --overhead measures, in the trainer's whole loop, what is neither model nor loss.
 """
@@ -172,7 +175,7 @@ class Benchmark:
     def steps(self) -> dict[Key, Callable[[Turn], object]]:
         """Of each method, way and part: takes a batch; those that train return loss and gradient norm.
 
-        What writes comes before what trains on that. What costs the same as another one is not there: see `time_of`.
+        What writes comes before what trains on that. What costs the same as another one is not there: see `same_cost`.
         """
         steps = {}
         for name, method in self.methods.items():
@@ -394,6 +397,7 @@ class Benchmark:
             figure.savefig(self.options.out / f"timing.{kind}", dpi=150)
         pyplot.close(figure)
         self.report.note(f"chart: {self.options.out / 'timing.png'} and .svg")
+        self.report.markdown.append("![seconds/sample](timing.png)")
 
     def amortised(self, rows: list[dict]) -> None:
         """What the cache costs, spread over the epochs that share it."""
