@@ -9,7 +9,7 @@ _MODULES = {
     """,
     "ops": "build_info divergence_loss",
     "sampling": "SamplingSettings sample sample_mixture",
-    "fused_linear": "fused_linear_cross_entropy fused_linear_divergence",
+    "fused_linear": "fused_linear_cross_entropy fused_linear_divergence fused_linear_policy_gradient",
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names.split()}
 __all__ = sorted(_HOME)

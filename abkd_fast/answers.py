@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import hashlib
 import json
 import math
 import pathlib
+import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import PretrainedConfig
 
 from . import cache, lora, models, sampling
-from .checkpoint import WRITE_ERRORS, Interrupted, StopSignals, atomic_write
-from .config import ConfigError, ModelConfig
+from .checkpoint import WRITE_ERRORS, Interrupted, StopSignals, atomic_folder, atomic_write, locked
+from .config import Config, ConfigError, ModelConfig
 from .data import encode_prompts, read_rows
 from .logs import console
 from .sampling import SamplingSettings
@@ -28,34 +30,36 @@ SETTINGS = ("max_new_tokens", "min_new_tokens", "temperature", "top_k", "top_p",
 class Generation:
     """One command, from its options (those of `generate.py`) to its file."""
 
-    def __init__(self, options: argparse.Namespace) -> None:
+    def __init__(self, options: argparse.Namespace, spec: ModelConfig) -> None:
         """Checks all that can be checked without weights. Raises ConfigError; writes nothing."""
-        self.options = options
-        for name in ("rows", "batch_size"):
+        self.options, self.spec = options, spec
+        for name in ("rows", "batch_size", "max_prompt_length"):
             value = getattr(options, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} is {value}, expected at least 1")
         chosen = {name: getattr(options, name) for name in SETTINGS}
         self.device = choose_device(options.device)
         self.dtype = choose_dtype(options.dtype, self.device)
-        self.spec = models.spec_of(options.model)
         self.config = models.read_config(self.spec, "model")
-        self.tokenizer = models.read_tokenizer(options.tokenizer or options.model, "tokenizer")
+        self.tokenizer = models.read_tokenizer(options.tokenizer or spec.path, "tokenizer")
         models.check_vocabularies(self.tokenizer, self.config, None, None)
         self.end = self.tokenizer.eos_token_id
         self.settings = SamplingSettings(**chosen, eos_token_ids=(self.end,))
         self.rows = read_rows(options.data, options.rows, prompts_only=True)
         self.prompts = encode_prompts(self.rows, self.tokenizer)
+        longest = options.max_prompt_length or math.inf
+        self.short = [index for index, prompt in enumerate(self.prompts) if len(prompt) <= longest]
         positions = getattr(self.config, "max_position_embeddings", math.inf)
-        for row, prompt in zip(self.rows, self.prompts, strict=True):
-            if len(prompt) >= positions:
+        for index in self.short:
+            if (length := len(self.prompts[index])) >= positions:
                 raise ConfigError(
-                    f"{row.where}: the prompt has {len(prompt)} tokens, and the model {positions} positions: no room "
-                    "for an answer; drop the row"
+                    f"{self.rows[index].where}: the prompt has {length} tokens, and the model {positions} positions: "
+                    "no room for an answer; drop the row, or lower max_prompt_length"
                 )
         identity = {
             "weights": hash_weights(self.spec, self.config),
             "prompts": hashlib.sha256(json.dumps([self.prompts, self.end]).encode()).hexdigest(),
+            "max_prompt_length": options.max_prompt_length,
             "seed": options.seed,
             "dtype": str(self.dtype).removeprefix("torch."),
             **chosen,
@@ -65,14 +69,15 @@ class Generation:
     def run(self) -> None:
         """Answers what is not answered yet. Raises Interrupted after a signal, and where there is no room."""
         path, answers = self.options.out, self.answers
+        self.todo, self.tokens, self.seconds = [], 0, 0.0
         if answers.finished:
             console.print(f"{path} is finished already")
             return
-        self.todo = [index for index in range(len(self.rows)) if index not in answers.rows]
+        self.todo = [index for index in self.short if index not in answers.rows]
         dtype = str(self.dtype).removeprefix("torch.")
         console.print(f"{len(self.todo)} of {len(self.rows)} prompts to answer, on {self.device}, in {dtype}")
         model = models.load(self.spec, self.config, "model", self.dtype, self.device)
-        started, self.tokens = time.perf_counter(), 0
+        started = time.perf_counter()
         try:
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16), answers:
                 model.check()
@@ -80,10 +85,13 @@ class Generation:
                 answers.finish()
         except WRITE_ERRORS as error:
             raise Interrupted(f"{path} can't be written ({error}): make room") from None
-        seconds = time.perf_counter() - started
+        self.seconds = time.perf_counter() - started
+        left_out = f"{len(self.short) - len(answers.rows)} were empty and are left out"
+        if long := len(self.rows) - len(self.short):
+            left_out += f", and so are {long} prompts of more than {self.options.max_prompt_length} tokens"
         console.print(
-            f"{len(answers.rows)} answers in {path}; {len(self.rows) - len(answers.rows)} were empty and are left out; "
-            f"{self.tokens} tokens in {seconds:.1f} s, {self.tokens / seconds:.0f} tokens/s"
+            f"{len(answers.rows)} answers in {path}; {left_out}; {self.tokens} tokens in {self.seconds:.1f} s, "
+            f"{self.tokens / self.seconds:.0f} tokens/s"
         )
 
     def _answer(self, model: models.PackedCausalLM) -> None:
@@ -107,6 +115,66 @@ def _as_row(values: dict, output: str) -> dict:
     if "messages" in values:
         return {"messages": [*values["messages"][:-1], {"role": "assistant", "content": output}]}
     return {"prompt": values["prompt"], "output": output}
+
+
+def write_stage(config: Config) -> dict:
+    """Answers data.train's prompts with a stage's student, and returns the stage's summary.
+
+    The folder `final`, which has the answers in one file, is written last. Raises ConfigError, and Interrupted.
+    """
+    folder = config.run.folder
+    growing = folder / "answers.jsonl"
+    with locked(folder):
+        console.print(
+            f"[bold]{folder}[/bold]  method {config.method}, by {config.student.adapter or config.student.path}"
+        )
+        generation = of_stage(config, growing)
+        atomic_write(folder / "config.json", json.dumps(config.to_dict(), indent=2) + "\n")
+        generation.run()
+        summary = {
+            "method": config.method,
+            "rows": len(generation.answers.rows),
+            "dev_loss_before": None,
+            "dev_loss": None,
+            "seconds_per_sample": generation.seconds / max(1, len(generation.todo)),
+        }
+        try:
+            atomic_write(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+            with atomic_folder(folder / "final") as final:
+                shutil.copy(growing, final)
+        except WRITE_ERRORS as error:
+            raise Interrupted(f"{folder / 'final'} can't be written ({error}): make room") from None
+    return summary
+
+
+def describe(config: Config) -> Iterator[str]:
+    """What `write_stage` would do. Loads no weights; raises ConfigError."""
+    rows, sampling = read_rows(config.data.train, config.data.train_rows, prompts_only=True), config.sampling
+    yield json.dumps(config.to_dict(), indent=2)
+    yield (
+        f"  answers    to {len(rows)} prompts, by {config.student.path}, each of at most {sampling.max_new_tokens} "
+        f"tokens at temperature {sampling.temperature:g}, {sampling.batch_size} at a time"
+    )
+
+
+def of_stage(config: Config, out: pathlib.Path) -> Generation:
+    """The command that a stage with method generate stands for. Raises ConfigError."""
+    return Generation(
+        argparse.Namespace(
+            **dataclasses.asdict(config.sampling),
+            min_new_tokens=0,
+            no_repeat_ngram_size=0,
+            data=config.data.train,
+            rows=config.data.train_rows,
+            max_prompt_length=config.data.max_prompt_length,
+            out=out,
+            tokenizer=config.tokenizer,
+            seed=config.run.seed,
+            device=config.train.device,
+            dtype=config.train.dtype,
+        ),
+        config.student,
+    )
 
 
 def hash_weights(spec: ModelConfig, config: PretrainedConfig) -> dict[str, str]:

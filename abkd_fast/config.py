@@ -112,7 +112,7 @@ class ModelConfig:
 
     path: Annotated[str | None, 'folder or Hub name; "stage:NAME" is the result of an earlier stage'] = None
     config: Annotated[dict | None, "instead of path: a transformers configuration, for random weights"] = None
-    dropout: Annotated[float | None, "sets every dropout rate of the model (default: the model's own)"] = None
+    dropout: Annotated[float | None, "sets every dropout rate of model and adapter (default: their own)"] = None
     adapter: Annotated[
         str | None,
         "folder or Hub name of a LoRA adapter (or stage:NAME): a student goes on with it, a teacher merges it",
@@ -164,7 +164,9 @@ class DataConfig:
     """Rows with instruction, input and output, prompt and output, or messages; or the papers' .bin and .idx files."""
 
     train: Annotated[
-        str, 'training rows; JSONL or .bin file, folder or Hub name; "quickstart:train" are generated tasks'
+        str,
+        'training rows; JSONL or .bin file, folder or Hub name; "quickstart:train" are generated tasks, "stage:NAME" '
+        "what an earlier stage with method generate has written",
     ]
     dev: Annotated[str | None, "rows whose loss is reported during training"] = None
     train_rows: Annotated[int | None, "use only the first rows"] = None
@@ -178,8 +180,76 @@ class DataConfig:
         _check_range(self, max_prompt_length=(1, math.inf))
 
     @property
+    def stage(self) -> str | None:
+        """The name of the stage that writes the training rows."""
+        return self.train.removeprefix("stage:") if self.train.startswith("stage:") else None
+
+    @property
     def adds_text(self) -> bool:
         return self.pretrain is not None and self.pretrain.weight > 0
+
+
+@_section
+class SamplingConfig:
+    """How on-policy methods, and stages with method generate, write responses."""
+
+    max_new_tokens: Annotated[int, "longer responses are cut, and so are prompt and response at data.max_length"] = 256
+    temperature: Annotated[float, "divides the logits"] = 1.0
+    top_k: Annotated[int, "only the most likely tokens (0: all)"] = 0
+    top_p: Annotated[float, "only the most likely tokens of so much probability"] = 1.0
+    batch_size: Annotated[int, "sequences in progress at a time; no response depends on it"] = 64
+
+    def __post_init__(self) -> None:
+        _check_range(self, max_new_tokens=(1, math.inf), temperature=(1e-3, 1e3), top_k=(0, math.inf))
+        _check_range(self, top_p=(0, 1), batch_size=(1, math.inf))
+
+
+@_section
+class OnPolicyConfig:
+    """When imitkd, gkd and distillm train on responses that the student writes, and how those are replayed."""
+
+    fraction: Annotated[float, "gkd: share of the steps"] = 0.5
+    replay_rows: Annotated[
+        int, "imitkd, gkd, distillm: responses that are kept for replay (imitkd, gkd: 0, only new ones are used)"
+    ] = 1000
+    threshold: Annotated[float, "distillm: share of the steps, at first"] = 0.0
+    loss_margin: Annotated[float, "distillm: that share grows by .1 where the dev loss has risen by so much"] = 0.1
+    schedule: Annotated[
+        Literal["decreasing", "constant", "increasing"], "distillm: how many of those steps generate anew, over the run"
+    ] = "decreasing"
+
+    def __post_init__(self) -> None:
+        _check_range(self, fraction=(0, 1), threshold=(0, 1), loss_margin=(0, math.inf), replay_rows=(0, math.inf))
+
+    def check_method(self, method: str) -> None:
+        """Raises ConfigError for values that would change nothing, since the method reads no such key."""
+        readers = {"fraction": ("gkd",), "replay_rows": ("imitkd", "gkd", "distillm")}
+        for field in dataclasses.fields(self):
+            value, own = getattr(self, field.name), readers.get(field.name, ("distillm",))
+            if value != field.default and method not in own:
+                raise ConfigError(
+                    f'on_policy.{field.name} is {value}, but method "{method}" has no such choice, only '
+                    f"{', '.join(own)}: leave it out",
+                    f"on_policy.{field.name}",
+                )
+
+
+@_section
+class MiniLLMConfig:
+    """Of minillm: policy gradient on rollouts. The defaults are the paper's; `loss` has to be rkl."""
+
+    rollouts: Annotated[int, "prompts of a round of generation"] = 256
+    inner_epochs: Annotated[int, "passes over the rollouts of a round"] = 4
+    teacher_weight: Annotated[float, "of the teacher in the mixture that writes"] = 0.2
+    gamma: Annotated[float, "discount of later rewards"] = 0.95
+    reward_scale: Annotated[float, "rewards are divided by it"] = 0.5
+    clip_reward: Annotated[float, "rewards beyond are cut"] = 100.0
+    clip_ratio: Annotated[float, "how far the ratio of probabilities may move from 1"] = 0.2
+    text_kd: Annotated[float, "w in (1 - w) cross-entropy + w divergence to the teacher, on data.pretrain"] = 0.5
+
+    def __post_init__(self) -> None:
+        _check_range(self, rollouts=(1, math.inf), inner_epochs=(1, math.inf), teacher_weight=(0, 1), gamma=(0, 1))
+        _check_range(self, reward_scale=(1e-6, math.inf), clip_reward=(0, math.inf), clip_ratio=(0, 1), text_kd=(0, 1))
 
 
 @_section
@@ -291,7 +361,12 @@ class CheckpointConfig:
 class Config:
     """One run: a student, a way to train it, and data."""
 
-    method: Annotated[str, "sft (no teacher), or ab or kd (divergence to a teacher on the data's responses)"] = "ab"
+    method: Annotated[
+        str,
+        "sft (no teacher); ab or kd (divergence to a teacher on the data's responses); imitkd, gkd or distillm (also "
+        "on the student's own); minillm (policy gradient); seqkd (sft on what a stage with method generate wrote); "
+        "generate (no training: the student, here mostly a teacher, answers data.train)",
+    ] = "ab"
     loss: Annotated[
         str,
         "the divergence: ab:ALPHA,BETA, fkl, rkl, wsd:LAM, bdkd, jsd:LAM, akl:MU, tvd, sfkl:LAM, srkl:LAM, "
@@ -304,6 +379,9 @@ class Config:
     student: ModelConfig
     teacher: ModelConfig | None = None
     data: DataConfig
+    sampling: SamplingConfig = SamplingConfig()
+    on_policy: OnPolicyConfig = OnPolicyConfig()
+    minillm: MiniLLMConfig = MiniLLMConfig()
     cache: CacheConfig = CacheConfig()
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()
@@ -313,16 +391,17 @@ class Config:
 
     def __post_init__(self) -> None:
         from .divergences import parse
-        from .methods import NAMES
+        from .methods import NAMES, WITHOUT_TEACHER
 
-        if self.method not in NAMES:
-            raise ConfigError(f'method: unknown method "{self.method}"{nearest(self.method, NAMES)}', "method")
+        names = (*NAMES, "generate")
+        if self.method not in names:
+            raise ConfigError(f'method: unknown method "{self.method}"{nearest(self.method, names)}', "method")
         try:
             parse(self.loss)
         except ValueError as error:
             raise ConfigError(str(error), "loss") from None
         _check_range(self, hard_weight=(0, 1), temperature=(1e-3, 1e3))
-        if self.method != "sft" and self.teacher is None:
+        if self.method not in (*WITHOUT_TEACHER, "generate") and self.teacher is None:
             raise ConfigError(f'teacher: missing, and method "{self.method}" needs one; give teacher.path')
         if self.teacher is not None and self.teacher.lora is not None:
             raise ConfigError("teacher.lora: a teacher is not trained; teacher.adapter merges an adapter into it")
@@ -339,6 +418,21 @@ class Config:
                 f"train.max_tokens is {self.train.max_tokens}, but one sample may have data.max_length = "
                 f"{self.data.max_length} tokens; raise the first or lower the second"
             )
+        self._check_generation()
+
+    def _check_generation(self) -> None:
+        self.on_policy.check_method(self.method)
+        capacity, batch_size = self.on_policy.replay_rows, self.train.batch_size
+        replays = self.method == "distillm" or (self.method in ("imitkd", "gkd") and capacity > 0)
+        if replays and capacity < batch_size:
+            raise ConfigError(
+                f"on_policy.replay_rows is {capacity}, fewer than train.batch_size = {batch_size}, what a step takes",
+                "on_policy.replay_rows",
+            )
+        if self.method == "distillm" and self.data.dev is None:
+            raise ConfigError("data.dev: missing, and method distillm follows its loss", "data.dev")
+        if self.method == "generate" and (self.student.path is None or self.student.lora is not None):
+            raise ConfigError("student: method generate trains nothing: give the path of a model", "student")
 
     def to_dict(self) -> dict:
         return json.loads(json.dumps(dataclasses.asdict(self)))

@@ -152,6 +152,7 @@ def _outputs(values: dict) -> object:
 def _check(values: object, where: str, empty_output: bool = False) -> dict:
     if not isinstance(values, dict):
         raise ConfigError(f"{where}: expected a JSON object with instruction, input and output")
+    ended = {"ended": False} if values.get("ended") is False else {}  # an answer that was cut teaches no end
     if "messages" in values:
         messages = values["messages"]
         good = isinstance(messages, list) and all(
@@ -162,7 +163,7 @@ def _check(values: object, where: str, empty_output: bool = False) -> dict:
             raise ConfigError(f'{where}: "messages" must be objects with role and content, the last by the assistant')
         if not empty_output and not messages[-1]["content"].strip():
             raise ConfigError(f"{where}: the last message is empty: nothing to learn")
-        return {"messages": messages}
+        return {"messages": messages, **ended}
     prompt_key = "prompt" if "prompt" in values else "instruction"
     if isinstance(values.get("output"), list) and values["output"]:
         values = {**values, "output": values["output"][0]}  # as the papers train on sets with several references
@@ -178,7 +179,7 @@ def _check(values: object, where: str, empty_output: bool = False) -> dict:
     if not isinstance(extra, str):
         raise ConfigError(f'{where}: "input" must be text, got {json.dumps(extra)[:60]}')
     if prompt_key == "prompt":
-        return {"prompt": values["prompt"], "output": values["output"]}
+        return {"prompt": values["prompt"], "output": values["output"], **ended}
     template = PROMPT_WITH_INPUT if extra else PROMPT
     prompt = template.format(instruction=values["instruction"], input=extra)
     return {"prompt": prompt, "output": values["output"]}
@@ -320,15 +321,15 @@ def _encode(
 
 
 def _token_ids(rows: list[dict], tokenizer: PreTrainedTokenizerBase) -> list[tuple[list[int], list[int]]]:
-    """The tokens of each row's prompt, and of its response and the end."""
+    """The tokens of each row's prompt, and of its response and the end, unless it is said not to have ended."""
     prompts = [_prompt(row, tokenizer) for row in rows]
     outputs = [row["messages"][-1]["content"] if "messages" in row else row["output"] for row in rows]
     wholes = [prompt + output for prompt, output in zip(prompts, outputs, strict=True)]
     prompt_ids = tokenizer(prompts, add_special_tokens=False)["input_ids"]
     whole_ids = tokenizer(wholes, add_special_tokens=False)["input_ids"]
+    ends = [[tokenizer.eos_token_id] if row.get("ended", True) else [] for row in rows]
     return [
-        (prompt, [*whole[len(prompt) :], tokenizer.eos_token_id])
-        for prompt, whole in zip(prompt_ids, whole_ids, strict=True)
+        (prompt, whole[len(prompt) :] + end) for prompt, whole, end in zip(prompt_ids, whole_ids, ends, strict=True)
     ]
 
 
@@ -411,7 +412,7 @@ def _join(samples: list[dict]) -> Batch:
     )
 
 
-@functools.lru_cache(maxsize=2)  # one epoch of the rows, and one of the plain text
+@functools.lru_cache(maxsize=4)  # an epoch of the rows, of the plain text, of prompts, and of rollouts
 def batch_rows(rows: int, batch_size: int, seed: int, epoch: int) -> list[list[int]]:
     """The row numbers of an epoch's batches: they depend on these four alone; a last, incomplete batch is left out."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)

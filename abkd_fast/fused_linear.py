@@ -13,17 +13,19 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .divergences import CrossEntropy, Divergence, parse
+from .divergences import CrossEntropy, Divergence, ReverseKL, parse
 from .ops import (
     STATISTICS,
     check_labels,
     check_numbers,
     choose_branch,
+    clipped_surrogate,
     count_kept,
     decides_per_batch,
     loss_dtype,
     measure_rows,
     new_large,
+    policy_rows,
     refuse_second_derivative,
     row_gradients,
     row_losses,
@@ -136,10 +138,14 @@ def _run(
     logits_dtype: torch.dtype,
     need: list[bool],
     upstream: Tensor | None = None,
+    policy: tuple[Tensor, Tensor, float, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The chunk loop: losses [N], and the gradients of their sum (or of upstream [N] times them) where `need`ed.
 
     Every gradient is in float32 (float64 for float64 hidden states) and not divided by the number of rows.
+
+    policy: advantages [N], log_probs [N] and clip_ratio for `policy_rows`, whose gradients are then made and whose
+        divergences are the losses, and [N] numbers that receive its ratios.
     """
     with torch.autocast(student[0].device.type, enabled=False):
         dtype = loss_dtype(student[0])
@@ -166,7 +172,11 @@ def _run(
         accumulate = False
         for rows, logits, teacher_logits in chunks:
             models = logits, teacher_logits, None if labels is None else labels[rows]
-            if statistics is None:
+            if policy is not None:
+                advantages, log_probs, clip_ratio, ratios = policy
+                numbers = advantages[rows], log_probs[rows], clip_ratio
+                losses[rows], ratios[rows] = policy_rows(*models, *numbers, gradient=logits if any(need) else None)
+            elif statistics is None:
                 factors = None if upstream is None else upstream[rows].contiguous()
                 losses[rows] = row_losses(*models, *options, gradient=logits if any(need) else None, upstream=factors)
             else:
@@ -252,14 +262,16 @@ def _save(ctx, inputs, output) -> None:  # noqa: ANN001
 
 
 def _backward(ctx, upstream: Tensor, *_: Tensor) -> tuple:  # noqa: ANN001
+    return *_saved_gradients(ctx, upstream), *[None] * 11
+
+
+def _saved_gradients(ctx, upstream: Tensor | None) -> list[Tensor | None]:  # noqa: ANN001
+    """By hidden states, projection and bias, from those made in the forward pass."""
     refuse_second_derivative()
-    if upstream is None:
-        return (None,) * 14
-    gradients = [
-        scaled(gradient, upstream).to(dtype) if needed else None
+    return [
+        scaled(gradient, upstream).to(dtype) if needed and upstream is not None else None
         for gradient, dtype, needed in zip(ctx.saved_tensors, ctx.dtypes, ctx.need, strict=True)
     ]
-    return *gradients, *[None] * 11
 
 
 _fused_linear.register_autograd(_backward, setup_context=_save)
@@ -286,6 +298,39 @@ class _LossPerRow(torch.autograd.Function):
         return None, None, *cast, *[None] * 4
 
 
+class _PolicyGradient(torch.autograd.Function):
+    """The sum of divergences and surrogates, whose gradient is made in the forward pass; divergences, and ratios."""
+
+    @staticmethod
+    def forward(
+        ctx,  # noqa: ANN001
+        need: list[bool],
+        labels: Tensor,
+        advantages: Tensor,
+        log_probs: Tensor,
+        clip_ratio: float,
+        teacher: tuple[Tensor, Tensor, Tensor | None],
+        *student: Tensor | None,
+    ):
+        dtype = loss_dtype(student[0])
+        advantages, log_probs = advantages.to(dtype), log_probs.to(dtype)
+        ratios = torch.zeros_like(advantages)  # [N]
+        policy = advantages, log_probs, clip_ratio, ratios
+        divergences, *gradients = _run(student, teacher, labels, ReverseKL(), 1.0, 0.0, 0, dtype, need, policy=policy)
+        ctx.need, ctx.dtypes = need, [None if x is None else x.dtype for x in student]
+        ctx.save_for_backward(*gradients)
+        ctx.mark_non_differentiable(divergences, ratios)
+        return (divergences + clipped_surrogate(ratios, advantages, clip_ratio)).sum(), divergences, ratios
+
+    @staticmethod
+    def backward(ctx, upstream: Tensor, *_: Tensor) -> tuple:  # noqa: ANN001
+        return *[None] * 6, *_saved_gradients(ctx, upstream)
+
+
+def _needs(student: tuple[Tensor, Tensor, Tensor | None]) -> list[bool]:
+    return [torch.is_grad_enabled() and x is not None and x.requires_grad for x in student]
+
+
 def _loss(
     student: tuple[Tensor, Tensor, Tensor | None],
     teacher: tuple[Tensor | None, Tensor | None, Tensor | None],
@@ -300,14 +345,9 @@ def _loss(
     check_numbers(temperature, hard_weight, reduction)
     if chunk_tokens is not None and chunk_tokens < 1:
         raise ValueError(f"chunk_tokens is {chunk_tokens}, expected a positive number of tokens or None")
-    for name, (hidden, weight, bias) in (("student", student), ("teacher", teacher)):
-        if hidden is not None and (hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]):
-            shapes = f"{list(hidden.shape)} and {list(weight.shape)}"
-            raise ValueError(f"{name} hidden states and projection have shapes {shapes}, expected [N, H] and [V, H]")
-        if bias is not None and bias.shape != weight.shape[:1]:
-            raise ValueError(f"{name} bias has shape {list(bias.shape)}, expected [{len(weight)}]")
+    _check_shapes(student, teacher)
     labels = check_labels(labels, len(student[0]), hard_weight)
-    need = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in student]
+    need = _needs(student)
     accumulate = loss_dtype(student[0])
     allowed = [torch.float64] if accumulate == torch.float64 else [torch.float32, torch.bfloat16, torch.float16]
     if logits_dtype is not None and logits_dtype not in allowed:
@@ -322,9 +362,31 @@ def _loss(
     return total if reduction == "sum" else total / count_kept(labels, losses)
 
 
+def _check_shapes(
+    student: tuple[Tensor, Tensor, Tensor | None], teacher: tuple[Tensor | None, Tensor | None, Tensor | None]
+) -> None:
+    for name, (hidden, weight, bias) in (("student", student), ("teacher", teacher)):
+        if hidden is not None and (hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]):
+            shapes = f"{list(hidden.shape)} and {list(weight.shape)}"
+            raise ValueError(f"{name} hidden states and projection have shapes {shapes}, expected [N, H] and [V, H]")
+        if bias is not None and bias.shape != weight.shape[:1]:
+            raise ValueError(f"{name} bias has shape {list(bias.shape)}, expected [{len(weight)}]")
+
+
 def _prefix(rows: Tensor | None, count: int) -> Tensor | None:
     """The first rows; the tensor itself where that is all of it, for a slice's backward would copy its gradient."""
     return rows if rows is None or len(rows) == count else rows[:count]
+
+
+def _pair(
+    student: tuple[Tensor, Tensor, Tensor | None], teacher: tuple[Tensor, Tensor, Tensor | None]
+) -> tuple[tuple[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor, Tensor | None]]:
+    """Both models over their shared vocabulary, the teacher without gradients."""
+    if len(student[0]) != len(teacher[0]):
+        raise ValueError(f"student_hidden has {len(student[0])} rows and teacher_hidden {len(teacher[0])}")
+    vocab = shared_vocabulary(len(student[1]), len(teacher[1]))
+    student, teacher = ((hidden, _prefix(w, vocab), _prefix(b, vocab)) for hidden, w, b in (student, teacher))
+    return student, tuple(None if x is None else x.detach() for x in teacher)
 
 
 def fused_linear_divergence(
@@ -361,12 +423,9 @@ def fused_linear_divergence(
 
     Raises ValueError for shapes, sizes or numbers that don't fit together.
     """
-    if len(student_hidden) != len(teacher_hidden):
-        raise ValueError(f"student_hidden has {len(student_hidden)} rows and teacher_hidden {len(teacher_hidden)}")
-    vocab = shared_vocabulary(len(student_weight), len(teacher_weight))
-    student = (student_hidden, _prefix(student_weight, vocab), _prefix(student_bias, vocab))
-    teacher = (teacher_hidden, _prefix(teacher_weight, vocab), _prefix(teacher_bias, vocab))
-    teacher = tuple(None if x is None else x.detach() for x in teacher)
+    student, teacher = _pair(
+        (student_hidden, student_weight, student_bias), (teacher_hidden, teacher_weight, teacher_bias)
+    )
     return _loss(student, teacher, labels, divergence, temperature, hard_weight, reduction, chunk_tokens, logits_dtype)
 
 
@@ -386,3 +445,46 @@ def fused_linear_cross_entropy(
     """
     student = (student_hidden, student_weight, student_bias)
     return _loss(student, (None, None, None), labels, None, 1.0, 1.0, reduction, chunk_tokens, logits_dtype)
+
+
+def fused_linear_policy_gradient(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    labels: Tensor,
+    advantages: Tensor,
+    log_probs: Tensor,
+    clip_ratio: float,
+    *,
+    student_bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The sum over tokens of KL(q, p) + max(-A r, -A clip(r, 1 - clip_ratio, 1 + clip_ratio)), r = q(label) / b(label).
+
+    That is MiniLLM's loss: the gradient of a policy b's samples, clipped as PPO's, and the exact divergence of the next
+    token. Both come from the same logits, so this costs hardly more than the divergence alone.
+
+    Args:
+        student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias: as in
+            `fused_linear_divergence`.
+        labels: [N], the tokens that the policy b chose. Those with -100 don't count. They may stay on the CPU.
+        advantages: [N], A. log_probs: [N], log b(label). Both on the student's device.
+
+    Returns: the sum, differentiable by student_hidden, student_weight and student_bias, and without gradients KL(q, p)
+        [N] and r [N]; float32 (float64 for float64 hidden states).
+
+    Raises ValueError for shapes and sizes that don't fit together.
+
+    Source: MiniLLM (arXiv 2306.08543), section 2.2. The gradient by the logits is
+    -A r (onehot - q) where r is not clipped, plus q (d - KL(q, p)) with d = log q - log p.
+    """
+    student, teacher = _pair(
+        (student_hidden, student_weight, student_bias), (teacher_hidden, teacher_weight, teacher_bias)
+    )
+    _check_shapes(student, teacher)
+    labels = check_labels(labels, len(student_hidden), 1.0)
+    for name, values in (("advantages", advantages), ("log_probs", log_probs)):
+        if values.shape != labels.shape:
+            raise ValueError(f"{name} have shape {list(values.shape)}, expected [{len(labels)}], one for each label")
+    return _PolicyGradient.apply(_needs(student), labels, advantages, log_probs, clip_ratio, teacher, *student)

@@ -146,7 +146,7 @@ class RunLog:
         self.bar.update(self.task, completed=step, numbers=text)
         if not console.is_terminal:
             minutes, rest = divmod(round(left), 60)
-            named = "".join(f"  {name} {part:.4f}" for name, part in parts.items() if part is not None)
+            named = "".join(f"  {name} {part:.5g}" for name, part in parts.items() if part is not None)
             console.print(f"step {step}/{self.steps}  {text}{named}  lr {lr:.1e}  left {minutes}m{rest:02d}s")
 
     def evaluation(self, step: int, dev_loss: float, rouge_l: float | None) -> None:

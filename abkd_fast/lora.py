@@ -95,7 +95,10 @@ def _settings(model: PreTrainedModel, spec: ModelConfig, key: str) -> peft.PeftC
     import peft
 
     if spec.adapter is not None:
-        return peft.PeftConfig.from_pretrained(str(find(spec.adapter, key)))
+        settings = peft.PeftConfig.from_pretrained(str(find(spec.adapter, key)))
+        if spec.dropout is not None:
+            settings.lora_dropout = spec.dropout
+        return settings
     return peft.LoraConfig(
         task_type="CAUSAL_LM",
         r=spec.lora.rank,
@@ -114,7 +117,8 @@ def attach(model: PreTrainedModel, spec: ModelConfig, key: str) -> peft.PeftMode
     if spec.lora is not None:
         adapted = peft.get_peft_model(model, _settings(model, spec, key))
     else:
-        adapted = peft.PeftModel.from_pretrained(model, str(find(spec.adapter, key)), is_trainable=True)
+        folder, settings = str(find(spec.adapter, key)), _settings(model, spec, key)
+        adapted = peft.PeftModel.from_pretrained(model, folder, config=settings, is_trainable=True)
     settings = adapted.peft_config["default"]
     base = os.path.abspath(spec.path) if os.path.isdir(spec.path) else spec.path
     if spec.adapter is not None and settings.base_model_name_or_path not in (base, spec.path):

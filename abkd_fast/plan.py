@@ -27,7 +27,8 @@ def describe(trainer: Trainer) -> Iterator[str]:
     on_disk, in_memory, reason = (
         trainer.cache.choose(free_memory(trainer.device)) if trainer.cache else (False, False, "")
     )
-    yield from _memory(trainer, on_disk or in_memory)
+    # The teacher reads what is generated, so that its body stays.
+    yield from _memory(trainer, (on_disk or in_memory) and not trainer.is_on_policy)
     if on_disk:
         state = "found" if trainer.cache.file.is_recorded else "to be computed"
         yield f"  cache      {size(trainer.cache.bytes)} of teacher's states in {trainer.cache.file.folder}, {state}"

@@ -53,6 +53,7 @@ class Window:
         self.skipped = torch.zeros((), device=device, dtype=torch.int64)
         self.first_nonfinite = torch.zeros(3, device=device, dtype=torch.float64)  # its step, loss and norm
         self.parts: dict[str, Tensor] = {}  # of the loss, likewise
+        self.rows: list[list[int]] = []  # of the data, in each step: those that its samples, or their prompts, are
         self.steps = self.samples = self.tokens = self.real_tokens = self.flops = 0
 
     def add(
@@ -74,31 +75,33 @@ class Window:
         self.first_nonfinite = torch.where(is_first, account, self.first_nonfinite)
         self.skipped += ~finite
         self.steps += 1
-        self.samples += sum(len(part.samples) for part in batch if not part.is_text)
+        self.rows.append([sample["row"] for part in batch if not part.is_text for sample in part.samples])
+        self.samples += len(self.rows[-1])
         self.tokens += sum(part.tokens for part in batch)
         self.real_tokens += sum(len(sample["input_ids"]) for part in batch for sample in part.samples)
         self.flops += sum(cost.flops(part.samples, not part.is_text) for part in batch)
 
-    def write(self, log: RunLog, step: int, lr: float) -> int:
-        """Logs the point; returns how many steps were skipped."""
+    def write(self, log: RunLog, step: int, lr: float, numbers: dict[str, float]) -> int:
+        """Logs the point, with numbers of the method's own; returns how many steps were skipped."""
         skipped = int(self.skipped)
         finite = self.steps - skipped
         loss, norm = (self.loss.item() / finite, self.norm.item()) if finite else (None, None)
         parts = {name: part.item() / finite if finite else None for name, part in self.parts.items()}
-        log.train(step, *self.counts()[1:], loss, parts, lr, norm, skipped)
+        log.train(step, *self.counts()[1:], loss, parts | numbers, lr, norm, skipped)
         return skipped
 
     def counts(self) -> list[int]:
         return [self.steps, self.samples, self.tokens, self.real_tokens, self.flops]
 
     def tensors(self) -> dict[str, Tensor]:
-        counts = torch.tensor(self.counts())
+        counts, rows = torch.tensor(self.counts()), torch.tensor(self.rows, dtype=torch.int64)
         sums = {"loss": self.loss, "norm": self.norm, "skipped": self.skipped, "first_nonfinite": self.first_nonfinite}
         sums |= {f"parts.{name}": part for name, part in self.parts.items()}
-        return {"counts": counts} | {name: value.cpu() for name, value in sums.items()}
+        return {"counts": counts, "rows": rows} | {name: value.cpu() for name, value in sums.items()}
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         self.steps, self.samples, self.tokens, self.real_tokens, self.flops = tensors["counts"].tolist()
+        self.rows = tensors["rows"].tolist()
         own = {name: value.to(self.device, copy=True) for name, value in tensors.items()}
         for name in ("loss", "norm", "skipped", "first_nonfinite"):
             setattr(self, name, own[name])

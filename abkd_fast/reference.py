@@ -15,7 +15,9 @@ from .divergences import Divergence, Family
 LOG_FLOOR = -1e30  # two masked logits (-inf) then differ by exactly 0
 MAX_EXPONENT = {torch.float32: 64.0, torch.float64: 640.0}  # beyond e^this a term saturates
 CHUNK_ELEMENTS = 1 << 24
-BRANCH = 4  # column of the statistics that says which branch of AlphaNet a row takes; the others are the kernels' own
+# Columns of the statistics: log sum exp z / temperature, the sum of a row's slopes, and which branch of AlphaNet it
+# takes. The others are the kernels' own.
+STUDENT_LSE, SLOPE, BRANCH = 0, 3, 4
 
 
 def row_losses(
@@ -33,12 +35,13 @@ def row_losses(
     losses = student.new_zeros(len(student), dtype=torch.promote_types(student.dtype, torch.float32))  # [N]
     for rows in _chunks(student):
         chunk = [None if x is None else x[rows] for x in (student, teacher, labels)]
-        loss, slope, branch = _rows(*chunk, divergence, temperature, hard_weight, None)
+        loss, slope, measured = _rows(*chunk, divergence, temperature, hard_weight, None)
         losses[rows] = loss.to(losses.dtype)
         if gradient is not None:
             gradient[rows] = (slope if upstream is None else slope * upstream[rows, None]).to(gradient.dtype)
-        if statistics is not None and branch is not None:
-            statistics[rows, BRANCH] = branch
+        if statistics is not None:
+            for column, numbers in measured.items():
+                statistics[rows, column] = numbers.to(statistics.dtype)
     return losses
 
 
@@ -53,10 +56,10 @@ def row_gradients(
     upstream: Tensor,
     gradient: Tensor,
 ) -> None:
-    """The gradients of `ops.row_gradients`, made afresh: of the statistics only the branch is read."""
+    """The gradients of `ops.row_gradients`, made afresh: of the statistics only branch and slope are read."""
     for rows in _chunks(student):
         chunk = [None if x is None else x[rows] for x in (student, teacher, labels)]
-        options = divergence, temperature, hard_weight, statistics[rows, BRANCH]
+        options = divergence, temperature, hard_weight, statistics[rows]
         gradient[rows] = (_rows(*chunk, *options)[1] * upstream[rows, None]).to(gradient.dtype)
 
 
@@ -72,17 +75,22 @@ def _rows(
     divergence: Divergence,
     temperature: float,
     hard_weight: float,
-    branch: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor | None]:
+    statistics: Tensor | None,
+) -> tuple[Tensor, Tensor, dict[int, Tensor]]:
+    """Losses [n], their gradient [n, V], and the columns of the statistics, which are those given if any are."""
     # Wide, for plain formulas cancel where p is near q; Apple's devices have no float64.
     dtype = torch.float32 if student.device.type == "mps" else torch.float64
     z = student.to(dtype)  # [n, V]
-    losses, gradient = z.new_zeros(len(z)), torch.zeros_like(z)
+    losses, gradient, measured = z.new_zeros(len(z)), torch.zeros_like(z), {}
     if teacher is not None:
         a, b = _log_softmax(teacher.to(dtype) / temperature), _log_softmax(z / temperature)
-        value, slope, branch = terms(a, b, divergence, branch)
+        value, slope, branch = terms(a, b, divergence, None if statistics is None else statistics[:, BRANCH].to(dtype))
+        total = slope.sum(1) if statistics is None else statistics[:, SLOPE].to(dtype)
+        measured = {STUDENT_LSE: (z / temperature).logsumexp(1), SLOPE: total}
+        if branch is not None:
+            measured[BRANCH] = branch
         losses += (1 - hard_weight) * value.sum(1)
-        projected = slope - b.exp() * slope.sum(1, keepdim=True)  # through log-softmax
+        projected = slope - b.exp() * total[:, None]  # through log-softmax
         gradient += (1 - hard_weight) / temperature * projected
     if labels is not None:
         kept = labels != -100
@@ -93,7 +101,7 @@ def _rows(
             gradient += hard_weight * (b.exp() - torch.zeros_like(b).scatter_(1, target, 1.0))
         losses = torch.where(kept, losses, 0.0)
         gradient = torch.where(kept[:, None], gradient, 0.0)
-    return losses, gradient, branch
+    return losses, gradient, measured
 
 
 def _log_softmax(logits: Tensor) -> Tensor:

@@ -88,7 +88,7 @@ def read_runs(folders: Iterable[pathlib.Path]) -> list[Run]:
 
 
 def _is_run(folder: pathlib.Path) -> bool:
-    return (folder / "config.json").is_file() and (folder / "summary.json").is_file()
+    return all((folder / name).is_file() for name in ("config.json", "summary.json", "metrics.jsonl"))
 
 
 def _read(folder: pathlib.Path) -> Run:

@@ -33,12 +33,14 @@ class SamplingSettings:
     """
 
     max_new_tokens: int = 256
+    max_length: int | None = None  # of prompt and response together
     min_new_tokens: int = 0  # no end token before so many others
     temperature: float = 1.0  # 0: the most likely token
     top_k: int = 0  # 0: all tokens
     top_p: float = 1.0
     no_repeat_ngram_size: int = 0  # 0: no ban; n-grams of the prompt count too
     eos_token_ids: tuple[int, ...] = ()
+    vocabulary: int | None = None  # only the first so many tokens (None: all that the model has)
 
     def __post_init__(self) -> None:
         bounds = {
@@ -94,18 +96,18 @@ def sample_mixture(
     seeds: list[int],
     batch_size: int = 32,
     on_response: Callable[[int, list[int]], None] | None = None,
-) -> list[tuple[list[int], list[float]]]:
+) -> list[tuple[list[int], list[float], list[float]]]:
     """As `sample`, from (1 - teacher_weight) q + teacher_weight p: MiniLLM's teacher-mixed sampling.
 
     q and p are the next-token probabilities of student and teacher, over the common prefix of their vocabularies.
-    Returns each response with log q of its tokens, before temperature and bans. Raises ConfigError for a weight that
-    is not from 0 to 1, too.
+    Returns each response with log q and log p of its tokens, before temperature and bans. Raises ConfigError for a
+    weight that is not from 0 to 1, too.
     """
     if not 0 <= teacher_weight <= 1:
         raise ConfigError(f"teacher_weight is {teacher_weight}, expected at least 0 and at most 1")
     models = [student, teacher]
     run = _run(models, teacher_weight, prompts, settings, seeds, batch_size, on_response)
-    return [(sequence.response, sequence.log_probs) for sequence in run]
+    return [(sequence.response, *sequence.log_probs) for sequence in run]
 
 
 class _Sequence:
@@ -114,7 +116,7 @@ class _Sequence:
     def __init__(self, index: int, prompt: list[int], seed: int, limit: int, ngram_size: int) -> None:
         self.index = index
         self.tokens, self.prompt_length, self.seed, self.limit = list(prompt), len(prompt), seed, limit
-        self.log_probs = []
+        self.log_probs = [], []  # of a mixture: student's and teacher's
         self.ngram_size, self.followers = ngram_size, collections.defaultdict(list)
         if ngram_size:
             for end in range(ngram_size, len(prompt) + 1):
@@ -192,16 +194,18 @@ def _limit(models: list[PackedCausalLM], prompt: list[int], settings: SamplingSe
     if not prompt:
         raise ConfigError(f"prompt {index} is empty: nothing predicts the first token of the response")
     limit = settings.max_new_tokens
-    for model in models:
-        positions = getattr(model.causal_lm.config, "max_position_embeddings", None)
-        if positions is not None:
-            limit = min(limit, positions - len(prompt))
+    rooms = {f"the {m.key} {room} positions": room for m in models if (room := _positions(m)) is not None}
+    if settings.max_length is not None:
+        rooms[f"max_length is {settings.max_length}"] = settings.max_length
+    for what, room in rooms.items():
+        limit = min(limit, room - len(prompt))
         if limit < 1:
-            raise ConfigError(
-                f"prompt {index} has {len(prompt)} tokens, and the {model.key} {positions} positions: no room for a "
-                "response"
-            )
+            raise ConfigError(f"prompt {index} has {len(prompt)} tokens, and {what}: no room for a response")
     return limit
+
+
+def _positions(model: PackedCausalLM) -> int | None:
+    return getattr(model.causal_lm.config, "max_position_embeddings", None)
 
 
 def _enter(waiting: collections.deque[_Sequence], free: list[int]) -> dict[int, _Sequence]:
@@ -226,14 +230,16 @@ def _advance(
         scores = ((1 - teacher_weight) * student.exp() + teacher_weight * teacher.exp()).log()
     tokens = _choose(scores, sequences, settings)
     if len(logits) > 1:
-        for sequence, value in zip(sequences, student.gather(1, tokens[:, None])[:, 0].tolist(), strict=True):
-            sequence.log_probs.append(value)
+        for model, log_probs in enumerate((student, teacher)):
+            for sequence, value in zip(sequences, log_probs.gather(1, tokens[:, None])[:, 0].tolist(), strict=True):
+                sequence.log_probs[model].append(value)
     for sequence, token in zip(sequences, tokens.tolist(), strict=True):
         sequence.append(token)
 
 
 def _choose(scores: Tensor, sequences: list[_Sequence], settings: SamplingSettings) -> Tensor:
     """The next token of each sequence, [B], from log-probabilities up to a constant [B, V], which it may overwrite."""
+    scores = scores[:, : settings.vocabulary]
     for row, sequence in enumerate(sequences):
         banned = sequence.banned()
         if sequence.new_tokens < settings.min_new_tokens:

@@ -10,11 +10,12 @@ from collections.abc import Iterator
 
 from rich.table import Table
 
-from . import checkpoint, models, pretrain, results
+from . import answers, checkpoint, models, pretrain, results
 from .config import Config, ConfigError, ModelConfig
 from .data import DEV, TRAIN, read_rows
 from .evaluation import Evaluation, Protocol, read_sets, spread
 from .logs import console
+from .methods import WITHOUT_TEACHER
 from .plan import describe
 from .recipe import load
 from .sampling import SamplingSettings
@@ -37,10 +38,10 @@ def run(stages: list[Config], resume: bool = False) -> list[dict]:
             console.print(f"[bold]{config.run.folder}[/bold]  is finished already: its result is used")
             summary = _read_summary(config.run.folder)
         else:
-            summary = Trainer(config, resume).train()
+            summary = answers.write_stage(config) if config.method == "generate" else Trainer(config, resume).train()
             console.print(f"saved {config.run.folder / 'final'}")
         summaries.append(summary)
-        if config.eval.sets:
+        if config.eval.sets and config.method != "generate":
             evaluation = _evaluate(config)
             if len(stages) == 1:
                 console.print(evaluation.table())
@@ -54,7 +55,7 @@ def _conclude(stages: list[Config], summaries: list[dict]) -> None:
     if not any(config.eval.sets for config in stages):
         console.print(_table(stages, summaries, None))
         return
-    runs = results.read_runs(config.run.folder for config in stages)
+    runs = results.read_runs(config.run.folder for config in stages if config.method != "generate")
     console.print(_table(stages, summaries, results.score_table(runs)))
     if sentence := results.gain(runs):
         console.print(sentence, markup=False)
@@ -84,16 +85,24 @@ def plan(stages: list[Config], resume: bool = False) -> None:
     for index, config in enumerate(stages):
         _check(config, {other.run.stage: other for other in stages[:index]})
     students: dict[str, ModelConfig] = {}  # by stage
+    prompts: dict[str, str] = {}  # likewise
     for config in stages:
         specs = {role: _as_begun(spec, students) for role, spec in _models(config).items()}
-        students[config.run.stage] = specs["student"]
+        students[config.run.stage], prompts[config.run.stage] = specs["student"], config.data.train
         if "teacher" in specs:
             specs["teacher"] = dataclasses.replace(specs["teacher"], lora=None)  # merged
         console.print(f"[bold]{config.run.folder}[/bold]")
         if _is_finished(_resolve(config), resume):
             console.print("  is finished already: its result would be used")
             continue
-        for line in describe(Trainer(dataclasses.replace(config, **specs), resume)):
+        if config.data.stage:
+            console.print(f"  {config.data.train} is not written yet: these are the rows whose prompts it answers")
+            specs["data"] = dataclasses.replace(config.data, train=prompts[config.data.stage])
+        if config.method == "generate":
+            lines = answers.describe(config)
+        else:
+            lines = describe(Trainer(dataclasses.replace(config, **specs), resume))
+        for line in lines:
             console.print(line, markup=False)
 
 
@@ -118,12 +127,7 @@ def _check(config: Config, earlier: dict[str, Config]) -> None:
             _check_reference(f"{role}.{key}: stage:{name}", key, name, spec, earlier)
         if "path" not in spec.stages:
             models.read_config(dataclasses.replace(spec, adapter=None) if "adapter" in spec.stages else spec, role)
-    for key, split in (("train", TRAIN), ("dev", DEV)):
-        if (source := getattr(config.data, key)) is not None:
-            try:
-                read_rows(source, getattr(config.data, f"{key}_rows"), split)
-            except ConfigError as error:
-                raise ConfigError(f"data.{key}: {error}") from None
+    _check_rows(config, earlier)
     try:
         read_sets(config.eval.sets or {})
     except ConfigError as error:
@@ -132,17 +136,39 @@ def _check(config: Config, earlier: dict[str, Config]) -> None:
         pretrain.check_source(config.data.pretrain.path)
 
 
+def _check_rows(config: Config, earlier: dict[str, Config]) -> None:
+    data = config.data
+    if data.stage:
+        where = f"data.train: {data.train}"
+        _check_earlier(where, data.stage, earlier)
+        if earlier[data.stage].method != "generate":
+            raise ConfigError(f'{where} trains a model, and writes no rows: only method "generate" does')
+    for key, split in (("train", TRAIN), ("dev", DEV)):
+        source = getattr(data, key)
+        if source is not None and (key == "dev" or not data.stage):
+            try:
+                read_rows(source, getattr(data, f"{key}_rows"), split, prompts_only=config.method == "generate")
+            except ConfigError as error:
+                raise ConfigError(f"data.{key}: {error}") from None
+
+
 def _check_reference(where: str, key: str, name: str, spec: ModelConfig, earlier: dict[str, Config]) -> None:
     """Raises ConfigError unless the stage is there, and leaves what the key wants: a model, or an adapter of it."""
-    if name not in earlier:
-        raise ConfigError(f"{where}: no such stage before this one; earlier stages: {', '.join(earlier) or 'none'}")
+    _check_earlier(where, name, earlier)
     result = earlier[name].student
+    if earlier[name].method == "generate":
+        raise ConfigError(f"{where} writes rows, not a model: give it as data.train")
     if key == "path" and result.has_adapter:
         raise ConfigError(f"{where} is a LoRA adapter: give it as adapter, and its base {result.path} as path")
     if key == "adapter" and not result.has_adapter:
         raise ConfigError(f"{where} is a whole model, not an adapter: give it as path")
     if key == "adapter" and result.path != spec.path:
         raise ConfigError(f"{where} is an adapter of {result.path}, but path is {spec.path}: give them one base")
+
+
+def _check_earlier(where: str, name: str, earlier: dict[str, Config]) -> None:
+    if name not in earlier:
+        raise ConfigError(f"{where}: no such stage before this one; earlier stages: {', '.join(earlier) or 'none'}")
 
 
 def _models(config: Config) -> dict[str, ModelConfig]:
@@ -156,6 +182,9 @@ def _resolve(config: Config) -> Config:
     for role, spec in _models(config).items():
         folders = {key: str(config.run.root / name / "final") for key, name in spec.stages.items()}
         resolved[role] = dataclasses.replace(spec, **folders)
+    if config.data.stage:
+        rows = str(config.run.root / config.data.stage / "final")
+        resolved["data"] = dataclasses.replace(config.data, train=rows)
     return dataclasses.replace(config, **resolved)
 
 
@@ -192,10 +221,11 @@ def _read_summary(folder: pathlib.Path) -> dict:
 def _deciding(values: dict) -> dict:
     """The part of a configuration that a run's weights depend on, wherever the folder of all runs is."""
     root = pathlib.Path(values["run"].pop("dir"), values["run"]["name"])
-    for role, key in itertools.product(("student", "teacher"), ("path", "adapter")):
-        path = (values.get(role) or {}).get(key)
+    references = [*itertools.product(("student", "teacher"), ("path", "adapter")), ("data", "train")]
+    for section, key in references:
+        path = (values.get(section) or {}).get(key)
         if path is not None and pathlib.Path(path).is_relative_to(root):
-            values[role][key] = str(pathlib.Path(path).relative_to(root))
+            values[section][key] = str(pathlib.Path(path).relative_to(root))
     for section, key in (
         *(("train", key) for key in ("on_nonfinite", "gradient_checkpointing")),
         *(("eval", key) for key in ("sets", "seeds", "no_repeat_ngram_size")),
@@ -214,12 +244,14 @@ def _differences(then: dict, now: dict, prefix: str = "") -> Iterator[str]:
 
 
 def _table(stages: list[Config], summaries: list[dict], scores: results.ScoreTable | None) -> Table:
+    """What every stage cost and came to; of answers, seconds for each."""
     columns = [f"{name} ROUGE-L" for name in scores.columns] if scores else []
     cells = {run.folder: values for run, values in scores.rows} if scores else {}
     table = Table("stage", "method", "loss", "dev loss before", "dev loss", "s/sample", *columns)
+    losses_of = {"generate": "-"} | dict.fromkeys(WITHOUT_TEACHER, "cross-entropy")
     for config, summary in zip(stages, summaries, strict=True):
         losses = ["-" if summary[key] is None else f"{summary[key]:.4f}" for key in ("dev_loss_before", "dev_loss")]
-        loss = "cross-entropy" if config.method == "sft" else config.loss
+        loss = losses_of.get(config.method, config.loss)
         own = cells.get(config.run.folder, [None] * len(columns))
         rouge = ["-" if cell is None else spread(cell) for cell in own]
         seconds = f"{summary['seconds_per_sample']:.4f}"

@@ -72,9 +72,37 @@ class CachedTeacher:
 
     def states(self, batch: Batch) -> TeacherStates:
         hidden = torch.cat([self.rows[self.layout.sample(sample["index"])] for sample in batch.samples])
-        if hidden.device != self.weight.device:
-            hidden = hidden.pin_memory().to(self.weight.device, non_blocking=True)
-        return TeacherStates(hidden, self.weight, self.bias)
+        return TeacherStates(self._on_device(hidden), self.weight, self.bias)
+
+    def rows_of(self, sample: dict) -> Tensor:
+        """The states [n, H] of one sample's response."""
+        return self._on_device(self.rows[self.layout.sample(sample["index"])])
+
+    def _on_device(self, rows: Tensor) -> Tensor:
+        if rows.device == self.weight.device:
+            return rows
+        return rows.pin_memory().to(self.weight.device, non_blocking=True)
+
+
+class OnPolicyTeacher:
+    """Of sequences that a model has written: computed once, then kept with the sample. Of the data: from the cache."""
+
+    def __init__(self, live: Teacher, data: Teacher | CachedTeacher) -> None:
+        self.live, self.data = live, data
+        self.note = f"runs for generated text; for the data: {data.note}"
+
+    def states(self, batch: Batch) -> TeacherStates:
+        """Samples of the data carry an "index"; the others get their "states"."""
+        cached = isinstance(self.data, CachedTeacher)
+        fresh = [s for s in batch.samples if "states" not in s and not (cached and "index" in s)]
+        if fresh:
+            part = pack(fresh, batch.tokens)[0].to(batch.input_ids.device)
+            counts = [len(sample["input_ids"]) - sample["prompt_length"] for sample in fresh]
+            for sample, rows in zip(fresh, self.live.states(part).hidden.split(counts), strict=True):
+                sample["states"] = rows
+        hidden = [sample["states"] if "states" in sample else self.data.rows_of(sample) for sample in batch.samples]
+        head = self.live.model.head
+        return TeacherStates(torch.cat(hidden), head.weight, head.bias)
 
 
 class TeacherCache:

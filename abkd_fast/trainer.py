@@ -19,11 +19,12 @@ from transformers import get_scheduler, set_seed
 from . import attention, checkpoint, costs, methods, models, ops, pretrain
 from .checkpoint import Interrupted
 from .config import Config, ConfigError, ModelConfig
-from .data import DEV, TRAIN, Batch, ahead, batch_rows, describe_long_rows, pack, read_rows, step_samples, tokenise
+from .data import DEV, TRAIN, Batch, ahead, describe_long_rows, pack, read_rows, step_samples, tokenise
 from .logs import RunLog, console, peak_memory
 from .methods.sft import cross_entropy
 from .progress import Progress, Window, is_finite
-from .teacher import CachedTeacher, TeacherCache
+from .rollouts import Rollouts
+from .teacher import CachedTeacher, OnPolicyTeacher, Teacher, TeacherCache
 
 
 class Trainer:
@@ -54,7 +55,7 @@ class Trainer:
         self._read_data()
         self.cache = None
         if self.method.needs_teacher:
-            samples = self.steps * config.train.batch_size
+            samples = round(self.steps * config.train.batch_size * self.method.data_share)
             self.cache = TeacherCache(config, self.teacher_config, self.train_set, samples, self.device, self.dtype)
 
     def _read_data(self) -> None:
@@ -62,7 +63,7 @@ class Trainer:
         limits = data.max_length, data.max_prompt_length
         rows = read_rows(data.train, data.train_rows, TRAIN)
         self.train_set = tokenise(rows, self.tokenizer, *limits)
-        self.where = [rows[row].where for row in self.train_set["row"][:]]
+        self.where = [row.where for row in rows]
         self.long_rows = {"train": describe_long_rows(rows, self.train_set, *limits)}
         self.dev_set = self.dev_rouge = self.pretrain_set = None
         if data.dev is not None:
@@ -78,6 +79,8 @@ class Trainer:
             raise ConfigError(
                 f"{data.train}: {len(self.train_set)} rows are fewer than train.batch_size = {train.batch_size}"
             )
+        if hasattr(self.method, "check_rows"):
+            self.method.check_rows(len(self.train_set))
         self.steps = train.steps or train.epochs * self.steps_per_epoch
         if data.adds_text:
             self.pretrain_set = pretrain.load_blocks(data.pretrain, self.tokenizer, data.max_length)
@@ -86,6 +89,10 @@ class Trainer:
                     f"data.pretrain: {data.pretrain.path}: {len(self.pretrain_set)} blocks of {data.max_length} tokens "
                     f"are fewer than train.batch_size = {train.batch_size}"
                 )
+
+    @property
+    def is_on_policy(self) -> bool:
+        return hasattr(self.method, "sequences")
 
     def step_cost(self, cached: bool) -> costs.StepCost:
         """Of a step, with or without the teacher's cache."""
@@ -111,7 +118,9 @@ class Trainer:
             load = functools.partial(self._model, config.teacher, self.teacher_config, "teacher")
             optimizer_bytes = 12 * sum(p.numel() for p in trained)  # gradients and two moments
             with torch.random.fork_rng(devices=[]):  # dropout is the same whether the teacher's weights load or not
-                self.teacher = self.cache.open(load, self._precision, optimizer_bytes)
+                live = Teacher(load()) if self.is_on_policy else None
+                of_data = self.cache.open((lambda: live.model) if live else load, self._precision, optimizer_bytes)
+            self.teacher = OnPolicyTeacher(live, of_data) if live else of_data
         optim = config.optim
         decayed = [p for p in trained if p.dim() > 1 or self.student.has_adapter]
         others = [p for p in trained if p.dim() <= 1 and not self.student.has_adapter]
@@ -125,6 +134,9 @@ class Trainer:
             num_training_steps=self.steps,
             scheduler_specific_kwargs={"min_lr": optim.min_lr} if cosine else None,
         )
+        if self.is_on_policy:
+            models_of_text = self.student, self.teacher.live.model
+            self.rollouts = Rollouts(config, self.tokenizer, self.train_set, *models_of_text, self._precision)
         if self.saved:
             self._restore(*checkpoint.load(self.saved))
         self.resumed_samples = self.progress.samples
@@ -167,6 +179,8 @@ class Trainer:
             batches = self._batches(progress.step)
             for batch in ahead(batches) if self.device.type == "cuda" else batches:
                 started, rate = time.perf_counter(), self.scheduler.get_last_lr()[0]
+                if self.is_on_policy:
+                    batch = self._written(batch)
                 progress.step += 1
                 self.window.add(progress.step, *self._step(batch), batch, self.cost)
                 log.advance(progress.step)
@@ -187,6 +201,15 @@ class Trainer:
                 text = pack(step_samples(self.pretrain_set, train.batch_size, seed, step), train.max_tokens)
                 batch += [dataclasses.replace(part, is_text=True) for part in text]
             yield [part.pin() for part in batch] if self.device.type == "cuda" else batch
+
+    def _written(self, batch: list[Batch]) -> list[Batch]:
+        """The next step's micro-batches with the sequences that the method trains on, given those of the data."""
+        step = self.progress.step
+        samples = [sample for part in batch if not part.is_text for sample in part.samples]
+        chosen = self.method.sequences(step, (step + 1) / self.steps, samples, self.rollouts)
+        if chosen is samples:
+            return batch
+        return pack(chosen, self.config.train.max_tokens) + [part for part in batch if part.is_text]
 
     def _finish(self) -> dict:
         """Writes and returns the summary; the folder `final` is written last: with it the run is finished."""
@@ -242,7 +265,7 @@ class Trainer:
         parts = {}
         if text := [part for part in batch if part.is_text]:
             weight = self.config.data.pretrain.weight
-            text_loss = self._backward(text, lambda part: functools.partial(cross_entropy, batch=part), weight)
+            text_loss = self._backward(text, self._text_loss, weight)
             parts = {"loss_method": total, "loss_pretrain": text_loss}
             total = total + weight * text_loss
         norm = torch.nn.utils.clip_grad_norm_(self.student.parameters(), self.config.optim.clip_norm)
@@ -272,10 +295,16 @@ class Trainer:
         states = self.teacher.states(part) if self.teacher else None
         return functools.partial(self.method.loss, batch=part, teacher=states)
 
+    def _text_loss(self, part: Batch) -> Callable[..., Tensor]:
+        if not hasattr(self.method, "text_loss"):
+            return functools.partial(cross_entropy, batch=part)
+        return functools.partial(self.method.text_loss, batch=part, teacher=self.teacher.live.states(part))
+
     def _log_window(self, log: RunLog, rate: float) -> None:
         """Writes the point of the steps since the last one, and begins the next."""
         self._check_finite()
-        skipped = self.window.write(log, self.progress.step, rate)
+        numbers = self.method.numbers() | self.rollouts.numbers(self.window.steps) if self.is_on_policy else {}
+        skipped = self.window.write(log, self.progress.step, rate, numbers)
         if skipped:
             self.progress.skipped_steps += skipped
             step, loss, norm = self.window.first_nonfinite.tolist()
@@ -293,12 +322,9 @@ class Trainer:
             )
 
     def _account(self, step: float, loss: float, norm: float) -> str:
-        """One step's numbers and the rows of its samples."""
-        epoch, index = divmod(int(step) - 1, self.steps_per_epoch)
-        train, seed = self.config.train, self.config.run.seed
-        rows = batch_rows(len(self.train_set), train.batch_size, seed, epoch)[index]
+        """The numbers of a step since the last logged point, and the rows that its samples or their prompts are."""
         numbers = {}
-        for row in sorted(rows):
+        for row in sorted({*self.window.rows[int(step) - self.progress.step - 1]}):
             source, _, number = self.where[row].rpartition(" ")
             numbers.setdefault(source, []).append(number)
         where = "; ".join(f"{source} {', '.join(numbers[source])}" for source in numbers)
@@ -334,6 +360,8 @@ class Trainer:
         done = loss is not None and (rouge_l is not None or not self.dev_rouge)
         if done:
             log.evaluation(self.progress.step, loss, rouge_l)
+            if self.is_on_policy:
+                self.method.evaluated(loss)
         log.resume()
         return done and self.progress.evaluated(loss, rouge_l, self.config.eval.select == "rouge_l")
 
@@ -368,6 +396,8 @@ class Trainer:
         }
         if hasattr(self.method, "state_dict"):
             state["method"] = self.method.state_dict()
+        if self.is_on_policy:
+            state["rollouts"] = self.rollouts.counts
         return tensors, state
 
     def _restore(self, tensors: dict[str, Tensor], state: dict) -> None:
@@ -391,6 +421,8 @@ class Trainer:
             group["lr"] = rate
         if "method" in state:
             self.method.load_state_dict(state["method"])
+        if "rollouts" in state:
+            self.rollouts.counts = state["rollouts"]
         checkpoint.set_random_state(groups["random"], state)  # last: loading models draws from the generators
 
     def _fingerprints(self) -> dict[str, str]:
@@ -432,7 +464,7 @@ class Trainer:
         yield f"  models     {sizes}{merged}"
         yield (
             f"  data       {len(lengths)} rows, {lengths.float().mean():.0f} tokens each on average, "
-            f"the first {self.where[0]}"
+            f"the first {self.where[self.train_set['row'][0]]}"
         )
         yield from self.describe_data()
         yield f"  device     {_device_name(self.device)}, {str(self.dtype).removeprefix('torch.')}"
@@ -446,7 +478,7 @@ class Trainer:
             yield f"  resumed    {f'from {self.saved}' if self.saved else 'from the start: there is no checkpoint'}"
 
     def describe_data(self) -> Iterator[str]:
-        """What rows that are too long came to, and the plain text."""
+        """What rows that are too long came to, the plain text, and what is generated."""
         for name, note in self.long_rows.items():
             if note:
                 yield f"  long rows  {name}: {note}"
@@ -455,6 +487,12 @@ class Trainer:
             yield (
                 f"  plain text {len(self.pretrain_set)} blocks of {data.max_length} tokens, one a sample; "
                 f"weight {data.pretrain.weight:g}"
+            )
+        if self.is_on_policy:
+            sampling = self.config.sampling
+            yield (
+                f"  generation up to {sampling.max_new_tokens} tokens a response at temperature "
+                f"{sampling.temperature:g}, {sampling.batch_size} at a time"
             )
 
 

@@ -68,6 +68,15 @@ def with_teacher(folder):
     return {"method": "ab", "teacher": {"path": f"models/{folder}"}}
 
 
+def minillm(sets):
+    teacher = {"teacher": {"path": "models/good"}}
+    return {"method": "minillm", "loss": "rkl", **teacher, "sets": ["minillm.rollouts=16", *sets]}
+
+
+def on_policy(method, *sets):
+    return {**with_teacher("good"), "method": method, "sets": sets}
+
+
 def data(*rows):
     """Training rows in rows.jsonl."""
     lines = [row if isinstance(row, str | bytes) else json.dumps(row) for row in rows]
@@ -75,6 +84,7 @@ def data(*rows):
     return {"sets": ["data.train=rows.jsonl", "train.batch_size=1"], "files": {"rows.jsonl": content}}
 
 
+STAGES = {"one": {}, "rows": {"method": "generate", "student": {"path": "stage:one", "config": None}}, "two": {}}
 BASE = {**GOOD, "optim": {"lr": 1e-3}, "stages": {"one": {}, "two": {"student": {"path": "stage:one", "config": None}}}}
 FINISHED = {"runs/test/final/config.json": "{}"}
 
@@ -173,6 +183,53 @@ CASES = {
     "selection without dev rows": case(
         "eval.select is dev_loss, but data.dev is missing", sets=["eval.select=dev_loss", "data.dev=null"]
     ),
+    # Responses of the student
+    "share above 1": case(
+        "on_policy.fraction is 1.5, expected at least 0 and at most 1", **on_policy("gkd", "on_policy.fraction=1.5")
+    ),
+    "negative share": case(
+        "on_policy.threshold is -0.1, expected at least 0", **on_policy("distillm", "on_policy.threshold=-0.1")
+    ),
+    "unknown schedule of generation": case(
+        'on_policy.schedule is "falling", expected one of decreasing,',
+        **on_policy("distillm", "on_policy.schedule=falling"),
+    ),
+    "buffer smaller than a batch": case(
+        "on_policy.replay_rows is 7, fewer than train.batch_size = 8", **on_policy("gkd", "on_policy.replay_rows=7")
+    ),
+    "smaller than a batch of imitkd": case(
+        "on_policy.replay_rows is 7, fewer than", **on_policy("imitkd", "on_policy.replay_rows=7")
+    ),
+    "no buffer for distillm": case(
+        "on_policy.replay_rows is 0, fewer than train.batch_size = 8",
+        **on_policy("distillm", "on_policy.replay_rows=0"),
+    ),
+    "distillm without dev rows": case(
+        "data.dev: missing, and method distillm follows its loss", **on_policy("distillm", "data.dev=null")
+    ),
+    "gkd without a teacher": case('teacher: missing, and method "gkd" needs one', method="gkd"),
+    "teacher without an end": case(
+        "teacher.path: models/endless: has no end token",
+        **(on_policy("gkd") | with_teacher("endless") | {"method": "gkd"}),
+    ),
+    "choice of another method": case(
+        '--set on_policy.threshold=0.2: on_policy.threshold is 0.2, but method "gkd" has no such choice, only distillm',
+        **on_policy("gkd", "on_policy.threshold=0.2"),
+    ),
+    "share of imitkd": case(
+        'on_policy.fraction is 0.2, but method "imitkd" has no such choice, only gkd',
+        **on_policy("imitkd", "on_policy.fraction=0.2"),
+    ),
+    "choice of a method that generates nothing": case(
+        'on_policy.fraction is 0.2, but method "kd"', **on_policy("kd", "on_policy.fraction=0.2")
+    ),
+    "no new tokens": case("sampling.max_new_tokens is 0", **on_policy("gkd", "sampling.max_new_tokens=0")),
+    "no temperature": case(
+        "sampling.temperature is 0.0, expected at least 0.001", **on_policy("gkd", "sampling.temperature=0")
+    ),
+    "no room for a response": case(
+        "quickstart:small row ", "fills all 32: nothing to learn", **on_policy("gkd", "data.max_length=32")
+    ),
     # Stages
     "list of stages": case("recipe.json: stages: expected an object of objects", stages=[{}]),
     "empty list of stages": case("recipe.json: stages: expected an object of objects", stages=[]),
@@ -198,6 +255,25 @@ CASES = {
     ),
     "later stage's data": case(
         "data.train: nowhere.jsonl: no such file", recipe=BASE, sets=["two:data.train=nowhere.jsonl"]
+    ),
+    "rows of a stage that is not": case(
+        "data.train: stage:x: no such stage before this one; earlier stages: none", sets=["data.train=stage:x"]
+    ),
+    "rows of a stage that trains": case(
+        "data.train: stage:one trains a model, and writes no rows",
+        recipe={**GOOD, "stages": STAGES},
+        sets=["two:data.train=stage:one"],
+    ),
+    "model of a stage that writes rows": case(
+        "student.path: stage:rows writes rows, not a model: give it as data.train",
+        recipe={**GOOD, "stages": STAGES},
+        sets=["two:student.path=stage:rows", "two:student.config=null"],
+    ),
+    "answers of random weights": case("student: method generate trains nothing: give the path", method="generate"),
+    "answers to rows that are not": case(
+        "data.train: nowhere.jsonl: no such file",
+        recipe={**GOOD, "stages": STAGES},
+        sets=["rows:data.train=nowhere.jsonl"],
     ),
     # Bases
     "no base": case("recipe.json: base: quikstart: no such file; did you mean quickstart.json?", base="quikstart"),
@@ -338,6 +414,32 @@ CASES = {
     "empty prompt": case("rows.jsonl line 1: the prompt is empty", **data({"prompt": "", "output": "x"})),
     "fewer rows than a batch": case(
         "quickstart:small: 5 rows are fewer than train.batch_size = 8", sets=["data.train_rows=5"]
+    ),
+    # MiniLLM
+    "fewer rollouts than a batch": case(
+        "minillm.rollouts is 7, but a step takes train.batch_size = 8", **minillm(sets=["minillm.rollouts=7"])
+    ),
+    "fewer rows than rollouts": case(
+        "minillm.rollouts is 17, but data.train has 16 rows", **minillm(sets=["minillm.rollouts=17"])
+    ),
+    "another loss": case("loss is fkl, but minillm needs rkl: it lowers", **minillm(sets=["loss=fkl"])),
+    "other probabilities than the models'": case(
+        "sampling.top_p is 0.9, but minillm needs 1", **minillm(sets=["sampling.top_p=0.9"])
+    ),
+    "rollouts at another temperature": case(
+        "sampling.temperature is 0.7, but minillm needs 1", **minillm(sets=["sampling.temperature=0.7"])
+    ),
+    "teacher's weight above 1": case(
+        "minillm.teacher_weight is 1.2, expected at least 0 and at most 1",
+        **minillm(sets=["minillm.teacher_weight=1.2"]),
+    ),
+    "negative discount": case("minillm.gamma is -0.1, expected at least 0", **minillm(sets=["minillm.gamma=-0.1"])),
+    "no reward's scale": case("minillm.reward_scale is 0.0", **minillm(sets=["minillm.reward_scale=0"])),
+    "no inner epochs": case(
+        "minillm.inner_epochs is 0, expected at least 1", **minillm(sets=["minillm.inner_epochs=0"])
+    ),
+    "share of the text above 1": case(
+        "minillm.text_kd is 2.0, expected at least 0", **minillm(sets=["minillm.text_kd=2"])
     ),
     # Models and tokenizers
     "no folder": case("student.path: ./nowhere: no such model folder", student={"path": "./nowhere"}),

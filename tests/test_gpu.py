@@ -2,7 +2,15 @@ import oracle
 import pytest
 import torch
 
-from abkd_fast import AlphaBeta, build_info, divergence_loss, fused_linear_divergence, ops, parse
+from abkd_fast import (
+    AlphaBeta,
+    build_info,
+    divergence_loss,
+    fused_linear_divergence,
+    fused_linear_policy_gradient,
+    ops,
+    parse,
+)
 from abkd_fast.divergences import BY_NAME
 
 pytestmark = [
@@ -123,3 +131,21 @@ def test_fused_linear_in_bfloat16(reduction, chunk_tokens):
     # The gradient of the logits and the result are rounded to bfloat16: 2^-9 each, relative to an element.
     assert oracle.relative_errors(z.grad.cpu().flatten()[None], hidden.grad.flatten()[None]).max() < 2**-7
     assert oracle.relative_errors(w.grad.cpu().flatten()[None], weight.grad.flatten()[None]).max() < 2**-7
+
+
+def test_policy_gradient_equals_the_processors():
+    generator = torch.Generator().manual_seed(0)
+    shapes = (300, 64), (5003, 64), (300, 96), (5003, 96)
+    states = [torch.randn(shape, generator=generator).div(4) for shape in shapes]
+    labels = torch.randint(5003, (300,), generator=generator)
+    advantages, log_probs = torch.randn(300, generator=generator), -8.5 + torch.randn(300, generator=generator)
+    results = []
+    for device in ("cpu", "cuda"):
+        hidden, weight, *teacher = (x.to(device) for x in states)
+        leaves = hidden.requires_grad_(), weight.requires_grad_()
+        numbers = labels, advantages.to(device), log_probs.to(device), 0.2
+        total, divergences, ratios = fused_linear_policy_gradient(*leaves, *teacher, *numbers)
+        total.backward()
+        results.append([x.detach().cpu() for x in (total, divergences, ratios, *(leaf.grad for leaf in leaves))])
+    for ours, theirs in zip(*results, strict=True):
+        assert (ours - theirs).norm() <= FLOAT32 * ours.norm()

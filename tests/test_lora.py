@@ -125,6 +125,16 @@ def test_dropout_in_training(folders):
     assert (logits[0] - logits[2]).abs().max() > 1e-3
 
 
+def test_dropout_can_be_taken_from_an_adapter(folders):
+    base, adapter = folders
+    student = load_packed("student", path=base, adapter=adapter, dropout=0.0).train()
+    rates = [module.p for module in student.modules() if isinstance(module, torch.nn.Dropout)]
+    assert set(rates) <= {0.0}
+    assert student.model.peft_config["default"].lora_dropout == 0
+    (batch,) = pack(samples([19]), max_tokens=19)
+    torch.testing.assert_close(student.hidden_states(batch), student.eval().hidden_states(batch), rtol=0, atol=0)
+
+
 def test_merged_teacher_equals_adapter(folders):
     base, adapter = folders
     (batch,) = pack(samples([5, 17, 9]), max_tokens=64)

@@ -117,18 +117,40 @@ TABLE = {
     "gpt2-akl.json": ("gpt2", "kd", "akl:0.5", 5e-4, 20, 32, True),
     "gpt2-alphanet.json": ("gpt2", "kd", "alphanet:0.2,0.9", 5e-4, 20, 32, True),
     "gpt2-kd.json": ("gpt2", "kd", "fkl", 5e-4, 20, 32, False),
+    "gpt2-minillm.json": ("gpt2", "minillm", "rkl", 5e-6, 20, 32, True),
     "gpt2-sft.json": ("gpt2", "sft", None, 5e-4, 20, 32, False),
+    "gpt2-seqkd.json": ("gpt2", "seqkd", None, 5e-4, 20, 32, True),
+    "gpt2-imitkd.json": ("gpt2", "imitkd", "fkl", 5e-4, 20, 32, True),
+    "gpt2-gkd.json": ("gpt2", "gkd", "jsd:0.1", 5e-4, 20, 32, False),
+    "gpt2-distillm.json": ("gpt2", "distillm", "sfkl:0.1", 5e-4, 20, 32, True),
     "gpt2-medium.json": ("gpt2-medium", "ab", "ab:0.2,0.7", 3e-4, 20, 4, True),
     "gpt2-medium-kd.json": ("gpt2-medium", "kd", "fkl", 5e-4, 20, 16, False),
+    "gpt2-medium-minillm.json": ("gpt2-medium", "minillm", "rkl", 5e-6, 20, 16, True),
     "gpt2-medium-sft.json": ("gpt2-medium", "sft", None, 1e-4, 20, 32, False),
+    "gpt2-medium-seqkd.json": ("gpt2-medium", "seqkd", None, 5e-4, 20, 32, True),
+    "gpt2-medium-imitkd.json": ("gpt2-medium", "imitkd", "fkl", 5e-4, 20, 32, True),
+    "gpt2-medium-gkd.json": ("gpt2-medium", "gkd", "jsd:0.1", 5e-4, 20, 32, False),
+    "gpt2-medium-distillm.json": ("gpt2-medium", "distillm", "srkl:0.1", 5e-4, 20, 16, True),
     "gpt2-large.json": ("gpt2-large", "ab", "ab:0.2,0.7", 1e-4, 10, 16, True),
     "gpt2-large-kd.json": ("gpt2-large", "kd", "fkl", 5e-4, 10, 32, False),
+    "gpt2-large-minillm.json": ("gpt2-large", "minillm", "rkl", 5e-6, 20, 16, True),
     "gpt2-large-sft.json": ("gpt2-large", "sft", None, 1e-4, 10, 32, False),
+    "gpt2-large-seqkd.json": ("gpt2-large", "seqkd", None, 5e-4, 10, 16, True),
+    "gpt2-large-imitkd.json": ("gpt2-large", "imitkd", "fkl", 5e-4, 10, 16, True),
+    "gpt2-large-gkd.json": ("gpt2-large", "gkd", "jsd:0.1", 5e-4, 10, 16, False),
+    "gpt2-large-distillm.json": ("gpt2-large", "distillm", "srkl:0.1", 1e-4, 10, 16, True),
     "llama.json": ("open_llama_3b_v2", "ab", "ab:0.1,0.8", 2.5e-4, 10, 16, True),
     "llama-kd.json": ("open_llama_3b_v2", "kd", "fkl", 2.5e-4, 10, 16, True),
+    "llama-minillm.json": ("open_llama_3b_v2", "minillm", "rkl", 5e-6, 10, 32, True),
     "llama-sft.json": ("open_llama_3b_v2", "sft", None, 5e-4, 20, 16, False),
+    "llama-seqkd.json": ("open_llama_3b_v2", "seqkd", None, 2.5e-4, 10, 16, False),
+    "llama-imitkd.json": ("open_llama_3b_v2", "imitkd", "fkl", 5e-4, 10, 32, True),
+    "llama-gkd.json": ("open_llama_3b_v2", "gkd", "jsd:0.1", 2.5e-4, 10, 16, True),
+    "llama-distillm.json": ("open_llama_3b_v2", "distillm", "sfkl:0.1", 5e-4, 10, 16, True),
 }
-# Likewise of the stages before it: the model, learning rate, epochs, samples a step, and which step's weights are kept.
+# The DISTILLM rows: the share of the student's text at first, and how much the dev loss has to rise for more of it.
+DISTILLM = {"gpt2": (0.0, 0.1), "llama": (0.2, 0.2)}
+# Of the stages before it that train: the model, learning rate, epochs, samples a step, and which step's weights stay.
 EARLIER = {
     "runs/gpt2/teacher": ("gpt2-xl", 5e-5, 10, 8, "last"),
     "runs/gpt2/init": ("gpt2", 5e-4, 3, 32, "dev_loss"),
@@ -154,7 +176,7 @@ def test_every_packaged_recipe_is_in_the_table():
 def test_recipe_has_the_values_of_the_papers(recipe):
     *_, config = load(recipe)
     stages = {c.run.stage: c for c in load(recipe)}
-    loss = None if config.method == "sft" else config.loss
+    loss = None if config.method in ("sft", "seqkd") else config.loss
     plain_text = config.data.pretrain is not None and config.data.pretrain.weight == 1
     train = config.train
     assert (pretrained(config, stages), config.method, loss, config.optim.lr, train.epochs, train.batch_size,
@@ -169,10 +191,37 @@ def test_recipe_has_the_values_of_the_papers(recipe):
 def test_recipe_trains_its_teacher_and_initial_student_as_the_papers_do(recipe):
     *earlier, _ = load(recipe)
     stages = {c.run.stage: c for c in earlier}
-    for c in earlier:
+    for c in (c for c in earlier if c.method != "generate"):
         values = (pretrained(c, stages), c.optim.lr, c.train.epochs, c.train.batch_size, c.eval.select)
         assert values == EARLIER[str(c.run.folder)]
         assert (c.method, c.teacher, c.data.pretrain) == ("sft", None, None)
+
+
+@pytest.mark.parametrize("recipe", [name for name in TABLE if "seqkd" in name])
+def test_seqkd_trains_on_what_the_teacher_answers(recipe):
+    """By sampling, as in the papers: temperature 1, all tokens, at most 256. The dev rows stay those of the data."""
+    *earlier, config = load(recipe)
+    answers = earlier[-1]
+    assert (answers.method, answers.run.stage, answers.run.seed) == ("generate", "answers", 10)
+    assert "stage:teacher" in (answers.student.path, answers.student.adapter)
+    sampling = answers.sampling
+    assert (sampling.temperature, sampling.top_k, sampling.top_p, sampling.max_new_tokens) == (1.0, 0, 1.0, 256)
+    assert config.data.train == "stage:answers"
+    assert config.data.dev == answers.data.dev == earlier[0].data.dev
+    assert answers.data.train == earlier[0].data.train
+
+
+@pytest.mark.parametrize("recipe", [name for name in TABLE if load(name)[-1].method in ("imitkd", "gkd", "distillm")])
+def test_on_policy_recipes_have_the_papers_choices(recipe):
+    *_, config = load(recipe)
+    given, sampling = config.on_policy, config.sampling
+    assert given.replay_rows == 1000
+    assert (sampling.temperature, sampling.top_k, sampling.top_p, sampling.max_new_tokens) == (1.0, 0, 1.0, 256)
+    if config.method == "gkd":
+        assert given.fraction == 0.5
+    if config.method == "distillm":
+        assert (given.threshold, given.loss_margin) == DISTILLM[recipe.partition("-")[0]]
+        assert given.schedule == "decreasing"
 
 
 def test_recipes_of_a_pair_share_their_teacher_and_initial_student():
@@ -209,7 +258,19 @@ def test_plain_text_can_be_left_out_of_one_stage():
     assert load("gpt2.json", ["abkd:data.pretrain=null"])[-1].data.pretrain is None
 
 
-def test_students_keep_their_models_own_dropout():
-    assert {config.student.dropout for recipe in PACKAGED for config in load(recipe)} == {None}
+@pytest.mark.parametrize("recipe", [name for name in TABLE if "minillm" in name])
+def test_minillm_has_the_values_of_its_scripts(recipe):
+    config, own = load(recipe)[-1], load(recipe)[-1].minillm
+    assert (own.rollouts, own.inner_epochs, own.teacher_weight, own.gamma) == (256, 4, 0.2, 0.95)
+    assert (own.reward_scale, own.clip_reward, own.clip_ratio, own.text_kd) == (0.5, 100, 0.2, 0.5)
+    optim = config.optim
+    assert (config.train.steps, optim.warmup_steps, optim.betas, optim.weight_decay) == (5000, 100, (0.9, 0.95), 1e-6)
+    assert optim.schedule == ("cosine" if recipe.startswith("llama") else "constant")
+    assert optim.clip_norm == 1
+
+
+def test_students_keep_their_models_own_dropout_but_minillms():
+    rates = {(config.method == "minillm", config.student.dropout) for recipe in PACKAGED for config in load(recipe)}
+    assert rates == {(False, None), (True, 0.0)}
     gpt2 = AutoConfig.for_model("gpt2")
     assert (gpt2.embd_pdrop, gpt2.attn_pdrop, gpt2.resid_pdrop) == (0.1, 0.1, 0.1)

@@ -109,7 +109,7 @@ def test_company_does_not_change_a_bit(config):
 
     everyone = range(len(PROMPTS))
     expected = run(everyone, 1)  # tokens, and their log-probabilities to the last bit
-    assert len({tuple(tokens) for tokens, _ in expected.values()}) == len(PROMPTS)
+    assert len({tuple(tokens) for tokens, *_ in expected.values()}) == len(PROMPTS)
     for batch_size in (3, 8):
         assert run(everyone, batch_size) == expected
     assert run([6, 2, 5, 0], 3) == {index: expected[index] for index in (6, 2, 5, 0)}
@@ -183,7 +183,7 @@ def test_pairs_of_tokens_follow_the_model(name):
     assert chi_square_is_likely(counts, (first.T * second).flatten())
 
 
-def test_mixture_draws_from_both_and_reports_the_student():
+def test_mixture_draws_from_both_and_reports_both():
     vocabulary, draws, weight = 11, 2000, 0.3
     # The teacher's vocabulary is padded.
     student = build(GPT2, vocab_size=vocabulary, scale=6.0)
@@ -195,17 +195,18 @@ def test_mixture_draws_from_both_and_reports_the_student():
     with torch.no_grad():
         ours = student(torch.tensor([prompt])).logits[0, -1].log_softmax(0)
         theirs = teacher(torch.tensor([prompt])).logits[0, -1, :vocabulary].log_softmax(0)
-    counts = torch.tensor([tokens[0] for tokens, _ in run]).bincount(minlength=vocabulary).double()
+    counts = torch.tensor([tokens[0] for tokens, *_ in run]).bincount(minlength=vocabulary).double()
     assert chi_square_is_likely(counts, (1 - weight) * ours.exp() + weight * theirs.exp())
     assert not chi_square_is_likely(counts, ours.exp())
     longer = sample_mixture(student, teacher, weight, [prompt], SamplingSettings(max_new_tokens=9), [5])
-    ((tokens, log_probs),) = longer
-    with torch.no_grad():
-        rows = student(torch.tensor([prompt + tokens])).logits[0, 2:-1].log_softmax(1)
-    expected = rows.gather(1, torch.tensor(tokens)[:, None])[:, 0]
-    torch.testing.assert_close(torch.tensor(log_probs, dtype=torch.float64), expected, rtol=1e-10, atol=1e-12)
+    ((tokens, *both),) = longer
+    for model, log_probs in zip((student, teacher), both, strict=True):
+        with torch.no_grad():
+            rows = model(torch.tensor([prompt + tokens])).logits[0, 2:-1, :vocabulary].log_softmax(1)
+        expected = rows.gather(1, torch.tensor(tokens)[:, None])[:, 0]
+        torch.testing.assert_close(torch.tensor(log_probs, dtype=torch.float64), expected, rtol=1e-10, atol=1e-12)
     settings = SamplingSettings(max_new_tokens=9)
-    ((tokens, _),) = sample_mixture(student, teacher, 0.0, [prompt], settings, [5])
+    ((tokens, *_),) = sample_mixture(student, teacher, 0.0, [prompt], settings, [5])
     assert tokens == sample(student, [prompt], settings, [5])[0]
 
 
@@ -252,6 +253,10 @@ def test_positions_limit_responses():
     prompts = prompts_of(30, 20)
     responses = sample(model, prompts, SamplingSettings(max_new_tokens=10), [0, 1])
     assert [len(response) for response in responses] == [2, 10]
+    settings = SamplingSettings(max_new_tokens=10, max_length=24)
+    assert [len(response) for response in sample(model, prompts_of(23, 20, 9), settings, [0, 1, 2])] == [1, 4, 10]
+    with pytest.raises(ConfigError, match="prompt 0 has 24 tokens, and max_length is 24: no room for a response"):
+        sample(model, prompts_of(24), settings, [0])
     with pytest.raises(ConfigError, match="prompt 1 has 32 tokens, and the model 32 positions"):
         sample(model, prompts_of(5, 32), SamplingSettings(), [0, 1])
     with pytest.raises(ConfigError, match="prompt 0 is empty"):

@@ -13,6 +13,7 @@ from ..teacher import TeacherStates
 
 class WordLevelKD:
     needs_teacher = True
+    data_share = 1.0
 
     def __init__(self, config: Config) -> None:
         self.divergence = parse(config.loss)

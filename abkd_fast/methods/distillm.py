@@ -1,0 +1,56 @@
+"""DistiLLM (Ko et al. 2024): the dev loss decides how much of the student's text is used; most of it is replayed."""
+
+from __future__ import annotations
+
+from ..config import Config
+from ..rollouts import Rollouts
+from .kd import WordLevelKD
+from .replay import ReplayBuffer
+
+GROWTH = 0.1  # of the threshold, whenever the dev loss has risen
+
+
+class DistiLLM(WordLevelKD):
+    """About a share `threshold` of the steps trains on the student's responses, the others on the data's.
+
+    Some of the former generate anew, by on_policy.schedule fewer and fewer; the others replay, once the buffer is full.
+    The paper's losses are the skew divergences, sfkl:0.1 and srkl:0.1.
+    """
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        settings = config.on_policy
+        self.threshold, self.margin, self.schedule = settings.threshold, settings.loss_margin, settings.schedule
+        self.data_share = 1 - self.threshold  # at first
+        self.reference_loss: float | None = None
+        self.buffer = ReplayBuffer(settings.replay_rows, config.run.seed)
+
+    def sequences(self, step: int, progress: float, samples: list[dict], rollouts: Rollouts) -> list[dict]:
+        new_share = {"decreasing": 1 - progress, "constant": 0.5, "increasing": progress}[self.schedule]
+        coin = self.buffer.coin()
+        if coin >= self.threshold:
+            return samples
+        if coin >= self.threshold * new_share and self.buffer.is_full:
+            return self.buffer.draw(len(samples))
+        written = rollouts.write(samples, step)
+        self.buffer.add(written)
+        return written
+
+    def evaluated(self, dev_loss: float) -> None:
+        """The threshold grows where the loss has risen by the margin since it last grew, or since before step 1."""
+        if self.reference_loss is None:
+            self.reference_loss = dev_loss
+        elif dev_loss >= self.reference_loss + self.margin:
+            self.threshold = min(1.0, self.threshold + GROWTH)
+            self.reference_loss = dev_loss
+
+    def numbers(self) -> dict[str, float]:
+        return {"threshold": self.threshold}
+
+    def state_dict(self) -> dict:
+        names = "threshold", "reference_loss"
+        return {"buffer": self.buffer.state_dict()} | {name: getattr(self, name) for name in names}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.threshold, self.reference_loss = state["threshold"], state["reference_loss"]
+        self.buffer.load_state_dict(state["buffer"])

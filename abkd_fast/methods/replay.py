@@ -1,0 +1,51 @@
+"""Responses of the student, kept to be trained on again."""
+
+from __future__ import annotations
+
+import collections
+import random
+
+from ..config import ConfigError
+
+
+class ReplayBuffer:
+    """The newest `capacity` samples, and the coin that says when they are used.
+
+    Its generator gives the same numbers in every process of a run, so that all do the same in a step: where each had
+    its own coin, all would wait for the one that generates. A sample keeps the teacher's states once they are known,
+    so that no replay computes them.
+    """
+
+    def __init__(self, capacity: int, seed: int) -> None:
+        self.capacity, self.random = capacity, random.Random(seed)
+        self.samples: collections.deque[dict] = collections.deque(maxlen=capacity)
+
+    @property
+    def is_full(self) -> bool:
+        return len(self.samples) == self.capacity
+
+    def coin(self) -> float:
+        """Uniform from 0 up to 1."""
+        return self.random.random()
+
+    def add(self, samples: list[dict]) -> None:
+        self.samples.extend(samples)
+
+    def draw(self, count: int) -> list[dict]:
+        """So many samples, none twice. Raises ConfigError where the buffer holds fewer."""
+        if count > len(self.samples):
+            raise ConfigError(
+                f"on_policy.replay_rows: {count} samples are asked of a replay buffer that holds {len(self.samples)}"
+            )
+        return self.random.sample(list(self.samples), count)
+
+    def state_dict(self) -> dict:
+        """For JSON. Without the teacher's states, which are computed again when they are first needed."""
+        columns = "input_ids", "prompt_length", "row"
+        samples = [{name: sample[name] for name in columns} for sample in self.samples]
+        return {"samples": samples, "random": self.random.getstate()}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.samples = collections.deque(state["samples"], maxlen=self.capacity)
+        version, words, gauss = state["random"]
+        self.random.setstate((version, tuple(words), gauss))

@@ -1,0 +1,54 @@
+"""Word-level distillation on responses that the student writes: ImitKD (Lin et al. 2020), GKD (Agarwal et al. 2024)."""
+
+from __future__ import annotations
+
+from ..config import Config
+from ..rollouts import Rollouts
+from .kd import WordLevelKD
+from .replay import ReplayBuffer
+
+
+class GKD(WordLevelKD):
+    """A share of the steps, on_policy.fraction, trains on the student's responses, the others on the data's.
+
+    As in the published code of ABKD and DistiLLM, new responses go through a replay buffer, and the step gets a random
+    batch of it; with on_policy.replay_rows = 0 it trains on the new ones, as the paper has it.
+    """
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.fraction = config.on_policy.fraction
+        self.buffer = ReplayBuffer(config.on_policy.replay_rows, config.run.seed)
+
+    @property
+    def data_share(self) -> float:
+        return 1 - self.fraction
+
+    def sequences(self, step: int, progress: float, samples: list[dict], rollouts: Rollouts) -> list[dict]:
+        if self.buffer.coin() >= self.fraction:
+            return samples
+        written = rollouts.write(samples, step)
+        if not self.buffer.capacity:
+            return written
+        self.buffer.add(written)
+        return self.buffer.draw(len(samples))
+
+    def evaluated(self, dev_loss: float) -> None:
+        """Nothing depends on it."""
+
+    def numbers(self) -> dict[str, float]:
+        return {}
+
+    def state_dict(self) -> dict:
+        return self.buffer.state_dict()
+
+    def load_state_dict(self, state: dict) -> None:
+        self.buffer.load_state_dict(state)
+
+
+class ImitKD(GKD):
+    """Every step trains on the student's responses."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.fraction = 1.0

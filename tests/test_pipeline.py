@@ -1,0 +1,106 @@
+"""Packaged recipes as a user runs them, at reduced size, on real rows: all stages, also killed and resumed."""
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from abkd_fast.train import main
+
+GPT2 = {"model_type": "gpt2", "vocab_size": 50257, "n_positions": 512, "n_layer": 2, "n_head": 2}
+
+
+def command(folder, shared, text, row="abkd", recipe="gpt2.json"):
+    dolly, tokenizer = shared / "data" / "dolly", shared / "tokenizers" / "gpt2"
+    student, teacher = ({"path": None, "config": {**GPT2, "n_embd": width}} for width in (16, 32))
+    overrides = [
+        *(f"run.dir={folder}", f"tokenizer={tokenizer}", f"cache.dir={folder / 'cache'}", "cache.mode=disk"),
+        *(f"data.train={dolly / 'train.jsonl'}", f"data.dev={dolly / 'dev.jsonl'}", f"data.pretrain.path={text}"),
+        *("data.train_rows=24", "data.dev_rows=4", "train.device=cpu", "train.max_tokens=1024", "log.every_steps=1"),
+        *(f"teacher:student={json.dumps(teacher)}", f"init:student={json.dumps(student)}"),
+        *("teacher:train.epochs=1", "init:train.batch_size=8", "init:train.epochs=2"),
+        *("train.batch_size=4", f"{row}:train.epochs=2", "sampling.max_new_tokens=8"),
+    ]
+    options = (part for override in overrides for part in ("--set", override))
+    return [sys.executable, "-m", "abkd_fast.train", "--config", recipe, *options]
+
+
+def run(arguments):
+    return subprocess.run(arguments, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def kill_at_step(arguments, log, step):
+    """SIGKILL once a run's log tells of a step. False where the run was faster."""
+    process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    while process.poll() is None:
+        if log.exists() and f'"step": {step},' in log.read_text():
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            return True
+        time.sleep(0.005)
+    return False
+
+
+def points(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture
+def text(shared, tmp_path):
+    with (shared / "data" / "dolly" / "train.jsonl").open(encoding="utf-8") as rows:
+        outputs = [json.loads(row)["output"] for row in itertools.islice(rows, 40)]
+    path = tmp_path / "text.txt"
+    path.write_text("\n".join(outputs), encoding="utf-8")
+    return path
+
+
+def test_gpt2_recipe_killed_in_its_last_stage(shared, text, tmp_path):
+    undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
+    result = run(command(undisturbed, shared, text))
+    assert result.returncode == 0, result.stderr
+    assert "states cached" in result.stdout
+    init = undisturbed / "gpt2" / "init"
+    dev = {point["step"]: point["loss"] for point in points(init) if point["kind"] == "dev" and point["step"]}
+    assert sorted(dev) == [3, 6]
+    assert json.loads((init / "summary.json").read_text())["selected_step"] == min(dev, key=dev.get)
+
+    arguments = command(killed, shared, text)
+    assert kill_at_step(arguments, killed / "gpt2" / "abkd" / "metrics.jsonl", 8), "it was over before it was killed"
+    assert not (killed / "gpt2" / "abkd" / "final").exists()
+    resumed = run([*arguments, "--resume"])
+    assert resumed.returncode == 0, resumed.stderr
+    assert resumed.stdout.count("is finished already") == 2
+    assert "resumed    from " in resumed.stdout
+
+    ours, theirs = (load_file(root / "gpt2" / "abkd" / "final" / "model.safetensors") for root in (killed, undisturbed))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    final = killed / "gpt2" / "abkd" / "final"
+    prompt = AutoTokenizer.from_pretrained(final)("Name a colour.", return_tensors="pt")["input_ids"]
+    model = AutoModelForCausalLM.from_pretrained(final)
+    assert model.generate(prompt, max_new_tokens=2, pad_token_id=0).shape[1] > prompt.shape[1]
+    steps = [point for point in points(killed / "gpt2" / "abkd") if point["kind"] == "train"]
+    assert [point["step"] for point in steps] == list(range(1, 13))
+    assert all(point["loss_pretrain"] > 0 for point in steps)
+
+
+def test_rows_on_generated_text_share_teacher_and_initial_student(shared, text, tmp_path, capsys):
+    for row, finished in (("seqkd", 0), ("distillm", 2)):
+        arguments = command(tmp_path, shared, text, row, f"gpt2-{row}.json")[3:]
+        more = ["--set", "distillm:on_policy.threshold=0.6"] if row == "distillm" else []
+        assert main([*arguments, "--set", f"{row}:train.steps=5", *more]) == 0
+        assert capsys.readouterr().out.count("is finished already") == finished
+        steps = [point for point in points(tmp_path / "gpt2" / row) if point["kind"] == "train"]
+        assert len(steps) == 5
+        assert all(point["loss_pretrain"] > 0 for point in steps)
+    assert 0 < sum(point["generating_share"] for point in steps) < 5
+    lines = (tmp_path / "gpt2" / "answers" / "final" / "answers.jsonl").read_text().splitlines()
+    assert len(lines) == 24
