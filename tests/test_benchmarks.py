@@ -71,7 +71,7 @@ def test_timing_tiny(timing, tmp_path):
     content = json.loads((tmp_path / "timing.json").read_text())
     assert content["sections"].keys() == {"methods", "ways", "cache"}
     rows = {row["name"]: row for row in content["sections"]["methods"][0]["rows"]}
-    assert list(rows) == list(timing.METHODS)
+    assert list(rows) == ["SFT", "KD", "MiniLLM", "GKD", "DISTILLM", "AlphaNet", "ABKD"]
     for name, row in rows.items():
         assert row["same"], row
         assert row["difference"] < 1e-5
@@ -169,7 +169,7 @@ def test_timing_mfu(timing, tmp_path, monkeypatch):
     monkeypatch.setattr(timing, "peak_flops", lambda device: peak)
     benchmark.time()
     sft, gkd = benchmark.report.content["sections"]["methods"][0]["rows"]
-    assert "MFU" in benchmark.report.markdown[-4]
+    assert any("| MFU, ours |" in part for part in benchmark.report.markdown)
     flops = sft["ours_mfu"] * peak * sft["ours"] * benchmark.batch_size
     tokens = sum(len(sample["input_ids"]) for sample in benchmark.turns[1].samples)
     layers = 2 * 12 * 32**2  # weights
