@@ -348,8 +348,8 @@ class Config:
     method: Annotated[
         str,
         "sft (no teacher); ab or kd (divergence to a teacher on the data's responses); imitkd, gkd or distillm (also "
-        "on the student's own); seqkd (sft on what a stage with method generate wrote); generate (no training: the "
-        "student, here mostly a teacher, answers data.train)",
+        "on the student's own); minillm (policy gradient); seqkd (sft on what a stage with method generate wrote); "
+        "generate (no training: the student, here mostly a teacher, answers data.train)",
     ] = "ab"
     loss: Annotated[
         str,

@@ -316,7 +316,7 @@ class Trainer:
     def _account(self, step: float, loss: float, norm: float) -> str:
         """The numbers of a step since the last logged point, and the rows that its samples or their prompts are."""
         numbers = {}
-        for row in sorted(self.window.rows[int(step) - self.progress.step - 1]):
+        for row in sorted({*self.window.rows[int(step) - self.progress.step - 1]}):
             source, _, number = self.where[row].rpartition(" ")
             numbers.setdefault(source, []).append(number)
         where = "; ".join(f"{source} {', '.join(numbers[source])}" for source in numbers)

@@ -334,7 +334,7 @@ def test_rows_of_a_bad_step_are_those_behind_its_samples(make, monkeypatch, caps
 
     def noted(self, step, *arguments):
         got = sequences(self, step, *arguments)
-        rows[step + 1] = sorted(sample["row"] + 1 for sample in got), {sample.get("index") for sample in got}
+        rows[step + 1] = sorted({sample["row"] + 1 for sample in got}), {sample.get("index") for sample in got}
         return got
 
     monkeypatch.setattr(DistiLLM, "sequences", noted)

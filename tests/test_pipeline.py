@@ -1,4 +1,4 @@
-"""The packaged recipe as a user runs it, at reduced size, on real rows: three stages, killed and resumed."""
+"""Packaged recipes as a user runs them, at reduced size, on real rows: all stages, also killed and resumed."""
 
 import itertools
 import json
@@ -13,10 +13,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from abkd_fast.train import main
+
 GPT2 = {"model_type": "gpt2", "vocab_size": 50257, "n_positions": 512, "n_layer": 2, "n_head": 2}
 
 
-def command(folder, shared, text):
+def command(folder, shared, text, row="abkd", recipe="gpt2.json"):
     dolly, tokenizer = shared / "data" / "dolly", shared / "tokenizers" / "gpt2"
     student, teacher = ({"path": None, "config": {**GPT2, "n_embd": width}} for width in (16, 32))
     overrides = [
@@ -25,10 +27,10 @@ def command(folder, shared, text):
         *("data.train_rows=24", "data.dev_rows=4", "train.device=cpu", "train.max_tokens=1024", "log.every_steps=1"),
         *(f"teacher:student={json.dumps(teacher)}", f"init:student={json.dumps(student)}"),
         *("teacher:train.epochs=1", "init:train.batch_size=8", "init:train.epochs=2"),
-        *("train.batch_size=4", "abkd:train.epochs=2"),
+        *("train.batch_size=4", f"{row}:train.epochs=2", "sampling.max_new_tokens=8"),
     ]
     options = (part for override in overrides for part in ("--set", override))
-    return [sys.executable, "-m", "abkd_fast.train", "--config", "gpt2.json", *options]
+    return [sys.executable, "-m", "abkd_fast.train", "--config", recipe, *options]
 
 
 def run(arguments):
@@ -88,3 +90,17 @@ def test_gpt2_recipe_killed_in_its_last_stage(shared, text, tmp_path):
     steps = [point for point in points(killed / "gpt2" / "abkd") if point["kind"] == "train"]
     assert [point["step"] for point in steps] == list(range(1, 13))
     assert all(point["loss_pretrain"] > 0 for point in steps)
+
+
+def test_rows_on_generated_text_share_teacher_and_initial_student(shared, text, tmp_path, capsys):
+    for row, finished in (("seqkd", 0), ("distillm", 2)):
+        arguments = command(tmp_path, shared, text, row, f"gpt2-{row}.json")[3:]
+        more = ["--set", "distillm:on_policy.threshold=0.6"] if row == "distillm" else []
+        assert main([*arguments, "--set", f"{row}:train.steps=5", *more]) == 0
+        assert capsys.readouterr().out.count("is finished already") == finished
+        steps = [point for point in points(tmp_path / "gpt2" / row) if point["kind"] == "train"]
+        assert len(steps) == 5
+        assert all(point["loss_pretrain"] > 0 for point in steps)
+    assert 0 < sum(point["generating_share"] for point in steps) < 5
+    lines = (tmp_path / "gpt2" / "answers" / "final" / "answers.jsonl").read_text().splitlines()
+    assert len(lines) == 24
