@@ -2,9 +2,12 @@
 
 Our steps are the trainer's own, without and with the teacher's cache; the published way is published.py. Both have the
 same models (of random weights) and the same batches, as long as Dolly's samples are. All take turns, so that a drift of
-the machine touches them alike. A step is timed from its batch, packed or padded, to the changed weights. Before that,
-both sides have to agree on loss and gradient norm, dropout off: a method whose sides don't is marked as failed, gets no
-ratios, and makes the exit status 1. Tables go to the terminal, and as JSON and Markdown to --out.
+the machine touches them alike. A step is timed from its batch, packed or padded, to the changed weights. A method that
+generates has several kinds of steps: each is timed, and they are added up in the shares that the method has of them.
+
+Before that, both sides have to agree on loss and gradient norm, dropout off, on the data and on given responses: a
+method whose sides don't is marked as failed, gets no ratios, and makes the exit status 1. Tables go to the terminal,
+and with a chart, as JSON and Markdown, to --out.
 
 --overhead measures, in the trainer's whole loop, what is neither model nor loss.
 """
@@ -16,7 +19,9 @@ import contextlib
 import cProfile
 import dataclasses
 import functools
+import importlib.util
 import inspect
+import itertools
 import json
 import pathlib
 import pstats
@@ -29,72 +34,23 @@ from collections.abc import Callable, Iterable
 import numpy as np
 import torch
 from harness import Report, at_least, at_most, measure, peak_memory, spread
-from published import Loss, PublishedTrainer, alpha_beta, alphanet, forward_kl, pad
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
-from torch import Tensor
-from transformers import PreTrainedTokenizerFast
+from published import CHUNK
+from steps import METHODS, PARTS, Ours, Published, Turn
+from workload import LENGTH, NEW_TOKENS, SCALES, length_quantiles, write_rows, write_text, write_tokenizer
 
-from abkd_fast import methods
 from abkd_fast.config import Config
-from abkd_fast.data import pack, read_rows, tokenise
+from abkd_fast.costs import peak_flops
+from abkd_fast.data import Batch, pack
 from abkd_fast.logs import RunLog
-from abkd_fast.models import PackedCausalLM, read_tokenizer
+from abkd_fast.models import PackedCausalLM
 from abkd_fast.progress import Window
 from abkd_fast.recipe import load
 from abkd_fast.teacher import CachedTeacher, Teacher, TeacherCache
 from abkd_fast.trainer import Trainer
 
-LENGTH = 512  # tokens that a sample has at most, and that the published way pads it to
-# Tokens of prompt and response of Dolly's training rows: the quantiles 0, 1/32, … 1, as --measure-lengths prints them.
-PROMPTS = (
-    *(31, 35, 36, 36, 37, 38, 38, 39, 39, 39, 40, 40, 41, 41, 42, 43, 44),
-    *(44, 45, 46, 48, 51, 55, 61, 68, 81, 105, 134, 160, 182, 203, 226, 256),
-)
-RESPONSES = (
-    *(2, 4, 6, 9, 11, 13, 15, 17, 19, 22, 25, 27, 30, 33, 37, 41, 45),
-    *(49, 54, 59, 65, 71, 78, 86, 95, 104, 116, 132, 151, 179, 224, 331, 512),
-)
-
-
-@dataclasses.dataclass(frozen=True)
-class Method:
-    """A row of the table."""
-
-    method: str  # as in a configuration; so is the loss
-    loss: str | None = None  # None without a teacher
-    published: Loss | None = None
-    has_entropy: bool = False  # the published value has the teacher's besides the divergence
-    paper: float | None = None  # seconds/sample
-
-
-METHODS = {
-    "SFT": Method("sft"),
-    "KD": Method("kd", "fkl", forward_kl, has_entropy=True),
-    "AlphaNet": Method("kd", "alphanet:0.2,0.8", alphanet),
-    "ABKD": Method("ab", "ab:0.2,0.7", alpha_beta),
-}
 WAYS = {"published": "published way", "ours": "ours", "cached": "ours, teacher's states cached"}
-
-
-@dataclasses.dataclass(frozen=True)
-class Scale:
-    """Models (what their shapes leave out is that of GPT-2, 124M) and samples of a step."""
-
-    title: str
-    student: dict
-    teacher: dict
-    batch_size: int
-    vocab: int = 50257
-
-
-TINY = {"n_layer": 2, "n_head": 2, "initializer_range": 0.2}
-SCALES = {
-    "paper": Scale("GPT-2 XL to GPT-2", {}, {"n_embd": 1600, "n_layer": 48, "n_head": 25}, 8),
-    "small": Scale("GPT-2 medium to GPT-2", {}, {"n_embd": 1024, "n_layer": 24, "n_head": 16}, 4),
-    "tiny": Scale("tiny models", {**TINY, "n_embd": 32}, {**TINY, "n_embd": 64}, 4, vocab=1009),
-}
+COLOURS = {"published": "#D55E00", "ours": "#56B4E9", "cached": "#0072B2"}  # told apart by everybody (Okabe and Ito)
+Key = tuple[str, str, str]  # method, way, part
 TARGETS = {  # of ABKD at the paper's scale: a ratio of the table, and its bound
     "published / ours": ("published_over_ours", at_least(4)),
     "published / cached": ("published_over_cached", at_least(12)),
@@ -104,50 +60,8 @@ EPOCHS = (10, 20)  # of the papers: what building the cache is shared between
 OVERHEAD_STEPS = 10
 
 
-def length_quantiles(data: str, tokenizer: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """PROMPTS and RESPONSES of a data set; they are cut at LENGTH."""
-    rows = tokenise(read_rows(data), read_tokenizer(tokenizer, "tokenizer"), max_length=1 << 20)
-    prompts = np.array(rows["prompt_length"])
-    responses = np.array([len(ids) for ids in rows["input_ids"]]) - prompts
-    at = np.linspace(0, 1, len(PROMPTS))
-    of_each = (np.quantile(lengths.clip(max=LENGTH), at).round().astype(int) for lengths in (prompts, responses))
-    return tuple(tuple(lengths.tolist()) for lengths in of_each)
-
-
-def draw_lengths(
-    quantiles: tuple[int, ...], batches: int, batch_size: int, generator: np.random.Generator
-) -> np.ndarray:
-    """Lengths [batches, batch_size], one from each of so many equal parts of the distribution.
-
-    All together are like the whole, and so is every batch, as far as its few samples can be.
-    """
-    count = batches * batch_size
-    at = ((np.arange(count) + generator.random(count)) / count).reshape(batch_size, batches)
-    at = generator.permuted(generator.permuted(at, axis=1), axis=0)
-    return np.interp(at, np.linspace(0, 1, len(quantiles)), quantiles).round().astype(int).T
-
-
-def write_rows(path: pathlib.Path, batches: int, batch_size: int, vocab: int) -> None:
-    """Rows of random tokens, batch after batch, for the tokenizer below.
-
-    Prompt and response lengths are independent: in Dolly their correlation is -0.06.
-    """
-    generator = np.random.default_rng(0)
-
-    def text(tokens: int) -> str:
-        return "".join(f" {token}" for token in generator.integers(1, vocab, size=tokens))
-
-    prompts, responses = (draw_lengths(lengths, batches, batch_size, generator) for lengths in (PROMPTS, RESPONSES))
-    with path.open("w") as file:
-        for prompt, response in zip(prompts.flat, responses.flat, strict=True):
-            file.write(json.dumps({"prompt": text(prompt), "output": text(response - 1)}) + "\n")
-
-
-def write_tokenizer(folder: pathlib.Path, vocab: int) -> None:
-    """Its words are the numbers of its tokens, but for the end token, 0."""
-    words = Tokenizer(WordLevel({"<end>": 0} | {str(token): token for token in range(1, vocab)}))
-    words.pre_tokenizer = WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>").save_pretrained(folder)
+def pack_text(blocks: list[dict], max_tokens: int) -> list[Batch]:
+    return [dataclasses.replace(part, is_text=True) for part in pack(blocks, max_tokens)]
 
 
 def duration(seconds: float) -> str:
@@ -161,25 +75,27 @@ class Benchmark:
         self.options, self.folder, self.scale = options, folder, SCALES[options.scale]
         self.batch_size = options.batch_size or self.scale.batch_size
         self.methods = {name: METHODS[name] for name in METHODS if name in ("SFT", *options.methods)}
+        # Prompts that MiniLLM answers, of the 256 of a round; a GPU is hardly slower for more.
+        self.rollouts = max(self.batch_size, 64 if options.device == "cuda" else CHUNK)
+        batches = options.repeats + 1
         write_tokenizer(folder / "tokenizer", self.scale.vocab)
-        write_rows(folder / "rows.jsonl", options.repeats + 1, self.batch_size, self.scale.vocab)
+        write_rows(folder / "rows.jsonl", batches, self.batch_size, self.scale.vocab)
+        write_text(folder / "text.jsonl", batches * self.batch_size, self.scale.vocab)
         judge = options.scale == "paper" or (options.overhead and options.scale == "small")
         self.report = Report(torch.device(options.device), vars(options), judge)
 
     def config(self, name: str, cache: str = "off") -> Config:
-        method, vocab = METHODS[name], self.scale.vocab
-        models = [
-            {"config": {"model_type": "gpt2", "vocab_size": vocab, "bos_token_id": 0, "eos_token_id": 0, **shape}}
-            for shape in (self.scale.student, self.scale.teacher)
-        ]
+        method, rows = METHODS[name], str(self.folder / "rows.jsonl")
         values = {
             "method": method.method,
             "loss": method.loss or Config.loss,
             "tokenizer": str(self.folder / "tokenizer"),
             "run": {"name": name, "dir": str(self.folder / "runs")},
-            "student": models[0],
-            "teacher": models[1] if method.loss else None,
-            "data": {"train": str(self.folder / "rows.jsonl"), "max_length": LENGTH, "max_prompt_length": None},
+            "student": self.scale.model(self.scale.student),
+            "teacher": self.scale.model(self.scale.teacher) if method.loss else None,
+            "data": {"train": rows, "max_length": LENGTH, "max_prompt_length": None},
+            "sampling": {"max_new_tokens": NEW_TOKENS},
+            "minillm": {"rollouts": self.rollouts},
             "cache": {"mode": cache, "dir": str(self.folder / "cache")},
             # Steps that change no weight: all methods and ways have the same ones all the time.
             "optim": {"lr": 1e-30, "min_lr": 0, "schedule": "constant"},
@@ -190,131 +106,191 @@ class Benchmark:
                 "device": self.options.device,
             },
             "checkpoint": {"every_steps": OVERHEAD_STEPS},  # that is, none
+            **method.settings,
         }
+        if self.options.pretrain:
+            values["data"]["pretrain"] = {"path": str(self.folder / "text.jsonl")}
+        if name == "DISTILLM":
+            values["data"]["dev"] = rows  # whose loss it would follow
         path = self.folder / "config.json"
         path.write_text(json.dumps(values))
         return load(str(path))[0]
 
     def build(self) -> None:
-        """A trainer and a published one, on the same weights: all that a method is to them is a loss and a teacher."""
-        name = next((name for name, method in self.methods.items() if method.loss), "ABKD")
-        self.trainer = trainer = Trainer(self.config(name))
+        """Both sides, on the same weights: all that a method is to them is a loss, a teacher and sequences."""
+        self.trainer = trainer = Trainer(self.config("ABKD"))
         trainer._load()
         live, samples = trainer.teacher, 2 * len(trainer.train_set)  # seen twice: so worth a cache
-        cache = self.config(name, "auto"), trainer.teacher_config, trainer.train_set, samples
+        cache = self.config("ABKD", "auto"), trainer.teacher_config, trainer.train_set, samples
         cached = TeacherCache(*cache, trainer.device, trainer.dtype).open(lambda: live.model, trainer._precision, 0)
-        self.teachers = {"ours": live, "cached": cached}
         self.build_seconds = cached.pass_seconds / len(trainer.train_set)
-        self.published = PublishedTrainer(trainer.student.model, live.model.model, trainer.config.optim)
+        self.ours = Ours(trainer, live, cached, self.config)
+        self.published = Published(trainer, live, LENGTH)
         # Moments exist from here on: a first step takes the memory of any other.
-        for optimizer in (trainer.optimizer, self.published.optimizer):
+        for optimizer in (trainer.optimizer, self.published.trainer.optimizer):
             for parameter in trainer.student.parameters():
                 parameter.grad = torch.zeros_like(parameter)
             optimizer.step()
             optimizer.zero_grad()
-        self.make_batches()
+        self.turns = [self.turn(number) for number in range(self.options.repeats + 1)]
+        self.describe()
 
-    def make_batches(self) -> None:
-        """Makes the batches, packed for the trainer and padded for the published one."""
+    @property
+    def tolerance(self) -> float:
+        """Of both sides' numbers, relative."""
+        return 1e-4 if self.trainer.dtype == torch.float32 else 2e-2
+
+    def turn(self, number: int) -> Turn:
+        """The batch of that number, packed for the trainer and padded for the published way."""
         trainer, size = self.trainer, self.batch_size
         samples = [sample | {"index": index} for index, sample in enumerate(trainer.train_set)]
-        batches = [samples[start : start + size] for start in range(0, len(samples), size)]
-        budget = trainer.config.train.max_tokens
-        self.batches = [(pack(batch, budget), pad(batch, LENGTH, trainer.device)) for batch in batches]
-        models = trainer.student, self.teachers["ours"].model
+        later = itertools.islice(itertools.cycle(samples), number * size, number * size + self.rollouts)
+        prompts, text, padded_text = list(later), [], None
+        if trainer.pretrain_set is not None:
+            blocks = [trainer.pretrain_set[row] for row in range(number * size, (number + 1) * size)]
+            text = pack_text(blocks, trainer.config.train.max_tokens)
+            padded_text = self.published.pad(blocks)
+        samples = prompts[:size]
+        packed = pack(samples, trainer.config.train.max_tokens)
+        return Turn(samples, packed, self.published.pad(samples), prompts, text, padded_text)
+
+    def describe(self) -> None:
+        models = self.trainer.student, self.ours.teachers["ours"].model
         student, teacher = (sum(p.numel() for p in model.parameters()) / 1e6 for model in models)
+        samples = list(self.trainer.train_set)
         prompt = sum(sample["prompt_length"] for sample in samples) / len(samples)
         response = sum(len(sample["input_ids"]) for sample in samples) / len(samples) - prompt
+        text = f"; every step has plain text, too, {LENGTH} tokens a sample" if self.options.pretrain else ""
         self.report.note(
-            f"{self.scale.title} ({teacher:.1f}M to {student:.1f}M weights), {size} samples a step, {trainer.dtype}; a "
-            f"sample has {prompt:.1f} tokens of prompt and {response:.1f} of response (Dolly: 71.3 and 74.3)"
+            f"{self.scale.title} ({teacher:.1f}M to {student:.1f}M weights), {self.batch_size} samples a step, "
+            f"{self.trainer.dtype}; a sample has {prompt:.1f} tokens of prompt and {response:.1f} of response (Dolly: "
+            f"71.3 and 74.3){text}"
         )
+        if any(method.is_on_policy for method in self.methods.values()):
+            self.report.note(f"Generated responses end where those of the data do, or after {NEW_TOKENS} tokens.")
+        for name, method in self.methods.items():
+            if method.note:
+                self.report.note(f"{name}: {method.note}.")
 
-    def steps(self) -> dict[tuple[str, str], Callable[[tuple], tuple[Tensor, Tensor]]]:
-        """Of each method and way: takes a batch, packed and padded, returns loss and gradient norm."""
+    def steps(self) -> dict[Key, Callable[[Turn], object]]:
+        """Of each method, way and part: takes a batch; those that train return loss and gradient norm.
 
-        def theirs(method: Method) -> Callable:
-            def step(batch: tuple) -> tuple[Tensor, Tensor]:
-                with self.trainer._precision():
-                    return self.published.step(batch[1], method.published)
-
-            return step
-
-        def ours(name: str, teacher: Teacher | CachedTeacher | None) -> Callable:
-            method = methods.find(METHODS[name].method)(self.config(name))
-
-            def step(batch: tuple) -> tuple[Tensor, Tensor]:
-                self.trainer.method, self.trainer.teacher = method, teacher
-                return self.trainer._step(batch[0])[:2]
-
-            return step
-
+        What writes comes before what trains on that. What costs the same as another one is not there: see `same_cost`.
+        """
         steps = {}
         for name, method in self.methods.items():
-            steps[name, "published"] = theirs(method)
-            for way, teacher in self.teachers.items() if method.loss else [("ours", None)]:
-                steps[name, way] = ours(name, teacher)
+            if "data" in method.parts:
+                steps[name, "published", "data"] = self.published.data(name)
+                for way in ("ours", "cached") if method.loss else ("ours",):
+                    steps[name, way, "data"] = self.ours.data(name, way)
+            if method.is_on_policy:
+                for way, side in (("published", self.published), ("ours", self.ours)):
+                    steps[name, way, "rollout"], steps[name, way, "new"] = side.rollout(name), side.text(name)
+                if "again" in method.parts:
+                    steps[name, "ours", "again"] = steps[name, "ours", "new"]
         return steps
 
-    def held(self, method: Method, way: str) -> int:
+    def held(self, key: Key) -> int:
         """Bytes that stay in memory between steps: weights, moments, and what there is of the teacher."""
-        trainer, teacher = self.trainer, self.teachers["cached"]
+        name, way, _ = key
+        method, trainer, teachers = self.methods[name], self.trainer, self.ours.teachers
         tensors = list(trainer.student.parameters())
         tensors += [moment for state in trainer.optimizer.state.values() for moment in state.values()]
         if method.loss and way == "cached":
-            tensors += [teacher.rows, teacher.weight]
-        elif method.loss:
-            tensors += self.teachers["ours"].model.parameters()
+            tensors += [teachers["cached"].rows, teachers["cached"].weight]
+        if method.loss and (way != "cached" or method.is_on_policy):
+            tensors += teachers["ours"].model.parameters()
         return sum(tensor.nbytes for tensor in tensors)
 
-    def check(self, steps: dict[tuple[str, str], Callable]) -> float:
+    def check(self, steps: dict[Key, Callable]) -> float:
         """One step each, dropout off: notes loss, gradient norm and peak of memory; returns the seconds it took.
 
-        The first batch's, which is not timed: it is the warm-up, too.
+        The first batch's, which is not timed: it is the warm-up, too. Both sides get the responses that ours wrote.
         """
-        modules = self.trainer.student, self.published.student
+        modules = self.trainer.student, self.published.trainer.student
         for module in modules:
             module.eval()
-        self.numbers, self.bytes, started = {}, {}, time.perf_counter()
-        for (name, way), step in steps.items():
-            method, values = self.methods[name], []
-            peak = peak_memory(lambda step=step, out=values: out.extend(step(self.batches[0])), self.trainer.device)
-            self.bytes[name, way] = self.held(method, way) + peak
+        turn, self.numbers, self.bytes, started = self.turns[0], {}, {}, time.perf_counter()
+        for (name, way, part), write in steps.items():
+            if part == "rollout":
+                write(turn)
+                if way == "ours":
+                    self.published.take(name, self.ours.written[name])
+        for key, step in steps.items():
+            name, way, part = key
+            if part == "rollout":
+                continue
+            values = []
+            peak = peak_memory(lambda step=step, out=values: out.extend(step(turn)), self.trainer.device)
+            self.bytes[key] = self.held(key) + peak
             loss, norm = (value.item() for value in values)
-            if way == "published" and method.has_entropy:
-                loss -= self.published.teacher_entropy(self.batches[0][1]).item()
-            self.numbers[name, way] = loss, norm
-            print(f"{name}, {WAYS[way]}: loss {loss:.6f}, gradient norm {norm:.6f}", flush=True)
+            if way == "published":
+                loss -= self.published.entropy(name, part, turn)
+            self.numbers[key] = loss, norm
+            print(f"{self.label(key)}: loss {loss:.6f}, gradient norm {norm:.6f}", flush=True)
         for module in modules:
             module.train()
         return time.perf_counter() - started
 
+    def label(self, key: Key) -> str:
+        name, way, part = key
+        return f"{name}, {WAYS[way]}" + (f", {PARTS[part]}" if self.methods[name].is_on_policy else "")
+
     def difference(self, name: str) -> float:
-        """The largest of loss and gradient norm between a method's ways, relative."""
-        numbers = np.array([values for (other, _), values in self.numbers.items() if other == name])  # [ways, 2]
-        return float(np.abs(numbers / numbers[0] - 1).max())
+        """The largest of loss and gradient norm between a method's sides, relative."""
+        differences = []
+        for key, numbers in self.numbers.items():
+            if key[0] == name and key[1] != "published":
+                theirs = self.numbers[self.same_cost((name, "published", key[2]))]
+                differences += [abs(ours / of_them - 1) for ours, of_them in zip(numbers, theirs, strict=True)]
+        return float(np.max(differences))  # not max: what is not a number has to show
 
     def time(self) -> bool:
         """Times all rounds and writes the tables; whether all methods' sides agree."""
         self.build()
         steps, rounds = self.steps(), []
         left = self.options.repeats * self.check(steps)
-        for number, batch in enumerate(self.batches[1:], 1):
+        for number, turn in enumerate(self.turns[1:], 1):
             print(f"round {number} of {self.options.repeats}, about {duration(left)} left", flush=True)
             started = time.perf_counter()
-            candidates = {key: functools.partial(step, batch) for key, step in steps.items()}
+            candidates = {key: functools.partial(step, turn) for key, step in steps.items()}
             # A GPU's kernels may be chosen, or compiled, for each new shape: there every step runs twice.
             rounds.append(measure(candidates, 1, warm=self.trainer.device.type == "cpu"))
             left = (time.perf_counter() - started) * (self.options.repeats - number)
-        times = {key: [each[key][0] / self.batch_size for each in rounds] for key in steps}  # ms a sample
-        return self.tables(times)
+        return self.tables({key: [each[key][0] / self.samples_of(key) for each in rounds] for key in steps})
 
-    def tables(self, times: dict[tuple[str, str], list[float]]) -> bool:
-        tolerance = 1e-4 if self.trainer.dtype == torch.float32 else 2e-2
-        rows = []
+    def samples_of(self, key: Key) -> int:
+        """How many samples a step trains on, or prompts it answers."""
+        name, way, part = key
+        if part != "rollout" or name != "MiniLLM":
+            return self.batch_size
+        return self.turns[0].published_rollouts if way == "published" else self.rollouts
+
+    @staticmethod
+    def same_cost(key: Key) -> Key:
+        """The step that was run: the published way keeps nothing of old responses, and no cache holds any."""
+        name, way, part = key
+        if way == "published" and part == "again":
+            return name, way, "new"
+        return (name, "ours", part) if way == "cached" and part != "data" else key
+
+    def totals(self, parts: dict[Key, list[float]]) -> dict[tuple[str, str], list[float]]:
+        """Milliseconds/sample of each method and way, in every round: the sum of its parts, in their shares."""
+        totals = {}
+        for name, method in self.methods.items():
+            for way in WAYS:
+                keys = {part: self.same_cost((name, way, part)) for part in method.parts}
+                if any((name, way) == key[:2] for key in keys.values()) and all(key in parts for key in keys.values()):
+                    weighted = [np.multiply(share, parts[keys[part]]) for part, share in method.parts.items()]
+                    totals[name, way] = sum(weighted).tolist()
+        return totals
+
+    def tables(self, parts: dict[Key, list[float]]) -> bool:
+        """`parts`: milliseconds/sample of each step in every round."""
+        times, rows = self.totals(parts), []
         for name, method in self.methods.items():
             difference = self.difference(name)
-            same = difference <= tolerance
+            same = difference <= self.tolerance
             row = {"name": name, "paper": method.paper, "difference": difference, "same": same}
             row["check"] = f"{'' if same else 'FAILED '}{difference:.0e}"
             row |= {way: statistics.median(times[name, way]) / 1e3 for way in WAYS if (name, way) in times}
@@ -323,6 +299,8 @@ class Benchmark:
                 row["published_over_cached"] = self.ratio(times, (name, "published"), (name, "cached"))
                 row["ours_over_sft"] = self.ratio(times, (name, "ours"), ("SFT", "ours"))
                 row["cached_over_sft"] = self.ratio(times, (name, "cached"), ("SFT", "ours"))
+            if not method.is_on_policy:
+                row |= {f"{way}_mfu": self.mfu(times, name, way) for way in ("ours", "cached")}
             rows.append(row)
         columns = {
             "name": ("", ""),
@@ -336,10 +314,13 @@ class Benchmark:
             "cached_over_sft": ("cached\n/ SFT", ".2f"),
             "check": ("same loss\nand norm to", ""),
         }
+        if peak_flops(self.trainer.device):
+            columns |= {"ours_mfu": ("MFU,\nours", ".1%"), "cached_mfu": ("MFU,\ncached", ".1%")}
         self.report.table("methods", f"seconds/sample, medians of {self.options.repeats}", rows, columns)
-        self.spreads(times)
+        self.spreads(parts)
         self.amortised(rows)
         self.targets(rows)
+        self.chart(rows)
         return all(row["same"] for row in rows)
 
     @staticmethod
@@ -349,13 +330,74 @@ class Benchmark:
             return None
         return statistics.median(x / y for x, y in zip(times[over], times[under], strict=True))
 
-    def spreads(self, times: dict[tuple[str, str], list[float]]) -> None:
+    def mfu(self, times: dict, name: str, way: str) -> float | None:
+        """What a step's floating-point operations are of all that the GPU could do in its time, in the median."""
+        peak = peak_flops(self.trainer.device)
+        if peak is None or (name, way) not in times:
+            return None
+        self.trainer.method = self.ours.method(name)
+        cost, shares = self.trainer.step_cost(way == "cached"), []
+        for turn, milliseconds in zip(self.turns[1:], times[name, way], strict=True):
+            text = [sample for part in turn.text for sample in part.samples]
+            flops = cost.flops(turn.samples) + cost.flops(text, taught=False)
+            shares.append(flops / (1e-3 * milliseconds * self.batch_size * peak))
+        return statistics.median(shares)
+
+    def spreads(self, parts: dict[Key, list[float]]) -> None:
         rows = []
-        for (name, way), values in times.items():
-            of_bytes = {"bytes": self.bytes[name, way], "gib": self.bytes[name, way] / 2**30}
-            rows.append(spread(f"{name}, {WAYS[way]}", values, **of_bytes, all_ms=values))
-        columns = {"name": ("", ""), "ms": ("ms", ".2f"), "range": ("min..max", ""), "gib": ("GiB at most", ".2f")}
-        self.report.table("ways", "milliseconds/sample, and tensors held at once: weights to gradients", rows, columns)
+        for key, values in parts.items():
+            row = spread(self.label(key), values, all_ms=values, share=self.share(key))
+            if key in self.bytes:
+                row |= {"bytes": self.bytes[key], "gib": self.bytes[key] / 2**30}
+            rows.append(row)
+        columns = {
+            "name": ("", ""),
+            "ms": ("ms", ".2f"),
+            "range": ("min..max", ""),
+            "share": ("how many\na sample", ".2f"),
+            "gib": ("GiB at most", ".2f"),
+        }
+        title = "milliseconds a sample, or a response, and tensors held at once: weights to gradients"
+        self.report.table("ways", title, rows, columns)
+
+    def share(self, key: Key) -> float:
+        """How much of this step comes to a sample that its method trains on."""
+        name, way, _ = key
+        return sum(s for part, s in self.methods[name].parts.items() if self.same_cost((name, way, part)) == key)
+
+    def chart(self, rows: list[dict]) -> None:
+        if importlib.util.find_spec("matplotlib") is None:
+            self.report.note("chart: skipped, matplotlib is not installed (pip install '.[bench]')")
+            return
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+
+        figure, axes = pyplot.subplots(figsize=(8, 1 + 0.6 * len(rows)), constrained_layout=True)
+        for place, row in enumerate(rows):
+            ways = [way for way in WAYS if way in row]
+            for number, way in enumerate(ways):
+                y = place + 0.27 * (number - (len(ways) - 1) / 2)
+                bar = axes.barh(y, row[way], 0.25, color=COLOURS[way], label=WAYS[way])
+                axes.bar_label(bar, [f"{row[way]:.3g}"], padding=3, fontsize=8)
+        axes.set_yticks(range(len(rows)), [row["name"] for row in rows])
+        axes.invert_yaxis()
+        axes.set_xscale("log")
+        decades = np.log10([row[way] for row in rows for way in WAYS if way in row])
+        axes.set_xlim(10 ** np.floor(decades.min()), 10 ** np.ceil(decades.max() + 0.2))  # room for the last number
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter("")
+        axes.set_xlabel("seconds/sample, on a logarithmic scale")
+        axes.set_title(f"{self.scale.title}, {self.report.content['machine']['device']}", loc="left", fontsize=10)
+        axes.spines[["top", "right"]].set_visible(False)
+        handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+        figure.legend(handles.values(), handles, loc="outside lower center", ncols=3, frameon=False)
+        for kind in ("png", "svg"):
+            figure.savefig(self.options.out / f"timing.{kind}", dpi=150)
+        pyplot.close(figure)
+        self.report.note(f"chart: {self.options.out / 'timing.png'} and .svg")
+        self.report.markdown.append("![seconds/sample](timing.png)")
 
     def amortised(self, rows: list[dict]) -> None:
         """What the cache costs, spread over the epochs that share it."""
@@ -383,6 +425,8 @@ class Benchmark:
     def overhead(self) -> None:
         """Where the time of the trainer's loop goes, by cProfile, which charges Python a little more than it takes."""
         for name, method in self.methods.items():
+            if method.is_on_policy:
+                continue
             trainer, profile = Trainer(self.config(name, "auto")), cProfile.Profile()
             trainer._load()
             trainer.config.run.folder.mkdir(parents=True)
@@ -442,7 +486,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=3, help="timed rounds (default: %(default)s)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if gpu else "cpu")
     parser.add_argument("--out", type=pathlib.Path, default=results, help="folder (default: %(default)s)")
-    parser.add_argument("--overhead", action="store_true", help="what the trainer's own share of its loop is; CPU only")
+    parser.add_argument(
+        "--pretrain", action="store_true", help="adds the papers' plain text to every step, on both sides"
+    )
+    overhead = "what the trainer's own share of its loop is, where nothing is generated; CPU only"
+    parser.add_argument("--overhead", action="store_true", help=overhead)
     parser.add_argument("--measure-lengths", nargs=2, metavar=("ROWS", "TOKENIZER"), help="print PROMPTS and RESPONSES")
     options = parser.parse_args(arguments)
     options.scale = options.scale or ("paper" if options.device == "cuda" else "small")

@@ -10,6 +10,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 
 from abkd_fast.data import read_rows, tokenise
 from abkd_fast.models import read_tokenizer
@@ -21,6 +22,19 @@ BENCHMARKS = pathlib.Path(__file__).parents[1] / "benchmarks"
 def timing(monkeypatch):
     monkeypatch.syspath_prepend(BENCHMARKS)
     return importlib.import_module("timing")
+
+
+@pytest.fixture
+def workload(timing):
+    return importlib.import_module("workload")
+
+
+@pytest.fixture
+def benchmark(timing, tmp_path):
+    """Of the tiny scale, with every method that generates."""
+    on_policy = [name for name, method in timing.METHODS.items() if method.is_on_policy]
+    options = ["--scale", "tiny", "--device", "cpu", "--methods", *on_policy, "--repeats", "1", "--out", str(tmp_path)]
+    return timing.Benchmark(timing.parse(options), tmp_path)
 
 
 def run(script, *arguments):
@@ -52,30 +66,116 @@ def test_kernels_quick(tmp_path):
     assert (tmp_path / "kernels.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_timing_tiny(tmp_path):
-    output = run("timing.py", "--scale", "tiny", "--repeats", "2", "--out", tmp_path)
+def test_timing_tiny(timing, tmp_path):
+    output = run("timing.py", "--scale", "tiny", "--repeats", "1", "--out", tmp_path)
     content = json.loads((tmp_path / "timing.json").read_text())
     assert content["sections"].keys() == {"methods", "ways", "cache"}
     rows = {row["name"]: row for row in content["sections"]["methods"][0]["rows"]}
-    assert list(rows) == ["SFT", "KD", "AlphaNet", "ABKD"]
+    assert list(rows) == list(timing.METHODS)
     for name, row in rows.items():
         assert row["same"], row
         assert row["difference"] < 1e-5
         assert row["paper"] is None  # no figure is known
         assert row["published_over_ours"] > 0
-        assert ("cached" in row) == (name != "SFT")
+        assert ("cached" in row) == ("data" in timing.METHODS[name].parts and name != "SFT")
     assert rows["SFT"]["ours_over_sft"] == 1
     ways = {row["name"]: row for row in content["sections"]["ways"][0]["rows"]}
-    assert len(ways) == 2 + 3 * 3
-    assert all(len(row["all_ms"]) == 2 and row["min_ms"] > 0 for row in ways.values())
+    assert all(len(row["all_ms"]) == 1 and row["min_ms"] > 0 for row in ways.values())
     logits = 4 * 512 * 1009 * 4  # bytes of the student's alone, padded; the teacher's are as many
     assert ways["ABKD, published way"]["bytes"] > 2 * logits > ways["ABKD, ours"]["bytes"] > 0
-    assert [row["name"] for row in content["sections"]["cache"][0]["rows"]] == ["KD", "AlphaNet", "ABKD"]
+    assert [row["name"] for row in content["sections"]["cache"][0]["rows"]] == [n for n in rows if "cached" in rows[n]]
     markdown = (tmp_path / "timing.md").read_text()
     for table in (table for tables in content["sections"].values() for table in tables):
         assert f"**{table['title']}**" in markdown
         assert table["title"] in output
     assert f"| ABKD |  | {rows['ABKD']['published']:.3g} |" in markdown
+    assert "DISTILLM: its threshold" in markdown
+    if importlib.util.find_spec("matplotlib") is not None:
+        assert (tmp_path / "timing.png").read_bytes().startswith(b"\x89PNG")
+        assert "<svg" in (tmp_path / "timing.svg").read_text()
+
+
+def test_timing_with_plain_text(timing, tmp_path, capsys):
+    options = ["--scale", "tiny", "--device", "cpu", "--methods", "ABKD", "MiniLLM", "--repeats", "1"]
+    assert timing.main([*options, "--pretrain", "--out", str(tmp_path)]) == 0
+    rows = json.loads((tmp_path / "timing.json").read_text())["sections"]["methods"][0]["rows"]
+    assert [row["name"] for row in rows] == ["SFT", "MiniLLM", "ABKD"]
+    assert all(row["same"] and row["difference"] < 1e-5 for row in rows)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("SFT, ours: loss")]
+    loss = float(lines[0].split()[3].rstrip(","))
+    # Of responses and text, each about what random tokens cost, and a little more.
+    assert 2 * math.log(1009) < loss < 2.5 * math.log(1009)
+
+
+def test_timing_adds_up_the_parts(benchmark):
+    published = {"data": [1.0, 2.0], "rollout": [10.0, 20.0], "new": [100.0, 200.0]}
+    parts = {("GKD", "published", part): values for part, values in published.items()}
+    parts |= {("GKD", "ours", part): [x / 2 for x in values] for part, values in published.items()}
+    parts["GKD", "cached", "data"] = [0.25, 0.5]
+    totals = benchmark.totals(parts)
+    assert totals["GKD", "published"] == [55.5, 111.0]
+    assert totals["GKD", "ours"] == [27.75, 55.5]
+    assert totals["GKD", "cached"] == [27.625, 55.25]  # no cache helps with new responses
+    assert totals.keys() == {("GKD", way) for way in ("published", "ours", "cached")}
+    assert sum(benchmark.share(("GKD", "ours", part)) for part in ("data", "new")) == 1
+
+
+@pytest.mark.parametrize("wrong", [1.5, math.nan])
+def test_timing_compares_every_part(benchmark, wrong):
+    same = {("GKD", way, part): (2.0, 3.0) for way in ("published", "ours") for part in ("data", "new")}
+    benchmark.numbers = same
+    assert benchmark.difference("GKD") == 0
+    benchmark.numbers = same | {("GKD", "ours", "new"): (2.0, 3 * wrong)}
+    assert not benchmark.difference("GKD") < 0.4
+
+
+def test_timing_responses_are_as_long_as_the_datas(benchmark, workload):
+    benchmark.build()
+    turn = benchmark.turns[1]
+    for name in benchmark.methods:
+        for side in (benchmark.ours, benchmark.published) if benchmark.methods[name].is_on_policy else ():
+            side.rollout(name)(turn)
+            written = side.written[name]
+            if name == "MiniLLM" and side is benchmark.published:
+                lengths, expected = written.mask.sum(1).tolist(), workload.response_lengths(turn.prompts[:16])
+            else:
+                lengths, expected = workload.response_lengths(written), workload.response_lengths(turn.samples)
+                assert [s["input_ids"][: s["prompt_length"]] for s in written] == [
+                    s["input_ids"][: s["prompt_length"]] for s in turn.samples
+                ]
+            assert lengths == expected
+            assert max(lengths) <= 256
+
+
+def test_published_mixture_is_of_student_and_teacher(benchmark, timing):
+    benchmark.build()
+    published = importlib.import_module("published")
+    student, teacher = benchmark.published.trainer.student.eval(), benchmark.published.trainer.teacher
+    prompts = [[5, 6, 7], [8, 9, 10, 11, 12]]
+    ids, mask = published._pad_left(prompts, torch.device("cpu"))
+    mix = published.TeacherMix(teacher, mask, 0.2)
+    with torch.no_grad():
+        for new in ([], [[1], [2]], [[1, 3], [2, 4]]):  # the teacher's cache grows with the responses
+            tokens = [prompt + (new[row] if new else []) for row, prompt in enumerate(prompts)]
+            logits = [torch.stack([m(torch.tensor([row])).logits[0, -1] for row in tokens]) for m in (student, teacher)]
+            expected = 0.8 * logits[0].softmax(-1) + 0.2 * logits[1].softmax(-1)
+            scores = mix(torch.cat([ids, torch.tensor(new, dtype=torch.int64).view(2, -1)], 1), logits[0])
+            assert torch.allclose(scores.exp(), expected, rtol=1e-4, atol=1e-9)
+
+
+def test_timing_mfu(timing, tmp_path, monkeypatch):
+    options = ["--scale", "tiny", "--device", "cpu", "--methods", "GKD", "--repeats", "1", "--out", str(tmp_path)]
+    benchmark, peak = timing.Benchmark(timing.parse(options), tmp_path), 1e12
+    monkeypatch.setattr(timing, "peak_flops", lambda device: peak)
+    benchmark.time()
+    sft, gkd = benchmark.report.content["sections"]["methods"][0]["rows"]
+    assert "MFU" in benchmark.report.markdown[-4]
+    flops = sft["ours_mfu"] * peak * sft["ours"] * benchmark.batch_size
+    tokens = sum(len(sample["input_ids"]) for sample in benchmark.turns[1].samples)
+    layers = 2 * 12 * 32**2  # weights
+    # Forward and backward of the layers at every token; attention comes on top, and the projection at the responses.
+    assert 6 * layers * tokens < flops < 6 * (layers + 32 * 1009 + 2 * 32 * 512) * tokens
+    assert "ours_mfu" not in gkd  # of generation nothing is counted
 
 
 @pytest.mark.parametrize("factor", [1.001, math.nan])
@@ -107,15 +207,15 @@ def test_timing_overhead(timing, tmp_path):
     assert rows["teacher's states"] > 0
 
 
-def test_timing_lengths_are_dollys(timing, shared):
-    measured = timing.length_quantiles(str(shared / "data/dolly/train.jsonl"), str(shared / "tokenizers/gpt2"))
-    assert measured == (timing.PROMPTS, timing.RESPONSES)
+def test_timing_lengths_are_dollys(workload, shared):
+    measured = workload.length_quantiles(str(shared / "data/dolly/train.jsonl"), str(shared / "tokenizers/gpt2"))
+    assert measured == (workload.PROMPTS, workload.RESPONSES)
 
 
-def test_timing_batches_are_like_the_whole(timing):
+def test_timing_batches_are_like_the_whole(workload):
     generator = np.random.default_rng(0)
     quantiles = np.arange(101)  # uniform from 0 to 100
-    lengths = np.array([timing.draw_lengths(quantiles, 5, 4, generator) for _ in range(100)])
+    lengths = np.array([workload.draw_lengths(quantiles, 5, 4, generator) for _ in range(100)])
     assert lengths.shape == (100, 5, 4)
     for count, each in ((4, lengths), (20, lengths.reshape(100, 20))):
         part = np.sort(each, axis=-1) * count / 100
@@ -126,9 +226,9 @@ def test_timing_batches_are_like_the_whole(timing):
     assert np.abs(lengths.mean(axis=0) - 50).max() < 5 * deviation  # in no fixed order
 
 
-def test_timing_rows_have_the_lengths_drawn(timing, tmp_path):
-    timing.write_rows(tmp_path / "rows.jsonl", 5, 4, 1009)
-    timing.write_tokenizer(tmp_path / "tokenizer", 1009)
+def test_timing_rows_have_the_lengths_drawn(workload, tmp_path):
+    workload.write_rows(tmp_path / "rows.jsonl", 5, 4, 1009)
+    workload.write_tokenizer(tmp_path / "tokenizer", 1009)
     rows = read_rows(str(tmp_path / "rows.jsonl"))
     dataset = tokenise(rows, read_tokenizer(str(tmp_path / "tokenizer"), "tokenizer"), 512)
     for row, ids, prompt in zip(rows, dataset["input_ids"], dataset["prompt_length"], strict=True):
@@ -137,6 +237,21 @@ def test_timing_rows_have_the_lengths_drawn(timing, tmp_path):
         assert prompt == len(row.values["prompt"].split())
     assert len(rows) == 20
     assert np.mean(dataset["prompt_length"]) == pytest.approx(71.3, rel=0.1)
+
+
+def test_peers_tiny(timing, tmp_path, capsys):
+    options = ["--scale", "tiny", "--device", "cpu", "--repeats", "1", "--out", str(tmp_path)]
+    importlib.import_module("peers").main(options)
+    rows = json.loads((tmp_path / "peers.json").read_text())["sections"]["peers"][0]["rows"]
+    output = capsys.readouterr().out
+    installed = importlib.util.find_spec("trl") is not None
+    peers = ["TRL, DistillationTrainer", "TRL, GKDTrainer"]
+    for name in peers:
+        assert f"{name}: {'its loss' if installed else 'skipped'}" in output
+    assert "Liger-Kernel's loss: skipped" in output  # on a processor
+    names = ["ours", "ours, teacher's states cached", "published way", *(peers if installed else [])]
+    assert [row["name"] for row in rows] == names
+    assert rows[0]["ratio"] == 1
 
 
 def test_sampling_quick(tmp_path):

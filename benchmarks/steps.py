@@ -1,0 +1,248 @@
+"""The steps that timing.py times: every method's, by the trainer and in the published way, on the same weights."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
+from unittest import mock
+
+import published
+from published import Loss, PaddedBatch, PublishedTrainer, RolloutBatch, pad
+from torch import Tensor, nn
+from workload import response_lengths
+
+from abkd_fast import methods, sampling
+from abkd_fast.config import Config
+from abkd_fast.data import Batch, pack
+from abkd_fast.rollouts import Rollouts
+from abkd_fast.teacher import CachedTeacher, OnPolicyTeacher, Teacher
+from abkd_fast.trainer import Trainer
+
+Numbers = tuple[Tensor, Tensor]  # a step's loss and gradient norm
+PARTS = {
+    "data": "trains on the data",
+    "rollout": "writes responses",
+    "new": "trains on new responses",
+    "again": "trains on old responses",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """A row of the table."""
+
+    method: str  # as in a configuration; so is the loss
+    loss: str | None = None  # None without a teacher
+    published: Loss | None = None
+    has_entropy: bool = False  # the published value has the teacher's besides the divergence
+    paper: float | None = None  # seconds/sample
+    # What comes to a sample that is trained on: of "rollout" the prompts answered, of the other PARTS their shares.
+    parts: dict[str, float] = dataclasses.field(default_factory=lambda: {"data": 1.0})
+    note: str | None = None  # where those are from
+    settings: dict = dataclasses.field(default_factory=dict)  # of the configuration: every step writes
+
+    @property
+    def is_on_policy(self) -> bool:
+        return "rollout" in self.parts
+
+
+ROWS = {
+    "SFT": Method("sft"),
+    "KD": Method("kd", "fkl", published.forward_kl, has_entropy=True),
+    "MiniLLM": Method(
+        "minillm",
+        "rkl",
+        parts={"rollout": 0.25, "new": 0.25, "again": 0.75},
+        note="every response is trained on in 4 epochs, as published",
+    ),
+    "GKD": Method(
+        "gkd",
+        "jsd:0.1",
+        published.jensen_shannon,
+        parts={"data": 0.5, "rollout": 0.5, "new": 0.5},
+        note="half of the steps write responses and train on as many, as published",
+        settings={"on_policy": {"fraction": 1.0, "replay_rows": 0}},
+    ),
+    "DISTILLM": Method(
+        "distillm",
+        "sfkl:0.1",
+        published.skew_forward_kl,
+        has_entropy=True,
+        parts={"data": 0.5, "rollout": 0.25, "new": 0.25, "again": 0.25},
+        note="its threshold, which follows the dev loss, is assumed to be .5 on average, so half of the steps train on "
+        "responses; by its decreasing schedule half of those write new ones, and the others replay",
+        settings={"on_policy": {"threshold": 1.0}},
+    ),
+    "AlphaNet": Method("kd", "alphanet:0.2,0.8", published.alphanet),
+    "ABKD": Method("ab", "ab:0.2,0.7", published.alpha_beta),
+}
+METHODS = {name: method for name, method in ROWS.items() if method.method in methods.NAMES}
+
+
+@dataclasses.dataclass(frozen=True)
+class Turn:
+    """One batch, as either side takes it."""
+
+    samples: list[dict]
+    packed: list[Batch]
+    padded: PaddedBatch
+    prompts: list[dict]  # that MiniLLM's rollouts answer, those of the samples first
+    text: list[Batch]  # plain text, where there is any
+    padded_text: PaddedBatch | None
+
+    @property
+    def published_rollouts(self) -> int:
+        """How many prompts the published way answers: a chunk, or as many as a step needs."""
+        return max(published.CHUNK, len(self.samples))
+
+
+class Responses(Rollouts):
+    """Writes to the prompts that it is told, and ends every response at a length of its own."""
+
+    def __init__(self, *arguments: object) -> None:
+        super().__init__(*arguments)
+        self.settings = dataclasses.replace(self.settings, eos_token_ids=())
+        self.waiting: list[dict] = []
+
+    def prompts(self, count: int, turn: int) -> list[dict]:
+        return self.waiting
+
+    def write(self, samples: list[dict], step: int) -> list[dict]:
+        with _limits(samples):
+            return super().write(samples, step)
+
+    def write_mixed(self, samples: list[dict], step: int, teacher_weight: float) -> list[dict]:
+        with _limits(samples):
+            return super().write_mixed(samples, step, teacher_weight)
+
+
+@contextlib.contextmanager
+def _limits(samples: list[dict]) -> Iterator[None]:
+    """Sampling ends each response where `response_lengths` says."""
+    lengths = response_lengths(samples)
+    with mock.patch.object(sampling, "_limit", lambda models, prompt, settings, index: lengths[index]):
+        yield
+
+
+@contextlib.contextmanager
+def _mode(module: nn.Module, dropout: bool) -> Iterator[None]:
+    """MiniLLM trains without dropout."""
+    training = module.training
+    module.train(training and dropout)
+    yield
+    module.train(training)
+
+
+class Ours:
+    """The trainer's own steps."""
+
+    def __init__(self, trainer: Trainer, live: Teacher, cached: CachedTeacher, config: Callable[[str], Config]) -> None:
+        """`config`: that of a method."""
+        self.trainer, self.config = trainer, config
+        self.teachers = {"ours": live, "cached": cached}
+        models_of_text = trainer.student, live.model
+        self.rollouts = Responses(
+            trainer.config, trainer.tokenizer, trainer.train_set, *models_of_text, trainer._precision
+        )
+        self.written: dict[str, list[dict]] = {}
+
+    def data(self, name: str, way: str) -> Callable[[Turn], Numbers]:
+        method, teacher = self.method(name), self.teachers[way] if METHODS[name].loss else None
+
+        def step(turn: Turn) -> Numbers:
+            return self._step(method, teacher, turn.packed + turn.text)
+
+        return step
+
+    def rollout(self, name: str) -> Callable[[Turn], None]:
+        method = self.method(name)
+
+        def write(turn: Turn) -> None:
+            self.rollouts.waiting = turn.prompts
+            written = method.sequences(0, 1.0, turn.samples, self.rollouts)
+            # Of MiniLLM's round, what answers the prompts of the samples.
+            self.written[name] = method.rollouts[: len(turn.samples)] if name == "MiniLLM" else written
+
+        return write
+
+    def text(self, name: str) -> Callable[[Turn], Numbers]:
+        """Trains on what has been written. The teacher's states are computed the first time, then kept with it."""
+        method, live = self.method(name), self.teachers["ours"]
+        teacher = OnPolicyTeacher(live, live)
+
+        def step(turn: Turn) -> Numbers:
+            samples = self.written[name]
+            with _mode(self.trainer.student, dropout=name != "MiniLLM"):
+                if name == "MiniLLM":
+                    # In a round of these samples alone, step 1 is its second epoch: one that writes nothing.
+                    method.rollouts, method.settings = (
+                        samples,
+                        dataclasses.replace(method.settings, rollouts=len(samples)),
+                    )
+                    samples = method.sequences(1, 1.0, turn.samples, self.rollouts)
+                return self._step(method, teacher, pack(samples, self.trainer.config.train.max_tokens) + turn.text)
+
+        return step
+
+    def method(self, name: str) -> object:
+        return methods.find(METHODS[name].method)(self.config(name))
+
+    def _step(self, method: object, teacher: object, batch: list[Batch]) -> Numbers:
+        self.trainer.method, self.trainer.teacher = method, teacher
+        return self.trainer._step(batch)[:2]
+
+
+class Published:
+    """The published way's steps."""
+
+    def __init__(self, trainer: Trainer, teacher: Teacher, length: int) -> None:
+        """`length`: that samples are padded to."""
+        config = trainer.config
+        self.trainer = PublishedTrainer(trainer.student.model, teacher.model.model, config.optim, config.minillm)
+        self.precision, self.device, self.length = trainer._precision, trainer.device, length
+        self.written: dict[str, list[dict] | RolloutBatch] = {}
+
+    def pad(self, samples: list[dict]) -> PaddedBatch:
+        return pad(samples, self.length, self.device)
+
+    def data(self, name: str) -> Callable[[Turn], Numbers]:
+        def step(turn: Turn) -> Numbers:
+            with self.precision():
+                return self.trainer.step(turn.padded, METHODS[name].published, turn.padded_text)
+
+        return step
+
+    def rollout(self, name: str) -> Callable[[Turn], None]:
+        def write(turn: Turn) -> None:
+            samples = turn.prompts[: turn.published_rollouts] if name == "MiniLLM" else turn.samples
+            make = self.trainer.roll_out if name == "MiniLLM" else self.trainer.write
+            with self.precision():
+                self.written[name] = make(samples, response_lengths(samples))
+
+        return write
+
+    def take(self, name: str, samples: list[dict]) -> None:
+        """Given responses take the place of those written."""
+        with self.precision():
+            self.written[name] = self.trainer.score(samples) if name == "MiniLLM" else samples
+
+    def text(self, name: str) -> Callable[[Turn], Numbers]:
+        def step(turn: Turn) -> Numbers:
+            written = self.written[name]
+            with self.precision(), _mode(self.trainer.student, dropout=name != "MiniLLM"):
+                if name == "MiniLLM":
+                    return self.trainer.policy_step(written.first(len(turn.samples)), turn.padded_text)
+                return self.trainer.step(self.pad(written), METHODS[name].published, turn.padded_text)
+
+        return step
+
+    def entropy(self, name: str, part: str, turn: Turn) -> float:
+        """What the value of a method's loss has besides the divergence."""
+        with self.precision():
+            if name == "MiniLLM" and turn.padded_text is not None:
+                return self.trainer.minillm.text_kd * self.trainer.teacher_entropy(turn.padded_text).item()
+            if METHODS[name].has_entropy:
+                batch = turn.padded if part == "data" else self.pad(self.written[name])
+                return self.trainer.teacher_entropy(batch).item()
+        return 0.0
