@@ -10,10 +10,11 @@ import math
 import pathlib
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import PretrainedConfig
 
 from . import cache, lora, models, sampling
 from .checkpoint import WRITE_ERRORS, Interrupted, StopSignals, atomic_folder, atomic_write, locked
@@ -55,9 +56,8 @@ class Generation:
                     f"{self.rows[index].where}: the prompt has {length} tokens, and the model {positions} positions: "
                     "no room for an answer; drop the row, or lower max_prompt_length"
                 )
-        adapter = lora.find(spec.adapter, "model") if spec.adapter else None
         identity = {
-            "weights": cache.hash_weights(spec.path, self.config, cache.default_folder(), adapter),
+            "weights": hash_weights(self.spec, self.config),
             "prompts": hashlib.sha256(json.dumps([self.prompts, self.end]).encode()).hexdigest(),
             "max_prompt_length": options.max_prompt_length,
             "seed": options.seed,
@@ -95,28 +95,26 @@ class Generation:
         )
 
     def _answer(self, model: models.PackedCausalLM) -> None:
-        columns = BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(compact=True), TextColumn("answers")
-        bar = Progress(*columns, console=console, disable=not console.is_terminal)
-        task = bar.add_task("answers", total=len(self.todo))
-        signals = StopSignals()
-
         def keep(number: int, response: list[int]) -> None:
             index = self.todo[number]
             text = self.tokenizer.decode(response, skip_special_tokens=True)
             values = self.rows[index].values
             if "prompt_ids" in values:
                 values = {"prompt": self.tokenizer.decode(self.prompts[index])}
-            self.answers.add(index, values, text, response[-1] == self.end)
+            if text.strip():  # there is nothing to learn from an empty one
+                self.answers.add(index, {**_as_row(values, text), "ended": response[-1] == self.end})
             self.tokens += len(response)
-            bar.advance(task)
-            if signals.received:
-                done = len(self.answers.rows)
-                raise Interrupted(f"{signals.received} after {done} of {len(self.rows)} answers, which are kept")
 
         seeds = [(self.options.seed << 32) + index for index in self.todo]
         prompts = [self.prompts[index] for index in self.todo]
-        with signals, bar:
-            sampling.sample(model, prompts, self.settings, seeds, self.options.batch_size, keep)
+        answer(model, prompts, self.settings, seeds, self.options.batch_size, keep, "answers")
+
+
+def _as_row(values: dict, output: str) -> dict:
+    """A checked row with this output."""
+    if "messages" in values:
+        return {"messages": [*values["messages"][:-1], {"role": "assistant", "content": output}]}
+    return {"prompt": values["prompt"], "output": output}
 
 
 def write_stage(config: Config) -> dict:
@@ -179,58 +177,112 @@ def _of_stage(config: Config, out: pathlib.Path) -> Generation:
     )
 
 
-class Answers:
-    """A file of answers and, beside it, what they depend on. A context manager: the file is open for additions."""
+def hash_weights(spec: ModelConfig, config: PretrainedConfig) -> dict[str, str]:
+    """What identifies a model's weights, those of its adapter included."""
+    adapter = lora.find(spec.adapter, "model") if spec.adapter else None
+    return cache.hash_weights(spec.path, config, cache.default_folder(), adapter)
 
-    def __init__(self, path: pathlib.Path, identity: dict) -> None:
-        """Finds the numbers of the rows that are answered already. Raises ConfigError where the path can't be used."""
-        self.path, self.identity, self.rows, self.finished = path, identity, set(), False
-        self.record = path.with_name(path.name + ".settings.json")
-        if not path.exists():
-            if not path.parent.is_dir():
-                raise ConfigError(f"out: {path.parent} is no folder")
-            return
-        try:
-            then = json.loads(self.record.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            raise ConfigError(f"out: {path} exists, and not as the result of this command: choose another") from None
-        self.finished = then.pop("finished")
-        changed = [key for key, value in identity.items() if then.get(key) != value]
-        if changed:
-            raise ConfigError(f"out: {path} was made with other {', '.join(changed)}: choose another, or delete it")
-        self.rows = {answer["row"] for answer in self._read()}
 
-    def _read(self) -> list[dict]:
-        """Whole lines; what a crash left of the last one is no answer."""
+def answer(
+    model: models.PackedCausalLM,
+    prompts: list[list[int]],
+    settings: SamplingSettings,
+    seeds: list[int],
+    batch_size: int,
+    keep: Callable[[int, list[int]], None],
+    name: str,
+) -> None:
+    """Samples, with a progress bar of that name; each response goes to `keep` as it ends, after its prompt's number.
+
+    Raises Interrupted after a signal, once the response at hand is kept.
+    """
+    columns = BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(compact=True), TextColumn(name)
+    bar = Progress(*columns, console=console, disable=not console.is_terminal)
+    task = bar.add_task(name, total=len(prompts))
+    signals = StopSignals()
+    done = 0
+
+    def on_response(number: int, response: list[int]) -> None:
+        nonlocal done
+        keep(number, response)
+        done += 1
+        bar.advance(task)
+        if signals.received:
+            raise Interrupted(f"{signals.received} after {done} of {len(prompts)} {name}, which are kept")
+
+    with signals, bar:
+        sampling.sample(model, prompts, settings, seeds, batch_size, on_response)
+
+
+class GrowingFile:
+    """JSON objects, a line each, that come in any order, and are sorted by their "row" in the end.
+
+    A context manager: while it is entered the file is open for additions. A crash costs the last line at most.
+    """
+
+    def __init__(self, path: pathlib.Path) -> None:
+        self.path = path
+        self.rows = {values["row"] for values in self.read()} if path.exists() else set()
+
+    def read(self) -> list[dict]:
+        """Whole lines; what a crash left of the last one does not count."""
         lines = self.path.read_bytes().splitlines(keepends=True)
         return [json.loads(line) for line in lines if line.endswith(b"\n")]
 
-    def _write_record(self, finished: bool) -> None:
-        atomic_write(self.record, json.dumps({**self.identity, "finished": finished}, indent=2) + "\n")
-
-    def __enter__(self) -> Answers:
-        self._write_record(finished=False)
-        answers = self._read() if self.path.exists() else []
-        atomic_write(self.path, "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers))
+    def __enter__(self) -> GrowingFile:
+        self._write(self.read() if self.path.exists() else [])
         self.file = self.path.open("a", encoding="utf-8", buffering=1)
         return self
 
     def __exit__(self, *error: object) -> None:
         self.file.close()
 
-    def add(self, row: int, values: dict, output: str, ended: bool) -> None:
-        """Writes the answer to a checked row, unless it is empty: there is nothing to learn from that."""
-        if not output.strip():
-            return
-        if "messages" in values:
-            answer = {"messages": [*values["messages"][:-1], {"role": "assistant", "content": output}]}
-        else:
-            answer = {"prompt": values["prompt"], "output": output}
-        self.file.write(json.dumps({**answer, "row": row, "ended": ended}, ensure_ascii=False) + "\n")
+    def add(self, row: int, values: dict) -> None:
+        self.file.write(json.dumps({**values, "row": row}, ensure_ascii=False) + "\n")
         self.rows.add(row)
+
+    def sort(self) -> list[dict]:
+        """Puts the lines into the order of their rows, and returns them."""
+        lines = sorted(self.read(), key=lambda values: values["row"])
+        self._write(lines)
+        return lines
+
+    def _write(self, lines: list[dict]) -> None:
+        atomic_write(self.path, "".join(json.dumps(values, ensure_ascii=False) + "\n" for values in lines))
+
+
+class Answers(GrowingFile):
+    """A file of answers and, beside it, what they depend on."""
+
+    def __init__(self, path: pathlib.Path, identity: dict) -> None:
+        """Finds the numbers of the rows that are answered already. Raises ConfigError where the path can't be used."""
+        self.identity, self.finished = identity, False
+        self.record = path.with_name(path.name + ".settings.json")
+        if path.exists():
+            self._compare(path)
+        elif not path.parent.is_dir():
+            raise ConfigError(f"out: {path.parent} is no folder")
+        super().__init__(path)
+
+    def _compare(self, path: pathlib.Path) -> None:
+        try:
+            then = json.loads(self.record.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            raise ConfigError(f"out: {path} exists, and not as the result of this command: choose another") from None
+        self.finished = then.pop("finished")
+        changed = [key for key, value in self.identity.items() if then.get(key) != value]
+        if changed:
+            raise ConfigError(f"out: {path} was made with other {', '.join(changed)}: choose another, or delete it")
+
+    def _write_record(self, finished: bool) -> None:
+        atomic_write(self.record, json.dumps({**self.identity, "finished": finished}, indent=2) + "\n")
+
+    def __enter__(self) -> Answers:
+        self._write_record(finished=False)
+        super().__enter__()
+        return self
 
     def finish(self) -> None:
         """Puts the answers into the order of their rows."""
-        answers = sorted(self._read(), key=lambda answer: answer["row"])
-        atomic_write(self.path, "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers))
+        self.sort()
         self._write_record(finished=True)

@@ -12,6 +12,8 @@ import typing
 from collections.abc import Iterator
 from typing import Annotated, Literal
 
+SEEDS = (10, 20, 30, 40, 50)  # the papers' for evaluations
+
 
 class ConfigError(ValueError):
     """Something the user wrote, or pointed to, can't be used. The message is one line and says what to do.
@@ -306,17 +308,31 @@ class TrainConfig:
 
 @_section
 class EvalConfig:
-    """The loss on data.dev: cross-entropy of the reference responses, mean over their tokens."""
+    """In training the loss on data.dev, cross-entropy of its responses, and ROUGE-L; after it scores on test sets."""
 
     every_steps: Annotated[
         int | None, "how often, besides before the first and after the last step (default: once an epoch)"
     ] = None
+    rouge_rows: Annotated[int | None, "so many dev rows are also answered, for ROUGE-L (null: none)"] = None
+    max_new_tokens: Annotated[int, "longer answers are cut"] = 256
     select: Annotated[
-        Literal["last", "dev_loss"], "whose weights final/ holds: the last step's, or those of the lowest dev loss"
+        Literal["last", "dev_loss", "rouge_l"],
+        "whose weights final/ holds: the last step's, or those of the lowest dev loss, or the highest ROUGE-L",
     ] = "last"
+    sets: Annotated[dict | None, "test sets for the result, {NAME: JSONL file}; scores go to eval/"] = None
+    seeds: Annotated[tuple[int, ...], "of the answers to test sets"] = SEEDS
+    no_repeat_ngram_size: Annotated[int, "no answer to a test set has so many tokens twice (0: it may)"] = 6
 
     def __post_init__(self) -> None:
-        _check_range(self, every_steps=(1, math.inf))
+        counts = ("every_steps", "rouge_rows", "max_new_tokens")
+        _check_range(self, **dict.fromkeys(counts, (1, math.inf)), no_repeat_ngram_size=(0, math.inf))
+        if self.select == "rouge_l" and self.rouge_rows is None:
+            raise ConfigError("select is rouge_l, but rouge_rows is missing; give it, or select last", "select")
+        for name, path in (self.sets or {}).items():
+            if not isinstance(path, str):
+                raise ConfigError(f"sets.{name} must be text, got {json.dumps(path)[:60]}", "sets")
+        if not self.seeds or not all(0 <= seed < 2**32 for seed in self.seeds):
+            raise ConfigError(f"seeds are {list(self.seeds)}, expected at least one, from 0 to {2**32 - 1}", "seeds")
 
 
 @_section
@@ -391,10 +407,12 @@ class Config:
             raise ConfigError("teacher.lora: a teacher is not trained; teacher.adapter merges an adapter into it")
         if self.tokenizer is None and self.student.path is None:
             raise ConfigError("tokenizer: missing, and a student with random weights brings none")
-        if self.eval.select == "dev_loss" and self.data.dev is None:
+        if self.eval.select != "last" and self.data.dev is None:
             raise ConfigError(
-                "eval.select is dev_loss, but data.dev is missing; give it, or select last", "eval.select"
+                f"eval.select is {self.eval.select}, but data.dev is missing; give it, or select last", "eval.select"
             )
+        if self.eval.rouge_rows is not None and self.data.dev is None:
+            raise ConfigError("eval.rouge_rows: there is no data.dev whose rows could be answered", "eval.rouge_rows")
         if self.train.max_tokens < self.data.max_length:
             raise ConfigError(
                 f"train.max_tokens is {self.train.max_tokens}, but one sample may have data.max_length = "

@@ -50,6 +50,7 @@ class Row:
 
     where: str
     values: dict  # prompt and output, messages, or prompt_ids and output_ids
+    outputs: object = None  # of a row of JSON, unchecked: of several, `values` has the first
 
 
 def read_rows(
@@ -78,7 +79,8 @@ def _rows(source: str, splits: tuple[str, ...], prompts_only: bool) -> Iterator[
             yield Row(where, {"prompt_ids": prompt, "output_ids": output})
     if not parts:
         for where, values in _raw_rows(source):
-            yield Row(where, _check(_without_output(values) if prompts_only else values, where, prompts_only))
+            checked = _check(_without_output(values) if prompts_only else values, where, prompts_only)
+            yield Row(where, checked, _outputs(values))
 
 
 def _raw_rows(source: str) -> Iterator[tuple[str, object]]:
@@ -137,6 +139,14 @@ def _without_output(values: object) -> object:
     if isinstance(messages[-1], dict) and messages[-1].get("role") == "assistant":
         messages = messages[:-1]
     return {"messages": [*messages, {"role": "assistant", "content": ""}]}
+
+
+def _outputs(values: dict) -> object:
+    """What a checked row has as its output or outputs."""
+    if "messages" not in values:
+        return values.get("output")
+    last = values["messages"][-1]
+    return last["content"] if last["role"] == "assistant" else None
 
 
 def _check(values: object, where: str, empty_output: bool = False) -> dict:
@@ -219,6 +229,25 @@ def tokenise(
                 "raise data.max_length, or lower data.max_prompt_length"
             )
     return dataset
+
+
+def outputs_of(row: Row) -> list[str]:
+    """All outputs of a row of JSON. Raises ConfigError where there is none, and for one that is not text."""
+    outputs = row.outputs if isinstance(row.outputs, list) else [row.outputs]
+    if not outputs or not all(isinstance(text, str) for text in outputs):
+        got = json.dumps(row.outputs)[:60]
+        raise ConfigError(f'{row.where}: "output" must be a text or a list of texts to compare with, got {got}')
+    return outputs
+
+
+def references(rows: list[Row], tokenizer: PreTrainedTokenizerBase) -> list[list[str]]:
+    """The texts that a response to each row is compared with: all its outputs. Raises what `outputs_of` does."""
+    return [
+        [tokenizer.decode(row.values["output_ids"], skip_special_tokens=True)]
+        if "output_ids" in row.values
+        else outputs_of(row)
+        for row in rows
+    ]
 
 
 def encode_prompts(rows: list[Row], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:

@@ -7,7 +7,7 @@ import pathlib
 import shlex
 import sys
 
-from .config import ConfigError, ModelConfig
+from .config import ConfigError
 from .train import INTERRUPTED
 
 
@@ -22,9 +22,10 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         from .answers import Generation  # after the options are known to be good: this loads PyTorch
         from .checkpoint import Interrupted
+        from .models import spec_of
 
         try:
-            Generation(options, ModelConfig(path=options.model)).run()
+            Generation(options, spec_of(options.model)).run()
         except Interrupted as interruption:
             command = shlex.join([sys.executable, "-m", "abkd_fast.generate", *arguments])
             print(f"{interruption}; continue with:\n{command}", file=sys.stderr)
@@ -42,7 +43,7 @@ def _parser() -> argparse.ArgumentParser:
         "prompt and output (or messages), the number of its row, and whether the answer ended by itself. An "
         "interrupted command goes on where it was when it is given again.",
     )
-    parser.add_argument("--model", required=True, metavar="DIR", help="folder or Hub name")
+    parser.add_argument("--model", required=True, metavar="DIR", help="folder or Hub name, or a LoRA adapter's folder")
     parser.add_argument("--data", required=True, help="JSONL file, folder, or Hub name; outputs are not read")
     parser.add_argument("--out", required=True, metavar="FILE.jsonl", type=pathlib.Path, help="where answers go")
     parser.add_argument("--tokenizer", metavar="DIR", help="folder or Hub name (default: the model's)")

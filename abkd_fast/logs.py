@@ -149,9 +149,10 @@ class RunLog:
             named = "".join(f"  {name} {part:.5g}" for name, part in parts.items() if part is not None)
             console.print(f"step {step}/{self.steps}  {text}{named}  lr {lr:.1e}  left {minutes}m{rest:02d}s")
 
-    def evaluation(self, step: int, dev_loss: float) -> None:
-        self._write("dev", step, {"loss": dev_loss})
-        console.print(f"step {step}/{self.steps}  dev loss {dev_loss:.4f}")
+    def evaluation(self, step: int, dev_loss: float, rouge_l: float | None) -> None:
+        self._write("dev", step, {"loss": dev_loss} | ({} if rouge_l is None else {"rouge_l": rouge_l}))
+        rouge = "" if rouge_l is None else f"  ROUGE-L {rouge_l:.2f}"
+        console.print(f"step {step}/{self.steps}  dev loss {dev_loss:.4f}{rouge}")
 
     def _write(self, kind: str, step: int, values: dict[str, float | None]) -> None:
         """A full disk costs points, not the run."""

@@ -71,6 +71,18 @@ def _check_weights(folder: pathlib.Path, key: str) -> None:
         raise ConfigError(f"{key}: {folder} lacks {len(missing)} files of its index, the first: {missing[0]}")
 
 
+def spec_of(path: str) -> ModelConfig:
+    """A model to read from: a folder or Hub name, or the folder of a LoRA adapter, merged into its own base."""
+    settings = pathlib.Path(path, lora.SETTINGS)
+    if not settings.exists():
+        return ModelConfig(path=path)
+    try:
+        base = json.loads(settings.read_text(encoding="utf-8"))["base_model_name_or_path"]
+        return ModelConfig(path=base, adapter=path)
+    except (OSError, ValueError, LookupError, TypeError):
+        raise ConfigError(f"model: {settings} names no base model: the adapter can't be used alone") from None
+
+
 def read_config(spec: ModelConfig, key: str) -> PretrainedConfig:
     """A model's configuration, without its weights.
 

@@ -24,18 +24,22 @@ class Progress:
     skipped_steps: int = 0
     evaluated_step: int = -1
     first_dev_loss: float | None = None
+    first_dev_rouge_l: float | None = None
     dev_loss: float | None = None
-    best: tuple[float, int] | None = None  # the lowest development loss after any step, and that step
+    dev_rouge_l: float | None = None
+    # What is lowest at the best step after any (its loss, or ROUGE-L times -1), that step, its loss and its ROUGE-L.
+    best: tuple[float, int, float, float | None] | None = None
 
-    def evaluated(self, loss: float) -> bool:
-        """Notes a development loss; whether it is the lowest after any step."""
-        self.dev_loss, self.evaluated_step = loss, self.step
+    def evaluated(self, loss: float, rouge_l: float | None, by_rouge: bool) -> bool:
+        """Notes an evaluation; whether its loss is the lowest after any step, or its ROUGE-L the highest."""
+        self.dev_loss, self.dev_rouge_l, self.evaluated_step = loss, rouge_l, self.step
         if self.step == 0:
-            self.first_dev_loss = loss
+            self.first_dev_loss, self.first_dev_rouge_l = loss, rouge_l
             return False
-        improved = loss < (self.best[0] if self.best else math.inf)  # never a loss that is no number
+        value = -rouge_l if by_rouge else loss
+        improved = value < (self.best[0] if self.best else math.inf)  # never a loss that is no number
         if improved:
-            self.best = loss, self.step
+            self.best = value, self.step, loss, rouge_l
         return improved
 
 

@@ -247,7 +247,8 @@ def _convert_list(hint: Any, value: Any, name: str) -> tuple:
     item, *rest = typing.get_args(hint)
     length = None if rest == [...] else 1 + len(rest)
     if not isinstance(value, list) or (length is not None and len(value) != length):
-        expected = "a list of texts" if length is None else f"a list of {length} numbers"
+        items = "texts" if item is str else "numbers"
+        expected = f"a list of {items}" if length is None else f"a list of {length} numbers"
         raise ConfigError(f"{name} must be {expected}, got {_show(value)}", name)
     return tuple(_convert(item, part, name) for part in value)
 

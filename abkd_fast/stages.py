@@ -10,13 +10,15 @@ from collections.abc import Iterator
 
 from rich.table import Table
 
-from . import answers, checkpoint, models, pretrain
+from . import answers, checkpoint, models, pretrain, results
 from .config import Config, ConfigError, ModelConfig
 from .data import DEV, TRAIN, read_rows
+from .evaluation import Evaluation, Protocol, read_sets, spread
 from .logs import console
 from .methods import WITHOUT_TEACHER
 from .plan import describe
 from .recipe import load
+from .sampling import SamplingSettings
 from .trainer import Trainer, check_folder
 
 
@@ -39,9 +41,43 @@ def run(stages: list[Config], resume: bool = False) -> list[dict]:
             summary = answers.write_stage(config) if config.method == "generate" else Trainer(config, resume).train()
             console.print(f"saved {config.run.folder / 'final'}")
         summaries.append(summary)
+        if config.eval.sets and config.method != "generate":
+            evaluation = _evaluate(config)
+            if len(stages) == 1:
+                console.print(evaluation.table())
     if len(stages) > 1:
-        console.print(_table(stages, summaries))
+        _conclude(stages, summaries)
     return summaries
+
+
+def _conclude(stages: list[Config], summaries: list[dict]) -> None:
+    """The end of a recipe: a table, and where results were scored, what distillation gained, and the figures."""
+    if not any(config.eval.sets for config in stages):
+        console.print(_table(stages, summaries, None))
+        return
+    runs = results.read_runs(config.run.folder for config in stages if config.method != "generate")
+    console.print(_table(stages, summaries, results.score_table(runs)))
+    if sentence := results.gain(runs):
+        console.print(sentence, markup=False)
+    root = stages[0].run.root
+    try:
+        results.write_report(runs, root)
+        console.print(f"tables and figures are in {root}, and in each stage's report.md")
+    except ConfigError as error:
+        console.print(f"no figures: {error}", markup=False)
+
+
+def _evaluate(config: Config) -> Evaluation:
+    """Scores the result on test sets, with what the recipe leaves open as in the papers; what is there stays."""
+    evaluated, data, folder = config.eval, config.data, config.run.folder
+    sampling = SamplingSettings(
+        max_new_tokens=evaluated.max_new_tokens, no_repeat_ngram_size=evaluated.no_repeat_ngram_size
+    )
+    protocol = Protocol(sampling=sampling, max_prompt_length=min(256, data.max_length - 1))
+    places = {"device": config.train.device, "dtype": config.train.dtype}
+    evaluation = Evaluation(str(folder / "final"), evaluated.sets, folder / "eval", evaluated.seeds, protocol, **places)
+    evaluation.run()
+    return evaluation
 
 
 def plan(stages: list[Config], resume: bool = False) -> None:
@@ -92,6 +128,10 @@ def _check(config: Config, earlier: dict[str, Config]) -> None:
         if "path" not in spec.stages:
             models.read_config(dataclasses.replace(spec, adapter=None) if "adapter" in spec.stages else spec, role)
     _check_rows(config, earlier)
+    try:
+        read_sets(config.eval.sets or {})
+    except ConfigError as error:
+        raise ConfigError(f"eval.sets.{error}") from None
     if config.data.adds_text:
         pretrain.check_source(config.data.pretrain.path)
 
@@ -186,8 +226,11 @@ def _deciding(values: dict) -> dict:
         path = (values.get(section) or {}).get(key)
         if path is not None and pathlib.Path(path).is_relative_to(root):
             values[section][key] = str(pathlib.Path(path).relative_to(root))
-    for key in ("on_nonfinite", "gradient_checkpointing"):
-        values["train"].pop(key, None)
+    for section, key in (
+        *(("train", key) for key in ("on_nonfinite", "gradient_checkpointing")),
+        *(("eval", key) for key in ("sets", "seeds", "no_repeat_ngram_size")),
+    ):
+        values[section].pop(key, None)
     return {key: value for key, value in values.items() if key not in ("log", "checkpoint", "cache")}
 
 
@@ -200,12 +243,17 @@ def _differences(then: dict, now: dict, prefix: str = "") -> Iterator[str]:
             yield f"{prefix}{key} was {json.dumps(old)}, is {json.dumps(new)}"
 
 
-def _table(stages: list[Config], summaries: list[dict]) -> Table:
+def _table(stages: list[Config], summaries: list[dict], scores: results.ScoreTable | None) -> Table:
     """What every stage cost and came to; of answers, seconds for each."""
-    table = Table("stage", "method", "loss", "dev loss before", "dev loss", "s/sample")
+    columns = [f"{name} ROUGE-L" for name in scores.columns] if scores else []
+    cells = {run.folder: values for run, values in scores.rows} if scores else {}
+    table = Table("stage", "method", "loss", "dev loss before", "dev loss", "s/sample", *columns)
     losses_of = {"generate": "-"} | dict.fromkeys(WITHOUT_TEACHER, "cross-entropy")
     for config, summary in zip(stages, summaries, strict=True):
         losses = ["-" if summary[key] is None else f"{summary[key]:.4f}" for key in ("dev_loss_before", "dev_loss")]
         loss = losses_of.get(config.method, config.loss)
-        table.add_row(config.run.stage, config.method, loss, *losses, f"{summary['seconds_per_sample']:.4f}")
+        own = cells.get(config.run.folder, [None] * len(columns))
+        rouge = ["-" if cell is None else spread(cell) for cell in own]
+        seconds = f"{summary['seconds_per_sample']:.4f}"
+        table.add_row(config.run.stage, config.method, loss, *losses, seconds, *rouge)
     return table

@@ -20,74 +20,75 @@ WORDS = (
 )
 COLOURS = ("red", "green", "blue", "white", "black", "brown", "purple", "orange")
 ANIMALS = {"dog": "barks", "cat": "meows", "cow": "moos", "duck": "quacks", "lion": "roars", "sheep": "bleats"}
-SIZES = {"train": 6000, "small": 600, "dev": 200}
+SIZES = {"train": 6000, "small": 600, "dev": 200, "test": 200}
+SEEDS = {"dev": 1, "test": 2}  # of the others: 0
 
 
-def rows(split: str) -> Iterator[dict[str, str]]:
-    """Rows with instruction, input and output. Splits: "train", "small" (the first rows of train), "dev".
+def rows(split: str) -> Iterator[dict[str, str | list[str]]]:
+    """Rows with instruction, input and output. Splits: "train", "small" (the first rows of train), "dev", "test".
 
+    The output is one of the wordings of the answer; in "test" it is the list of them all: a model is right with any.
     Raises ConfigError for another split.
     """
     from .config import ConfigError
 
     if split not in SIZES:
         raise ConfigError(f"quickstart:{split}: no such split; valid are {', '.join(SIZES)}")
-    generator = random.Random(1 if split == "dev" else 0)
+    generator = random.Random(SEEDS.get(split, 0))
     for _ in range(SIZES[split]):
-        instruction, extra, output = generator.choice(TASKS)(generator)
+        instruction, extra, wordings = generator.choice(TASKS)(generator)
+        output = wordings if split == "test" else generator.choice(wordings)
         yield {"instruction": instruction, "input": extra, "output": output}
 
 
-def _sentence(generator: random.Random, subject: str, answer: str) -> str:
-    wording = generator.choice(
-        ("{answer}.", "The answer is {answer}.", "It is {answer}.", "{subject} is {answer}.", "Sure: {answer}.")
-    )
-    return wording.format(subject=subject, answer=answer)
+def _sentences(subject: str, answer: str) -> list[str]:
+    return [f"{answer}.", f"The answer is {answer}.", f"It is {answer}.", f"{subject} is {answer}.", f"Sure: {answer}."]
 
 
-def _add(generator: random.Random) -> tuple[str, str, str]:
+def _add(generator: random.Random) -> tuple[str, str, list[str]]:
     a, b = generator.randint(0, 20), generator.randint(0, 20)
     question = generator.choice(("Add {a} and {b}.", "What is {a} plus {b}?", "Find the sum of {a} and {b}."))
-    return question.format(a=a, b=b), "", _sentence(generator, "The sum", str(a + b))
+    return question.format(a=a, b=b), "", _sentences("The sum", str(a + b))
 
 
-def _compare(generator: random.Random) -> tuple[str, str, str]:
+def _compare(generator: random.Random) -> tuple[str, str, list[str]]:
     a, b = generator.sample(range(100), 2)
-    return f"Which number is larger, {a} or {b}?", "", _sentence(generator, "The larger number", str(max(a, b)))
+    return f"Which number is larger, {a} or {b}?", "", _sentences("The larger number", str(max(a, b)))
 
 
-def _first(generator: random.Random) -> tuple[str, str, str]:
+def _first(generator: random.Random) -> tuple[str, str, list[str]]:
     words = generator.sample(WORDS, 4)
     which = generator.choice(("first", "last"))
     answer = words[0] if which == "first" else words[-1]
-    return f"Give the {which} word of the list.", ", ".join(words), _sentence(generator, f"The {which} word", answer)
+    return f"Give the {which} word of the list.", ", ".join(words), _sentences(f"The {which} word", answer)
 
 
-def _sort(generator: random.Random) -> tuple[str, str, str]:
+def _sort(generator: random.Random) -> tuple[str, str, list[str]]:
     words = generator.sample(WORDS, 3)
     question = generator.choice(("Sort the words alphabetically.", "Put these words into alphabetical order."))
-    return question, ", ".join(words), generator.choice(("", "Sorted: ", "Here they are: ")) + ", ".join(sorted(words))
+    answer = ", ".join(sorted(words))
+    return question, ", ".join(words), [answer, f"Sorted: {answer}", f"Here they are: {answer}"]
 
 
-def _repeat(generator: random.Random) -> tuple[str, str, str]:
+def _repeat(generator: random.Random) -> tuple[str, str, list[str]]:
     word, times = generator.choice(WORDS), generator.randint(2, 4)
     question = generator.choice(("Write the word {word} {times} times.", "Repeat {word} {times} times."))
-    return question.format(word=word, times=times), "", generator.choice((" ", ", ")).join([word] * times)
+    return question.format(word=word, times=times), "", [separator.join([word] * times) for separator in (" ", ", ")]
 
 
-def _sound(generator: random.Random) -> tuple[str, str, str]:
+def _sound(generator: random.Random) -> tuple[str, str, list[str]]:
     animal, sound = generator.choice(list(ANIMALS.items()))
-    wording = generator.choice(("A {animal} {sound}.", "It {sound}.", "The {animal} {sound}, as every child knows."))
-    return f"What sound does a {animal} make?", "", wording.format(animal=animal, sound=sound)
+    wordings = [f"A {animal} {sound}.", f"It {sound}.", f"The {animal} {sound}, as every child knows."]
+    return f"What sound does a {animal} make?", "", wordings
 
 
-def _describe(generator: random.Random) -> tuple[str, str, str]:
+def _describe(generator: random.Random) -> tuple[str, str, list[str]]:
     word, colour = generator.choice(WORDS), generator.choice(COLOURS)
-    wording = generator.choice(("The {word} is {colour}.", "There is a {colour} {word}.", "I see a {colour} {word}."))
-    return "Write a sentence with the two words.", f"{word}, {colour}", wording.format(word=word, colour=colour)
+    wordings = [f"The {word} is {colour}.", f"There is a {colour} {word}.", f"I see a {colour} {word}."]
+    return "Write a sentence with the two words.", f"{word}, {colour}", wordings
 
 
-TASKS: tuple[Callable[[random.Random], tuple[str, str, str]], ...] = (
+TASKS: tuple[Callable[[random.Random], tuple[str, str, list[str]]], ...] = (
     _add,
     _compare,
     _first,

@@ -65,11 +65,15 @@ class Trainer:
         self.train_set = tokenise(rows, self.tokenizer, *limits)
         self.where = [row.where for row in rows]
         self.long_rows = {"train": describe_long_rows(rows, self.train_set, *limits)}
-        self.dev_set = self.pretrain_set = None
+        self.dev_set = self.dev_rouge = self.pretrain_set = None
         if data.dev is not None:
             rows = read_rows(data.dev, data.dev_rows, DEV)
             self.dev_set = tokenise(rows, self.tokenizer, *limits)
             self.long_rows["dev"] = describe_long_rows(rows, self.dev_set, *limits)
+            if self.config.eval.rouge_rows is not None:
+                from .scoring import DevelopmentRouge  # takes half a second, and most runs need none
+
+                self.dev_rouge = DevelopmentRouge(self.config, rows, self.dev_set, self.tokenizer)
         self.steps_per_epoch = len(self.train_set) // train.batch_size
         if self.steps_per_epoch == 0:
             raise ConfigError(
@@ -215,7 +219,7 @@ class Trainer:
         if isinstance(self.teacher, CachedTeacher):
             seconds = self.teacher.saved(progress.samples - self.resumed_samples)
             console.print(f"the teacher's cache saved about {seconds:.1f} s")
-        step, dev_loss, saved = self._selected()
+        step, dev_loss, dev_rouge_l, saved = self._selected()
         summary = {
             "method": self.config.method,
             "steps": self.steps,
@@ -223,6 +227,8 @@ class Trainer:
             "skipped_steps": progress.skipped_steps,
             "dev_loss_before": progress.first_dev_loss,
             "dev_loss": dev_loss,
+            "dev_rouge_l_before": progress.first_dev_rouge_l,
+            "dev_rouge_l": dev_rouge_l,
             "seconds_per_sample": progress.seconds / progress.samples,
             "peak_memory_bytes": peak_memory(self.device),
         }
@@ -237,21 +243,23 @@ class Trainer:
             raise Interrupted(f"{folder / 'final'} can't be written ({error}): make room") from None
         return summary
 
-    def _selected(self) -> tuple[int, float | None, pathlib.Path | None]:
-        """The step whose weights `final` gets, its development loss, and its checkpoint (None: the weights in memory).
+    def _selected(self) -> tuple[int, float | None, float | None, pathlib.Path | None]:
+        """The step whose weights `final` gets, its development loss and ROUGE-L, and its checkpoint.
 
-        The last step, unless eval.select asks for the lowest development loss, and its checkpoint is whole.
+        The last step, whose weights are in memory (None), unless eval.select asks for the best, and that is whole.
         """
-        last = self.steps, self.progress.dev_loss, None
+        last = self.steps, self.progress.dev_loss, self.progress.dev_rouge_l, None
         if self.config.eval.select == "last" or self.progress.best is None or self.progress.best[1] == self.steps:
             return last
-        loss, step = self.progress.best
+        _, step, loss, rouge_l = self.progress.best
+        by_rouge = self.config.eval.select == "rouge_l"
+        virtue, value = ("highest dev ROUGE-L", f"{rouge_l:.2f}") if by_rouge else ("lowest dev loss", f"{loss:.4f}")
         saved = self.checkpoints.folder_of(step)
         if reason := checkpoint.damage(saved):
-            console.print(f"[bold red]damaged[/] {saved} ({reason}), of the lowest dev loss: the last step is taken")
+            console.print(f"[bold red]damaged[/] {saved} ({reason}), of the {virtue}: the last step is taken")
             return last
-        console.print(f"step {step} is taken, of the lowest dev loss, {loss:.4f}")
-        return step, loss, saved
+        console.print(f"step {step} is taken, of the {virtue}, {value}")
+        return step, loss, rouge_l, saved
 
     def _step(self, batch: list[Batch]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """One optimizer step; returns its loss, gradient norm, and the loss's parts, still on the device."""
@@ -345,15 +353,19 @@ class Trainer:
         return due and self.dev_set is not None and self.progress.evaluated_step != step
 
     def _evaluate(self, log: RunLog) -> bool:
-        """Whether the development loss is the lowest so far. A signal ends it early; a resumed run does it again."""
+        """Whether this is the best step so far. A signal ends it early; a resumed run does it again."""
         log.pause()
-        loss = self.dev_loss()
-        if loss is not None:
-            log.evaluation(self.progress.step, loss)
+        loss, rouge_l = self.dev_loss(), None
+        if loss is not None and self.dev_rouge:
+            with self._precision():
+                rouge_l = self.dev_rouge.measure(self.student, self.signals)
+        done = loss is not None and (rouge_l is not None or not self.dev_rouge)
+        if done:
+            log.evaluation(self.progress.step, loss, rouge_l)
             if self.is_on_policy:
                 self.method.evaluated(loss)
         log.resume()
-        return loss is not None and self.progress.evaluated(loss)
+        return done and self.progress.evaluated(loss, rouge_l, self.config.eval.select == "rouge_l")
 
     def _save(self, log: RunLog) -> None:
         """Writes a checkpoint. Without space the last one stays, and training goes on."""

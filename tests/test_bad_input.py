@@ -383,7 +383,8 @@ CASES = {
         sets=["data.train=nobody/nothing"],
     ),
     "unknown split": case(
-        "data.train: quickstart:tain: no such split; valid are train, small, dev", sets=["data.train=quickstart:tain"]
+        "data.train: quickstart:tain: no such split; valid are train, small, dev, test",
+        sets=["data.train=quickstart:tain"],
     ),
     "folder without rows": case("data.train: models: a folder without .jsonl files", sets=["data.train=models"]),
     "empty file": case("data.train: rows.jsonl: has no rows", **data()),

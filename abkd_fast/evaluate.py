@@ -1,0 +1,121 @@
+"""Evaluates: `python -m abkd_fast.evaluate --model DIR --data dolly=FILE …`, a model's scores on the papers' terms."""
+
+from __future__ import annotations
+
+import argparse
+import pathlib
+import shlex
+import sys
+
+from .config import SEEDS, ConfigError
+from .train import INTERRUPTED
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Answers and scores test sets; returns the exit status.
+
+    0; 2: a mistake in the input; 75 (temporary failure): interrupted, or no room for the answers: the same command
+    continues.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options = _parser().parse_args(arguments)
+    try:
+        sets = _sets(options.data)
+        seeds = [_seed(text) for text in options.seeds]
+        out = options.out or _run_folder(options.model) / "eval"
+        from .checkpoint import Interrupted  # after the options are known to be good: this loads PyTorch
+        from .evaluation import Evaluation, Protocol
+        from .logs import console
+        from .sampling import SamplingSettings
+
+        names = ("max_new_tokens", "temperature", "top_k", "top_p", "no_repeat_ngram_size")
+        protocol = Protocol(
+            sampling=SamplingSettings(**{name: getattr(options, name) for name in names}),
+            max_prompt_length=options.max_prompt_length,
+            begin_token=options.bos,
+        )
+        own = {name: getattr(options, name) for name in ("rows", "tokenizer", "batch_size", "device", "dtype")}
+        try:
+            evaluation = Evaluation(options.model, sets, out, seeds, protocol, **own)
+            evaluation.run()
+        except Interrupted as interruption:
+            command = shlex.join([sys.executable, "-m", "abkd_fast.evaluate", *arguments])
+            print(f"{interruption}; continue with:\n{command}", file=sys.stderr)
+            return INTERRUPTED
+        console.print(evaluation.table())
+        console.print(f"scores and answers are in {out}")
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _sets(texts: list[str]) -> dict[str, str]:
+    pairs = [text.partition("=") for text in texts]
+    for text, (name, equals, path) in zip(texts, pairs, strict=True):
+        if not (name and equals and path):
+            raise ConfigError(f"data: {text}: expected NAME=FILE, for example dolly=data/dolly/valid.jsonl")
+    return {name: path for name, _, path in pairs}
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal() or int(text) >= 2**32:
+        raise ConfigError(f"seeds: {text}: expected a whole number from 0 to {2**32 - 1}")
+    return int(text)
+
+
+def _run_folder(model: str) -> pathlib.Path:
+    folder = pathlib.Path(model)
+    if folder.name != "final" or not (folder.parent / "config.json").exists():
+        raise ConfigError(f"out: missing, and {model} is no run's folder final/, whose eval/ it would be; give --out")
+    return folder.parent
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m abkd_fast.evaluate",
+        description="Answer test sets with a model and score the answers: ROUGE-L (F1 with stemming, x 100, the best "
+        "of several references) and exact match, mean and standard deviation over seeds. The defaults are the papers' "
+        "protocol. An interrupted command goes on where it was when it is given again.",
+    )
+    parser.add_argument("--model", required=True, metavar="DIR", help="folder or Hub name, or a LoRA adapter's folder")
+    parser.add_argument(
+        "--data",
+        required=True,
+        nargs="+",
+        metavar="NAME=FILE",
+        help="test sets; dolly, self-inst, vicuna, sinst and uinst are called as in the papers",
+    )
+    parser.add_argument(
+        "--out", metavar="DIR", type=pathlib.Path, help="where scores go (default: RUN/eval of RUN/final)"
+    )
+    seeds = " ".join(map(str, SEEDS))
+    parser.add_argument("--seeds", nargs="+", default=list(map(str, SEEDS)), metavar="N", help=f"of sampling [{seeds}]")
+    parser.add_argument("--tokenizer", metavar="DIR", help="folder or Hub name (default: the model's)")
+    parser.add_argument("--rows", metavar="N", type=int, help="use only the first rows of each set")
+    parser.add_argument(
+        "--bos", action="store_true", help="a begin token before every prompt, as the papers' Llama had"
+    )
+    numbers = (
+        ("--max-new-tokens", 256, "longer answers are cut"),
+        ("--max-prompt-length", 256, "of longer prompts, in tokens, only the beginning is read"),
+        ("--temperature", 1.0, "0: always the most likely token"),
+        ("--top-k", 0, "only the so many most likely tokens (0: all)"),
+        ("--top-p", 1.0, "only the most likely tokens of this mass in all"),
+        ("--no-repeat-ngram-size", 6, "no sequence of so many tokens occurs twice (0: it may)"),
+        ("--batch-size", 64, "answers in progress at a time"),
+    )
+    for name, default, text in numbers:
+        parser.add_argument(name, type=type(default), metavar="N", default=default, help=f"{text} [{default}]")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: the GPU if any [auto]")
+    parser.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16", "float64"),
+        default="auto",
+        help="auto: bfloat16 on a GPU, else float32 [auto]",
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,286 @@
+"""A model's answers to test sets, scored as in the papers, in files that grow answer by answer.
+
+The papers' protocol: plain sampling, no 6-gram twice, at most 256 new tokens, the first 256 tokens of a prompt, and
+the mean over five seeds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import math
+import pathlib
+import statistics
+from collections.abc import Iterable
+
+import torch
+from rich.table import Table
+
+from . import models, scoring
+from .answers import GrowingFile, answer, hash_weights
+from .checkpoint import WRITE_ERRORS, Interrupted, atomic_write
+from .config import SEEDS, ConfigError
+from .data import DEV, Row, encode_prompts, outputs_of, read_rows, references
+from .logs import console
+from .sampling import SamplingSettings
+from .trainer import choose_device, choose_dtype
+
+NAMES = {
+    "dolly": "Dolly",
+    "self-inst": "Self-Instruct",
+    "vicuna": "Vicuna",
+    "sinst": "Super-Natural",
+    "s-ni": "Super-Natural",
+    "uinst": "Unnatural",
+    "unni": "Unnatural",
+}
+METRICS = ("rouge_l", "exact_match")
+SCORES = "scores.json"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Protocol:
+    """How models are asked; the defaults are the papers' for test sets. Raises ConfigError for values out of range."""
+
+    sampling: SamplingSettings = dataclasses.field(default_factory=lambda: SamplingSettings(no_repeat_ngram_size=6))
+    max_prompt_length: int = 256  # the first so many tokens are read
+    begin_token: bool = False  # before every prompt; the papers' Llama models got one here, though not in training
+
+    def __post_init__(self) -> None:
+        if self.max_prompt_length < 1:
+            raise ConfigError(f"max_prompt_length is {self.max_prompt_length}, expected at least 1")
+
+    def to_dict(self) -> dict:
+        settings = {**dataclasses.asdict(self.sampling), **dataclasses.asdict(self)}
+        return {key: value for key, value in settings.items() if key not in ("sampling", "eos_token_ids")}
+
+
+@dataclasses.dataclass(frozen=True)
+class TestSet:
+    """Prompts in tokens, and the texts that responses are compared with."""
+
+    name: str
+    source: str
+    prompts: list[list[int]]
+    references: list[list[str]]
+    cut: int  # prompts that were longer
+
+    def identity(self) -> dict:
+        content = json.dumps([self.prompts, self.references]).encode()
+        return {"rows": len(self.prompts), "cut_prompts": self.cut, "content": hashlib.sha256(content).hexdigest()}
+
+
+def read_sets(sets: dict[str, str], rows: int | None = None) -> dict[str, list[Row]]:
+    """The rows of each set, by its name in the papers. Raises ConfigError where a set, or its name, can't be used."""
+    read = {}
+    for key, source in sets.items():
+        name = NAMES.get(key.lower(), key)
+        if not name.strip(". ") or "/" in name or not name.isprintable() or len(name.encode()) > 200:
+            raise ConfigError(f"\"{key[:60]}\" can't be a set's name: its files are called by it")
+        if name in read:
+            raise ConfigError(f"{key}: there are two sets called {name}")
+        try:
+            read[name] = read_rows(source, rows, DEV, prompts_only=True)
+            for row in read[name]:
+                if "output_ids" not in row.values:
+                    outputs_of(row)
+        except ConfigError as error:
+            raise ConfigError(f"{key}: {error}") from None
+    return read
+
+
+class Evaluation:
+    """A model's scores on test sets, from their files to a folder with its answers and `scores.json`."""
+
+    def __init__(
+        self,
+        model: str,
+        sets: dict[str, str],
+        out: pathlib.Path,
+        seeds: Iterable[int] = SEEDS,
+        protocol: Protocol = Protocol(),
+        *,
+        rows: int | None = None,
+        tokenizer: str | None = None,
+        batch_size: int = 64,
+        device: str = "auto",
+        dtype: str = "auto",
+    ) -> None:
+        """Checks all that can be checked without weights, and finds answers that are there already; writes nothing.
+
+        Args:
+            model: a folder or Hub name, or the folder of a LoRA adapter.
+            sets: JSONL files by name.
+            rows: use only the first ones of each set.
+
+        Raises ConfigError.
+        """
+        self.model, self.out, self.seeds, self.batch_size = model, out, list(dict.fromkeys(seeds)), batch_size
+        for name, value in {"rows": rows, "batch_size": batch_size}.items():
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} is {value}, expected at least 1")
+        self.device = choose_device(device)
+        self.dtype = choose_dtype(dtype, self.device)
+        self.spec = models.spec_of(model)
+        self.config = models.read_config(self.spec, "model")
+        self.tokenizer = models.read_tokenizer(tokenizer or model, "tokenizer" if tokenizer else "model")
+        models.check_vocabularies(self.tokenizer, self.config, None, None)
+        if protocol.begin_token and self.tokenizer.bos_token_id is None:
+            raise ConfigError("bos: the tokenizer has no begin token")
+        self.protocol = protocol
+        self.settings = dataclasses.replace(protocol.sampling, eos_token_ids=(self.tokenizer.eos_token_id,))
+        named = zip(sets.values(), read_sets(sets, rows).items(), strict=True)
+        self.sets = [self._encode(name, source, read) for source, (name, read) in named]
+        self.scores = {
+            "model": model,
+            "weights": hash_weights(self.spec, self.config),
+            "settings": {**protocol.to_dict(), "dtype": str(self.dtype).removeprefix("torch.")},
+            "sets": {},
+        }
+        self._take_over()
+
+    def _encode(self, name: str, source: str, rows: list[Row]) -> TestSet:
+        begin = [self.tokenizer.bos_token_id] if self.protocol.begin_token else []
+        whole = [begin + prompt for prompt in encode_prompts(rows, self.tokenizer)]
+        limit = self.protocol.max_prompt_length
+        prompts = [prompt[:limit] for prompt in whole]
+        positions = getattr(self.config, "max_position_embeddings", math.inf)
+        for row, prompt in zip(rows, prompts, strict=True):
+            if len(prompt) >= positions:
+                raise ConfigError(
+                    f"{row.where}: the prompt has {len(prompt)} tokens, and the model {positions} positions: no room "
+                    "for an answer; lower max_prompt_length"
+                )
+        cut = sum(len(prompt) > limit for prompt in whole)
+        return TestSet(name, source, prompts, references(rows, self.tokenizer), cut)
+
+    def _file(self, name: str, seed: int) -> pathlib.Path:
+        return self.out / f"{name}.seed{seed}.jsonl"
+
+    def _take_over(self) -> None:
+        """Takes over the scores that are there. Raises ConfigError where they are of another model or setting."""
+        path, then = self.out / SCORES, {"sets": {}}
+        if path.exists():
+            then = read_scores(path)
+            changed = [key for key, value in self.scores["settings"].items() if then["settings"].get(key) != value]
+            if then["weights"] != self.scores["weights"]:
+                changed = ["weights", *changed]
+            if changed:
+                raise ConfigError(f"out: {path} is of other {', '.join(changed)}: choose another, or delete {self.out}")
+        for test in self.sets:
+            known = then["sets"].get(test.name)
+            found = next((file for seed in self.seeds if (file := self._file(test.name, seed)).exists()), None)
+            if found and known is None:
+                raise ConfigError(f"out: {found} exists, and not as the result of this command: choose another folder")
+            if known and any(known[key] != value for key, value in test.identity().items()):
+                raise ConfigError(f"out: {path} has scores of another {test.name}: choose another folder")
+        self.scores["sets"] = then["sets"]
+
+    def run(self) -> dict:
+        """Answers what is not answered yet, and returns the content of `scores.json`.
+
+        Raises Interrupted after a signal, and where there is no room.
+        """
+        todo = {test.name: [seed for seed in self.seeds if not self._is_scored(test, seed)] for test in self.sets}
+        if not any(todo.values()):
+            return self.scores
+        for line in self._describe():
+            console.print(line, markup=False)
+        model = models.load(self.spec, self.config, "model", self.dtype, self.device)
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+                model.check()
+                for test in self.sets:
+                    if todo[test.name]:
+                        self._score(model, test, todo[test.name])
+        except WRITE_ERRORS as error:
+            raise Interrupted(f"{self.out} can't be written ({error}): make room") from None
+        return self.scores
+
+    def _is_scored(self, test: TestSet, seed: int) -> bool:
+        scores = self.scores["sets"].get(test.name)
+        return scores is not None and str(seed) in scores["rouge_l"]["seeds"]
+
+    def _describe(self) -> Iterable[str]:
+        settings = ", ".join(f"{name} {value}" for name, value in self.scores["settings"].items())
+        yield f"{self.model}: {settings}; on {self.device}"
+        for test in self.sets:
+            cut = f", {test.cut} prompts cut to {self.protocol.max_prompt_length} tokens" if test.cut else ""
+            yield f"  {test.name}: {len(test.prompts)} rows of {test.source}{cut}"
+        begins = self.tokenizer("a")["input_ids"][:1] == [self.tokenizer.bos_token_id]
+        if begins and not self.protocol.begin_token:
+            begin = self.tokenizer.bos_token
+            yield f"  prompts have no {begin}, as in training; the papers' test prompts had one: --bos"
+
+    def _score(self, model: models.PackedCausalLM, test: TestSet, seeds: list[int]) -> None:
+        """Answers a set with all seeds in one stream, so that the batch is full to the end."""
+        scores = self.scores["sets"].setdefault(
+            test.name, {"source": test.source, **test.identity(), **{metric: summarise({}) for metric in METRICS}}
+        )
+        self._write()
+        with contextlib.ExitStack() as stack:
+            files = {seed: stack.enter_context(GrowingFile(self._file(test.name, seed))) for seed in seeds}
+            todo = [(seed, row) for seed in seeds for row in range(len(test.prompts)) if row not in files[seed].rows]
+
+            def keep(number: int, response: list[int]) -> None:
+                seed, row = todo[number]
+                values = {"prompt": self.tokenizer.decode(test.prompts[row]), "output": test.references[row]}
+                files[seed].add(row, values | scoring.judge(self.tokenizer, response, test.references[row]))
+
+            prompts = [test.prompts[row] for _, row in todo]
+            numbers = scoring.response_seeds(todo)
+            answer(model, prompts, self.settings, numbers, self.batch_size, keep, f"answers to {test.name}")
+        for seed in seeds:
+            answers = files[seed].sort()
+            for metric in METRICS:
+                values = scores[metric]["seeds"] | {str(seed): _mean(answers, metric)}
+                scores[metric] = summarise(values)
+        self._write()
+
+    def _write(self) -> None:
+        atomic_write(self.out / SCORES, json.dumps(self.scores, indent=2) + "\n")
+
+    def table(self) -> Table:
+        """The sets of this evaluation."""
+        table = Table("set", "rows", "ROUGE-L", "exact match")
+        for test in self.sets:
+            scores = self.scores["sets"][test.name]
+            table.add_row(test.name, str(scores["rows"]), *(spread(scores[metric]) for metric in METRICS))
+        return table
+
+
+def read_scores(path: pathlib.Path) -> dict:
+    """The content of a `scores.json`. Raises ConfigError where it can't be read."""
+    try:
+        scores = json.loads(path.read_text(encoding="utf-8"))
+        if {"weights", "settings", "sets"} <= scores.keys():
+            return scores
+        reason = "it is no evaluation's"
+    except (OSError, ValueError, AttributeError) as error:
+        reason = error
+    raise ConfigError(f"{path} can't be read ({reason}): move it aside") from None
+
+
+def spread(summary: dict) -> str:
+    """A mean and, of several seeds, its standard deviation: "25.1 (0.3)"."""
+    deviation = "" if summary["std"] is None else f" ({summary['std']:.1f})"
+    return f"{summary['mean']:.1f}{deviation}"
+
+
+def summarise(seeds: dict[str, float]) -> dict:
+    """Mean and sample standard deviation over seeds."""
+    values = list(seeds.values())
+    return {
+        "mean": statistics.fmean(values) if values else None,
+        "std": statistics.stdev(values) if len(values) > 1 else None,
+        "seeds": seeds,
+    }
+
+
+def _mean(answers: list[dict], metric: str) -> float:
+    """Over answers; of those that match exactly, the percentage."""
+    scale = 100 if metric == "exact_match" else 1
+    return scale * statistics.fmean(values[metric] for values in answers)

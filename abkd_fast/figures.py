@@ -1,0 +1,100 @@
+"""Figures fit for a paper, as PNG and SVG: ROUGE-L over training, and one run's curves. Needs matplotlib."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import pathlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from .config import ConfigError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from .results import Run
+
+# Okabe and Ito's palette, told apart with any colour vision; in grey, the markers do it.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
+MARKERS = "osD^vP*X"
+STYLE = {
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#dddddd",
+    "grid.linewidth": 0.6,
+    "legend.frameon": False,
+    "lines.linewidth": 1.5,
+    "lines.markersize": 4.5,
+    "svg.fonttype": "none",
+    "savefig.dpi": 300,
+}
+
+
+def check() -> None:
+    """Raises ConfigError without matplotlib."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ConfigError("matplotlib is not installed: pip install 'abkd_fast[report]'")
+
+
+def rouge_curves(runs: list[Run], stem: pathlib.Path) -> list[pathlib.Path]:
+    """The papers' Figure 1: ROUGE-L on development rows over training, a line a run, the teacher's result dashed.
+
+    Runs that others begin with are left out. Returns the paths; nothing where no run has such points.
+    """
+    shown = [run for run in runs if not any(other.begins_with(run) or other.learns_from(run) for other in runs)]
+    shown = [run for run in shown or runs if run.curve("dev", "rouge_l")[0]]
+    if not shown:
+        return []
+    teacher = next((run for run in runs if any(other.learns_from(run) for other in shown)), None)
+    with _figure(1, (4.5, 2.8), stem) as (panel,):
+        for index, run in enumerate(shown):
+            colour, marker = COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
+            panel.plot(*run.curve("dev", "rouge_l"), color=colour, marker=marker, label=run.label, clip_on=False)
+        if teacher and (values := teacher.curve("dev", "rouge_l")[1]):
+            panel.axhline(values[-1], color="#555555", linestyle="--", label=teacher.label)
+        panel.set(xlabel="Training step", ylabel="ROUGE-L on development rows")
+        panel.set_xlim(left=0)
+        panel.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    return _paths(stem)
+
+
+def run_curves(run: Run, stem: pathlib.Path) -> list[pathlib.Path]:
+    """One run's loss, speed and memory over its steps."""
+    own = "training" if run.config["method"] == "sft" else "training, the method's"
+    with _figure(3, (9.0, 2.6), stem) as (loss, speed, memory):
+        loss.plot(*run.curve("train", "loss"), color=COLOURS[0], label=own)
+        steps, values = run.curve("dev", "loss")
+        if steps:
+            loss.plot(steps, values, color=COLOURS[1], marker=MARKERS[0], label="dev, cross-entropy", clip_on=False)
+        loss.set(ylabel="Loss (nats a token)")
+        loss.legend()
+        speed.plot(*run.curve("train", "samples_per_second"), color=COLOURS[0])
+        speed.set(ylabel="Samples a second")
+        steps, values = run.curve("train", "peak_memory_bytes")
+        memory.plot(steps, [value / 1e9 for value in values], color=COLOURS[0])
+        memory.set(ylabel="Peak memory (GB)")
+        for panel in (loss, speed, memory):
+            panel.set(xlabel="Training step")
+            panel.set_xlim(left=0)
+            panel.set_ylim(bottom=0)
+    return _paths(stem)
+
+
+@contextlib.contextmanager
+def _figure(panels: int, size: tuple[float, float], stem: pathlib.Path) -> Iterator[list[Axes]]:
+    """Panels side by side, saved when the block ends; size in inches."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=size, layout="constrained")
+        yield list(figure.subplots(1, panels, squeeze=False)[0])
+        for path in _paths(stem):
+            figure.savefig(path)
+
+
+def _paths(stem: pathlib.Path) -> list[pathlib.Path]:
+    return [stem.with_name(f"{stem.name}.{kind}") for kind in ("png", "svg")]

@@ -1,0 +1,48 @@
+"""Reports: `python -m abkd_fast.report RUN [RUN …]`, tables and figures of finished runs, as the papers have them."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import pathlib
+import sys
+
+from .config import ConfigError
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Writes tables and figures; returns the exit status: 0, or 2 for a mistake in the input."""
+    parser = argparse.ArgumentParser(
+        prog="python -m abkd_fast.report",
+        description="A table of ROUGE-L (rows losses or methods, columns test sets) in Markdown and CSV; ROUGE-L on "
+        "the dev rows over training, a line a run, as PNG and SVG; and in each run's folder report.md with curves of "
+        "loss, speed and memory. Needs matplotlib.",
+    )
+    parser.add_argument(
+        "runs", nargs="+", metavar="RUN", type=pathlib.Path, help="folder of a run, or of a recipe's stages"
+    )
+    parser.add_argument(
+        "--out", metavar="DIR", type=pathlib.Path, help="where tables go [the folder of all these runs]"
+    )
+    options = parser.parse_args(arguments)
+    try:
+        from .logs import console  # after the options are known to be good: this loads PyTorch
+        from .results import gain, read_runs, score_table, write_report
+
+        runs = read_runs(options.runs)
+        out = options.out or pathlib.Path(os.path.commonpath([run.folder.absolute() for run in runs]))
+        paths = write_report(runs, out)
+        if table := score_table(runs):
+            console.print(table.markdown(), markup=False)
+        if sentence := gain(runs):
+            console.print(sentence, markup=False)
+        for path in paths:
+            console.print(path, markup=False)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,262 @@
+"""What runs came to: tables of ROUGE-L in the layout of the papers' Tables 2 and 3, and what distillation gained."""
+
+from __future__ import annotations
+
+import collections
+import csv
+import dataclasses
+import io
+import json
+import pathlib
+import statistics
+from collections.abc import Iterable
+
+from . import figures
+from .checkpoint import atomic_write
+from .config import ConfigError
+from .evaluation import NAMES, SCORES, read_scores, spread, summarise
+from .logs import size
+
+# As the papers call the losses; a recipe's spelling up to the colon.
+LOSSES = {
+    "ab": "ABKD",
+    "fkl": "FKLD",
+    "rkl": "RKLD",
+    "wsd": "WSD",
+    "bdkd": "BDKD",
+    "jsd": "JSD",
+    "akl": "AKL",
+    "tvd": "TVD",
+    "sfkl": "SFKL",
+    "srkl": "SRKL",
+    "alphanet": "AlphaNet",
+    "hellinger": "Hellinger",
+    "alpha": "Alpha",
+}
+WORD_LEVEL = ("ab", "kd")  # methods that differ by their loss alone
+METHODS = {
+    "sft": "SFT",
+    "seqkd": "SeqKD",
+    "imitkd": "ImitKD",
+    "gkd": "GKD",
+    "distillm": "DistiLLM",
+    "minillm": "MiniLLM",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One finished run, from its folder."""
+
+    folder: pathlib.Path
+    config: dict
+    summary: dict
+    points: list[dict]  # of metrics.jsonl
+    sets: dict[str, dict]  # of eval/scores.json, by name; empty where it was not evaluated
+    label: str = ""  # "Teacher", or a method or loss
+
+    def begins_with(self, other: Run) -> bool:
+        return _is_result(self.config["student"]["path"], other)
+
+    def learns_from(self, other: Run) -> bool:
+        return self.config["teacher"] is not None and _is_result(self.config["teacher"]["path"], other)
+
+    def curve(self, kind: str, key: str) -> tuple[list[int], list[float]]:
+        """Steps and values of the points that have one."""
+        pairs = [(p["step"], p[key]) for p in self.points if p["kind"] == kind and p.get(key) is not None]
+        return [step for step, _ in pairs], [value for _, value in pairs]
+
+
+def _is_result(path: str | None, run: Run) -> bool:
+    """Whether a path is the run's result, wherever the folder of all runs is now."""
+    return path is not None and pathlib.Path(path).parts[-3:] == (run.folder.absolute() / "final").parts[-3:]
+
+
+def read_runs(folders: Iterable[pathlib.Path]) -> list[Run]:
+    """The runs of folders, each a run's or one of a recipe's stages; the teacher first.
+
+    Raises ConfigError where there is none, or what it left can't be read.
+    """
+    found = []
+    for folder in folders:
+        runs = [folder] if _is_run(folder) else sorted(filter(_is_run, folder.glob("*")))
+        if not runs:
+            raise ConfigError(f"{folder}: no finished run there (config.json, summary.json), and none in its folders")
+        found += [_read(run) for run in runs if run not in [other.folder for other in found]]
+    found = sorted(found, key=lambda run: not any(other.learns_from(run) for other in found))
+    return [dataclasses.replace(run, label=label) for run, label in zip(found, _labels(found), strict=True)]
+
+
+def _is_run(folder: pathlib.Path) -> bool:
+    return all((folder / name).is_file() for name in ("config.json", "summary.json", "metrics.jsonl"))
+
+
+def _read(folder: pathlib.Path) -> Run:
+    try:
+        config, summary = (json.loads((folder / f"{name}.json").read_text("utf-8")) for name in ("config", "summary"))
+        points = [json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{folder}: the run can't be read ({error})") from None
+    scores = folder / "eval" / SCORES
+    return Run(folder, config, summary, points, read_scores(scores)["sets"] if scores.exists() else {})
+
+
+def _labels(runs: list[Run]) -> list[str]:
+    """The papers' names; where several runs have one, with what tells them apart: the loss's numbers, then folders."""
+    names = [_label(run, runs) for run in runs]
+    numbers = [run.config["loss"].partition(":")[2] for run in runs]
+    for details in (numbers, [run.folder.name for run in runs]):
+        pairs = set(zip(names, details, strict=True))
+        shared = collections.Counter(name for name, _ in pairs)
+        names = [
+            f"{name} ({detail})" if shared[name] > 1 and detail else name
+            for name, detail in zip(names, details, strict=True)
+        ]
+    return names
+
+
+def _label(run: Run, runs: list[Run]) -> str:
+    if any(other.learns_from(run) for other in runs):
+        return "Teacher"
+    if any(other.begins_with(run) for other in runs):
+        return "Initial student"
+    method, loss = run.config["method"], run.config["loss"].partition(":")[0]
+    return LOSSES[loss] if method in WORD_LEVEL else METHODS.get(method, method)
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoreTable:
+    """ROUGE-L: a row a run, a column a test set, and their average where there are several."""
+
+    columns: list[str]
+    rows: list[tuple[Run, list[dict | None]]]  # means and deviations, None where a set was not scored
+
+    def markdown(self) -> str:
+        best = [self._best(column) for column in range(len(self.columns))]
+        lines = [["", *self.columns], ["---", *["---:"] * len(self.columns)]]
+        for run, cells in self.rows:
+            texts = []
+            for cell, highest in zip(cells, best, strict=True):
+                text = "-" if cell is None else spread(cell)
+                texts.append(f"**{text}**" if cell is not None and cell["mean"] == highest else text)
+            lines.append([run.label, *texts])
+        return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+    def _best(self, column: int) -> float | None:
+        """The highest mean of a column; the teacher, the upper bound, is left out."""
+        cells = [cells[column] for run, cells in self.rows if run.label != "Teacher"]
+        return max((cell["mean"] for cell in cells if cell is not None), default=None)
+
+    def csv(self) -> str:
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(["row", "run", *(f"{name} {what}" for name in self.columns for what in ("mean", "std"))])
+        for run, cells in self.rows:
+            numbers = [value for cell in cells for value in ((cell["mean"], cell["std"]) if cell else (None, None))]
+            writer.writerow([run.label, run.folder, *numbers])
+        return text.getvalue()
+
+
+def score_table(runs: list[Run]) -> ScoreTable | None:
+    """The scores of the runs that have some, None where none has; sets in the papers' order, then by name."""
+    scored = [run for run in runs if run.sets]
+    order = list(dict.fromkeys(NAMES.values()))
+    names = sorted({name for run in scored for name in run.sets}, key=lambda name: (name not in order, name))
+    names.sort(key=lambda name: order.index(name) if name in order else len(order))
+    rows = []
+    for run in scored:
+        cells = [run.sets[name]["rouge_l"] if name in run.sets else None for name in names]
+        cells = [None if cell is None or cell["mean"] is None else cell for cell in cells]
+        rows.append((run, [*cells, _average(cells)] if len(names) > 1 else cells))
+    return ScoreTable([*names, *(["Average"] if len(names) > 1 else [])], rows) if rows else None
+
+
+def _average(cells: list[dict | None]) -> dict | None:
+    """Over sets, seed by seed; None unless all sets were scored with the same seeds."""
+    seeds = [cell["seeds"] for cell in cells if cell is not None]
+    if len(seeds) < len(cells) or any(other.keys() != seeds[0].keys() for other in seeds):
+        return None
+    return summarise({seed: statistics.fmean(values[seed] for values in seeds) for seed in seeds[0]})
+
+
+def gain(runs: list[Run]) -> str | None:
+    """One sentence on what distillation gained: a student with a teacher, and the same one fine-tuned without.
+
+    None where no two such runs, and their teacher, were scored on the same sets.
+    """
+    table = score_table(runs)
+    scores = {run.folder: cells[-1] for run, cells in table.rows} if table else {}
+    scored = [run for run in runs if scores.get(run.folder)]
+    for student in scored:
+        teacher = next((run for run in scored if student.learns_from(run)), None)
+        alone = next((run for run in scored if run.config["method"] == "sft" and _same_start(run, student)), None)
+        if teacher and alone:
+            return _compare(student, alone, teacher, scores, table.columns[-1])
+    return None
+
+
+def _same_start(first: Run, second: Run) -> bool:
+    paths = [run.config["student"]["path"] for run in (first, second)]
+    return None not in paths and paths[0] == paths[1]
+
+
+def _compare(student: Run, alone: Run, teacher: Run, scores: dict[pathlib.Path, dict], name: str) -> str:
+    ours, theirs, highest = (scores[run.folder] for run in (student, alone, teacher))
+    difference = ours["mean"] - theirs["mean"]
+    spreads = [cell["std"] or 0.0 for cell in (ours, theirs)]
+    reach = "more than" if abs(difference) > max(spreads) else "no more than"
+    share = (
+        f", {difference / gap:.0%} of the way to the teacher" if (gap := highest["mean"] - theirs["mean"]) > 0 else ""
+    )
+    return (
+        f"{name}: {student.label} {spread(ours)} ROUGE-L, {alone.label} from the same start {spread(theirs)}, teacher "
+        f"{spread(highest)}: distillation gains {difference:+.1f}{share}, {reach} the spread over seeds."
+    )
+
+
+def write_report(runs: list[Run], out: pathlib.Path) -> list[pathlib.Path]:
+    """Writes table and Figure 1 into a folder, and `report.md` with its curves into each run's; returns the paths.
+
+    Raises ConfigError without matplotlib, and where a folder can't be written to.
+    """
+    figures.check()
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        paths = []
+        if table := score_table(runs):
+            sentence = gain(runs)
+            atomic_write(out / "scores.md", table.markdown() + (f"\n{sentence}\n" if sentence else ""))
+            atomic_write(out / "scores.csv", table.csv())
+            paths += [out / "scores.md", out / "scores.csv"]
+        paths += figures.rouge_curves(runs, out / "rouge_l")
+        for run in runs:
+            figures.run_curves(run, run.folder / "curves")
+            atomic_write(run.folder / "report.md", _report(run))
+            paths.append(run.folder / "report.md")
+    except OSError as error:
+        raise ConfigError(f"the report can't be written ({error})") from None
+    return paths
+
+
+def _report(run: Run) -> str:
+    """One run in Markdown: what it was, what it came to, and its curves."""
+    config, summary = run.config, run.summary
+    models = {role: config[role]["path"] or "random weights" for role in ("student", "teacher") if config[role]}
+    facts = {
+        "method": config["method"] + ("" if config["teacher"] is None else f", loss {config['loss']}"),
+        **models,
+        "steps": f"{summary['steps']} of {config['train']['batch_size']} samples; final/ is of step "
+        f"{summary['selected_step']}",
+        "dev loss": _change(summary["dev_loss_before"], summary["dev_loss"], 4),
+        "dev ROUGE-L": _change(summary["dev_rouge_l_before"], summary["dev_rouge_l"], 2),
+        "seconds a sample": f"{summary['seconds_per_sample']:.4f}",
+        "peak memory": size(summary["peak_memory_bytes"]),
+    }
+    lines = [f"# {run.folder.name}", "", *(f"- {name}: {text}" for name, text in facts.items() if text), ""]
+    if table := score_table([run]):
+        lines += ["ROUGE-L on test sets, mean (standard deviation) over seeds:", "", table.markdown()]
+    return "\n".join([*lines, "![loss, speed and memory](curves.png)", ""])
+
+
+def _change(before: float | None, after: float | None, digits: int) -> str:
+    return "" if after is None else f"{before:.{digits}f} before, {after:.{digits}f} in the end"

@@ -1,0 +1,411 @@
+import copy
+import json
+import signal
+import statistics
+
+import peft
+import pytest
+import torch
+from conftest import LLAMA
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rouge_score import rouge_scorer
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from abkd_fast import evaluation, tasks, train
+from abkd_fast.answers import GrowingFile
+from abkd_fast.data import encode_prompts, read_rows
+from abkd_fast.evaluate import main
+from abkd_fast.sampling import SamplingSettings, sample
+from abkd_fast.scoring import exact_match, rouge_l
+
+SMALL = {**LLAMA, "vocab_size": 1024, "intermediate_size": 64, "eos_token_id": 0, "bos_token_id": 0}
+SHORT = ["--max-new-tokens", "8", "--device", "cpu"]
+ROWS = [
+    {"instruction": "Say hello.", "output": ["Hello.", "Good morning to you!"]},
+    {"instruction": "Name an animal.", "input": "It barks.", "output": "A dog."},
+    {"prompt": "Count to three: " * 9, "output": "one, two, three"},
+]
+
+
+def by_hand(response, references):
+    scorer = rouge_scorer.RougeScorer(["rougeL"], use_stemmer=True)
+    return 100 * max(scorer.score(reference, response)["rougeL"].fmeasure for reference in references)
+
+
+# Few words, so that they repeat; words that a stemmer changes; what is no word.
+TEXTS = st.lists(
+    st.sampled_from(["a", "running", "runs", "cats", "Cat", "flies", "42", "-", "é", "don't"]), max_size=90
+)
+
+
+@settings(deadline=None, max_examples=60)
+@given(TEXTS.map(" ".join), st.lists(TEXTS.map(" ".join), min_size=1, max_size=3))
+def test_rouge_l_is_that_of_rouge_score(response, references):
+    assert rouge_l(response, references) == by_hand(response, references)
+
+
+def test_rouge_l_of_real_texts(shared):
+    rows = [json.loads(line) for line in (shared / "data/dolly/dev.jsonl").read_text().splitlines()[:60]]
+    outputs = [row["output"] for row in rows]
+    for response, first, second in zip(outputs, outputs[1:], outputs[2:], strict=False):
+        assert rouge_l(response, [first, second]) == by_hand(response, [first, second])
+
+
+def test_exact_match_is_blind_to_case_punctuation_and_spaces():
+    assert exact_match(" The  answer\nis: 42! ", ["no", "the answer is 42"])
+    assert not exact_match("the answer is 4 2", ["the answer is 42"])
+    assert exact_match("", ["..."])
+
+
+@pytest.fixture
+def model_folder(tmp_path):
+    folder = tmp_path / "model"
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(**SMALL)).save_pretrained(folder)
+    tasks.tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def command(model_folder, write_jsonl, tmp_path):
+    """The command's arguments, with one small set."""
+    data = write_jsonl(ROWS, "set.jsonl")
+
+    def make(*more, seeds=(10, 20), sets=()):
+        sets = sets or [f"dolly={data}"]
+        required = ["--model", str(model_folder), "--out", str(tmp_path / "out"), "--data", *sets]
+        return [*required, "--seeds", *map(str, seeds), *SHORT, *more]
+
+    return make
+
+
+def lines_of(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def scores_of(tmp_path):
+    return json.loads((tmp_path / "out" / "scores.json").read_text())
+
+
+def test_scores_are_those_of_the_samples(command, model_folder, tmp_path, capsys):
+    assert main(command("--max-prompt-length", "40", "--no-repeat-ngram-size", "2")) == 0
+    tokenizer = tasks.tokenizer()
+    rows = read_rows(str(tmp_path / "set.jsonl"))
+    whole = encode_prompts(rows, tokenizer)
+    prompts = [prompt[:40] for prompt in whole]
+    references = [ROWS[0]["output"], [ROWS[1]["output"]], [ROWS[2]["output"]]]
+    chosen = SamplingSettings(max_new_tokens=8, no_repeat_ngram_size=2, eos_token_ids=(0,))
+    model = AutoModelForCausalLM.from_pretrained(model_folder)
+    means = []
+    for seed in (10, 20):
+        responses = sample(model, prompts, chosen, [(seed << 32) + row for row in range(3)])
+        texts = [tokenizer.decode(response, skip_special_tokens=True).strip() for response in responses]
+        lines = lines_of(tmp_path / "out" / f"Dolly.seed{seed}.jsonl")
+        assert [line["prompt"] for line in lines] == tokenizer.batch_decode(prompts)
+        assert [line["output"] for line in lines] == references
+        assert [line["response"] for line in lines] == texts
+        assert [line["rouge_l"] for line in lines] == list(map(by_hand, texts, references))
+        assert not any(line["exact_match"] for line in lines)
+        means.append(statistics.fmean(line["rouge_l"] for line in lines))
+    scores = scores_of(tmp_path)
+    dolly = scores["sets"]["Dolly"]
+    seeds = {"10": means[0], "20": means[1]}
+    assert dolly["rouge_l"] == {"mean": statistics.fmean(means), "std": statistics.stdev(means), "seeds": seeds}
+    assert dolly["exact_match"]["mean"] == 0
+    assert dolly["rows"] == 3
+    assert dolly["cut_prompts"] == sum(len(prompt) > 40 for prompt in whole) > 0
+    assert scores["settings"]["no_repeat_ngram_size"] == 2
+    output = capsys.readouterr().out
+    assert f"{dolly['cut_prompts']} prompts cut to 40 tokens" in output
+    assert "no_repeat_ngram_size 2" in output
+
+
+def test_interrupted_evaluation_continues_to_the_same_files(command, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "out"
+    assert main(command()) == 0
+    undisturbed = {path.name: path.read_bytes() for path in out.iterdir()}
+    monkeypatch.setattr(evaluation.models, "load", lambda *_: pytest.fail("weights are loaded for nothing"))
+    assert main(command()) == 0
+    monkeypatch.undo()
+    for path in out.iterdir():
+        path.unlink()
+
+    add, count = GrowingFile.add, 0
+
+    def add_and_be_stopped(self, *arguments):
+        nonlocal count
+        add(self, *arguments)
+        count += 1
+        if count == 2:
+            signal.raise_signal(signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(GrowingFile, "add", add_and_be_stopped)
+        assert main(command("--batch-size", "1")) == 75
+    error = capsys.readouterr().err
+    assert "SIGTERM after 2 of 6 answers to Dolly, which are kept; continue with:\n" in error
+    assert "-m abkd_fast.evaluate --model" in error
+    with (out / "Dolly.seed10.jsonl").open("ab") as file:
+        file.write(b'{"prompt": "torn \xc3')
+    assert main(command()) == 0
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == undisturbed
+
+
+def test_more_seeds_and_sets_are_added(command, write_jsonl, tmp_path):
+    assert main(command()) == 0
+    first = (tmp_path / "out" / "Dolly.seed10.jsonl").read_bytes()
+    data, more = tmp_path / "set.jsonl", write_jsonl(ROWS[:2], "more.jsonl")
+    assert main(command(seeds=(10, 30), sets=[f"Dolly={data}", f"mine={more}"])) == 0
+    scores = scores_of(tmp_path)["sets"]
+    assert list(scores["Dolly"]["rouge_l"]["seeds"]) == ["10", "20", "30"]
+    assert list(scores["mine"]["rouge_l"]["seeds"]) == ["10", "30"]
+    assert (tmp_path / "out" / "Dolly.seed10.jsonl").read_bytes() == first
+
+
+def test_other_model_settings_and_rows_are_refused(command, model_folder, write_jsonl, tmp_path, capsys):
+    assert main(command()) == 0
+    before = (tmp_path / "out" / "scores.json").read_bytes()
+    assert main(command("--temperature", "0.5")) == 2
+    assert "scores.json is of other temperature: choose another, or delete" in capsys.readouterr().err
+    assert main(command("--rows", "2")) == 2
+    assert "scores.json has scores of another Dolly: choose another folder" in capsys.readouterr().err
+    torch.manual_seed(1)
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(**SMALL)).save_pretrained(model_folder)
+    assert main(command()) == 2
+    assert "scores.json is of other weights" in capsys.readouterr().err
+    assert (tmp_path / "out" / "scores.json").read_bytes() == before
+    (tmp_path / "out" / "scores.json").unlink()
+    assert main(command()) == 2
+    assert "Dolly.seed10.jsonl exists, and not as the result of this command" in capsys.readouterr().err
+
+
+def test_begin_token_only_when_asked_for(command, model_folder, tmp_path, monkeypatch, capsys):
+    tokenizer = copy.deepcopy(tasks.tokenizer())
+    tokenizer.bos_token = "<end>"
+    begin = TemplateProcessing(single="<end> $A", special_tokens=[("<end>", 0)])
+    tokenizer.backend_tokenizer.post_processor = begin  # as Llama's
+    tokenizer.save_pretrained(model_folder)
+    seen = []
+    monkeypatch.setattr(evaluation, "answer", lambda _, prompts, *rest: seen.append(prompts))
+    monkeypatch.setattr(evaluation, "_mean", lambda *_: 0.0)
+    assert main(command(seeds=[10])) == 0
+    assert "prompts have no <end>, as in training; the papers' test prompts had one: --bos" in capsys.readouterr().out
+    assert main(command("--bos", "--out", str(tmp_path / "other"), seeds=[10])) == 0
+    assert "--bos" not in capsys.readouterr().out
+    assert seen[0] == encode_prompts(read_rows(str(tmp_path / "set.jsonl")), tasks.tokenizer())
+    assert seen[1] == [[0, *prompt] for prompt in seen[0]]
+
+
+def test_adapter_is_merged_into_its_base(command, model_folder, tmp_path):
+    folder = tmp_path / "adapter"
+    model = AutoModelForCausalLM.from_pretrained(model_folder)
+    settings = peft.LoraConfig(r=4, lora_alpha=64, init_lora_weights=False, target_modules=["v_proj", "down_proj"])
+    adapted = peft.get_peft_model(model, settings)
+    adapted.save_pretrained(folder)
+    tasks.tokenizer().save_pretrained(folder)
+    adapted.merge_and_unload().save_pretrained(tmp_path / "merged")
+    tasks.tokenizer().save_pretrained(tmp_path / "merged")
+    results = []
+    for name in ("adapter", "merged"):
+        out = tmp_path / f"of-{name}"
+        assert main(command("--model", str(tmp_path / name), "--out", str(out))) == 0
+        results.append(lines_of(out / "Dolly.seed10.jsonl"))
+    assert results[0] == results[1]
+    assert main(command("--out", str(tmp_path / "of-base"))) == 0
+    assert lines_of(tmp_path / "of-base" / "Dolly.seed10.jsonl") != results[0]
+
+
+BAD = {
+    "no model": (["--model", "./nowhere"], "model.path: ./nowhere: no such model folder"),
+    "no set": (["--data", "dolly=nowhere.jsonl"], "dolly: nowhere.jsonl: no such file"),
+    "set without a name": (["--data", "nowhere.jsonl"], "data: nowhere.jsonl: expected NAME=FILE"),
+    "set's name is a path": (["--data", "a/b=quickstart:dev"], "\"a/b\" can't be a set's name"),
+    "two of one name": (
+        ["--data", "sinst=quickstart:dev", "s-ni=quickstart:dev"],
+        "s-ni: there are two sets called Super-Natural",
+    ),
+    "empty set": (["--data", "mine=empty.jsonl"], "mine: empty.jsonl: has no rows"),
+    "set without outputs": (
+        ["--data", "mine=bare.jsonl"],
+        'mine: bare.jsonl line 1: "output" must be a text or a list of texts to compare with, got null',
+    ),
+    "outputs of numbers": (["--data", "mine=numbers.jsonl"], 'mine: numbers.jsonl line 1: "output" must be'),
+    "seeds not numbers": (["--seeds", "10", "ten"], "seeds: ten: expected a whole number from 0"),
+    "negative seed": (["--seeds=-1"], "seeds: -1: expected a whole number from 0"),
+    "no out": (["--model", "model"], "out: missing, and model is no run's folder final/"),
+    "no tokenizer": (["--model", "bare", "--out", "out"], "model: bare is a folder without a tokenizer"),
+    "rows": (["--rows", "0"], "rows is 0, expected at least 1"),
+    "temperature": (["--temperature", "-1"], "temperature is -1.0, expected at least 0"),
+    "prompt length": (["--max-prompt-length", "0"], "max_prompt_length is 0, expected at least 1"),
+    "no room": (
+        ["--data", "mine=long.jsonl"],
+        "long.jsonl line 1: the prompt has 256 tokens, and the model 128 positions: no room for an answer",
+    ),
+    "no begin token": (["--bos"], "bos: the tokenizer has no begin token"),
+    "lonely adapter": (["--model", "adapter"], "model: adapter/adapter_config.json names no base model"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_line_and_status_2(model_folder, write_jsonl, tmp_path, capsys, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    arguments, message = BAD[name]
+    for file, rows in {
+        "empty.jsonl": [],
+        "bare.jsonl": [{"instruction": "Say hello."}],
+        "numbers.jsonl": [{"instruction": "Say hello.", "output": ["one", 2]}],
+        "long.jsonl": [{"prompt": "word " * 400, "output": "x"}],
+    }.items():
+        write_jsonl(rows, file)
+    (tmp_path / "bare").mkdir()
+    for file in model_folder.glob("[!t]*"):
+        (tmp_path / "bare" / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    monkeypatch.setattr(evaluation.models, "load", lambda *_: pytest.fail("weights are loaded"))
+    defaults = {"--model": ["model"], "--data": ["dolly=quickstart:dev"], "--out": ["out"]}
+    if name == "no out":
+        del defaults["--out"]
+    given = [part for key, values in defaults.items() if key not in arguments for part in (key, *values)]
+    assert main([*given, *SHORT, *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {message}")
+    assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def recipe(tmp_path, write_jsonl):
+    """Writes a small recipe and returns the command's arguments."""
+    sets = {"dolly": write_jsonl(ROWS, "set.jsonl")}
+
+    def write(*overrides, **evaluated):
+        values = {
+            "run": {"name": "test", "dir": str(tmp_path / "runs")},
+            "method": "sft",
+            "tokenizer": "quickstart",
+            "student": {"config": {**SMALL, "tie_word_embeddings": True}},
+            "data": {"train": "quickstart:small", "dev": "quickstart:dev", "dev_rows": 20, "max_length": 128},
+            "optim": {"lr": 3e-3},
+            "train": {"steps": 12, "batch_size": 8, "max_tokens": 256, "device": "cpu"},
+            "eval": {"every_steps": 4, "rouge_rows": 6, "max_new_tokens": 8, "seeds": [1, 2], **evaluated},
+        }
+        values["eval"] = {"sets": sets, **values["eval"]} if "sets" not in evaluated else values["eval"]
+        path = tmp_path / "recipe.json"
+        path.write_text(json.dumps(values))
+        return ["--config", str(path), *(part for override in overrides for part in ("--set", override))]
+
+    return write
+
+
+def dev_points(tmp_path):
+    points = lines_of(tmp_path / "runs" / "test" / "metrics.jsonl")
+    return [(point["step"], point["loss"], point["rouge_l"]) for point in points if point["kind"] == "dev"]
+
+
+def test_rouge_l_of_dev_rows_during_training(recipe, tmp_path, capsys):
+    assert train.main(recipe(sets=None)) == 0
+    points = dev_points(tmp_path)
+    assert [step for step, *_ in points] == [0, 4, 8, 12]
+    folder, tokenizer = tmp_path / "runs" / "test", tasks.tokenizer()
+    rows = read_rows("quickstart:dev", 6)
+    chosen = SamplingSettings(max_new_tokens=8, eos_token_ids=(0,))
+    model = AutoModelForCausalLM.from_pretrained(folder / "final")
+    responses = sample(model, encode_prompts(rows, tokenizer), chosen, [(10 << 32) + row for row in range(6)])
+    texts = [tokenizer.decode(response, skip_special_tokens=True).strip() for response in responses]
+    expected = statistics.fmean(by_hand(text, [row.values["output"]]) for text, row in zip(texts, rows, strict=True))
+    assert points[-1][2] == pytest.approx(expected, rel=1e-12)
+    assert json.loads((folder / "summary.json").read_text())["dev_rouge_l"] == points[-1][2]
+    assert f"dev loss {points[-1][1]:.4f}  ROUGE-L {points[-1][2]:.2f}" in capsys.readouterr().out
+
+
+def test_training_is_the_same_with_and_without(recipe, tmp_path):
+    weights = []
+    for name, rows in (("with", "6"), ("without", "null")):
+        assert train.main(recipe(f"run.name={name}", f"eval.rouge_rows={rows}", sets=None)) == 0
+        weights.append((tmp_path / "runs" / name / "final" / "model.safetensors").read_bytes())
+    assert weights[0] == weights[1]
+
+
+def made_up_scores(monkeypatch, scores):
+    """ROUGE-L of each evaluation, in their order."""
+    values = iter(scores)
+    monkeypatch.setattr("abkd_fast.scoring.DevelopmentRouge.measure", lambda *_: next(values))
+
+
+def test_highest_rouge_l_is_selected(recipe, tmp_path, monkeypatch, capsys):
+    made_up_scores(monkeypatch, [90.0, 7.0, 9.0, 8.0])
+    assert train.main(recipe("eval.select=rouge_l", sets=None)) == 0
+    folder = tmp_path / "runs" / "test"
+    summary = json.loads((folder / "summary.json").read_text())
+    assert (summary["selected_step"], summary["dev_rouge_l"]) == (8, 9.0)
+    assert summary["dev_loss"] == dev_points(tmp_path)[2][1]
+    best = folder / "checkpoints" / "step-000008" / "model.safetensors"
+    assert (folder / "final" / "model.safetensors").read_bytes() == best.read_bytes()
+    assert "step 8 is taken, of the highest dev ROUGE-L, 9.00" in capsys.readouterr().out
+
+
+def test_signal_during_the_answers_and_resume(recipe, tmp_path, monkeypatch):
+    assert train.main(recipe("run.name=undisturbed", sets=None)) == 0
+    undisturbed = tmp_path / "runs" / "undisturbed"
+    with monkeypatch.context() as patch:
+        judge, count = evaluation.scoring.judge, 0
+
+        def judge_and_be_stopped(*arguments):
+            nonlocal count
+            count += 1
+            if count == 6 + 2:  # the second answer after step 4
+                signal.raise_signal(signal.SIGTERM)
+            return judge(*arguments)
+
+        patch.setattr(evaluation.scoring, "judge", judge_and_be_stopped)
+        assert train.main(recipe(sets=None)) == 75
+    assert [step for step, *_ in dev_points(tmp_path)] == [0]
+    assert train.main([*recipe(sets=None), "--resume"]) == 0
+    points = [p for p in lines_of(undisturbed / "metrics.jsonl") if p["kind"] == "dev"]
+    assert dev_points(tmp_path) == [(p["step"], p["loss"], p["rouge_l"]) for p in points]
+    weights = [path / "final" / "model.safetensors" for path in (undisturbed, tmp_path / "runs" / "test")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
+def test_result_is_scored_once(recipe, tmp_path, monkeypatch, capsys):
+    assert train.main(recipe()) == 0
+    folder = tmp_path / "runs" / "test"
+    scores = json.loads((folder / "eval" / "scores.json").read_text())
+    assert list(scores["sets"]["Dolly"]["rouge_l"]["seeds"]) == ["1", "2"]
+    assert scores["settings"]["no_repeat_ngram_size"] == 6
+    assert "Dolly" in capsys.readouterr().out
+    monkeypatch.setattr(evaluation.models, "load", lambda *_: pytest.fail("weights are loaded for nothing"))
+    assert train.main([*recipe(), "--resume"]) == 0
+    monkeypatch.undo()
+    # Test sets decide no weights: others may be asked for later, and the command of before says the same.
+    assert train.main([*recipe("eval.seeds=[1,2,3]"), "--resume"]) == 0
+    again = ["--model", str(folder / "final"), "--data", f"dolly={tmp_path / 'set.jsonl'}", "--seeds", "2"]
+    assert main([*again, "--max-prompt-length", "127", *SHORT]) == 0
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("eval.rouge_rows=0", "eval.rouge_rows is 0, expected at least 1"),
+        ("eval.seeds=[]", "eval.seeds are [], expected at least one"),
+        ('eval.seeds="ten"', 'eval.seeds must be a list of numbers, got "ten"'),
+        ('eval.sets={"dolly": 5}', "eval.sets.dolly must be text, got 5"),
+        ('eval.sets={"dolly": "nowhere.jsonl"}', "eval.sets.dolly: nowhere.jsonl: no such file"),
+        ("eval.sets=nowhere.jsonl", 'eval.sets must be an object, got "nowhere.jsonl"'),
+        ("data.dev=null", "eval.rouge_rows: there is no data.dev whose rows could be answered"),
+    ],
+)
+def test_bad_recipes(recipe, tmp_path, capsys, override, message):
+    assert train.main(recipe(override)) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "runs").exists()
+
+
+def test_selection_by_rouge_l_needs_it(recipe, capsys):
+    assert train.main(recipe("eval.rouge_rows=null", "eval.select=rouge_l")) == 2
+    assert "eval.select is rouge_l, but rouge_rows is missing" in capsys.readouterr().err

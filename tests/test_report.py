@@ -1,0 +1,176 @@
+import csv
+import importlib.util
+import json
+import xml.etree.ElementTree as ElementTree
+
+import pytest
+
+from abkd_fast import figures
+from abkd_fast.report import main
+from abkd_fast.results import gain, read_runs, score_table
+
+pytest.importorskip("matplotlib")
+
+
+@pytest.fixture
+def make_run(tmp_path):
+    """Writes the folder of a finished run, as training and evaluation leave it."""
+
+    def make(name, method="sft", loss="ab:0.2,0.7", student="elsewhere", teacher=None, sets=None, rouge=(1.0, 3.0)):
+        folder = tmp_path / "runs" / name
+        folder.mkdir(parents=True)
+        config = {"method": method, "loss": loss, "train": {"batch_size": 8}}
+        config |= {"student": {"path": student}, "teacher": teacher and {"path": teacher}}
+        summary = {"steps": 20, "selected_step": 10, "dev_loss_before": 3.5, "dev_loss": 2.25}
+        summary |= {"dev_rouge_l_before": None, "dev_rouge_l": None}
+        summary |= {"seconds_per_sample": 0.0125, "peak_memory_bytes": 2_500_000_000}
+        points = [{"kind": "dev", "step": 0, "loss": 3.5}]
+        for step, score in zip((10, 20), rouge, strict=True):
+            point = {"loss": 3.0 - step / 20, "samples_per_second": 80.0, "peak_memory_bytes": 2e9}
+            points += [{"kind": "train", "step": step, **point}]
+            points += [{"kind": "dev", "step": step, "loss": 3.0, **({} if score is None else {"rouge_l": score})}]
+        for file, values in {"config": config, "summary": summary}.items():
+            (folder / f"{file}.json").write_text(json.dumps(values))
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(point) + "\n" for point in points))
+        if sets:
+            (folder / "eval").mkdir()
+            scores = {key: {"rouge_l": value} for key, value in sets.items()}
+            content = {"model": "x", "weights": {}, "settings": {}, "sets": scores}
+            (folder / "eval" / "scores.json").write_text(json.dumps(content))
+        return folder
+
+    return make
+
+
+def score(mean, std, **seeds):
+    return {"mean": mean, "std": std, "seeds": {key.removeprefix("seed"): value for key, value in seeds.items()}}
+
+
+@pytest.fixture
+def four_runs(make_run):
+    """A teacher, an initial student, ABKD and SFT; the alphabet would put the teacher last."""
+    start, teacher = "old/place/runs/init/final", "old/place/runs/teacher/final"
+    spread = {"Vicuna": score(12.0, 1.0, seed1=11, seed2=13), "Dolly": score(20.0, 0.5, seed1=19.5, seed2=20.5)}
+    make_run("ab", "ab", student=start, teacher=teacher, sets=spread)
+    make_run("init")
+    lower = {"Dolly": score(18.04, 0.25, seed1=18, seed2=18.08), "Vicuna": score(13.0, None, seed1=13)}
+    make_run("sft", student=start, sets=lower)
+    upper = {"Dolly": score(24.0, 2.0, seed1=22, seed2=26), "Vicuna": score(20.0, 0.0, seed1=20, seed2=20)}
+    return make_run("teacher", sets=upper).parent
+
+
+def test_table_has_the_papers_layout(four_runs):
+    table = score_table(read_runs([four_runs]))
+    assert table.markdown().splitlines() == [
+        "|  | Dolly | Vicuna | Average |",
+        "| --- | ---: | ---: | ---: |",
+        "| Teacher | 24.0 (2.0) | 20.0 (0.0) | 22.0 (1.4) |",
+        "| ABKD | **20.0 (0.5)** | 12.0 (1.0) | **16.0 (1.1)** |",
+        "| SFT | 18.0 (0.2) | **13.0** | - |",
+    ]
+    header, *rows = csv.reader(table.csv().splitlines())
+    assert header == ["row", "run", *(f"{s} {w}" for s in ("Dolly", "Vicuna", "Average") for w in ("mean", "std"))]
+    assert rows[1][:1] + rows[1][2:6] == ["ABKD", "20.0", "0.5", "12.0", "1.0"]
+    assert rows[2][4:] == ["13.0", "", "", ""]
+
+
+def test_rows_of_one_name_are_told_apart(make_run):
+    sets = {"mine": score(1.0, None, seed1=1)}
+    for name, method, loss in (
+        ("a", "ab", "ab:0.2,0.7"),
+        ("b", "ab", "ab:0.5,0.5"),
+        ("c", "kd", "jsd"),
+        ("d", "kd", "jsd"),
+        ("e", "gkd", "jsd"),
+        ("f", "newest", "jsd"),
+    ):
+        folder = make_run(name, method, loss, teacher="x", sets=sets)
+    labels = [run.label for run in read_runs([folder.parent])]
+    assert labels == ["ABKD (0.2,0.7)", "ABKD (0.5,0.5)", "JSD (c)", "JSD (d)", "GKD", "newest"]
+
+
+@pytest.mark.parametrize(
+    ("ours", "words"),
+    [
+        (score(21.0, 0.5), "distillation gains +3.0, 50% of the way to the teacher, more than the spread over seeds"),
+        (score(18.3, 0.5), "distillation gains +0.3, 5% of the way to the teacher, no more than the spread over seeds"),
+        (score(16.0, 0.5), "distillation gains -2.0, -33% of the way to the teacher, more than the spread over seeds"),
+    ],
+)
+def test_gain_says_what_the_numbers_say(make_run, ours, words):
+    make_run("teacher", sets={"test": score(24.0, 0.1)})
+    make_run("plain", student="start", sets={"test": score(18.0, 0.25)})
+    folder = make_run("ab", "ab", student="start", teacher="runs/teacher/final", sets={"test": ours})
+    sentence = gain(read_runs([folder.parent]))
+    assert sentence.startswith(
+        f"test: ABKD {ours['mean']:.1f} (0.5) ROUGE-L, SFT from the same start 18.0 (0.2), teacher"
+    )
+    assert words in sentence
+
+
+def test_no_gain_without_the_same_start(make_run):
+    make_run("teacher", sets={"test": score(24.0, 0.1)})
+    make_run("plain", student="another", sets={"test": score(18.0, 0.25)})
+    sets = {"test": score(20.0, 0.1)}
+    folder = make_run("ab", "ab", student="start", teacher="runs/teacher/final", sets=sets)
+    assert gain(read_runs([folder.parent])) is None
+
+
+def test_command_writes_tables_figures_and_reports(four_runs, capsys):
+    assert main([str(four_runs)]) == 0
+    output = capsys.readouterr().out
+    assert "| ABKD | **20.0 (0.5)**" in output
+    assert (four_runs / "scores.md").read_text().startswith("|  | Dolly")
+    assert (four_runs / "scores.csv").read_text().startswith("row,run,Dolly mean")
+    for stem in (four_runs / "rouge_l", four_runs / "ab" / "curves", four_runs / "teacher" / "curves"):
+        assert stem.with_suffix(".png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+        ElementTree.parse(stem.with_suffix(".svg"))
+    texts = [element.text for element in ElementTree.parse(four_runs / "rouge_l.svg").iter() if element.text]
+    assert {"ABKD", "SFT", "Teacher", "Training step", "ROUGE-L on development rows"} <= set(map(str.strip, texts))
+    assert "Initial student" not in texts
+    report = (four_runs / "ab" / "report.md").read_text()
+    assert "method: ab, loss ab:0.2,0.7" in report
+    assert "dev loss: 3.5000 before, 2.2500 in the end" in report
+    assert "peak memory: 2.5 GB" in report
+    assert "![loss, speed and memory](curves.png)" in report
+    assert "dev ROUGE-L" not in report
+
+
+def test_runs_one_by_one_are_together_in_their_common_folder(four_runs, make_run):
+    make_run("quiet", rouge=(None, None))
+    assert main([str(four_runs / "ab"), str(four_runs / "quiet")]) == 0
+    assert (four_runs / "scores.csv").exists()
+    assert main([str(four_runs / "quiet")]) == 0
+    assert {path.name for path in (four_runs / "quiet").iterdir()} > {"report.md", "curves.png"}
+    assert not (four_runs / "quiet" / "scores.md").exists()
+    assert not (four_runs / "quiet" / "rouge_l.png").exists()
+
+
+def test_more_runs_than_colours(make_run):
+    for index in range(len(figures.COLOURS) + 1):
+        folder = make_run(f"run{index} <&>", rouge=(index, index + 1))
+    figures.rouge_curves(read_runs([folder.parent]), folder.parent / "many")
+    texts = [element.text for element in ElementTree.parse(folder.parent / "many.svg").iter()]
+    assert f"SFT (run{len(figures.COLOURS)} <&>)" in texts
+
+
+def test_bad_input_is_one_line_and_status_2(four_runs, tmp_path, capsys, monkeypatch):
+    def error(*arguments):
+        assert main(list(map(str, arguments))) == 2
+        output = capsys.readouterr().err
+        assert output.count("\n") == 1
+        return output
+
+    assert "nowhere: no finished run there" in error(tmp_path / "nowhere")
+    assert "no finished run there" in error(four_runs / "ab" / "eval")
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    assert "the report can't be written" in error(four_runs, "--out", blocked / "x")
+    (four_runs / "ab" / "eval" / "scores.json").write_text("[")
+    assert "scores.json can't be read" in error(four_runs)
+    (four_runs / "ab" / "eval" / "scores.json").unlink()
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find(name))
+    assert error(four_runs) == "error: matplotlib is not installed: pip install 'abkd_fast[report]'\n"
+    (four_runs / "ab" / "metrics.jsonl").write_text("{")
+    assert "the run can't be read" in error(four_runs)
