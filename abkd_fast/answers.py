@@ -128,7 +128,7 @@ def write_stage(config: Config) -> dict:
         console.print(
             f"[bold]{folder}[/bold]  method {config.method}, by {config.student.adapter or config.student.path}"
         )
-        generation = of_stage(config, growing)
+        generation = _of_stage(config, growing)
         atomic_write(folder / "config.json", json.dumps(config.to_dict(), indent=2) + "\n")
         generation.run()
         summary = {
@@ -157,7 +157,7 @@ def describe(config: Config) -> Iterator[str]:
     )
 
 
-def of_stage(config: Config, out: pathlib.Path) -> Generation:
+def _of_stage(config: Config, out: pathlib.Path) -> Generation:
     """The command that a stage with method generate stands for. Raises ConfigError."""
     return Generation(
         argparse.Namespace(

@@ -117,7 +117,9 @@ class Trainer:
         if self.cache:
             load = functools.partial(self._model, config.teacher, self.teacher_config, "teacher")
             optimizer_bytes = 12 * sum(p.numel() for p in trained)  # gradients and two moments
-            with torch.random.fork_rng(devices=[]):  # dropout is the same whether the teacher's weights load or not
+            # Random weights are the same ones on resume, and dropout is whether the teacher's weights load or not.
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(config.run.seed + 1)
                 live = Teacher(load()) if self.is_on_policy else None
                 of_data = self.cache.open((lambda: live.model) if live else load, self._precision, optimizer_bytes)
             self.teacher = OnPolicyTeacher(live, of_data) if live else of_data

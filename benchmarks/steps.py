@@ -47,7 +47,7 @@ class Method:
         return "rollout" in self.parts
 
 
-ROWS = {
+METHODS = {
     "SFT": Method("sft"),
     "KD": Method("kd", "fkl", published.forward_kl, has_entropy=True),
     "MiniLLM": Method(
@@ -77,7 +77,6 @@ ROWS = {
     "AlphaNet": Method("kd", "alphanet:0.2,0.8", published.alphanet),
     "ABKD": Method("ab", "ab:0.2,0.7", published.alpha_beta),
 }
-METHODS = {name: method for name, method in ROWS.items() if method.method in methods.NAMES}
 
 
 @dataclasses.dataclass(frozen=True)

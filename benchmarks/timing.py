@@ -167,7 +167,10 @@ class Benchmark:
             f"71.3 and 74.3){text}"
         )
         if any(method.is_on_policy for method in self.methods.values()):
-            self.report.note(f"Generated responses end where those of the data do, or after {NEW_TOKENS} tokens.")
+            self.report.note(
+                f"Generated responses end where those of the data do, or after {NEW_TOKENS} tokens. The published way "
+                "pads them as it pads the data: training on them takes it as long, and is not timed again."
+            )
         for name, method in self.methods.items():
             if method.note:
                 self.report.note(f"{name}: {method.note}.")
@@ -175,7 +178,7 @@ class Benchmark:
     def steps(self) -> dict[Key, Callable[[Turn], object]]:
         """Of each method, way and part: takes a batch; those that train return loss and gradient norm.
 
-        What writes comes before what trains on that. What costs the same as another one is not there: see `same_cost`.
+        What writes comes before what trains on that.
         """
         steps = {}
         for name, method in self.methods.items():
@@ -211,11 +214,9 @@ class Benchmark:
         for module in modules:
             module.eval()
         turn, self.numbers, self.bytes, started = self.turns[0], {}, {}, time.perf_counter()
-        for (name, way, part), write in steps.items():
-            if part == "rollout":
-                write(turn)
-                if way == "ours":
-                    self.published.take(name, self.ours.written[name])
+        for name in (name for name, method in self.methods.items() if method.is_on_policy):
+            steps[name, "ours", "rollout"](turn)
+            self.published.take(name, self.ours.written[name])
         for key, step in steps.items():
             name, way, part = key
             if part == "rollout":
@@ -241,7 +242,7 @@ class Benchmark:
         differences = []
         for key, numbers in self.numbers.items():
             if key[0] == name and key[1] != "published":
-                theirs = self.numbers[self.same_cost((name, "published", key[2]))]
+                theirs = self.numbers[name, "published", "new" if key[2] == "again" else key[2]]
                 differences += [abs(ours / of_them - 1) for ours, of_them in zip(numbers, theirs, strict=True)]
         return float(np.max(differences))  # not max: what is not a number has to show
 
@@ -250,14 +251,15 @@ class Benchmark:
         self.build()
         steps, rounds = self.steps(), []
         left = self.options.repeats * self.check(steps)
+        timed = [key for key in steps if self.same_cost(key) == key]
         for number, turn in enumerate(self.turns[1:], 1):
             print(f"round {number} of {self.options.repeats}, about {duration(left)} left", flush=True)
             started = time.perf_counter()
-            candidates = {key: functools.partial(step, turn) for key, step in steps.items()}
+            candidates = {key: functools.partial(steps[key], turn) for key in timed}
             # A GPU's kernels may be chosen, or compiled, for each new shape: there every step runs twice.
             rounds.append(measure(candidates, 1, warm=self.trainer.device.type == "cpu"))
             left = (time.perf_counter() - started) * (self.options.repeats - number)
-        return self.tables({key: [each[key][0] / self.samples_of(key) for each in rounds] for key in steps})
+        return self.tables({key: [each[key][0] / self.samples_of(key) for each in rounds] for key in timed})
 
     def samples_of(self, key: Key) -> int:
         """How many samples a step trains on, or prompts it answers."""
@@ -266,12 +268,11 @@ class Benchmark:
             return self.batch_size
         return self.turns[0].published_rollouts if way == "published" else self.rollouts
 
-    @staticmethod
-    def same_cost(key: Key) -> Key:
-        """The step that was run: the published way keeps nothing of old responses, and no cache holds any."""
+    def same_cost(self, key: Key) -> Key:
+        """The step that is timed for this one."""
         name, way, part = key
-        if way == "published" and part == "again":
-            return name, way, "new"
+        if way == "published" and part in ("new", "again"):  # padded to the same length, and nothing is kept
+            return name, way, "data" if "data" in self.methods[name].parts else "new"
         return (name, "ours", part) if way == "cached" and part != "data" else key
 
     def totals(self, parts: dict[Key, list[float]]) -> dict[tuple[str, str], list[float]]:

@@ -9,6 +9,8 @@ import pytest
 # Two threads that spin for each other crawl when tests share the machine; sleeping threads do not. OpenMP reads this
 # when torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+if "PYTEST_XDIST_WORKER" in os.environ:  # as many processes as cores
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test asks the Hub
 
 import datasets

@@ -251,16 +251,17 @@ def teacher(tmp_path):
 
 @pytest.mark.parametrize("student", [STUDENT, {**GPT2, "vocab_size": 1024}], ids=["llama", "gpt2"])
 def test_resumes_to_the_same_bits(tmp_path, teacher, student):
-    """In the middle of a round and of a window of the log, with plain text."""
+    """In the middle of a round and of a window of the log, after generation in it and before, with plain text."""
     text = tmp_path / "text.txt"
     text.write_text("A text of some words, and then of more. " * 400)
     overrides = f"data.pretrain.path={text}", "train.steps=9", "student.dropout=0"
     sections = {**SECTIONS, "student": {"config": student}, "teacher": teacher}
     undisturbed, run = (Run(tmp_path / name, *overrides, **sections) for name in ("undisturbed", "run"))
     assert undisturbed() == 0
-    with pytest.MonkeyPatch.context() as patch:
-        at_step(patch, 7, send(signal.SIGTERM))
-        assert run() == INTERRUPTED
+    for steps, more in ((5, []), (2, ["--resume"])):
+        with pytest.MonkeyPatch.context() as patch:
+            at_step(patch, steps, send(signal.SIGTERM))
+            assert run(*more) == INTERRUPTED
     state = json.loads(next((run.folder / "checkpoints").glob("*/trainer.json")).read_text())["method"]
     assert len(state["rollouts"]) == 9
     assert run("--resume") == 0

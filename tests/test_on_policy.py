@@ -7,13 +7,14 @@ import subprocess
 import sys
 import time
 
+import peft
 import pytest
 import torch
 from conftest import LLAMA
 from test_resume import Killed, Run, assert_same, at_step, crash, poison, send
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from abkd_fast import generate, methods, rollouts, tasks
+from abkd_fast import generate, methods, rollouts, sampling, tasks
 from abkd_fast.answers import Answers
 from abkd_fast.config import ConfigError
 from abkd_fast.data import pack, read_rows, tokenise
@@ -438,3 +439,40 @@ def test_prompts_that_are_too_long_are_not_answered(seqkd, write_jsonl):
     )
     assert run() == 0
     assert {answer["row"] for answer in answers_of(run)} <= set(range(0, 10, 2))
+
+
+def test_adapters_answer_and_learn_from_their_own_text(tmp_path, teacher):
+    """As the Llama recipes do: a teacher that is an adapter answers, and students are adapters."""
+    plain = {"config": None, "path": teacher, "dropout": 0}
+    stages = {
+        "teacher": {"student": {**plain, "lora": {"rank": 4}}, "optim": {"lr": 0.1}},
+        "answers": {"method": "generate", "student": {**plain, "adapter": "stage:teacher"}},
+        "seqkd": {"method": "seqkd", "student": {**plain, "lora": {"rank": 4}}, "data": {"train": "stage:answers"}},
+        "student": {
+            "method": "distillm",
+            "loss": "sfkl:0.1",
+            "student": {**plain, "adapter": "stage:seqkd"},
+            "teacher": {"path": teacher, "adapter": "stage:teacher"},
+            "on_policy": {"threshold": 0.5, "replay_rows": 8},
+        },
+    }
+    run = Run(tmp_path, *OVERRIDES, stage="student", stages=stages)
+    assert run("--dry-run") == 0
+    assert run() == 0
+    adapter = peft.AutoPeftModelForCausalLM.from_pretrained(run.folder.parent / "teacher" / "final")
+    tokenizer = tasks.tokenizer()
+    answers = answers_of(run)
+    settings = sampling.SamplingSettings(max_new_tokens=6, eos_token_ids=(tokenizer.eos_token_id,))
+    prompts = [tokenizer(answer["prompt"])["input_ids"] for answer in answers]
+    seeds = [(10 << 32) + answer["row"] for answer in answers]
+    ours, theirs = (
+        [
+            tokenizer.decode(tokens, skip_special_tokens=True)
+            for tokens in sampling.sample(model, prompts, settings, seeds)
+        ]
+        for model in (adapter.merge_and_unload(), AutoModelForCausalLM.from_pretrained(teacher))
+    )
+    assert [answer["output"] for answer in answers] == ours
+    assert ours != theirs
+    shares = [point["generating_share"] for point in run.points() if "generating_share" in point]
+    assert sum(shares) > 0

@@ -625,3 +625,15 @@ def test_method_state_is_kept(tmp_path, monkeypatch):
     trainer = Trainer(load(run.arguments[1], run.arguments[3::2])[0], resume=True)
     trainer._load()
     assert trainer.method.calls == 6
+
+
+def test_teacher_of_random_weights_is_the_same_one_on_resume(tmp_path, monkeypatch):
+    sections = {"method": "kd", "teacher": {"config": {**TIED, "num_hidden_layers": 1}}, "cache": {"mode": "off"}}
+    (undisturbed := Run(tmp_path / "undisturbed", **sections))()
+    run = Run(tmp_path / "run", **sections)
+    with monkeypatch.context() as patch:
+        at_step(patch, 7, crash)
+        with pytest.raises(Killed):
+            run()
+    assert run("--resume") == 0
+    assert_same(run, undisturbed)
