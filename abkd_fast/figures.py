@@ -69,7 +69,7 @@ def run_curves(run: Run, stem: pathlib.Path) -> list[pathlib.Path]:
         steps, values = run.curve("dev", "loss")
         if steps:
             loss.plot(steps, values, color=COLOURS[1], marker=MARKERS[0], label="dev, cross-entropy", clip_on=False)
-        loss.set(ylabel="Loss (nats a token)")
+        loss.set(ylabel="Loss a token")
         loss.legend()
         speed.plot(*run.curve("train", "samples_per_second"), color=COLOURS[0])
         speed.set(ylabel="Samples a second")
@@ -79,7 +79,7 @@ def run_curves(run: Run, stem: pathlib.Path) -> list[pathlib.Path]:
         for panel in (loss, speed, memory):
             panel.set(xlabel="Training step")
             panel.set_xlim(left=0)
-            panel.set_ylim(bottom=0)
+            panel.set_ylim(0, 1.05 * panel.dataLim.ymax)
     return _paths(stem)
 
 
