@@ -54,7 +54,8 @@ class Protocol:
 
     def to_dict(self) -> dict:
         settings = {**dataclasses.asdict(self.sampling), **dataclasses.asdict(self)}
-        return {key: value for key, value in settings.items() if key not in ("sampling", "eos_token_ids")}
+        left_out = ("sampling", "eos_token_ids")
+        return {key: value for key, value in settings.items() if key not in left_out and value is not None}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -138,7 +138,8 @@ class ScoreTable:
             texts = []
             for cell, highest in zip(cells, best, strict=True):
                 text = "-" if cell is None else spread(cell)
-                texts.append(f"**{text}**" if cell is not None and cell["mean"] == highest else text)
+                is_best = cell is not None and cell["mean"] == highest and run.label != "Teacher"
+                texts.append(f"**{text}**" if is_best else text)
             lines.append([run.label, *texts])
         return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
@@ -161,8 +162,8 @@ def score_table(runs: list[Run]) -> ScoreTable | None:
     """The scores of the runs that have some, None where none has; sets in the papers' order, then by name."""
     scored = [run for run in runs if run.sets]
     order = list(dict.fromkeys(NAMES.values()))
-    names = sorted({name for run in scored for name in run.sets}, key=lambda name: (name not in order, name))
-    names.sort(key=lambda name: order.index(name) if name in order else len(order))
+    names = {name for run in scored for name in run.sets}
+    names = sorted(names, key=lambda name: (order.index(name) if name in order else len(order), name))
     rows = []
     for run in scored:
         cells = [run.sets[name]["rouge_l"] if name in run.sets else None for name in names]

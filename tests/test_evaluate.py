@@ -409,3 +409,12 @@ def test_bad_recipes(recipe, tmp_path, capsys, override, message):
 def test_selection_by_rouge_l_needs_it(recipe, capsys):
     assert train.main(recipe("eval.rouge_rows=null", "eval.select=rouge_l")) == 2
     assert "eval.select is rouge_l, but rouge_rows is missing" in capsys.readouterr().err
+
+
+def test_generated_test_rows_accept_every_wording():
+    rows = list(tasks.rows("test"))
+    assert all(len(row["output"]) == len(set(row["output"])) >= 2 for row in rows)
+    by_question = {(row["instruction"], row["input"]): row["output"] for row in rows}
+    seen = [row for row in tasks.rows("train") if (row["instruction"], row["input"]) in by_question]
+    assert len(seen) > 100
+    assert all(row["output"] in by_question[row["instruction"], row["input"]] for row in seen)
