@@ -33,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
         out = options.out or pathlib.Path(os.path.commonpath([run.folder.absolute() for run in runs]))
         paths = write_report(runs, out)
         if table := score_table(runs):
-            console.print(table.markdown(), markup=False)
+            console.print(table.table())
         if sentence := gain(runs):
             console.print(sentence, markup=False)
         for path in paths:

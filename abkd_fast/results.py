@@ -11,6 +11,8 @@ import pathlib
 import statistics
 from collections.abc import Iterable
 
+from rich.table import Table
+
 from . import figures
 from .checkpoint import atomic_write
 from .config import ConfigError
@@ -130,6 +132,13 @@ class ScoreTable:
 
     columns: list[str]
     rows: list[tuple[Run, list[dict | None]]]  # means and deviations, None where a set was not scored
+
+    def table(self) -> Table:
+        """For the terminal."""
+        table = Table("ROUGE-L", *self.columns)
+        for run, cells in self.rows:
+            table.add_row(run.label, *("-" if cell is None else spread(cell) for cell in cells))
+        return table
 
     def markdown(self) -> str:
         best = [self._best(column) for column in range(len(self.columns))]

@@ -13,7 +13,7 @@ from rich.table import Table
 from . import answers, checkpoint, models, pretrain, results
 from .config import Config, ConfigError, ModelConfig
 from .data import DEV, TRAIN, read_rows
-from .evaluation import Evaluation, Protocol, read_sets, spread
+from .evaluation import Evaluation, Protocol, read_sets
 from .logs import console
 from .methods import WITHOUT_TEACHER
 from .plan import describe
@@ -52,11 +52,12 @@ def run(stages: list[Config], resume: bool = False) -> list[dict]:
 
 def _conclude(stages: list[Config], summaries: list[dict]) -> None:
     """The end of a recipe: a table, and where results were scored, what distillation gained, and the figures."""
+    console.print(_table(stages, summaries))
     if not any(config.eval.sets for config in stages):
-        console.print(_table(stages, summaries, None))
         return
     runs = results.read_runs(config.run.folder for config in stages if config.method != "generate")
-    console.print(_table(stages, summaries, results.score_table(runs)))
+    if scores := results.score_table(runs):
+        console.print(scores.table())
     if sentence := results.gain(runs):
         console.print(sentence, markup=False)
     root = stages[0].run.root
@@ -243,17 +244,12 @@ def _differences(then: dict, now: dict, prefix: str = "") -> Iterator[str]:
             yield f"{prefix}{key} was {json.dumps(old)}, is {json.dumps(new)}"
 
 
-def _table(stages: list[Config], summaries: list[dict], scores: results.ScoreTable | None) -> Table:
+def _table(stages: list[Config], summaries: list[dict]) -> Table:
     """What every stage cost and came to; of answers, seconds for each."""
-    columns = [f"{name} ROUGE-L" for name in scores.columns] if scores else []
-    cells = {run.folder: values for run, values in scores.rows} if scores else {}
-    table = Table("stage", "method", "loss", "dev loss before", "dev loss", "s/sample", *columns)
+    table = Table("stage", "method", "loss", "dev loss before", "dev loss", "s/sample")
     losses_of = {"generate": "-"} | dict.fromkeys(WITHOUT_TEACHER, "cross-entropy")
     for config, summary in zip(stages, summaries, strict=True):
         losses = ["-" if summary[key] is None else f"{summary[key]:.4f}" for key in ("dev_loss_before", "dev_loss")]
         loss = losses_of.get(config.method, config.loss)
-        own = cells.get(config.run.folder, [None] * len(columns))
-        rouge = ["-" if cell is None else spread(cell) for cell in own]
-        seconds = f"{summary['seconds_per_sample']:.4f}"
-        table.add_row(config.run.stage, config.method, loss, *losses, seconds, *rouge)
+        table.add_row(config.run.stage, config.method, loss, *losses, f"{summary['seconds_per_sample']:.4f}")
     return table
