@@ -20,9 +20,9 @@ from . import cache, lora, models, sampling
 from .checkpoint import WRITE_ERRORS, Interrupted, StopSignals, atomic_folder, atomic_write, locked
 from .config import Config, ConfigError, ModelConfig
 from .data import encode_prompts, read_rows
+from .device import choose_device, choose_dtype
 from .logs import console
 from .sampling import SamplingSettings
-from .trainer import choose_device, choose_dtype
 
 SETTINGS = ("max_new_tokens", "min_new_tokens", "temperature", "top_k", "top_p", "no_repeat_ngram_size")
 

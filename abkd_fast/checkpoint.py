@@ -59,6 +59,15 @@ class StopSignals:
         console.print(f"{self.received}: the step is finished and saved; once more to leave at once")
 
 
+def check_folder(folder: pathlib.Path, resume: bool = False) -> None:
+    """Raises ConfigError where a run's folder exists (unless to resume it), or can't be made."""
+    if folder.exists() and not resume:
+        raise ConfigError(f"{folder} exists already: choose another run.name, or move it aside")
+    parent = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise ConfigError(f"run.dir: {folder} can't be made: {parent} is not a folder that can be written to")
+
+
 @contextlib.contextmanager
 def locked(folder: pathlib.Path) -> Iterator[None]:
     """Makes the folder of a run, and keeps other processes out; what nothing was written to is removed again.

@@ -23,9 +23,9 @@ from .answers import GrowingFile, answer, hash_weights
 from .checkpoint import WRITE_ERRORS, Interrupted, atomic_write
 from .config import SEEDS, ConfigError
 from .data import DEV, Row, encode_prompts, outputs_of, read_rows, references
+from .device import choose_device, choose_dtype
 from .logs import console
 from .sampling import SamplingSettings
-from .trainer import choose_device, choose_dtype
 
 NAMES = {
     "dolly": "Dolly",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import os
 import pathlib
@@ -15,7 +16,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from .config import Config
+from .config import Config, ConfigError
 from .costs import peak_flops
 
 console = Console(soft_wrap=True, highlight=False)
@@ -27,6 +28,12 @@ def peak_memory(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def check_wandb(project: str | None) -> None:
+    """Raises ConfigError where Weights & Biases is asked for, but not installed."""
+    if project is not None and importlib.util.find_spec("wandb") is None:
+        raise ConfigError(f'log.wandb is "{project}", but wandb is not installed: pip install wandb, or leave it out')
 
 
 def size(number: float) -> str:

@@ -19,7 +19,7 @@ from .methods import WITHOUT_TEACHER
 from .plan import describe
 from .recipe import load
 from .sampling import SamplingSettings
-from .trainer import Trainer, check_folder
+from .trainer import Trainer
 
 
 def run(stages: list[Config], resume: bool = False) -> list[dict]:
@@ -196,11 +196,11 @@ def _is_finished(config: Config, resume: bool) -> bool:
         return False
     if not (folder / "config.json").exists():
         is_begun = folder.is_dir() and {path.name for path in folder.iterdir()} <= {"config.json.tmp", checkpoint.LOCK}
-        check_folder(folder, resume and is_begun)
+        checkpoint.check_folder(folder, resume and is_begun)
         return False
     finished = (folder / "final").exists()
     if finished and not resume and not config.run.stage:
-        check_folder(folder)
+        checkpoint.check_folder(folder)
     if not finished and not resume:
         raise ConfigError(f"{folder} exists, but was not finished: add --resume, or choose another run.name")
     (then,) = load(str(folder / "config.json"))

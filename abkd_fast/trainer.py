@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import importlib.util
 import json
-import os
 import pathlib
 import time
 from collections.abc import Callable, Iterator
@@ -20,7 +18,8 @@ from . import attention, checkpoint, costs, methods, models, ops, pretrain
 from .checkpoint import Interrupted
 from .config import Config, ConfigError, ModelConfig
 from .data import DEV, TRAIN, Batch, ahead, describe_long_rows, pack, read_rows, step_samples, tokenise
-from .logs import RunLog, console, peak_memory
+from .device import choose_device, choose_dtype, device_name
+from .logs import RunLog, check_wandb, console, peak_memory
 from .methods.sft import cross_entropy
 from .progress import Progress, Window, is_finite
 from .rollouts import Rollouts
@@ -39,7 +38,7 @@ class Trainer:
         self.device = choose_device(config.train.device)
         self.dtype = choose_dtype(config.train.dtype, self.device)
         self.method = methods.find(config.method)(config)
-        check_folder(config.run.folder, resume)
+        checkpoint.check_folder(config.run.folder, resume)
         check_wandb(config.log.wandb)
         self.student_config = models.read_config(config.student, "student")
         self.teacher_config = models.read_config(config.teacher, "teacher") if self.method.needs_teacher else None
@@ -433,7 +432,7 @@ class Trainer:
         return {key: source._fingerprint for key, source in sources.items() if source is not None}
 
     def _environment(self) -> dict[str, str | int]:
-        return {"PyTorch": torch.__version__, "device": _device_name(self.device)}
+        return {"PyTorch": torch.__version__, "device": device_name(self.device)}
 
     @torch.no_grad()
     def dev_loss(self) -> float | None:
@@ -469,7 +468,7 @@ class Trainer:
             f"the first {self.where[self.train_set['row'][0]]}"
         )
         yield from self.describe_data()
-        yield f"  device     {_device_name(self.device)}, {str(self.dtype).removeprefix('torch.')}"
+        yield f"  device     {device_name(self.device)}, {str(self.dtype).removeprefix('torch.')}"
         yield f"  kernels    {kernels}; attention {attention.backend(self.device)}, packed and checked"
         if self.teacher:
             yield f"  teacher    {self.teacher.note}"
@@ -496,36 +495,3 @@ class Trainer:
                 f"  generation up to {sampling.max_new_tokens} tokens a response at temperature "
                 f"{sampling.temperature:g}, {sampling.batch_size} at a time"
             )
-
-
-def check_wandb(project: str | None) -> None:
-    """Raises ConfigError where Weights & Biases is asked for, but not installed."""
-    if project is not None and importlib.util.find_spec("wandb") is None:
-        raise ConfigError(f'log.wandb is "{project}", but wandb is not installed: pip install wandb, or leave it out')
-
-
-def check_folder(folder: pathlib.Path, resume: bool = False) -> None:
-    """Raises ConfigError where a run's folder exists (unless to resume it), or can't be made."""
-    if folder.exists() and not resume:
-        raise ConfigError(f"{folder} exists already: choose another run.name, or move it aside")
-    parent = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise ConfigError(f"run.dir: {folder} can't be made: {parent} is not a folder that can be written to")
-
-
-def choose_device(wish: str) -> torch.device:
-    if wish == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("train.device is cuda, but PyTorch sees no GPU; use auto or cpu")
-    return torch.device("cuda" if wish != "cpu" and torch.cuda.is_available() else "cpu")
-
-
-def choose_dtype(wish: str, device: torch.device) -> torch.dtype:
-    if wish == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    if wish in ("float32", "float64") and device.type == "cuda":
-        raise ConfigError(f"train.dtype is {wish}, but packed attention on a GPU computes in bfloat16")
-    return getattr(torch, wish)
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"

@@ -123,7 +123,7 @@ main() {
     "$(git describe --always --dirty 2>/dev/null || echo unknown)" >>"$report/report.md"
 
   step machine describe
-  step tests run_tests "$python" -m pytest -m gpu -q
+  step tests run_tests "$python" -m pytest -o addopts= -m gpu -q
 
   local sanitizer tool name
   sanitizer=$(command -v compute-sanitizer || true)
@@ -133,7 +133,7 @@ main() {
     else
       # PyTorch's own cache of memory would hide a kernel that writes beyond its tensor.
       step "$tool" run_tests env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$sanitizer" --tool "$tool" --error-exitcode 9 \
-        --kernel-regex kns=abkd "$python" -m pytest -q tests/test_gpu.py -k "$SANITIZED"
+        --kernel-regex kns=abkd "$python" -m pytest -o addopts= -q tests/test_gpu.py -k "$SANITIZED"
     fi
   done
   for name in "${BENCHMARKS[@]}"; do

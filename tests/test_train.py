@@ -223,11 +223,11 @@ def test_real_dolly_and_tokenizer(recipe, shared, tmp_path):
         "log": {"every_steps": 10},
     }
     stages = {
-        "teacher": {"method": "sft", "student": {"config": {**gpt2, "n_embd": 256, "n_layer": 4, "n_head": 4}}},
+        "teacher": {"method": "sft", "student": {"config": {**gpt2, "n_embd": 96, "n_layer": 2, "n_head": 2}}},
         "student": {
             "method": "ab",
             "teacher": {"path": "stage:teacher"},
-            "student": {"config": {**gpt2, "n_embd": 128, "n_layer": 2, "n_head": 2}},
+            "student": {"config": {**gpt2, "n_embd": 48, "n_layer": 2, "n_head": 2}},
         },
     }
     arguments = recipe(student={"config": gpt2}, stages=stages, **common)
