@@ -20,7 +20,7 @@ WORDS = (
 )
 COLOURS = ("red", "green", "blue", "white", "black", "brown", "purple", "orange")
 ANIMALS = {"dog": "barks", "cat": "meows", "cow": "moos", "duck": "quacks", "lion": "roars", "sheep": "bleats"}
-SIZES = {"train": 6000, "small": 1000, "dev": 200, "test": 400}
+SIZES = {"train": 6000, "small": 600, "dev": 200, "test": 400}
 SEEDS = {"dev": 1, "test": 2}  # of the others: 0
 
 
