@@ -215,7 +215,8 @@ class Checkpoints:
             save_model(folder)
             save_file(tensors, folder / TENSORS)
             (folder / STATE).write_text(json.dumps(state) + "\n", encoding="utf-8")
-            digests = {file.name: file_digest(file) for file in sorted(folder.iterdir())}
+            files = sorted(path for path in folder.rglob("*") if path.is_file())  # chat templates have a folder
+            digests = {str(file.relative_to(folder)): file_digest(file) for file in files}
             (folder / MANIFEST).write_text(json.dumps(digests, indent=2) + "\n", encoding="utf-8")
         for old in self.all()[: -self.keep]:
             if best_step is None or old != self.folder_of(best_step):
@@ -227,9 +228,7 @@ class Checkpoints:
 
 def copy_model(folder: pathlib.Path, target: pathlib.Path) -> None:
     """Copies the files of a checkpoint's model, without the trainer's, into an existing folder."""
-    for file in folder.iterdir():
-        if file.name not in (MANIFEST, STATE, TENSORS):
-            shutil.copy(file, target)
+    shutil.copytree(folder, target, ignore=shutil.ignore_patterns(MANIFEST, STATE, TENSORS), dirs_exist_ok=True)
 
 
 def load(folder: pathlib.Path) -> tuple[dict[str, Tensor], dict]:
@@ -267,7 +266,7 @@ def random_state() -> tuple[dict[str, Tensor], dict]:
 
 def set_random_state(tensors: dict[str, Tensor], state: dict) -> None:
     torch.set_rng_state(tensors["cpu"])
-    for index in range(len(tensors) - 1):
+    for index in range(min(len(tensors) - 1, torch.cuda.device_count())):
         torch.cuda.set_rng_state(tensors[f"cuda{index}"], index)
     version, keys, gauss = state["python"]
     random.setstate((version, tuple(keys), gauss))

@@ -21,9 +21,11 @@ PEAK_FLOPS = {
     "B200": 2250e12,
     "H200": 989e12,
     "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
     "H100": 989e12,
     "A100": 312e12,
     "L40S": 362e12,
+    "L40": 181e12,
     "L4": 121e12,
     "A6000": 155e12,
     "RTX 4090": 165e12,
@@ -73,17 +75,28 @@ class StepCost:
     teacher: ModelCost | None
     cached: bool
 
-    def flops(self, samples: list[dict], taught: bool = True) -> int:
-        """Of one step, as algorithms need them: recomputed layers don't count. Plain text is not `taught`."""
-        lengths = [len(sample["input_ids"]) for sample in samples]
-        tokens, squares = sum(lengths), sum(length * length for length in lengths)
+    def flops(self, samples: list[dict], taught: bool = True, read: list[dict] | None = None) -> int:
+        """Of one step, as algorithms need them: recomputed layers don't count, nor does generation.
+
+        Args:
+            taught: whether the teacher has a part in the loss; on plain text it mostly has none.
+            read: the samples that its body reads (default: all, or none with the cache).
+        """
+        tokens, squares = _lengths(samples)
         responses = tokens - sum(sample["prompt_length"] for sample in samples)
         passes = 3 if self.adapter is None else 2  # forward, gradients of the activations, and of the weights
         flops = passes * (self.student.body_flops(tokens, squares) + self.student.head_flops(responses))
         if self.teacher and taught:
             flops += self.teacher.head_flops(responses)
-            flops += 0 if self.cached else self.teacher.body_flops(tokens, squares)
+            read = ([] if self.cached else samples) if read is None else read
+            flops += self.teacher.body_flops(*_lengths(read))
         return flops
+
+
+def _lengths(samples: list[dict]) -> tuple[int, int]:
+    """The sums of the lengths of sequences, in tokens, and of their squares."""
+    lengths = [len(sample["input_ids"]) for sample in samples]
+    return sum(lengths), sum(length * length for length in lengths)
 
 
 def activation_bytes(config: PretrainedConfig, batch: Batch, dtype: torch.dtype, recompute: bool) -> int:

@@ -182,7 +182,7 @@ def _check(values: object, where: str, empty_output: bool = False) -> dict:
         return {"prompt": values["prompt"], "output": values["output"], **ended}
     template = PROMPT_WITH_INPUT if extra else PROMPT
     prompt = template.format(instruction=values["instruction"], input=extra)
-    return {"prompt": prompt, "output": values["output"]}
+    return {"prompt": prompt, "output": values["output"], **ended}
 
 
 def tokenise(

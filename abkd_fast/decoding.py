@@ -96,7 +96,8 @@ class Decoder:
             try:
                 self._states(self.inputs)  # outside the graph: kernels are loaded and chosen
                 torch.cuda.synchronize(self.device)
-                with torch.cuda.graph(graph):
+                # Another thread may pin memory meanwhile (data.ahead), which the default mode forbids.
+                with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                     states = self._states(self.inputs)
             except RuntimeError as error:
                 reason = str(error).splitlines()[0]

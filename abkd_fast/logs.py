@@ -11,12 +11,13 @@ import resource
 import sys
 import time
 import types
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from .config import Config, ConfigError
+from .config import Config, ConfigError, first_line
 from .costs import peak_flops
 
 console = Console(soft_wrap=True, highlight=False)
@@ -66,30 +67,35 @@ class RunLog:
     def __enter__(self) -> RunLog:
         from torch.utils.tensorboard import SummaryWriter
 
+        if self.config.log.wandb is not None:
+            self.wandb = self._open_wandb()
         path = self.folder / "metrics.jsonl"
         if path.exists():
             _drop_points(path, self.done)
         self.file = path.open("a", encoding="utf-8", buffering=1)
         self.board = SummaryWriter(self.folder / "tensorboard", purge_step=self.done + 1)
-        if self.config.log.wandb is not None:
-            import wandb
-
-            values = self.config.to_dict()
-            self.wandb = wandb.init(
-                project=self.config.log.wandb, name=str(self.folder), dir=str(self.folder), config=values
-            )
         self.bar.start()
         self.started = time.perf_counter()
         self.last = self.started - self.elapsed
         return self
 
+    def _open_wandb(self) -> Any:
+        """Raises ConfigError where it can't be used, for example without a login."""
+        import wandb
+
+        name, values = str(self.folder), self.config.to_dict()
+        try:
+            return wandb.init(project=self.config.log.wandb, name=name, group=name, dir=name, config=values)
+        except Exception as error:  # of many kinds
+            raise ConfigError(f"log.wandb: {first_line(error)}; WANDB_MODE=offline does without a login") from None
+
     def __exit__(self, *error: types.TracebackType | None) -> None:
         self.bar.stop()
         if self.wandb:
             self.wandb.finish()
-        self.board.close()
-        with contextlib.suppress(OSError):  # of a full disk, reported when it was met
-            self.file.close()
+        for log in (self.board, self.file):
+            with contextlib.suppress(OSError):  # of a full disk, reported when it was met
+                log.close()
 
     def pause(self) -> None:
         """Time from here to `resume` (an evaluation, a checkpoint) is not counted as training."""
@@ -104,7 +110,8 @@ class RunLog:
         """Puts all points onto the disk; returns the seconds since the last one. Call it while paused."""
         self.file.flush()
         os.fsync(self.file.fileno())
-        self.board.flush()
+        with contextlib.suppress(OSError):  # TensorBoard's writer repeats its first error for ever
+            self.board.flush()
         return self.paused - self.last
 
     def advance(self, step: int) -> None:

@@ -103,7 +103,7 @@ def _settings(model: PreTrainedModel, spec: ModelConfig, key: str) -> peft.PeftC
         task_type="CAUSAL_LM",
         r=spec.lora.rank,
         lora_alpha=spec.lora.alpha,
-        lora_dropout=spec.lora.dropout,
+        lora_dropout=spec.lora.dropout if spec.dropout is None else spec.dropout,
         target_modules=list(spec.lora.targets),
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
     )

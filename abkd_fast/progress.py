@@ -8,7 +8,6 @@ import math
 import torch
 from torch import Tensor
 
-from .costs import StepCost
 from .data import Batch
 from .logs import RunLog
 
@@ -63,7 +62,7 @@ class Window:
         norm: Tensor,
         parts: dict[str, Tensor],
         batch: list[Batch],
-        cost: StepCost,
+        flops: int,
     ) -> None:
         finite = is_finite(loss, norm)
         self.loss += torch.where(finite, loss, 0.0)
@@ -79,7 +78,7 @@ class Window:
         self.samples += len(self.rows[-1])
         self.tokens += sum(part.tokens for part in batch)
         self.real_tokens += sum(len(sample["input_ids"]) for part in batch for sample in part.samples)
-        self.flops += sum(cost.flops(part.samples, not part.is_text) for part in batch)
+        self.flops += flops
 
     def write(self, log: RunLog, step: int, lr: float, numbers: dict[str, float]) -> int:
         """Logs the point, with numbers of the method's own; returns how many steps were skipped."""

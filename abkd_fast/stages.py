@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import itertools
 import json
 import pathlib
 from collections.abc import Iterator
 
+import torch
 from rich.table import Table
 
 from . import answers, checkpoint, models, pretrain, results
@@ -40,6 +42,7 @@ def run(stages: list[Config], resume: bool = False) -> list[dict]:
         else:
             summary = answers.write_stage(config) if config.method == "generate" else Trainer(config, resume).train()
             console.print(f"saved {config.run.folder / 'final'}")
+            _free_memory()
         summaries.append(summary)
         if config.eval.sets and config.method != "generate":
             evaluation = _evaluate(config)
@@ -48,6 +51,14 @@ def run(stages: list[Config], resume: bool = False) -> list[dict]:
     if len(stages) > 1:
         _conclude(stages, summaries)
     return summaries
+
+
+def _free_memory() -> None:
+    """Compiled layers refer to themselves: without this a stage's weights outlive it."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
 
 
 def _conclude(stages: list[Config], summaries: list[dict]) -> None:

@@ -91,15 +91,17 @@ class OnPolicyTeacher:
         self.live, self.data = live, data
         self.note = f"runs for generated text; for the data: {data.note}"
 
-    def states(self, batch: Batch) -> TeacherStates:
-        """Samples of the data carry an "index"; the others get their "states"."""
+    def unknown(self, samples: list[dict]) -> list[dict]:
+        """Those whose states have to be computed. Samples of the data carry an "index", others get their "states"."""
         cached = isinstance(self.data, CachedTeacher)
-        fresh = [s for s in batch.samples if "states" not in s and not (cached and "index" in s)]
-        if fresh:
+        return [sample for sample in samples if "states" not in sample and not (cached and "index" in sample)]
+
+    def states(self, batch: Batch) -> TeacherStates:
+        if fresh := self.unknown(batch.samples):
             part = pack(fresh, batch.tokens)[0].to(batch.input_ids.device)
             counts = [len(sample["input_ids"]) - sample["prompt_length"] for sample in fresh]
             for sample, rows in zip(fresh, self.live.states(part).hidden.split(counts), strict=True):
-                sample["states"] = rows
+                sample["states"] = rows.clone()  # a view would keep those of the whole batch alive
         hidden = [sample["states"] if "states" in sample else self.data.rows_of(sample) for sample in batch.samples]
         head = self.live.model.head
         return TeacherStates(torch.cat(hidden), head.weight, head.bias)

@@ -165,7 +165,11 @@ class Trainer:
         config = self.config
         with checkpoint.locked(config.run.folder):
             self._load()
-            checkpoint.atomic_write(config.run.folder / "config.json", json.dumps(config.to_dict(), indent=2) + "\n")
+            try:
+                text = json.dumps(config.to_dict(), indent=2) + "\n"
+                checkpoint.atomic_write(config.run.folder / "config.json", text)
+            except checkpoint.WRITE_ERRORS as error:
+                raise Interrupted(f"{config.run.folder} can't be written to ({error}): make room") from None
             for line in self.describe():
                 console.print(line)
             self._run()
@@ -183,7 +187,8 @@ class Trainer:
                 if self.is_on_policy:
                     batch = self._written(batch)
                 progress.step += 1
-                self.window.add(progress.step, *self._step(batch), batch, self.cost)
+                flops = self._flops(batch)  # before the step, which gives samples their teacher's states
+                self.window.add(progress.step, *self._step(batch), batch, flops)
                 log.advance(progress.step)
                 if progress.step % config.log.every_steps == 0 or progress.step == self.steps:
                     self._log_window(log, rate)
@@ -300,6 +305,14 @@ class Trainer:
         if not hasattr(self.method, "text_loss"):
             return functools.partial(cross_entropy, batch=part)
         return functools.partial(self.method.text_loss, batch=part, teacher=self.teacher.live.states(part))
+
+    def _flops(self, batch: list[Batch]) -> int:
+        total = 0
+        for part in batch:
+            taught = not part.is_text or hasattr(self.method, "text_loss")
+            read = self.teacher.unknown(part.samples) if self.is_on_policy and not part.is_text else None
+            total += self.cost.flops(part.samples, taught, read)
+        return total
 
     def _log_window(self, log: RunLog, rate: float) -> None:
         """Writes the point of the steps since the last one, and begins the next."""
