@@ -24,7 +24,7 @@ from .device import choose_device, choose_dtype
 from .logs import console
 from .sampling import SamplingSettings
 
-SETTINGS = ("max_new_tokens", "min_new_tokens", "temperature", "top_k", "top_p", "no_repeat_ngram_size")
+SETTINGS = ("max_new_tokens", "max_length", "min_new_tokens", "temperature", "top_k", "top_p", "no_repeat_ngram_size")
 
 
 class Generation:
@@ -166,6 +166,7 @@ def _of_stage(config: Config, out: pathlib.Path) -> Generation:
             no_repeat_ngram_size=0,
             data=config.data.train,
             rows=config.data.train_rows,
+            max_length=config.data.max_length,
             max_prompt_length=config.data.max_prompt_length,
             out=out,
             tokenizer=config.tokenizer,

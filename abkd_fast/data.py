@@ -146,7 +146,7 @@ def _outputs(values: dict) -> object:
     if "messages" not in values:
         return values.get("output")
     last = values["messages"][-1]
-    return last["content"] if last["role"] == "assistant" else None
+    return last.get("content") if last["role"] == "assistant" else None
 
 
 def _check(values: object, where: str, empty_output: bool = False) -> dict:

@@ -48,6 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", required=True, metavar="FILE.jsonl", type=pathlib.Path, help="where answers go")
     parser.add_argument("--tokenizer", metavar="DIR", help="folder or Hub name (default: the model's)")
     parser.add_argument("--rows", metavar="N", type=int, help="use only the first rows")
+    parser.add_argument("--max-length", metavar="N", type=int, help="tokens of prompt and answer together")
     parser.add_argument("--max-prompt-length", metavar="N", type=int, help="leave out rows with more tokens of prompt")
     numbers = (
         ("--max-new-tokens", 256, "longer answers are cut"),

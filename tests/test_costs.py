@@ -36,6 +36,8 @@ def test_teacher_and_adapter_in_a_step():
     assert costs.StepCost(cost, None, cost, False).flops(rows) == 4 * (body + head)
     assert costs.StepCost(cost, None, cost, True).flops(rows) == 3 * body + 4 * head
     assert costs.StepCost(cost, None, cost, False).flops(rows, taught=False) == 3 * (body + head)
+    read = cost.body_flops(len(rows[0]["input_ids"]), len(rows[0]["input_ids"]) ** 2)
+    assert costs.StepCost(cost, None, cost, False).flops(rows, read=rows[:1]) == 3 * body + 4 * head + read
     assert costs.StepCost(cost, 100, None, False).flops(rows) == 2 * (body + head)
 
 

@@ -253,3 +253,26 @@ def test_the_next_item_is_made_while_the_last_is_used():
     assert next(coming) == 1
     assert begun.wait(timeout=60)
     coming.close()
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        GOOD,
+        {"prompt": "Say hello.", "output": "Hello."},
+        {"messages": [{"role": "user", "content": "Say."}, {"role": "assistant", "content": "Hello."}]},
+    ],
+)
+def test_cut_answer_teaches_no_end(write_jsonl, row):
+    tokenizer = tasks.tokenizer()
+    tokenizer.chat_template = "{% for message in messages %}{{ message.content }} {% endfor %}"
+    whole, cut = (
+        tokenise(read_rows(write_jsonl([row | more])), tokenizer, 64)["input_ids"][0] for more in ({}, {"ended": False})
+    )
+    assert whole == [*cut, tokenizer.eos_token_id]
+
+
+def test_prompts_of_messages_that_call_a_tool(write_jsonl):
+    messages = [{"role": "user", "content": "What time is it?"}, {"role": "assistant", "tool_calls": []}]
+    (row,) = read_rows(write_jsonl([{"messages": messages}]), prompts_only=True)
+    assert row.values["messages"][:-1] == messages[:1]

@@ -16,7 +16,7 @@ from test_resume import Killed, Run, assert_same, at_step, crash
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from abkd_fast import attention, fused_linear, models, tasks
-from abkd_fast.config import ConfigError, ModelConfig
+from abkd_fast.config import ConfigError, LoraConfig, ModelConfig
 from abkd_fast.data import pack
 from abkd_fast.divergences import AlphaBeta
 from abkd_fast.ops import divergence_loss
@@ -322,6 +322,12 @@ def test_final_is_an_adapter_that_peft_loads(tmp_path, base, capsys):
     torch.testing.assert_close(logits, theirs(ids).logits[0], rtol=1e-5, atol=1e-5)
     without = AutoModelForCausalLM.from_pretrained(base)(ids).logits[0]
     assert (logits - without).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(("dropout", "expected"), [(None, 0.25), (0.0, 0.0)])
+def test_models_dropout_is_that_of_a_new_adapter_too(base, dropout, expected):
+    model = load_packed("student", path=base, dropout=dropout, lora=LoraConfig(rank=4, dropout=0.25))
+    assert model.model.peft_config["default"].lora_dropout == expected
 
 
 @pytest.mark.parametrize("source", ["lora", "adapter"])

@@ -637,3 +637,39 @@ def test_teacher_of_random_weights_is_the_same_one_on_resume(tmp_path, monkeypat
             run()
     assert run("--resume") == 0
     assert_same(run, undisturbed)
+
+
+def test_chat_templates_in_a_folder_of_their_own(tmp_path, monkeypatch):
+    """transformers writes a second chat template into a folder: checkpoints and final have it, and are whole."""
+    from abkd_fast import tasks
+
+    tokenizer = tasks.tokenizer()
+    tokenizer.chat_template = {"default": "{{ messages }}", "tools": "{{ tools }}"}
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    run = Run(tmp_path / "run", f"tokenizer={tmp_path / 'tokenizer'}", "eval.select=dev_loss")
+    with monkeypatch.context() as patch:
+        made_up_losses(patch)
+        at_step(patch, 9, crash)
+        with pytest.raises(Killed):
+            run()
+        saved = run.folder / "checkpoints" / "step-000008"
+        assert [path.name for path in saved.iterdir() if path.is_dir()] == ["additional_chat_templates"]
+        assert checkpoint.damage(saved) is None
+        assert run("--resume") == 0
+    assert (run.folder / "final" / "additional_chat_templates" / "tools.jinja").exists()
+
+
+def test_tensorboard_without_room_costs_nothing_else(tmp_path, monkeypatch, undisturbed, capsys):
+    """Its writer repeats its first error at every call: checkpoints and the result have to do without it."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    def fails(self, *arguments, **options):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    for name in ("add_scalar", "flush", "close"):
+        monkeypatch.setattr(SummaryWriter, name, fails)
+    run = Run(tmp_path)
+    assert run() == 0
+    assert "no checkpoint" not in capsys.readouterr().out
+    assert run.checkpoints() == undisturbed.checkpoints()
+    assert_same(run, undisturbed)
