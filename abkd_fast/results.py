@@ -231,9 +231,8 @@ def _compare(student: Run, alone: Run, teacher: Run, scores: dict[pathlib.Path, 
 def write_report(runs: list[Run], out: pathlib.Path) -> list[pathlib.Path]:
     """Writes table and Figure 1 into a folder, and `report.md` with its curves into each run's; returns the paths.
 
-    Raises ConfigError without matplotlib, and where a folder can't be written to.
+    Raises ConfigError without matplotlib, once the table is written, and where a folder can't be written to.
     """
-    figures.check()
     try:
         out.mkdir(parents=True, exist_ok=True)
         paths = []
@@ -242,6 +241,7 @@ def write_report(runs: list[Run], out: pathlib.Path) -> list[pathlib.Path]:
             atomic_write(out / "scores.md", table.markdown() + (f"\n{sentence}\n" if sentence else ""))
             atomic_write(out / "scores.csv", table.csv())
             paths += [out / "scores.md", out / "scores.csv"]
+        figures.check()
         paths += figures.rouge_curves(runs, out / "rouge_l")
         for run in runs:
             figures.run_curves(run, run.folder / "curves")

@@ -376,7 +376,10 @@ def test_result_is_scored_once(recipe, tmp_path, monkeypatch, capsys):
     scores = json.loads((folder / "eval" / "scores.json").read_text())
     assert list(scores["sets"]["Dolly"]["rouge_l"]["seeds"]) == ["1", "2"]
     assert scores["settings"]["no_repeat_ngram_size"] == 6
-    assert "Dolly" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert "Dolly" in output
+    assert "and in each stage's report.md" in output
+    assert (folder / "scores.md").read_text().startswith("|  | Dolly |\n")
     monkeypatch.setattr(evaluation.models, "load", lambda *_: pytest.fail("weights are loaded for nothing"))
     assert train.main([*recipe(), "--resume"]) == 0
     monkeypatch.undo()
