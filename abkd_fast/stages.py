@@ -61,7 +61,7 @@ def _free_memory() -> None:
 
 
 def _conclude(stages: list[Config], summaries: list[dict]) -> None:
-    """The end of a recipe: tables of its stages, and where results were scored, what distillation gained, and the figures."""
+    """The end of a recipe: tables, and where results were scored, what distillation gained, and the figures."""
     if len(stages) > 1:
         console.print(_table(stages, summaries))
     trained = [config for config in stages if config.method != "generate"]

@@ -153,6 +153,17 @@ def test_interrupted_evaluation_continues_to_the_same_files(command, tmp_path, c
     assert {path.name: path.read_bytes() for path in out.iterdir()} == undisturbed
 
 
+def test_interrupt_outside_of_sampling(command, capsys, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluation.models, "load", stop)
+    assert main(command()) == 75
+    error = capsys.readouterr().err
+    assert error.startswith("interrupted; continue with:\n")
+    assert "-m abkd_fast.evaluate --model" in error
+
+
 def test_more_seeds_and_sets_are_added(command, write_jsonl, tmp_path):
     assert main(command()) == 0
     first = (tmp_path / "out" / "Dolly.seed10.jsonl").read_bytes()
@@ -225,6 +236,10 @@ BAD = {
     "two of one name": (
         ["--data", "sinst=quickstart:dev", "s-ni=quickstart:dev"],
         "s-ni: there are two sets called Super-Natural",
+    ),
+    "a name twice": (
+        ["--data", "dolly=quickstart:dev", "dolly=quickstart:test"],
+        "data: dolly=quickstart:dev dolly=quickstart:test: a name is given twice",
     ),
     "empty set": (["--data", "mine=empty.jsonl"], "mine: empty.jsonl: has no rows"),
     "set without outputs": (

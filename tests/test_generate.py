@@ -5,7 +5,7 @@ import pytest
 from conftest import LLAMA
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from abkd_fast import generate, tasks
+from abkd_fast import answers, generate, tasks
 from abkd_fast.answers import Answers
 from abkd_fast.data import encode_prompts, read_rows, tokenise
 from abkd_fast.generate import main
@@ -89,6 +89,17 @@ def test_interrupted_command_continues_to_the_same_file(command, tmp_path, capsy
     assert main(command("--batch-size", "5")) == 0
     assert "7 of 12 prompts to answer" in capsys.readouterr().out
     assert path.read_bytes() == undisturbed
+
+
+def test_interrupt_outside_of_sampling(command, capsys, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(answers.models, "load", stop)
+    assert main(command()) == 75
+    error = capsys.readouterr().err
+    assert error.startswith("interrupted; continue with:\n")
+    assert "-m abkd_fast.generate --model" in error
 
 
 def test_other_settings_and_foreign_files_are_refused(command, tmp_path, capsys):
