@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from abkd_fast import evaluation, tasks, train
 from abkd_fast.answers import GrowingFile
+from abkd_fast.checkpoint import locked
 from abkd_fast.data import encode_prompts, read_rows
 from abkd_fast.evaluate import main
 from abkd_fast.sampling import SamplingSettings, sample
@@ -175,6 +176,21 @@ def test_more_seeds_and_sets_are_added(command, write_jsonl, tmp_path):
     assert (tmp_path / "out" / "Dolly.seed10.jsonl").read_bytes() == first
 
 
+def test_scores_of_another_evaluation_are_kept(model_folder, write_jsonl, tmp_path, command, capsys):
+    data = {"dolly": write_jsonl(ROWS, "set.jsonl")}
+    protocol = evaluation.Protocol(sampling=SamplingSettings(max_new_tokens=8, no_repeat_ngram_size=6))
+    both = [
+        evaluation.Evaluation(str(model_folder), data, tmp_path / "out", [seed], protocol, device="cpu")
+        for seed in (10, 20)
+    ]
+    for each in both:  # both have looked into the folder when it was empty
+        each.run()
+    assert list(scores_of(tmp_path)["sets"]["Dolly"]["rouge_l"]["seeds"]) == ["10", "20"]
+    with locked(tmp_path / "out"):
+        assert main(command(seeds=(30,))) == 2
+    assert "another process is at work" in capsys.readouterr().err
+
+
 def test_other_model_settings_and_rows_are_refused(command, model_folder, write_jsonl, tmp_path, capsys):
     assert main(command()) == 0
     before = (tmp_path / "out" / "scores.json").read_bytes()
@@ -241,6 +257,8 @@ BAD = {
         ["--data", "dolly=quickstart:dev", "dolly=quickstart:test"],
         "data: dolly=quickstart:dev dolly=quickstart:test: a name is given twice",
     ),
+    "out is a file": (["--out", "bare.jsonl"], "out: bare.jsonl can't be used: "),
+    "out in a file": (["--out", "bare.jsonl/out"], "out: bare.jsonl/out can't be made: "),
     "empty set": (["--data", "mine=empty.jsonl"], "mine: empty.jsonl: has no rows"),
     "set without outputs": (
         ["--data", "mine=bare.jsonl"],
