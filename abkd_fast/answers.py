@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 import pathlib
 import shutil
 import time
@@ -261,8 +262,8 @@ class Answers(GrowingFile):
         self.record = path.with_name(path.name + ".settings.json")
         if path.exists():
             self._compare(path)
-        elif not path.parent.is_dir():
-            raise ConfigError(f"out: {path.parent} is no folder")
+        if not self.finished and not (path.parent.is_dir() and os.access(path.parent, os.W_OK)):
+            raise ConfigError(f"out: {path.parent} is not a folder that can be written to")
         super().__init__(path)
 
     def _compare(self, path: pathlib.Path) -> None:

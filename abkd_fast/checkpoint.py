@@ -63,9 +63,15 @@ def check_folder(folder: pathlib.Path, resume: bool = False) -> None:
     """Raises ConfigError where a run's folder exists (unless to resume it), or can't be made."""
     if folder.exists() and not resume:
         raise ConfigError(f"{folder} exists already: choose another run.name, or move it aside")
+    check_writable("run.dir", folder)
+
+
+def check_writable(key: str, folder: pathlib.Path) -> None:
+    """Raises ConfigError, which names the key, where a folder can't be made or, if it is there, written to."""
     parent = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise ConfigError(f"run.dir: {folder} can't be made: {parent} is not a folder that can be written to")
+        way = "used" if parent == folder.absolute() else "made"
+        raise ConfigError(f"{key}: {folder} can't be {way}: {parent} is not a folder that can be written to")
 
 
 @contextlib.contextmanager
@@ -81,7 +87,7 @@ def locked(folder: pathlib.Path) -> Iterator[None]:
         lock.acquire(timeout=0)
     except filelock.Timeout:
         raise ConfigError(
-            f"{folder}: another process is at work on this run: wait for it, or choose another run.name"
+            f"{folder}: another process is at work on this run: wait for it, or choose another run.name (or --out)"
         ) from None
     try:
         yield

@@ -39,15 +39,22 @@ def main(arguments: list[str] | None = None) -> int:
             evaluation = Evaluation(options.model, sets, out, seeds, protocol, **own)
             evaluation.run()
         except Interrupted as interruption:
-            command = shlex.join([sys.executable, "-m", "abkd_fast.evaluate", *arguments])
-            print(f"{interruption}; continue with:\n{command}", file=sys.stderr)
-            return INTERRUPTED
+            return _interrupted(str(interruption), arguments)
         console.print(evaluation.table())
         console.print(f"scores and answers are in {out}")
+    except KeyboardInterrupt:  # outside of sampling, which handles signals itself: while models load, above all
+        return _interrupted("interrupted", arguments)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _interrupted(reason: str, arguments: list[str]) -> int:
+    """Prints the command that continues."""
+    command = shlex.join([sys.executable, "-m", "abkd_fast.evaluate", *arguments])
+    print(f"{reason}; continue with:\n{command}", file=sys.stderr)
+    return INTERRUPTED
 
 
 def _sets(texts: list[str]) -> dict[str, str]:
@@ -55,7 +62,10 @@ def _sets(texts: list[str]) -> dict[str, str]:
     for text, (name, equals, path) in zip(texts, pairs, strict=True):
         if not (name and equals and path):
             raise ConfigError(f"data: {text}: expected NAME=FILE, for example dolly=data/dolly/valid.jsonl")
-    return {name: path for name, _, path in pairs}
+    sets = {name: path for name, _, path in pairs}
+    if len(sets) < len(pairs):
+        raise ConfigError(f"data: {' '.join(texts)}: a name is given twice, expected one for each set")
+    return sets
 
 
 def _seed(text: str) -> int:

@@ -20,7 +20,7 @@ from rich.table import Table
 
 from . import models, scoring
 from .answers import GrowingFile, answer, hash_weights
-from .checkpoint import WRITE_ERRORS, Interrupted, atomic_write
+from .checkpoint import WRITE_ERRORS, Interrupted, atomic_write, check_writable, locked
 from .config import SEEDS, ConfigError
 from .data import DEV, Row, encode_prompts, outputs_of, read_rows, references
 from .device import choose_device, choose_dtype
@@ -141,6 +141,8 @@ class Evaluation:
             "sets": {},
         }
         self._take_over()
+        if self._todo():
+            check_writable("out", out)
 
     def _encode(self, name: str, source: str, rows: list[Row]) -> TestSet:
         begin = [self.tokenizer.bos_token_id] if self.protocol.begin_token else []
@@ -182,24 +184,31 @@ class Evaluation:
     def run(self) -> dict:
         """Answers what is not answered yet, and returns the content of `scores.json`.
 
-        Raises Interrupted after a signal, and where there is no room.
+        Raises Interrupted after a signal, and where there is no room; ConfigError where another process is at work in
+        the same folder.
         """
-        todo = {test.name: [seed for seed in self.seeds if not self._is_scored(test, seed)] for test in self.sets}
-        if not any(todo.values()):
-            return self.scores
+        if self._todo():
+            with locked(self.out):
+                self._take_over()  # what another process may have added since
+                self._score_all()
+        return self.scores
+
+    def _score_all(self) -> None:
         for line in self._describe():
             console.print(line, markup=False)
         model = models.load(self.spec, self.config, "model", self.dtype, self.device)
         try:
-            self.out.mkdir(parents=True, exist_ok=True)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
                 model.check()
-                for test in self.sets:
-                    if todo[test.name]:
-                        self._score(model, test, todo[test.name])
+                for test, seeds in self._todo():
+                    self._score(model, test, seeds)
         except WRITE_ERRORS as error:
             raise Interrupted(f"{self.out} can't be written ({error}): make room") from None
-        return self.scores
+
+    def _todo(self) -> list[tuple[TestSet, list[int]]]:
+        """The sets that have no scores yet with some seeds, and those seeds."""
+        todo = [(test, [seed for seed in self.seeds if not self._is_scored(test, seed)]) for test in self.sets]
+        return [(test, seeds) for test, seeds in todo if seeds]
 
     def _is_scored(self, test: TestSet, seed: int) -> bool:
         scores = self.scores["sets"].get(test.name)

@@ -27,13 +27,20 @@ def main(arguments: list[str] | None = None) -> int:
         try:
             Generation(options, spec_of(options.model)).run()
         except Interrupted as interruption:
-            command = shlex.join([sys.executable, "-m", "abkd_fast.generate", *arguments])
-            print(f"{interruption}; continue with:\n{command}", file=sys.stderr)
-            return INTERRUPTED
+            return _interrupted(str(interruption), arguments)
+    except KeyboardInterrupt:  # outside of sampling, which handles signals itself: while models load, above all
+        return _interrupted("interrupted", arguments)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _interrupted(reason: str, arguments: list[str]) -> int:
+    """Prints the command that continues."""
+    command = shlex.join([sys.executable, "-m", "abkd_fast.generate", *arguments])
+    print(f"{reason}; continue with:\n{command}", file=sys.stderr)
+    return INTERRUPTED
 
 
 def _parser() -> argparse.ArgumentParser:

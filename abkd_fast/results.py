@@ -18,6 +18,7 @@ from .checkpoint import atomic_write
 from .config import ConfigError
 from .evaluation import NAMES, SCORES, read_scores, spread, summarise
 from .logs import size
+from .methods import WITHOUT_TEACHER
 
 # As the papers call the losses; a recipe's spelling up to the colon.
 LOSSES = {
@@ -58,10 +59,11 @@ class Run:
     label: str = ""  # "Teacher", or a method or loss
 
     def begins_with(self, other: Run) -> bool:
-        return _is_result(self.config["student"]["path"], other)
+        return _is_result(self.config["student"], other)
 
     def learns_from(self, other: Run) -> bool:
-        return self.config["teacher"] is not None and _is_result(self.config["teacher"]["path"], other)
+        """A teacher that the method does not need may be in the configuration, and does not count."""
+        return self.config["method"] not in WITHOUT_TEACHER and _is_result(self.config["teacher"], other)
 
     def curve(self, kind: str, key: str) -> tuple[list[int], list[float]]:
         """Steps and values of the points that have one."""
@@ -69,8 +71,9 @@ class Run:
         return [step for step, _ in pairs], [value for _, value in pairs]
 
 
-def _is_result(path: str | None, run: Run) -> bool:
-    """Whether a path is the run's result, wherever the folder of all runs is now."""
+def _is_result(model: dict | None, run: Run) -> bool:
+    """Whether a model is the run's result (an adapter, where it has one), wherever the folder of all runs is now."""
+    path = model and (model["adapter"] or model["path"])
     return path is not None and pathlib.Path(path).parts[-3:] == (run.folder.absolute() / "final").parts[-3:]
 
 
@@ -199,15 +202,16 @@ def gain(runs: list[Run]) -> str | None:
     scored = [run for run in runs if scores.get(run.folder)]
     for student in scored:
         teacher = next((run for run in scored if student.learns_from(run)), None)
-        alone = next((run for run in scored if run.config["method"] == "sft" and _same_start(run, student)), None)
+        plain = [run for run in scored if run.config["method"] == "sft" and run not in (student, teacher)]
+        alone = next((run for run in plain if _same_start(run, student)), None)
         if teacher and alone:
             return _compare(student, alone, teacher, scores, table.columns[-1])
     return None
 
 
 def _same_start(first: Run, second: Run) -> bool:
-    paths = [run.config["student"]["path"] for run in (first, second)]
-    return None not in paths and paths[0] == paths[1]
+    starts = [[run.config["student"][key] for key in ("path", "adapter", "lora")] for run in (first, second)]
+    return starts[0][0] is not None and starts[0] == starts[1]
 
 
 def _compare(student: Run, alone: Run, teacher: Run, scores: dict[pathlib.Path, dict], name: str) -> str:
@@ -227,9 +231,8 @@ def _compare(student: Run, alone: Run, teacher: Run, scores: dict[pathlib.Path, 
 def write_report(runs: list[Run], out: pathlib.Path) -> list[pathlib.Path]:
     """Writes table and Figure 1 into a folder, and `report.md` with its curves into each run's; returns the paths.
 
-    Raises ConfigError without matplotlib, and where a folder can't be written to.
+    Raises ConfigError without matplotlib, once the table is written, and where a folder can't be written to.
     """
-    figures.check()
     try:
         out.mkdir(parents=True, exist_ok=True)
         paths = []
@@ -238,6 +241,7 @@ def write_report(runs: list[Run], out: pathlib.Path) -> list[pathlib.Path]:
             atomic_write(out / "scores.md", table.markdown() + (f"\n{sentence}\n" if sentence else ""))
             atomic_write(out / "scores.csv", table.csv())
             paths += [out / "scores.md", out / "scores.csv"]
+        figures.check()
         paths += figures.rouge_curves(runs, out / "rouge_l")
         for run in runs:
             figures.run_curves(run, run.folder / "curves")

@@ -48,8 +48,7 @@ def run(stages: list[Config], resume: bool = False) -> list[dict]:
             evaluation = _evaluate(config)
             if len(stages) == 1:
                 console.print(evaluation.table())
-    if len(stages) > 1:
-        _conclude(stages, summaries)
+    _conclude(stages, summaries)
     return summaries
 
 
@@ -62,12 +61,14 @@ def _free_memory() -> None:
 
 
 def _conclude(stages: list[Config], summaries: list[dict]) -> None:
-    """The end of a recipe: a table, and where results were scored, what distillation gained, and the figures."""
-    console.print(_table(stages, summaries))
-    if not any(config.eval.sets for config in stages):
+    """The end of a recipe: tables, and where results were scored, what distillation gained, and the figures."""
+    if len(stages) > 1:
+        console.print(_table(stages, summaries))
+    trained = [config for config in stages if config.method != "generate"]
+    if not any(config.eval.sets for config in trained):
         return
-    runs = results.read_runs(config.run.folder for config in stages if config.method != "generate")
-    if scores := results.score_table(runs):
+    runs = results.read_runs(config.run.folder for config in trained)
+    if len(stages) > 1 and (scores := results.score_table(runs)):
         console.print(scores.table())
     if sentence := results.gain(runs):
         console.print(sentence, markup=False)

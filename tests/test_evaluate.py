@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from abkd_fast import evaluation, tasks, train
 from abkd_fast.answers import GrowingFile
+from abkd_fast.checkpoint import locked
 from abkd_fast.data import encode_prompts, read_rows
 from abkd_fast.evaluate import main
 from abkd_fast.sampling import SamplingSettings, sample
@@ -153,6 +154,17 @@ def test_interrupted_evaluation_continues_to_the_same_files(command, tmp_path, c
     assert {path.name: path.read_bytes() for path in out.iterdir()} == undisturbed
 
 
+def test_interrupt_outside_of_sampling(command, capsys, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluation.models, "load", stop)
+    assert main(command()) == 75
+    error = capsys.readouterr().err
+    assert error.startswith("interrupted; continue with:\n")
+    assert "-m abkd_fast.evaluate --model" in error
+
+
 def test_more_seeds_and_sets_are_added(command, write_jsonl, tmp_path):
     assert main(command()) == 0
     first = (tmp_path / "out" / "Dolly.seed10.jsonl").read_bytes()
@@ -162,6 +174,21 @@ def test_more_seeds_and_sets_are_added(command, write_jsonl, tmp_path):
     assert list(scores["Dolly"]["rouge_l"]["seeds"]) == ["10", "20", "30"]
     assert list(scores["mine"]["rouge_l"]["seeds"]) == ["10", "30"]
     assert (tmp_path / "out" / "Dolly.seed10.jsonl").read_bytes() == first
+
+
+def test_scores_of_another_evaluation_are_kept(model_folder, write_jsonl, tmp_path, command, capsys):
+    data = {"dolly": write_jsonl(ROWS, "set.jsonl")}
+    protocol = evaluation.Protocol(sampling=SamplingSettings(max_new_tokens=8, no_repeat_ngram_size=6))
+    both = [
+        evaluation.Evaluation(str(model_folder), data, tmp_path / "out", [seed], protocol, device="cpu")
+        for seed in (10, 20)
+    ]
+    for each in both:  # both have looked into the folder when it was empty
+        each.run()
+    assert list(scores_of(tmp_path)["sets"]["Dolly"]["rouge_l"]["seeds"]) == ["10", "20"]
+    with locked(tmp_path / "out"):
+        assert main(command(seeds=(30,))) == 2
+    assert "another process is at work" in capsys.readouterr().err
 
 
 def test_other_model_settings_and_rows_are_refused(command, model_folder, write_jsonl, tmp_path, capsys):
@@ -226,6 +253,12 @@ BAD = {
         ["--data", "sinst=quickstart:dev", "s-ni=quickstart:dev"],
         "s-ni: there are two sets called Super-Natural",
     ),
+    "a name twice": (
+        ["--data", "dolly=quickstart:dev", "dolly=quickstart:test"],
+        "data: dolly=quickstart:dev dolly=quickstart:test: a name is given twice",
+    ),
+    "out is a file": (["--out", "bare.jsonl"], "out: bare.jsonl can't be used: "),
+    "out in a file": (["--out", "bare.jsonl/out"], "out: bare.jsonl/out can't be made: "),
     "empty set": (["--data", "mine=empty.jsonl"], "mine: empty.jsonl: has no rows"),
     "set without outputs": (
         ["--data", "mine=bare.jsonl"],
@@ -376,7 +409,10 @@ def test_result_is_scored_once(recipe, tmp_path, monkeypatch, capsys):
     scores = json.loads((folder / "eval" / "scores.json").read_text())
     assert list(scores["sets"]["Dolly"]["rouge_l"]["seeds"]) == ["1", "2"]
     assert scores["settings"]["no_repeat_ngram_size"] == 6
-    assert "Dolly" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert "Dolly" in output
+    assert "and in each stage's report.md" in output
+    assert (folder / "scores.md").read_text().startswith("|  | Dolly |\n")
     monkeypatch.setattr(evaluation.models, "load", lambda *_: pytest.fail("weights are loaded for nothing"))
     assert train.main([*recipe(), "--resume"]) == 0
     monkeypatch.undo()

@@ -5,7 +5,7 @@ import pytest
 from conftest import LLAMA
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from abkd_fast import generate, tasks
+from abkd_fast import answers, generate, tasks
 from abkd_fast.answers import Answers
 from abkd_fast.data import encode_prompts, read_rows, tokenise
 from abkd_fast.generate import main
@@ -91,6 +91,17 @@ def test_interrupted_command_continues_to_the_same_file(command, tmp_path, capsy
     assert path.read_bytes() == undisturbed
 
 
+def test_interrupt_outside_of_sampling(command, capsys, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(answers.models, "load", stop)
+    assert main(command()) == 75
+    error = capsys.readouterr().err
+    assert error.startswith("interrupted; continue with:\n")
+    assert "-m abkd_fast.generate --model" in error
+
+
 def test_other_settings_and_foreign_files_are_refused(command, tmp_path, capsys):
     assert main(command()) == 0
     before = (tmp_path / "answers.jsonl").read_bytes()
@@ -139,7 +150,7 @@ def test_messages_stay_messages(command, model_folder, write_jsonl, tmp_path):
 BAD = {
     "no model": (["--model", "./nowhere"], "model.path: ./nowhere: no such model folder"),
     "no data": (["--data", "nowhere.jsonl"], "nowhere.jsonl: no such file"),
-    "no folder": (["--out", "nowhere/answers.jsonl"], "out: nowhere is no folder"),
+    "no folder": (["--out", "nowhere/answers.jsonl"], "out: nowhere is not a folder that can be written to"),
     "temperature": (["--temperature", "-1"], "temperature is -1.0, expected at least 0"),
     "batch size": (["--batch-size", "0"], "batch_size is 0, expected at least 1"),
     "rows": (["--rows", "0"], "rows is 0, expected at least 1"),

@@ -17,10 +17,13 @@ def make_run(tmp_path):
     """Writes the folder of a finished run, as training and evaluation leave it."""
 
     def make(name, method="sft", loss="ab:0.2,0.7", student="elsewhere", teacher=None, sets=None, rouge=(1.0, 3.0)):
+        def model(spec):  # a path, or keys
+            return {"path": None, "adapter": None, "lora": None} | (spec if isinstance(spec, dict) else {"path": spec})
+
         folder = tmp_path / "runs" / name
         folder.mkdir(parents=True)
         config = {"method": method, "loss": loss, "train": {"batch_size": 8}}
-        config |= {"student": {"path": student}, "teacher": teacher and {"path": teacher}}
+        config |= {"student": model(student), "teacher": teacher and model(teacher)}
         summary = {"steps": 20, "selected_step": 10, "dev_loss_before": 3.5, "dev_loss": 2.25}
         summary |= {"dev_rouge_l_before": None, "dev_rouge_l": None}
         summary |= {"seconds_per_sample": 0.0125, "peak_memory_bytes": 2_500_000_000}
@@ -116,6 +119,33 @@ def test_no_gain_without_the_same_start(make_run):
     assert gain(read_runs([folder.parent])) is None
 
 
+def test_adapters_are_results_and_starts(make_run):
+    """As in llama.json: every path is a base model, and results are adapters."""
+    test = {"test": score(20.0, 0.1)}
+    make_run("teacher", student={"path": "7b", "lora": {"rank": 16}}, sets=test)
+    make_run("init", student={"path": "3b", "lora": {"rank": 16}}, sets=test)
+    start, teacher = ({"path": p, "adapter": f"runs/{n}/final"} for p, n in (("3b", "init"), ("7b", "teacher")))
+    folder = make_run("abkd", "ab", student=start, teacher=teacher, sets=test)
+    labels = {run.folder.name: run.label for run in read_runs([folder.parent])}
+    assert labels == {"teacher": "Teacher", "init": "Initial student", "abkd": "ABKD"}
+    assert gain(read_runs([folder.parent])) is None
+    make_run("sft", student=start, sets={"test": score(18.0, 0.1)})
+    assert "SFT from the same start 18.0" in gain(read_runs([folder.parent]))
+
+
+def test_gain_is_of_a_run_that_learnt_from_the_teacher(make_run):
+    """Fine-tuning that has a teacher only in its recipe is none, and the teacher may have the same start."""
+    test = {"test": score(20.0, 0.1)}
+    make_run("teacher", student="start", sets=test)
+    folder = make_run("a-sft", student="start", teacher="runs/teacher/final", sets=test)
+    assert gain(read_runs([folder.parent])) is None
+    make_run("ab", "ab", student="start", teacher="runs/teacher/final", sets=test)
+    (folder / "summary.json").rename(folder / "unfinished.json")
+    assert gain(read_runs([folder.parent])) is None
+    (folder / "unfinished.json").rename(folder / "summary.json")
+    assert gain(read_runs([folder.parent])).startswith("test: ABKD 20.0 (0.1) ROUGE-L, SFT from the same start 20.0")
+
+
 def test_command_writes_tables_figures_and_reports(four_runs, capsys):
     assert main([str(four_runs)]) == 0
     output = capsys.readouterr().out
@@ -172,5 +202,7 @@ def test_bad_input_is_one_line_and_status_2(four_runs, tmp_path, capsys, monkeyp
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find(name))
     assert error(four_runs) == "error: matplotlib is not installed: pip install 'abkd_fast[report]'\n"
+    assert (four_runs / "scores.md").read_text().startswith("|  | Dolly")
+    assert (four_runs / "scores.csv").exists()
     (four_runs / "ab" / "metrics.jsonl").write_text("{")
     assert "the run can't be read" in error(four_runs)
