@@ -31,12 +31,11 @@ def main(arguments: list[str] | None = None) -> int:
 
         runs = read_runs(options.runs)
         out = options.out or pathlib.Path(os.path.commonpath([run.folder.absolute() for run in runs]))
-        paths = write_report(runs, out)
         if table := score_table(runs):
             console.print(table.table())
         if sentence := gain(runs):
             console.print(sentence, markup=False)
-        for path in paths:
+        for path in write_report(runs, out):
             console.print(path, markup=False)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
