@@ -1,3 +1,4 @@
+import copy
 import itertools
 import json
 import threading
@@ -264,7 +265,7 @@ def test_the_next_item_is_made_while_the_last_is_used():
     ],
 )
 def test_cut_answer_teaches_no_end(write_jsonl, row):
-    tokenizer = tasks.tokenizer()
+    tokenizer = copy.deepcopy(tasks.tokenizer())
     tokenizer.chat_template = "{% for message in messages %}{{ message.content }} {% endfor %}"
     whole, cut = (
         tokenise(read_rows(write_jsonl([row | more])), tokenizer, 64)["input_ids"][0] for more in ({}, {"ended": False})

@@ -1,6 +1,7 @@
 """An interrupted run, resumed, is the undisturbed one: weights to the last bit, log and summary too."""
 
 import contextlib
+import copy
 import errno
 import json
 import multiprocessing
@@ -643,7 +644,7 @@ def test_chat_templates_in_a_folder_of_their_own(tmp_path, monkeypatch):
     """transformers writes a second chat template into a folder: checkpoints and final have it, and are whole."""
     from abkd_fast import tasks
 
-    tokenizer = tasks.tokenizer()
+    tokenizer = copy.deepcopy(tasks.tokenizer())
     tokenizer.chat_template = {"default": "{{ messages }}", "tools": "{{ tools }}"}
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     run = Run(tmp_path / "run", f"tokenizer={tmp_path / 'tokenizer'}", "eval.select=dev_loss")
