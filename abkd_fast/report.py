@@ -24,6 +24,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--out", metavar="DIR", type=pathlib.Path, help="where tables go [the folder of all these runs]"
     )
+    parser.add_argument(
+        "--paper",
+        metavar="FILE",
+        type=pathlib.Path,
+        help="published figures to set beside ours: a CSV file as scores.csv, with the columns row, SET mean, SET std",
+    )
     options = parser.parse_args(arguments)
     try:
         from .logs import console  # after the options are known to be good: this loads PyTorch
@@ -31,11 +37,14 @@ def main(arguments: list[str] | None = None) -> int:
 
         runs = read_runs(options.runs)
         out = options.out or pathlib.Path(os.path.commonpath([run.folder.absolute() for run in runs]))
-        if table := score_table(runs):
+        table = score_table(runs)
+        if table and options.paper:
+            table = table.beside(options.paper)
+        if table:
             console.print(table.table())
         if sentence := gain(runs):
             console.print(sentence, markup=False)
-        for path in write_report(runs, out):
+        for path in write_report(runs, out, table):
             console.print(path, markup=False)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)

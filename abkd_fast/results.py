@@ -135,12 +135,17 @@ class ScoreTable:
 
     columns: list[str]
     rows: list[tuple[Run, list[dict | None]]]  # means and deviations, None where a set was not scored
+    published: dict[str, list[dict | None]] = dataclasses.field(default_factory=dict)  # likewise, by label
+
+    def beside(self, path: pathlib.Path) -> ScoreTable:
+        """With the rows of another table beside the own ones. Raises ConfigError where it can't be read."""
+        return dataclasses.replace(self, published=_read_published(path, self.columns))
 
     def table(self) -> Table:
         """For the terminal."""
         table = Table("ROUGE-L", *self.columns)
-        for run, cells in self.rows:
-            table.add_row(run.label, *("-" if cell is None else spread(cell) for cell in cells))
+        for label, cells in [*((run.label, cells) for run, cells in self.rows), *self.published.items()]:
+            table.add_row(label, *map(_text, cells))
         return table
 
     def markdown(self) -> str:
@@ -149,10 +154,11 @@ class ScoreTable:
         for run, cells in self.rows:
             texts = []
             for cell, highest in zip(cells, best, strict=True):
-                text = "-" if cell is None else spread(cell)
+                text = _text(cell)
                 is_best = cell is not None and cell["mean"] == highest and run.label != "Teacher"
                 texts.append(f"**{text}**" if is_best else text)
             lines.append([run.label, *texts])
+        lines += [[label, *map(_text, cells)] for label, cells in self.published.items()]
         return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
     def _best(self, column: int) -> float | None:
@@ -168,6 +174,29 @@ class ScoreTable:
             numbers = [value for cell in cells for value in ((cell["mean"], cell["std"]) if cell else (None, None))]
             writer.writerow([run.label, run.folder, *numbers])
         return text.getvalue()
+
+
+def _text(cell: dict | None) -> str:
+    return "-" if cell is None else spread(cell)
+
+
+def _read_published(path: pathlib.Path, columns: list[str]) -> dict[str, list[dict | None]]:
+    """The rows of a CSV file in the layout of `scores.csv`: "row", and "SET mean", "SET std" of some of the columns."""
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            table = csv.DictReader(file)
+            known = [name for name in columns if f"{name} mean" in (table.fieldnames or ())]
+            if "row" not in (table.fieldnames or ()) or not known:
+                expected = ", ".join(f'"{name} mean"' for name in columns)
+                raise ValueError(f'expected a first line with "row" and some of {expected}')
+            return {f"{row['row']} ({path.stem})": [_read_cell(row, name) for name in columns] for row in table}
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"paper: {path} can't be read ({error})") from None
+
+
+def _read_cell(row: dict[str, str], column: str) -> dict | None:
+    mean, std = (row.get(f"{column} {what}") or None for what in ("mean", "std"))
+    return None if mean is None else {"mean": float(mean), "std": std and float(std)}
 
 
 def score_table(runs: list[Run]) -> ScoreTable | None:
@@ -228,15 +257,17 @@ def _compare(student: Run, alone: Run, teacher: Run, scores: dict[pathlib.Path, 
     )
 
 
-def write_report(runs: list[Run], out: pathlib.Path) -> list[pathlib.Path]:
+def write_report(runs: list[Run], out: pathlib.Path, table: ScoreTable | None = None) -> list[pathlib.Path]:
     """Writes table and Figure 1 into a folder, and `report.md` with its curves into each run's; returns the paths.
+
+    table: that of the runs, where it is known.
 
     Raises ConfigError without matplotlib, once the table is written, and where a folder can't be written to.
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
         paths = []
-        if table := score_table(runs):
+        if table := table or score_table(runs):
             sentence = gain(runs)
             atomic_write(out / "scores.md", table.markdown() + (f"\n{sentence}\n" if sentence else ""))
             atomic_write(out / "scores.csv", table.csv())

@@ -31,7 +31,7 @@ def run(stages: list[Config], resume: bool = False) -> list[dict]:
     """
     for index, config in enumerate(stages):
         _check(config, {other.run.stage: other for other in stages[:index]})
-    stages = [_resolve(config) for config in stages]
+    stages = [resolve(config) for config in stages]
     for config in stages:
         _is_finished(config, resume)
     summaries = []
@@ -105,7 +105,7 @@ def plan(stages: list[Config], resume: bool = False) -> None:
         if "teacher" in specs:
             specs["teacher"] = dataclasses.replace(specs["teacher"], lora=None)  # merged
         console.print(f"[bold]{config.run.folder}[/bold]")
-        if _is_finished(_resolve(config), resume):
+        if _is_finished(resolve(config), resume):
             console.print("  is finished already: its result would be used")
             continue
         if config.data.stage:
@@ -189,7 +189,7 @@ def _models(config: Config) -> dict[str, ModelConfig]:
     return {key: spec for key, spec in roles.items() if spec is not None}
 
 
-def _resolve(config: Config) -> Config:
+def resolve(config: Config) -> Config:
     """The same configuration with "stage:NAME" replaced by the folder of that stage's result."""
     resolved = {}
     for role, spec in _models(config).items():

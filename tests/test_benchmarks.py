@@ -284,3 +284,37 @@ def test_gpu_script_says_what_is_missing(tmp_path):
     assert result.returncode == 2
     assert result.stderr.splitlines() == ["gpu.sh: no nvidia-smi on PATH: this needs an NVIDIA GPU and its driver"]
     assert not (tmp_path / "report").exists()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="matplotlib is not installed")
+def test_losses_are_searched_trained_and_scored_alike(tmp_path, monkeypatch):
+    monkeypatch.setenv("ABKD_CACHE", str(tmp_path / "cache"))
+    settings = {
+        "teacher:data.train": "quickstart:small",
+        "teacher:train.steps": 2,
+        "init:train.steps": 1,
+        "train.steps": 2,
+        "eval.rouge_rows": 4,
+        "eval.seeds": "[10,20]",
+    }
+    overrides = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
+    arguments = ["--losses", "sft", "ab:0.2,0.7", "--rates", "1e-3", "2e-3", "--select", "dev_loss", "--rows", "4"]
+    command = [sys.executable, BENCHMARKS / "losses.py", *overrides, *arguments, "--seeds", "1", "2", "--out", tmp_path]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    sections = json.loads((tmp_path / "losses.json").read_text())["sections"]
+    (search,), (table,) = sections["search"], sections["losses"]
+    *_, sft, abkd = table["rows"]
+    assert [row["name"] for row in table["rows"]] == ["Teacher", "Initial student", "SFT", "ABKD (0.2,0.7)"]
+    for losses, row in zip(search["rows"], (sft, abkd), strict=True):
+        assert row["rate"] == min((0.001, 0.002), key=lambda rate: losses[str(rate)])
+    folder = tmp_path / "runs" / f"ab-0.2,0.7-{abkd['rate']:g}-seed"
+    means = []
+    for seed in (1, 2):
+        config = json.loads(pathlib.Path(f"{folder}{seed}", "config.json").read_text())
+        assert (config["method"], config["loss"], config["optim"]["lr"]) == ("ab", "ab:0.2,0.7", abkd["rate"])
+        scores = json.loads(pathlib.Path(f"{folder}{seed}", "eval", "scores.json").read_text())
+        assert scores["sets"]["test"]["rows"] == 4
+        means.append(scores["sets"]["test"]["rouge_l"]["mean"])
+    assert abkd["runs"] == pytest.approx(means)
+    assert (tmp_path / "rouge_l.png").read_bytes()[:4] == b"\x89PNG"

@@ -21,7 +21,7 @@ from abkd_fast.data import pack, read_rows, tokenise
 from abkd_fast.methods.distillm import DistiLLM
 from abkd_fast.methods.replay import ReplayBuffer
 from abkd_fast.recipe import load
-from abkd_fast.stages import _resolve
+from abkd_fast.stages import resolve
 from abkd_fast.teacher import Teacher
 from abkd_fast.train import INTERRUPTED
 from abkd_fast.trainer import Trainer
@@ -388,7 +388,7 @@ def test_seqkd_trains_on_the_teachers_text(seqkd, teacher, tmp_path, capsys):
     assert answers == [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
 
     tokenizer = tasks.tokenizer()
-    (_, config) = (_resolve(config) for config in load(run.arguments[1], run.arguments[3::2]))
+    (_, config) = (resolve(config) for config in load(run.arguments[1], run.arguments[3::2]))
     trainer = Trainer(config, resume=True)
     assert trainer.train_set["input_ids"][:] == [
         tokenizer(answer["prompt"] + answer["output"])["input_ids"] + [tokenizer.eos_token_id] * answer["ended"]

@@ -77,6 +77,19 @@ def test_table_has_the_papers_layout(four_runs):
     assert rows[2][4:] == ["13.0", "", "", ""]
 
 
+def test_published_figures_stand_beside_ours(four_runs, tmp_path, capsys):
+    paper = tmp_path / "table2.csv"
+    paper.write_text("row,Vicuna mean,Vicuna std,Unnatural mean\nABKD,17.5,0.25,30\nFKLD,16.25,,29\n")
+    assert main([str(four_runs), "--paper", str(paper)]) == 0
+    assert "ABKD (table2)" in capsys.readouterr().out
+    lines = (four_runs / "scores.md").read_text().splitlines()
+    assert lines[3] == "| ABKD | **20.0 (0.5)** | 12.0 (1.0) | **16.0 (1.1)** |"
+    assert lines[5:7] == ["| ABKD (table2) | - | 17.5 (0.2) | - |", "| FKLD (table2) | - | 16.2 | - |"]
+    ours = four_runs / "scores.csv"
+    assert main([str(four_runs), "--paper", str(ours)]) == 0, "a table of another report is one, too"
+    assert "| Teacher (scores) | 24.0 (2.0) |" in (four_runs / "scores.md").read_text()
+
+
 def test_rows_of_one_name_are_told_apart(make_run):
     sets = {"mine": score(1.0, None, seed1=1)}
     for name, method, loss in (
@@ -196,6 +209,9 @@ def test_bad_input_is_one_line_and_status_2(four_runs, tmp_path, capsys, monkeyp
     blocked = tmp_path / "file"
     blocked.write_text("")
     assert "the report can't be written" in error(four_runs, "--out", blocked / "x")
+    assert '"row" and some of "Dolly mean"' in error(four_runs, "--paper", blocked)
+    blocked.write_text("row,Dolly mean\nABKD,many\n")
+    assert "could not convert string to float: 'many'" in error(four_runs, "--paper", blocked)
     (four_runs / "ab" / "eval" / "scores.json").write_text("[")
     assert "scores.json can't be read" in error(four_runs)
     (four_runs / "ab" / "eval" / "scores.json").unlink()

@@ -1,0 +1,276 @@
+"""Every loss of the papers' Table 2 under one budget: `python benchmarks/losses.py --config RECIPE --stage STAGE`.
+
+STAGE is the recipe's stage that distils; the stages before it (teacher, initial student) are trained first, once. Then
+every loss gets the same initial student, rows, steps and settings, no plain-text term, and the learning rate of --rates
+that was best on the development rows in a run of its own. Each is trained with every one of --seeds, and each result
+answers the test sets of the recipe's eval.sets with eval.seeds. A cell is the mean over training seeds, and in brackets
+their standard deviation; of teacher and initial student, one model each, the deviation is over the answers' seeds.
+What is finished already is used again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import contextlib
+import dataclasses
+import math
+import multiprocessing
+import os
+import pathlib
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from harness import Report
+
+from abkd_fast import stages
+from abkd_fast.config import Config, ModelConfig
+from abkd_fast.evaluation import Evaluation, Protocol
+from abkd_fast.figures import rouge_curves
+from abkd_fast.recipe import load
+from abkd_fast.results import LOSSES, read_runs
+from abkd_fast.sampling import SamplingSettings
+
+SFT = "sft"
+TABLE_2 = (SFT, "fkl", "rkl", "wsd:0.5", "bdkd", "jsd:0.1", "akl:0.5", "alphanet:0.2,0.9", "ab:0.2,0.7")
+SEARCH_SEED = 10
+
+
+def train(config: Config) -> dict[str, Any]:
+    """The summary of a run, which is trained if it isn't yet."""
+    with _quiet(config.run.root):
+        (summary,) = stages.run([config], resume=True)
+    return summary
+
+
+def evaluate(model: str, out: pathlib.Path, template: Config, rows: int | None) -> dict[str, dict]:
+    """The scores of a model on the template's test sets, by their names."""
+    settings = template.eval
+    sampling = SamplingSettings(
+        max_new_tokens=settings.max_new_tokens, no_repeat_ngram_size=settings.no_repeat_ngram_size
+    )
+    protocol = Protocol(sampling=sampling, max_prompt_length=min(256, template.data.max_length - 1))
+    places = {"device": template.train.device, "dtype": template.train.dtype, "tokenizer": template.tokenizer}
+    with _quiet(out):
+        evaluation = Evaluation(model, settings.sets, out, settings.seeds, protocol, rows=rows, **places)
+        return evaluation.run()["sets"]
+
+
+def train_and_evaluate(config: Config, template: Config, rows: int | None) -> tuple[dict[str, Any], dict[str, dict]]:
+    summary = train(config)
+    return summary, evaluate(str(config.run.folder / "final"), config.run.folder / "eval", template, rows)
+
+
+@contextlib.contextmanager
+def _quiet(folder: pathlib.Path) -> Iterable[None]:
+    """What a run prints goes to a file: several run at a time."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(f"{folder}.log", "a", encoding="utf-8") as log, contextlib.redirect_stdout(log):
+        yield
+
+
+def label(loss: str) -> str:
+    name, _, numbers = loss.partition(":")
+    return "SFT" if loss == SFT else f"{LOSSES[name]} ({numbers})" if numbers else LOSSES[name]
+
+
+class Study:
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options, self.out = options, options.out
+        configs = load(options.config, [f"run.dir={options.out}", *options.overrides])
+        names = [config.run.stage for config in configs]
+        if options.stage not in names:
+            raise SystemExit(f"error: {options.config} has no stage {options.stage}, only {', '.join(map(str, names))}")
+        place = names.index(options.stage)
+        self.earlier = [
+            dataclasses.replace(config, eval=dataclasses.replace(config.eval, sets=None)) for config in configs[:place]
+        ]
+        template = stages.resolve(configs[place])
+        self.template = dataclasses.replace(template, data=dataclasses.replace(template.data, pretrain=None))
+        if not self.template.eval.sets:
+            raise SystemExit('error: the recipe has no eval.sets: --set eval.sets=\'{"dolly": "FILE"}\'')
+        self.rates = options.rates or [factor * self.template.optim.lr for factor in (0.5, 1.0, 2.0)]
+        self.report = Report(torch.device("cuda" if torch.cuda.is_available() else "cpu"), vars(options))
+
+    def config(self, kind: str, loss: str, rate: float, seed: int, steps: int | None, name: str) -> Config:
+        """Of one run: the template's, but for these."""
+        template = self.template
+        answers = {"rouge_rows": None} if kind == "search" and self.options.select == "dev_loss" else {}
+        method = {"method": SFT} if loss == SFT else {"method": "ab", "loss": loss}
+        return dataclasses.replace(
+            template,
+            **method,
+            run=dataclasses.replace(
+                template.run, dir=str(self.out / kind), name=f"{loss.replace(':', '-')}-{name}", stage=None, seed=seed
+            ),
+            optim=dataclasses.replace(template.optim, lr=rate, min_lr=min(rate, template.optim.min_lr)),
+            train=dataclasses.replace(template.train, steps=steps or template.train.steps),
+            eval=dataclasses.replace(template.eval, sets=None, **answers),
+        )
+
+    def run(self) -> None:
+        if self.earlier:
+            stages.run(self.earlier, resume=True)
+        # Read where a worker loads its libraries; this process has loaded them.
+        os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // self.options.jobs))
+        context = multiprocessing.get_context("spawn")
+        with concurrent.futures.ProcessPoolExecutor(self.options.jobs, mp_context=context) as self.pool:
+            rates = self.search()
+            bounds = self.bounds()
+            results = self.final(rates)
+        self.tabulate(rates, bounds, results)
+        self.draw(rates)
+
+    def _map(self, work: Callable, jobs: dict[Any, tuple], say: Callable[[Any, Any], str]) -> dict[Any, Any]:
+        """The results of `work` on each job's arguments; says a line when one is there."""
+        started = time.perf_counter()
+        futures = {self.pool.submit(work, *arguments): key for key, arguments in jobs.items()}
+        for number, future in enumerate(concurrent.futures.as_completed(futures), 1):
+            text = say(futures[future], future.result())
+            print(f"{time.perf_counter() - started:6.0f} s  {number} of {len(jobs)}: {text}", flush=True)
+        return {key: future.result() for future, key in futures.items()}
+
+    def search(self) -> dict[str, float]:
+        """The learning rate of each loss."""
+        if len(self.rates) == 1:
+            return dict.fromkeys(self.options.losses, self.rates[0])
+        by_rouge = self.options.select == "rouge_l"
+        key = "dev_rouge_l" if by_rouge else "dev_loss"
+        jobs = {
+            (loss, rate): (self.config("search", loss, rate, SEARCH_SEED, self.options.search_steps, f"{rate:g}"),)
+            for loss in self.options.losses
+            for rate in self.rates
+        }
+        found = self._map(train, jobs, lambda job, summary: f"{job[0]} at {job[1]:g}: {key} {summary[key]:.3f}")
+        rows, chosen = [], {}
+        for loss in self.options.losses:
+            values = {rate: found[loss, rate][key] for rate in self.rates}
+            chosen[loss] = (max if by_rouge else min)(values, key=values.get)
+            rows.append({"name": label(loss), **{str(rate): value for rate, value in values.items()}})
+        columns = {"name": ("loss", "")} | {
+            str(rate): (f"{rate:g}", ".2f" if by_rouge else ".4f") for rate in self.rates
+        }
+        what = "ROUGE-L" if by_rouge else "cross-entropy"
+        self.report.table("search", f"learning rates: {what} on development rows at the end of a run", rows, columns)
+        return chosen
+
+    def bounds(self) -> dict[str, dict[str, dict]]:
+        """The scores of teacher and initial student."""
+        models = {"Teacher": self.template.teacher, "Initial student": self.template.student}
+        jobs = {
+            name: (_folder(spec, name), self.out / "eval" / name, self.template, self.options.rows)
+            for name, spec in models.items()
+        }
+        return self._map(evaluate, jobs, lambda name, sets: f"{name}: {_scores(sets)}")
+
+    def final(self, rates: dict[str, float]) -> dict[tuple[str, int], tuple[dict, dict]]:
+        """Summary and scores of every loss and training seed."""
+        jobs = {
+            (loss, seed): (self._final(loss, rates[loss], seed), self.template, self.options.rows)
+            for seed in self.options.seeds
+            for loss in self.options.losses
+        }
+        return self._map(train_and_evaluate, jobs, lambda job, found: f"{job[0]}, seed {job[1]}: {_scores(found[1])}")
+
+    def _final(self, loss: str, rate: float, seed: int) -> Config:
+        return self.config("runs", loss, rate, seed, None, f"{rate:g}-seed{seed}")
+
+    def tabulate(self, rates: dict[str, float], bounds: dict[str, dict], results: dict[tuple, tuple]) -> None:
+        names = list(next(iter(bounds.values())))
+        averaged = [*names, "Average"] if len(names) > 1 else names
+        rows = []
+        for name, sets in bounds.items():
+            cells = {column: list(values) for column, values in _by_seed(sets, names, averaged).items()}
+            rows.append({"name": name, **{column: _cell(values) for column, values in cells.items()}})
+        means = {}
+        for loss in self.options.losses:
+            runs = [results[loss, seed] for seed in self.options.seeds]
+            cells = [_by_seed(sets, names, averaged) for _, sets in runs]
+            cells = {column: [statistics.fmean(cell[column]) for cell in cells] for column in averaged}
+            means[loss] = cells[averaged[-1]]
+            row = {"name": label(loss), "rate": rates[loss]} | {
+                column: _cell(values) for column, values in cells.items()
+            }
+            for key in ("dev_loss", "dev_rouge_l"):
+                if runs[0][0][key] is not None:
+                    row[key] = statistics.fmean(summary[key] for summary, _ in runs)
+            seconds = [summary["seconds_per_sample"] * summary["steps"] for summary, _ in runs]
+            rows.append(
+                row | {"seconds": statistics.fmean(seconds) * self.template.train.batch_size, "runs": means[loss]}
+            )
+        columns = {"name": ("loss", ""), "rate": ("rate", "g"), "dev_loss": ("dev loss", ".3f")}
+        columns |= {"dev_rouge_l": ("dev\nROUGE-L", ".1f")} | {name: (name, "") for name in averaged}
+        columns |= {"seconds": ("training, s", ".0f")}
+        seeds = f"{len(self.options.seeds)} training seeds x {len(self.template.eval.seeds)} seeds of the answers"
+        self.report.table("losses", f"ROUGE-L on test sets: {seeds}", rows, columns)
+        self._compare(means, averaged[-1])
+
+    def _compare(self, means: dict[str, list[float]], column: str) -> None:
+        """Who leads, and how far the others are behind, in standard errors of the difference."""
+        first, *others = sorted(means, key=lambda loss: -statistics.fmean(means[loss]))
+        behind = []
+        for loss in others:
+            gap = statistics.fmean(means[first]) - statistics.fmean(means[loss])
+            error = math.sqrt(sum(statistics.variance(means[x]) / len(means[x]) for x in (first, loss) if means[x][1:]))
+            behind.append(f"{label(loss)} {gap:.2f}" + (f" ({gap / error:.1f} standard errors)" if error else ""))
+        self.report.note(f"{column}: {label(first)} leads; behind it: {', '.join(behind) or 'nobody'}")
+
+    def draw(self, rates: dict[str, float]) -> None:
+        """Figure 1, of the first training seed."""
+        seed = self.options.seeds[0]
+        runs = read_runs(self._final(loss, rates[loss], seed).run.folder for loss in self.options.losses)
+        rouge_curves(runs, self.out / "rouge_l")
+
+
+def _folder(spec: ModelConfig, name: str) -> str:
+    if spec.path is None or spec.has_adapter:
+        raise SystemExit(f"error: {name}: give it as a whole model's path, which can be evaluated")
+    return spec.path
+
+
+def _scores(sets: dict[str, dict]) -> str:
+    return ", ".join(f"{name} {scores['rouge_l']['mean']:.2f}" for name, scores in sets.items())
+
+
+def _by_seed(sets: dict[str, dict], names: list[str], columns: list[str]) -> dict[str, list[float]]:
+    """ROUGE-L of each column, the sets and their average, for each of the answers' seeds."""
+    values = {name: list(sets[name]["rouge_l"]["seeds"].values()) for name in names}
+    averages = [statistics.fmean(scores) for scores in zip(*values.values(), strict=True)]
+    return values | ({"Average": averages} if "Average" in columns else {})
+
+
+def _cell(values: list[float]) -> str:
+    deviation = f" ({statistics.stdev(values):.2f})" if values[1:] else ""
+    return f"{statistics.fmean(values):.2f}{deviation}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    results = pathlib.Path(__file__).parent / "results" / "losses"
+    parser.add_argument("--config", default="quickstart", metavar="RECIPE", help="default: %(default)s")
+    parser.add_argument("--stage", default="student-ab", help="the one that distils (default: %(default)s)")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help="as in train")
+    parser.add_argument("--losses", nargs="+", default=TABLE_2, metavar="LOSS", help="default: Table 2's")
+    parser.add_argument("--rates", nargs="+", type=float, help="of the search (default: 1/2, 1, 2 times the recipe's)")
+    parser.add_argument(
+        "--select", choices=("rouge_l", "dev_loss"), default="rouge_l", help="which rate is best (default: %(default)s)"
+    )
+    parser.add_argument("--search-steps", type=int, help="of the search's runs (default: the recipe's)")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3], help="of training (default: 1 2 3)")
+    parser.add_argument("--rows", type=int, help="only the first ones of each test set")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time (default: %(default)s)")
+    parser.add_argument("--out", type=pathlib.Path, default=results, help="folder (default: %(default)s)")
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    study = Study(options)
+    try:
+        study.run()
+    finally:  # what was found before a failure is kept
+        study.report.save(options.out / "losses.json")
+
+
+if __name__ == "__main__":
+    main()
