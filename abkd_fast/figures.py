@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 # Okabe and Ito's palette, told apart with any colour vision; in grey, the markers do it.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
 MARKERS = "osD^vP*X"
+LINES = ("-", "-.", ":")  # of the first runs, of those that begin with the colours again, …
 STYLE = {
     "font.size": 9,
     "axes.spines.top": False,
@@ -49,10 +50,12 @@ def rouge_curves(runs: list[Run], stem: pathlib.Path) -> list[pathlib.Path]:
     if not shown:
         return []
     teacher = next((run for run in runs if any(other.learns_from(run) for other in shown)), None)
-    with _figure(1, (4.5, 2.8), stem) as (panel,):
+    with _figure(1, (4.5, max(2.8, 0.2 * len(shown))), stem) as (panel,):  # as high as the legend
         for index, run in enumerate(shown):
-            colour, marker = COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
-            panel.plot(*run.curve("dev", "rouge_l"), color=colour, marker=marker, label=run.label, clip_on=False)
+            turn, place = divmod(index, len(COLOURS))
+            style = {"color": COLOURS[place], "marker": MARKERS[(index + turn) % len(MARKERS)]}
+            style["linestyle"] = LINES[turn % len(LINES)]
+            panel.plot(*run.curve("dev", "rouge_l"), **style, label=run.label, clip_on=False)
         if teacher and (values := teacher.curve("dev", "rouge_l")[1]):
             panel.axhline(values[-1], color="#555555", linestyle="--", label=teacher.label)
         panel.set(xlabel="Training step", ylabel="ROUGE-L on development rows")

@@ -9,7 +9,7 @@ from abkd_fast import figures
 from abkd_fast.report import main
 from abkd_fast.results import gain, read_runs, score_table
 
-pytest.importorskip("matplotlib")
+matplotlib = pytest.importorskip("matplotlib")
 
 
 @pytest.fixture
@@ -189,10 +189,20 @@ def test_runs_one_by_one_are_together_in_their_common_folder(four_runs, make_run
     assert not (four_runs / "quiet" / "rouge_l.png").exists()
 
 
-def test_more_runs_than_colours(make_run):
-    for index in range(len(figures.COLOURS) + 1):
+def test_more_runs_than_colours_stay_apart(make_run, monkeypatch):
+    styles = []
+    plot = matplotlib.axes.Axes.plot
+
+    def note(axes, *values, **style):
+        styles.append(tuple(style[key] for key in ("color", "marker", "linestyle")))
+        return plot(axes, *values, **style)
+
+    monkeypatch.setattr(matplotlib.axes.Axes, "plot", note)
+    for index in range(2 * len(figures.COLOURS) + 1):
         folder = make_run(f"run{index} <&>", rouge=(index, index + 1))
     figures.rouge_curves(read_runs([folder.parent]), folder.parent / "many")
+    assert len(set(styles)) == 2 * len(figures.COLOURS) + 1
+    assert all(first[1:] != second[1:] for first, second in zip(styles, styles[len(figures.COLOURS) :], strict=False))
     texts = [element.text for element in ElementTree.parse(folder.parent / "many.svg").iter()]
     assert f"SFT (run{len(figures.COLOURS)} <&>)" in texts
 
