@@ -27,7 +27,7 @@ import torch
 from harness import Report
 
 from abkd_fast import stages
-from abkd_fast.config import Config, ModelConfig
+from abkd_fast.config import Config, ConfigError, ModelConfig
 from abkd_fast.evaluation import Evaluation, Protocol
 from abkd_fast.figures import rouge_curves
 from abkd_fast.recipe import load
@@ -265,11 +265,14 @@ def main() -> None:
     parser.add_argument("--out", type=pathlib.Path, default=results, help="folder (default: %(default)s)")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    study = Study(options)
     try:
-        study.run()
-    finally:  # what was found before a failure is kept
-        study.report.save(options.out / "losses.json")
+        study = Study(options)
+        try:
+            study.run()
+        finally:  # what was found before a failure is kept
+            study.report.save(options.out / "losses.json")
+    except ConfigError as error:
+        raise SystemExit(f"error: {error}") from None
 
 
 if __name__ == "__main__":
