@@ -493,9 +493,10 @@ def test_stop_while_models_load(tmp_path, monkeypatch, undisturbed, capsys):
 
     with monkeypatch.context() as patch:
         patch.setattr("abkd_fast.models.load", load)
-        assert run() == INTERRUPTED
-    message, command = capsys.readouterr().err.splitlines()
+        assert [run(), run("--resume")] == [INTERRUPTED, INTERRUPTED]
+    message, command, *again = capsys.readouterr().err.splitlines()
     assert message == "interrupted; continue with:"
+    assert again == [message, command]
     assert not run.folder.exists()
     assert main(shlex.split(command)[3:]) == 0
     assert_same(run, undisturbed)
