@@ -5,10 +5,12 @@ import pytest
 from conftest import LLAMA
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from abkd_fast import answers, tasks
+from abkd_fast import answers, generate, tasks
 from abkd_fast.answers import Answers
+from abkd_fast.checkpoint import exclusive
 from abkd_fast.data import encode_prompts, read_rows, tokenise
 from abkd_fast.generate import main
+from abkd_fast.models import spec_of
 from abkd_fast.sampling import SamplingSettings, sample
 from abkd_fast.train import INTERRUPTED
 
@@ -33,6 +35,11 @@ def command(model_folder, tmp_path):
         return [*arguments, "--max-new-tokens", "9", "--device", "cpu", *more]
 
     return make
+
+
+def generation(arguments):
+    options = generate._parser().parse_args(arguments)
+    return answers.Generation(options, spec_of(options.model))
 
 
 def answers_of(tmp_path):
@@ -90,6 +97,24 @@ def test_interrupted_command_continues_to_the_same_file(command, tmp_path, capsy
     assert main(command("--batch-size", "5")) == 0
     assert "7 of 12 prompts to answer" in capsys.readouterr().out
     assert path.read_bytes() == undisturbed
+
+
+def test_one_process_at_a_time(command, tmp_path, capsys, monkeypatch):
+    path = tmp_path / "answers.jsonl"
+    first = generation(command())  # it has looked at the file before the second one began
+    with exclusive(tmp_path / "answers.jsonl.lock", "not busy"):
+        assert main(command()) == 2
+        assert capsys.readouterr().err == (
+            f"error: out: another process is writing {path}: wait for it, or choose another\n"
+        )
+        assert not path.exists()
+    assert main(command()) == 0
+    written = path.read_bytes()
+    monkeypatch.setattr(answers.models, "load", lambda *_: pytest.fail("weights are loaded for nothing"))
+    first.run()
+    assert "is finished already" in capsys.readouterr().out
+    assert path.read_bytes() == written
+    assert sorted(file.name for file in tmp_path.glob("answers*")) == ["answers.jsonl", "answers.jsonl.settings.json"]
 
 
 def test_interrupt_outside_of_sampling(command, capsys, monkeypatch):
