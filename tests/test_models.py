@@ -150,6 +150,16 @@ def test_dropout_setting_reaches_the_model():
     assert (config.attn_pdrop, config.resid_pdrop, config.embd_pdrop) == (0.25, 0.25, 0.25)
 
 
+def test_only_what_is_trained_loses_its_attention_dropout(monkeypatch, caplog):
+    monkeypatch.setattr(attention, "supports_dropout", lambda device: False)
+    spec = ModelConfig(config={**LLAMA, "attention_dropout": 0.1})
+    for key, dropout, warnings in (("model", 0.1, 0), ("teacher", 0.1, 0), ("student", 0.0, 1)):
+        config = models.read_config(spec, key)
+        models.load(spec, config, key, torch.float32, CPU)
+        assert (config.attention_dropout, len(caplog.records)) == (dropout, warnings)
+    assert "student: attention_dropout is 0.1, but" in caplog.text
+
+
 def test_saved_model_generates(tmp_path):
     from abkd_fast import tasks
 
