@@ -15,6 +15,7 @@ from rich.table import Table
 from . import answers, checkpoint, models, pretrain, results
 from .config import Config, ConfigError, ModelConfig
 from .data import DEV, TRAIN, read_rows
+from .device import choose_device, choose_dtype
 from .evaluation import Evaluation, Protocol, read_sets
 from .logs import console
 from .methods import WITHOUT_TEACHER
@@ -130,7 +131,8 @@ def _as_begun(spec: ModelConfig, students: dict[str, ModelConfig]) -> ModelConfi
 
 
 def _check(config: Config, earlier: dict[str, Config]) -> None:
-    """Raises ConfigError for rows, models and references to stages that can't be used, before anything is trained."""
+    """Raises ConfigError for what can't be used, before anything is trained: devices, models, references, rows."""
+    choose_dtype(config.train.dtype, choose_device(config.train.device, "train."), "train.")
     for role, spec in _models(config).items():
         if spec.has_adapter and spec.path is None:
             raise ConfigError(

@@ -269,6 +269,7 @@ BAD = {
     "negative seed": (["--seeds=-1"], "seeds: -1: expected a whole number from 0"),
     "no out": (["--model", "model"], "out: missing, and model is no run's folder final/"),
     "no tokenizer": (["--model", "bare", "--out", "out"], "model: bare is a folder without a tokenizer"),
+    "no GPU": (["--device", "cuda"], "device is cuda, but PyTorch sees no GPU"),
     "rows": (["--rows", "0"], "rows is 0, expected at least 1"),
     "temperature": (["--temperature", "-1"], "temperature is -1.0, expected at least 0"),
     "prompt length": (["--max-prompt-length", "0"], "max_prompt_length is 0, expected at least 1"),
@@ -298,6 +299,7 @@ def test_bad_input_is_one_line_and_status_2(model_folder, write_jsonl, tmp_path,
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
     monkeypatch.setattr(evaluation.models, "load", lambda *_: pytest.fail("weights are loaded"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     defaults = {"--model": ["model"], "--data": ["dolly=quickstart:dev"], "--out": ["out"]}
     if name == "no out":
         del defaults["--out"]

@@ -2,6 +2,7 @@ import json
 import signal
 
 import pytest
+import torch
 from conftest import LLAMA
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -179,14 +180,16 @@ BAD = {
     "no folder": (["--out", "nowhere/answers.jsonl"], "out: nowhere is not a folder that can be written to"),
     "temperature": (["--temperature", "-1"], "temperature is -1.0, expected at least 0"),
     "batch size": (["--batch-size", "0"], "batch_size is 0, expected at least 1"),
+    "no GPU": (["--device", "cuda"], "device is cuda, but PyTorch sees no GPU"),
     "rows": (["--rows", "0"], "rows is 0, expected at least 1"),
     "tokenizer": (["--tokenizer", "./no/such/thing"], "tokenizer: ./no/such/thing: no tokenizer there"),
 }
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_input_is_one_line_and_status_2(command, tmp_path, capsys, name):
+def test_bad_input_is_one_line_and_status_2(command, tmp_path, capsys, monkeypatch, name):
     arguments, message = BAD[name]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert main(command(*arguments)) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"error: {message}")
