@@ -11,7 +11,7 @@ import peft
 import pytest
 import torch
 from conftest import LLAMA
-from test_resume import Killed, Run, assert_same, at_step, crash, poison, send
+from runs import Killed, Run, assert_same, at_step, crash, poison, send
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from abkd_fast import generate, methods, rollouts, sampling, tasks
