@@ -68,7 +68,8 @@ def _for_method(shared: list[Layer], method: str, methods: Iterable[str]) -> lis
     layers = []
     for place, values in shared:
         if isinstance(section := values.get("on_policy"), dict):
-            values = {**values, "on_policy": {key: section[key] for key in section.keys() - foreign}}
+            own = {key: value for key, value in section.items() if key not in foreign}
+            values = {**values, "on_policy": own}
         layers.append(Layer(place, values))
     return layers
 
