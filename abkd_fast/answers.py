@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -18,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import PretrainedConfig
 
 from . import cache, lora, models, sampling
-from .checkpoint import WRITE_ERRORS, Interrupted, StopSignals, atomic_folder, atomic_write, locked
+from .checkpoint import WRITE_ERRORS, Interrupted, StopSignals, atomic_folder, atomic_write, exclusive, locked
 from .config import Config, ConfigError, ModelConfig
 from .data import encode_prompts, read_rows
 from .device import choose_device, choose_dtype
@@ -57,7 +58,7 @@ class Generation:
                     f"{self.rows[index].where}: the prompt has {length} tokens, and the model {positions} positions: "
                     "no room for an answer; drop the row, or lower max_prompt_length"
                 )
-        identity = {
+        self.identity = {
             "weights": hash_weights(self.spec, self.config),
             "prompts": hashlib.sha256(json.dumps([self.prompts, self.end]).encode()).hexdigest(),
             "max_prompt_length": options.max_prompt_length,
@@ -65,12 +66,25 @@ class Generation:
             "dtype": str(self.dtype).removeprefix("torch."),
             **chosen,
         }
-        self.answers = Answers(options.out, identity)
+        self.answers = Answers(options.out, self.identity)
+        self.todo, self.tokens, self.seconds = [], 0, 0.0
 
     def run(self) -> None:
-        """Answers what is not answered yet. Raises Interrupted after a signal, and where there is no room."""
+        """Answers what is not answered yet.
+
+        Raises Interrupted after a signal, and where there is no room; ConfigError where another process is at work on
+        the same file.
+        """
+        path = self.options.out
+        lock = path.with_name(path.name + ".lock")
+        busy = f"out: another process is writing {path}: wait for it, or choose another"
+        with contextlib.nullcontext() if self.answers.finished else exclusive(lock, busy):
+            self.answers = Answers(path, self.identity)  # with what another process has added meanwhile
+            self._answer_all()
+            lock.unlink(missing_ok=True)  # nobody writes to a finished file
+
+    def _answer_all(self) -> None:
         path, answers = self.options.out, self.answers
-        self.todo, self.tokens, self.seconds = [], 0, 0.0
         if answers.finished:
             console.print(f"{path} is finished already")
             return

@@ -75,6 +75,20 @@ def check_writable(key: str, folder: pathlib.Path) -> None:
 
 
 @contextlib.contextmanager
+def exclusive(path: pathlib.Path, otherwise: str) -> Iterator[None]:
+    """Holds a lock, which is that file. Raises ConfigError, which says `otherwise`, where another process has it."""
+    lock = filelock.FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        raise ConfigError(otherwise) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextlib.contextmanager
 def locked(folder: pathlib.Path) -> Iterator[None]:
     """Makes the folder of a run, and keeps other processes out; what nothing was written to is removed again.
 
@@ -82,22 +96,16 @@ def locked(folder: pathlib.Path) -> Iterator[None]:
     """
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(folder / LOCK)
-    try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout:
-        raise ConfigError(
-            f"{folder}: another process is at work on this run: wait for it, or choose another run.name (or --out)"
-        ) from None
-    try:
-        yield
-    finally:
-        lock.release()
-        if made and {path.name for path in folder.iterdir()} <= {LOCK}:
-            (folder / LOCK).unlink(missing_ok=True)
-            with contextlib.suppress(OSError):  # of a folder that others have begun to use
-                for path in made:
-                    path.rmdir()
+    busy = f"{folder}: another process is at work on this run: wait for it, or choose another run.name (or --out)"
+    with exclusive(folder / LOCK, busy):
+        try:
+            yield
+        finally:
+            if made and {path.name for path in folder.iterdir()} <= {LOCK}:
+                (folder / LOCK).unlink(missing_ok=True)
+                with contextlib.suppress(OSError):  # of a folder that others have begun to use
+                    for path in made:
+                        path.rmdir()
 
 
 @contextlib.contextmanager

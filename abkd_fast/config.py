@@ -204,6 +204,15 @@ class SamplingConfig:
         _check_range(self, top_p=(0, 1), batch_size=(1, math.inf))
 
 
+ON_POLICY_READERS = {  # the methods that read each key of on_policy
+    "fraction": ("gkd",),
+    "replay_rows": ("imitkd", "gkd", "distillm"),
+    "threshold": ("distillm",),
+    "loss_margin": ("distillm",),
+    "schedule": ("distillm",),
+}
+
+
 @_section
 class OnPolicyConfig:
     """When imitkd, gkd and distillm train on responses that the student writes, and how those are replayed."""
@@ -223,13 +232,12 @@ class OnPolicyConfig:
 
     def check_method(self, method: str) -> None:
         """Raises ConfigError for values that would change nothing, since the method reads no such key."""
-        readers = {"fraction": ("gkd",), "replay_rows": ("imitkd", "gkd", "distillm")}
         for field in dataclasses.fields(self):
-            value, own = getattr(self, field.name), readers.get(field.name, ("distillm",))
-            if value != field.default and method not in own:
+            value, readers = getattr(self, field.name), ON_POLICY_READERS[field.name]
+            if value != field.default and method not in readers:
                 raise ConfigError(
                     f'on_policy.{field.name} is {value}, but method "{method}" has no such choice, only '
-                    f"{', '.join(own)}: leave it out",
+                    f"{', '.join(readers)}: leave it out",
                     f"on_policy.{field.name}",
                 )
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from . import models
+from . import decoding, models
 from .config import TrainConfig
 from .data import Batch
 from .fused_linear import choose_chunk_tokens
@@ -54,9 +54,12 @@ class ModelCost:
         self.body = sum(p.numel() for p in body.parameters() if p.dim() > 1 and id(p) not in lookups)
         self.vocab, self.width = head.shape
         self.head = head.numel()
+        self.projections = sum(module.weight.numel() for module in decoding.projections(outline))
         heads, layers = config.num_attention_heads, config.num_hidden_layers
         self.layers = layers
-        self.attention = layers * heads * (getattr(config, "head_dim", None) or self.width // heads)
+        head_dim = getattr(config, "head_dim", None) or self.width // heads
+        self.attention = layers * heads * head_dim
+        self.keys_and_values = 2 * layers * (getattr(config, "num_key_value_heads", None) or heads) * head_dim
 
     def body_flops(self, tokens: int, squares: int) -> int:
         """A forward pass over sequences of so many tokens, and so many squares of lengths, in all; causal attention."""
@@ -152,3 +155,24 @@ def memory(
     rows = choose_chunk_tokens(len(batch.labels), student.vocab, rows_of, logits, device)
     gradient = student.head * master if cost.adapter is None else 0
     yield "logits of a chunk and the projection's gradient", rows_of * rows * student.vocab * logits.itemsize + gradient
+
+
+def generation_memory(
+    writers: list[tuple[ModelCost, int | None]],
+    sequences: int,
+    length: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Iterator[tuple[str, int]]:
+    """How many bytes sampling takes besides its models, by what they hold.
+
+    Args:
+        writers: the models, each with the number of its adapter's weights (None: it has none, or a merged one).
+        sequences: in progress at a time.
+        length: of the longest prompt with its response, in tokens.
+    """
+    per_token = sum(cost.keys_and_values for cost, _ in writers)
+    yield f"keys and values of {sequences} sequences", sequences * length * per_token * dtype.itemsize
+    if decoding.rearranges(device, dtype):
+        copied = sum(cost.projections + (adapter or 0) for cost, adapter in writers)
+        yield "rearranged weights", copied * dtype.itemsize

@@ -190,6 +190,16 @@ def prepared(model: PackedCausalLM | PreTrainedModel) -> Iterator[PackedCausalLM
         inner.train(training)
 
 
+def projections(model: nn.Module) -> list[nn.Module]:
+    """The layers that are a product with a weight."""
+    return [module for module in model.modules() if type(module) in (nn.Linear, Conv1D)]
+
+
+def rearranges(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether products with weights of this type go through a copy of those."""
+    return device.type == "cpu" and dtype == torch.float32 and torch.backends.mkldnn.is_available()
+
+
 @contextlib.contextmanager
 def _fast_products(model: nn.Module) -> Iterator[None]:
     """On a CPU in float32: products with weights that oneDNN has rearranged, once, into a copy.
@@ -197,9 +207,8 @@ def _fast_products(model: nn.Module) -> Iterator[None]:
     Few rows cost half to a fifth of what they cost otherwise, and from two rows on, every row rounds alike in any
     company.
     """
-    layers = [module for module in model.modules() if type(module) in (nn.Linear, Conv1D)]
-    usable = torch.backends.mkldnn.is_available() and not torch.is_autocast_enabled("cpu")
-    layers = [x for x in layers if usable and x.weight.device.type == "cpu" and x.weight.dtype == torch.float32]
+    is_fast = not torch.is_autocast_enabled("cpu")
+    layers = [x for x in projections(model) if is_fast and rearranges(x.weight.device, x.weight.dtype)]
     try:
         for layer in layers:
             weight = layer.weight.T if isinstance(layer, Conv1D) else layer.weight  # [out, in]

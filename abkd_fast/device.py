@@ -7,17 +7,19 @@ import torch
 from .config import ConfigError
 
 
-def choose_device(wish: str) -> torch.device:
+def choose_device(wish: str, section: str = "") -> torch.device:
+    """Raises ConfigError, whose key is `device` behind its section, "train." in recipes, where there is no such one."""
     if wish == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("train.device is cuda, but PyTorch sees no GPU; use auto or cpu")
+        raise ConfigError(f"{section}device is cuda, but PyTorch sees no GPU; use auto or cpu")
     return torch.device("cuda" if wish != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def choose_dtype(wish: str, device: torch.device) -> torch.dtype:
+def choose_dtype(wish: str, device: torch.device, section: str = "") -> torch.dtype:
+    """Raises ConfigError, likewise, for a type that the device doesn't compute in here."""
     if wish == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     if wish in ("float32", "float64") and device.type == "cuda":
-        raise ConfigError(f"train.dtype is {wish}, but packed attention on a GPU computes in bfloat16")
+        raise ConfigError(f"{section}dtype is {wish}, but packed attention on a GPU computes in bfloat16")
     return getattr(torch, wish)
 
 

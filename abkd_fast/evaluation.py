@@ -17,12 +17,13 @@ from collections.abc import Iterable
 
 import torch
 from rich.table import Table
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from . import models, scoring
 from .answers import GrowingFile, answer, hash_weights
 from .checkpoint import WRITE_ERRORS, Interrupted, atomic_write, check_writable, locked
 from .config import SEEDS, ConfigError
-from .data import DEV, Row, encode_prompts, outputs_of, read_rows, references
+from .data import DEV, Row, encode_prompts, read_rows, references
 from .device import choose_device, choose_dtype
 from .logs import console
 from .sampling import SamplingSettings
@@ -73,9 +74,23 @@ class TestSet:
         return {"rows": len(self.prompts), "cut_prompts": self.cut, "content": hashlib.sha256(content).hexdigest()}
 
 
-def read_sets(sets: dict[str, str], rows: int | None = None) -> dict[str, list[Row]]:
-    """The rows of each set, by its name in the papers. Raises ConfigError where a set, or its name, can't be used."""
-    read = {}
+def read_sets(
+    sets: dict[str, str],
+    tokenizer: PreTrainedTokenizerBase,
+    config: PretrainedConfig,
+    protocol: Protocol,
+    rows: int | None = None,
+) -> list[TestSet]:
+    """The sets, in tokens, under their names in the papers.
+
+    Args:
+        sets: JSONL files by name.
+        config: of the model that is to answer.
+        rows: use only the first ones of each set.
+
+    Raises ConfigError where a set, its name, or a row can't be used.
+    """
+    read: dict[str, TestSet] = {}
     for key, source in sets.items():
         name = NAMES.get(key.lower(), key)
         if not name.strip(". ") or "/" in name or not name.isprintable() or len(name.encode()) > 200:
@@ -83,13 +98,30 @@ def read_sets(sets: dict[str, str], rows: int | None = None) -> dict[str, list[R
         if name in read:
             raise ConfigError(f"{key}: there are two sets called {name}")
         try:
-            read[name] = read_rows(source, rows, DEV, prompts_only=True)
-            for row in read[name]:
-                if "output_ids" not in row.values:
-                    outputs_of(row)
+            chosen = read_rows(source, rows, DEV, prompts_only=True)
+            prompts, cut = _encode(chosen, tokenizer, config, protocol)
+            read[name] = TestSet(name, source, prompts, references(chosen, tokenizer), cut)
         except ConfigError as error:
             raise ConfigError(f"{key}: {error}") from None
-    return read
+    return [*read.values()]
+
+
+def _encode(
+    rows: list[Row], tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, protocol: Protocol
+) -> tuple[list[list[int]], int]:
+    """Prompts in tokens, and how many of them are cut."""
+    begin = [tokenizer.bos_token_id] if protocol.begin_token else []
+    whole = [begin + prompt for prompt in encode_prompts(rows, tokenizer)]
+    limit = protocol.max_prompt_length
+    prompts = [prompt[:limit] for prompt in whole]
+    positions = getattr(config, "max_position_embeddings", math.inf)
+    for row, prompt in zip(rows, prompts, strict=True):
+        if len(prompt) >= positions:
+            raise ConfigError(
+                f"{row.where}: the prompt has {len(prompt)} tokens, and the model {positions} positions: no room for "
+                "an answer; lower max_prompt_length"
+            )
+    return prompts, sum(len(prompt) > limit for prompt in whole)
 
 
 class Evaluation:
@@ -132,8 +164,7 @@ class Evaluation:
             raise ConfigError("bos: the tokenizer has no begin token")
         self.protocol = protocol
         self.settings = dataclasses.replace(protocol.sampling, eos_token_ids=(self.tokenizer.eos_token_id,))
-        named = zip(sets.values(), read_sets(sets, rows).items(), strict=True)
-        self.sets = [self._encode(name, source, read) for source, (name, read) in named]
+        self.sets = read_sets(sets, self.tokenizer, self.config, protocol, rows)
         self.scores = {
             "model": model,
             "weights": hash_weights(self.spec, self.config),
@@ -143,21 +174,6 @@ class Evaluation:
         self._take_over()
         if self._todo():
             check_writable("out", out)
-
-    def _encode(self, name: str, source: str, rows: list[Row]) -> TestSet:
-        begin = [self.tokenizer.bos_token_id] if self.protocol.begin_token else []
-        whole = [begin + prompt for prompt in encode_prompts(rows, self.tokenizer)]
-        limit = self.protocol.max_prompt_length
-        prompts = [prompt[:limit] for prompt in whole]
-        positions = getattr(self.config, "max_position_embeddings", math.inf)
-        for row, prompt in zip(rows, prompts, strict=True):
-            if len(prompt) >= positions:
-                raise ConfigError(
-                    f"{row.where}: the prompt has {len(prompt)} tokens, and the model {positions} positions: no room "
-                    "for an answer; lower max_prompt_length"
-                )
-        cut = sum(len(prompt) > limit for prompt in whole)
-        return TestSet(name, source, prompts, references(rows, self.tokenizer), cut)
 
     def _file(self, name: str, seed: int) -> pathlib.Path:
         return self.out / f"{name}.seed{seed}.jsonl"

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import argparse
 import pathlib
-import shlex
 import sys
 
 from .config import ConfigError
-from .train import INTERRUPTED
+from .train import interrupted
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -27,20 +26,13 @@ def main(arguments: list[str] | None = None) -> int:
         try:
             Generation(options, spec_of(options.model)).run()
         except Interrupted as interruption:
-            return _interrupted(str(interruption), arguments)
+            return interrupted(str(interruption), "abkd_fast.generate", arguments)
     except KeyboardInterrupt:  # outside of sampling, which handles signals itself: while models load, above all
-        return _interrupted("interrupted", arguments)
+        return interrupted("interrupted", "abkd_fast.generate", arguments)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
-
-
-def _interrupted(reason: str, arguments: list[str]) -> int:
-    """Prints the command that continues."""
-    command = shlex.join([sys.executable, "-m", "abkd_fast.generate", *arguments])
-    print(f"{reason}; continue with:\n{command}", file=sys.stderr)
-    return INTERRUPTED
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -200,7 +200,7 @@ def load(
     A student's adapter is attached, and it alone is trained; others are merged.
     """
     for name in ATTENTION_DROPOUT:
-        if getattr(config, name, 0) and not attention.supports_dropout(device):
+        if key == "student" and getattr(config, name, 0) and not attention.supports_dropout(device):
             logging.getLogger("abkd_fast").warning(
                 f"{key}: {name} is {getattr(config, name)}, but PyTorch's attention has no dropout on a GPU; it is set "
                 "to 0 (install flash-attn to keep it)"

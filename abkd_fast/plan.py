@@ -58,7 +58,26 @@ def _memory(trainer: Trainer, cached: bool) -> Iterator[str]:
     batch = max(step, key=lambda part: part.tokens)
     cost = trainer.step_cost(cached)
     parts = dict(costs.memory(cost, trainer.student_config, batch, trainer.config.train, trainer.dtype, trainer.device))
-    details = ", ".join(f"{name} {size(number)}" for name, number in parts.items())
-    yield f"  memory     about {size(sum(parts.values()))} with micro-batches of {batch.tokens} tokens: {details}"
+    details, total = _list(parts), sum(parts.values())
+    if trainer.is_on_policy:
+        generation = dict(_generation_memory(trainer, cost))
+        *_, activations, logits = parts.values()
+        total += max(0, sum(generation.values()) - activations - logits)
+        details += f"; while it generates, instead of the last two, {_list(generation)}"
+    yield f"  memory     about {size(total)} with micro-batches of {batch.tokens} tokens: {details}"
     work = sum(cost.flops(part.samples, not part.is_text) for part in step) / trainer.config.train.batch_size
     yield f"  work       {work / 1e9:.3g} GFLOP a sample"
+
+
+def _generation_memory(trainer: Trainer, cost: costs.StepCost) -> Iterator[tuple[str, int]]:
+    """Of the longest prompts, answered as long as may be."""
+    data, sampling, method = trainer.config.data, trainer.config.sampling, trainer.method
+    models = {"student": (cost.student, cost.adapter), "teacher": (cost.teacher, None)}
+    length = min(max(trainer.train_set["prompt_length"][:]) + sampling.max_new_tokens, data.max_length)
+    sequences = min(sampling.batch_size, method.responses_at_once)
+    writers = [models[role] for role in method.writers]
+    return costs.generation_memory(writers, sequences, length, trainer.dtype, trainer.device)
+
+
+def _list(parts: dict[str, int]) -> str:
+    return ", ".join(f"{name} {size(number)}" for name, number in parts.items())

@@ -10,9 +10,10 @@ import math
 import pathlib
 import types
 import typing
+from collections.abc import Iterable
 from typing import Any, Literal
 
-from .config import Config, ConfigError, nearest
+from .config import ON_POLICY_READERS, Config, ConfigError, nearest
 
 RECIPES = pathlib.Path(__file__).parent / "recipes"
 
@@ -26,6 +27,8 @@ class Layer(typing.NamedTuple):
 
 def load(name_or_path: str, overrides: list[str] = ()) -> list[Config]:
     """The stages of a recipe (one, unless it lists several), on top of its bases, with overrides applied.
+
+    A key of `on_policy` that stages share is taken by those whose methods read it, and refused where none does.
 
     Args:
         name_or_path: a JSON file, or the name of a packaged recipe, with or without ".json".
@@ -44,11 +47,31 @@ def load(name_or_path: str, overrides: list[str] = ()) -> list[Config]:
     shared += changes[""]
     if stages is None:
         return [_configure(shared, name_or_path)]
-    configs = []
-    for name, own in stages.items():
-        place = f"{name_or_path} stage {name}"
-        configs.append(_configure([*shared, *own, Layer(place, {"run": {"stage": name}}), *changes[name]], place))
-    return configs
+    places = {name: f"{name_or_path} stage {name}" for name in stages}
+    layers = {
+        name: [*own, Layer(places[name], {"run": {"stage": name}}), *changes[name]] for name, own in stages.items()
+    }
+    methods = {name: _merged([*shared, *own]).get("method") or Config.method for name, own in layers.items()}
+    return [
+        _configure([*_for_method(shared, methods[name], methods.values()), *own], places[name])
+        for name, own in layers.items()
+    ]
+
+
+def _for_method(shared: list[Layer], method: str, methods: Iterable[str]) -> list[Layer]:
+    """What stages share, without keys of on_policy that another one of their methods reads, but not this one."""
+    foreign = {
+        key
+        for key, readers in ON_POLICY_READERS.items()
+        if method not in readers and any(other in readers for other in methods)
+    }
+    layers = []
+    for place, values in shared:
+        if isinstance(section := values.get("on_policy"), dict):
+            own = {key: value for key, value in section.items() if key not in foreign}
+            values = {**values, "on_policy": own}
+        layers.append(Layer(place, values))
+    return layers
 
 
 def _read_with_bases(name_or_path: str) -> list[Layer]:
@@ -164,10 +187,14 @@ def _parse_override(override: str, stages: dict | None) -> tuple[str, Layer]:
 def _configure(layers: list[Layer], otherwise: str) -> Config:
     """The layers on top of each other. A message names the one that has the key at fault, or `otherwise`."""
     try:
-        return _build(Config, functools.reduce(_merge, (layer.values for layer in layers)))
+        return _build(Config, _merged(layers))
     except ConfigError as error:
         place = next((layer.place for layer in reversed(layers) if _has(layer.values, error.key)), otherwise)
         raise ConfigError(f"{place}: {error}") from None
+
+
+def _merged(layers: list[Layer]) -> dict:
+    return functools.reduce(_merge, (layer.values for layer in layers))
 
 
 def _merge(base: dict, over: dict) -> dict:

@@ -15,6 +15,7 @@ from rich.table import Table
 from . import answers, checkpoint, models, pretrain, results
 from .config import Config, ConfigError, ModelConfig
 from .data import DEV, TRAIN, read_rows
+from .device import choose_device, choose_dtype
 from .evaluation import Evaluation, Protocol, read_sets
 from .logs import console
 from .methods import WITHOUT_TEACHER
@@ -82,15 +83,19 @@ def _conclude(stages: list[Config], summaries: list[dict]) -> None:
 
 def _evaluate(config: Config) -> Evaluation:
     """Scores the result on test sets, with what the recipe leaves open as in the papers; what is there stays."""
-    evaluated, data, folder = config.eval, config.data, config.run.folder
+    evaluated, folder = config.eval, config.run.folder
+    arguments = str(folder / "final"), evaluated.sets, folder / "eval", evaluated.seeds, _protocol(config)
+    evaluation = Evaluation(*arguments, device=config.train.device, dtype=config.train.dtype)
+    evaluation.run()
+    return evaluation
+
+
+def _protocol(config: Config) -> Protocol:
+    evaluated = config.eval
     sampling = SamplingSettings(
         max_new_tokens=evaluated.max_new_tokens, no_repeat_ngram_size=evaluated.no_repeat_ngram_size
     )
-    protocol = Protocol(sampling=sampling, max_prompt_length=min(256, data.max_length - 1))
-    places = {"device": config.train.device, "dtype": config.train.dtype}
-    evaluation = Evaluation(str(folder / "final"), evaluated.sets, folder / "eval", evaluated.seeds, protocol, **places)
-    evaluation.run()
-    return evaluation
+    return Protocol(sampling=sampling, max_prompt_length=min(256, config.data.max_length - 1))
 
 
 def plan(stages: list[Config], resume: bool = False) -> None:
@@ -130,7 +135,8 @@ def _as_begun(spec: ModelConfig, students: dict[str, ModelConfig]) -> ModelConfi
 
 
 def _check(config: Config, earlier: dict[str, Config]) -> None:
-    """Raises ConfigError for rows, models and references to stages that can't be used, before anything is trained."""
+    """Raises ConfigError for what can't be used, before anything is trained: devices, models, references, rows."""
+    choose_dtype(config.train.dtype, choose_device(config.train.device, "train."), "train.")
     for role, spec in _models(config).items():
         if spec.has_adapter and spec.path is None:
             raise ConfigError(
@@ -141,10 +147,8 @@ def _check(config: Config, earlier: dict[str, Config]) -> None:
         if "path" not in spec.stages:
             models.read_config(dataclasses.replace(spec, adapter=None) if "adapter" in spec.stages else spec, role)
     _check_rows(config, earlier)
-    try:
-        read_sets(config.eval.sets or {})
-    except ConfigError as error:
-        raise ConfigError(f"eval.sets.{error}") from None
+    if config.eval.sets and config.method != "generate":
+        _check_sets(config, earlier)
     if config.data.adds_text:
         pretrain.check_source(config.data.pretrain.path)
 
@@ -163,6 +167,22 @@ def _check_rows(config: Config, earlier: dict[str, Config]) -> None:
                 read_rows(source, getattr(data, f"{key}_rows"), split, prompts_only=config.method == "generate")
             except ConfigError as error:
                 raise ConfigError(f"data.{key}: {error}") from None
+
+
+def _check_sets(config: Config, earlier: dict[str, Config]) -> None:
+    """Raises ConfigError for test sets that the result of this stage could not answer."""
+    chain = [config]  # back to the stage whose student is no other stage's result
+    while "path" in chain[-1].student.stages:
+        chain.append(earlier[chain[-1].student.stages["path"]])
+    named = next((stage for stage in chain if stage.tokenizer), chain[-1])
+    source, key = (named.tokenizer, "tokenizer") if named.tokenizer else (named.student.path, "student.path")
+    tokenizer = models.read_tokenizer(source, key)
+    student = models.read_config(dataclasses.replace(chain[-1].student, adapter=None, lora=None), "student")
+    models.check_length(student, "student", config.data.max_length)  # which prompts are cut to
+    try:
+        read_sets(config.eval.sets, tokenizer, student, _protocol(config))
+    except ConfigError as error:
+        raise ConfigError(f"eval.sets.{error}") from None
 
 
 def _check_reference(where: str, key: str, name: str, spec: ModelConfig, earlier: dict[str, Config]) -> None:

@@ -51,6 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parser.parse_args(arguments)
+    continuing = "abkd_fast.train", arguments if options.resume else [*arguments, "--resume"]
     try:
         stages = load(options.config, options.overrides)
         from .checkpoint import Interrupted  # after the configuration is known to be good: this loads PyTorch
@@ -59,9 +60,9 @@ def main(arguments: list[str] | None = None) -> int:
         try:
             (plan if options.dry_run else run)(stages, options.resume)
         except Interrupted as interruption:
-            return _interrupted(str(interruption), arguments)
+            return interrupted(str(interruption), *continuing)
     except KeyboardInterrupt:  # outside of the loop, which handles signals itself: while models load, above all
-        return _interrupted("interrupted", arguments)
+        return interrupted("interrupted", *continuing)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -71,10 +72,10 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _interrupted(reason: str, arguments: list[str]) -> int:
-    """Prints the command that continues."""
-    command = [sys.executable, "-m", "abkd_fast.train", *arguments, *([] if "--resume" in arguments else ["--resume"])]
-    print(f"{reason}; continue with:\n{shlex.join(command)}", file=sys.stderr)
+def interrupted(reason: str, module: str, arguments: list[str]) -> int:
+    """Prints the command that continues, `python -m MODULE ARGUMENTS`; returns the exit status that goes with it."""
+    command = shlex.join([sys.executable, "-m", module, *arguments])
+    print(f"{reason}; continue with:\n{command}", file=sys.stderr)
     return INTERRUPTED
 
 

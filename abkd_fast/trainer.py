@@ -35,8 +35,8 @@ class Trainer:
         With `resume`, the run goes on from its newest checkpoint, or from the start where it has none.
         """
         self.config, self.resume = config, resume
-        self.device = choose_device(config.train.device)
-        self.dtype = choose_dtype(config.train.dtype, self.device)
+        self.device = choose_device(config.train.device, "train.")
+        self.dtype = choose_dtype(config.train.dtype, self.device, "train.")
         self.method = methods.find(config.method)(config)
         checkpoint.check_folder(config.run.folder, resume)
         check_wandb(config.log.wandb)

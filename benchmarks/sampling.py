@@ -9,6 +9,7 @@ as make one that likely. Tables go to the terminal, JSON to --out.
 from __future__ import annotations
 
 import argparse
+import itertools
 import pathlib
 import random
 
@@ -26,6 +27,13 @@ PAPERS_BATCH, PAPERS_PROMPT = 8, 256
 QUICK = {"prompts": 6, "new_tokens": 8, "batch_size": 4, "width": 32, "layers": 2, "vocab": 1009}
 
 
+def prompt_lengths(count: int, generator: random.Random) -> list[int]:
+    """In tokens, as Dolly's are distributed: between two quantiles each."""
+    places = [generator.uniform(0, len(PROMPT_LENGTHS) - 1) for _ in range(count)]
+    pairs = [*itertools.pairwise((*PROMPT_LENGTHS, PROMPT_LENGTHS[-1]))]
+    return [round(low + (high - low) * (place % 1)) for place in places for low, high in [pairs[int(place)]]]
+
+
 class Benchmark:
     def __init__(self, options: argparse.Namespace) -> None:
         self.options, self.device = options, torch.device(options.device)
@@ -40,15 +48,8 @@ class Benchmark:
         )
         self.model = AutoModelForCausalLM.from_config(config).to(self.device).eval()
         generator = random.Random(0)
-        lengths = [self.length(generator.uniform(0, len(PROMPT_LENGTHS) - 1)) for _ in range(options.prompts)]
+        lengths = prompt_lengths(options.prompts, generator)
         self.prompts = [[generator.randrange(options.vocab) for _ in range(length)] for length in lengths]
-
-    @staticmethod
-    def length(place: float) -> int:
-        """Between two quantiles."""
-        low = PROMPT_LENGTHS[int(place)]
-        high = PROMPT_LENGTHS[min(int(place) + 1, len(PROMPT_LENGTHS) - 1)]
-        return round(low + (high - low) * (place % 1))
 
     def ours(self, eos: tuple[int, ...]) -> list[int]:
         settings = SamplingSettings(max_new_tokens=self.options.new_tokens, eos_token_ids=eos)

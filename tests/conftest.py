@@ -16,6 +16,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test asks the Hub
 import datasets
 import torch
 
+pytest.register_assert_rewrite("runs")  # its comparisons explain themselves, as those of tests do
+
 # A folder with real data and tokenizers beside the checkout; tests that want it skip where it is not.
 SHARED = pathlib.Path(os.environ.get("ABKD_TEST_DATA", pathlib.Path(__file__).parents[2] / "shared"))
 
@@ -40,6 +42,16 @@ def cache_folder(tmp_path, tmp_path_factory, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
     monkeypatch.setenv("ABKD_CACHE", str(folder))
     return folder
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory):
+    """A small run that went through at once."""
+    from runs import Run
+
+    run = Run(tmp_path_factory.mktemp("undisturbed"))
+    assert run() == 0
+    return run
 
 
 @pytest.fixture

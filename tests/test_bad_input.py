@@ -11,6 +11,8 @@ from tokenizers import models as tokenizer_models
 from transformers import AutoConfig, PreTrainedTokenizerFast
 
 from abkd_fast import models, tasks
+from abkd_fast.config import ConfigError
+from abkd_fast.device import choose_dtype
 from abkd_fast.train import main
 
 SMALL = {**LLAMA, "vocab_size": 1024, "eos_token_id": 0, "bos_token_id": 0}
@@ -173,6 +175,10 @@ CASES = {
     ),
     "unknown cache mode": case('cache.mode is "ram", expected one of off, auto, memory, disk', cache={"mode": "ram"}),
     "unknown type of number": case('train.dtype is "float8", expected one of auto,', sets=["train.dtype=float8"]),
+    "no GPU": case("train.device is cuda, but PyTorch sees no GPU", sets=["train.device=cuda"]),
+    "no GPU for a later stage": case(
+        "train.device is cuda, but PyTorch sees no GPU", stages=STAGES, sets=["two:train.device=cuda"]
+    ),
     "unknown device": case('train.device is "gpu", expected one of auto, cpu, cuda', sets=["train.device=gpu"]),
     "unknown selection": case('eval.select is "best", expected one of last, dev_loss', sets=["eval.select=best"]),
     # Contradictions
@@ -508,6 +514,7 @@ def test_one_line_and_status_2(tmp_path, monkeypatch, capsys, model_folders, nam
         text = json.dumps(content) if isinstance(content, dict) else content
         path.write_bytes(text.encode() if isinstance(text, str) else text)
     monkeypatch.setattr(models, "load", lambda *arguments: pytest.fail("weights are loaded"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     options = [part for override in sets for part in ("--set", override)]
     assert main(["--config", "recipe.json", *options, *arguments]) == 2
@@ -517,3 +524,9 @@ def test_one_line_and_status_2(tmp_path, monkeypatch, capsys, model_folders, nam
     for word in words:
         assert word in output.err
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_type_that_a_gpu_does_not_compute_in():
+    for section in ("train.", ""):  # of a recipe, and of a command's option
+        with pytest.raises(ConfigError, match=f"^{section}dtype is float32, but packed attention on a GPU"):
+            choose_dtype("float32", torch.device("cuda"), section)

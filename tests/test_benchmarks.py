@@ -272,6 +272,20 @@ def test_sampling_quick(tmp_path):
     assert {row["tokens"] for row in content["sections"]["full"][0]["rows"]} == {48}
 
 
+def test_evaluation_quick(tmp_path):
+    run("evaluation.py", "--quick", "--out", tmp_path)
+    content = json.loads((tmp_path / "evaluation.json").read_text())
+    tables = {section: table["rows"] for section, (table,) in content["sections"].items()}
+    assert tables.keys() == {"time", "scores", "scoring"}
+    ours, published = tables["time"]
+    assert published["ratio"] == published["seconds"] / ours["seconds"]
+    # Responses of at most 8 words, some of which are the end token.
+    assert all(4 < row["words"] < 8 for row in (ours, published))
+    a, b, difference = tables["scores"]
+    assert difference["rouge_l"] == pytest.approx(a["rouge_l"] - b["rouge_l"])
+    assert difference["ratio"] == pytest.approx(abs(difference["rouge_l"]) / difference["error"])
+
+
 @pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
 def test_gpu_script_says_what_is_missing(tmp_path):
     (tmp_path / "dirname").symlink_to(shutil.which("dirname"))

@@ -6,9 +6,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig
 
-from abkd_fast import costs
+from abkd_fast import costs, decoding
 from abkd_fast.config import TrainConfig
 from abkd_fast.data import pack
+from abkd_fast.sampling import SamplingSettings, sample, sample_mixture
 
 QWEN3 = {**LLAMA, "model_type": "qwen3", "head_dim": 16}
 CPU = torch.device("cpu")
@@ -78,3 +79,32 @@ def test_memory_by_what_holds_it():
     assert adapter["student's weights"] == 400 + 2 * cost.parameters
     assert adapter["gradients and optimizer"] == 1200
     assert "teacher" not in adapter
+
+
+@pytest.mark.parametrize("teacher", [None, GPT2], ids=["student", "mixture"])
+@pytest.mark.parametrize("config", [GPT2, LLAMA, QWEN3], ids=["gpt2", "llama-gqa", "qwen3"])
+def test_memory_of_generation_is_what_it_takes(monkeypatch, config, teacher):
+    held = []
+
+    class Noted(decoding.Decoder):
+        def _logits(self, states):
+            if len(held) < len(models):  # the first step of each: nothing grows later
+                copied = sum(x.weight.nbytes for x in self.model.modules() if "forward" in vars(x))
+                held.append((sum(x.nbytes for x in (*self.keys, *self.values)), copied))
+            return super()._logits(states)
+
+    monkeypatch.setattr("abkd_fast.sampling.Decoder", Noted)
+    models = [build(each, torch.float32) for each in (config, teacher) if each]
+    prompts = [sample["input_ids"] for sample in samples([9, 30, 4])]
+    settings = SamplingSettings(max_new_tokens=20, max_length=45)
+    if teacher:
+        sample_mixture(*models, 0.2, prompts, settings, [0, 1, 2], batch_size=2)
+    else:
+        sample(*models, prompts, settings, [0, 1, 2], batch_size=2)
+    writers = [(costs.ModelCost(model.model.config), None) for model in models]
+    parts = dict(costs.generation_memory(writers, 2, 45, torch.float32, CPU))
+    cached, copied = map(sum, zip(*held, strict=True))
+    expected = {"keys and values of 2 sequences": cached, "rearranged weights": copied}
+    assert parts == {name: number for name, number in expected.items() if number}
+    in_16_bits = dict(costs.generation_memory(writers, 2, 45, torch.bfloat16, CPU))
+    assert in_16_bits == {"keys and values of 2 sequences": cached // 2}

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_resume import Run, poison
+from runs import Run, poison
 from transformers import AutoTokenizer
 
 from abkd_fast import tasks

@@ -269,12 +269,13 @@ BAD = {
     "negative seed": (["--seeds=-1"], "seeds: -1: expected a whole number from 0"),
     "no out": (["--model", "model"], "out: missing, and model is no run's folder final/"),
     "no tokenizer": (["--model", "bare", "--out", "out"], "model: bare is a folder without a tokenizer"),
+    "no GPU": (["--device", "cuda"], "device is cuda, but PyTorch sees no GPU"),
     "rows": (["--rows", "0"], "rows is 0, expected at least 1"),
     "temperature": (["--temperature", "-1"], "temperature is -1.0, expected at least 0"),
     "prompt length": (["--max-prompt-length", "0"], "max_prompt_length is 0, expected at least 1"),
     "no room": (
         ["--data", "mine=long.jsonl"],
-        "long.jsonl line 1: the prompt has 256 tokens, and the model 128 positions: no room for an answer",
+        "mine: long.jsonl line 1: the prompt has 256 tokens, and the model 128 positions: no room for an answer",
     ),
     "no begin token": (["--bos"], "bos: the tokenizer has no begin token"),
     "lonely adapter": (["--model", "adapter"], "model: adapter/adapter_config.json names no base model"),
@@ -298,6 +299,7 @@ def test_bad_input_is_one_line_and_status_2(model_folder, write_jsonl, tmp_path,
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
     monkeypatch.setattr(evaluation.models, "load", lambda *_: pytest.fail("weights are loaded"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     defaults = {"--model": ["model"], "--data": ["dolly=quickstart:dev"], "--out": ["out"]}
     if name == "no out":
         del defaults["--out"]
@@ -440,6 +442,37 @@ def test_bad_recipes(recipe, tmp_path, capsys, override, message):
     assert message in error
     assert error.count("\n") == 1
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("row", "override", "message"),
+    [
+        ({"prompt": "", "output": "x"}, "two:run.seed=10", "line 2: the prompt is empty: nothing predicts"),
+        (
+            {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]},
+            "two:tokenizer=quickstart",
+            "line 2: has messages, but the tokenizer has no chat template",
+        ),
+        (ROWS[1], "two:data.max_length=200", "data.max_length is 200, but the student has 128 positions; lower it"),
+    ],
+)
+def test_rows_of_test_sets_are_checked_before_the_first_stage(
+    recipe, write_jsonl, tmp_path, capsys, monkeypatch, row, override, message
+):
+    sets = {"mine": write_jsonl([ROWS[0], row], "mine.jsonl")}
+    arguments = recipe(override, sets=None)
+    values = json.loads((tmp_path / "recipe.json").read_text())
+    values["stages"] = {"one": {}, "between": {"student": {"path": "stage:one", "config": None}, "tokenizer": None}}
+    values["stages"]["two"] = {
+        "student": {"path": "stage:between", "config": None},
+        "tokenizer": None,  # as the stages before have it
+        "eval": {"sets": sets},
+    }
+    (tmp_path / "recipe.json").write_text(json.dumps(values))
+    monkeypatch.setattr(evaluation.models, "load", lambda *_: pytest.fail("weights are loaded"))
+    for more in ((), ("--dry-run",)):
+        assert train.main([*arguments, *more]) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_selection_by_rouge_l_needs_it(recipe, capsys):

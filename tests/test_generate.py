@@ -2,14 +2,18 @@ import json
 import signal
 
 import pytest
+import torch
 from conftest import LLAMA
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from abkd_fast import answers, generate, tasks
 from abkd_fast.answers import Answers
+from abkd_fast.checkpoint import exclusive
 from abkd_fast.data import encode_prompts, read_rows, tokenise
 from abkd_fast.generate import main
+from abkd_fast.models import spec_of
 from abkd_fast.sampling import SamplingSettings, sample
+from abkd_fast.train import INTERRUPTED
 
 
 @pytest.fixture
@@ -32,6 +36,11 @@ def command(model_folder, tmp_path):
         return [*arguments, "--max-new-tokens", "9", "--device", "cpu", *more]
 
     return make
+
+
+def generation(arguments):
+    options = generate._parser().parse_args(arguments)
+    return answers.Generation(options, spec_of(options.model))
 
 
 def answers_of(tmp_path):
@@ -77,7 +86,7 @@ def test_interrupted_command_continues_to_the_same_file(command, tmp_path, capsy
             signal.raise_signal(signal.SIGTERM)
 
     monkeypatch.setattr(Answers, "add", add_and_be_stopped)
-    assert main(command("--batch-size", "2")) == generate.INTERRUPTED
+    assert main(command("--batch-size", "2")) == INTERRUPTED
     error = capsys.readouterr().err
     assert "SIGTERM after 5 of 12 answers, which are kept; continue with:\n" in error
     assert "-m abkd_fast.generate --model" in error
@@ -89,6 +98,24 @@ def test_interrupted_command_continues_to_the_same_file(command, tmp_path, capsy
     assert main(command("--batch-size", "5")) == 0
     assert "7 of 12 prompts to answer" in capsys.readouterr().out
     assert path.read_bytes() == undisturbed
+
+
+def test_one_process_at_a_time(command, tmp_path, capsys, monkeypatch):
+    path = tmp_path / "answers.jsonl"
+    first = generation(command())  # it has looked at the file before the second one began
+    with exclusive(tmp_path / "answers.jsonl.lock", "not busy"):
+        assert main(command()) == 2
+        assert capsys.readouterr().err == (
+            f"error: out: another process is writing {path}: wait for it, or choose another\n"
+        )
+        assert not path.exists()
+    assert main(command()) == 0
+    written = path.read_bytes()
+    monkeypatch.setattr(answers.models, "load", lambda *_: pytest.fail("weights are loaded for nothing"))
+    first.run()
+    assert "is finished already" in capsys.readouterr().out
+    assert path.read_bytes() == written
+    assert sorted(file.name for file in tmp_path.glob("answers*")) == ["answers.jsonl", "answers.jsonl.settings.json"]
 
 
 def test_interrupt_outside_of_sampling(command, capsys, monkeypatch):
@@ -153,14 +180,16 @@ BAD = {
     "no folder": (["--out", "nowhere/answers.jsonl"], "out: nowhere is not a folder that can be written to"),
     "temperature": (["--temperature", "-1"], "temperature is -1.0, expected at least 0"),
     "batch size": (["--batch-size", "0"], "batch_size is 0, expected at least 1"),
+    "no GPU": (["--device", "cuda"], "device is cuda, but PyTorch sees no GPU"),
     "rows": (["--rows", "0"], "rows is 0, expected at least 1"),
     "tokenizer": (["--tokenizer", "./no/such/thing"], "tokenizer: ./no/such/thing: no tokenizer there"),
 }
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_input_is_one_line_and_status_2(command, tmp_path, capsys, name):
+def test_bad_input_is_one_line_and_status_2(command, tmp_path, capsys, monkeypatch, name):
     arguments, message = BAD[name]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert main(command(*arguments)) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"error: {message}")

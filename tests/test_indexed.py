@@ -4,7 +4,7 @@ import pathlib
 
 import numpy as np
 import pytest
-from test_resume import Run, assert_same
+from runs import Run, assert_same
 
 from abkd_fast import indexed, tasks
 from abkd_fast.cache import hash_samples

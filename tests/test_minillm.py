@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import GPT2, LLAMA
-from test_resume import Run, assert_same, at_step, send
+from runs import Run, assert_same, at_step, send
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from abkd_fast import fused_linear, fused_linear_policy_gradient, ops, tasks

@@ -145,9 +145,38 @@ def test_check_notices_lost_boundaries(monkeypatch):
         model.check()
 
 
+@pytest.mark.parametrize("dim", [100, 104, 3])
+def test_heads_in_multiples_of_8(dim):
+    """What a GPU's kernel sees is padded, what it gives is not; gradients too."""
+    q, k, v = (torch.randn(2, 7, dim, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    seen = []
+
+    def kernel(q, k, v):
+        seen.append(q.shape[-1])
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=dim**-0.5)
+
+    expected = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    result = attention._in_multiples_of_8(kernel, q, k, v)
+    assert seen == [-(-dim // 8) * 8]
+    torch.testing.assert_close(result, expected, rtol=1e-13, atol=1e-13)
+    upstream = torch.randn_like(expected)
+    for ours, theirs in zip(*(torch.autograd.grad(x, (q, k, v), upstream) for x in (result, expected)), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
 def test_dropout_setting_reaches_the_model():
     config = models.read_config(ModelConfig(config=GPT2, dropout=0.25), "student")
     assert (config.attn_pdrop, config.resid_pdrop, config.embd_pdrop) == (0.25, 0.25, 0.25)
+
+
+def test_only_what_is_trained_loses_its_attention_dropout(monkeypatch, caplog):
+    monkeypatch.setattr(attention, "supports_dropout", lambda device: False)
+    spec = ModelConfig(config={**LLAMA, "attention_dropout": 0.1})
+    for key, dropout, warnings in (("model", 0.1, 0), ("teacher", 0.1, 0), ("student", 0.0, 1)):
+        config = models.read_config(spec, key)
+        models.load(spec, config, key, torch.float32, CPU)
+        assert (config.attention_dropout, len(caplog.records)) == (dropout, warnings)
+    assert "student: attention_dropout is 0.1, but" in caplog.text
 
 
 def test_saved_model_generates(tmp_path):

@@ -11,13 +11,14 @@ import peft
 import pytest
 import torch
 from conftest import LLAMA
-from test_resume import Killed, Run, assert_same, at_step, crash, poison, send
+from runs import Killed, Run, assert_same, at_step, crash, poison, send
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from abkd_fast import generate, methods, rollouts, sampling, tasks
 from abkd_fast.answers import Answers
 from abkd_fast.config import ConfigError
 from abkd_fast.data import pack, read_rows, tokenise
+from abkd_fast.logs import size
 from abkd_fast.methods.distillm import DistiLLM
 from abkd_fast.methods.replay import ReplayBuffer
 from abkd_fast.recipe import load
@@ -61,6 +62,18 @@ def trainer_of(run):
     trainer = Trainer(load(run.arguments[1], run.arguments[3::2])[0])
     trainer._load()
     return trainer
+
+
+def test_dry_run_counts_the_memory_of_generation(make, capsys, monkeypatch):
+    run = make("gkd", "data.max_length=128")
+    assert run("--dry-run") == 0
+    longest = max(trainer_of(run).train_set["prompt_length"][:]) + 6
+    held = 4 * longest * 2 * 2 * 2 * 4 * 4  # sequences, tokens, keys and values, layers, key heads, their width, bytes
+    out = capsys.readouterr().out
+    assert f"while it generates, instead of the last two, keys and values of 4 sequences {size(held)}" in out
+    monkeypatch.setattr("abkd_fast.costs.generation_memory", lambda *_: [("keys", 8 * 10**12)])
+    assert run("--dry-run") == 0
+    assert "memory     about 8000.0 GB with" in capsys.readouterr().out
 
 
 # Labels and losses

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import GPT2
-from test_resume import Killed, Run, assert_same, at_step, crash, poison
+from runs import Killed, Run, assert_same, at_step, crash, poison
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from abkd_fast import pretrain, tasks, trainer

@@ -6,6 +6,7 @@ import re
 import pytest
 from transformers import AutoConfig
 
+from abkd_fast.config import ConfigError, OnPolicyConfig
 from abkd_fast.recipe import RECIPES, load
 
 GOOD = {
@@ -56,6 +57,33 @@ def test_stages_merge_and_take_their_own_overrides(write):
     one, two = load(recipe, ["teacher.path=x", "optim.eps=1e-7", "one:optim.eps=1e-5"])
     assert (one.teacher.path, two.teacher.path) == ("x", "stage:one")
     assert (one.optim.eps, two.optim.eps) == (1e-5, 1e-7)
+
+
+def test_shared_values_of_on_policy_reach_the_stages_that_read_them(write):
+    stages = {"teacher": {"method": "sft"}, "gkd": {"method": "gkd"}, "distillm": {"method": "distillm"}}
+    shared = {**GOOD, "on_policy": {"loss_margin": 0.3}, "data": {"train": "x", "dev": "y"}}
+    recipe = write({**shared, "stages": stages})
+    overrides = ["on_policy.fraction=0.2", "on_policy.replay_rows=500", "distillm:on_policy.threshold=0.1"]
+    teacher, gkd, distillm = (config.on_policy for config in load(recipe, overrides))
+    assert teacher == OnPolicyConfig()
+    assert gkd == OnPolicyConfig(fraction=0.2, replay_rows=500)
+    assert distillm == OnPolicyConfig(replay_rows=500, loss_margin=0.3, threshold=0.1)
+    refused = {
+        ("imitkd:on_policy.fraction=0.2",): 'no stage "imitkd"',
+        (
+            "gkd:on_policy.threshold=0.2",
+        ): '--set gkd:on_policy.threshold=0.2: on_policy.threshold is 0.2, but method "gkd"',
+        ("on_policy.fraction=2",): "--set on_policy.fraction=2: on_policy.fraction is 2.0, expected at least 0",
+        (
+            "on_policy.fracton=0.2",
+        ): "--set on_policy.fracton=0.2: on_policy.fracton: unknown key; did you mean fraction?",
+        ("gkd:method=kd", "on_policy.fraction=0.2"): (
+            '--set on_policy.fraction=0.2: on_policy.fraction is 0.2, but method "sft" has no such choice, only gkd'
+        ),
+    }
+    for overrides, message in refused.items():
+        with pytest.raises(ConfigError, match=re.escape(message)):
+            load(recipe, [*overrides])
 
 
 def test_recipe_states_only_what_differs_from_its_bases(write):

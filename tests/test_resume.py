@@ -1,7 +1,6 @@
 """An interrupted run, resumed, is the undisturbed one: weights to the last bit, log and summary too."""
 
 import contextlib
-import copy
 import errno
 import json
 import multiprocessing
@@ -16,94 +15,14 @@ import time
 
 import pytest
 import torch
-from conftest import LLAMA
-from safetensors import safe_open
-from safetensors.torch import load_file
+from runs import GPT2, TIED, Killed, Run, assert_same, at_step, crash, poison, send
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from transformers import AutoModelForCausalLM
 
 from abkd_fast import checkpoint
 from abkd_fast.data import batch_rows
 from abkd_fast.recipe import load
 from abkd_fast.train import INTERRUPTED, main
 from abkd_fast.trainer import Trainer
-
-SMALL = {**LLAMA, "vocab_size": 1024, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
-TIED = {**SMALL, "eos_token_id": 0, "bos_token_id": 0, "tie_word_embeddings": True, "attention_dropout": 0.1}
-GPT2 = {"model_type": "gpt2", "vocab_size": 1024, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 128}
-RECIPE = {
-    "run": {"name": "test"},
-    "method": "sft",
-    "tokenizer": "quickstart",
-    "student": {"config": TIED},
-    "data": {"train": "quickstart:small", "train_rows": 20, "dev": "quickstart:dev", "dev_rows": 4, "max_length": 128},
-    "optim": {"lr": 3e-3, "warmup_steps": 2},
-    "train": {"steps": 12, "batch_size": 4, "max_tokens": 256, "device": "cpu"},  # epochs of 5 steps
-    "eval": {"every_steps": 4},
-    "log": {"every_steps": 3},
-}
-
-
-class Run:
-    """The arguments of a small run, and what it left."""
-
-    def __init__(self, folder, *overrides, stage="", **sections):
-        folder.mkdir(exist_ok=True)
-        recipe = folder / "recipe.json"
-        recipe.write_text(json.dumps({**RECIPE, **sections, "run": {"name": "test", "dir": str(folder)}}))
-        self.arguments = ["--config", str(recipe), *(part for override in overrides for part in ("--set", override))]
-        self.folder = folder / "test" / stage
-
-    def __call__(self, *more):
-        return main([*self.arguments, *more])
-
-    def weights(self):
-        return load_file(self.folder / "final" / "model.safetensors")
-
-    def points(self):
-        """metrics.jsonl and summary without what is measured."""
-        lines = [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
-        summary = json.loads((self.folder / "summary.json").read_text())
-        measured = ("second", "bytes")
-        return [
-            {key: line[key] for key in line if not any(word in key for word in measured)} for line in [*lines, summary]
-        ]
-
-    def checkpoints(self):
-        return sorted(path.name for path in (self.folder / "checkpoints").iterdir())
-
-
-def assert_same(run, undisturbed):
-    assert run.points() == undisturbed.points()
-    ours, theirs = run.weights(), undisturbed.weights()
-    assert ours.keys() == theirs.keys()
-    for name, tensor in ours.items():
-        assert torch.equal(tensor, theirs[name]), name
-
-
-class Killed(BaseException):
-    """Ends a run between two lines, as a crash would."""
-
-
-def at_step(monkeypatch, number, action):
-    """Calls `action` after the optimizer's step `number`, counted from 1 in this process."""
-    step, count = Trainer._step, iter(range(1, 1000))
-
-    def wrapped(self, samples):
-        result = step(self, samples)
-        if next(count) == number:
-            action()
-        return result
-
-    monkeypatch.setattr(Trainer, "_step", wrapped)
-
-
-def crash():
-    raise Killed
-
-
-def send(number):
-    return lambda: os.kill(os.getpid(), number)
 
 
 @pytest.fixture(scope="module")
@@ -112,13 +31,6 @@ def forked():
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["abkd_fast.stages", "torch.utils.tensorboard", "test_resume"])
     return context
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
-    run = Run(tmp_path_factory.mktemp("undisturbed"))
-    assert run() == 0
-    return run
 
 
 @pytest.mark.parametrize(
@@ -345,145 +257,6 @@ def test_changed_data_are_refused(tmp_path, monkeypatch, write_jsonl, capsys):
     assert "data.train: its text or the tokenizer has changed since" in capsys.readouterr().err
 
 
-def test_newest_and_best_stay_and_are_models(tmp_path, monkeypatch):
-    losses = {0: 9.0, 2: 5.0, 4: 3.0, 6: 4.0, 8: 4.5, 10: 4.6, 12: 4.7}
-    run = Run(tmp_path, "eval.every_steps=2", "checkpoint.every_steps=3", "checkpoint.keep=2")
-    monkeypatch.setattr(Trainer, "dev_loss", lambda self: losses[self.progress.step])
-    assert run() == 0
-    assert run.checkpoints() == ["step-000004", "step-000006", "step-000009"]
-    folder = run.folder / "checkpoints" / "step-000004"
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    with safe_open(folder / "model.safetensors", "pt") as file:
-        assert torch.equal(model.model.norm.weight, file.get_tensor("model.norm.weight"))
-    assert (folder / "tokenizer.json").exists()
-
-
-def test_evaluation_that_was_interrupted_still_finds_the_best(tmp_path, monkeypatch):
-    """The checkpoint of the signal, written before its loss was known, stays once a later process finds it the best."""
-    losses = {0: 9.0, 2: 3.0, 4: 4.0, 6: 4.0, 8: 4.5, 10: 4.6, 12: 4.7}
-    run = Run(tmp_path, "eval.every_steps=2", "checkpoint.every_steps=3", "checkpoint.keep=1")
-    with monkeypatch.context() as patch:
-        at_step(patch, 2, send(signal.SIGTERM))
-        assert run() == INTERRUPTED
-    monkeypatch.setattr(Trainer, "dev_loss", lambda self: losses[self.progress.step])
-    assert run("--resume") == 0
-    assert run.checkpoints() == ["step-000002", "step-000009"]
-
-
-LOSSES = {0: 1.0, 4: 3.0, 8: 2.0, 12: 4.0}  # that of the step before the first is never the best
-
-
-def made_up_losses(patch, losses=LOSSES):
-    patch.setattr(Trainer, "dev_loss", lambda self: losses[self.progress.step])
-
-
-def selected(run):
-    summary = json.loads((run.folder / "summary.json").read_text())
-    return summary["selected_step"], summary["dev_loss"]
-
-
-@pytest.fixture
-def stopped_at_8(tmp_path, monkeypatch):
-    """The weights after step 8, saved as the last of a run that has the same 8 first steps."""
-    run = Run(tmp_path / "eight")
-    with monkeypatch.context() as patch:
-        at_step(patch, 8, send(signal.SIGTERM))
-        assert run() == INTERRUPTED
-    return load_file(run.folder / "checkpoints" / "step-000008" / "model.safetensors")
-
-
-def assert_final_is(run, weights):
-    assert run.weights().keys() == weights.keys()
-    assert all(torch.equal(run.weights()[name], tensor) for name, tensor in weights.items())
-    AutoModelForCausalLM.from_pretrained(run.folder / "final")
-    files = {path.name for path in (run.folder / "final").iterdir()}
-    assert "tokenizer.json" in files
-    assert not files & {checkpoint.MANIFEST, checkpoint.STATE, checkpoint.TENSORS}
-
-
-def test_lowest_dev_loss_is_selected(tmp_path, monkeypatch, stopped_at_8, capsys):
-    made_up_losses(monkeypatch)
-    run = Run(tmp_path / "run", "eval.select=dev_loss", "checkpoint.keep=1")
-    assert run() == 0
-    assert selected(run) == (8, 2.0)
-    assert "step 8 is taken, of the lowest dev loss, 2.0000" in capsys.readouterr().out
-    assert_final_is(run, stopped_at_8)
-
-
-def test_last_step_is_selected_where_it_is_the_best(tmp_path, monkeypatch, undisturbed):
-    made_up_losses(monkeypatch, {**LOSSES, 12: 0.5})
-    run = Run(tmp_path, "eval.select=dev_loss")
-    assert run() == 0
-    assert selected(run) == (12, 0.5)
-    assert_final_is(run, undisturbed.weights())
-
-
-@pytest.mark.parametrize("last", [1, 6, 9, 12])
-def test_selection_after_a_crash(tmp_path, monkeypatch, stopped_at_8, last):
-    made_up_losses(monkeypatch)
-    run = Run(tmp_path / "run", "eval.select=dev_loss", "checkpoint.keep=1")
-    with monkeypatch.context() as patch:
-        at_step(patch, last, crash)
-        with pytest.raises(Killed):
-            run()
-    assert run("--resume") == 0
-    assert selected(run) == (8, 2.0)
-    assert_final_is(run, stopped_at_8)
-
-
-def test_selection_after_a_stop_at_the_last_step(tmp_path, monkeypatch, undisturbed):
-    made_up_losses(monkeypatch, {**LOSSES, 12: 0.5})
-    run = Run(tmp_path, "eval.select=dev_loss")
-    with monkeypatch.context() as patch:
-        at_step(patch, 12, send(signal.SIGTERM))
-        assert run() == INTERRUPTED
-    assert run("--resume") == 0
-    assert selected(run) == (12, 0.5)
-    assert_final_is(run, undisturbed.weights())
-
-
-def test_step_that_could_not_be_saved_is_not_selected(tmp_path, monkeypatch, stopped_at_8, capsys):
-    """Of those on the disk, or at hand at the end, the best."""
-
-    def flush(path, original=checkpoint._flush):
-        if "step-000004.tmp" in str(path):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        original(path)
-
-    made_up_losses(monkeypatch, {**LOSSES, 4: 1.5})
-    monkeypatch.setattr(checkpoint, "_flush", flush)
-    run = Run(tmp_path / "run", "eval.select=dev_loss")
-    assert run() == 0
-    assert "no checkpoint at step 4" in capsys.readouterr().out
-    assert selected(run) == (8, 2.0)
-    assert_final_is(run, stopped_at_8)
-
-
-def test_damaged_best_checkpoint_is_reported_and_the_last_step_taken(tmp_path, monkeypatch, undisturbed, capsys):
-    made_up_losses(monkeypatch)
-    run = Run(tmp_path, "eval.select=dev_loss")
-    weights = run.folder / "checkpoints" / "step-000008" / "model.safetensors"
-    at_step(monkeypatch, 12, lambda: weights.write_bytes(weights.read_bytes()[:-1]))
-    assert run() == 0
-    assert "step-000008 (model.safetensors differs from what was written), of the lowest" in capsys.readouterr().out
-    assert selected(run) == (12, 4.0)
-    assert_final_is(run, undisturbed.weights())
-
-
-def test_loss_that_is_no_number_is_never_the_best(tmp_path, monkeypatch, stopped_at_8):
-    made_up_losses(monkeypatch, {**LOSSES, 4: float("nan")})
-    run = Run(tmp_path / "run", "eval.select=dev_loss")
-    assert run() == 0
-    assert selected(run) == (8, 2.0)
-    assert_final_is(run, stopped_at_8)
-
-
-def test_evaluations_once_an_epoch_by_default(tmp_path):
-    run = Run(tmp_path, eval={})
-    assert run() == 0
-    assert [line["step"] for line in run.points() if line.get("kind") == "dev"] == [0, 5, 10, 12]
-
-
 def test_stop_while_models_load(tmp_path, monkeypatch, undisturbed, capsys):
     """Outside of the loop, Ctrl-C has no step to finish: it prints how to continue, and no traceback."""
     run = Run(tmp_path)
@@ -493,9 +266,10 @@ def test_stop_while_models_load(tmp_path, monkeypatch, undisturbed, capsys):
 
     with monkeypatch.context() as patch:
         patch.setattr("abkd_fast.models.load", load)
-        assert run() == INTERRUPTED
-    message, command = capsys.readouterr().err.splitlines()
+        assert [run(), run("--resume")] == [INTERRUPTED, INTERRUPTED]
+    message, command, *again = capsys.readouterr().err.splitlines()
     assert message == "interrupted; continue with:"
+    assert again == [message, command]
     assert not run.folder.exists()
     assert main(shlex.split(command)[3:]) == 0
     assert_same(run, undisturbed)
@@ -543,22 +317,6 @@ def test_resume_never_takes_a_folder_that_is_no_run(tmp_path, capsys):
     assert run("--resume") == 2
     assert "exists already" in capsys.readouterr().err
     assert [path.name for path in run.folder.iterdir()] == ["precious"]
-
-
-def poison(patch, poisoned):
-    """Makes the gradient infinite in one step."""
-    step = Trainer._step
-
-    def wrapped(self, samples):
-        hook = None
-        if self.progress.step == poisoned:
-            hook = next(self.student.parameters()).register_hook(lambda gradient: gradient * torch.inf)
-        result = step(self, samples)
-        if hook:
-            hook.remove()
-        return result
-
-    patch.setattr(Trainer, "_step", wrapped)
 
 
 def test_non_finite_gradient_stops_and_no_checkpoint_is_poisoned(tmp_path, monkeypatch, capsys):
@@ -638,26 +396,6 @@ def test_teacher_of_random_weights_is_the_same_one_on_resume(tmp_path, monkeypat
             run()
     assert run("--resume") == 0
     assert_same(run, undisturbed)
-
-
-def test_chat_templates_in_a_folder_of_their_own(tmp_path, monkeypatch):
-    """transformers writes a second chat template into a folder: checkpoints and final have it, and are whole."""
-    from abkd_fast import tasks
-
-    tokenizer = copy.deepcopy(tasks.tokenizer())
-    tokenizer.chat_template = {"default": "{{ messages }}", "tools": "{{ tools }}"}
-    tokenizer.save_pretrained(tmp_path / "tokenizer")
-    run = Run(tmp_path / "run", f"tokenizer={tmp_path / 'tokenizer'}", "eval.select=dev_loss")
-    with monkeypatch.context() as patch:
-        made_up_losses(patch)
-        at_step(patch, 9, crash)
-        with pytest.raises(Killed):
-            run()
-        saved = run.folder / "checkpoints" / "step-000008"
-        assert [path.name for path in saved.iterdir() if path.is_dir()] == ["additional_chat_templates"]
-        assert checkpoint.damage(saved) is None
-        assert run("--resume") == 0
-    assert (run.folder / "final" / "additional_chat_templates" / "tools.jinja").exists()
 
 
 def test_tensorboard_without_room_costs_nothing_else(tmp_path, monkeypatch, undisturbed, capsys):

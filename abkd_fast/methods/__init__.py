@@ -5,6 +5,7 @@ data's own responses. An on-policy one has, besides, what GKD in student_text.py
 
 - `sequences(step, progress, samples, rollouts)`: the samples that a step trains on, given those of the data. `step`
   counts from 0; `progress` is the share of all steps that is done after this one.
+- `writers`: the models that write, "student" or also "teacher"; `responses_at_once`: how many responses at most.
 - `evaluated` hears of every dev loss, that before the first step included.
 - `numbers` go to the log, and `state_dict`, which JSON can hold, into checkpoints.
 

@@ -17,9 +17,11 @@ class DistiLLM(WordLevelKD):
     The paper's losses are the skew divergences, sfkl:0.1 and srkl:0.1.
     """
 
+    writers = ("student",)
+
     def __init__(self, config: Config) -> None:
         super().__init__(config)
-        settings = config.on_policy
+        settings, self.responses_at_once = config.on_policy, config.train.batch_size
         self.threshold, self.margin, self.schedule = settings.threshold, settings.loss_margin, settings.schedule
         self.data_share = 1 - self.threshold  # at first
         self.reference_loss: float | None = None

@@ -47,10 +47,12 @@ class MiniLLM:
 
     needs_teacher = True
     data_share = 0.0
+    writers = ("student", "teacher")
 
     def __init__(self, config: Config) -> None:
         """Raises ConfigError for rollouts that give no minibatch, and where another loss or sampling is asked for."""
         self.settings, self.batch_size, self.seed = config.minillm, config.train.batch_size, config.run.seed
+        self.responses_at_once = self.settings.rollouts
         if self.settings.rollouts < self.batch_size:
             raise ConfigError(
                 f"minillm.rollouts is {self.settings.rollouts}, but a step takes train.batch_size = {self.batch_size} "

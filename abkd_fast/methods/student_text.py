@@ -15,9 +15,11 @@ class GKD(WordLevelKD):
     batch of it; with on_policy.replay_rows = 0 it trains on the new ones, as the paper has it.
     """
 
+    writers = ("student",)
+
     def __init__(self, config: Config) -> None:
         super().__init__(config)
-        self.fraction = config.on_policy.fraction
+        self.fraction, self.responses_at_once = config.on_policy.fraction, config.train.batch_size
         self.buffer = ReplayBuffer(config.on_policy.replay_rows, config.run.seed)
 
     @property
