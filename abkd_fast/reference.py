@@ -116,9 +116,7 @@ def _rows(
             b = _log_probs(z, statistics[:, PLAIN_LSE])
             if given is None:
                 losses -= hard_weight * b.gather(1, labels.clamp(min=0)[:, None])[:, 0]
-            is_label = labels[:, None] == torch.arange(
-                z.shape[1], device=z.device
-            )  # in no token if -1
+            is_label = labels[:, None] == torch.arange(z.shape[1], device=z.device)  # in no token if -1
             gradient += hard_weight * (b.exp() - is_label.to(b.dtype))
         losses = torch.where(kept, losses, 0.0)
         gradient = torch.where(kept[:, None], gradient, 0.0)

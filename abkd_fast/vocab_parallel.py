@@ -156,7 +156,7 @@ def local_parts(student: Model, teacher: Model, group: ProcessGroup | None) -> t
     for name, (hidden, *projection) in (("student", student), ("teacher", teacher)):
         if _is_distributed(hidden):
             raise ValueError(
-                f"{name}_hidden is a DTensor, expected the whole on every rank as a plain tensor: {name}_hidden.full_tensor()"
+                f"{name}_hidden is a DTensor, expected a plain tensor, whole on every rank: {name}_hidden.full_tensor()"
             )
         for i, tensor in enumerate(projection):
             if _is_distributed(tensor):
@@ -193,9 +193,7 @@ def divide_vocabulary(hidden: Tensor, student: int, teacher: int, group: Process
     own = torch.tensor([len(hidden), student, teacher], device=hidden.device)
     tokens, ours, theirs = _gather(own, group).T.tolist()
     if len(set(tokens)) > 1:
-        raise ValueError(
-            f"the ranks have {tokens} hidden states, expected the same ones on all ranks of the group"
-        )
+        raise ValueError(f"the ranks have {tokens} hidden states, expected the same ones on all ranks of the group")
     vocab = shared_vocabulary(sum(ours), sum(theirs))
     sizes = _cut(ours, vocab)
     if sizes != _cut(theirs, vocab):
