@@ -453,7 +453,8 @@ def fused_linear_divergence(
         group: over whose ranks the vocabulary is sharded. Weights and biases are then this rank's consecutive rows, in
             the order of ranks, in any sizes, the student's and the teacher's the same rows but for padding at the end;
             all else, labels among it, is the same on all ranks, and so is the loss. DTensors placed by Shard(0) on a
-            mesh of one dimension need no group, and get DTensors as gradients.
+            mesh of one dimension need no group, and get DTensors as gradients; not so parameters that FSDP shards over
+            ranks with different tokens.
 
     Returns: float32 (float64 for float64 hidden states). Differentiable by student_hidden, student_weight and
         student_bias; what does not require a gradient costs none. With "mean" and "sum" the gradients are made in
@@ -461,8 +462,9 @@ def fused_linear_divergence(
 
     With a group, every rank has to call this, and with "none" also its backward pass. The hidden states' gradient comes
     out whole on every rank, added up over the group: it must not be added up again. Those of projection and bias are
-    of this rank's rows. A few numbers a row are exchanged: 2 all-reduces or all-gathers a chunk, 1 more for BDKD, about
-    10 for AKL (18 in float64), whose own work on a chunk is plain PyTorch in float64, and one all-reduce of [N, Hs].
+    of this rank's rows. The ranks exchange a few numbers a row, by an all-gather and an all-reduce a chunk, and [N, Hs]
+    once. For every 4 million logits BDKD takes 1 all-reduce more and AKL 10 (18 in float64), and what these two decide
+    for a row is made in plain PyTorch in float64; all else is the row kernels' work.
 
     Raises ValueError for shapes, sizes or numbers that don't fit together. With a group, a label beyond the vocabulary
     is an infinite loss.

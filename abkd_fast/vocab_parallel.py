@@ -178,11 +178,10 @@ def _common_group(name: str, tensor: Tensor, group: ProcessGroup | None) -> Proc
             f"{name} is a DTensor placed as {placements}, expected (Shard(0),), that is by vocabulary on a mesh of one "
             "dimension: redistribute it, or, where FSDP shards it too, call the loss inside the module's forward"
         )
-    own = mesh.get_group()
-    if group is not None and dist.get_process_group_ranks(group) != dist.get_process_group_ranks(own):
-        ranks = [dist.get_process_group_ranks(x) for x in (own, group)]
-        raise ValueError(f"{name} is sharded over ranks {ranks[0]}, expected {ranks[1]} as the rest")
-    return group or own
+    ranks, expected = mesh.mesh.tolist(), dist.get_process_group_ranks(group or mesh.get_group())
+    if ranks != expected:
+        raise ValueError(f"{name} is sharded over ranks {ranks}, expected {expected}, those of the group in its order")
+    return group or mesh.get_group()
 
 
 def divide_vocabulary(hidden: Tensor, student: int, teacher: int, group: ProcessGroup) -> tuple[int, Shard]:

@@ -317,7 +317,7 @@ def test_all_ranks_take_the_same_steps_whatever_their_sizes(worlds, divergence):
 
 
 def steps_of(sizes, *case, **options):
-    """The operations of a call on this rank that move data between ranks, and the most elements in one."""
+    """How many elements each operation of a call on this rank takes that moves data between ranks."""
     counted = []
     with pytest.MonkeyPatch.context() as patch:
         for name in ("all_reduce", "all_gather"):
@@ -418,6 +418,9 @@ def wrong_dtensors(what, student, teacher, labels, divergence):
     elif what == "another group":
         groups = [dist.new_group([rank]) for rank in range(2)]
         student, teacher, options = distribute(student), distribute(teacher), {"group": groups[dist.get_rank()]}
+    elif what == "another order":
+        mesh = dist.device_mesh.DeviceMesh("cpu", [1, 0])
+        student = student[0], *(distribute_tensor(x, mesh, [Shard(0)]) for x in student[1:])
     elif what == "teacher whole":
         student = distribute(student)
     return loss_of(student, teacher, labels, divergence, **options)
@@ -433,7 +436,8 @@ def wrong_dtensors(what, student, teacher, labels, divergence):
         ("by width", r"student_weight is a DTensor placed as \(Shard\(dim=1\),\), expected"),
         ("two dimensions", r"on a mesh of one dimension: redistribute it, or, where FSDP"),
         ("hidden", r"student_hidden is a DTensor, expected a plain tensor.*full_tensor"),
-        ("another group", r"student_weight is sharded over ranks \[0, 1\], expected \[\d\] as the rest"),
+        ("another group", r"student_weight is sharded over ranks \[0, 1\], expected \[\d\], those of the group"),
+        ("another order", r"student_weight is sharded over ranks \[1, 0\], expected \[0, 1\], those of the group"),
         ("teacher whole", r"have \[19, 18\] rows of the student's projection and \[37, 37\] of the teacher's"),
     ],
 )
