@@ -8,7 +8,8 @@ twice, no probability is ever stored, and memory does not grow with the number o
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -32,6 +33,10 @@ from .ops import (
     scaled,
     shared_vocabulary,
 )
+from .vocab_parallel import Shard, divide_vocabulary, local_parts
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 CHUNK_BYTES = {"cpu": 128 << 20, "cuda": 1 << 30}  # logits of one chunk, student's and teacher's together
 TILE = {"cpu": 16, "cuda": 128}  # rows of a chunk are a multiple of what the matrix product works in
@@ -92,6 +97,7 @@ class _Chunks:
         labels: Tensor | None,
         logits_dtype: torch.dtype,
         chunk_tokens: int,
+        widest: int | None,
     ) -> None:
         hidden, weight, _ = student
         self.models = [student] if teacher is None else [student, teacher]
@@ -102,7 +108,7 @@ class _Chunks:
             self.kept = None if len(kept) == len(labels) else kept.to(hidden.device, non_blocking=True)
         self.count = len(hidden) if self.kept is None else len(self.kept)
         self.vocab = len(weight)
-        sizes = self.count, self.vocab, len(self.models)
+        sizes = self.count, self.vocab if widest is None else widest, len(self.models)
         self.step = chunk_tokens or choose_chunk_tokens(*sizes, logits_dtype, hidden.device)
         shape = len(self.models), min(self.step, self.count), _round_up(self.vocab, ROW_ALIGNMENT)
         self.buffer = new_large(hidden, *shape, dtype=logits_dtype)
@@ -139,6 +145,7 @@ def _run(
     need: list[bool],
     upstream: Tensor | None = None,
     policy: tuple[Tensor, Tensor, float, Tensor] | None = None,
+    shard: Shard | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The chunk loop: losses [N], and the gradients of their sum (or of upstream [N] times them) where `need`ed.
 
@@ -146,6 +153,7 @@ def _run(
 
     policy: advantages [N], log_probs [N] and clip_ratio for `policy_rows`, whose gradients are then made and whose
         divergences are the losses, and [N] numbers that receive its ratios.
+    shard: which part of the vocabulary the projections are; None is all of it.
     """
     with torch.autocast(student[0].device.type, enabled=False):
         dtype = loss_dtype(student[0])
@@ -157,15 +165,18 @@ def _run(
         grad_weight = new_large(hidden, *(weight.shape if need_weight else (0,)), dtype=dtype)  # [V, H]
         grad_bias = hidden.new_zeros(len(weight) if need_bias else 0, dtype=dtype)  # [V]
 
-        chunks = _Chunks(student, teacher, labels, logits_dtype, chunk_tokens)
+        chunks = _Chunks(student, teacher, labels, logits_dtype, chunk_tokens, shard and shard.widest)
         if labels is not None:
             labels = labels.to(hidden.device, non_blocking=True)
+        if shard is not None and labels is not None:
+            labels = shard.local_labels(labels, len(weight))
+        measure = measure_rows if shard is None else shard.measure_rows
         if need_weight and chunks.count == 0:
             grad_weight.zero_()
         options = divergence, temperature, hard_weight
         statistics = None
         if decides_per_batch(divergence):
-            losses, statistics = _decide(chunks, labels, options, losses)
+            losses, statistics = _decide(chunks, labels, options, losses, measure)
             if not any(need):
                 return losses, grad_hidden, grad_weight, grad_bias
 
@@ -176,12 +187,17 @@ def _run(
                 advantages, log_probs, clip_ratio, ratios = policy
                 numbers = advantages[rows], log_probs[rows], clip_ratio
                 losses[rows], ratios[rows] = policy_rows(*models, *numbers, gradient=logits if any(need) else None)
-            elif statistics is None:
+            elif statistics is None and shard is None:
                 factors = None if upstream is None else upstream[rows].contiguous()
                 losses[rows] = row_losses(*models, *options, gradient=logits if any(need) else None, upstream=factors)
             else:
-                factors = torch.ones_like(losses) if upstream is None else upstream
-                row_gradients(*models, *options, statistics[rows], factors[rows], gradient=logits)
+                if statistics is None:
+                    losses[rows], measured = measure(*models, *options)
+                else:
+                    measured = statistics[rows]
+                if any(need):
+                    factors = torch.ones_like(losses) if upstream is None else upstream
+                    row_gradients(*models, *options, measured, factors[rows], gradient=logits)
             if need_hidden:
                 chunk_gradient = hidden.new_empty(len(logits), hidden.shape[1], dtype=dtype)  # [n, H]
                 _product(logits, weight, chunk_gradient)
@@ -191,16 +207,20 @@ def _run(
             if need_bias:
                 grad_bias += logits.sum(0, dtype=dtype)
             chunks.held, accumulate = None, True
+        if shard is not None and need_hidden:
+            shard.sum(grad_hidden)
     return losses, grad_hidden, grad_weight, grad_bias
 
 
-def _decide(chunks: _Chunks, labels: Tensor | None, options: tuple, losses: Tensor) -> tuple[Tensor, Tensor]:
+def _decide(
+    chunks: _Chunks, labels: Tensor | None, options: tuple, losses: Tensor, measure: Callable
+) -> tuple[Tensor, Tensor]:
     """AlphaNet per batch: a pass over all chunks that only measures, then one branch for all rows."""
     both = losses.new_zeros(2, len(losses))
     statistics = losses.new_zeros(2, len(losses), STATISTICS, dtype=torch.float64)
     for rows, logits, teacher_logits in chunks:
         models = logits, teacher_logits, None if labels is None else labels[rows]
-        both[:, rows], statistics[:, rows] = measure_rows(*models, *options)
+        both[:, rows], statistics[:, rows] = measure(*models, *options)
     return choose_branch(both, statistics)
 
 
@@ -218,12 +238,16 @@ def _fused_linear(
     hard_weight: float,
     chunk_tokens: int,
     logits_dtype: torch.dtype,
+    group: str,
+    first: int,
+    widest: int,
     need: list[bool],
     upstream: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The sum of the losses, the losses, and the gradients of the sum by hidden states, projection and bias.
 
-    `divergence` is empty for the cross-entropy alone.
+    `divergence` is empty for the cross-entropy alone, and `group` where the projections are whole; else `group`,
+    `first` and `widest` are a `Shard`.
     """
     teacher = None if teacher_hidden is None else (teacher_hidden, teacher_weight, teacher_bias)
     losses, *gradients = _run(
@@ -237,6 +261,7 @@ def _fused_linear(
         logits_dtype,
         need,
         upstream,
+        shard=Shard(group, first, widest) if group else None,
     )
     return losses.sum(), losses, *gradients
 
@@ -256,13 +281,13 @@ def _(student_hidden, student_weight, *arguments):  # noqa: ANN001
 
 def _save(ctx, inputs, output) -> None:  # noqa: ANN001
     ctx.set_materialize_grads(False)
-    ctx.need = inputs[12]
+    ctx.need = inputs[-2]
     ctx.dtypes = [None if x is None else x.dtype for x in inputs[:3]]
     ctx.save_for_backward(*output[2:])
 
 
 def _backward(ctx, upstream: Tensor, *_: Tensor) -> tuple:  # noqa: ANN001
-    return *_saved_gradients(ctx, upstream), *[None] * 11
+    return *_saved_gradients(ctx, upstream), *[None] * 14
 
 
 def _saved_gradients(ctx, upstream: Tensor | None) -> list[Tensor | None]:  # noqa: ANN001
@@ -341,6 +366,7 @@ def _loss(
     reduction: str,
     chunk_tokens: int | None,
     logits_dtype: torch.dtype | None,
+    shard: Shard | None,
 ) -> Tensor:
     check_numbers(temperature, hard_weight, reduction)
     if chunk_tokens is not None and chunk_tokens < 1:
@@ -355,6 +381,7 @@ def _loss(
         raise ValueError(f"logits_dtype is {logits_dtype}, expected {names} for {student[0].dtype} hidden states")
     spelling = "" if divergence is None else str(divergence)
     numbers = (spelling, temperature, hard_weight, chunk_tokens or 0, logits_dtype or accumulate)
+    numbers += shard or Shard("", 0, 0)
     tensors = (*student, *teacher, labels)
     if reduction == "none":
         return _LossPerRow.apply(need, numbers, *tensors)
@@ -379,14 +406,20 @@ def _prefix(rows: Tensor | None, count: int) -> Tensor | None:
 
 
 def _pair(
-    student: tuple[Tensor, Tensor, Tensor | None], teacher: tuple[Tensor, Tensor, Tensor | None]
-) -> tuple[tuple[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor, Tensor | None]]:
-    """Both models over their shared vocabulary, the teacher without gradients."""
+    student: tuple[Tensor, Tensor, Tensor | None],
+    teacher: tuple[Tensor, Tensor, Tensor | None],
+    group: ProcessGroup | None = None,
+) -> tuple[tuple[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor, Tensor | None], Shard | None]:
+    """Both models over their shared vocabulary, or this rank's part of it; the teacher without gradients."""
     if len(student[0]) != len(teacher[0]):
         raise ValueError(f"student_hidden has {len(student[0])} rows and teacher_hidden {len(teacher[0])}")
-    vocab = shared_vocabulary(len(student[1]), len(teacher[1]))
+    sizes, shard = (len(student[1]), len(teacher[1])), None
+    if group is None:
+        vocab = shared_vocabulary(*sizes)
+    else:
+        vocab, shard = divide_vocabulary(student[0], *sizes, group)
     student, teacher = ((hidden, _prefix(w, vocab), _prefix(b, vocab)) for hidden, w, b in (student, teacher))
-    return student, tuple(None if x is None else x.detach() for x in teacher)
+    return student, tuple(None if x is None else x.detach() for x in teacher), shard
 
 
 def fused_linear_divergence(
@@ -404,6 +437,7 @@ def fused_linear_divergence(
     reduction: str = "mean",
     chunk_tokens: int | None = None,
     logits_dtype: torch.dtype | None = None,
+    group: ProcessGroup | None = None,
 ) -> Tensor:
     """`divergence_loss` of logits that are never held as a whole: hidden states and output projections go in.
 
@@ -416,17 +450,29 @@ def fused_linear_divergence(
         chunk_tokens: rows of logits held at once; None chooses from the vocabulary, the type and the device.
         logits_dtype: of the logits of a chunk and their gradient; None is float32 (float64 for float64 hidden states).
             torch.bfloat16 saves memory traffic on a GPU and costs digits: about 5e-3 of the gradient.
+        group: over whose ranks the vocabulary is sharded. Weights and biases are then this rank's consecutive rows, in
+            the order of ranks, in any sizes, the student's and the teacher's the same rows but for padding at the end;
+            all else, labels among it, is the same on all ranks, and so is the loss. DTensors placed by Shard(0) on a
+            mesh of one dimension need no group, and get DTensors as gradients; not so parameters that FSDP shards over
+            ranks with different tokens.
 
     Returns: float32 (float64 for float64 hidden states). Differentiable by student_hidden, student_weight and
         student_bias; what does not require a gradient costs none. With "mean" and "sum" the gradients are made in
         the forward pass; "none" makes the logits again in the backward pass.
 
-    Raises ValueError for shapes, sizes or numbers that don't fit together.
+    With a group, every rank has to call this, and with "none" also its backward pass. The hidden states' gradient comes
+    out whole on every rank, added up over the group: it must not be added up again. Those of projection and bias are
+    of this rank's rows. The ranks exchange a few numbers a row, by an all-gather and an all-reduce a chunk, and [N, Hs]
+    once. For every 4 million logits BDKD takes 1 all-reduce more and AKL 10 (18 in float64), and what these two decide
+    for a row is made in plain PyTorch in float64; all else is the row kernels' work.
+
+    Raises ValueError for shapes, sizes or numbers that don't fit together. With a group, a label beyond the vocabulary
+    is an infinite loss.
     """
-    student, teacher = _pair(
-        (student_hidden, student_weight, student_bias), (teacher_hidden, teacher_weight, teacher_bias)
-    )
-    return _loss(student, teacher, labels, divergence, temperature, hard_weight, reduction, chunk_tokens, logits_dtype)
+    models = (student_hidden, student_weight, student_bias), (teacher_hidden, teacher_weight, teacher_bias)
+    student, teacher, shard = _pair(*local_parts(*models, group))
+    options = divergence, temperature, hard_weight, reduction, chunk_tokens, logits_dtype
+    return _loss(student, teacher, labels, *options, shard)
 
 
 def fused_linear_cross_entropy(
@@ -438,13 +484,17 @@ def fused_linear_cross_entropy(
     reduction: str = "mean",
     chunk_tokens: int | None = None,
     logits_dtype: torch.dtype | None = None,
+    group: ProcessGroup | None = None,
 ) -> Tensor:
     """The cross-entropy of labels [N] (-100 = ignored) under hidden states [N, H] and a projection [V, H].
 
     The same driver as `fused_linear_divergence`, without a teacher; arguments, result and errors as there.
     """
-    student = (student_hidden, student_weight, student_bias)
-    return _loss(student, (None, None, None), labels, None, 1.0, 1.0, reduction, chunk_tokens, logits_dtype)
+    no_teacher = None, None, None
+    student, _, group = local_parts((student_hidden, student_weight, student_bias), no_teacher, group)
+    sizes = len(student[1]), len(student[1])
+    shard = None if group is None else divide_vocabulary(student_hidden, *sizes, group)[1]
+    return _loss(student, no_teacher, labels, None, 1.0, 1.0, reduction, chunk_tokens, logits_dtype, shard)
 
 
 def fused_linear_policy_gradient(
@@ -479,7 +529,7 @@ def fused_linear_policy_gradient(
     Source: MiniLLM (arXiv 2306.08543), section 2.2. The gradient by the logits is
     -A r (onehot - q) where r is not clipped, plus q (d - KL(q, p)) with d = log q - log p.
     """
-    student, teacher = _pair(
+    student, teacher, _ = _pair(
         (student_hidden, student_weight, student_bias), (teacher_hidden, teacher_weight, teacher_bias)
     )
     _check_shapes(student, teacher)

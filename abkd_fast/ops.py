@@ -14,6 +14,7 @@ from torch import Tensor
 
 from . import reference
 from .divergences import AlphaNet, Divergence, ReverseKL, parse
+from .reference import SLOPE, STATE, STATISTICS, STUDENT_LSE
 
 try:
     from . import _C
@@ -32,6 +33,14 @@ else:
     @torch.library.register_fake("abkd_fast::row_gradients")
     def _row_gradients_fake(*_):
         return None
+
+    @torch.library.register_fake("abkd_fast::row_normalizers")
+    def _row_normalizers_fake(*_):
+        return None
+
+    @torch.library.register_fake("abkd_fast::row_sums")
+    def _row_sums_fake(student, *_):  # noqa: ANN001
+        return student.new_empty(student.shape[0], dtype=loss_dtype(student))
 
 
 def build_info() -> dict:
@@ -67,10 +76,6 @@ def _compiled(logits: Tensor) -> bool:
         _warned.add(reason)
         warnings.warn(f"abkd_fast: {reason}; using the slow PyTorch reference", RuntimeWarning, stacklevel=3)
     return False
-
-
-STATISTICS = 6  # numbers that a row's gradient needs besides its logits: `struct Statistics` in csrc/rows.h
-STUDENT_LSE, SLOPE, BRANCH = reference.STUDENT_LSE, reference.SLOPE, reference.BRANCH
 
 
 def row_losses(
@@ -110,12 +115,36 @@ def row_gradients(
     gradient: Tensor,
 ) -> None:
     """Writes upstream [N] (in the type of the losses) times the derivative of each row's loss to `gradient` [N, V],
-    which may be `student`. `statistics` come from `row_losses` of the same logits. No autograd."""
+    which may be `student`. `statistics` come from `row_losses` of the same logits, or are merged from those that
+    `row_normalizers` and `row_sums` made of all shards; a label that another shard has is -1. No autograd."""
     if not _compiled(student):
         rows = (student, teacher, labels, divergence, temperature, hard_weight)
         return reference.row_gradients(*rows, statistics, upstream, gradient)
     options = divergence.family, divergence.parameters, temperature, hard_weight
     return torch.ops.abkd_fast.row_gradients(student, teacher, labels, *options, statistics, upstream, gradient)
+
+
+def row_normalizers(student: Tensor, teacher: Tensor | None, temperature: float, hard_weight: float) -> Tensor:
+    """Statistics [N, 6] (float64) of logits [N, V], of which only the log-normalisers are made: those at `temperature`
+    where there is a teacher, and the student's own where there is a `hard_weight`. No autograd."""
+    statistics = student.new_zeros(len(student), STATISTICS, dtype=torch.float64)
+    normalizers = torch.ops.abkd_fast.row_normalizers if _compiled(student) else reference.row_normalizers
+    normalizers(student, teacher, temperature, hard_weight, statistics)
+    return statistics
+
+
+def row_sums(
+    student: Tensor, teacher: Tensor, divergence: Divergence, temperature: float, statistics: Tensor
+) -> Tensor:
+    """The sums over V, [N] in the type of the losses, of the divergence's terms of logits [N, V].
+
+    `statistics` [N, 6] must have the log-normalisers, of these logits or of all shards', and what the divergence has
+    decided for each row; they receive the sum of slopes. No autograd.
+    """
+    if not _compiled(student):
+        return reference.row_sums(student, teacher, divergence, temperature, statistics)
+    kind = divergence.family, divergence.parameters
+    return torch.ops.abkd_fast.row_sums(student, teacher, *kind, temperature, statistics)
 
 
 def measure_rows(
@@ -149,7 +178,7 @@ def choose_branch(losses: Tensor, statistics: Tensor) -> tuple[Tensor, Tensor]:
     device for it. Rows that don't count have loss 0 in both."""
     branch = (losses[0].sum() < losses[1].sum()).long().view(1)
     chosen = statistics.index_select(0, branch)[0]
-    chosen[:, BRANCH] = branch
+    chosen[:, STATE] = branch
     return losses.index_select(0, branch)[0], chosen
 
 

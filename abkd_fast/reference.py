@@ -15,9 +15,10 @@ from .divergences import Divergence, Family
 LOG_FLOOR = -1e30  # two masked logits (-inf) then differ by exactly 0
 MAX_EXPONENT = {torch.float32: 64.0, torch.float64: 640.0}  # beyond e^this a term saturates
 CHUNK_ELEMENTS = 1 << 24
-# Columns of the statistics: log sum exp z / temperature, the sum of a row's slopes, and which branch of AlphaNet it
-# takes. The others are the kernels' own.
-STUDENT_LSE, SLOPE, BRANCH = 0, 3, 4
+# All that a row's gradient needs besides its logits, as `struct Statistics` in csrc/rows.h: log sum exp of
+# z / temperature, y / temperature and z, the sum of slopes, and two numbers that the divergence decided for the row.
+STUDENT_LSE, TEACHER_LSE, PLAIN_LSE, SLOPE, STATE = range(5)
+STATISTICS = 6
 
 
 def row_losses(
@@ -40,8 +41,7 @@ def row_losses(
         if gradient is not None:
             gradient[rows] = (slope if upstream is None else slope * upstream[rows, None]).to(gradient.dtype)
         if statistics is not None:
-            for column, numbers in measured.items():
-                statistics[rows, column] = numbers.to(statistics.dtype)
+            statistics[rows] = measured.to(statistics.dtype)
     return losses
 
 
@@ -56,11 +56,32 @@ def row_gradients(
     upstream: Tensor,
     gradient: Tensor,
 ) -> None:
-    """The gradients of `ops.row_gradients`, made afresh: of the statistics only branch and slope are read."""
+    """The gradients of `ops.row_gradients`."""
     for rows in _chunks(student):
         chunk = [None if x is None else x[rows] for x in (student, teacher, labels)]
         options = divergence, temperature, hard_weight, statistics[rows]
         gradient[rows] = (_rows(*chunk, *options)[1] * upstream[rows, None]).to(gradient.dtype)
+
+
+def row_normalizers(
+    student: Tensor, teacher: Tensor | None, temperature: float, hard_weight: float, statistics: Tensor
+) -> None:
+    """The log-normalisers of `ops.row_normalizers`."""
+    for rows in _chunks(student):
+        z, y = (None if x is None else _wide(x[rows]) for x in (student, teacher))
+        statistics[rows] = _normalizers(z, y, temperature, hard_weight).to(statistics.dtype)
+
+
+def row_sums(
+    student: Tensor, teacher: Tensor, divergence: Divergence, temperature: float, statistics: Tensor
+) -> Tensor:
+    """The sums of `ops.row_sums`."""
+    values = student.new_zeros(len(student), dtype=torch.promote_types(student.dtype, torch.float32))  # [N]
+    for rows in _chunks(student):
+        a, b = log_probs(student[rows], teacher[rows], temperature, statistics[rows])
+        value, slope, _ = terms(a, b, divergence, statistics[rows, STATE:].to(a.dtype))
+        values[rows], statistics[rows, SLOPE] = value.sum(1).to(values.dtype), slope.sum(1).to(statistics.dtype)
+    return values
 
 
 def _chunks(logits: Tensor) -> list[slice]:
@@ -75,68 +96,93 @@ def _rows(
     divergence: Divergence,
     temperature: float,
     hard_weight: float,
-    statistics: Tensor | None,
-) -> tuple[Tensor, Tensor, dict[int, Tensor]]:
-    """Losses [n], their gradient [n, V], and the columns of the statistics, which are those given if any are."""
-    # Wide, for plain formulas cancel where p is near q; Apple's devices have no float64.
-    dtype = torch.float32 if student.device.type == "mps" else torch.float64
-    z = student.to(dtype)  # [n, V]
-    losses, gradient, measured = z.new_zeros(len(z)), torch.zeros_like(z), {}
-    if teacher is not None:
-        a, b = _log_softmax(teacher.to(dtype) / temperature), _log_softmax(z / temperature)
-        value, slope, branch = terms(a, b, divergence, None if statistics is None else statistics[:, BRANCH].to(dtype))
-        total = slope.sum(1) if statistics is None else statistics[:, SLOPE].to(dtype)
-        measured = {STUDENT_LSE: (z / temperature).logsumexp(1), SLOPE: total}
-        if branch is not None:
-            measured[BRANCH] = branch
+    given: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Losses [n] (without meaning where statistics are given), their gradient [n, V], and the statistics [n, 6]."""
+    z, y = (None if x is None else _wide(x) for x in (student, teacher))  # [n, V]
+    statistics = _normalizers(z, y, temperature, hard_weight) if given is None else given.to(z.dtype)
+    losses, gradient = z.new_zeros(len(z)), torch.zeros_like(z)
+    if y is not None:
+        a, b = log_probs(z, y, temperature, statistics)
+        value, slope, state = terms(a, b, divergence, None if given is None else statistics[:, STATE:])
+        if given is None:
+            statistics[:, SLOPE], statistics[:, STATE:] = slope.sum(1), state
         losses += (1 - hard_weight) * value.sum(1)
-        projected = slope - b.exp() * total[:, None]  # through log-softmax
+        projected = slope - b.exp() * statistics[:, SLOPE, None]  # through log-softmax
         gradient += (1 - hard_weight) / temperature * projected
     if labels is not None:
         kept = labels != -100
         if hard_weight:
-            b = _log_softmax(z)
-            target = labels.clamp(min=0)[:, None]  # [n, 1]
-            losses -= hard_weight * b.gather(1, target)[:, 0]
-            gradient += hard_weight * (b.exp() - torch.zeros_like(b).scatter_(1, target, 1.0))
+            b = _log_probs(z, statistics[:, PLAIN_LSE])
+            if given is None:
+                losses -= hard_weight * b.gather(1, labels.clamp(min=0)[:, None])[:, 0]
+            is_label = labels[:, None] == torch.arange(z.shape[1], device=z.device)  # in no token if -1
+            gradient += hard_weight * (b.exp() - is_label.to(b.dtype))
         losses = torch.where(kept, losses, 0.0)
         gradient = torch.where(kept[:, None], gradient, 0.0)
-    return losses, gradient, measured
+    return losses, gradient, statistics
 
 
-def _log_softmax(logits: Tensor) -> Tensor:
-    logits = logits.clamp(min=LOG_FLOOR)
-    return (logits - logits.logsumexp(1, keepdim=True)).clamp(min=LOG_FLOOR)
+def _wide(logits: Tensor) -> Tensor:
+    """In float64, for plain formulas cancel where p is near q; Apple's devices have none."""
+    return logits.to(torch.float32 if logits.device.type == "mps" else torch.float64)
+
+
+def _normalizers(z: Tensor, y: Tensor | None, temperature: float, hard_weight: float) -> Tensor:
+    """Statistics [n, 6] that have no more than the log-normalisers."""
+    statistics = z.new_zeros(len(z), STATISTICS)
+    if y is not None:
+        statistics[:, STUDENT_LSE] = _log_sum_exp(z / temperature)
+        statistics[:, TEACHER_LSE] = _log_sum_exp(y / temperature)
+    if hard_weight:
+        statistics[:, PLAIN_LSE] = _log_sum_exp(z)
+    return statistics
+
+
+def _log_sum_exp(logits: Tensor) -> Tensor:
+    return logits.clamp(min=LOG_FLOOR).logsumexp(1).clamp(min=LOG_FLOOR)
+
+
+def _log_probs(logits: Tensor, normalizer: Tensor) -> Tensor:
+    return (logits.clamp(min=LOG_FLOOR) - normalizer[:, None]).clamp(min=LOG_FLOOR)
+
+
+def log_probs(student: Tensor, teacher: Tensor, temperature: float, statistics: Tensor) -> tuple[Tensor, Tensor]:
+    """log p and log q [n, V] of logits whose log-normalisers are in `statistics`, in float64."""
+    a, b = (_wide(x) / temperature for x in (teacher, student))
+    return _log_probs(a, statistics[:, TEACHER_LSE].to(a)), _log_probs(b, statistics[:, STUDENT_LSE].to(b))
 
 
 def terms(
-    a: Tensor, b: Tensor, divergence: Divergence, branch: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor | None]:
+    a: Tensor, b: Tensor, divergence: Divergence, state: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor | float]:
     """Each token's share of the divergence and its derivative by log q, from a = log p and b = log q, all [n, V].
 
-    Also which branch [n] AlphaNet takes: `branch`, or else that of the larger sum.
+    Also what the divergence decides for each row, [n, 2]: `state`, where that is given. 0 where there is nothing.
     """
     match divergence.family:
         case Family.ALPHA_BETA:
-            return *alpha_beta_terms(a, b, *divergence.parameters), None
+            return *alpha_beta_terms(a, b, *divergence.parameters), 0.0
         case Family.ALPHA_NET:
             pairs = [alpha_beta_terms(a, b, alpha, 1.0 - alpha) for alpha in divergence.parameters]
-            if branch is None:
-                branch = (pairs[0][0].sum(1) < pairs[1][0].sum(1)).double()
-            first = (branch == 0)[:, None]
-            return *(torch.where(first, left, right) for left, right in zip(*pairs, strict=True)), branch
+            if state is None:
+                second = pairs[0][0].sum(1) < pairs[1][0].sum(1)
+                state = torch.stack((second, torch.zeros_like(second)), 1).to(a.dtype)
+            first = state[:, :1] == 0
+            return *(torch.where(first, left, right) for left, right in zip(*pairs, strict=True)), state
         case Family.WEIGHTED_KL:
-            return *kl_terms(a, b, *divergence.parameters), None
+            return *kl_terms(a, b, *divergence.parameters), 0.0
         case Family.BALANCED_KL:
-            return *kl_terms(a, b, *entropy_weights(a, b)), None
+            state = entropy_weights(entropies(a, b)) if state is None else state
+            return *kl_terms(a, b, *state.split(1, 1)), state
         case Family.ADAPTIVE_KL:
-            head = head_share(a, b, *divergence.parameters)
-            return *kl_terms(a, b, head, 1 - head), None
+            state = gap_weights(gaps(a, b, head(a, *divergence.parameters))) if state is None else state
+            return *kl_terms(a, b, *state.split(1, 1)), state
         case Family.MIXTURE:
-            return *mixture_terms(a, b, *divergence.parameters), None
+            return *mixture_terms(a, b, *divergence.parameters), 0.0
         case Family.TOTAL_VARIATION:
             p, q = a.exp(), b.exp()
-            return (p - q).abs() / 2, q * (b - a).sign() / 2, None
+            return (p - q).abs() / 2, q * (b - a).sign() / 2, 0.0
     raise ValueError(f"{divergence} compares no distributions")
 
 
@@ -146,22 +192,36 @@ def kl_terms(a: Tensor, b: Tensor, forward: float | Tensor, reverse: float | Ten
     return forward * (q - p - p * d) + reverse * (p - q + q * d), forward * (q - p) + reverse * q * d
 
 
-def entropy_weights(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """BDKD: the weights [n, 1] of both directions."""
-    teacher, student = (-(x.exp() * x).sum(1, keepdim=True) for x in (a, b))
-    return 1.0 + 2.0 * (teacher > student), 1.0 + 2.0 * (student > teacher)
+def entropies(a: Tensor, b: Tensor) -> Tensor:
+    """Of teacher and student, [n, 2]."""
+    return torch.stack([-(x.exp() * x).sum(1) for x in (a, b)], 1)
 
 
-def head_share(a: Tensor, b: Tensor, mu: float) -> Tensor:
-    """AKL: the share [n, 1] of sum |p - q| in the teacher's head."""
+def entropy_weights(entropies: Tensor) -> Tensor:
+    """BDKD: the weights [n, 2] of both directions."""
+    return 1.0 + 2.0 * (entropies > entropies.flip(1))
+
+
+def head(a: Tensor, mu: float) -> Tensor:
+    """AKL: which tokens [n, V] are in the teacher's head."""
     ordered = a.sort(1, descending=True).values
     mass = ordered.exp().cumsum(1)
     # The first token that no longer fits; what ties with it does not fit either.
     beyond = ordered.gather(1, (mass <= mu).sum(1, keepdim=True).clamp(max=a.shape[1] - 1))
-    head = (a > beyond) | (a == ordered[:, :1])
+    return (a > beyond) | (a == ordered[:, :1])
+
+
+def gaps(a: Tensor, b: Tensor, head: Tensor) -> Tensor:
+    """AKL: sums of |p - q|, over the tokens of the head and over all, [n, 2]."""
     gap = (a.exp() - b.exp()).abs()
-    total = gap.sum(1, keepdim=True)
-    return torch.where(total > 0, (gap * head).sum(1, keepdim=True) / total, 0.5)
+    return torch.stack(((gap * head).sum(1), gap.sum(1)), 1)
+
+
+def gap_weights(gaps: Tensor) -> Tensor:
+    """AKL: the weights [n, 2] of both directions, the shares of head and tail in the gaps."""
+    of_head, total = gaps.unbind(1)
+    share = torch.where(total > 0, of_head / total, 0.5)
+    return torch.stack((share, 1 - share), 1)
 
 
 def mixture_terms(

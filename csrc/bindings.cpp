@@ -16,10 +16,11 @@ namespace {
 using torch::stable::Tensor;
 
 void drive(const abkd::Rows& rows) {
-  for (int64_t row = 0; rows.hard_weight != 0.0 && row < rows.count; ++row) {
+  for (int64_t row = 0; rows.labels && rows.hard_weight != 0.0 && row < rows.count; ++row) {
     const int64_t label = rows.labels[row];
-    STD_TORCH_CHECK(label == abkd::kIgnored || (0 <= label && label < rows.vocab), "labels[", row, "] is ", label,
-                    ", expected -100 or 0 to ", rows.vocab - 1);
+    STD_TORCH_CHECK(
+        label == abkd::kIgnored || (0 <= label && label < rows.vocab) || (label == abkd::kElsewhere && !rows.losses),
+        "labels[", row, "] is ", label, ", expected -100 or 0 to ", rows.vocab - 1);
   }
   static const auto choice = abkd::cpu::choose();
   torch::stable::parallel_for(0, rows.count, 1, [&](int64_t begin, int64_t end) { choice.drive(rows, begin, end); });
@@ -33,6 +34,7 @@ Tensor row_losses_cpu(const Tensor& student, std::optional<Tensor> teacher, std:
   auto rows =
       abkd::pack({student, teacher, labels, gradient, statistics}, {family, parameters, temperature, hard_weight});
   rows.losses = losses.data_ptr();
+  rows.normalizes = true;
   if (upstream) rows.upstream = abkd::pack_upstream(*upstream, student);
   drive(rows);
   return losses;
@@ -47,6 +49,21 @@ void row_gradients_cpu(const Tensor& student, std::optional<Tensor> teacher, std
   drive(rows);
 }
 
+void row_normalizers_cpu(const Tensor& student, std::optional<Tensor> teacher, double temperature, double hard_weight,
+                         const Tensor& statistics) {
+  drive(abkd::pack_normalizers(student, teacher, temperature, hard_weight, statistics));
+}
+
+Tensor row_sums_cpu(const Tensor& student, const Tensor& teacher, int64_t family, std::vector<double> parameters,
+                    double temperature, const Tensor& statistics) {
+  auto values = torch::stable::new_empty(student, {student.size(0)}, abkd::loss_type(student));
+  auto rows =
+      abkd::pack({student, teacher, std::nullopt, std::nullopt, statistics}, {family, parameters, temperature, 0.0});
+  rows.losses = values.data_ptr();
+  drive(rows);
+  return values;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY(abkd_fast, library) {
@@ -56,11 +73,19 @@ STABLE_TORCH_LIBRARY(abkd_fast, library) {
   library.def(
       "row_gradients(Tensor student, Tensor? teacher, Tensor? labels, int family, float[] parameters, "
       "float temperature, float hard_weight, Tensor statistics, Tensor upstream, Tensor(a!) gradient) -> ()");
+  library.def(
+      "row_normalizers(Tensor student, Tensor? teacher, float temperature, float hard_weight, Tensor(a!) statistics) "
+      "-> ()");
+  library.def(
+      "row_sums(Tensor student, Tensor teacher, int family, float[] parameters, float temperature, "
+      "Tensor(a!) statistics) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(abkd_fast, CPU, library) {
   library.impl("row_losses", TORCH_BOX(&row_losses_cpu));
   library.impl("row_gradients", TORCH_BOX(&row_gradients_cpu));
+  library.impl("row_normalizers", TORCH_BOX(&row_normalizers_cpu));
+  library.impl("row_sums", TORCH_BOX(&row_sums_cpu));
 }
 
 PYBIND11_MODULE(_C, module) {

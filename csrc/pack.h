@@ -105,6 +105,17 @@ inline Rows pack(const Operands& operands, const Loss& loss) {
   return rows;
 }
 
+// A call that makes nothing but the log-normalisers.
+inline Rows pack_normalizers(const torch::stable::Tensor& student, const std::optional<torch::stable::Tensor>& teacher,
+                             double temperature, double hard_weight, const torch::stable::Tensor& statistics) {
+  // Which divergence between two distributions this is for does not matter.
+  const Family family = teacher ? Family::total_variation : Family::cross_entropy;
+  Rows rows = pack({student, teacher, std::nullopt, std::nullopt, statistics}, {int64_t(family), {}, temperature, 0.0});
+  rows.hard_weight = hard_weight;
+  rows.normalizes = true;
+  return rows;
+}
+
 // The type of the losses, and of the factors of their gradients.
 inline torch::headeronly::ScalarType loss_type(const torch::stable::Tensor& student) {
   using torch::headeronly::ScalarType;

@@ -25,6 +25,7 @@ enum class Family : int64_t {
 };
 
 constexpr int64_t kIgnored = -100;
+constexpr int64_t kElsewhere = -1;  // the label is another shard's; only where the gradient alone is made
 constexpr int kParameters = 3;
 
 // All that a row's gradient needs besides its logits.
@@ -35,8 +36,9 @@ struct Statistics {
   double state[2];                  // what the divergence decided for this row: two weights, or a branch
 };
 
-// Either losses is set (and statistics, gradient or both may be written on the way), or it is null and the gradient is
-// made from the statistics of an earlier call.
+// A call makes the log-normalisers where normalizes says so, the losses where losses is set, and the gradient where
+// gradient is. What it needs and does not make it reads from statistics, into which it writes what it makes. Where the
+// vocabulary is spread over devices, these are three calls on each one's columns, and what each has left is merged.
 struct Rows {
   DType dtype;  // of student, teacher and gradient
   int64_t count, vocab;
@@ -51,6 +53,7 @@ struct Rows {
   Family family;
   double parameters[kParameters];
   double temperature, hard_weight;
+  bool normalizes;
 };
 
 }  // namespace abkd

@@ -208,7 +208,6 @@ def shares(student, teacher, head):
     return (gap * head).sum(1) / gap.sum(1)
 
 
-@pytest.mark.skipif(ops._C is None, reason="the reference keeps no head")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(
     ("p", "mu", "head"),
@@ -230,7 +229,6 @@ def test_head_of_akl(p, mu, head, dtype):
     torch.testing.assert_close(share_of_the_head(student, teacher, mu), expected, rtol=bound, atol=0)
 
 
-@pytest.mark.skipif(ops._C is None, reason="the reference keeps no head")
 def test_head_of_akl_among_many_ties():
     # 2001 logits in steps of 1 / 4 leave some 60 different ones: nearly every boundary is a tie.
     student, teacher = gpt2_like_logits(6, 2001)
@@ -241,7 +239,6 @@ def test_head_of_akl_among_many_ties():
         assert_close([share_of_the_head(student, teacher, mu)], [expected], FLOAT32)
 
 
-@pytest.mark.skipif(ops._C is None, reason="the reference keeps no head")
 def test_no_head_counts_more_where_distributions_are_equal():
     student, _ = mild_logits(3, 9)
     assert share_of_the_head(student, student, 0.5).eq(0.5).all()

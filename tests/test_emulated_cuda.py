@@ -149,7 +149,8 @@ class Launch:
     temperature: float = 1.0
     hard_weight: float = 0.0
     gradient: str = "apart"  # or "none", "in place"
-    statistics: str | bytes = "none"  # or "written", or those to make the gradient from
+    statistics: str | bytes = "none"  # or "written", "normalizers" (alone), or those that are given
+    sums: bool = False  # whether losses, not a gradient, are made from those given
     upstream: Tensor | None = None
     layouts: tuple[Layout, Layout, Layout] = (Layout(), Layout(), Layout())  # of student, teacher and gradient
     kept: int = 0
@@ -164,12 +165,15 @@ class Launch:
         if self.gradient == "in place":
             self.before = self.arrays[0]
         self.from_statistics = isinstance(self.statistics, bytes)
+        self.mode = self.statistics
+        if self.from_statistics:
+            self.mode = "sums" if self.sums else "read"
 
     def request(self) -> bytes:
         """As `Request` in emulator/rows_on_host.cpp."""
         layouts = [number for x in self.layouts for number in (x.offset, x.stride(self.student))]
         given = [self.teacher is not None, ["none", "apart", "in place"].index(self.gradient), self.labels is not None]
-        given += [2 if self.from_statistics else ["none", "written"].index(self.statistics), self.upstream is not None]
+        given += [["none", "written", "read", "normalizers", "sums"].index(self.mode), self.upstream is not None]
         numbers = [NUMBERS[self.student.dtype], self.divergence.family, *self.student.shape, *layouts, *given]
         parameters = [*self.divergence.parameters, 0.0, 0.0, 0.0][:3]
         header = struct.pack("17q5d", *numbers, self.kept, self.order, *parameters, self.temperature, self.hard_weight)
@@ -179,7 +183,7 @@ class Launch:
 
     def receive(self, answer: memoryview) -> tuple["Result", memoryview]:
         losses = gradient = statistics = None
-        if not self.from_statistics:
+        if self.mode not in ("read", "normalizers"):
             size = 4 * len(self.student)
             losses, answer = torch.frombuffer(bytearray(answer[:size]), dtype=torch.float32), answer[size:]
         if self.gradient != "none":
@@ -189,7 +193,7 @@ class Launch:
             gradient = layout.rows(after, self.student).clone()
             layout.rows(after, self.student).copy_(layout.rows(self.before, self.student))
             assert same(after, self.before), "written between rows"
-        if self.statistics == "written":
+        if self.mode not in ("none", "read"):
             size = STATISTICS_BYTES * len(self.student)
             statistics, answer = bytes(answer[:size]), answer[size:]
         return Result(losses, gradient, statistics), answer
@@ -341,6 +345,38 @@ def test_results_depend_on_nothing_else(sanitized, divergence, dtype):
         assert same(made[0].gradient, first.gradient * upstream[:, None])
     else:
         assert_close(made[0], again[0])
+
+
+@every_dtype
+@every_family
+def test_passes_one_by_one_over_parts_of_the_vocabulary(sanitized, divergence, dtype):
+    labels, cuts = torch.tensor([3, 1002, 500]), [slice(0, 500), slice(500, 500), slice(500, 1003)]
+    options = {"labels": labels, "temperature": 2.0, "hard_weight": 0.3, "layouts": LAYOUTS[1]}
+    whole = make(divergence, 3, 1003, dtype, statistics="written", **options)
+
+    def part(x, **changes):
+        teacher = None if whole.teacher is None else whole.teacher[:, x]
+        return dataclasses.replace(whole, student=whole.student[:, x], teacher=teacher, **changes)
+
+    def numbers(result):
+        return torch.frombuffer(bytearray(result.statistics), dtype=torch.float64).view(3, 6)
+
+    expected = run(sanitized, [whole])[0]
+    merged = numbers(expected)
+    options = {"labels": None, "gradient": "none", "statistics": "normalizers"}
+    normalizers = run(sanitized, [part(x, **options) for x in cuts])
+    merged[:, :3] = torch.stack([numbers(x)[:, :3] for x in normalizers]).logsumexp(0)
+    losses = whole.hard_weight * (merged[:, 2] - whole.student.gather(1, labels[:, None])[:, 0].double())
+    if whole.teacher is not None:
+        options |= {"hard_weight": 0.0, "statistics": merged.numpy().tobytes(), "sums": True}
+        sums = run(sanitized, [part(x, **options) for x in cuts])
+        losses += (1 - whole.hard_weight) * sum(x.losses.double() for x in sums)
+        merged[:, 3] = sum(numbers(x)[:, 3] for x in sums)
+    torch.testing.assert_close(losses.float(), expected.losses, rtol=FLOAT32, atol=0)
+    local = [torch.where((labels >= x.start) & (labels < x.stop), labels - x.start, -1) for x in cuts]
+    given = merged.numpy().tobytes()
+    gradients = run(sanitized, [part(x, labels=y, statistics=given) for x, y in zip(cuts, local, strict=True)])
+    assert_close(Result(None, torch.cat([x.gradient for x in gradients], 1), None), whole)
 
 
 @every_dtype

@@ -16,6 +16,7 @@ from abkd_fast.fused_linear import CHUNK_BYTES, choose_chunk_tokens
 TOLERANCE = {torch.float32: 3e-5, torch.float64: 1e-11}
 NAMES = ("hidden", "weight", "bias")
 TOKENS, VOCAB = 20, 37
+WHOLE = "", 0, 0  # what the operator is told of a vocabulary that is not sharded
 
 
 def make(dtype=torch.float64, tokens=TOKENS, vocab=VOCAB, teacher_vocab=VOCAB, seed=0):
@@ -216,7 +217,7 @@ def test_frozen_inputs_get_no_gradient(frozen, reduction):
 def test_only_needed_gradients_are_made(need):
     student, teacher, labels = make()
     for divergence in ("ab", "alphanet"):
-        arguments = (*student, *teacher, labels, divergence, 1.0, 0.0, 0, torch.float64, list(need), None)
+        arguments = (*student, *teacher, labels, divergence, 1.0, 0.0, 0, torch.float64, *WHOLE, list(need), None)
         _, _, *gradients = torch.ops.abkd_fast.fused_linear(*arguments)
         assert [g.numel() for g in gradients] == [x.numel() if n else 0 for n, x in zip(need, student, strict=True)]
 
@@ -282,7 +283,7 @@ def test_compile(reduction):
 def test_opcheck(divergence):
     student, teacher, labels = make()
     teacher = teacher if divergence else (None, None, None)
-    arguments = (*teacher, labels, divergence, 1.0, 0.5 if divergence else 1.0, 7, torch.float64)
+    arguments = (*teacher, labels, divergence, 1.0, 0.5 if divergence else 1.0, 7, torch.float64, *WHOLE)
     operator = torch.ops.abkd_fast.fused_linear
     torch.library.opcheck(operator, (*student, *arguments, [False] * 3, None))
     # Backward scales in place what the operator returned, which AOTAutograd can't return then (see test_ops.py).

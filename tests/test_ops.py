@@ -61,6 +61,44 @@ def test_reference_has_the_same_doors(divergence):
         torch.testing.assert_close(mine, slow, rtol=FLOAT64, atol=1e-14)  # elements of 1e-3 from terms of .1
 
 
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("divergence", ALL)
+def test_passes_one_by_one_over_parts_of_the_vocabulary(monkeypatch, divergence, compiled):
+    if compiled and ops._C is None:
+        pytest.skip("the extension is missing")
+    monkeypatch.setattr(ops, "_compiled", lambda _: compiled)
+    labels, kind, (temperature, hard_weight) = torch.tensor([3, 12, 13, 49]), parse(divergence), ROW_OPTIONS
+    cuts = [slice(0, 13), slice(13, 13), slice(13, 50)]
+    for dtype, bound in ((torch.float32, FLOAT32), (torch.float64, 1e-12)):
+        rows = mild_logits(4, 50, dtype)
+        gradient, upstream = torch.empty_like(rows[0]), torch.tensor([0.5, 7.0, -2.0, 3.0], dtype=dtype)
+        whole = torch.zeros(4, ops.STATISTICS, dtype=torch.float64)
+        losses = ops.row_losses(*rows, labels, kind, *ROW_OPTIONS, gradient, whole, upstream)
+        parts = [[x[:, cut].contiguous() for x in rows] for cut in cuts]
+        merged = whole.clone()  # whose last two columns, what is decided, are taken from it
+        merged[:, :3] = torch.stack([ops.row_normalizers(*x, *ROW_OPTIONS) for x in parts])[:, :, :3].logsumexp(0)
+        values, slopes = 0, 0
+        for student, teacher in parts:
+            values = values + ops.row_sums(student, teacher, kind, temperature, merged)
+            slopes = slopes + merged[:, ops.SLOPE]
+        merged[:, ops.SLOPE] = slopes
+        assert relative_errors(merged[:, :3].T, whole[:, :3].T).max() < bound
+        hard = merged[:, 2] - rows[0].gather(1, labels[:, None])[:, 0]
+        assert relative_errors((1 - hard_weight) * values + hard_weight * hard, losses).max() < bound
+        for (student, teacher), cut in zip(parts, cuts, strict=True):
+            local = torch.where((labels >= cut.start) & (labels < cut.stop), labels - cut.start, -1)
+            ops.row_gradients(student, teacher, local, kind, *ROW_OPTIONS, merged, upstream, student)
+        assert relative_errors(torch.cat([x for x, _ in parts], 1), gradient).max() < bound
+
+
+@COMPILED
+def test_a_label_elsewhere_is_for_gradients_alone():
+    student, teacher = mild_logits(3, 9)
+    rows = student, teacher, torch.tensor([0, -2, -1]), parse("ab"), *ROW_OPTIONS
+    with pytest.raises(RuntimeError, match=r"labels\[1\] is -2, expected -100 or 0 to 8"):
+        ops.row_gradients(*rows, torch.zeros(3, 6).double(), torch.ones(3), student)
+
+
 @pytest.mark.parametrize("divergence", ALL)
 def test_gradient_may_overwrite_the_student(divergence):
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
@@ -224,6 +262,8 @@ def test_opcheck_row_operators(divergence):
     ops.row_losses(student, teacher, LABELS, kind, *ROW_OPTIONS, statistics=statistics)
     later = (statistics, upstream, torch.empty_like(student))
     torch.library.opcheck(torch.ops.abkd_fast.row_gradients, (student, teacher, LABELS, *rows, *later))
+    torch.library.opcheck(torch.ops.abkd_fast.row_normalizers, (student, teacher, *ROW_OPTIONS, statistics))
+    torch.library.opcheck(torch.ops.abkd_fast.row_sums, (student, teacher, *rows[:-1], statistics))
 
 
 @COMPILED

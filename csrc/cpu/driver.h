@@ -148,23 +148,28 @@ ABKD_INLINE auto adapt(const Divergence& divergence, const Row<T>& row, bool mea
   }
 }
 
-// Passes A and B: returns the loss and fills `statistics`, and `slopes` [vocab] if that is not null.
+// Pass A.
 template <typename T, typename Divergence>
-double measure(const Rows& rows, const Divergence& divergence, const T* student, const T* teacher, int64_t label,
-               Statistics& statistics, T* slopes) {
+void normalize(const Rows& rows, const T* student, const T* teacher, Statistics& statistics) {
   const bool hard = rows.hard_weight != 0.0;
   const T scale = T(1.0 / rows.temperature);
-  double loss = 0.0;
-  if (hard) {
-    statistics.plain_lse = log_sum_exp(student, rows.vocab, T(1));
-    loss = rows.hard_weight * (statistics.plain_lse - double(student[label]));
-  }
+  if (hard) statistics.plain_lse = log_sum_exp(student, rows.vocab, T(1));
   if constexpr (Divergence::has_teacher) {
     const bool same = hard && scale == T(1);
     statistics.student_lse = same ? statistics.plain_lse : log_sum_exp(student, rows.vocab, scale);
     statistics.teacher_lse = log_sum_exp(teacher, rows.vocab, scale);
-    const Row<T> row(student, teacher, rows.vocab, scale, statistics);
-    const auto adapted = adapt(divergence, row, true, statistics.state);
+  }
+}
+
+// Pass B: returns the loss and fills the rest of `statistics`, and `slopes` [vocab] if that is not null.
+template <typename T, typename Divergence>
+double measure(const Rows& rows, const Divergence& divergence, const T* student, const T* teacher, int64_t label,
+               Statistics& statistics, T* slopes) {
+  double loss = 0.0;
+  if (rows.hard_weight != 0.0) loss = rows.hard_weight * (statistics.plain_lse - double(student[label]));
+  if constexpr (Divergence::has_teacher) {
+    const Row<T> row(student, teacher, rows.vocab, T(1.0 / rows.temperature), statistics);
+    const auto adapted = adapt(divergence, row, rows.normalizes, statistics.state);
     const auto both = [&adapted](T a, T b, T d) {
       const Term<T> term = adapted(a, b, d);
       return Pair<T>{term.value, term.slope};
@@ -210,7 +215,7 @@ void differentiate(const Rows& rows, const Divergence& divergence, const T* stud
 #pragma omp simd
     for (int64_t i = 0; i < size; ++i) gradient[begin + i] = block[i];
   }
-  if (hard) gradient[label] -= hard_weight;
+  if (hard && label != kElsewhere) gradient[label] -= hard_weight;
 }
 
 template <typename T, typename Logit>
@@ -244,11 +249,11 @@ void process_rows(const Rows& rows, const Divergence& divergence, int64_t begin,
     const T* teacher = nullptr;
     if constexpr (Divergence::has_teacher)
       teacher = widen<T>(static_cast<const Logit*>(rows.teacher) + i * rows.teacher_stride, vocab, teacher_row.data());
-    Statistics statistics = rows.losses ? Statistics{} : rows.statistics[i];
-    if (rows.losses) {
+    Statistics statistics = rows.normalizes ? Statistics{} : rows.statistics[i];
+    if (rows.normalizes) normalize<T, Divergence>(rows, student, teacher, statistics);
+    if (rows.losses)
       static_cast<T*>(rows.losses)[i] = T(measure(rows, divergence, student, teacher, label, statistics, kept));
-      if (rows.statistics) rows.statistics[i] = statistics;
-    }
+    if (rows.statistics && (rows.normalizes || rows.losses)) rows.statistics[i] = statistics;
     if (!gradient) continue;
     const double upstream = rows.upstream ? double(static_cast<const T*>(rows.upstream)[i]) : 1.0;
     if constexpr (wide) {

@@ -27,6 +27,7 @@ Tensor row_losses_cuda(const Tensor& student, std::optional<Tensor> teacher, std
   auto rows =
       abkd::pack({student, teacher, labels, gradient, statistics}, {family, parameters, temperature, hard_weight});
   rows.losses = losses.data_ptr();
+  rows.normalizes = true;
   if (upstream) rows.upstream = abkd::pack_upstream(*upstream, student);
   launch(rows, student.get_device_index());
   return losses;
@@ -42,9 +43,28 @@ void row_gradients_cuda(const Tensor& student, std::optional<Tensor> teacher, st
   launch(rows, student.get_device_index());
 }
 
+void row_normalizers_cuda(const Tensor& student, std::optional<Tensor> teacher, double temperature, double hard_weight,
+                          const Tensor& statistics) {
+  STD_TORCH_CHECK(student.scalar_type() != ScalarType::Double, "float64 logits have no CUDA kernel");
+  launch(abkd::pack_normalizers(student, teacher, temperature, hard_weight, statistics), student.get_device_index());
+}
+
+Tensor row_sums_cuda(const Tensor& student, const Tensor& teacher, int64_t family, std::vector<double> parameters,
+                     double temperature, const Tensor& statistics) {
+  STD_TORCH_CHECK(student.scalar_type() != ScalarType::Double, "float64 logits have no CUDA kernel");
+  auto values = torch::stable::new_empty(student, {student.size(0)}, ScalarType::Float);
+  auto rows =
+      abkd::pack({student, teacher, std::nullopt, std::nullopt, statistics}, {family, parameters, temperature, 0.0});
+  rows.losses = values.data_ptr();
+  launch(rows, student.get_device_index());
+  return values;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(abkd_fast, CUDA, library) {
   library.impl("row_losses", TORCH_BOX(&row_losses_cuda));
   library.impl("row_gradients", TORCH_BOX(&row_gradients_cuda));
+  library.impl("row_normalizers", TORCH_BOX(&row_normalizers_cuda));
+  library.impl("row_sums", TORCH_BOX(&row_sums_cuda));
 }

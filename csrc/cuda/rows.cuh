@@ -319,7 +319,7 @@ __global__ void __launch_bounds__(kThreads, 1) row_kernel(Rows rows, Divergence 
   Statistics& statistics = scratch.statistics;
   double student_lse = 0.0, teacher_lse = 0.0;
   float top = 0.0f;
-  if (loss) {
+  if (rows.normalizes) {
     // Shared copies are shifted so that their packs are aligned whatever the alignment of the rows themselves.
     const int64_t shift = (Cut<Logit>::kWidth - cut.head % Cut<Logit>::kWidth) % Cut<Logit>::kWidth;
     auto* kept_student = kept > 0 ? reinterpret_cast<Logit*>(shared_rows) + shift : nullptr;
@@ -347,6 +347,10 @@ __global__ void __launch_bounds__(kThreads, 1) row_kernel(Rows rows, Divergence 
     }
     const double plain_lse = !hard ? 0.0 : plain ? reduce(plain_sum, scratch).lse : student_lse;
     if (threadIdx.x == 0) statistics = {student_lse, teacher_lse, plain_lse, 0.0, {0.0, 0.0}};
+    if (!loss) {
+      if (threadIdx.x == 0) rows.statistics[row] = statistics;
+      return;
+    }
     if (kept_student) student = kept_student;
     if (kept_teacher) teacher = kept_teacher;
     __syncthreads();
@@ -357,7 +361,7 @@ __global__ void __launch_bounds__(kThreads, 1) row_kernel(Rows rows, Divergence 
     teacher_lse = statistics.teacher_lse;
   }
 
-  const bool y_aligned = cut.teacher_aligned || (loss && kept > 1);
+  const bool y_aligned = cut.teacher_aligned || kept > 1;
   const Row<Logit> both{cut,
                         student,
                         teacher,
@@ -368,7 +372,7 @@ __global__ void __launch_bounds__(kThreads, 1) row_kernel(Rows rows, Divergence 
                         top,
                         scratch,
                         cut.vocab};
-  const auto& adapted = adapt(divergence, both, loss != nullptr, statistics.state);
+  const auto& adapted = adapt(divergence, both, rows.normalizes, statistics.state);
   if (loss) {
     Pair<float> sums{};
     if constexpr (Divergence::has_teacher) {

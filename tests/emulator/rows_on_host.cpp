@@ -30,7 +30,8 @@ struct Request {
   double parameters[kParameters], temperature, hard_weight;
 };
 enum GradientMode : int64_t { kNoGradient, kApart, kInPlace };
-enum StatisticsMode : int64_t { kNoStatistics, kWritten, kRead };  // kRead: the gradient is made from them
+// kRead: the gradient is made from them; kNormalizers: nothing else is made; kSums: they have the log-normalisers.
+enum StatisticsMode : int64_t { kNoStatistics, kWritten, kRead, kNormalizers, kSums };
 
 // An array of exactly `bytes`, so that AddressSanitizer sees what lies beyond.
 struct Array {
@@ -75,12 +76,14 @@ void serve(const Request& request) {
   Array labels(request.count * int64_t(sizeof(int64_t))), upstream(request.count * int64_t(sizeof(float)));
   Array losses(request.count * int64_t(sizeof(float))), statistics(request.count * int64_t(sizeof(Statistics)));
 
+  const int64_t mode = request.statistics_mode;
+  const bool has_losses = mode != kRead && mode != kNormalizers;
   student.read();
   if (request.has_teacher) teacher.read();
   if (request.gradient_mode == kApart) gradient.read();
   if (request.has_labels) labels.read();
   if (request.has_upstream) upstream.read();
-  if (request.statistics_mode == kRead) statistics.read();
+  if (mode == kRead || mode == kSums) statistics.read();
 
   Rows rows{};
   rows.count = request.count;
@@ -94,18 +97,19 @@ void serve(const Request& request) {
   rows.gradient_stride = request.gradient_mode == kInPlace ? request.student_stride : request.gradient_stride;
   if (request.has_labels) rows.labels = static_cast<int64_t*>(labels.data);
   if (request.has_upstream) rows.upstream = upstream.data;
-  if (request.statistics_mode != kRead) rows.losses = losses.data;
-  if (request.statistics_mode != kNoStatistics) rows.statistics = static_cast<Statistics*>(statistics.data);
+  if (has_losses) rows.losses = losses.data;
+  if (mode != kNoStatistics) rows.statistics = static_cast<Statistics*>(statistics.data);
+  rows.normalizes = mode != kRead && mode != kSums;
   rows.family = Family(request.family);
   std::copy_n(request.parameters, kParameters, rows.parameters);
   rows.temperature = request.temperature;
   rows.hard_weight = request.hard_weight;
   launch<Logit>(request, rows);
 
-  if (request.statistics_mode != kRead) losses.write();
+  if (has_losses) losses.write();
   if (request.gradient_mode == kApart) gradient.write();
   if (request.gradient_mode == kInPlace) student.write();
-  if (request.statistics_mode == kWritten) statistics.write();
+  if (mode != kNoStatistics && mode != kRead) statistics.write();
 }
 
 }  // namespace
