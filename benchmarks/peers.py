@@ -210,7 +210,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if gpu else "cpu")
     parser.add_argument("--out", type=pathlib.Path, default=results, help="folder (default: %(default)s)")
     options = parser.parse_args(arguments)
-    vars(options).update(methods=["GKD"], pretrain=False, overhead=False)
+    vars(options).update(methods=["GKD"], pretrain=False, overhead=False, profile=False)
     options.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         benchmark = PeerBenchmark(options, pathlib.Path(folder))
