@@ -161,11 +161,19 @@ class Benchmark:
             f"{self.trainer.dtype}; a sample has {prompt:.1f} tokens of prompt and {response:.1f} of response (Dolly: "
             f"71.3 and 74.3){text}"
         )
+
+    def describe_work(self) -> None:
+        """What the timed steps leave out, or have less of than the published ones."""
+        if self.batch_size < self.scale.batch_size:
+            self.report.note(f"A step has {self.batch_size} samples, not {self.scale.batch_size}: --batch-size")
         if any(method.is_on_policy for method in self.methods.values()):
             self.report.note(
                 f"Generated responses end where those of the data do, or after {NEW_TOKENS} tokens. The published way "
                 "pads them as it pads the data: training on them takes it as long, and is not timed again."
             )
+        if "MiniLLM" in self.methods:
+            theirs = self.turns[0].published_rollouts
+            self.report.note(f"A round of MiniLLM answers {theirs} prompts, of ours {self.rollouts}; by default 256.")
         for name, method in self.methods.items():
             if method.note:
                 self.report.note(f"{name}: {method.note}.")
@@ -245,6 +253,7 @@ class Benchmark:
         """Times all rounds and writes the tables; whether all methods' sides agree."""
         repeats, minutes, begun = self.options.repeats, self.options.minutes, time.perf_counter()
         self.build()
+        self.describe_work()
         steps, rounds = self.steps(), []
         a_round = self.check(steps)  # seconds
         timed = [key for key in steps if self.same_cost(key) == key]
@@ -252,7 +261,7 @@ class Benchmark:
             started = time.perf_counter()
             if rounds and started + a_round > begun + 60 * minutes:
                 self.report.note(
-                    f"{len(rounds)} of {repeats} rounds: one more would not end within {minutes:g} minutes"
+                    f"{len(rounds)} of {repeats} rounds: the next would not end within {minutes:g} minutes"
                 )
                 break
             print(f"round {number} of {repeats}, about {duration(a_round * (repeats - number + 1))} left", flush=True)
@@ -401,7 +410,8 @@ class Benchmark:
     def overhead(self) -> None:
         for name, method in self.methods.items():
             if not method.is_on_policy:
-                overhead(self.config(name, "auto"), name + (f", {WAYS['cached']}" if method.loss else ""), self.report)
+                title = f"{name}, teacher's states cached" if method.loss else name
+                overhead(self.config(name, "auto"), title, self.report)
 
     def profile(self) -> None:
         """What our steps spend their time on, in the mean over the rounds; the first batch is the warm-up."""
