@@ -129,7 +129,9 @@ def _saved_bytes(config: PretrainedConfig, layers: int, batch: Batch, dtype: tor
     half = dtype in (torch.bfloat16, torch.float16)
     storage = torch.float32 if half else dtype
     with FakeTensorMode(allow_non_fake_inputs=True), torch.autocast("cpu", dtype, enabled=half):
-        model = models.PackedCausalLM(AutoModelForCausalLM.from_config(config, dtype=storage), "student").train()
+        model = AutoModelForCausalLM.from_config(config, dtype=storage)
+        models.fuse_activations(model)
+        model = models.PackedCausalLM(model, "student").train()
         if recompute:
             model.checkpoint_layers()
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):

@@ -165,7 +165,6 @@ class Report:
                 row.pop("target", None)
             if "target" in row:
                 row["met"] = _met(row["ratio"], row["target"])
-        self.content["sections"].setdefault(section, []).append({"title": title, "rows": rows})
         if any("target" in row for row in rows):
             columns = {**columns, "target": ("target", "")}
         table = Table(title=title, title_justify="left", title_style="bold")
@@ -178,8 +177,9 @@ class Report:
         self.console.print()
         self.console.print(table)
         headings = [heading.replace("\n", " ") for heading, _ in columns.values()]
-        lines = [f"| {' | '.join(row)} |" for row in (headings, ["---"] * len(columns), *cells)]
-        self.markdown.append("\n".join([f"**{title}**", "", *lines]))
+        markdown = "\n".join(f"| {' | '.join(row)} |" for row in (headings, ["---"] * len(columns), *cells))
+        self.markdown.append(f"**{title}**\n\n{markdown}")
+        self.content["sections"].setdefault(section, []).append({"title": title, "rows": rows, "markdown": markdown})
 
     @staticmethod
     def _cell(row: dict[str, Any], key: str, form: str) -> str:

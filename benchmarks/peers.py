@@ -18,7 +18,7 @@ from collections.abc import Callable
 
 import datasets
 import torch
-from harness import measure, spread
+from harness import at_least, measure, spread
 from published import PaddedBatch, pad, token_positions
 from rivals import PEER_BETA, liger
 from steps import Numbers, Turn
@@ -40,6 +40,7 @@ class PeerBenchmark(Benchmark):
 
     def build(self) -> None:
         super().build()
+        self.report.judge = self.options.scale != "tiny"
         # Modules of their own on the same weights, with the attention that transformers gives by default.
         side = self.published.trainer
         self.student, self.teacher, self.optimizer = side.student, side.teacher, side.optimizer
@@ -169,7 +170,8 @@ class PeerBenchmark(Benchmark):
         rows = []
         for name, values in times.items():
             ratio = statistics.median(theirs / own for theirs, own in zip(values, times[OURS], strict=True))
-            rows.append(spread(name, values, ratio=ratio, all_ms=values))
+            target = {"target": at_least(3)} if name.startswith("TRL") else {}
+            rows.append(spread(name, values, ratio=ratio, all_ms=values, **target))
         columns = {"name": ("", ""), "ms": ("ms", ".2f"), "range": ("min..max", ""), "ratio": ("x ours", ".2f")}
         self.report.table("peers", f"milliseconds/sample, medians of {self.options.repeats}", rows, columns)
 

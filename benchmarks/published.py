@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from rivals import published_rows
 from torch import Tensor, nn
 from transformers import LogitsProcessor, StoppingCriteria
+from transformers.activations import ACT2FN
 from workload import NEW_TOKENS
 
 from abkd_fast.config import MiniLLMConfig, OptimConfig
@@ -159,7 +160,7 @@ class PublishedTrainer:
     """Steps on the very weights of two given models, with modules and an optimizer of its own."""
 
     def __init__(self, student: nn.Module, teacher: nn.Module, optim: OptimConfig, minillm: MiniLLMConfig) -> None:
-        self.student, self.teacher, self.minillm = *map(_with_default_attention, (student, teacher)), minillm
+        self.student, self.teacher, self.minillm = *map(_as_given, (student, teacher)), minillm
         groups = [
             {"params": [p for p in student.parameters() if p.dim() > 1], "weight_decay": optim.weight_decay},
             {"params": [p for p in student.parameters() if p.dim() <= 1], "weight_decay": 0.0},
@@ -280,10 +281,12 @@ class PublishedTrainer:
         return forward_kl(teacher, teacher, batch.labels)
 
 
-def _with_default_attention(model: nn.Module) -> nn.Module:
-    """A model of the very same parameters, with the attention that transformers gives by default."""
+def _as_given(model: nn.Module) -> nn.Module:
+    """A GPT-2 of the very same parameters, with the attention and activations that transformers gives by default."""
     twin = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
     twin.set_attn_implementation("sdpa")
+    for block in twin.transformer.h:
+        block.mlp.act = ACT2FN[twin.config.activation_function]
     twin.generation_config.eos_token_id = None  # EachAtItsLength ends responses
     return twin
 

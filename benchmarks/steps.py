@@ -20,6 +20,7 @@ from abkd_fast.teacher import CachedTeacher, OnPolicyTeacher, Teacher
 from abkd_fast.trainer import Trainer
 
 Numbers = tuple[Tensor, Tensor]  # a step's loss and gradient norm
+WAYS = {"published": "published way", "ours": "ours", "cached": "ours, teacher's states cached"}
 PARTS = {
     "data": "trains on the data",
     "rollout": "writes responses",
@@ -242,6 +243,7 @@ class Published:
             if name == "MiniLLM" and turn.padded_text is not None:
                 return self.trainer.minillm.text_kd * self.trainer.teacher_entropy(turn.padded_text).item()
             if METHODS[name].has_entropy:
-                batch = turn.padded if part == "data" else self.pad(self.written[name])
-                return self.trainer.teacher_entropy(batch).item()
+                samples = turn.samples if part == "data" else self.written[name]
+                longest = max(len(sample["input_ids"]) for sample in samples)  # padding would only cost time
+                return self.trainer.teacher_entropy(pad(samples, longest, self.device)).item()
         return 0.0

@@ -9,47 +9,40 @@ Before that, both sides have to agree on loss and gradient norm, dropout off, on
 method whose sides don't is marked as failed, gets no ratios, and makes the exit status 1. Tables go to the terminal,
 and with a chart, as JSON and Markdown, to --out.
 
---overhead measures, in the trainer's whole loop, what is neither model nor loss.
+--profile says by kind of work where our steps' time goes, and --overhead what the trainer's whole loop takes besides.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import cProfile
 import dataclasses
 import functools
 import importlib.util
-import inspect
 import itertools
 import json
 import pathlib
-import pstats
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import numpy as np
 import torch
+from breakdown import breakdown, profile
 from harness import Report, at_least, at_most, measure, peak_memory, spread
+from overhead import overhead
 from published import CHUNK
-from steps import METHODS, PARTS, Ours, Published, Turn
+from steps import METHODS, PARTS, WAYS, Ours, Published, Turn
 from workload import LENGTH, NEW_TOKENS, SCALES, length_quantiles, write_rows, write_text, write_tokenizer
 
 from abkd_fast.config import Config
 from abkd_fast.costs import peak_flops
 from abkd_fast.data import Batch, pack
-from abkd_fast.logs import RunLog
-from abkd_fast.models import PackedCausalLM
-from abkd_fast.progress import Window
 from abkd_fast.recipe import load
-from abkd_fast.teacher import CachedTeacher, Teacher, TeacherCache
+from abkd_fast.teacher import TeacherCache
 from abkd_fast.trainer import Trainer
 
-WAYS = {"published": "published way", "ours": "ours", "cached": "ours, teacher's states cached"}
-COLOURS = {"published": "#D55E00", "ours": "#56B4E9", "cached": "#0072B2"}  # told apart by everybody (Okabe and Ito)
 Key = tuple[str, str, str]  # method, way, part
 TARGETS = {  # of ABKD at the paper's scale: a ratio of the table, and its bound
     "published / ours": ("published_over_ours", at_least(4)),
@@ -58,6 +51,7 @@ TARGETS = {  # of ABKD at the paper's scale: a ratio of the table, and its bound
 }
 EPOCHS = (10, 20)  # of the papers: what building the cache is shared between
 OVERHEAD_STEPS = 10
+CPU_BATCH = 4  # samples of a step at most: the published way's logits of more don't fit next to GPT-2 XL in 24 GB
 
 
 def pack_text(blocks: list[dict], max_tokens: int) -> list[Batch]:
@@ -73,7 +67,8 @@ class Benchmark:
     def __init__(self, options: argparse.Namespace, folder: pathlib.Path) -> None:
         """`folder`: for what a run needs on disk."""
         self.options, self.folder, self.scale = options, folder, SCALES[options.scale]
-        self.batch_size = options.batch_size or self.scale.batch_size
+        most = self.scale.batch_size if options.device == "cuda" else min(self.scale.batch_size, CPU_BATCH)
+        self.batch_size = options.batch_size or most
         self.methods = {name: METHODS[name] for name in METHODS if name in ("SFT", *options.methods)}
         # Prompts that MiniLLM answers, of the 256 of a round; a GPU is hardly slower for more.
         self.rollouts = max(self.batch_size, 64 if options.device == "cuda" else CHUNK)
@@ -166,11 +161,19 @@ class Benchmark:
             f"{self.trainer.dtype}; a sample has {prompt:.1f} tokens of prompt and {response:.1f} of response (Dolly: "
             f"71.3 and 74.3){text}"
         )
+
+    def describe_work(self) -> None:
+        """What the timed steps leave out, or have less of than the published ones."""
+        if self.batch_size < self.scale.batch_size:
+            self.report.note(f"A step has {self.batch_size} samples, not {self.scale.batch_size}: --batch-size")
         if any(method.is_on_policy for method in self.methods.values()):
             self.report.note(
                 f"Generated responses end where those of the data do, or after {NEW_TOKENS} tokens. The published way "
                 "pads them as it pads the data: training on them takes it as long, and is not timed again."
             )
+        if "MiniLLM" in self.methods:
+            theirs = self.turns[0].published_rollouts
+            self.report.note(f"A round of MiniLLM answers {theirs} prompts, of ours {self.rollouts}; by default 256.")
         for name, method in self.methods.items():
             if method.note:
                 self.report.note(f"{name}: {method.note}.")
@@ -248,17 +251,24 @@ class Benchmark:
 
     def time(self) -> bool:
         """Times all rounds and writes the tables; whether all methods' sides agree."""
+        repeats, minutes, begun = self.options.repeats, self.options.minutes, time.perf_counter()
         self.build()
+        self.describe_work()
         steps, rounds = self.steps(), []
-        left = self.options.repeats * self.check(steps)
+        a_round = self.check(steps)  # seconds
         timed = [key for key in steps if self.same_cost(key) == key]
         for number, turn in enumerate(self.turns[1:], 1):
-            print(f"round {number} of {self.options.repeats}, about {duration(left)} left", flush=True)
             started = time.perf_counter()
+            if rounds and started + a_round > begun + 60 * minutes:
+                self.report.note(
+                    f"{len(rounds)} of {repeats} rounds: the next would not end within {minutes:g} minutes"
+                )
+                break
+            print(f"round {number} of {repeats}, about {duration(a_round * (repeats - number + 1))} left", flush=True)
             candidates = {key: functools.partial(steps[key], turn) for key in timed}
             # A GPU's kernels may be chosen, or compiled, for each new shape: there every step runs twice.
             rounds.append(measure(candidates, 1, warm=self.trainer.device.type == "cpu"))
-            left = (time.perf_counter() - started) * (self.options.repeats - number)
+            a_round = time.perf_counter() - started
         return self.tables({key: [each[key][0] / self.samples_of(key) for each in rounds] for key in timed})
 
     def samples_of(self, key: Key) -> int:
@@ -317,11 +327,19 @@ class Benchmark:
         }
         if peak_flops(self.trainer.device):
             columns |= {"ours_mfu": ("MFU,\nours", ".1%"), "cached_mfu": ("MFU,\ncached", ".1%")}
-        self.report.table("methods", f"seconds/sample, medians of {self.options.repeats}", rows, columns)
+        rounds = len(next(iter(parts.values())))
+        self.report.table("methods", f"seconds/sample, medians of {rounds}", rows, columns)
         self.spreads(parts)
         self.amortised(rows)
         self.targets(rows)
-        self.chart(rows)
+        if importlib.util.find_spec("matplotlib") is None:
+            self.report.note("chart: skipped, matplotlib is not installed (pip install '.[bench]')")
+        else:
+            from chart import draw
+
+            draw(rows, f"{self.scale.title}, {self.report.content['machine']['device']}", self.options.out)
+            self.report.note(f"chart: {self.options.out / 'timing.png'} and .svg")
+            self.report.markdown.append("![seconds/sample](timing.png)")
         return all(row["same"] for row in rows)
 
     @staticmethod
@@ -338,7 +356,7 @@ class Benchmark:
             return None
         self.trainer.method = self.ours.method(name)
         cost, shares = self.trainer.step_cost(way == "cached"), []
-        for turn, milliseconds in zip(self.turns[1:], times[name, way], strict=True):
+        for turn, milliseconds in zip(self.turns[1:], times[name, way], strict=False):  # perhaps of fewer rounds
             text = [sample for part in turn.text for sample in part.samples]
             flops = cost.flops(turn.samples) + cost.flops(text, taught=False)
             shares.append(flops / (1e-3 * milliseconds * self.batch_size * peak))
@@ -366,40 +384,6 @@ class Benchmark:
         name, way, _ = key
         return sum(s for part, s in self.methods[name].parts.items() if self.same_cost((name, way, part)) == key)
 
-    def chart(self, rows: list[dict]) -> None:
-        if importlib.util.find_spec("matplotlib") is None:
-            self.report.note("chart: skipped, matplotlib is not installed (pip install '.[bench]')")
-            return
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-
-        figure, axes = pyplot.subplots(figsize=(8, 1 + 0.6 * len(rows)), constrained_layout=True)
-        for place, row in enumerate(rows):
-            ways = [way for way in WAYS if way in row]
-            for number, way in enumerate(ways):
-                y = place + 0.27 * (number - (len(ways) - 1) / 2)
-                bar = axes.barh(y, row[way], 0.25, color=COLOURS[way], label=WAYS[way])
-                axes.bar_label(bar, [f"{row[way]:.3g}"], padding=3, fontsize=8)
-        axes.set_yticks(range(len(rows)), [row["name"] for row in rows])
-        axes.invert_yaxis()
-        axes.set_xscale("log")
-        decades = np.log10([row[way] for row in rows for way in WAYS if way in row])
-        axes.set_xlim(10 ** np.floor(decades.min()), 10 ** np.ceil(decades.max() + 0.2))  # room for the last number
-        axes.xaxis.set_major_formatter("{x:g}")
-        axes.xaxis.set_minor_formatter("")
-        axes.set_xlabel("seconds/sample, on a logarithmic scale")
-        axes.set_title(f"{self.scale.title}, {self.report.content['machine']['device']}", loc="left", fontsize=10)
-        axes.spines[["top", "right"]].set_visible(False)
-        handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
-        figure.legend(handles.values(), handles, loc="outside lower center", ncols=3, frameon=False)
-        for kind in ("png", "svg"):
-            figure.savefig(self.options.out / f"timing.{kind}", dpi=150)
-        pyplot.close(figure)
-        self.report.note(f"chart: {self.options.out / 'timing.png'} and .svg")
-        self.report.markdown.append("![seconds/sample](timing.png)")
-
     def amortised(self, rows: list[dict]) -> None:
         """What the cache costs, spread over the epochs that share it."""
         costs = []
@@ -424,55 +408,26 @@ class Benchmark:
             self.report.table("targets", "ABKD", bounds, {"name": ("", ""), "ratio": ("", ".2f")})
 
     def overhead(self) -> None:
-        """Where the time of the trainer's loop goes, by cProfile, which charges Python a little more than it takes."""
         for name, method in self.methods.items():
-            if method.is_on_policy:
-                continue
-            trainer, profile = Trainer(self.config(name, "auto")), cProfile.Profile()
-            trainer._load()
-            trainer.config.run.folder.mkdir(parents=True)
-            with contextlib.redirect_stdout(None):
-                profile.runcall(trainer._run)
-            way = ", teacher's states cached" if method.loss else ""
-            title = f"{name}{way}: {OVERHEAD_STEPS} steps of {self.batch_size} samples"
-            columns = {"name": ("", ""), "ms": ("ms a step", ".2f"), "ratio": ("%", ".2f")}
-            self.report.table("overhead", title, overhead_rows(profile), columns)
+            if not method.is_on_policy:
+                title = f"{name}, teacher's states cached" if method.loss else name
+                overhead(self.config(name, "auto"), title, self.report)
 
-
-LOOP = (Trainer._batches, Trainer._step, Window.add, RunLog.advance, Trainer._log_window, Trainer._after_step)
-WORK = {
-    "student and loss, forward": (PackedCausalLM.forward,),
-    "backward": (torch.Tensor.backward,),
-    "teacher's states": (Teacher.states, CachedTeacher.states),
-    "clipping and AdamW": (torch.nn.utils.clip_grad_norm_, torch.optim.AdamW.step),
-}
-CHORES = {
-    "reading and packing": (Trainer._batches,),
-    "sums, log, progress": (Window.add, RunLog.advance, Trainer._log_window),
-    "evaluation, checkpoints": (Trainer._after_step,),
-}
-
-
-def overhead_rows(profile: cProfile.Profile) -> list[dict]:
-    """Milliseconds a step and percent of the loop: WORK, CHORES, what is in neither, and all that is not WORK."""
-    stats = pstats.Stats(profile).stats
-
-    def seconds(functions: Iterable[Callable], own: bool = False) -> float:
-        """Spent in these functions and in what they call; `own`: in themselves alone."""
-        codes = (inspect.unwrap(function).__code__ for function in functions)
-        keys = ((code.co_filename, code.co_firstlineno, code.co_name) for code in codes)
-        return sum(stats[key][2 if own else 3] for key in keys if key in stats)
-
-    whole = seconds(LOOP) + seconds([Trainer._run], own=True)
-    spent = {name: seconds(functions) for name, functions in (WORK | CHORES).items()}
-    spent["the rest"] = whole - sum(spent.values())
-    spent["the trainer itself"] = whole - sum(spent[name] for name in WORK)
-    rows = [
-        {"name": name, "ms": 1e3 * value / OVERHEAD_STEPS, "ratio": 100 * value / whole}
-        for name, value in spent.items()
-    ]
-    rows[-1]["target"] = at_most(3)
-    return rows
+    def profile(self) -> None:
+        """What our steps spend their time on, in the mean over the rounds; the first batch is the warm-up."""
+        self.build()
+        steps = {key: step for key, step in self.steps().items() if key[1] != "published"}
+        traces = {key: [] for key in steps}
+        for number, turn in enumerate(self.turns):
+            print(f"round {number} of {self.options.repeats}", flush=True)
+            for key, step in steps.items():
+                run = functools.partial(step, turn)
+                if number == 0:
+                    run()
+                else:
+                    traces[key].append(profile(run, self.trainer.device))
+        for key in steps:
+            breakdown(traces[key], self.label(key), self.report)
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -485,13 +440,19 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--batch-size", type=int, help="samples of a step (default: the scale's)")
     parser.add_argument("--repeats", type=int, default=3, help="timed rounds (default: %(default)s)")
+    parser.add_argument(
+        "--minutes", type=float, default=60, help="no second round that would end later (default: %(default)s)"
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if gpu else "cpu")
     parser.add_argument("--out", type=pathlib.Path, default=results, help="folder (default: %(default)s)")
     parser.add_argument(
         "--pretrain", action="store_true", help="adds the papers' plain text to every step, on both sides"
     )
-    overhead = "what the trainer's own share of its loop is, where nothing is generated; CPU only"
-    parser.add_argument("--overhead", action="store_true", help=overhead)
+    parser.add_argument(
+        "--profile", action="store_true", help="where the time of our steps goes, by kind of work; nothing is compared"
+    )
+    text = "what the trainer's own share of its loop is, where nothing is generated; CPU only"
+    parser.add_argument("--overhead", action="store_true", help=text)
     parser.add_argument("--measure-lengths", nargs=2, metavar=("ROWS", "TOKENIZER"), help="print PROMPTS and RESPONSES")
     options = parser.parse_args(arguments)
     options.scale = options.scale or ("paper" if options.device == "cuda" else "small")
@@ -506,16 +467,18 @@ def main(arguments: list[str] | None = None) -> int:
         print(*length_quantiles(*options.measure_lengths), sep="\n")
         return 0
     options.out.mkdir(parents=True, exist_ok=True)
+    what = "overhead" if options.overhead else "profile" if options.profile else "timing"
     with tempfile.TemporaryDirectory() as folder:
-        benchmark = Benchmark(options, pathlib.Path(folder))
-        agrees = True
+        benchmark, agrees = Benchmark(options, pathlib.Path(folder)), True
         try:
             if options.overhead:
                 benchmark.overhead()
+            elif options.profile:
+                benchmark.profile()
             else:
                 agrees = benchmark.time()
         finally:  # what was measured before a failure is kept
-            benchmark.report.save(options.out / ("overhead.json" if options.overhead else "timing.json"))
+            benchmark.report.save(options.out / f"{what}.json")
     return 0 if agrees else 1
 
 

@@ -7,11 +7,13 @@ import pathlib
 import shutil
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
 import torch
 
+from abkd_fast import costs
 from abkd_fast.data import read_rows, tokenise
 from abkd_fast.models import read_tokenizer
 
@@ -27,6 +29,11 @@ def timing(monkeypatch):
 @pytest.fixture
 def workload(timing):
     return importlib.import_module("workload")
+
+
+@pytest.fixture
+def breakdown(timing):
+    return importlib.import_module("breakdown")
 
 
 @pytest.fixture
@@ -197,6 +204,102 @@ def test_timing_marks_a_wrong_loss(timing, tmp_path, monkeypatch, factor):
     assert not [key for key in ab if "_over_" in key]  # no ratio of steps that do different things
 
 
+def test_timing_stops_where_no_round_fits(timing, tmp_path, capsys):
+    options = ["--scale", "tiny", "--device", "cpu", "--methods", "SFT", "--repeats", "3", "--minutes", "0"]
+    assert timing.main([*options, "--out", str(tmp_path)]) == 0
+    content = json.loads((tmp_path / "timing.json").read_text())
+    assert "1 of 3 rounds: the next would not end within 0 minutes" in content["notes"]
+    assert content["sections"]["methods"][0]["title"] == "seconds/sample, medians of 1"
+    assert [len(row["all_ms"]) for row in content["sections"]["ways"][0]["rows"]] == [1, 1]
+
+
+def test_timing_takes_fewer_samples_on_a_processor(timing, tmp_path):
+    options = timing.parse(["--scale", "paper", "--device", "cpu", "--methods", "SFT", "--repeats", "1"])
+    benchmark = timing.Benchmark(options, tmp_path)
+    assert (benchmark.batch_size, benchmark.scale.batch_size) == (4, 8)
+
+
+def test_published_way_has_the_activations_of_transformers(benchmark):
+    benchmark.build()
+    kinds = [
+        {type(block.mlp.act).__name__ for block in model.transformer.h}
+        for model in (benchmark.trainer.student.model, benchmark.published.trainer.student)
+    ]
+    assert kinds == [{"GELU"}, {"NewGELUActivation"}]
+
+
+def test_timing_profile(timing, tmp_path):
+    options = ["--scale", "tiny", "--device", "cpu", "--methods", "ABKD", "--repeats", "1", "--profile"]
+    assert timing.main([*options, "--out", str(tmp_path)]) == 0
+    sections = json.loads((tmp_path / "profile.json").read_text())["sections"]
+    kinds = {table["title"]: {row["name"]: row["ratio"] for row in table["rows"]} for table in sections["kinds"]}
+    assert list(kinds) == ["SFT, ours", "ABKD, ours", "ABKD, ours, teacher's states cached"]
+    assert len(sections["operators"]) == 3
+    for ratios in kinds.values():
+        assert sum(ratios.values()) == pytest.approx(100)
+        assert all(ratio > 0 for ratio in ratios.values())
+    markdown = (tmp_path / "profile.md").read_text()
+    assert "**ABKD, ours, teacher's states cached: the 12 operators that take most**" in markdown
+
+
+def test_profile_finds_what_work_is_for(breakdown):
+    """Also in backward, where operators don't say whose derivative they are."""
+    torch.manual_seed(0)
+    embedding, layer = torch.nn.Embedding(50, 16), torch.nn.Linear(16, 16)
+    optimizer = torch.optim.AdamW([*embedding.parameters(), *layer.parameters()], fused=True)
+
+    def run():
+        x = layer(embedding(torch.arange(40).view(1, 2, 20)))
+        x = torch.nn.functional.scaled_dot_product_attention(x, x, x, dropout_p=0.5)  # by products of batches
+        (torch.tanh(x) @ embedding.weight.T).sum().backward()
+        torch.nn.utils.clip_grad_norm_(embedding.parameters(), 1.0)
+        optimizer.step()
+
+    run()
+    trace = breakdown.profile(run, torch.device("cpu"))
+    kinds = {}
+    for path, name, _ in trace:
+        kinds.setdefault(name, []).append(breakdown.kind_of(path))
+    assert kinds["aten::bmm"] == ["attention"] * 6
+    assert kinds["aten::bernoulli_"] == ["attention"]
+    assert kinds["aten::addmm"] == ["matrix products"]
+    assert kinds["aten::mm"] == ["matrix products"] * 5  # one forward; two of it and two of the layer backward
+    assert kinds["aten::embedding_dense_backward"] == ["embedding, picking rows"]
+    assert kinds["aten::tanh_backward"] == ["activations, norms, dropout, and the rest"]
+    assert set(kinds["aten::linalg_vector_norm"] + kinds["aten::_fused_adamw_"]) == {"clipping and AdamW"}
+    assert "gradients added up" in kinds["aten::add_"] + kinds["aten::add"]  # of the embedding, which is used twice
+    assert all(milliseconds >= 0 for *_, milliseconds in trace)
+
+
+class Event(types.SimpleNamespace):
+    __hash__ = object.__hash__
+
+
+def test_profile_of_a_gpu_counts_kernels_once(breakdown):
+    def event(name, parent=None, kernels=(), annotation=False, microseconds=0):
+        return Event(
+            name=name,
+            cpu_parent=parent,
+            kernels=[types.SimpleNamespace(name=kernel, duration=duration) for kernel, duration in kernels],
+            is_user_annotation=annotation,
+            cpu_time_total=microseconds,
+            time_range=types.SimpleNamespace(start=0),
+            sequence_nr=-1,
+            scope=0,
+        )
+
+    step = event("step", kernels=[("step", 900)], annotation=True, microseconds=1000)  # its kernels' whole span
+    events = [
+        step,
+        event("aten::mm", step, [("gemm", 400)]),
+        event("Torch-Compiled Region", step, [("triton_gelu", 300)]),
+    ]
+    expected = [("matrix products", 0.4), ("activations, norms, dropout, and the rest", 0.3)]
+    expected += [("Python, dispatch, waiting", 0.3)]  # the GPU waits
+    found = [(breakdown.kind_of(path), milliseconds) for path, _, milliseconds in breakdown.spent(events, on_gpu=True)]
+    assert found == expected
+
+
 def test_timing_overhead(timing, tmp_path):
     options = ["--scale", "tiny", "--device", "cpu", "--methods", "ABKD", "--overhead", "--out", str(tmp_path)]
     assert timing.main(options) == 0
@@ -206,7 +309,7 @@ def test_timing_overhead(timing, tmp_path):
         rows = {row["name"]: row["ratio"] for row in table["rows"]}
         own = rows.pop("the trainer itself")
         assert sum(rows.values()) == pytest.approx(100)
-        assert own == pytest.approx(100 - sum(rows[name] for name in timing.WORK))
+        assert own == pytest.approx(100 - sum(rows[name] for name in importlib.import_module("overhead").WORK))
         # Every function is found in the profile, and none counts twice.
         assert all(value > 0 for name, value in rows.items() if name != "teacher's states")
     assert rows["teacher's states"] > 0
@@ -257,6 +360,67 @@ def test_peers_tiny(timing, tmp_path, capsys):
     names = ["ours", "ours, teacher's states cached", "published way", *(peers if installed else [])]
     assert [row["name"] for row in rows] == names
     assert rows[0]["ratio"] == 1
+
+
+def test_predict(timing, tmp_path):
+    predict = importlib.import_module("predict")
+    predict.main(["--batch-size", "16", "--mfu", "0.5", "--bandwidth", "1", "--out", str(tmp_path)])
+    sections = json.loads((tmp_path / "predict.json").read_text())["sections"]
+    pair = predict.Pair(*predict.PAIRS["GPT-2 XL to GPT-2"])
+    real, padded = pair.samples.real, pair.samples.padded
+    for way, samples, teacher, cached in (
+        ("published", padded, pair.teacher, False),
+        ("ours", real, pair.teacher, False),
+        ("cached", real, pair.teacher, True),
+        ("sft", real, None, False),
+    ):
+        expected = costs.StepCost(pair.student, None, teacher, cached).flops(samples) / len(samples)
+        assert pair.flops[way] == pytest.approx(expected)
+        assert sections["operations"][0]["rows"][-1][way] == pytest.approx(expected / 1e9)
+    published, ours, _, _ = sections["prediction"][0]["rows"]
+    assert published["products"] == pytest.approx(pair.flops["published"] / (0.5 * 989e12))
+    assert ours["optimizer"] == pytest.approx(40 * pair.student.parameters / 16 / 3.35e12)
+    assert published["gigabytes"] > 10 * 512 * 50257 * 4 / 1e9  # of tensors in float32 that are written and read
+
+
+def test_traffic_counts_what_operators_read_and_write(timing):
+    predict = importlib.import_module("predict")
+    a, b = torch.empty(3, 5, device="meta"), torch.empty(5, device="meta")
+    with predict.Traffic() as traffic:
+        (a + b).t().exp_()
+    add, exp = 4 * (15 + 5 + 15), 4 * (15 + 15)
+    assert traffic.bytes == add + exp
+
+
+def test_document_fills_in_tables(timing, tmp_path):
+    document = importlib.import_module("document")
+    report = importlib.import_module("harness").Report(torch.device("cpu"), {})
+    columns = {"name": ("", ""), "ratio": ("x", ".1f")}
+    for title in ("first", "second"):
+        report.table("part", title, [{"name": title, "ratio": 2}], columns)
+    (tmp_path / "run").mkdir()
+    report.save(tmp_path / "run" / "speed.json")
+    page = "<!-- {} -->\nold\n<!-- end -->\ntext\n"
+    table = "|  | x |\n| --- | --- |\n| second | 2.0 |\n"
+    filled = document.fill(page.format("speed part: second"), tmp_path)
+    assert filled.startswith("<!-- speed part: second -->\n**second** (")
+    assert filled.endswith(f"\n\n{table}\n<!-- end -->\ntext\n")
+    assert document.fill(filled, tmp_path) == filled
+    assert document.fill(page.format("speed part"), tmp_path).count("| x |") == 2
+    assert document.fill(page.format("memory part"), tmp_path) == page.format("memory part")  # never measured
+
+
+def test_document_has_places_for_tables_alone(timing):
+    """Of results that some benchmark writes."""
+    page = (BENCHMARKS.parent / "docs" / "performance.md").read_text()
+    places = importlib.import_module("document").PLACE.findall(page)
+    assert len(places) == page.count("<!-- end -->") == page.count("<!--") / 2
+    assert {(name, section) for _, name, section, *_ in places} == {
+        *(("predict", section) for section in ("operations", "scaling", "prediction")),
+        *(("timing", section) for section in ("methods", "ways", "cache")),
+        *(("profile", section) for section in ("kinds", "operators")),
+        ("peers", "peers"),
+    }
 
 
 def test_sampling_quick(tmp_path):

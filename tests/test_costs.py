@@ -6,7 +6,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig
 
-from abkd_fast import costs, decoding
+from abkd_fast import costs, decoding, models
 from abkd_fast.config import TrainConfig
 from abkd_fast.data import pack
 from abkd_fast.sampling import SamplingSettings, sample, sample_mixture
@@ -47,6 +47,7 @@ def test_teacher_and_adapter_in_a_step():
 def test_activations_are_those_that_autograd_keeps(config, recompute):
     (batch,) = pack(samples([40, 17, 60]), max_tokens=128)
     model = build(config, torch.float32, num_hidden_layers=5).train()
+    models.fuse_activations(model)  # as loaded ones are
     if recompute:
         model.checkpoint_layers()
     kept = {}

@@ -51,6 +51,26 @@ def padded_logits(model, rows):
     return torch.cat(kept)
 
 
+def test_fused_gelu_is_that_of_transformers():
+    plain = build(GPT2, torch.float64).model
+    fused = copy.deepcopy(plain)
+    models.fuse_activations(fused)
+    x = torch.linspace(-6, 6, 1001, dtype=torch.float64, requires_grad=True)
+    for ours, theirs in zip(fused.transformer.h, plain.transformer.h, strict=True):
+        assert type(ours.mlp.act) is not type(theirs.mlp.act)
+        values, expected = ours.mlp.act(x), theirs.mlp.act(x)
+        assert torch.allclose(values, expected, rtol=0, atol=1e-14)
+        slopes = [torch.autograd.grad(y.sum(), x)[0] for y in (values, expected)]
+        assert torch.allclose(*slopes, rtol=0, atol=1e-14)
+
+
+def test_loaded_models_are_fused():
+    config = AutoConfig.for_model(**GPT2)
+    model = models.load(ModelConfig(config=GPT2), config, "student", torch.float32, CPU)
+    assert {type(block.mlp.act) for block in model.model.transformer.h} == {torch.nn.GELU}
+    assert model.model.config.activation_function == "gelu_new"  # so is the model saved
+
+
 @pytest.mark.parametrize("config", [GPT2, LLAMA], ids=["gpt2", "llama-gqa"])
 @pytest.mark.parametrize(
     ("dtype", "loss_tolerance", "gradient_tolerance"), [(torch.float32, 1e-6, 1e-5), (torch.float64, 1e-12, 1e-12)]

@@ -1,0 +1,39 @@
+"""Puts measured and predicted tables into docs/performance.md: `python benchmarks/document.py`.
+
+There a line `<!-- NAME SECTION -->`, or `<!-- NAME SECTION: TITLE -->` for one table of several, stands before what is
+in NAME.json, the newest in benchmarks/results, and `<!-- end -->` after it. Without such a file, all stays as it is.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import re
+
+FOLDER = pathlib.Path(__file__).parent
+PLACE = re.compile(r"(<!-- (\w+) (\w+)(?:: ([^\n]+))? -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def fill(text: str, results: pathlib.Path) -> str:
+    def tables(place: re.Match) -> str:
+        begin, name, section, title, end = place.groups()
+        files = sorted(results.glob(f"*/{name}.json"), key=lambda file: file.stat().st_mtime)
+        if not files:
+            return place[0]
+        content = json.loads(files[-1].read_text())
+        machine = content["machine"]
+        where = f"{machine['device']}, torch {machine['torch']}, commit {machine['commit']}"
+        chosen = [t for t in content["sections"].get(section, []) if title in (None, t["title"])]
+        body = "".join(f"**{table['title']}** ({where})\n\n{table['markdown']}\n\n" for table in chosen)
+        return f"{begin}{body}{end}"
+
+    return PLACE.sub(tables, text)
+
+
+def main() -> None:
+    page = FOLDER.parent / "docs" / "performance.md"
+    page.write_text(fill(page.read_text(), FOLDER / "results"))
+
+
+if __name__ == "__main__":
+    main()
