@@ -228,10 +228,9 @@ def load(
 
 
 def fuse_activations(model: nn.Module) -> None:
-    """GPT-2's GELU by PyTorch's kernel, which rounds differently.
+    """GPT-2's GELU by PyTorch's kernel, which may round differently.
 
-    transformers writes its tanh approximation out: eight operators, a tenth of a step on a CPU, and the memory of four
-    results.
+    transformers writes its tanh approximation out: eight operators, most of whose results are kept for backward.
     """
     for module in list(model.modules()):
         for name, child in module.named_children():

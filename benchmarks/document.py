@@ -22,9 +22,11 @@ def fill(text: str, results: pathlib.Path) -> str:
             return place[0]
         content = json.loads(files[-1].read_text())
         machine = content["machine"]
-        where = f"{machine['device']}, torch {machine['torch']}, commit {machine['commit']}"
+        where = f" ({machine['device']}, torch {machine['torch']}, commit {machine['commit']})"
+        if name == "predict":  # the same everywhere
+            where = ""
         chosen = [t for t in content["sections"].get(section, []) if title in (None, t["title"])]
-        body = "".join(f"**{table['title']}** ({where})\n\n{table['markdown']}\n\n" for table in chosen)
+        body = "".join(f"**{table['title']}**{where}\n\n{table['markdown']}\n\n" for table in chosen)
         return f"{begin}{body}{end}"
 
     return PLACE.sub(tables, text)
