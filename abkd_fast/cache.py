@@ -274,14 +274,19 @@ class StateFile:
                 os.posix_fallocate(file.fileno(), 0, self.bytes)
             file.truncate(self.bytes)
 
-    def write(self, number: int, rows: Tensor, seconds: float) -> None:
-        """One block's rows, which took so long to compute. Raises OSError."""
+    def write(self, number: int, rows: Tensor) -> int:
+        """Puts one block's rows into the file, and returns their checksum. Raises OSError."""
         content = _bytes(rows)
         with self.path.open("r+b") as file:
             file.seek(self.layout.block(number).start * self.row_bytes)
             file.write(content)
-        self.checksums[number] = zlib.crc32(content)
-        self.seconds += seconds
+        return zlib.crc32(content)
+
+    def record(self, blocks: list[tuple[int, int, float]]) -> None:
+        """Blocks that are written: their numbers, checksums, and the seconds each took to compute. Raises OSError."""
+        for number, checksum, seconds in blocks:
+            self.checksums[number] = checksum
+            self.seconds += seconds
         self._write_index()
 
     def read(self) -> Tensor:

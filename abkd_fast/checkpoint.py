@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from . import parallel
 from .config import ConfigError
 from .logs import console
 
@@ -50,6 +51,11 @@ class StopSignals:
     def __exit__(self, *error: types.TracebackType | None) -> None:
         for number, handler in self.previous.items():
             signal.signal(number, handler)
+
+    def of_any_rank(self) -> str | None:
+        """What a rank has received, the same on all of them, which have to call this together."""
+        number = int(parallel.largest(signal.Signals[self.received] if self.received else 0))
+        return signal.Signals(number).name if number else None
 
     def _handle(self, number: int, frame: types.FrameType | None) -> None:
         if self.received:
@@ -261,19 +267,32 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module, t
         optimizer.state[parameter][key] = own.to(parameter.device).copy_(value)
 
 
+def by_rank(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Every rank's tensors of these names, for one file. All ranks have to call this together."""
+    own = enumerate(parallel.gathered(tensors))
+    return {f"{rank}.{name}": tensor for rank, tensors in own for name, tensor in tensors.items()}
+
+
+def of_rank(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """This rank's, of what `by_rank` gave; nothing where there were fewer ranks then."""
+    own = f"{parallel.rank()}."
+    return {name.removeprefix(own): tensor for name, tensor in tensors.items() if name.startswith(own)}
+
+
 def random_state() -> tuple[dict[str, Tensor], dict]:
     """The state of every generator that a run may draw from: PyTorch's as tensors, Python's and NumPy's for JSON."""
     tensors = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_initialized():
-        tensors |= {f"cuda{index}": state for index, state in enumerate(torch.cuda.get_rng_state_all())}
+        tensors["cuda"] = torch.cuda.get_rng_state()
     name, keys, *rest = np.random.get_state()
     return tensors, {"python": random.getstate(), "numpy": [name, keys.tolist(), *rest]}
 
 
 def set_random_state(tensors: dict[str, Tensor], state: dict) -> None:
-    torch.set_rng_state(tensors["cpu"])
-    for index in range(min(len(tensors) - 1, torch.cuda.device_count())):
-        torch.cuda.set_rng_state(tensors[f"cuda{index}"], index)
+    if tensors:
+        torch.set_rng_state(tensors["cpu"])
+    if "cuda" in tensors and torch.cuda.is_available():
+        torch.cuda.set_rng_state(tensors["cuda"])
     version, keys, gauss = state["python"]
     random.setstate((version, tuple(keys), gauss))
     name, keys, *rest = state["numpy"]

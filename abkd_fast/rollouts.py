@@ -10,6 +10,7 @@ import datasets
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from . import parallel
 from .config import Config
 from .data import step_samples
 from .models import PackedCausalLM
@@ -56,7 +57,7 @@ class Rollouts:
         """The samples with responses by the student."""
         arguments, started = self._arguments(samples, step), self._now()
         with self.precision():
-            responses = sample(self.student, *arguments)
+            responses = parallel.joined(sample(self.student, *arguments))
         return self._with_responses(samples, responses, started)
 
     def write_mixed(self, samples: list[dict], step: int, teacher_weight: float) -> list[dict]:
@@ -66,7 +67,7 @@ class Rollouts:
         """
         arguments, started = self._arguments(samples, step), self._now()
         with self.precision():
-            written = sample_mixture(self.student, self.teacher, teacher_weight, *arguments)
+            written = parallel.joined(sample_mixture(self.student, self.teacher, teacher_weight, *arguments))
         responses, *log_probs = zip(*written, strict=True)
         rollouts = self._with_responses(samples, responses, started)
         return [
@@ -84,10 +85,11 @@ class Rollouts:
         return numbers
 
     def _arguments(self, samples: list[dict], step: int) -> tuple[list[list[int]], SamplingSettings, list[int], int]:
+        """Of sampling this rank's share of the responses."""
         prompts = [_prompt(sample) for sample in samples]
         first = (self.config.run.seed << 40) + (step << 20)
         seeds = [first + place for place in range(len(samples))]
-        return prompts, self.settings, seeds, self.config.sampling.batch_size
+        return parallel.share(prompts), self.settings, parallel.share(seeds), self.config.sampling.batch_size
 
     def _now(self) -> float:
         """The time, once the device has done what it was given before: none of that is generation."""

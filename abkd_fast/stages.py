@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import gc
 import itertools
 import json
@@ -12,7 +13,7 @@ from collections.abc import Iterator
 import torch
 from rich.table import Table
 
-from . import answers, checkpoint, models, pretrain, results
+from . import answers, checkpoint, models, parallel, pretrain, results
 from .config import Config, ConfigError, ModelConfig
 from .data import DEV, TRAIN, read_rows
 from .evaluation import Evaluation, Protocol, read_sets
@@ -33,10 +34,10 @@ def run(stages: list[Config], resume: bool = False) -> list[dict]:
         _check(config, {other.run.stage: other for other in stages[:index]})
     stages = [_resolve(config) for config in stages]
     for config in stages:
-        _is_finished(config, resume)
+        parallel.on_main(functools.partial(_is_finished, config, resume))
     summaries = []
     for config in stages:
-        if _is_finished(config, resume):
+        if parallel.on_main(functools.partial(_is_finished, config, resume)):
             console.print(f"[bold]{config.run.folder}[/bold]  is finished already: its result is used")
             summary = _read_summary(config.run.folder)
         else:

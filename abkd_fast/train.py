@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import sys
 
@@ -20,7 +21,7 @@ A null takes away what the base has: a key, a section, or a stage.
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs a recipe; returns the exit status.
+    """Runs a recipe, in as many processes as torchrun started; returns the exit status.
 
     0; 1: the loss or a gradient is not finite; 2: a mistake in the input; 75 (temporary failure): interrupted, and the
     printed command continues (from the start, where nothing had been trained).
@@ -53,29 +54,50 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         stages = load(options.config, options.overrides)
-        from .checkpoint import Interrupted  # after the configuration is known to be good: this loads PyTorch
+        from . import parallel  # after the configuration is known to be good: this loads PyTorch
+        from .checkpoint import Interrupted
         from .stages import plan, run
 
         try:
-            (plan if options.dry_run else run)(stages, options.resume)
+            with parallel.processes(stages[0].train.timeout_minutes):
+                (plan if options.dry_run else run)(stages, options.resume or parallel.is_restarted())
         except Interrupted as interruption:
-            return _interrupted(str(interruption), arguments)
+            return interrupted(str(interruption), "train", [*arguments, *([] if options.resume else ["--resume"])])
+        except RuntimeError as error:
+            if (loss := parallel.lost(error)) is None:
+                raise
+            return failed(loss, 1)
     except KeyboardInterrupt:  # outside of the loop, which handles signals itself: while models load, above all
-        return _interrupted("interrupted", arguments)
+        return interrupted("interrupted", "train", [*arguments, *([] if options.resume else ["--resume"])])
     except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return failed(error, 2)
     except FloatingPointError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        return failed(error, 1)
     return 0
 
 
-def _interrupted(reason: str, arguments: list[str]) -> int:
-    """Prints the command that continues."""
-    command = [sys.executable, "-m", "abkd_fast.train", *arguments, *([] if "--resume" in arguments else ["--resume"])]
-    print(f"{reason}; continue with:\n{shlex.join(command)}", file=sys.stderr)
+def failed(error: Exception | str, status: int) -> int:
+    """Prints an error, once though several processes may have it; returns the exit status."""
+    _print(f"error: {error}")
+    return status
+
+
+def interrupted(reason: str, command: str, arguments: list[str]) -> int:
+    """Prints the command that continues; returns the exit status."""
+    start = ["torchrun", "--nproc-per-node", os.environ.get("LOCAL_WORLD_SIZE", "1")]
+    if "RANK" not in os.environ:
+        start = [sys.executable]
+    _print(f"{reason}; continue with:\n{shlex.join([*start, '-m', f'abkd_fast.{command}', *arguments])}")
     return INTERRUPTED
+
+
+def _print(text: str) -> None:
+    if "RANK" in os.environ:
+        from . import parallel
+
+        text = parallel.attributed(text)
+    if text is not None:
+        print(text, file=sys.stderr)
 
 
 if __name__ == "__main__":
