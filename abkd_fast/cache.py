@@ -175,7 +175,7 @@ class StateFile:
         self.identity, self.layout, self.width, self.dtype = identity, layout, width, dtype
         self.row_bytes = width * dtype.itemsize
         self.path = self.folder / "states.bin"
-        self._read_index()
+        self.read_index()
 
     @property
     def bytes(self) -> int:
@@ -186,7 +186,7 @@ class StateFile:
         """Whether a finished build left this cache, whole or not."""
         return self.head is not None and None not in self.checksums
 
-    def _read_index(self) -> bool:
+    def read_index(self) -> bool:
         """Checksums of blocks and head (None where there is none), and the seconds that computing them took.
 
         False where an index is there, but damaged.
@@ -237,7 +237,7 @@ class StateFile:
                 console.print(f"teacher cache: another process is building {self.folder}: waiting for it")
                 lock.acquire()
         try:
-            if not self._read_index():
+            if not self.read_index():
                 console.print(f"teacher cache: {self.folder / 'index.json'} is damaged: all is computed again")
             yield
         finally:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import argparse
 import pathlib
-import shlex
 import sys
 
 from .config import SEEDS, ConfigError
-from .train import INTERRUPTED
+from .train import failed, interrupted
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -23,7 +22,8 @@ def main(arguments: list[str] | None = None) -> int:
         sets = _sets(options.data)
         seeds = [_seed(text) for text in options.seeds]
         out = options.out or _run_folder(options.model) / "eval"
-        from .checkpoint import Interrupted  # after the options are known to be good: this loads PyTorch
+        from . import parallel  # after the options are known to be good: this loads PyTorch
+        from .checkpoint import Interrupted
         from .evaluation import Evaluation, Protocol
         from .logs import console
         from .sampling import SamplingSettings
@@ -36,25 +36,18 @@ def main(arguments: list[str] | None = None) -> int:
         )
         own = {name: getattr(options, name) for name in ("rows", "tokenizer", "batch_size", "device", "dtype")}
         try:
-            evaluation = Evaluation(options.model, sets, out, seeds, protocol, **own)
-            evaluation.run()
+            with parallel.processes():
+                evaluation = Evaluation(options.model, sets, out, seeds, protocol, **own)
+                evaluation.run()
         except Interrupted as interruption:
-            return _interrupted(str(interruption), arguments)
+            return interrupted(str(interruption), "evaluate", arguments)
         console.print(evaluation.table())
         console.print(f"scores and answers are in {out}")
     except KeyboardInterrupt:  # outside of sampling, which handles signals itself: while models load, above all
-        return _interrupted("interrupted", arguments)
+        return interrupted("interrupted", "evaluate", arguments)
     except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return failed(error, 2)
     return 0
-
-
-def _interrupted(reason: str, arguments: list[str]) -> int:
-    """Prints the command that continues."""
-    command = shlex.join([sys.executable, "-m", "abkd_fast.evaluate", *arguments])
-    print(f"{reason}; continue with:\n{command}", file=sys.stderr)
-    return INTERRUPTED
 
 
 def _sets(texts: list[str]) -> dict[str, str]:

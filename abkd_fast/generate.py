@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import argparse
 import pathlib
-import shlex
 import sys
 
 from .config import ConfigError
-from .train import INTERRUPTED
+from .train import failed, interrupted
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -20,27 +19,21 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     options = _parser().parse_args(arguments)
     try:
-        from .answers import Generation  # after the options are known to be good: this loads PyTorch
+        from . import parallel  # after the options are known to be good: this loads PyTorch
+        from .answers import Generation
         from .checkpoint import Interrupted
         from .models import spec_of
 
         try:
-            Generation(options, spec_of(options.model)).run()
+            with parallel.processes():
+                Generation(options, spec_of(options.model)).run()
         except Interrupted as interruption:
-            return _interrupted(str(interruption), arguments)
+            return interrupted(str(interruption), "generate", arguments)
     except KeyboardInterrupt:  # outside of sampling, which handles signals itself: while models load, above all
-        return _interrupted("interrupted", arguments)
+        return interrupted("interrupted", "generate", arguments)
     except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return failed(error, 2)
     return 0
-
-
-def _interrupted(reason: str, arguments: list[str]) -> int:
-    """Prints the command that continues."""
-    command = shlex.join([sys.executable, "-m", "abkd_fast.generate", *arguments])
-    print(f"{reason}; continue with:\n{command}", file=sys.stderr)
-    return INTERRUPTED
 
 
 def _parser() -> argparse.ArgumentParser:

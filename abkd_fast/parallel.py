@@ -45,7 +45,7 @@ def is_restarted() -> bool:
 
 
 @contextlib.contextmanager
-def processes(timeout_minutes: float) -> Iterator[None]:
+def processes(timeout_minutes: float = 30.0) -> Iterator[None]:
     """Joins the processes that torchrun started, by its environment variables: NCCL between GPUs, else gloo.
 
     A process that waits for others longer than the timeout gives up.
@@ -65,12 +65,12 @@ def processes(timeout_minutes: float) -> Iterator[None]:
     dist.destroy_process_group()  # not after an error: others may wait in it
 
 
-def attributed(text: str) -> str | None:
-    """An error of this rank, with its name; None where another rank has said the same."""
+def attributed(text: str, topic: str = "") -> str | None:
+    """A message of this rank, with its name; None where another rank has said the same, or all on its topic."""
     if _store is None:  # what was wrong before the processes met is the same for all of a machine
         return text if os.environ.get("LOCAL_RANK", "0") == "0" else None
     with contextlib.suppress(RuntimeError):  # of a store whose process is gone
-        if _store.add(f"said/{hashlib.sha256(text.encode()).hexdigest()}", 1) > 1:
+        if _store.add(f"said/{topic or hashlib.sha256(text.encode()).hexdigest()}", 1) > 1:
             return None
     return f"rank {rank()} of {world()}: {text}"
 
@@ -208,7 +208,7 @@ def replicate(model: nn.Module) -> nn.Module:
     return replica
 
 
-def _sum(state, bucket):  # noqa: ANN001, ANN202 - it is refused with annotations that are text
+def _sum(state, bucket):  # noqa: ANN001 - it is refused with annotations that are text
     work = dist.all_reduce(bucket.buffer(), async_op=True)
     return work.get_future().then(lambda future: future.value()[0])
 

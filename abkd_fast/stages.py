@@ -49,7 +49,7 @@ def run(stages: list[Config], resume: bool = False) -> list[dict]:
             evaluation = _evaluate(config)
             if len(stages) == 1:
                 console.print(evaluation.table())
-    _conclude(stages, summaries)
+    parallel.on_main(functools.partial(_conclude, stages, summaries))
     return summaries
 
 

@@ -234,6 +234,7 @@ class TeacherCache:
                 parallel.on_main(self.file.reserve)
                 parallel.on_main(functools.partial(self.file.write_head, *builder.head()))
                 self._fill(builder, missing)
+            self.file.read_index()  # what the main process has written
             head = self.file.read_head()
         rows = self.file.read()
         where = f"mapped from {self.file.folder}"

@@ -87,15 +87,15 @@ def interrupted(reason: str, command: str, arguments: list[str]) -> int:
     start = ["torchrun", "--nproc-per-node", os.environ.get("LOCAL_WORLD_SIZE", "1")]
     if "RANK" not in os.environ:
         start = [sys.executable]
-    _print(f"{reason}; continue with:\n{shlex.join([*start, '-m', f'abkd_fast.{command}', *arguments])}")
+    _print(f"{reason}; continue with:\n{shlex.join([*start, '-m', f'abkd_fast.{command}', *arguments])}", "interrupted")
     return INTERRUPTED
 
 
-def _print(text: str) -> None:
+def _print(text: str, topic: str = "") -> None:
     if "RANK" in os.environ:
         from . import parallel
 
-        text = parallel.attributed(text)
+        text = parallel.attributed(text, topic)
     if text is not None:
         print(text, file=sys.stderr)
 
