@@ -79,15 +79,15 @@ def lost(error: RuntimeError) -> str | None:
     """Which ranks don't answer, where that is what an error is about. Waits GRACE for those that stop as well."""
     if world() == 1 or not any(word in str(error).lower() for word in LOST):
         return None
-    silent = set(range(world()))
-    with contextlib.suppress(RuntimeError):
+    silent = set(range(world())) - {rank()}
+    with contextlib.suppress(RuntimeError):  # of a store whose process is gone
         _store.set(f"stopped/{rank()}", "")
         end = time.monotonic() + GRACE
         while silent and time.monotonic() < end:
             silent = {other for other in silent if not _store.check([f"stopped/{other}"])}
             time.sleep(0.1)
-    names = ", ".join(map(str, sorted(silent))) or "another"
-    return f"rank {names} does not answer: it has died, or hangs"
+    names = ", ".join(map(str, sorted(silent))) or "that has stopped"
+    return f"no answer from rank {names}: it has died, or hangs"
 
 
 # Collectives. Every rank has to call them, in the same order.
@@ -177,16 +177,18 @@ def main_first() -> Iterator[None]:
 
 
 def deal(lengths: list[int]) -> list[list[int]]:
-    """The places of each rank's samples, in order, with about as many tokens for each.
+    """The places of each rank's samples, in order: as many for each, give or take one, and about as many tokens.
 
-    The longest go first, each to the rank with the fewest tokens so far; none is left without where there are enough.
+    The longest go first, each to the rank with the fewest tokens so far that still has room.
     """
     shares: list[list[int]] = [[] for _ in range(world())]
     loads = [(0, number) for number in range(world())]
+    room = -(-len(lengths) // world())
     for place in sorted(range(len(lengths)), key=lambda place: -lengths[place]):
-        load, number = loads[0]
+        load, number = heapq.heappop(loads)
         shares[number].append(place)
-        heapq.heapreplace(loads, (load + lengths[place], number))
+        if len(shares[number]) < room:
+            heapq.heappush(loads, (load + lengths[place], number))
     return [sorted(places) for places in shares]
 
 

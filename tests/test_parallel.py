@@ -3,14 +3,12 @@
 import json
 import multiprocessing
 import os
-import pathlib
-import re
+import shutil
 import signal
 import socket
 import sys
 import time
 
-import peft
 import pytest
 import torch
 from conftest import LLAMA
@@ -19,7 +17,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from abkd_fast import evaluate, parallel, tasks, train
+from abkd_fast import logs, parallel, tasks, train
 from abkd_fast.train import INTERRUPTED
 from abkd_fast.trainer import Trainer
 
@@ -49,8 +47,7 @@ def process(environment, log, command, arguments, prepare):
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for stream in (1, 2):
         os.dup2(descriptor, stream)
-    train_ = sys.modules["abkd_fast.logs"]
-    train_.console.quiet = environment["RANK"] != "0"  # decided when it was imported, by the server of these processes
+    logs.console.quiet = environment["RANK"] != "0"  # what the server of these processes had no reason to decide
     if prepare:
         prepare()
     status = command(arguments)
@@ -77,7 +74,7 @@ class Ranks:
 
     def wait(self):
         for each in self.processes:
-            each.join(100)
+            each.join(500)
             if each.exitcode is None:
                 each.kill()
         return [each.exitcode for each in self.processes]
@@ -154,9 +151,106 @@ def test_losses_are_those_of_one_process(context, tmp_path, recipe, count):
     assert train.main(recipe("alone", stages, eval=evaluation)) == 0
     for stage, values in stages.items():
         ours, theirs = tmp_path / "several" / stage, tmp_path / "alone" / stage
-        if values["method"] != "generate" if "method" in values else True:
+        if values.get("method") != "generate":
             assert_same_losses(ours, theirs)
     for file in ("answers/final/answers.jsonl", "seqkd/eval/Dolly.seed1.jsonl"):
         rows = [(tmp_path / name / file).read_text().splitlines() for name in ("several", "alone")]
         assert len(rows[0]) == len(rows[1])
     assert not list((tmp_path / "several").rglob("*.rank*"))
+
+
+def poison_rank_1():
+    """Makes the loss of rank 1 infinite in step 2; its gradients stay as they are."""
+    backward = Trainer._backward
+
+    def wrapped(self, *arguments):
+        loss = backward(self, *arguments)
+        return loss + torch.inf if parallel.rank() == 1 and self.progress.step == 2 else loss
+
+    Trainer._backward = wrapped
+
+
+def test_loss_that_is_not_finite_on_one_rank_is_skipped_by_all(context, tmp_path, recipe):
+    arguments = recipe("run", train={**RECIPE["train"], "steps": 4, "on_nonfinite": "skip"}, method="sft")
+    ranks = Ranks(context, tmp_path, 2, arguments, prepare=poison_rank_1)
+    assert ranks.wait() == [0, 0], ranks.output()
+    points = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [point["skipped_steps"] for point in points if point["kind"] == "train"] == [0, 1, 0, 0]
+
+
+def wait_for(path, text):
+    end = time.monotonic() + 500
+    while not (path.exists() and text in path.read_text()):
+        assert time.monotonic() < end, f"no {text} in {path}"
+        time.sleep(0.02)
+
+
+def slow_steps():
+    step = Trainer._step
+
+    def wrapped(self, batch):
+        time.sleep(0.1)
+        return step(self, batch)
+
+    Trainer._step = wrapped
+
+
+def test_signal_to_one_rank_and_resume_on_two_and_on_one(context, tmp_path, recipe):
+    """All ranks stop after one step; what two resume is the undisturbed run, dropout included, to the last bit."""
+    dropout = {"student": {"config": {**MODEL, "tie_word_embeddings": True, "attention_dropout": 0.2}}, "method": "sft"}
+    undisturbed = Ranks(context, tmp_path, 2, recipe("undisturbed", **dropout))
+    assert undisturbed.wait() == [0, 0], undisturbed.output()
+    arguments = recipe("stopped", **dropout)
+    ranks = Ranks(context, tmp_path, 2, arguments, prepare=slow_steps)
+    wait_for(tmp_path / "stopped" / "metrics.jsonl", '"step": 3')
+    os.kill(ranks.processes[1].pid, signal.SIGTERM)
+    assert ranks.wait() == [INTERRUPTED] * 2, ranks.output()
+    assert sum("SIGTERM after step" in text for text in ranks.output()) == 1
+    shutil.copytree(tmp_path / "stopped", tmp_path / "alone" / "stopped")
+    again = Ranks(context, tmp_path, 2, [*arguments, "--resume"])
+    assert again.wait() == [0, 0], again.output()
+    assert losses(tmp_path / "stopped") == losses(tmp_path / "undisturbed")
+    ours, theirs = (load_file(tmp_path / name / "final/model.safetensors") for name in ("stopped", "undisturbed"))
+    assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
+    overrides = ["--set", f"run.dir={tmp_path / 'alone'}", "--resume"]
+    assert train.main([*arguments, *overrides]) == 0
+    assert losses(tmp_path / "alone" / "stopped")[0] == losses(tmp_path / "undisturbed")[0]
+
+
+def die_on_rank_1():
+    step = Trainer._step
+
+    def wrapped(self, batch):
+        if self.progress.step == 3 and parallel.rank() == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return step(self, batch)
+
+    Trainer._step = wrapped
+
+
+def test_death_of_a_rank_ends_the_others_with_its_name(context, tmp_path, recipe):
+    ranks = Ranks(context, tmp_path, 2, recipe("run", method="sft"), prepare=die_on_rank_1)
+    assert ranks.wait() == [1, -signal.SIGKILL]
+    assert "rank 0 of 2: error: no answer from rank 1" in ranks.output()[0]
+
+
+def test_mistakes_are_said_once(context, tmp_path, recipe):
+    ranks = Ranks(context, tmp_path, 3, recipe("run", method="sft", train={"batch_size": 2, "device": "cpu"}))
+    assert ranks.wait() == [2, 2, 2]
+    said = [line for text in ranks.output() for line in text.splitlines()]
+    assert len(said) == 1
+    assert "train.batch_size is 2, but there are 3 processes" in said[0]
+
+
+@given(st.lists(st.integers(1, 512), min_size=1, max_size=70), st.integers(1, 9))
+def test_samples_are_dealt_evenly(lengths, world):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parallel, "world", lambda: world)
+        shares = parallel.deal(lengths)
+    assert sorted(place for share in shares for place in share) == list(range(len(lengths)))
+    assert all(share == sorted(share) for share in shares)
+    assert max(map(len, shares)) <= -(-len(lengths) // world)
+    loads = [sum(lengths[place] for place in share) for share in shares]
+    if len(lengths) % world == 0:
+        assert len({len(share) for share in shares}) == 1
+        assert max(loads) - min(loads) <= max(lengths)
