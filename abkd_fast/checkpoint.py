@@ -251,7 +251,7 @@ def load(folder: pathlib.Path) -> tuple[dict[str, Tensor], dict]:
 def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
     """The optimizer's state by the names of the parameters: "exp_avg.model.embed.weight"."""
     return {
-        f"{key}.{name}": value.detach().cpu().contiguous()
+        f"{key}.{name}": parallel.joined_tensor(value).detach().cpu().contiguous()
         for name, parameter in model.named_parameters()
         for key, value in optimizer.state.get(parameter, {}).items()
     }
@@ -264,7 +264,8 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module, t
         key, _, name = full_name.partition(".")
         parameter = parameters[name]
         own = torch.empty_like(parameter if value.shape == parameter.shape else value, dtype=value.dtype)
-        optimizer.state[parameter][key] = own.to(parameter.device).copy_(value)
+        optimizer.state[parameter][key] = own = own.to(parameter.device)
+        parallel.copy_part(own, value)
 
 
 def by_rank(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -403,28 +403,45 @@ def _count_labels(samples: list[dict]) -> int:
 
 
 def share_out(samples: list[dict], text: list[dict], max_tokens: int) -> StepBatch:
-    """Deals a step's samples and blocks to the ranks, and packs this rank's."""
+    """Deals a step's samples and blocks to the ranks, and packs this rank's.
+
+    Every rank gets as many micro-batches as the others, where there are samples for that.
+    """
     parts, loads = [], [0] * parallel.world()
     for items, is_text in ((samples, False), (text, True)):
         lengths = [len(item["input_ids"]) for item in items]
         shares = parallel.deal(lengths)
-        if own := [items[place] for place in shares[parallel.rank()]]:
-            parts += [dataclasses.replace(part, is_text=is_text) for part in pack(own, max_tokens)]
+        groups = [_groups([items[place] for place in share], max_tokens) for share in shares]
+        own = _cut(groups[parallel.rank()], max(map(len, groups)))
+        parts += [dataclasses.replace(_join(group), is_text=is_text) for group in own]
         loads = [load + sum(lengths[place] for place in share) for load, share in zip(loads, shares, strict=True)]
     return StepBatch(samples, text, parts, max(loads))
 
 
 def pack(samples: list[dict], max_tokens: int) -> list[Batch]:
     """Samples in order, in as many micro-batches as a budget of max_tokens asks for."""
-    groups, used = [[]], 0
+    return [_join(group) for group in _groups(samples, max_tokens)]
+
+
+def _groups(samples: list[dict], max_tokens: int) -> list[list[dict]]:
+    groups, used = [], max_tokens
     for sample in samples:
         length = len(sample["input_ids"])
-        if groups[-1] and used + length > max_tokens:
+        if not groups or used + length > max_tokens:
             groups.append([])
             used = 0
         groups[-1].append(sample)
         used += length
-    return [_join(group) for group in groups]
+    return groups
+
+
+def _cut(groups: list[list[dict]], count: int) -> list[list[dict]]:
+    """So many groups: those with the most samples are halved."""
+    groups = list(groups)
+    while len(groups) < count and groups and len(most := max(groups, key=len)) > 1:
+        place, half = groups.index(most), len(most) // 2
+        groups[place : place + 1] = most[:half], most[half:]
+    return groups
 
 
 def _join(samples: list[dict]) -> Batch:

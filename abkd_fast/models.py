@@ -23,7 +23,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from . import attention, lora, tasks
+from . import attention, lora, parallel, tasks
 from .config import ConfigError, ModelConfig, first_line, looks_local
 from .data import Batch, pack
 from .ops import shared_vocabulary
@@ -284,15 +284,19 @@ class PackedCausalLM(nn.Module):
         ).last_hidden_state  # [1, T, H]
         return states[0, batch.positions]
 
+    @property
+    def layers(self) -> nn.ModuleList:
+        count = self.causal_lm.config.num_hidden_layers
+        stacks = (module for module in self.causal_lm.base_model.modules() if isinstance(module, nn.ModuleList))
+        return next(stack for stack in stacks if len(stack) == count)
+
     def compile(self, **options: Any) -> None:
         """Compiles the layers, for any number of tokens; all of them share one piece of code.
 
         Args:
             options: of torch.compile.
         """
-        layers = self.causal_lm.config.num_hidden_layers
-        stacks = (module for module in self.causal_lm.base_model.modules() if isinstance(module, nn.ModuleList))
-        for layer in next(stack for stack in stacks if len(stack) == layers):
+        for layer in self.layers:
             layer.compile(dynamic=True, **options)
 
     def forward(self, batch: Batch, loss: Callable[..., Tensor]) -> Tensor:
@@ -364,8 +368,29 @@ class PackedCausalLM(nn.Module):
             self.causal_lm.set_attn_implementation(attention.NAME)
         return torch.cat([logits[i, : len(row) - 1] for i, row in enumerate(rows)]).float()
 
-    def save(self, folder: pathlib.Path, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Writes weights, configuration and tokenizer in Hugging Face layout; of a LoRA model, those of the adapter."""
+    def whole_weights(self) -> dict[str, Tensor] | None:
+        """Where ranks hold parts of the weights, all that are saved, in the main process's memory; else None.
+
+        All ranks have to call this together.
+        """
+        if not parallel.is_sharded(self):
+            return None
+        saved = self.model.state_dict() if not self.has_adapter else dict(self.model.named_parameters())
+        weights = {}
+        for name, tensor in saved.items():
+            if not self.has_adapter or tensor.requires_grad:
+                tensor = parallel.joined_tensor(tensor)
+                weights |= {name: tensor.detach().cpu()} if parallel.is_main() else {}
+        return weights
+
+    def save(
+        self, folder: pathlib.Path, tokenizer: PreTrainedTokenizerBase, weights: dict[str, Tensor] | None = None
+    ) -> None:
+        """Writes weights, configuration and tokenizer in Hugging Face layout; of a LoRA model, those of the adapter.
+
+        weights: what `whole_weights` gave.
+        """
         # Left to choose whether embeddings belong to an adapter, peft asks the Hub every time.
-        self.model.save_pretrained(folder, **({"save_embedding_layers": False} if self.has_adapter else {}))
+        options = {"save_embedding_layers": False} if self.has_adapter else {}
+        self.model.save_pretrained(folder, state_dict=weights, **options)
         tokenizer.save_pretrained(folder)

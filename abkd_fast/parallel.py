@@ -9,12 +9,15 @@ import heapq
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 GRACE = 5.0  # seconds that a rank has to say it stops, too, before others call it dead
@@ -202,7 +205,7 @@ def replicate(model: nn.Module) -> nn.Module:
     """The model as it is to be called in training. Gradients are summed over ranks, not averaged: losses are shares
     of one mean over all ranks.
     """
-    if world() == 1:
+    if world() == 1 or is_sharded(model):
         return model
     with warnings.catch_warnings(action="ignore", category=FutureWarning):  # broadcast_buffers gets another name
         replica = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
@@ -216,5 +219,63 @@ def _sum(state, bucket):  # noqa: ANN001 - it is refused with annotations that a
 
 
 def exchange(model: nn.Module, when: bool) -> contextlib.AbstractContextManager:
-    """A micro-batch's passes, after which gradients are summed over ranks, or only collected."""
+    """A micro-batch's passes, after which gradients are summed over ranks, or only collected.
+
+    Those of a sharded model are summed every time: no rank has room for all of them.
+    """
     return model.no_sync() if isinstance(model, DistributedDataParallel) and not when else contextlib.nullcontext()
+
+
+def shard(model: nn.Module, layers: Iterable[nn.Module], device: torch.device, dtype: torch.dtype) -> None:
+    """Leaves each rank its part of every weight, on its device; a layer is whole while it computes, in `dtype`.
+
+    What is in no layer, the embeddings above all, is whole from the model's first forward pass to its backward pass.
+    Calls of `forward` and `hidden_states` communicate: all ranks have to make the same ones.
+    """
+    mesh = init_device_mesh(device.type, (world(),))
+    policy = MixedPrecisionPolicy(dtype, torch.float32) if dtype == torch.bfloat16 else MixedPrecisionPolicy()
+    for module in (*layers, model):
+        fully_shard(module, mesh=mesh, mp_policy=policy)
+        module.set_gradient_divide_factor(1.0)  # a sum, as in `replicate`
+        module.set_force_sum_reduction_for_comms(True)
+    register_fsdp_forward_method(model, "hidden_states")
+
+
+def is_sharded(model: nn.Module) -> bool:
+    return isinstance(model, FSDPModule)
+
+
+@contextlib.contextmanager
+def whole(*models: nn.Module) -> Iterator[None]:
+    """Within it every rank has all weights of sharded models, and may compute without the others."""
+    parts = [part for model in models for part in model.modules() if is_sharded(part)]
+    layers = [part for part in parts if part not in models]
+    for part in parts:
+        part.unshard()
+    for layer in layers:
+        layer.set_reshard_after_forward(False, recurse=False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.set_reshard_after_forward(True, recurse=False)
+        for part in parts:
+            part.reshard()
+
+
+def join_root(model: nn.Module) -> None:
+    """Makes what is in no layer of a sharded model whole, as a forward pass leaves it."""
+    if is_sharded(model):
+        model.unshard()
+
+
+def joined_tensor(tensor: Tensor) -> Tensor:
+    """All of a tensor of which every rank may have a part. All ranks have to call it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def copy_part(target: Tensor, tensor: Tensor) -> None:
+    """Copies a whole tensor into one of which every rank may have a part."""
+    if isinstance(target, DTensor):
+        tensor = distribute_tensor(tensor.to(target.device), target.device_mesh, target.placements, src_data_rank=None)
+    target.copy_(tensor)

@@ -94,7 +94,8 @@ def header(trainer: Trainer) -> Iterator[str]:
     if trainer.teacher:
         yield f"  teacher    {trainer.teacher.note}"
     if parallel.world() > 1:
-        yield f"  processes  {parallel.world()}, each with all weights; gradients are summed over them"
+        held = "a part of all weights" if trainer.is_sharded else "all weights"
+        yield f"  processes  {parallel.world()}, each with {held}; gradients are summed over them"
     if trainer.device.type == "cuda":
         yield f"  compile    {'the layers of the student' if config.train.compile == 'auto' else 'off'}"
     yield f"  steps      {trainer.steps} of {config.train.batch_size} samples, {trainer.steps_per_epoch} an epoch"

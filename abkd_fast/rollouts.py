@@ -56,7 +56,7 @@ class Rollouts:
     def write(self, samples: list[dict], step: int) -> list[dict]:
         """The samples with responses by the student."""
         arguments, started = self._arguments(samples, step), self._now()
-        with self.precision():
+        with self.precision(), parallel.whole(self.student):
             responses = parallel.joined(sample(self.student, *arguments))
         return self._with_responses(samples, responses, started)
 
@@ -66,7 +66,7 @@ class Rollouts:
         "student_log_probs" and "teacher_log_probs" are lists of each model's own, of the tokens of the response.
         """
         arguments, started = self._arguments(samples, step), self._now()
-        with self.precision():
+        with self.precision(), parallel.whole(self.student, self.teacher):
             written = parallel.joined(sample_mixture(self.student, self.teacher, teacher_weight, *arguments))
         responses, *log_probs = zip(*written, strict=True)
         rollouts = self._with_responses(samples, responses, started)

@@ -241,7 +241,7 @@ def _deciding(values: dict) -> dict:
         if path is not None and pathlib.Path(path).is_relative_to(root):
             values[section][key] = str(pathlib.Path(path).relative_to(root))
     for section, key in (
-        *(("train", key) for key in ("on_nonfinite", "gradient_checkpointing")),
+        *(("train", key) for key in ("on_nonfinite", "gradient_checkpointing", "parallel", "timeout_minutes")),
         *(("eval", key) for key in ("sets", "seeds", "no_repeat_ngram_size")),
     ):
         values[section].pop(key, None)

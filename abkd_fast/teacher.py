@@ -50,7 +50,7 @@ class Teacher:
         is always the same computation, and takes a processor up to 1.4 times as long for short samples.
         """
         head = self.model.head
-        alone = head.weight.device.type == "cpu"
+        alone = head.weight.device.type == "cpu" and not parallel.is_sharded(self.model)
         batches = [pack([sample], batch.tokens)[0] for sample in batch.samples] if alone else [batch]
         hidden = torch.cat([self.model.hidden_states(part) for part in batches])
         return TeacherStates(hidden.to(head.weight.dtype), head.weight, head.bias)
@@ -99,11 +99,15 @@ class OnPolicyTeacher:
         return [sample for sample in samples if "states" not in sample and not (cached and "index" in sample)]
 
     def states(self, batch: Batch) -> TeacherStates:
-        if fresh := self.unknown(batch.samples):
+        fresh = self.unknown(batch.samples)
+        if parallel.is_sharded(self.live.model) and parallel.largest(len(fresh)):
+            fresh = fresh or batch.samples  # no rank computes without the others
+        if fresh:
             part = pack(fresh, batch.tokens)[0].to(batch.input_ids.device)
             counts = [len(sample["input_ids"]) - sample["prompt_length"] for sample in fresh]
             for sample, rows in zip(fresh, self.live.states(part).hidden.split(counts), strict=True):
                 sample["states"] = rows.clone()  # a view would keep those of the whole batch alive
+        parallel.join_root(self.live.model)
         hidden = [sample["states"] if "states" in sample else self.data.rows_of(sample) for sample in batch.samples]
         head = self.live.model.head
         return TeacherStates(torch.cat(hidden), head.weight, head.bias)
@@ -289,6 +293,7 @@ class _Builder:
         return self.loaded
 
     def head(self) -> tuple[Tensor, Tensor | None]:
+        parallel.join_root(self.model())
         return self.model().head.weight, self.model().head.bias
 
     def blocks(self, numbers: list[int] | range) -> Iterator[tuple[int, Tensor, float]]:
@@ -299,11 +304,19 @@ class _Builder:
             console.print(f"teacher cache: computing {len(numbers)} of {total} blocks, {size(owner.bytes)} in all")
         columns = BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(compact=True), TextColumn("teacher's states")
         with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-            for number in bar.track(parallel.share(numbers)):
+            for first in bar.track(range(0, len(numbers), parallel.world())):
                 started = time.perf_counter()
+                place = first + parallel.rank()
+                number = numbers[min(place, len(numbers) - 1)]
                 samples = [owner.dataset[index] for index in owner.layout.blocks[number]]
+                batches = pack(samples, owner.max_tokens)
                 with self.precision():
-                    parts = [teacher.states(b.to(owner.device)).hidden for b in pack(samples, owner.max_tokens)]
+                    parts = [teacher.states(batch.to(owner.device)).hidden for batch in batches]
+                    if parallel.is_sharded(teacher.model):  # no rank computes without the others
+                        for _ in range(int(parallel.largest(len(batches))) - len(batches)):
+                            teacher.states(batches[-1].to(owner.device))
+                if place >= len(numbers):
+                    return
                 rows = torch.cat(parts)
                 if owner.device.type == "cuda":
                     torch.cuda.synchronize()

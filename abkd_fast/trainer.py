@@ -91,6 +91,11 @@ class Trainer:
                 f"train.batch_size is {train.batch_size}, but there are {parallel.world()} processes, each of which "
                 "needs a sample in every step: raise it, or start fewer"
             )
+        if self.is_sharded and train.batch_size % parallel.world():
+            raise ConfigError(
+                f"train.batch_size is {train.batch_size}, but train.parallel=fsdp needs a multiple of the "
+                f"{parallel.world()} processes, which compute in step"
+            )
         if self.steps_per_epoch == 0:
             raise ConfigError(
                 f"{data.train}: {len(self.train_set)} rows are fewer than train.batch_size = {train.batch_size}"
@@ -105,6 +110,11 @@ class Trainer:
                     f"data.pretrain: {data.pretrain.path}: {len(self.pretrain_set)} blocks of {data.max_length} tokens "
                     f"are fewer than train.batch_size = {train.batch_size}"
                 )
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether each process holds a part of the weights."""
+        return self.config.train.parallel == "fsdp" and parallel.world() > 1
 
     @property
     def is_on_policy(self) -> bool:
@@ -167,8 +177,10 @@ class Trainer:
         storage = torch.float64 if self.dtype == torch.float64 else torch.float32
         if (key == "teacher" or spec.has_adapter) and self.dtype == torch.bfloat16:
             storage = torch.bfloat16
-        model = models.load(spec, config, key, storage, self.device)
-        with self._precision():
+        model = models.load(spec, config, key, storage, torch.device("cpu") if self.is_sharded else self.device)
+        if self.is_sharded:
+            parallel.shard(model, model.layers, self.device, self.dtype)
+        with self._precision(), parallel.whole(model):
             model.check()
         return model
 
@@ -254,13 +266,15 @@ class Trainer:
             "peak_memory_bytes": peak_memory(self.device),
         }
 
+        weights = None if saved else self.student.whole_weights()
+
         def write() -> None:
             checkpoint.atomic_write(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
             with checkpoint.atomic_folder(folder / "final") as final:
                 if saved:
                     checkpoint.copy_model(saved, final)
                 else:
-                    self.student.save(final, self.tokenizer)
+                    self.student.save(final, self.tokenizer, weights)
 
         try:
             parallel.on_main(write)
@@ -302,6 +316,7 @@ class Trainer:
             parts = {"loss_method": total, "loss_pretrain": of_text[0]}
             total = total + weight * of_text[0]
         norm = torch.nn.utils.clip_grad_norm_(self.student.parameters(), self.config.optim.clip_norm)
+        norm = parallel.joined_tensor(norm)
         # The fused AdamW reads this on the device: where it is 1, weights, moments and step counts stay as they are.
         self.optimizer.found_inf = (~is_finite(total, norm)).float()
         self.optimizer.step()
@@ -393,9 +408,9 @@ class Trainer:
     def _evaluate(self, log: RunLog) -> bool:
         """Whether this is the best step so far. A signal ends it early; a resumed run does it again."""
         log.pause()
-        loss, rouge_l = self.dev_loss(), None
-        if loss is not None and self.dev_rouge:
-            with self._precision():
+        with parallel.whole(self.student), self._precision():
+            loss, rouge_l = self.dev_loss(), None
+            if loss is not None and self.dev_rouge:
                 rouge_l = self.dev_rouge.measure(self.student, self.signals)
         done = loss is not None and (rouge_l is not None or not self.dev_rouge)
         if done:
@@ -412,7 +427,8 @@ class Trainer:
         try:
             self.progress.window_seconds = log.flush()
             tensors, state = self._state()
-            save_model = functools.partial(self.student.save, tokenizer=self.tokenizer)
+            weights = self.student.whole_weights()
+            save_model = functools.partial(self.student.save, tokenizer=self.tokenizer, weights=weights)
             best_step = self.progress.best[1] if self.progress.best else None
             save = functools.partial(self.checkpoints.save, self.progress.step, best_step, save_model, tensors, state)
             self.saved = parallel.on_main(save)
@@ -482,8 +498,7 @@ class Trainer:
         total = torch.zeros((), device=self.device, dtype=torch.float64)
         batch = share_out(list(self.dev_set), [], self.config.train.max_tokens)
         for part in batch.parts:
-            with self._precision():
-                total += self.student(part.to(self.device), functools.partial(cross_entropy, batch=part))
+            total += self.student(part.to(self.device), functools.partial(cross_entropy, batch=part))
             if self.signals.received:
                 break
         self.student.train()
