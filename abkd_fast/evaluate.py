@@ -7,7 +7,7 @@ import pathlib
 import sys
 
 from .config import SEEDS, ConfigError
-from .train import failed, interrupted
+from .train import failed, interrupted, leave
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -121,4 +121,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

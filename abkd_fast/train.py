@@ -91,6 +91,15 @@ def interrupted(reason: str, command: str, arguments: list[str]) -> int:
     return INTERRUPTED
 
 
+def leave(status: int) -> None:
+    """Ends the process; one of several at once, since threads of torch.distributed may abort an orderly end."""
+    if "RANK" in os.environ:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
+
+
 def _print(text: str, topic: str = "") -> None:
     if "RANK" in os.environ:
         from . import parallel
@@ -101,4 +110,4 @@ def _print(text: str, topic: str = "") -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -1,14 +1,17 @@
 """Several processes do what one does: the same losses, files and results; and all of them end when one does."""
 
+import functools
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import socket
 import sys
 import time
 
+import datasets
 import pytest
 import torch
 from conftest import LLAMA
@@ -47,6 +50,7 @@ def process(environment, log, command, arguments, prepare):
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for stream in (1, 2):
         os.dup2(descriptor, stream)
+    datasets.config.HF_DATASETS_CACHE = environment["HF_DATASETS_CACHE"]
     logs.console.quiet = environment["RANK"] != "0"  # what the server of these processes had no reason to decide
     if prepare:
         prepare()
@@ -64,8 +68,8 @@ class Ranks:
             port = free.getsockname()[1]
         self.logs = [folder / f"rank{rank}.log" for rank in range(count)]
         shared = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": str(count)}
-        kept = ("ABKD_CACHE", "HF_DATASETS_CACHE", "HF_HUB_OFFLINE", "OMP_NUM_THREADS", "OMP_WAIT_POLICY")
-        shared |= {name: os.environ[name] for name in kept if name in os.environ} | {"LOCAL_WORLD_SIZE": str(count)}
+        shared |= {"LOCAL_WORLD_SIZE": str(count), "ABKD_CACHE": os.environ["ABKD_CACHE"]}
+        shared |= {"HF_DATASETS_CACHE": str(datasets.config.HF_DATASETS_CACHE)}
         self.processes = []
         for rank, log in enumerate(self.logs):
             environment = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
@@ -93,7 +97,7 @@ def context():
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """A teacher, and a LoRA adapter of it."""
+    """A teacher's folder."""
     folder = tmp_path_factory.mktemp("teacher")
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**MODEL, initializer_range=0.1))
@@ -102,18 +106,21 @@ def models(tmp_path_factory):
     return str(folder)
 
 
-@pytest.fixture
-def recipe(tmp_path, models, write_jsonl):
-    def write(name, stages=None, **sections):
-        text = write_jsonl([{"text": f"{number} is a number. " * 40} for number in range(16)], "text.jsonl")
-        values = {**RECIPE, **sections, "run": {"name": name, "dir": str(tmp_path)}, "teacher": {"path": models}}
-        if stages:
-            values["stages"] = stages
-        path = tmp_path / f"{name}.json"
-        path.write_text(json.dumps(values).replace("TEXT", text).replace("MODEL", models))
-        return ["--config", str(path)]
+def write_recipe(folder, models, name, stages=None, **sections):
+    """The arguments that train it."""
+    text = folder / "text.jsonl"
+    text.write_text("".join(json.dumps({"text": f"{number} is a number. " * 40}) + "\n" for number in range(16)))
+    values = {**RECIPE, **sections, "run": {"name": name, "dir": str(folder)}, "teacher": {"path": models}}
+    if stages:
+        values["stages"] = stages
+    path = folder / f"{name}.json"
+    path.write_text(json.dumps(values).replace("TEXT", str(text)).replace("MODEL", models))
+    return ["--config", str(path)]
 
-    return write
+
+@pytest.fixture
+def recipe(tmp_path, models):
+    return functools.partial(write_recipe, tmp_path, models)
 
 
 def losses(folder):
@@ -128,35 +135,93 @@ def assert_same_losses(ours, theirs):
     assert values == pytest.approx(expected, rel=1e-5)
 
 
+# On top of every method: plain text, LoRA with recomputed layers, rows that a stage writes, scores on a test set.
 MORE = {
     "text": {"method": "minillm", "loss": "rkl", "minillm": {"rollouts": 16}, "data": {"pretrain": {"path": "TEXT"}}},
     "lora": {
+        "method": "ab",
         "student": {"path": "MODEL", "config": None, "lora": {"rank": 4, "dropout": 0}},
         "train": {"gradient_checkpointing": True},
+        "cache": {"mode": "off"},
     },
     "answers": {"method": "generate", "student": {"path": "MODEL", "config": None}},
     "seqkd": {"method": "seqkd", "data": {"train": "stage:answers"}, "eval": {"sets": {"dolly": "quickstart:dev"}}},
 }
+EVALUATION = {"seeds": [1, 2], "max_new_tokens": 8, "every_steps": 10}
 
 
-@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_losses_are_those_of_one_process(context, tmp_path, recipe, count):
-    """Every method, plain text, LoRA with recomputed layers, generated rows and scores on a test set."""
-    short = {name: {"train": {**values.get("train", {}), "steps": 6}} for name, values in MORE.items()}
-    stages = STAGES | {name: {**values, **short[name]} for name, values in MORE.items()}
-    evaluation = {"seeds": [1, 2], "max_new_tokens": 8, "every_steps": 10}
-    ranks = Ranks(context, tmp_path, count, recipe("several", stages, eval=evaluation))
+def all_stages():
+    few = {name: {**values, "train": {**values.get("train", {}), "steps": 6}} for name, values in MORE.items()}
+    return STAGES | few
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory, models):
+    """All stages in one process, and the folder of the teacher's states."""
+    folder = tmp_path_factory.mktemp("alone")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ABKD_CACHE", str(folder / "cache"))
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", str(folder / "datasets"))
+        assert train.main(write_recipe(folder, models, "alone", all_stages(), eval=EVALUATION)) == 0
+    return folder / "alone", folder / "cache"
+
+
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
+@pytest.mark.parametrize("count", [2, pytest.param(4, marks=SLOW)])
+def test_losses_and_files_are_those_of_one_process(context, tmp_path, recipe, alone, cache_folder, count, mode):
+    folder, states = alone
+    values = {"eval": EVALUATION, "train": {**RECIPE["train"], "parallel": mode}}
+    ranks = Ranks(context, tmp_path, count, recipe("several", all_stages(), **values))
     assert ranks.wait() == [0] * count, ranks.output()
     assert all(text == "" for text in ranks.output()[1:]), "only the first says something"
-    assert train.main(recipe("alone", stages, eval=evaluation)) == 0
-    for stage, values in stages.items():
-        ours, theirs = tmp_path / "several" / stage, tmp_path / "alone" / stage
-        if values.get("method") != "generate":
-            assert_same_losses(ours, theirs)
-    for file in ("answers/final/answers.jsonl", "seqkd/eval/Dolly.seed1.jsonl"):
-        rows = [(tmp_path / name / file).read_text().splitlines() for name in ("several", "alone")]
-        assert len(rows[0]) == len(rows[1])
+    for stage in [name for name in all_stages() if name != "answers"]:
+        assert_same_losses(tmp_path / "several" / stage, folder / stage)
+        names = {path.name for path in (folder / stage / "final").iterdir()}
+        assert {path.name for path in (tmp_path / "several" / stage / "final").iterdir()} == names
+    for file in ("answers/final/answers.jsonl", "seqkd/eval/Dolly.seed1.jsonl", "seqkd/eval/Dolly.seed2.jsonl"):
+        ours, theirs = ([json.loads(line) for line in (run / file).open()] for run in (tmp_path / "several", folder))
+        assert [row["row"] for row in ours] == [row["row"] for row in theirs]
     assert not list((tmp_path / "several").rglob("*.rank*"))
+    if mode == "ddp":  # a sharded teacher reads packed samples, with other rounding
+        for path in states.glob("*/states.bin"):
+            assert (cache_folder / path.parent.name / path.name).read_bytes() == path.read_bytes()
+
+
+def tell_memory():
+    """Prints the bytes of weights, gradients and optimizer state that a rank holds after a step."""
+    step = Trainer._step
+
+    def wrapped(self, batch):
+        gradients = []
+
+        def note(*_):
+            gradients.extend(parameter.grad for parameter in self.student.parameters())
+
+        hook = self.optimizer.register_step_pre_hook(note)
+        result = step(self, batch)
+        hook.remove()
+        moments = [value for state in self.optimizer.state.values() for value in state.values()]
+        held = [*self.student.parameters(), *gradients, *moments]
+        parts = [tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in held]
+        whole = sum(tensor.numel() * tensor.itemsize for tensor in held)
+        own = sum(tensor.untyped_storage().nbytes() for tensor in parts)
+        print(f"rank {parallel.rank()} holds {own} of {whole}", flush=True)
+        return result
+
+    Trainer._step = wrapped
+
+
+def test_sharded_ranks_hold_their_part(context, tmp_path, recipe):
+    arguments = recipe("run", method="sft", train={**RECIPE["train"], "steps": 1, "parallel": "fsdp"})
+    ranks = Ranks(context, tmp_path, 2, arguments, prepare=tell_memory)
+    assert ranks.wait() == [0, 0], ranks.output()
+    for text in ranks.output():
+        own, whole = map(int, re.search(r"holds (\d+) of (\d+)", text).groups())
+        assert whole > 16 * 50_000
+        assert own <= 1.1 * whole / 2
 
 
 def poison_rank_1():
@@ -195,9 +260,11 @@ def slow_steps():
     Trainer._step = wrapped
 
 
-def test_signal_to_one_rank_and_resume_on_two_and_on_one(context, tmp_path, recipe):
+@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
+def test_signal_to_one_rank_and_resume_on_two_and_on_one(context, tmp_path, recipe, mode):
     """All ranks stop after one step; what two resume is the undisturbed run, dropout included, to the last bit."""
-    dropout = {"student": {"config": {**MODEL, "tie_word_embeddings": True, "attention_dropout": 0.2}}, "method": "sft"}
+    student = {"config": {**MODEL, "tie_word_embeddings": True, "attention_dropout": 0.2}}
+    dropout = {"student": student, "method": "sft", "train": {**RECIPE["train"], "steps": 10, "parallel": mode}}
     undisturbed = Ranks(context, tmp_path, 2, recipe("undisturbed", **dropout))
     assert undisturbed.wait() == [0, 0], undisturbed.output()
     arguments = recipe("stopped", **dropout)
