@@ -262,7 +262,7 @@ class GrowingFile:
 
     def sort(self) -> list[dict]:
         """Puts the lines of all ranks into the order of their rows, and returns them."""
-        parallel.gathered(None)  # all have written theirs
+        parallel.meet()  # all have written theirs
         lines = parallel.on_main(lambda: sorted(self.read(), key=lambda values: values["row"]))
         parallel.on_main(lambda: self._write(lines))
         self.rows = {values["row"] for values in lines}

@@ -193,11 +193,17 @@ def check_length(config: PretrainedConfig, key: str, max_length: int) -> None:
 
 
 def load(
-    spec: ModelConfig, config: PretrainedConfig, key: str, dtype: torch.dtype, device: torch.device
+    spec: ModelConfig,
+    config: PretrainedConfig,
+    key: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    in_parts: bool = False,
 ) -> PackedCausalLM:
     """The model with its weights in `dtype` (random ones from `config` where spec has no path).
 
-    A student's adapter is attached, and it alone is trained; others are merged.
+    A student's adapter is attached, and it alone is trained; others are merged. A model that is to be in parts waits in
+    the processor's memory: the device gets no more than its part.
     """
     for name in ATTENTION_DROPOUT:
         if getattr(config, name, 0) and not attention.supports_dropout(device):
@@ -222,7 +228,7 @@ def load(
             parameter.data = parameter.data.clone()
         if key == "student" and spec.has_adapter:
             model = lora.attach(model, spec, key)
-    return PackedCausalLM(model.to(device), key)
+    return PackedCausalLM(model if in_parts else model.to(device), key)
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:

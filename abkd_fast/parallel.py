@@ -126,6 +126,11 @@ def gathered(item: Item) -> list[Item]:
     return items
 
 
+def meet() -> None:
+    """Waits for all ranks."""
+    gathered(None)
+
+
 def share(items: list[Item]) -> list[Item]:
     """This rank's of the items: every world-th."""
     return items[rank() :: world()]
@@ -167,13 +172,13 @@ def held_by_main(context: contextlib.AbstractContextManager) -> Iterator[None]:
 @contextlib.contextmanager
 def main_first() -> Iterator[None]:
     """The others wait until the main process is through, and find what it leaves on the disk."""
-    if world() > 1 and not is_main():
-        dist.barrier()
+    if not is_main():
+        meet()
     try:
         yield
     finally:
-        if world() > 1 and is_main():
-            dist.barrier()
+        if is_main():
+            meet()
 
 
 # A step on several ranks

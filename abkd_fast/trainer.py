@@ -177,7 +177,9 @@ class Trainer:
         storage = torch.float64 if self.dtype == torch.float64 else torch.float32
         if (key == "teacher" or spec.has_adapter) and self.dtype == torch.bfloat16:
             storage = torch.bfloat16
-        model = models.load(spec, config, key, storage, torch.device("cpu") if self.is_sharded else self.device)
+        model = models.load(spec, config, key, storage, self.device, self.is_sharded)
+        if key == "teacher":
+            model.requires_grad_(False)
         if self.is_sharded:
             parallel.shard(model, model.layers, self.device, self.dtype)
         with self._precision(), parallel.whole(model):

@@ -4,10 +4,13 @@ import functools
 import json
 import multiprocessing
 import os
+import pathlib
+import random
 import re
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import time
 
@@ -321,3 +324,66 @@ def test_samples_are_dealt_evenly(lengths, world):
     if len(lengths) % world == 0:
         assert len({len(share) for share in shares}) == 1
         assert max(loads) - min(loads) <= max(lengths)
+
+
+@pytest.mark.slow
+def test_a_rank_that_hangs_ends_the_others_with_its_name(context, tmp_path, recipe):
+    training = {**RECIPE["train"], "timeout_minutes": 0.2}
+    ranks = Ranks(context, tmp_path, 2, recipe("run", method="sft", train=training), prepare=slow_steps)
+    wait_for(tmp_path / "run" / "metrics.jsonl", '"step": 3')
+    os.kill(ranks.processes[1].pid, signal.SIGSTOP)
+    stopped = time.monotonic()
+    ranks.processes[0].join()
+    assert time.monotonic() - stopped < 60
+    ranks.processes[1].kill()
+    assert ranks.wait() == [1, -signal.SIGKILL]
+    assert "rank 0 of 2: error: no answer from rank 1" in ranks.output()[0]
+
+
+# What torchrun starts: training with a pause in every step, so that a signal finds it there.
+PAUSED = """
+import sys, time
+from abkd_fast.train import leave, main
+from abkd_fast.trainer import Trainer
+step = Trainer._step
+def slow(self, batch):
+    time.sleep(0.3)
+    return step(self, batch)
+Trainer._step = slow
+leave(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
+def test_killed_ranks_are_started_again_by_torchrun(context, tmp_path, recipe, mode):
+    """One of two is killed at 10 random moments; the last attempt ends with the weights of an undisturbed run."""
+    student = {"config": {**MODEL, "tie_word_embeddings": True, "attention_dropout": 0.2}}
+    values = {"student": student, "method": "sft", "train": {**RECIPE["train"], "parallel": mode}}
+    values["checkpoint"] = {"every_steps": 2}
+    undisturbed = Ranks(context, tmp_path, 2, recipe("undisturbed", **values))
+    assert undisturbed.wait() == [0, 0], undisturbed.output()
+    script = tmp_path / "paused.py"
+    script.write_text(PAUSED)
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        "--max-restarts=30",
+    ]
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen([*launcher, str(script), *recipe("killed", **values)], stdout=log, stderr=log)
+    dice, kills = random.Random(0), 0
+    while kills < 10 and process.poll() is None:
+        time.sleep(dice.uniform(1, 15))
+        children = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        if process.poll() is None and len(children) >= 2:
+            os.kill(int(dice.choice(children)), signal.SIGKILL)
+            kills += 1
+    assert process.wait(600) == 0, (tmp_path / "log").read_text()
+    assert kills >= 3, "it was over too soon"
+    assert losses(tmp_path / "killed") == losses(tmp_path / "undisturbed")
+    ours, theirs = (load_file(tmp_path / name / "final/model.safetensors") for name in ("killed", "undisturbed"))
+    assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
