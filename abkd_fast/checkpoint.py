@@ -249,12 +249,17 @@ def load(folder: pathlib.Path) -> tuple[dict[str, Tensor], dict]:
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
-    """The optimizer's state by the names of the parameters: "exp_avg.model.embed.weight"."""
-    return {
-        f"{key}.{name}": parallel.joined_tensor(value).detach().cpu().contiguous()
-        for name, parameter in model.named_parameters()
-        for key, value in optimizer.state.get(parameter, {}).items()
-    }
+    """The optimizer's state by the names of the parameters: "exp_avg.model.embed.weight".
+
+    All ranks have to call this together; the main process gets it.
+    """
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            whole = parallel.joined_tensor(value)
+            if parallel.is_main():
+                tensors[f"{key}.{name}"] = whole.detach().cpu().contiguous()
+    return tensors
 
 
 def load_optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module, tensors: dict[str, Tensor]) -> None:

@@ -337,7 +337,7 @@ class PackedCausalLM(nn.Module):
         self.model.eval()
         with self._explained():
             before = attention.calls
-            hidden = self.hidden_states(batch)
+            hidden = self(batch, lambda hidden, *projection: hidden)
             calls = attention.calls - before
             packed = self.head(hidden.to(self.head.weight.dtype)).float()  # [12, V]
             padded = self._padded_logits(rows, device)

@@ -16,9 +16,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
+
+# It gets another name, which older versions don't know.
+warnings.filterwarnings("ignore", r".*broadcast_buffers. is deprecated", FutureWarning)
 
 GRACE = 5.0  # seconds that a rank has to say it stops, too, before others call it dead
 # In messages of torch.distributed's two backends, and of no other error.
@@ -212,8 +215,7 @@ def replicate(model: nn.Module) -> nn.Module:
     """
     if world() == 1 or is_sharded(model):
         return model
-    with warnings.catch_warnings(action="ignore", category=FutureWarning):  # broadcast_buffers gets another name
-        replica = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+    replica = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
     replica.register_comm_hook(None, _sum)
     return replica
 
@@ -234,8 +236,8 @@ def exchange(model: nn.Module, when: bool) -> contextlib.AbstractContextManager:
 def shard(model: nn.Module, layers: Iterable[nn.Module], device: torch.device, dtype: torch.dtype) -> None:
     """Leaves each rank its part of every weight, on its device; a layer is whole while it computes, in `dtype`.
 
-    What is in no layer, the embeddings above all, is whole from the model's first forward pass to its backward pass.
-    Calls of `forward` and `hidden_states` communicate: all ranks have to make the same ones.
+    What is in no layer, the embeddings above all, is whole from a forward pass on to the end of the backward pass. Both
+    communicate: all ranks have to make the same ones.
     """
     mesh = init_device_mesh(device.type, (world(),))
     policy = MixedPrecisionPolicy(dtype, torch.float32) if dtype == torch.bfloat16 else MixedPrecisionPolicy()
@@ -243,7 +245,6 @@ def shard(model: nn.Module, layers: Iterable[nn.Module], device: torch.device, d
         fully_shard(module, mesh=mesh, mp_policy=policy)
         module.set_gradient_divide_factor(1.0)  # a sum, as in `replicate`
         module.set_force_sum_reduction_for_comms(True)
-    register_fsdp_forward_method(model, "hidden_states")
 
 
 def is_sharded(model: nn.Module) -> bool:

@@ -64,9 +64,9 @@ def main(arguments: list[str] | None = None) -> int:
         except Interrupted as interruption:
             return interrupted(str(interruption), "train", [*arguments, *([] if options.resume else ["--resume"])])
         except RuntimeError as error:
-            if (loss := parallel.lost(error)) is None:
+            if (reason := parallel.lost(error)) is None:
                 raise
-            return failed(loss, 1)
+            return failed(reason, 1)
     except KeyboardInterrupt:  # outside of the loop, which handles signals itself: while models load, above all
         return interrupted("interrupted", "train", [*arguments, *([] if options.resume else ["--resume"])])
     except ConfigError as error:

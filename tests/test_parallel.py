@@ -210,7 +210,8 @@ def tell_memory():
         held = [*self.student.parameters(), *gradients, *moments]
         parts = [tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in held]
         whole = sum(tensor.numel() * tensor.itemsize for tensor in held)
-        own = sum(tensor.untyped_storage().nbytes() for tensor in parts)
+        storages = {part.untyped_storage().data_ptr(): part.untyped_storage().nbytes() for part in parts}
+        own = sum(storages.values())  # gradients share one
         print(f"rank {parallel.rank()} holds {own} of {whole}", flush=True)
         return result
 
