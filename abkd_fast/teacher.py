@@ -216,7 +216,8 @@ class TeacherCache:
         model = None
         if self.spec.path is None:
             model = load()
-            self._identify(cache.hash_tensors(model.state_dict()))
+            weights = {name: parallel.joined_tensor(tensor) for name, tensor in model.state_dict().items()}
+            self._identify(cache.hash_tensors(weights))
         builder = _Builder(self, load, model, precision)
         if on_disk:
             try:

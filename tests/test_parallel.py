@@ -9,7 +9,6 @@ import random
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ import time
 import datasets
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import LLAMA
 from hypothesis import given
 from hypothesis import strategies as st
@@ -66,11 +66,10 @@ class Ranks:
     """A command in processes with the environment that torchrun gives them."""
 
     def __init__(self, context, folder, count, arguments, command=train.main, prepare=None):
-        with socket.socket() as free:
-            free.bind(("localhost", 0))
-            port = free.getsockname()[1]
+        self.store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)  # as torchrun has it
         self.logs = [folder / f"rank{rank}.log" for rank in range(count)]
-        shared = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": str(count)}
+        shared = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(self.store.port), "WORLD_SIZE": str(count)}
+        shared |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
         shared |= {"LOCAL_WORLD_SIZE": str(count), "ABKD_CACHE": os.environ["ABKD_CACHE"]}
         shared |= {"HF_DATASETS_CACHE": str(datasets.config.HF_DATASETS_CACHE)}
         self.processes = []
@@ -309,7 +308,7 @@ def test_mistakes_are_said_once(context, tmp_path, recipe):
     ranks = Ranks(context, tmp_path, 3, recipe("run", method="sft", train={"batch_size": 2, "device": "cpu"}))
     assert ranks.wait() == [2, 2, 2]
     said = [line for text in ranks.output() for line in text.splitlines()]
-    assert len(said) == 1
+    assert len(said) == 1, said
     assert "train.batch_size is 2, but there are 3 processes" in said[0]
 
 
