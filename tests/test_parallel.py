@@ -152,34 +152,38 @@ MORE = {
 EVALUATION = {"seeds": [1, 2], "max_new_tokens": 8, "every_steps": 10}
 
 
-def all_stages():
-    few = {name: {**values, "train": {**values.get("train", {}), "steps": 6}} for name, values in MORE.items()}
-    return STAGES | few
+def sections(steps, mode):
+    return {"eval": EVALUATION, "train": {**RECIPE["train"], "steps": steps, "parallel": mode}}
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory, models):
-    """All stages in one process, and the folder of the teacher's states."""
-    folder = tmp_path_factory.mktemp("alone")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ABKD_CACHE", str(folder / "cache"))
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", str(folder / "datasets"))
-        assert train.main(write_recipe(folder, models, "alone", all_stages(), eval=EVALUATION)) == 0
-    return folder / "alone", folder / "cache"
+    """All stages in one process, of so many steps: their folder, and that of the teacher's states."""
+
+    @functools.cache
+    def run(steps):
+        folder = tmp_path_factory.mktemp("alone")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("ABKD_CACHE", str(folder / "cache"))
+            patch.setattr(datasets.config, "HF_DATASETS_CACHE", str(folder / "datasets"))
+            arguments = write_recipe(folder, models, "alone", STAGES | MORE, **sections(steps, "auto"))
+            assert train.main(arguments) == 0
+        return folder / "alone", folder / "cache"
+
+    return run
 
 
 SLOW = pytest.mark.slow
 
 
 @pytest.mark.parametrize("mode", ["ddp", "fsdp"])
-@pytest.mark.parametrize("count", [2, pytest.param(4, marks=SLOW)])
-def test_losses_and_files_are_those_of_one_process(context, tmp_path, recipe, alone, cache_folder, count, mode):
-    folder, states = alone
-    values = {"eval": EVALUATION, "train": {**RECIPE["train"], "parallel": mode}}
-    ranks = Ranks(context, tmp_path, count, recipe("several", all_stages(), **values))
+@pytest.mark.parametrize(("count", "steps"), [(2, 5), pytest.param(2, 20, marks=SLOW), pytest.param(4, 20, marks=SLOW)])
+def test_losses_and_files_are_those_of_one_process(context, tmp_path, recipe, alone, cache_folder, count, steps, mode):
+    folder, states = alone(steps)
+    ranks = Ranks(context, tmp_path, count, recipe("several", STAGES | MORE, **sections(steps, mode)))
     assert ranks.wait() == [0] * count, ranks.output()
     assert all(text == "" for text in ranks.output()[1:]), "only the first says something"
-    for stage in [name for name in all_stages() if name != "answers"]:
+    for stage in [name for name in STAGES | MORE if name != "answers"]:
         assert_same_losses(tmp_path / "several" / stage, folder / stage)
         names = {path.name for path in (folder / stage / "final").iterdir()}
         assert {path.name for path in (tmp_path / "several" / stage / "final").iterdir()} == names
@@ -263,11 +267,11 @@ def slow_steps():
     Trainer._step = wrapped
 
 
-@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
+@pytest.mark.parametrize("mode", ["ddp", pytest.param("fsdp", marks=SLOW)])
 def test_signal_to_one_rank_and_resume_on_two_and_on_one(context, tmp_path, recipe, mode):
     """All ranks stop after one step; what two resume is the undisturbed run, dropout included, to the last bit."""
     student = {"config": {**MODEL, "tie_word_embeddings": True, "attention_dropout": 0.2}}
-    dropout = {"student": student, "method": "sft", "train": {**RECIPE["train"], "steps": 10, "parallel": mode}}
+    dropout = {"student": student, "method": "sft", "train": {**RECIPE["train"], "steps": 8, "parallel": mode}}
     undisturbed = Ranks(context, tmp_path, 2, recipe("undisturbed", **dropout))
     assert undisturbed.wait() == [0, 0], undisturbed.output()
     arguments = recipe("stopped", **dropout)
