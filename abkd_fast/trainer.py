@@ -267,7 +267,6 @@ class Trainer:
             "seconds_per_sample": progress.seconds / progress.samples,
             "peak_memory_bytes": peak_memory(self.device),
         }
-
         weights = None if saved else self.student.whole_weights()
 
         def write() -> None:
@@ -427,7 +426,7 @@ class Trainer:
         self._check_finite()
         log.pause()
         try:
-            self.progress.window_seconds = log.flush()
+            self.progress.window_seconds = parallel.on_main(log.flush)
             tensors, state = self._state()
             weights = self.student.whole_weights()
             save_model = functools.partial(self.student.save, tokenizer=self.tokenizer, weights=weights)
