@@ -424,7 +424,7 @@ def pack(samples: list[dict], max_tokens: int) -> list[Batch]:
 
 
 def _groups(samples: list[dict], max_tokens: int) -> list[list[dict]]:
-    groups, used = [], max_tokens
+    groups, used = [], 0
     for sample in samples:
         length = len(sample["input_ids"])
         if not groups or used + length > max_tokens:

@@ -381,11 +381,13 @@ class PackedCausalLM(nn.Module):
         """
         if not parallel.is_sharded(self):
             return None
-        saved = self.model.state_dict() if not self.has_adapter else dict(self.model.named_parameters())
+        parameters = dict(self.model.named_parameters())
+        tied = {name for name, _ in self.model.named_parameters(remove_duplicate=False)} - parameters.keys()
+        frozen = {name for name, parameter in parameters.items() if self.has_adapter and not parameter.requires_grad}
         weights = {}
-        for name, tensor in saved.items():
-            if not self.has_adapter or tensor.requires_grad:
-                tensor = parallel.joined_tensor(tensor)
+        for name, part in self.model.state_dict().items():
+            if name not in tied | frozen:
+                tensor = parallel.joined_tensor(part)
                 weights |= {name: tensor.detach().cpu()} if parallel.is_main() else {}
         return weights
 

@@ -185,8 +185,13 @@ def test_losses_and_files_are_those_of_one_process(context, tmp_path, recipe, al
     assert all(text == "" for text in ranks.output()[1:]), "only the first says something"
     for stage in [name for name in STAGES | MORE if name != "answers"]:
         assert_same_losses(tmp_path / "several" / stage, folder / stage)
-        names = {path.name for path in (folder / stage / "final").iterdir()}
-        assert {path.name for path in (tmp_path / "several" / stage / "final").iterdir()} == names
+        ours, theirs = tmp_path / "several" / stage / "final", folder / stage / "final"
+        assert {path.name for path in ours.iterdir()} == {path.name for path in theirs.iterdir()}
+        (file,) = theirs.glob("*.safetensors")
+        shapes = (
+            {name: tensor.shape for name, tensor in load_file(path / file.name).items()} for path in (ours, theirs)
+        )
+        assert next(shapes) == next(shapes)
     for file in ("answers/final/answers.jsonl", "seqkd/eval/Dolly.seed1.jsonl", "seqkd/eval/Dolly.seed2.jsonl"):
         ours, theirs = ([json.loads(line) for line in (run / file).open()] for run in (tmp_path / "several", folder))
         assert [row["row"] for row in ours] == [row["row"] for row in theirs]
