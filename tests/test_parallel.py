@@ -34,7 +34,7 @@ RECIPE = {
     "data": {"train": "quickstart:small", "train_rows": 40, "dev": "quickstart:dev", "dev_rows": 5, "max_length": 96},
     "sampling": {"max_new_tokens": 8},
     "optim": {"lr": 3e-3, "warmup_steps": 2},
-    "train": {"steps": 20, "batch_size": 8, "max_tokens": 192, "device": "cpu", "timeout_minutes": 1},
+    "train": {"steps": 20, "batch_size": 8, "max_tokens": 192, "device": "cpu", "timeout_minutes": 10},
     "eval": {"every_steps": 10},
     "log": {"every_steps": 1},
 }
