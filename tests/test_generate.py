@@ -5,11 +5,12 @@ import pytest
 from conftest import LLAMA
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from abkd_fast import answers, generate, tasks
+from abkd_fast import answers, tasks
 from abkd_fast.answers import Answers
 from abkd_fast.data import encode_prompts, read_rows, tokenise
 from abkd_fast.generate import main
 from abkd_fast.sampling import SamplingSettings, sample
+from abkd_fast.train import INTERRUPTED
 
 
 @pytest.fixture
@@ -77,7 +78,7 @@ def test_interrupted_command_continues_to_the_same_file(command, tmp_path, capsy
             signal.raise_signal(signal.SIGTERM)
 
     monkeypatch.setattr(Answers, "add", add_and_be_stopped)
-    assert main(command("--batch-size", "2")) == generate.INTERRUPTED
+    assert main(command("--batch-size", "2")) == INTERRUPTED
     error = capsys.readouterr().err
     assert "SIGTERM after 5 of 12 answers, which are kept; continue with:\n" in error
     assert "-m abkd_fast.generate --model" in error
