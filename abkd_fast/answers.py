@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import functools
+import glob
 import hashlib
 import json
 import math
@@ -18,7 +20,7 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import PretrainedConfig
 
-from . import cache, lora, models, sampling
+from . import cache, lora, models, parallel, sampling
 from .checkpoint import WRITE_ERRORS, Interrupted, StopSignals, atomic_folder, atomic_write, exclusive, locked
 from .config import Config, ConfigError, ModelConfig
 from .data import encode_prompts, read_rows
@@ -78,10 +80,11 @@ class Generation:
         path = self.options.out
         lock = path.with_name(path.name + ".lock")
         busy = f"out: another process is writing {path}: wait for it, or choose another"
-        with contextlib.nullcontext() if self.answers.finished else exclusive(lock, busy):
+        with contextlib.nullcontext() if self.answers.finished else parallel.held_by_main(exclusive(lock, busy)):
             self.answers = Answers(path, self.identity)  # with what another process has added meanwhile
             self._answer_all()
-            lock.unlink(missing_ok=True)  # nobody writes to a finished file
+            if parallel.is_main():
+                lock.unlink(missing_ok=True)  # nobody writes to a finished file
 
     def _answer_all(self) -> None:
         path, answers = self.options.out, self.answers
@@ -98,6 +101,7 @@ class Generation:
                 model.check()
                 self._answer(model)
                 answers.finish()
+                self.tokens = parallel.added(self.tokens)
         except WRITE_ERRORS as error:
             raise Interrupted(f"{path} can't be written ({error}): make room") from None
         self.seconds = time.perf_counter() - started
@@ -139,12 +143,13 @@ def write_stage(config: Config) -> dict:
     """
     folder = config.run.folder
     growing = folder / "answers.jsonl"
-    with locked(folder):
+    with parallel.held_by_main(locked(folder)):
         console.print(
             f"[bold]{folder}[/bold]  method {config.method}, by {config.student.adapter or config.student.path}"
         )
         generation = _of_stage(config, growing)
-        atomic_write(folder / "config.json", json.dumps(config.to_dict(), indent=2) + "\n")
+        text = json.dumps(config.to_dict(), indent=2) + "\n"
+        parallel.on_main(functools.partial(atomic_write, folder / "config.json", text))
         generation.run()
         summary = {
             "method": config.method,
@@ -153,10 +158,14 @@ def write_stage(config: Config) -> dict:
             "dev_loss": None,
             "seconds_per_sample": generation.seconds / max(1, len(generation.todo)),
         }
-        try:
+
+        def write() -> None:
             atomic_write(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
             with atomic_folder(folder / "final") as final:
                 shutil.copy(growing, final)
+
+        try:
+            parallel.on_main(write)
         except WRITE_ERRORS as error:
             raise Interrupted(f"{folder / 'final'} can't be written ({error}): make room") from None
     return summary
@@ -196,7 +205,8 @@ def _of_stage(config: Config, out: pathlib.Path) -> Generation:
 def hash_weights(spec: ModelConfig, config: PretrainedConfig) -> dict[str, str]:
     """What identifies a model's weights, those of its adapter included."""
     adapter = lora.find(spec.adapter, "model") if spec.adapter else None
-    return cache.hash_weights(spec.path, config, cache.default_folder(), adapter)
+    hash_weights = functools.partial(cache.hash_weights, spec.path, config, cache.default_folder(), adapter)
+    return parallel.on_main(hash_weights)
 
 
 def answer(
@@ -210,44 +220,52 @@ def answer(
 ) -> None:
     """Samples, with a progress bar of that name; each response goes to `keep` as it ends, after its prompt's number.
 
-    Raises Interrupted after a signal, once the response at hand is kept.
+    Ranks share the prompts. Raises Interrupted after a signal, once the response at hand is kept.
     """
+    numbers = parallel.share(list(range(len(prompts))))
     columns = BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(compact=True), TextColumn(name)
     bar = Progress(*columns, console=console, disable=not console.is_terminal)
-    task = bar.add_task(name, total=len(prompts))
+    task = bar.add_task(name, total=len(numbers))
     signals = StopSignals()
     done = 0
 
     def on_response(number: int, response: list[int]) -> None:
         nonlocal done
-        keep(number, response)
+        keep(numbers[number], response)
         done += 1
         bar.advance(task)
         if signals.received:
-            raise Interrupted(f"{signals.received} after {done} of {len(prompts)} {name}, which are kept")
+            raise Interrupted(f"{signals.received} after {done} of {len(numbers)} {name}, which are kept")
 
     with signals, bar:
-        sampling.sample(model, prompts, settings, seeds, batch_size, on_response)
+        sampling.sample(model, parallel.share(prompts), settings, parallel.share(seeds), batch_size, on_response)
 
 
 class GrowingFile:
     """JSON objects, a line each, that come in any order, and are sorted by their "row" in the end.
 
-    A context manager: while it is entered the file is open for additions. A crash costs the last line at most.
+    A context manager: while it is entered the file is open for additions. A crash costs the last line at most. Other
+    ranks than the main one add to files of their own, NAME.rank1, …, which it joins to the first.
     """
 
     def __init__(self, path: pathlib.Path) -> None:
         self.path = path
-        self.rows = {values["row"] for values in self.read()} if path.exists() else set()
+        self.rows = {values["row"] for values in parallel.on_main(self.read)}
+
+    def _others(self) -> list[pathlib.Path]:
+        return list(self.path.parent.glob(f"{glob.escape(self.path.name)}.rank*"))
 
     def read(self) -> list[dict]:
-        """Whole lines; what a crash left of the last one does not count."""
-        lines = self.path.read_bytes().splitlines(keepends=True)
+        """Whole lines of all ranks; what a crash left of the last one does not count."""
+        lines = []
+        for path in filter(pathlib.Path.exists, (self.path, *self._others())):
+            lines += path.read_bytes().splitlines(keepends=True)
         return [json.loads(line) for line in lines if line.endswith(b"\n")]
 
     def __enter__(self) -> GrowingFile:
-        self._write(self.read() if self.path.exists() else [])
-        self.file = self.path.open("a", encoding="utf-8", buffering=1)
+        parallel.on_main(lambda: self._write(self.read()))
+        own = self.path if parallel.is_main() else self.path.with_name(f"{self.path.name}.rank{parallel.rank()}")
+        self.file = own.open("a", encoding="utf-8", buffering=1)
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -258,13 +276,17 @@ class GrowingFile:
         self.rows.add(row)
 
     def sort(self) -> list[dict]:
-        """Puts the lines into the order of their rows, and returns them."""
-        lines = sorted(self.read(), key=lambda values: values["row"])
-        self._write(lines)
+        """Puts the lines of all ranks into the order of their rows, and returns them."""
+        parallel.meet()  # all have written theirs
+        lines = parallel.on_main(lambda: sorted(self.read(), key=lambda values: values["row"]))
+        parallel.on_main(lambda: self._write(lines))
+        self.rows = {values["row"] for values in lines}
         return lines
 
     def _write(self, lines: list[dict]) -> None:
         atomic_write(self.path, "".join(json.dumps(values, ensure_ascii=False) + "\n" for values in lines))
+        for path in self._others():
+            path.unlink()
 
 
 class Answers(GrowingFile):
@@ -291,7 +313,8 @@ class Answers(GrowingFile):
             raise ConfigError(f"out: {path} was made with other {', '.join(changed)}: choose another, or delete it")
 
     def _write_record(self, finished: bool) -> None:
-        atomic_write(self.record, json.dumps({**self.identity, "finished": finished}, indent=2) + "\n")
+        text = json.dumps({**self.identity, "finished": finished}, indent=2) + "\n"
+        parallel.on_main(functools.partial(atomic_write, self.record, text))
 
     def __enter__(self) -> Answers:
         self._write_record(finished=False)

@@ -175,7 +175,7 @@ class StateFile:
         self.identity, self.layout, self.width, self.dtype = identity, layout, width, dtype
         self.row_bytes = width * dtype.itemsize
         self.path = self.folder / "states.bin"
-        self._read_index()
+        self.read_index()
 
     @property
     def bytes(self) -> int:
@@ -186,7 +186,7 @@ class StateFile:
         """Whether a finished build left this cache, whole or not."""
         return self.head is not None and None not in self.checksums
 
-    def _read_index(self) -> bool:
+    def read_index(self) -> bool:
         """Checksums of blocks and head (None where there is none), and the seconds that computing them took.
 
         False where an index is there, but damaged.
@@ -237,7 +237,7 @@ class StateFile:
                 console.print(f"teacher cache: another process is building {self.folder}: waiting for it")
                 lock.acquire()
         try:
-            if not self._read_index():
+            if not self.read_index():
                 console.print(f"teacher cache: {self.folder / 'index.json'} is damaged: all is computed again")
             yield
         finally:
@@ -274,14 +274,19 @@ class StateFile:
                 os.posix_fallocate(file.fileno(), 0, self.bytes)
             file.truncate(self.bytes)
 
-    def write(self, number: int, rows: Tensor, seconds: float) -> None:
-        """One block's rows, which took so long to compute. Raises OSError."""
+    def write(self, number: int, rows: Tensor) -> int:
+        """Puts one block's rows into the file, and returns their checksum. Raises OSError."""
         content = _bytes(rows)
         with self.path.open("r+b") as file:
             file.seek(self.layout.block(number).start * self.row_bytes)
             file.write(content)
-        self.checksums[number] = zlib.crc32(content)
-        self.seconds += seconds
+        return zlib.crc32(content)
+
+    def record(self, blocks: list[tuple[int, int, float]]) -> None:
+        """Blocks that are written: their numbers, checksums, and the seconds each took to compute. Raises OSError."""
+        for number, checksum, seconds in blocks:
+            self.checksums[number] = checksum
+            self.seconds += seconds
         self._write_index()
 
     def read(self) -> Tensor:

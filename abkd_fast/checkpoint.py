@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from . import parallel
 from .config import ConfigError
 from .logs import console
 
@@ -50,6 +51,11 @@ class StopSignals:
     def __exit__(self, *error: types.TracebackType | None) -> None:
         for number, handler in self.previous.items():
             signal.signal(number, handler)
+
+    def of_any_rank(self) -> str | None:
+        """What a rank has received, the same on all of them, which have to call this together."""
+        number = int(parallel.largest(signal.Signals[self.received] if self.received else 0))
+        return signal.Signals(number).name if number else None
 
     def _handle(self, number: int, frame: types.FrameType | None) -> None:
         if self.received:
@@ -251,12 +257,17 @@ def load(folder: pathlib.Path) -> tuple[dict[str, Tensor], dict]:
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
-    """The optimizer's state by the names of the parameters: "exp_avg.model.embed.weight"."""
-    return {
-        f"{key}.{name}": value.detach().cpu().contiguous()
-        for name, parameter in model.named_parameters()
-        for key, value in optimizer.state.get(parameter, {}).items()
-    }
+    """The optimizer's state by the names of the parameters: "exp_avg.model.embed.weight".
+
+    All ranks have to call this together; the main process gets it.
+    """
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            whole = parallel.joined_tensor(value)
+            if parallel.is_main():
+                tensors[f"{key}.{name}"] = whole.detach().cpu().contiguous()
+    return tensors
 
 
 def load_optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module, tensors: dict[str, Tensor]) -> None:
@@ -266,22 +277,36 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module, t
         key, _, name = full_name.partition(".")
         parameter = parameters[name]
         own = torch.empty_like(parameter if value.shape == parameter.shape else value, dtype=value.dtype)
-        optimizer.state[parameter][key] = own.to(parameter.device).copy_(value)
+        optimizer.state[parameter][key] = own = own.to(parameter.device)
+        parallel.copy_part(own, value)
+
+
+def by_rank(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Every rank's tensors of these names, for one file. All ranks have to call this together."""
+    own = enumerate(parallel.gathered(tensors))
+    return {f"{rank}.{name}": tensor for rank, tensors in own for name, tensor in tensors.items()}
+
+
+def of_rank(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """This rank's, of what `by_rank` gave; nothing where there were fewer ranks then."""
+    own = f"{parallel.rank()}."
+    return {name.removeprefix(own): tensor for name, tensor in tensors.items() if name.startswith(own)}
 
 
 def random_state() -> tuple[dict[str, Tensor], dict]:
     """The state of every generator that a run may draw from: PyTorch's as tensors, Python's and NumPy's for JSON."""
     tensors = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_initialized():
-        tensors |= {f"cuda{index}": state for index, state in enumerate(torch.cuda.get_rng_state_all())}
+        tensors["cuda"] = torch.cuda.get_rng_state()
     name, keys, *rest = np.random.get_state()
     return tensors, {"python": random.getstate(), "numpy": [name, keys.tolist(), *rest]}
 
 
 def set_random_state(tensors: dict[str, Tensor], state: dict) -> None:
-    torch.set_rng_state(tensors["cpu"])
-    for index in range(min(len(tensors) - 1, torch.cuda.device_count())):
-        torch.cuda.set_rng_state(tensors[f"cuda{index}"], index)
+    if tensors:
+        torch.set_rng_state(tensors["cpu"])
+    if "cuda" in tensors and torch.cuda.is_available():
+        torch.cuda.set_rng_state(tensors["cuda"])
     version, keys, gauss = state["python"]
     random.setstate((version, tuple(keys), gauss))
     name, keys, *rest = state["numpy"]

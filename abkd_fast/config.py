@@ -309,8 +309,14 @@ class TrainConfig:
     on_nonfinite: Annotated[
         Literal["stop", "skip"], "a step whose loss or gradient is not finite ends the run, or changes no weight"
     ] = "stop"
+    parallel: Annotated[
+        Literal["auto", "ddp", "fsdp"],
+        "of several processes each holds all weights (ddp), or a part of them, the teacher's too (fsdp); auto: ddp",
+    ] = "auto"
+    timeout_minutes: Annotated[float, "a process that waits so long for the others ends the run"] = 30.0
 
     def __post_init__(self) -> None:
+        _check_range(self, timeout_minutes=(0.01, math.inf))
         _check_range(self, **dict.fromkeys(("epochs", "steps", "batch_size", "max_tokens"), (1, math.inf)))
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import indexed, tasks
+from . import indexed, parallel, tasks
 from .config import ConfigError
 
 if TYPE_CHECKING:
@@ -377,17 +377,71 @@ class Batch:
         return dataclasses.replace(self, **{name: getattr(self, name).pin_memory() for name in pinned})
 
 
+@dataclasses.dataclass(frozen=True)
+class StepBatch:
+    """What one step trains on, on all ranks together, and the micro-batches that are this rank's."""
+
+    samples: list[dict]
+    text: list[dict]  # blocks of plain text
+    parts: list[Batch]  # those of text come last
+    most_tokens: int  # that a rank has
+
+    @property
+    def labels(self) -> int:
+        return _count_labels(self.samples)
+
+    @property
+    def text_labels(self) -> int:
+        return _count_labels(self.text)
+
+    def pin(self) -> StepBatch:
+        return dataclasses.replace(self, parts=[part.pin() for part in self.parts])
+
+
+def _count_labels(samples: list[dict]) -> int:
+    return sum(len(sample["input_ids"]) - sample["prompt_length"] for sample in samples)
+
+
+def share_out(samples: list[dict], text: list[dict], max_tokens: int) -> StepBatch:
+    """Deals a step's samples and blocks to the ranks, and packs this rank's.
+
+    Every rank gets as many micro-batches as the others, where there are samples for that.
+    """
+    parts, loads = [], [0] * parallel.world()
+    for items, is_text in ((samples, False), (text, True)):
+        lengths = [len(item["input_ids"]) for item in items]
+        shares = parallel.deal(lengths)
+        groups = [_groups([items[place] for place in share], max_tokens) for share in shares]
+        own = _cut(groups[parallel.rank()], max(map(len, groups)))
+        parts += [dataclasses.replace(_join(group), is_text=is_text) for group in own]
+        loads = [load + sum(lengths[place] for place in share) for load, share in zip(loads, shares, strict=True)]
+    return StepBatch(samples, text, parts, max(loads))
+
+
 def pack(samples: list[dict], max_tokens: int) -> list[Batch]:
     """Samples in order, in as many micro-batches as a budget of max_tokens asks for."""
-    groups, used = [[]], 0
+    return [_join(group) for group in _groups(samples, max_tokens)]
+
+
+def _groups(samples: list[dict], max_tokens: int) -> list[list[dict]]:
+    groups, used = [], 0
     for sample in samples:
         length = len(sample["input_ids"])
-        if groups[-1] and used + length > max_tokens:
+        if not groups or used + length > max_tokens:
             groups.append([])
             used = 0
         groups[-1].append(sample)
         used += length
-    return [_join(group) for group in groups]
+    return groups
+
+
+def _cut(groups: list[list[dict]], count: int) -> list[list[dict]]:
+    """So many groups: those with the most samples are halved."""
+    groups = list(groups)
+    while len(groups) < count and groups and len(most := max(groups, key=len)) > 1:
+        place, half = groups.index(most), len(most) // 2
+        groups[place : place + 1] = most[:half], most[half:]
+    return groups
 
 
 def _join(samples: list[dict]) -> Batch:
@@ -437,7 +491,10 @@ Item = TypeVar("Item")
 def ahead(items: Iterator[Item]) -> Iterator[Item]:
     """The same items; a thread makes the next one while the caller is busy with the last."""
     end = object()
-    with ThreadPoolExecutor(1, thread_name_prefix="ahead") as thread:
+    start = None
+    if torch.cuda.is_initialized():  # a new thread begins with the first GPU
+        start = functools.partial(torch.cuda.set_device, torch.cuda.current_device())
+    with ThreadPoolExecutor(1, "ahead", start) as thread:
         coming = thread.submit(next, items, end)
         while (item := coming.result()) is not end:
             coming = thread.submit(next, items, end)

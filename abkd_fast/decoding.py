@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from . import parallel
 from .attention import packed_attention
 from .models import PackedCausalLM
 
@@ -37,7 +38,8 @@ class Decoder:
         self.keys: list[Tensor] = []  # of each layer, [slots, key heads, capacity, dim]
         self.values: list[Tensor] = []
         self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
-        self.use_graphs = self.device.type == "cuda"
+        # What goes on around the layers of a sharded model can't be captured.
+        self.use_graphs = self.device.type == "cuda" and not parallel.is_sharded(model)
         self.inputs = torch.zeros(3, slots, dtype=torch.long, device=self.device)  # slot, token, position of each row
         self.inputs[0] = torch.arange(slots)
 

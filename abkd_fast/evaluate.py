@@ -7,7 +7,7 @@ import pathlib
 import sys
 
 from .config import SEEDS, ConfigError
-from .train import interrupted
+from .train import failed, interrupted, leave
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -22,7 +22,8 @@ def main(arguments: list[str] | None = None) -> int:
         sets = _sets(options.data)
         seeds = [_seed(text) for text in options.seeds]
         out = options.out or _run_folder(options.model) / "eval"
-        from .checkpoint import Interrupted  # after the options are known to be good: this loads PyTorch
+        from . import parallel  # after the options are known to be good: this loads PyTorch
+        from .checkpoint import Interrupted
         from .evaluation import Evaluation, Protocol
         from .logs import console
         from .sampling import SamplingSettings
@@ -35,17 +36,17 @@ def main(arguments: list[str] | None = None) -> int:
         )
         own = {name: getattr(options, name) for name in ("rows", "tokenizer", "batch_size", "device", "dtype")}
         try:
-            evaluation = Evaluation(options.model, sets, out, seeds, protocol, **own)
-            evaluation.run()
+            with parallel.processes():
+                evaluation = Evaluation(options.model, sets, out, seeds, protocol, **own)
+                evaluation.run()
         except Interrupted as interruption:
-            return interrupted(str(interruption), "abkd_fast.evaluate", arguments)
+            return interrupted(str(interruption), "evaluate", arguments)
         console.print(evaluation.table())
         console.print(f"scores and answers are in {out}")
     except KeyboardInterrupt:  # outside of sampling, which handles signals itself: while models load, above all
-        return interrupted("interrupted", "abkd_fast.evaluate", arguments)
+        return interrupted("interrupted", "evaluate", arguments)
     except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return failed(error, 2)
     return 0
 
 
@@ -120,4 +121,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -19,7 +20,7 @@ import torch
 from rich.table import Table
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from . import models, scoring
+from . import models, parallel, scoring
 from .answers import GrowingFile, answer, hash_weights
 from .checkpoint import WRITE_ERRORS, Interrupted, atomic_write, check_writable, locked
 from .config import SEEDS, ConfigError
@@ -204,7 +205,7 @@ class Evaluation:
         the same folder.
         """
         if self._todo():
-            with locked(self.out):
+            with parallel.held_by_main(locked(self.out)):
                 self._take_over()  # what another process may have added since
                 self._score_all()
         return self.scores
@@ -267,7 +268,8 @@ class Evaluation:
         self._write()
 
     def _write(self) -> None:
-        atomic_write(self.out / SCORES, json.dumps(self.scores, indent=2) + "\n")
+        text = json.dumps(self.scores, indent=2) + "\n"
+        parallel.on_main(functools.partial(atomic_write, self.out / SCORES, text))
 
     def table(self) -> Table:
         """The sets of this evaluation."""

@@ -7,7 +7,7 @@ import pathlib
 import sys
 
 from .config import ConfigError
-from .train import interrupted
+from .train import failed, interrupted, leave
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -19,19 +19,20 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     options = _parser().parse_args(arguments)
     try:
-        from .answers import Generation  # after the options are known to be good: this loads PyTorch
+        from . import parallel  # after the options are known to be good: this loads PyTorch
+        from .answers import Generation
         from .checkpoint import Interrupted
         from .models import spec_of
 
         try:
-            Generation(options, spec_of(options.model)).run()
+            with parallel.processes():
+                Generation(options, spec_of(options.model)).run()
         except Interrupted as interruption:
-            return interrupted(str(interruption), "abkd_fast.generate", arguments)
+            return interrupted(str(interruption), "generate", arguments)
     except KeyboardInterrupt:  # outside of sampling, which handles signals itself: while models load, above all
-        return interrupted("interrupted", "abkd_fast.generate", arguments)
+        return interrupted("interrupted", "generate", arguments)
     except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return failed(error, 2)
     return 0
 
 
@@ -72,4 +73,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -17,18 +17,19 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from . import parallel
 from .config import Config, ConfigError, first_line
 from .costs import peak_flops
 
-console = Console(soft_wrap=True, highlight=False)
+console = Console(soft_wrap=True, highlight=False, quiet=os.environ.get("RANK", "0") != "0")
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: the most the GPU allocated, or the most the process held."""
+    """Bytes: the most the GPU allocated, or the most the process held; on the rank with the most."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+        return int(parallel.largest(torch.cuda.max_memory_allocated(device)))
     unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return int(parallel.largest(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit))
 
 
 def check_wandb(project: str | None) -> None:
@@ -43,7 +44,7 @@ def size(number: float) -> str:
 
 
 class RunLog:
-    """A context manager: writes numbers to the run folder and shows them.
+    """A context manager: writes numbers to the run folder and shows them, in the main process alone.
 
     A resumed run has `done` steps (-1: not even the evaluation before the first), and gets points after those; its
     next one counts `elapsed` seconds from before.
@@ -52,8 +53,8 @@ class RunLog:
     def __init__(self, config: Config, steps: int, device: torch.device, done: int = -1, elapsed: float = 0.0) -> None:
         self.config, self.folder, self.steps, self.device = config, config.run.folder, steps, device
         self.done, self.elapsed = done, elapsed
-        self.peak_flops = peak_flops(device)
-        self.wandb = None
+        self.peak_flops = parallel.world() * (peak_flops(device) or 0)
+        self.wandb = self.file = self.board = None
         self.bar = Progress(
             BarColumn(bar_width=6),  # so that everything fits into 84 columns
             MofNCompleteColumn(),
@@ -65,6 +66,12 @@ class RunLog:
         self.task = self.bar.add_task("training", total=steps, numbers="")
 
     def __enter__(self) -> RunLog:
+        parallel.on_main(self._open)
+        self.started = time.perf_counter()
+        self.last = self.started - self.elapsed
+        return self
+
+    def _open(self) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         if self.config.log.wandb is not None:
@@ -75,9 +82,6 @@ class RunLog:
         self.file = path.open("a", encoding="utf-8", buffering=1)
         self.board = SummaryWriter(self.folder / "tensorboard", purge_step=self.done + 1)
         self.bar.start()
-        self.started = time.perf_counter()
-        self.last = self.started - self.elapsed
-        return self
 
     def _open_wandb(self) -> Any:
         """Raises ConfigError where it can't be used, for example without a login."""
@@ -93,7 +97,7 @@ class RunLog:
         self.bar.stop()
         if self.wandb:
             self.wandb.finish()
-        for log in (self.board, self.file):
+        for log in filter(None, (self.board, self.file)):
             with contextlib.suppress(OSError):  # of a full disk, reported when it was met
                 log.close()
 
@@ -108,10 +112,11 @@ class RunLog:
 
     def flush(self) -> float:
         """Puts all points onto the disk; returns the seconds since the last one. Call it while paused."""
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        with contextlib.suppress(OSError):  # TensorBoard's writer repeats its first error for ever
-            self.board.flush()
+        if self.file:
+            self.file.flush()
+            os.fsync(self.file.fileno())
+            with contextlib.suppress(OSError):  # TensorBoard's writer repeats its first error for ever
+                self.board.flush()
         return self.paused - self.last
 
     def advance(self, step: int) -> None:
@@ -170,6 +175,8 @@ class RunLog:
 
     def _write(self, kind: str, step: int, values: dict[str, float | None]) -> None:
         """A full disk costs points, not the run."""
+        if not self.file:
+            return
         try:
             self.file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
             for name, value in values.items():

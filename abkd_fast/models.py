@@ -24,7 +24,7 @@ from transformers import (
 from transformers.activations import NewGELUActivation
 from transformers.utils import logging as transformers_logging
 
-from . import attention, lora, tasks
+from . import attention, lora, parallel, tasks
 from .config import ConfigError, ModelConfig, first_line, looks_local
 from .data import Batch, pack
 from .ops import shared_vocabulary
@@ -194,11 +194,17 @@ def check_length(config: PretrainedConfig, key: str, max_length: int) -> None:
 
 
 def load(
-    spec: ModelConfig, config: PretrainedConfig, key: str, dtype: torch.dtype, device: torch.device
+    spec: ModelConfig,
+    config: PretrainedConfig,
+    key: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    in_parts: bool = False,
 ) -> PackedCausalLM:
     """The model with its weights in `dtype` (random ones from `config` where spec has no path), its activations fused.
 
-    A student's adapter is attached, and it alone is trained; others are merged.
+    A student's adapter is attached, and it alone is trained; others are merged. A model that is to be in parts waits in
+    the processor's memory: the device gets no more than its part.
     """
     for name in ATTENTION_DROPOUT:
         if key == "student" and getattr(config, name, 0) and not attention.supports_dropout(device):
@@ -224,7 +230,7 @@ def load(
         if key == "student" and spec.has_adapter:
             model = lora.attach(model, spec, key)
     fuse_activations(model)
-    return PackedCausalLM(model.to(device), key)
+    return PackedCausalLM(model if in_parts else model.to(device), key)
 
 
 def fuse_activations(model: nn.Module) -> None:
@@ -297,15 +303,19 @@ class PackedCausalLM(nn.Module):
         ).last_hidden_state  # [1, T, H]
         return states[0, batch.positions]
 
+    @property
+    def layers(self) -> nn.ModuleList:
+        count = self.causal_lm.config.num_hidden_layers
+        stacks = (module for module in self.causal_lm.base_model.modules() if isinstance(module, nn.ModuleList))
+        return next(stack for stack in stacks if len(stack) == count)
+
     def compile(self, **options: Any) -> None:
         """Compiles the layers, for any number of tokens; all of them share one piece of code.
 
         Args:
             options: of torch.compile.
         """
-        layers = self.causal_lm.config.num_hidden_layers
-        stacks = (module for module in self.causal_lm.base_model.modules() if isinstance(module, nn.ModuleList))
-        for layer in next(stack for stack in stacks if len(stack) == layers):
+        for layer in self.layers:
             layer.compile(dynamic=True, **options)
 
     def forward(self, batch: Batch, loss: Callable[..., Tensor]) -> Tensor:
@@ -340,7 +350,7 @@ class PackedCausalLM(nn.Module):
         self.model.eval()
         with self._explained():
             before = attention.calls
-            hidden = self.hidden_states(batch)
+            hidden = self(batch, lambda hidden, *projection: hidden)
             calls = attention.calls - before
             packed = self.head(hidden.to(self.head.weight.dtype)).float()  # [12, V]
             padded = self._padded_logits(rows, device)
@@ -377,8 +387,31 @@ class PackedCausalLM(nn.Module):
             self.causal_lm.set_attn_implementation(attention.NAME)
         return torch.cat([logits[i, : len(row) - 1] for i, row in enumerate(rows)]).float()
 
-    def save(self, folder: pathlib.Path, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Writes weights, configuration and tokenizer in Hugging Face layout; of a LoRA model, those of the adapter."""
+    def whole_weights(self) -> dict[str, Tensor] | None:
+        """Where ranks hold parts of the weights, all that are saved, in the main process's memory; else None.
+
+        All ranks have to call this together.
+        """
+        if not parallel.is_sharded(self):
+            return None
+        parameters = dict(self.model.named_parameters())
+        tied = {name for name, _ in self.model.named_parameters(remove_duplicate=False)} - parameters.keys()
+        frozen = {name for name, parameter in parameters.items() if self.has_adapter and not parameter.requires_grad}
+        weights = {}
+        for name, part in self.model.state_dict().items():
+            if name not in tied | frozen:
+                tensor = parallel.joined_tensor(part)
+                weights |= {name: tensor.detach().cpu()} if parallel.is_main() else {}
+        return weights
+
+    def save(
+        self, folder: pathlib.Path, tokenizer: PreTrainedTokenizerBase, weights: dict[str, Tensor] | None = None
+    ) -> None:
+        """Writes weights, configuration and tokenizer in Hugging Face layout; of a LoRA model, those of the adapter.
+
+        weights: what `whole_weights` gave.
+        """
         # Left to choose whether embeddings belong to an adapter, peft asks the Hub every time.
-        self.model.save_pretrained(folder, **({"save_embedding_layers": False} if self.has_adapter else {}))
+        options = {"save_embedding_layers": False} if self.has_adapter else {}
+        self.model.save_pretrained(folder, state_dict=weights, **options)
         tokenizer.save_pretrained(folder)

@@ -1,18 +1,23 @@
-"""What a run would do and need, before any weights load: `--dry-run`."""
+"""What a run does and needs, in words: its first lines, and before any weights load `--dry-run`."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow.compute
+import torch
 
-from . import costs
+from . import attention, costs, models, ops, parallel
 from .cache import table_of
+from .device import device_name
 from .logs import size
 from .teacher import free_memory
-from .trainer import Trainer
+
+if TYPE_CHECKING:
+    from .trainer import Trainer
 
 
 def describe(trainer: Trainer) -> Iterator[str]:
@@ -49,13 +54,13 @@ def _data(trainer: Trainer) -> Iterator[str]:
             f"    {name:10} mean {counts.mean():.1f}, median {median:.0f}, 95 % up to {most:.0f}, "
             f"longest {counts.max()} tokens"
         )
-    yield from trainer.describe_data()
+    yield from _notes(trainer)
 
 
 def _memory(trainer: Trainer, cached: bool) -> Iterator[str]:
     """About what training takes in its first step's largest micro-batch."""
     step = next(trainer._batches())
-    batch = max(step, key=lambda part: part.tokens)
+    batch = max(step.parts, key=lambda part: part.tokens)
     cost = trainer.step_cost(cached)
     parts = dict(costs.memory(cost, trainer.student_config, batch, trainer.config.train, trainer.dtype, trainer.device))
     details, total = _list(parts), sum(parts.values())
@@ -65,7 +70,7 @@ def _memory(trainer: Trainer, cached: bool) -> Iterator[str]:
         total += max(0, sum(generation.values()) - activations - logits)
         details += f"; while it generates, instead of the last two, {_list(generation)}"
     yield f"  memory     about {size(total)} with micro-batches of {batch.tokens} tokens: {details}"
-    work = sum(cost.flops(part.samples, not part.is_text) for part in step) / trainer.config.train.batch_size
+    work = (cost.flops(step.samples) + cost.flops(step.text, taught=False)) / trainer.config.train.batch_size
     yield f"  work       {work / 1e9:.3g} GFLOP a sample"
 
 
@@ -81,3 +86,56 @@ def _generation_memory(trainer: Trainer, cost: costs.StepCost) -> Iterator[tuple
 
 def _list(parts: dict[str, int]) -> str:
     return ", ".join(f"{name} {size(number)}" for name, number in parts.items())
+
+
+def header(trainer: Trainer) -> Iterator[str]:
+    """What was built and chosen, so that nobody trains on a slow path unknowingly."""
+    config, info = trainer.config, ops.build_info()
+    kernels = "PyTorch reference (extension missing)" if "missing" in info else f"CPU {info['simd']}"
+    if trainer.device.type == "cuda" and info["cuda"]:
+        kernels = f"CUDA {info['cuda']}"
+    counts = {"student": trainer.student.model}
+    if trainer.teacher:  # whose body may be gone
+        counts["teacher"] = models.outline(trainer.teacher_config)
+    sizes = ", ".join(f"{role} {models.describe(model)}" for role, model in counts.items())
+    merged = f" with {config.teacher.adapter} merged" if trainer.teacher and config.teacher.adapter else ""
+    lengths = torch.tensor(trainer.train_set["row_length"][:]).clamp(max=config.data.max_length)
+    loss = f"  loss {config.loss}" if trainer.teacher else ""
+    yield f"[bold]{config.run.folder}[/bold]  method {config.method}{loss}"
+    yield f"  models     {sizes}{merged}"
+    yield (
+        f"  data       {len(lengths)} rows, {lengths.float().mean():.0f} tokens each on average, "
+        f"the first {trainer.where[trainer.train_set['row'][0]]}"
+    )
+    yield from _notes(trainer)
+    yield f"  device     {device_name(trainer.device)}, {str(trainer.dtype).removeprefix('torch.')}"
+    yield f"  kernels    {kernels}; attention {attention.backend(trainer.device)}, packed and checked"
+    if trainer.teacher:
+        yield f"  teacher    {trainer.teacher.note}"
+    if parallel.world() > 1:
+        held = "a part of all weights" if trainer.is_sharded else "all weights"
+        yield f"  processes  {parallel.world()}, each with {held}; gradients are summed over them"
+    if trainer.device.type == "cuda":
+        yield f"  compile    {'the layers of the student' if config.train.compile == 'auto' else 'off'}"
+    yield f"  steps      {trainer.steps} of {config.train.batch_size} samples, {trainer.steps_per_epoch} an epoch"
+    if trainer.resume:
+        yield f"  resumed    {f'from {trainer.saved}' if trainer.saved else 'from the start: there is no checkpoint'}"
+
+
+def _notes(trainer: Trainer) -> Iterator[str]:
+    """What rows that are too long came to, the plain text, and what is generated."""
+    for name, note in trainer.long_rows.items():
+        if note:
+            yield f"  long rows  {name}: {note}"
+    if trainer.pretrain_set is not None:
+        data = trainer.config.data
+        yield (
+            f"  plain text {len(trainer.pretrain_set)} blocks of {data.max_length} tokens, one a sample; "
+            f"weight {data.pretrain.weight:g}"
+        )
+    if trainer.is_on_policy:
+        sampling = trainer.config.sampling
+        yield (
+            f"  generation up to {sampling.max_new_tokens} tokens a response at temperature "
+            f"{sampling.temperature:g}, {sampling.batch_size} at a time"
+        )

@@ -8,7 +8,8 @@ import math
 import torch
 from torch import Tensor
 
-from .data import Batch
+from . import parallel
+from .data import StepBatch
 from .logs import RunLog
 
 
@@ -53,7 +54,8 @@ class Window:
         self.first_nonfinite = torch.zeros(3, device=device, dtype=torch.float64)  # its step, loss and norm
         self.parts: dict[str, Tensor] = {}  # of the loss, likewise
         self.rows: list[list[int]] = []  # of the data, in each step: those that its samples, or their prompts, are
-        self.steps = self.samples = self.tokens = self.real_tokens = self.flops = 0
+        self.steps = self.samples = self.real_tokens = self.most_tokens = 0
+        self.tokens = self.flops = 0  # of this rank
 
     def add(
         self,
@@ -61,7 +63,7 @@ class Window:
         loss: Tensor,
         norm: Tensor,
         parts: dict[str, Tensor],
-        batch: list[Batch],
+        batch: StepBatch,
         flops: int,
     ) -> None:
         finite = is_finite(loss, norm)
@@ -74,10 +76,11 @@ class Window:
         self.first_nonfinite = torch.where(is_first, account, self.first_nonfinite)
         self.skipped += ~finite
         self.steps += 1
-        self.rows.append([sample["row"] for part in batch if not part.is_text for sample in part.samples])
+        self.rows.append([sample["row"] for sample in batch.samples])
         self.samples += len(self.rows[-1])
-        self.tokens += sum(part.tokens for part in batch)
-        self.real_tokens += sum(len(sample["input_ids"]) for part in batch for sample in part.samples)
+        self.real_tokens += sum(len(sample["input_ids"]) for sample in (*batch.samples, *batch.text))
+        self.most_tokens += batch.most_tokens
+        self.tokens += sum(part.tokens for part in batch.parts)
         self.flops += flops
 
     def write(self, log: RunLog, step: int, lr: float, numbers: dict[str, float]) -> int:
@@ -86,20 +89,27 @@ class Window:
         finite = self.steps - skipped
         loss, norm = (self.loss.item() / finite, self.norm.item()) if finite else (None, None)
         parts = {name: part.item() / finite if finite else None for name, part in self.parts.items()}
-        log.train(step, *self.counts()[1:], loss, parts | numbers, lr, norm, skipped)
+        if parallel.world() > 1:  # how much longer than the mean the longest share of a step was
+            numbers = numbers | {"imbalance": self.most_tokens * parallel.world() / self.real_tokens - 1}
+        _, samples, real_tokens, _, tokens, flops = self.counts()
+        log.train(step, samples, tokens, real_tokens, flops, loss, parts | numbers, lr, norm, skipped)
         return skipped
 
     def counts(self) -> list[int]:
-        return [self.steps, self.samples, self.tokens, self.real_tokens, self.flops]
+        """Of all ranks, which have to call this together."""
+        own = parallel.added(self.tokens), parallel.added(self.flops)
+        return [self.steps, self.samples, self.real_tokens, self.most_tokens, *own]
 
     def tensors(self) -> dict[str, Tensor]:
+        """Of all ranks, which have to call this together."""
         counts, rows = torch.tensor(self.counts()), torch.tensor(self.rows, dtype=torch.int64)
         sums = {"loss": self.loss, "norm": self.norm, "skipped": self.skipped, "first_nonfinite": self.first_nonfinite}
         sums |= {f"parts.{name}": part for name, part in self.parts.items()}
         return {"counts": counts, "rows": rows} | {name: value.cpu() for name, value in sums.items()}
 
     def load(self, tensors: dict[str, Tensor]) -> None:
-        self.steps, self.samples, self.tokens, self.real_tokens, self.flops = tensors["counts"].tolist()
+        self.steps, self.samples, self.real_tokens, self.most_tokens, *own = tensors["counts"].tolist()
+        self.tokens, self.flops = own if parallel.is_main() else (0, 0)
         self.rows = tensors["rows"].tolist()
         own = {name: value.to(self.device, copy=True) for name, value in tensors.items()}
         for name in ("loss", "norm", "skipped", "first_nonfinite"):

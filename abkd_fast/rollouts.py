@@ -10,6 +10,7 @@ import datasets
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from . import parallel
 from .config import Config
 from .data import step_samples
 from .models import PackedCausalLM
@@ -55,8 +56,8 @@ class Rollouts:
     def write(self, samples: list[dict], step: int) -> list[dict]:
         """The samples with responses by the student."""
         arguments, started = self._arguments(samples, step), self._now()
-        with self.precision():
-            responses = sample(self.student, *arguments)
+        with self.precision(), parallel.whole(self.student):
+            responses = parallel.joined(sample(self.student, *arguments))
         return self._with_responses(samples, responses, started)
 
     def write_mixed(self, samples: list[dict], step: int, teacher_weight: float) -> list[dict]:
@@ -65,8 +66,8 @@ class Rollouts:
         "student_log_probs" and "teacher_log_probs" are lists of each model's own, of the tokens of the response.
         """
         arguments, started = self._arguments(samples, step), self._now()
-        with self.precision():
-            written = sample_mixture(self.student, self.teacher, teacher_weight, *arguments)
+        with self.precision(), parallel.whole(self.student, self.teacher):
+            written = parallel.joined(sample_mixture(self.student, self.teacher, teacher_weight, *arguments))
         responses, *log_probs = zip(*written, strict=True)
         rollouts = self._with_responses(samples, responses, started)
         return [
@@ -84,10 +85,11 @@ class Rollouts:
         return numbers
 
     def _arguments(self, samples: list[dict], step: int) -> tuple[list[list[int]], SamplingSettings, list[int], int]:
+        """Of sampling this rank's share of the responses."""
         prompts = [_prompt(sample) for sample in samples]
         first = (self.config.run.seed << 40) + (step << 20)
         seeds = [first + place for place in range(len(samples))]
-        return prompts, self.settings, seeds, self.config.sampling.batch_size
+        return parallel.share(prompts), self.settings, parallel.share(seeds), self.config.sampling.batch_size
 
     def _now(self) -> float:
         """The time, once the device has done what it was given before: none of that is generation."""

@@ -7,6 +7,7 @@ number. A response costs less than a millisecond, so it is scored where it ends,
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import statistics
 import string
@@ -17,6 +18,7 @@ from nltk.stem.porter import PorterStemmer  # what rouge_score takes
 from rouge_score import scoring, tokenize
 from transformers import PreTrainedTokenizerBase
 
+from . import parallel
 from .checkpoint import Interrupted, StopSignals
 from .config import Config
 from .data import Row, references
@@ -104,16 +106,15 @@ class DevelopmentRouge:
         )
 
     def measure(self, student: PackedCausalLM, signals: StopSignals) -> float | None:
-        """The mean over the rows; None where a signal arrives."""
-        scores = [0.0] * len(self.prompts)
+        """The mean over the rows, which ranks share; None where a signal arrives."""
+        prompts, outputs, seeds = map(parallel.share, (self.prompts, self.references, self.seeds))
+        scores = [0.0] * len(prompts)
 
         def on_response(row: int, response: list[int]) -> None:
-            scores[row] = judge(self.tokenizer, response, self.references[row])["rouge_l"]
+            scores[row] = judge(self.tokenizer, response, outputs[row])["rouge_l"]
             if signals.received:
                 raise Interrupted(signals.received)
 
-        try:
-            sample(student, self.prompts, self.settings, self.seeds, 64, on_response)
-        except Interrupted:
-            return None
-        return statistics.fmean(scores)
+        with contextlib.suppress(Interrupted):
+            sample(student, prompts, self.settings, seeds, 64, on_response)
+        return None if signals.of_any_rank() else statistics.fmean(parallel.joined(scores))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import gc
 import itertools
 import json
@@ -12,7 +13,7 @@ from collections.abc import Iterator
 import torch
 from rich.table import Table
 
-from . import answers, checkpoint, models, pretrain, results
+from . import answers, checkpoint, models, parallel, pretrain, results
 from .config import Config, ConfigError, ModelConfig
 from .data import DEV, TRAIN, read_rows
 from .device import choose_device, choose_dtype
@@ -34,10 +35,10 @@ def run(stages: list[Config], resume: bool = False) -> list[dict]:
         _check(config, {other.run.stage: other for other in stages[:index]})
     stages = [resolve(config) for config in stages]
     for config in stages:
-        _is_finished(config, resume)
+        parallel.on_main(functools.partial(_is_finished, config, resume))
     summaries = []
     for config in stages:
-        if _is_finished(config, resume):
+        if parallel.on_main(functools.partial(_is_finished, config, resume)):
             console.print(f"[bold]{config.run.folder}[/bold]  is finished already: its result is used")
             summary = _read_summary(config.run.folder)
         else:
@@ -49,7 +50,7 @@ def run(stages: list[Config], resume: bool = False) -> list[dict]:
             evaluation = _evaluate(config)
             if len(stages) == 1:
                 console.print(evaluation.table())
-    _conclude(stages, summaries)
+    parallel.on_main(functools.partial(_conclude, stages, summaries))
     return summaries
 
 
@@ -260,7 +261,7 @@ def _deciding(values: dict) -> dict:
         if path is not None and pathlib.Path(path).is_relative_to(root):
             values[section][key] = str(pathlib.Path(path).relative_to(root))
     for section, key in (
-        *(("train", key) for key in ("on_nonfinite", "gradient_checkpointing")),
+        *(("train", key) for key in ("on_nonfinite", "gradient_checkpointing", "parallel", "timeout_minutes")),
         *(("eval", key) for key in ("sets", "seeds", "no_repeat_ngram_size")),
     ):
         values[section].pop(key, None)

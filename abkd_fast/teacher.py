@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import gc
+import itertools
 import pathlib
 import time
 from collections.abc import Callable, Iterator
@@ -15,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from . import cache, lora, models
+from . import cache, lora, models, parallel
 from .config import Config, ConfigError
 from .data import Batch, pack
 from .logs import console, size
@@ -48,10 +50,15 @@ class Teacher:
         is always the same computation, and takes a processor up to 1.4 times as long for short samples.
         """
         head = self.model.head
-        alone = head.weight.device.type == "cpu"
+        alone = head.weight.device.type == "cpu" and not parallel.is_sharded(self.model)
         batches = [pack([sample], batch.tokens)[0] for sample in batch.samples] if alone else [batch]
-        hidden = torch.cat([self.model.hidden_states(part) for part in batches])
+        hidden = torch.cat([self.model(part, _hidden) for part in batches])
         return TeacherStates(hidden.to(head.weight.dtype), head.weight, head.bias)
+
+
+def _hidden(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """In the place of a loss."""
+    return hidden
 
 
 class CachedTeacher:
@@ -60,7 +67,7 @@ class CachedTeacher:
     def __init__(
         self, rows: Tensor, layout: cache.Layout, head: tuple[Tensor, Tensor | None], seconds: tuple[float, float]
     ) -> None:
-        """Seconds: of computing all rows, whenever that was, and of what this run computed."""
+        """Seconds: one process's for all rows, whenever they were computed, and what this run spent."""
         self.rows, self.layout = rows, layout
         self.weight, self.bias = head
         self.pass_seconds, self.build_seconds = seconds
@@ -68,7 +75,7 @@ class CachedTeacher:
 
     def saved(self, samples: int) -> float:
         """About how many seconds a run has saved that has seen so many samples; below 0 where building took longer."""
-        return self.pass_seconds * samples / len(self.layout.starts) - self.build_seconds
+        return self.pass_seconds / parallel.world() * samples / len(self.layout.starts) - self.build_seconds
 
     def states(self, batch: Batch) -> TeacherStates:
         hidden = torch.cat([self.rows[self.layout.sample(sample["index"])] for sample in batch.samples])
@@ -97,11 +104,15 @@ class OnPolicyTeacher:
         return [sample for sample in samples if "states" not in sample and not (cached and "index" in sample)]
 
     def states(self, batch: Batch) -> TeacherStates:
-        if fresh := self.unknown(batch.samples):
+        fresh = self.unknown(batch.samples)
+        if parallel.is_sharded(self.live.model) and parallel.largest(len(fresh)):
+            fresh = fresh or batch.samples  # no rank computes without the others
+        if fresh:
             part = pack(fresh, batch.tokens)[0].to(batch.input_ids.device)
             counts = [len(sample["input_ids"]) - sample["prompt_length"] for sample in fresh]
             for sample, rows in zip(fresh, self.live.states(part).hidden.split(counts), strict=True):
                 sample["states"] = rows.clone()  # a view would keep those of the whole batch alive
+        parallel.join_root(self.live.model)
         hidden = [sample["states"] if "states" in sample else self.data.rows_of(sample) for sample in batch.samples]
         head = self.live.model.head
         return TeacherStates(torch.cat(hidden), head.weight, head.bias)
@@ -135,7 +146,8 @@ class TeacherCache:
         weights = None  # random ones are known only once they are drawn
         if self.spec.path is not None:
             adapter = None if self.spec.adapter is None else lora.find(self.spec.adapter, "teacher")
-            weights = cache.hash_weights(self.spec.path, teacher, self.root, adapter)
+            hash_weights = functools.partial(cache.hash_weights, self.spec.path, teacher, self.root, adapter)
+            weights = parallel.on_main(hash_weights)
         self._identify(weights)
         problem = self.file.problem()
         if self.mode == "disk" and problem and not self.file.is_recorded:
@@ -196,13 +208,16 @@ class TeacherCache:
 
         Raises ConfigError where what the mode asks for can't be had.
         """
-        on_disk, in_memory, reason = self.choose(max(0, free_memory(self.device) - reserved))
+        least = -parallel.largest(-free_memory(self.device))  # all ranks have to choose the same
+        choose = functools.partial(self.choose, max(0, least - reserved))
+        on_disk, in_memory, reason = parallel.on_main(choose)
         if not on_disk and not in_memory:
             return Teacher(load(), f"runs in every step ({reason})")
         model = None
         if self.spec.path is None:
             model = load()
-            self._identify(cache.hash_tensors(model.state_dict()))
+            weights = {name: parallel.joined_tensor(tensor) for name, tensor in model.state_dict().items()}
+            self._identify(cache.hash_tensors(weights))
         builder = _Builder(self, load, model, precision)
         if on_disk:
             try:
@@ -213,23 +228,24 @@ class TeacherCache:
                     raise ConfigError(f"cache.dir: {reason}; choose another, or cache.mode=off") from None
                 if self.mode == "auto" and not in_memory:
                     return Teacher(builder.model(), f"runs in every step ({reason})")
-        rows = torch.empty(self.layout.rows, self.width, dtype=self.dtype, device=self.device)
+        rows = torch.zeros(self.layout.rows, self.width, dtype=self.dtype, device=self.device)
         for number, block, _ in builder.blocks(range(len(self.layout.blocks))):
             rows[self.layout.block(number)] = block
+        parallel.summed(rows)  # each has those of one rank, and zeros of the others
         where = f"in memory, not kept ({reason})"
         return self._cached(builder, rows, builder.head(), where, builder.seconds)
 
     def _from_file(self, builder: _Builder, in_memory: bool) -> CachedTeacher:
-        with self.file.locked():
+        with parallel.held_by_main(self.file.locked()):
             started = time.perf_counter()
-            missing, head = self.file.missing(), self.file.read_head()
+            missing, is_whole = parallel.on_main(lambda: (self.file.missing(), self.file.read_head() is not None))
             checked = time.perf_counter() - started
-            if missing or head is None:
-                self.file.reserve()
-                head = builder.head()
-                self.file.write_head(*head)
-                for number, block, seconds in builder.blocks(missing):
-                    self.file.write(number, block, seconds)
+            if missing or not is_whole:
+                parallel.on_main(self.file.reserve)
+                parallel.on_main(functools.partial(self.file.write_head, *builder.head()))
+                self._fill(builder, missing)
+            self.file.read_index()  # what the main process has written
+            head = self.file.read_head()
         rows = self.file.read()
         where = f"mapped from {self.file.folder}"
         if in_memory:
@@ -237,6 +253,19 @@ class TeacherCache:
         if not missing:
             where += f", checked in {checked:.1f} s"
         return self._cached(builder, rows, head, where, self.file.seconds)
+
+    def _fill(self, builder: _Builder, missing: list[int]) -> None:
+        """Computes blocks and writes them, each rank one at a time: an interruption costs no more. Raises OSError."""
+        mine = builder.blocks(missing)
+
+        def write_next() -> list[tuple[int, int, float]]:
+            return [
+                (number, self.file.write(number, rows), seconds) for number, rows, seconds in itertools.islice(mine, 1)
+            ]
+
+        for _ in range(0, len(missing), parallel.world()):
+            written = list(itertools.chain(*parallel.everywhere(write_next)))
+            parallel.on_main(functools.partial(self.file.record, written))
 
     def _cached(
         self, builder: _Builder, rows: Tensor, head: tuple[Tensor, Tensor | None], where: str, seconds: float
@@ -270,21 +299,30 @@ class _Builder:
         return self.loaded
 
     def head(self) -> tuple[Tensor, Tensor | None]:
+        parallel.join_root(self.model())
         return self.model().head.weight, self.model().head.bias
 
     def blocks(self, numbers: list[int] | range) -> Iterator[tuple[int, Tensor, float]]:
-        """Each block's number, its rows [n, H], and the seconds that they took."""
+        """This rank's share of the blocks: each one's number, its rows [n, H], and the seconds that they took."""
         owner, teacher = self.owner, Teacher(self.model())
         if len(numbers):
             total = len(owner.layout.blocks)
             console.print(f"teacher cache: computing {len(numbers)} of {total} blocks, {size(owner.bytes)} in all")
         columns = BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(compact=True), TextColumn("teacher's states")
         with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-            for number in bar.track(numbers):
+            for first in bar.track(range(0, len(numbers), parallel.world())):
                 started = time.perf_counter()
+                place = first + parallel.rank()
+                number = numbers[min(place, len(numbers) - 1)]
                 samples = [owner.dataset[index] for index in owner.layout.blocks[number]]
+                batches = pack(samples, owner.max_tokens)
                 with self.precision():
-                    parts = [teacher.states(b.to(owner.device)).hidden for b in pack(samples, owner.max_tokens)]
+                    parts = [teacher.states(batch.to(owner.device)).hidden for batch in batches]
+                    if parallel.is_sharded(teacher.model):  # no rank computes without the others
+                        for _ in range(int(parallel.largest(len(batches))) - len(batches)):
+                            teacher.states(batches[-1].to(owner.device))
+                if place >= len(numbers):
+                    return
                 rows = torch.cat(parts)
                 if owner.device.type == "cuda":
                     torch.cuda.synchronize()

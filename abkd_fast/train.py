@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import sys
 
@@ -20,7 +21,7 @@ A null takes away what the base has: a key, a section, or a stage.
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs a recipe; returns the exit status.
+    """Runs a recipe, in as many processes as torchrun started; returns the exit status.
 
     0; 1: the loss or a gradient is not finite; 2: a mistake in the input; 75 (temporary failure): interrupted, and the
     printed command continues (from the start, where nothing had been trained).
@@ -51,33 +52,63 @@ def main(arguments: list[str] | None = None) -> int:
     )
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parser.parse_args(arguments)
-    continuing = "abkd_fast.train", arguments if options.resume else [*arguments, "--resume"]
+    continuing = arguments if options.resume else [*arguments, "--resume"]
     try:
         stages = load(options.config, options.overrides)
-        from .checkpoint import Interrupted  # after the configuration is known to be good: this loads PyTorch
+        from . import parallel  # after the configuration is known to be good: this loads PyTorch
+        from .checkpoint import Interrupted
         from .stages import plan, run
 
         try:
-            (plan if options.dry_run else run)(stages, options.resume)
+            with parallel.processes(stages[0].train.timeout_minutes):
+                (plan if options.dry_run else run)(stages, options.resume or parallel.is_restarted())
         except Interrupted as interruption:
-            return interrupted(str(interruption), *continuing)
+            return interrupted(str(interruption), "train", continuing)
+        except RuntimeError as error:
+            if (reason := parallel.lost(error)) is None:
+                raise
+            return failed(reason, 1)
     except KeyboardInterrupt:  # outside of the loop, which handles signals itself: while models load, above all
-        return interrupted("interrupted", *continuing)
+        return interrupted("interrupted", "train", continuing)
     except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return failed(error, 2)
     except FloatingPointError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        return failed(error, 1)
     return 0
 
 
-def interrupted(reason: str, module: str, arguments: list[str]) -> int:
-    """Prints the command that continues, `python -m MODULE ARGUMENTS`; returns the exit status that goes with it."""
-    command = shlex.join([sys.executable, "-m", module, *arguments])
-    print(f"{reason}; continue with:\n{command}", file=sys.stderr)
+def failed(error: Exception | str, status: int) -> int:
+    """Prints an error, once though several processes may have it; returns the exit status."""
+    _print(f"error: {error}")
+    return status
+
+
+def interrupted(reason: str, command: str, arguments: list[str]) -> int:
+    """Prints the command that continues; returns the exit status."""
+    start = ["torchrun", "--nproc-per-node", os.environ.get("LOCAL_WORLD_SIZE", "1")]
+    if "RANK" not in os.environ:
+        start = [sys.executable]
+    _print(f"{reason}; continue with:\n{shlex.join([*start, '-m', f'abkd_fast.{command}', *arguments])}", "interrupted")
     return INTERRUPTED
 
 
+def leave(status: int) -> None:
+    """Ends the process; one of several at once, since threads of torch.distributed may abort an orderly end."""
+    if "RANK" in os.environ:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
+
+
+def _print(text: str, topic: str = "") -> None:
+    if "RANK" in os.environ:
+        from . import parallel
+
+        text = parallel.attributed(text, topic)
+    if text is not None:
+        print(text, file=sys.stderr)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -14,10 +14,21 @@ import torch
 from torch import Tensor
 from transformers import get_scheduler, set_seed
 
-from . import attention, checkpoint, costs, methods, models, ops, pretrain
+from . import checkpoint, costs, methods, models, parallel, plan, pretrain
 from .checkpoint import Interrupted
 from .config import Config, ConfigError, ModelConfig
-from .data import DEV, TRAIN, Batch, ahead, describe_long_rows, pack, read_rows, step_samples, tokenise
+from .data import (
+    DEV,
+    TRAIN,
+    Batch,
+    StepBatch,
+    ahead,
+    describe_long_rows,
+    read_rows,
+    share_out,
+    step_samples,
+    tokenise,
+)
 from .device import choose_device, choose_dtype, device_name
 from .logs import RunLog, check_wandb, console, peak_memory
 from .methods.sft import cross_entropy
@@ -38,7 +49,7 @@ class Trainer:
         self.device = choose_device(config.train.device, "train.")
         self.dtype = choose_dtype(config.train.dtype, self.device, "train.")
         self.method = methods.find(config.method)(config)
-        checkpoint.check_folder(config.run.folder, resume)
+        parallel.on_main(functools.partial(checkpoint.check_folder, config.run.folder, resume))
         check_wandb(config.log.wandb)
         self.student_config = models.read_config(config.student, "student")
         self.teacher_config = models.read_config(config.teacher, "teacher") if self.method.needs_teacher else None
@@ -51,7 +62,8 @@ class Trainer:
         models.check_length(self.student_config, "student", config.data.max_length)
         if self.method.needs_teacher:
             models.check_length(self.teacher_config, "teacher", config.data.max_length)
-        self._read_data()
+        with parallel.main_first():  # the others find the tokenised rows
+            self._read_data()
         self.cache = None
         if self.method.needs_teacher:
             samples = round(self.steps * config.train.batch_size * self.method.data_share)
@@ -74,6 +86,16 @@ class Trainer:
 
                 self.dev_rouge = DevelopmentRouge(self.config, rows, self.dev_set, self.tokenizer)
         self.steps_per_epoch = len(self.train_set) // train.batch_size
+        if train.batch_size < parallel.world():
+            raise ConfigError(
+                f"train.batch_size is {train.batch_size}, but there are {parallel.world()} processes, each of which "
+                "needs a sample in every step: raise it, or start fewer"
+            )
+        if self.is_sharded and train.batch_size % parallel.world():
+            raise ConfigError(
+                f"train.batch_size is {train.batch_size}, but train.parallel=fsdp needs a multiple of the "
+                f"{parallel.world()} processes, which compute in step"
+            )
         if self.steps_per_epoch == 0:
             raise ConfigError(
                 f"{data.train}: {len(self.train_set)} rows are fewer than train.batch_size = {train.batch_size}"
@@ -90,6 +112,11 @@ class Trainer:
                 )
 
     @property
+    def is_sharded(self) -> bool:
+        """Whether each process holds a part of the weights."""
+        return self.config.train.parallel == "fsdp" and parallel.world() > 1
+
+    @property
     def is_on_policy(self) -> bool:
         return hasattr(self.method, "sequences")
 
@@ -103,7 +130,7 @@ class Trainer:
         config = self.config
         self.progress, self.window, self.signals = Progress(), Window(self.device), checkpoint.StopSignals()
         self.checkpoints = checkpoint.Checkpoints(config.run.folder / "checkpoints", config.checkpoint.keep)
-        self.saved = self.checkpoints.newest() if self.resume else None
+        self.saved = parallel.on_main(self.checkpoints.newest) if self.resume else None
         set_seed(config.run.seed)
         student = config.student.saved_in(self.saved) if self.saved else config.student
         self.student = self._model(student, self.student_config, "student").train()
@@ -112,6 +139,7 @@ class Trainer:
             self.student.checkpoint_layers()
         if self.device.type == "cuda" and config.train.compile == "auto":
             self.student.compile()
+        self.replica = parallel.replicate(self.student)
         self.teacher = None
         if self.cache:
             load = functools.partial(self._model, config.teacher, self.teacher_config, "teacher")
@@ -138,6 +166,7 @@ class Trainer:
         if self.is_on_policy:
             models_of_text = self.student, self.teacher.live.model
             self.rollouts = Rollouts(config, self.tokenizer, self.train_set, *models_of_text, self._precision)
+        parallel.diverge(config.run.seed)
         if self.saved:
             self._restore(*checkpoint.load(self.saved))
         self.resumed_samples = self.progress.samples
@@ -148,8 +177,12 @@ class Trainer:
         storage = torch.float64 if self.dtype == torch.float64 else torch.float32
         if (key == "teacher" or spec.has_adapter) and self.dtype == torch.bfloat16:
             storage = torch.bfloat16
-        model = models.load(spec, config, key, storage, self.device)
-        with self._precision():
+        model = models.load(spec, config, key, storage, self.device, self.is_sharded)
+        if key == "teacher":
+            model.requires_grad_(False)
+        if self.is_sharded:
+            parallel.shard(model, model.layers, self.device, self.dtype)
+        with self._precision(), parallel.whole(model):
             model.check()
         return model
 
@@ -163,14 +196,15 @@ class Trainer:
         Interrupted where a signal, or a disk without space for the result, ended the run.
         """
         config = self.config
-        with checkpoint.locked(config.run.folder):
+        with parallel.held_by_main(checkpoint.locked(config.run.folder)):
             self._load()
+            text = json.dumps(config.to_dict(), indent=2) + "\n"
+            write = functools.partial(checkpoint.atomic_write, config.run.folder / "config.json", text)
             try:
-                text = json.dumps(config.to_dict(), indent=2) + "\n"
-                checkpoint.atomic_write(config.run.folder / "config.json", text)
+                parallel.on_main(write)
             except checkpoint.WRITE_ERRORS as error:
                 raise Interrupted(f"{config.run.folder} can't be written to ({error}): make room") from None
-            for line in self.describe():
+            for line in plan.header(self):
                 console.print(line)
             self._run()
             return self._finish()
@@ -198,24 +232,21 @@ class Trainer:
                 progress.samples += config.train.batch_size
                 self._after_step(log)
 
-    def _batches(self, first: int = 0) -> Iterator[list[Batch]]:
-        """The micro-batches of each step from `first` to `steps`, counted from 0; those of plain text come last."""
-        train, seed = self.config.train, self.config.run.seed
+    def _batches(self, first: int = 0) -> Iterator[StepBatch]:
+        """What each step from `first` to `steps`, counted from 0, trains on."""
+        size, seed = self.config.train.batch_size, self.config.run.seed
         for step in range(first, self.steps):
-            batch = pack(step_samples(self.train_set, train.batch_size, seed, step), train.max_tokens)
-            if self.pretrain_set is not None:
-                text = pack(step_samples(self.pretrain_set, train.batch_size, seed, step), train.max_tokens)
-                batch += [dataclasses.replace(part, is_text=True) for part in text]
-            yield [part.pin() for part in batch] if self.device.type == "cuda" else batch
+            text = [] if self.pretrain_set is None else step_samples(self.pretrain_set, size, seed, step)
+            batch = share_out(step_samples(self.train_set, size, seed, step), text, self.config.train.max_tokens)
+            yield batch.pin() if self.device.type == "cuda" else batch
 
-    def _written(self, batch: list[Batch]) -> list[Batch]:
-        """The next step's micro-batches with the sequences that the method trains on, given those of the data."""
+    def _written(self, batch: StepBatch) -> StepBatch:
+        """The next step's batch with the sequences that the method trains on, given those of the data."""
         step = self.progress.step
-        samples = [sample for part in batch if not part.is_text for sample in part.samples]
-        chosen = self.method.sequences(step, (step + 1) / self.steps, samples, self.rollouts)
-        if chosen is samples:
+        chosen = self.method.sequences(step, (step + 1) / self.steps, batch.samples, self.rollouts)
+        if chosen is batch.samples:
             return batch
-        return pack(chosen, self.config.train.max_tokens) + [part for part in batch if part.is_text]
+        return share_out(chosen, batch.text, self.config.train.max_tokens)
 
     def _finish(self) -> dict:
         """Writes and returns the summary; the folder `final` is written last: with it the run is finished."""
@@ -236,13 +267,18 @@ class Trainer:
             "seconds_per_sample": progress.seconds / progress.samples,
             "peak_memory_bytes": peak_memory(self.device),
         }
-        try:
+        weights = None if saved else self.student.whole_weights()
+
+        def write() -> None:
             checkpoint.atomic_write(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
             with checkpoint.atomic_folder(folder / "final") as final:
                 if saved:
                     checkpoint.copy_model(saved, final)
                 else:
-                    self.student.save(final, self.tokenizer)
+                    self.student.save(final, self.tokenizer, weights)
+
+        try:
+            parallel.on_main(write)
         except checkpoint.WRITE_ERRORS as error:
             raise Interrupted(f"{folder / 'final'} can't be written ({error}): make room") from None
         return summary
@@ -259,22 +295,29 @@ class Trainer:
         by_rouge = self.config.eval.select == "rouge_l"
         virtue, value = ("highest dev ROUGE-L", f"{rouge_l:.2f}") if by_rouge else ("lowest dev loss", f"{loss:.4f}")
         saved = self.checkpoints.folder_of(step)
-        if reason := checkpoint.damage(saved):
+        if reason := parallel.on_main(functools.partial(checkpoint.damage, saved)):
             console.print(f"[bold red]damaged[/] {saved} ({reason}), of the {virtue}: the last step is taken")
             return last
         console.print(f"step {step} is taken, of the {virtue}, {value}")
         return step, loss, rouge_l, saved
 
-    def _step(self, batch: list[Batch]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    def _step(self, batch: StepBatch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """One optimizer step; returns its loss, gradient norm, and the loss's parts, still on the device."""
-        total = self._backward([part for part in batch if not part.is_text], self._method_loss)
+        weight = self.config.data.pretrain.weight if batch.text else 0.0
+        sums = [0.0] * (2 if batch.text else 1)  # the method's loss, and that of plain text
+        for part in batch.parts:
+            with parallel.exchange(self.replica, part is batch.parts[-1]):
+                if part.is_text:
+                    sums[1] = sums[1] + self._backward(part, batch.text_labels, self._text_loss, weight)
+                else:
+                    sums[0] = sums[0] + self._backward(part, batch.labels, self._method_loss)
+        total, *of_text = parallel.summed(torch.stack(sums))
         parts = {}
-        if text := [part for part in batch if part.is_text]:
-            weight = self.config.data.pretrain.weight
-            text_loss = self._backward(text, self._text_loss, weight)
-            parts = {"loss_method": total, "loss_pretrain": text_loss}
-            total = total + weight * text_loss
+        if of_text:
+            parts = {"loss_method": total, "loss_pretrain": of_text[0]}
+            total = total + weight * of_text[0]
         norm = torch.nn.utils.clip_grad_norm_(self.student.parameters(), self.config.optim.clip_norm)
+        norm = parallel.joined_tensor(norm)
         # The fused AdamW reads this on the device: where it is 1, weights, moments and step counts stay as they are.
         self.optimizer.found_inf = (~is_finite(total, norm)).float()
         self.optimizer.step()
@@ -282,20 +325,18 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         return total, norm, parts
 
-    def _backward(self, batch: list[Batch], loss_of: Callable[[Batch], Callable], weight: float = 1.0) -> Tensor:
-        """Adds to the gradient that of `weight` times the mean loss of all labels; returns the mean.
+    def _backward(self, part: Batch, labels: int, loss_of: Callable[[Batch], Callable], weight: float = 1.0) -> Tensor:
+        """Adds to the gradient that of `weight` times a micro-batch's share of the mean loss; returns the share.
 
-        loss_of: gives a micro-batch's summed loss, as a function of hidden states, projection and bias.
+        Args:
+            labels: of the whole step, on all ranks: the mean is over these.
+            loss_of: gives a micro-batch's summed loss, as a function of hidden states, projection and bias.
         """
-        labels = sum(len(part.labels) for part in batch)  # the mean is over the whole step
-        total = 0.0
-        for part in batch:
-            part = part.to(self.device)
-            with self._precision():
-                loss = self.student(part, loss_of(part)) / labels
-            (weight * loss).backward()
-            total = total + loss.detach()
-        return total
+        part = part.to(self.device)
+        with self._precision():
+            loss = self.replica(part, loss_of(part)) / labels
+        (weight * loss).backward()
+        return loss.detach()
 
     def _method_loss(self, part: Batch) -> Callable[..., Tensor]:
         states = self.teacher.states(part) if self.teacher else None
@@ -306,9 +347,10 @@ class Trainer:
             return functools.partial(cross_entropy, batch=part)
         return functools.partial(self.method.text_loss, batch=part, teacher=self.teacher.live.states(part))
 
-    def _flops(self, batch: list[Batch]) -> int:
+    def _flops(self, batch: StepBatch) -> int:
+        """Of this rank."""
         total = 0
-        for part in batch:
+        for part in batch.parts:
             taught = not part.is_text or hasattr(self.method, "text_loss")
             read = self.teacher.unknown(part.samples) if self.is_on_policy and not part.is_text else None
             total += self.cost.flops(part.samples, taught, read)
@@ -348,7 +390,7 @@ class Trainer:
         """Evaluates and saves where that is due. Raises Interrupted after a signal."""
         progress, best = self.progress, self.progress.best
         improved = self._evaluation_is_due() and self._evaluate(log)
-        stop = self.signals.received
+        stop = self.signals.of_any_rank()
         saved = self.checkpoints.folder_of(progress.step)
         due = progress.step and progress.step % (self.config.checkpoint.every_steps or self.steps_per_epoch) == 0
         if self.saved != saved and (stop or ((due or improved) and progress.step < self.steps)):
@@ -367,9 +409,9 @@ class Trainer:
     def _evaluate(self, log: RunLog) -> bool:
         """Whether this is the best step so far. A signal ends it early; a resumed run does it again."""
         log.pause()
-        loss, rouge_l = self.dev_loss(), None
-        if loss is not None and self.dev_rouge:
-            with self._precision():
+        with parallel.whole(self.student), self._precision():
+            loss, rouge_l = self.dev_loss(), None
+            if loss is not None and self.dev_rouge:
                 rouge_l = self.dev_rouge.measure(self.student, self.signals)
         done = loss is not None and (rouge_l is not None or not self.dev_rouge)
         if done:
@@ -384,11 +426,13 @@ class Trainer:
         self._check_finite()
         log.pause()
         try:
-            self.progress.window_seconds = log.flush()
+            self.progress.window_seconds = parallel.on_main(log.flush)
             tensors, state = self._state()
-            save_model = functools.partial(self.student.save, tokenizer=self.tokenizer)
+            weights = self.student.whole_weights()
+            save_model = functools.partial(self.student.save, tokenizer=self.tokenizer, weights=weights)
             best_step = self.progress.best[1] if self.progress.best else None
-            self.saved = self.checkpoints.save(self.progress.step, best_step, save_model, tensors, state)
+            save = functools.partial(self.checkpoints.save, self.progress.step, best_step, save_model, tensors, state)
+            self.saved = parallel.on_main(save)
         except checkpoint.WRITE_ERRORS as error:
             console.print(f"[bold red]no checkpoint[/] at step {self.progress.step} ({error}); training goes on")
         log.resume()
@@ -398,7 +442,7 @@ class Trainer:
         generators, state = checkpoint.random_state()
         groups = {
             "optimizer": checkpoint.optimizer_tensors(self.optimizer, self.student),
-            "random": generators,
+            "random": checkpoint.by_rank(generators),
             "window": self.window.tensors(),
         }
         tensors = {f"{group}/{name}": value for group, values in groups.items() for name, value in values.items()}
@@ -437,7 +481,8 @@ class Trainer:
             self.method.load_state_dict(state["method"])
         if "rollouts" in state:
             self.rollouts.counts = state["rollouts"]
-        checkpoint.set_random_state(groups["random"], state)  # last: loading models draws from the generators
+        # Last: loading models draws from the generators.
+        checkpoint.set_random_state(checkpoint.of_rank(groups["random"]), state)
 
     def _fingerprints(self) -> dict[str, str]:
         """A hash of the tokens of all sources that the steps to come read."""
@@ -445,66 +490,17 @@ class Trainer:
         return {key: source._fingerprint for key, source in sources.items() if source is not None}
 
     def _environment(self) -> dict[str, str | int]:
-        return {"PyTorch": torch.__version__, "device": device_name(self.device)}
+        return {"PyTorch": torch.__version__, "device": device_name(self.device), "processes": parallel.world()}
 
     @torch.no_grad()
     def dev_loss(self) -> float | None:
         """Cross-entropy of the development responses, mean over their tokens; None where a signal arrives."""
         self.student.eval()
-        total, tokens = torch.zeros((), device=self.device, dtype=torch.float64), 0
-        for batch in pack(list(self.dev_set), self.config.train.max_tokens):
-            with self._precision():
-                total += self.student(batch.to(self.device), functools.partial(cross_entropy, batch=batch))
-            tokens += len(batch.labels)
+        total = torch.zeros((), device=self.device, dtype=torch.float64)
+        batch = share_out(list(self.dev_set), [], self.config.train.max_tokens)
+        for part in batch.parts:
+            total += self.student(part.to(self.device), functools.partial(cross_entropy, batch=part))
             if self.signals.received:
                 break
         self.student.train()
-        return None if self.signals.received else total.item() / tokens
-
-    def describe(self) -> Iterator[str]:
-        """What was built and chosen, so that nobody trains on a slow path unknowingly."""
-        config, info = self.config, ops.build_info()
-        kernels = "PyTorch reference (extension missing)" if "missing" in info else f"CPU {info['simd']}"
-        if self.device.type == "cuda" and info["cuda"]:
-            kernels = f"CUDA {info['cuda']}"
-        counts = {"student": self.student.model}
-        if self.teacher:  # whose body may be gone
-            counts["teacher"] = models.outline(self.teacher_config)
-        sizes = ", ".join(f"{role} {models.describe(model)}" for role, model in counts.items())
-        merged = f" with {config.teacher.adapter} merged" if self.teacher and config.teacher.adapter else ""
-        lengths = torch.tensor(self.train_set["row_length"][:]).clamp(max=config.data.max_length)
-        loss = f"  loss {config.loss}" if self.teacher else ""
-        yield f"[bold]{config.run.folder}[/bold]  method {config.method}{loss}"
-        yield f"  models     {sizes}{merged}"
-        yield (
-            f"  data       {len(lengths)} rows, {lengths.float().mean():.0f} tokens each on average, "
-            f"the first {self.where[self.train_set['row'][0]]}"
-        )
-        yield from self.describe_data()
-        yield f"  device     {device_name(self.device)}, {str(self.dtype).removeprefix('torch.')}"
-        yield f"  kernels    {kernels}; attention {attention.backend(self.device)}, packed and checked"
-        if self.teacher:
-            yield f"  teacher    {self.teacher.note}"
-        if self.device.type == "cuda":
-            yield f"  compile    {'the layers of the student' if config.train.compile == 'auto' else 'off'}"
-        yield f"  steps      {self.steps} of {config.train.batch_size} samples, {self.steps_per_epoch} an epoch"
-        if self.resume:
-            yield f"  resumed    {f'from {self.saved}' if self.saved else 'from the start: there is no checkpoint'}"
-
-    def describe_data(self) -> Iterator[str]:
-        """What rows that are too long came to, the plain text, and what is generated."""
-        for name, note in self.long_rows.items():
-            if note:
-                yield f"  long rows  {name}: {note}"
-        if self.pretrain_set is not None:
-            data = self.config.data
-            yield (
-                f"  plain text {len(self.pretrain_set)} blocks of {data.max_length} tokens, one a sample; "
-                f"weight {data.pretrain.weight:g}"
-            )
-        if self.is_on_policy:
-            sampling = self.config.sampling
-            yield (
-                f"  generation up to {sampling.max_new_tokens} tokens a response at temperature "
-                f"{sampling.temperature:g}, {sampling.batch_size} at a time"
-            )
+        return None if self.signals.of_any_rank() else parallel.summed(total).item() / batch.labels

@@ -14,7 +14,7 @@ from workload import response_lengths
 
 from abkd_fast import methods, sampling
 from abkd_fast.config import Config
-from abkd_fast.data import Batch, pack
+from abkd_fast.data import StepBatch, share_out
 from abkd_fast.rollouts import Rollouts
 from abkd_fast.teacher import CachedTeacher, OnPolicyTeacher, Teacher
 from abkd_fast.trainer import Trainer
@@ -84,12 +84,14 @@ METHODS = {
 class Turn:
     """One batch, as either side takes it."""
 
-    samples: list[dict]
-    packed: list[Batch]
+    batch: StepBatch
     padded: PaddedBatch
     prompts: list[dict]  # that MiniLLM's rollouts answer, those of the samples first
-    text: list[Batch]  # plain text, where there is any
     padded_text: PaddedBatch | None
+
+    @property
+    def samples(self) -> list[dict]:
+        return self.batch.samples
 
     @property
     def published_rollouts(self) -> int:
@@ -151,7 +153,7 @@ class Ours:
         method, teacher = self.method(name), self.teachers[way] if METHODS[name].loss else None
 
         def step(turn: Turn) -> Numbers:
-            return self._step(method, teacher, turn.packed + turn.text)
+            return self._step(method, teacher, turn.batch)
 
         return step
 
@@ -181,14 +183,15 @@ class Ours:
                         dataclasses.replace(method.settings, rollouts=len(samples)),
                     )
                     samples = method.sequences(1, 1.0, turn.samples, self.rollouts)
-                return self._step(method, teacher, pack(samples, self.trainer.config.train.max_tokens) + turn.text)
+                batch = share_out(samples, turn.batch.text, self.trainer.config.train.max_tokens)
+                return self._step(method, teacher, batch)
 
         return step
 
     def method(self, name: str) -> object:
         return methods.find(METHODS[name].method)(self.config(name))
 
-    def _step(self, method: object, teacher: object, batch: list[Batch]) -> Numbers:
+    def _step(self, method: object, teacher: object, batch: StepBatch) -> Numbers:
         self.trainer.method, self.trainer.teacher = method, teacher
         return self.trainer._step(batch)[:2]
 

@@ -15,7 +15,6 @@ and with a chart, as JSON and Markdown, to --out.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import functools
 import importlib.util
 import itertools
@@ -38,7 +37,7 @@ from workload import LENGTH, NEW_TOKENS, SCALES, length_quantiles, write_rows, w
 
 from abkd_fast.config import Config
 from abkd_fast.costs import peak_flops
-from abkd_fast.data import Batch, pack
+from abkd_fast.data import share_out
 from abkd_fast.recipe import load
 from abkd_fast.teacher import TeacherCache
 from abkd_fast.trainer import Trainer
@@ -52,10 +51,6 @@ TARGETS = {  # of ABKD at the paper's scale: a ratio of the table, and its bound
 EPOCHS = (10, 20)  # of the papers: what building the cache is shared between
 OVERHEAD_STEPS = 10
 CPU_BATCH = 4  # samples of a step at most: the published way's logits of more don't fit next to GPT-2 XL in 24 GB
-
-
-def pack_text(blocks: list[dict], max_tokens: int) -> list[Batch]:
-    return [dataclasses.replace(part, is_text=True) for part in pack(blocks, max_tokens)]
 
 
 def duration(seconds: float) -> str:
@@ -142,12 +137,11 @@ class Benchmark:
         later = itertools.islice(itertools.cycle(samples), number * size, number * size + self.rollouts)
         prompts, text, padded_text = list(later), [], None
         if trainer.pretrain_set is not None:
-            blocks = [trainer.pretrain_set[row] for row in range(number * size, (number + 1) * size)]
-            text = pack_text(blocks, trainer.config.train.max_tokens)
-            padded_text = self.published.pad(blocks)
+            text = [trainer.pretrain_set[row] for row in range(number * size, (number + 1) * size)]
+            padded_text = self.published.pad(text)
         samples = prompts[:size]
-        packed = pack(samples, trainer.config.train.max_tokens)
-        return Turn(samples, packed, self.published.pad(samples), prompts, text, padded_text)
+        batch = share_out(samples, text, trainer.config.train.max_tokens)
+        return Turn(batch, self.published.pad(samples), prompts, padded_text)
 
     def describe(self) -> None:
         models = self.trainer.student, self.ours.teachers["ours"].model
@@ -357,8 +351,7 @@ class Benchmark:
         self.trainer.method = self.ours.method(name)
         cost, shares = self.trainer.step_cost(way == "cached"), []
         for turn, milliseconds in zip(self.turns[1:], times[name, way], strict=False):  # perhaps of fewer rounds
-            text = [sample for part in turn.text for sample in part.samples]
-            flops = cost.flops(turn.samples) + cost.flops(text, taught=False)
+            flops = cost.flops(turn.samples) + cost.flops(turn.batch.text, taught=False)
             shares.append(flops / (1e-3 * milliseconds * self.batch_size * peak))
         return statistics.median(shares)
 

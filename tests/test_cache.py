@@ -282,12 +282,12 @@ from abkd_fast import cache
 from abkd_fast.recipe import load
 from abkd_fast.trainer import Trainer
 cache.BLOCK_TOKENS = 300
-write, reserve = cache.StateFile.write, cache.StateFile.reserve
-def slow_write(self, number, rows, seconds):
-    write(self, number, rows, seconds)
-    print("wrote", number, flush=True)
+record = cache.StateFile.record
+def slow_record(self, blocks):
+    record(self, blocks)
+    print("wrote", blocks[0][0], flush=True)
     time.sleep(float(sys.argv[2]))
-cache.StateFile.write = slow_write
+cache.StateFile.record = slow_record
 print("start", flush=True)
 trainer = Trainer(load(sys.argv[1], [])[0])
 trainer._load()

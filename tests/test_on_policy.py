@@ -97,7 +97,7 @@ def test_labels_of_generated_text_are_the_next_tokens_end_included(make, monkeyp
         {"input_ids": [20, 5, 5], "prompt_length": 1, "row": 3},
     ]
     monkeypatch.setattr(trainer.method, "sequences", lambda *arguments: written)
-    (batch,) = trainer._written(next(trainer._batches()))
+    (batch,) = trainer._written(next(trainer._batches())).parts
     assert batch.positions.tolist() == [2, 3, 4, 7, 12, 14, 15]
     assert batch.labels.tolist() == [8, 9, 0, 8, 0, 5, 5]
 
@@ -123,8 +123,8 @@ def test_loss_and_gradient_of_generated_text_are_those_of_a_padded_batch(make, m
     overrides = f"loss={loss}", "train.max_tokens=128", *exact, *more
     trainer = trainer_of(make(method, *overrides))
     batch = trainer._written(next(trainer._batches()))
-    assert len(batch) > 1
-    samples = [sample for part in batch for sample in part.samples]
+    assert len(batch.parts) > 1
+    samples = batch.samples
     assert all("index" not in sample for sample in samples), "all of them are generated"
     gradients = {}
     trainer.optimizer.register_step_pre_hook(

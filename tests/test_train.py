@@ -123,9 +123,7 @@ def test_step_is_the_token_mean_gradient(recipe):
     model = trainer.student.model
     model.set_attn_implementation("sdpa")
     total, tokens = 0.0, 0
-    for sample in (
-        sample for part in batch for sample in part.samples
-    ):  # one sample at a time: nothing packed, nothing padded
+    for sample in batch.samples:  # one sample at a time: nothing packed, nothing padded
         ids = torch.tensor(sample["input_ids"])
         logits = model(ids[None], use_cache=False).logits[0, sample["prompt_length"] - 1 : -1]
         total = total + torch.nn.functional.cross_entropy(logits, ids[sample["prompt_length"] :], reduction="sum")
@@ -322,7 +320,7 @@ def test_points_tell_the_work_done(recipe, tmp_path):
     trainer.cost = trainer.step_cost(cached=False)
     batches = list(trainer._batches())
     points = [point for point in metrics(tmp_path / "runs" / "test") if point["kind"] == "train"]
-    flops = sum(trainer.cost.flops(part.samples) for batch in batches[:4] for part in batch)
+    flops = sum(trainer.cost.flops(batch.samples) for batch in batches[:4])
     seconds = 4 * 8 * points[0]["seconds_per_sample"]
     assert points[0]["tflops_per_second"] * seconds == pytest.approx(flops / 1e12)
     assert points[0]["real_token_share"] == 1.0

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .. import parallel
 from ..config import Config, ConfigError
 from ..data import Batch, batch_rows
 from ..divergences import ForwardKL
@@ -161,7 +162,8 @@ class MiniLLM:
 
     def numbers(self) -> dict[str, float]:
         """Means over the tokens trained on since the last call."""
-        divergence, clipped, _ = (self.sums / self.sums[2].clamp(min=1)).tolist()
+        sums = parallel.summed(self.sums)
+        divergence, clipped, _ = (sums / sums[2].clamp(min=1)).tolist()
         numbers = {"reward": self.reward / self.tokens, "reverse_kl": divergence, "clip_share": clipped}
         self._clear()
         return numbers
@@ -173,8 +175,10 @@ class MiniLLM:
         """
         made_again = ("states", "advantages")
         rollouts = [{name: x for name, x in rollout.items() if name not in made_again} for rollout in self.rollouts]
-        return {"rollouts": rollouts, "tokens": self.tokens, "reward": self.reward, "sums": self.sums.tolist()}
+        sums = parallel.summed(self.sums.clone()).tolist()
+        return {"rollouts": rollouts, "tokens": self.tokens, "reward": self.reward, "sums": sums}
 
     def load_state_dict(self, state: dict) -> None:
         self.rollouts, self.tokens, self.reward = state["rollouts"], state["tokens"], state["reward"]
-        self.sums = torch.tensor(state["sums"], dtype=torch.float64)
+        if parallel.is_main():  # they are those of all ranks
+            self.sums = torch.tensor(state["sums"], dtype=torch.float64)

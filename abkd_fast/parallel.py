@@ -1,0 +1,287 @@
+"""Several processes, one a GPU: all of torch.distributed that a run uses. Alone, every function here does nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import hashlib
+import heapq
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+# It gets another name, which older versions don't know.
+warnings.filterwarnings("ignore", r".*broadcast_buffers. is deprecated", FutureWarning)
+
+GRACE = 5.0  # seconds that a rank has to say it stops, too, before others call it dead
+# In messages of torch.distributed's two backends, and of no other error.
+LOST = ("gloo", "nccl", "connection closed", "connection reset", "timed out")
+
+_store: dist.Store | None = None
+
+Item = TypeVar("Item")
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    """Whether this process is the one that writes and prints."""
+    return rank() == 0
+
+
+def is_restarted() -> bool:
+    """Whether torchrun has started the processes again, after a failure."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+
+
+@contextlib.contextmanager
+def processes(timeout_minutes: float = 30.0) -> Iterator[None]:
+    """Joins the processes that torchrun started, by its environment variables: NCCL between GPUs, else gloo.
+
+    A process that waits for others longer than the timeout gives up.
+    """
+    global _store
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        yield
+        return
+    timeout = datetime.timedelta(minutes=timeout_minutes)
+    backend = "gloo"
+    if torch.cuda.is_available():
+        backend = "cpu:gloo,cuda:nccl"
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # from here on "cuda" means this one
+    _store, number, count = next(dist.rendezvous("env://", timeout=timeout))
+    dist.init_process_group(backend, store=_store, rank=number, world_size=count, timeout=timeout)
+    yield
+    dist.destroy_process_group()  # not after an error: others may wait in it
+
+
+def attributed(text: str, topic: str = "") -> str | None:
+    """A message of this rank, with its name; None where another rank has said the same, or all on its topic."""
+    if _store is None:  # what was wrong before the processes met is the same for all of a machine
+        return text if os.environ.get("LOCAL_RANK", "0") == "0" else None
+    with contextlib.suppress(RuntimeError):  # of a store whose process is gone
+        if _store.add(f"said/{topic or hashlib.sha256(text.encode()).hexdigest()}", 1) > 1:
+            return None
+    return f"rank {rank()} of {world()}: {text}"
+
+
+def lost(error: RuntimeError) -> str | None:
+    """Which ranks don't answer, where that is what an error is about. Waits GRACE for those that stop as well."""
+    if world() == 1 or not any(word in str(error).lower() for word in LOST):
+        return None
+    silent = set(range(world())) - {rank()}
+    with contextlib.suppress(RuntimeError):  # of a store whose process is gone
+        _store.set(f"stopped/{rank()}", "")
+        end = time.monotonic() + GRACE
+        while silent and time.monotonic() < end:
+            silent = {other for other in silent if not _store.check([f"stopped/{other}"])}
+            time.sleep(0.1)
+    names = ", ".join(map(str, sorted(silent))) or "that has stopped"
+    return f"no answer from rank {names}: it has died, or hangs"
+
+
+# Collectives. Every rank has to call them, in the same order.
+
+
+def summed(tensor: Tensor) -> Tensor:
+    """The sum over all ranks, in place."""
+    if world() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def added(number: int) -> int:
+    """The sum over all ranks."""
+    return int(summed(torch.tensor(number)))
+
+
+def largest(number: float) -> float:
+    """The largest over all ranks."""
+    if world() == 1:
+        return number
+    tensor = torch.tensor(number, dtype=torch.float64)
+    dist.all_reduce(tensor, dist.ReduceOp.MAX)
+    return tensor.item()
+
+
+def gathered(item: Item) -> list[Item]:
+    """Every rank's, in order of the ranks."""
+    if world() == 1:
+        return [item]
+    items = [None] * world()
+    dist.all_gather_object(items, item)
+    return items
+
+
+def meet() -> None:
+    """Waits for all ranks."""
+    gathered(None)
+
+
+def share(items: list[Item]) -> list[Item]:
+    """This rank's of the items: every world-th."""
+    return items[rank() :: world()]
+
+
+def joined(items: list[Item]) -> list[Item]:
+    """The inverse: what each rank made of its share, all in the order of the whole."""
+    parts = gathered(items)
+    return [parts[place % world()][place // world()] for place in range(sum(map(len, parts)))]
+
+
+def everywhere(function: Callable[[], Item]) -> list[Item]:
+    """What it returns on every rank; what it raises on one is raised on all."""
+    if world() == 1:
+        return [function()]
+    try:
+        outcome = function(), None
+    except Exception as error:
+        outcome = None, error
+    outcomes = gathered(outcome)
+    if (error := next((error for _, error in outcomes if error is not None), None)) is not None:
+        raise error
+    return [result for result, _ in outcomes]
+
+
+def on_main(function: Callable[[], Item]) -> Item:
+    """Calls it in the main process alone; what it returns, or raises, all get."""
+    return everywhere(function if is_main() else lambda: None)[0]
+
+
+@contextlib.contextmanager
+def held_by_main(context: contextlib.AbstractContextManager) -> Iterator[None]:
+    """The context, entered by the main process for all."""
+    with contextlib.ExitStack() as stack:
+        on_main(lambda: stack.enter_context(context) and None)
+        yield
+
+
+@contextlib.contextmanager
+def main_first() -> Iterator[None]:
+    """The others wait until the main process is through, and find what it leaves on the disk."""
+    if not is_main():
+        meet()
+    try:
+        yield
+    finally:
+        if is_main():
+            meet()
+
+
+# A step on several ranks
+
+
+def deal(lengths: list[int]) -> list[list[int]]:
+    """The places of each rank's samples, in order: as many for each, give or take one, and about as many tokens.
+
+    The longest go first, each to the rank with the fewest tokens so far that still has room.
+    """
+    shares: list[list[int]] = [[] for _ in range(world())]
+    loads = [(0, number) for number in range(world())]
+    room = -(-len(lengths) // world())
+    for place in sorted(range(len(lengths)), key=lambda place: -lengths[place]):
+        load, number = heapq.heappop(loads)
+        shares[number].append(place)
+        if len(shares[number]) < room:
+            heapq.heappush(loads, (load + lengths[place], number))
+    return [sorted(places) for places in shares]
+
+
+def diverge(seed: int) -> None:
+    """From here on ranks draw different numbers: other samples get another dropout."""
+    if rank():
+        torch.manual_seed(seed + rank())
+
+
+def replicate(model: nn.Module) -> nn.Module:
+    """The model as it is to be called in training. Gradients are summed over ranks, not averaged: losses are shares
+    of one mean over all ranks.
+    """
+    if world() == 1 or is_sharded(model):
+        return model
+    replica = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+    replica.register_comm_hook(None, _sum)
+    return replica
+
+
+def _sum(state, bucket):  # noqa: ANN001 - it is refused with annotations that are text
+    work = dist.all_reduce(bucket.buffer(), async_op=True)
+    return work.get_future().then(lambda future: future.value()[0])
+
+
+def exchange(model: nn.Module, when: bool) -> contextlib.AbstractContextManager:
+    """A micro-batch's passes, after which gradients are summed over ranks, or only collected.
+
+    Those of a sharded model are summed every time: no rank has room for all of them.
+    """
+    return model.no_sync() if isinstance(model, DistributedDataParallel) and not when else contextlib.nullcontext()
+
+
+def shard(model: nn.Module, layers: Iterable[nn.Module], device: torch.device, dtype: torch.dtype) -> None:
+    """Leaves each rank its part of every weight, on its device; a layer is whole while it computes, in `dtype`.
+
+    What is in no layer, the embeddings above all, is whole from a forward pass on to the end of the backward pass. Both
+    communicate: all ranks have to make the same ones.
+    """
+    mesh = init_device_mesh(device.type, (world(),))
+    policy = MixedPrecisionPolicy(dtype, torch.float32) if dtype == torch.bfloat16 else MixedPrecisionPolicy()
+    for module in (*layers, model):
+        fully_shard(module, mesh=mesh, mp_policy=policy)
+        module.set_gradient_divide_factor(1.0)  # a sum, as in `replicate`
+        module.set_force_sum_reduction_for_comms(True)
+
+
+def is_sharded(model: nn.Module) -> bool:
+    return isinstance(model, FSDPModule)
+
+
+@contextlib.contextmanager
+def whole(*models: nn.Module) -> Iterator[None]:
+    """Within it every rank has all weights of sharded models, and may compute without the others."""
+    parts = [part for model in models for part in model.modules() if is_sharded(part)]
+    layers = [part for part in parts if part not in models]
+    for part in parts:
+        part.unshard()
+    for layer in layers:
+        layer.set_reshard_after_forward(False, recurse=False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.set_reshard_after_forward(True, recurse=False)
+        for part in parts:
+            part.reshard()
+
+
+def join_root(model: nn.Module) -> None:
+    """Makes what is in no layer of a sharded model whole, as a forward pass leaves it."""
+    if is_sharded(model):
+        model.unshard()
+
+
+def joined_tensor(tensor: Tensor) -> Tensor:
+    """All of a tensor of which every rank may have a part. All ranks have to call it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def copy_part(target: Tensor, tensor: Tensor) -> None:
+    """Copies a whole tensor into one of which every rank may have a part."""
+    if isinstance(target, DTensor):
+        tensor = distribute_tensor(tensor.to(target.device), target.device_mesh, target.placements, src_data_rank=None)
+    target.copy_(tensor)

@@ -1,0 +1,398 @@
+"""Several processes do what one does: the same losses, files and results; and all of them end when one does."""
+
+import functools
+import json
+import multiprocessing
+import os
+import pathlib
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import datasets
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import LLAMA
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from abkd_fast import logs, parallel, tasks, train
+from abkd_fast.train import INTERRUPTED
+from abkd_fast.trainer import Trainer
+
+MODEL = {**LLAMA, "vocab_size": 1024, "eos_token_id": 0, "bos_token_id": 0}
+RECIPE = {
+    "tokenizer": "quickstart",
+    "student": {"config": {**MODEL, "tie_word_embeddings": True}},
+    "data": {"train": "quickstart:small", "train_rows": 40, "dev": "quickstart:dev", "dev_rows": 5, "max_length": 96},
+    "sampling": {"max_new_tokens": 8},
+    "optim": {"lr": 3e-3, "warmup_steps": 2},
+    "train": {"steps": 20, "batch_size": 8, "max_tokens": 192, "device": "cpu", "timeout_minutes": 10},
+    "eval": {"every_steps": 10},
+    "log": {"every_steps": 1},
+}
+STAGES = {
+    "sft": {"method": "sft", "eval": {"rouge_rows": 3, "max_new_tokens": 8}},
+    "ab": {"method": "ab"},
+    "gkd": {"method": "gkd", "loss": "jsd:0.1", "on_policy": {"replay_rows": 16}},
+    "distillm": {"method": "distillm", "loss": "srkl:0.1", "on_policy": {"replay_rows": 16, "threshold": 0.5}},
+    "minillm": {"method": "minillm", "loss": "rkl", "minillm": {"rollouts": 16, "inner_epochs": 2}},
+}
+
+
+def process(environment, log, command, arguments, prepare):
+    """Of one rank: what it prints goes to a file, so that the parent can read it."""
+    os.environ.update(environment)
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    for stream in (1, 2):
+        os.dup2(descriptor, stream)
+    datasets.config.HF_DATASETS_CACHE = environment["HF_DATASETS_CACHE"]
+    logs.console.quiet = environment["RANK"] != "0"  # what the server of these processes had no reason to decide
+    if prepare:
+        prepare()
+    status = command(arguments)
+    sys.stdout.flush()
+    os._exit(status)  # as an exit would, without waiting for what the test's modules left
+
+
+class Ranks:
+    """A command in processes with the environment that torchrun gives them."""
+
+    def __init__(self, context, folder, count, arguments, command=train.main, prepare=None):
+        self.store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)  # as torchrun has it
+        self.logs = [folder / f"rank{rank}.log" for rank in range(count)]
+        shared = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(self.store.port), "WORLD_SIZE": str(count)}
+        shared |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
+        shared |= {"LOCAL_WORLD_SIZE": str(count), "ABKD_CACHE": os.environ["ABKD_CACHE"]}
+        shared |= {"HF_DATASETS_CACHE": str(datasets.config.HF_DATASETS_CACHE)}
+        self.processes = []
+        for rank, log in enumerate(self.logs):
+            environment = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            self.processes.append(context.Process(target=process, args=(environment, log, command, arguments, prepare)))
+            self.processes[-1].start()
+
+    def wait(self):
+        for each in self.processes:
+            each.join(500)
+            if each.exitcode is None:
+                each.kill()
+        return [each.exitcode for each in self.processes]
+
+    def output(self):
+        return [log.read_text() for log in self.logs]
+
+
+@pytest.fixture(scope="module")
+def context():
+    """Processes from a server that has imported everything once, so that a run begins at once."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["abkd_fast.stages", "torch.utils.tensorboard", "test_parallel"])
+    return context
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """A teacher's folder."""
+    folder = tmp_path_factory.mktemp("teacher")
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**MODEL, initializer_range=0.1))
+    model.save_pretrained(folder)
+    tasks.tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def write_recipe(folder, models, name, stages=None, **sections):
+    """The arguments that train it."""
+    text = folder / "text.jsonl"
+    text.write_text("".join(json.dumps({"text": f"{number} is a number. " * 40}) + "\n" for number in range(16)))
+    values = {**RECIPE, **sections, "run": {"name": name, "dir": str(folder)}, "teacher": {"path": models}}
+    if stages:
+        values["stages"] = stages
+    path = folder / f"{name}.json"
+    path.write_text(json.dumps(values).replace("TEXT", str(text)).replace("MODEL", models))
+    return ["--config", str(path)]
+
+
+@pytest.fixture
+def recipe(tmp_path, models):
+    return functools.partial(write_recipe, tmp_path, models)
+
+
+def losses(folder):
+    """Of every step, and of the development set."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [(line["kind"], line["step"]) for line in lines], [line["loss"] for line in lines]
+
+
+def assert_same_losses(ours, theirs):
+    (steps, values), (expected_steps, expected) = losses(ours), losses(theirs)
+    assert steps == expected_steps
+    assert values == pytest.approx(expected, rel=1e-5)
+
+
+# On top of every method: plain text, LoRA with recomputed layers, rows that a stage writes, scores on a test set.
+MORE = {
+    "text": {"method": "minillm", "loss": "rkl", "minillm": {"rollouts": 16}, "data": {"pretrain": {"path": "TEXT"}}},
+    "lora": {
+        "method": "ab",
+        "student": {"path": "MODEL", "config": None, "lora": {"rank": 4, "dropout": 0}},
+        "train": {"gradient_checkpointing": True},
+        "cache": {"mode": "off"},
+    },
+    "answers": {"method": "generate", "student": {"path": "MODEL", "config": None}},
+    "seqkd": {"method": "seqkd", "data": {"train": "stage:answers"}, "eval": {"sets": {"dolly": "quickstart:dev"}}},
+}
+EVALUATION = {"seeds": [1, 2], "max_new_tokens": 8, "every_steps": 10}
+
+
+def sections(steps, mode):
+    return {"eval": EVALUATION, "train": {**RECIPE["train"], "steps": steps, "parallel": mode}}
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory, models):
+    """All stages in one process, of so many steps: their folder, and that of the teacher's states."""
+
+    @functools.cache
+    def run(steps):
+        folder = tmp_path_factory.mktemp("alone")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("ABKD_CACHE", str(folder / "cache"))
+            patch.setattr(datasets.config, "HF_DATASETS_CACHE", str(folder / "datasets"))
+            arguments = write_recipe(folder, models, "alone", STAGES | MORE, **sections(steps, "auto"))
+            assert train.main(arguments) == 0
+        return folder / "alone", folder / "cache"
+
+    return run
+
+
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
+@pytest.mark.parametrize(("count", "steps"), [(2, 5), pytest.param(2, 20, marks=SLOW), pytest.param(4, 20, marks=SLOW)])
+def test_losses_and_files_are_those_of_one_process(context, tmp_path, recipe, alone, cache_folder, count, steps, mode):
+    folder, states = alone(steps)
+    ranks = Ranks(context, tmp_path, count, recipe("several", STAGES | MORE, **sections(steps, mode)))
+    assert ranks.wait() == [0] * count, ranks.output()
+    assert all(text == "" for text in ranks.output()[1:]), "only the first says something"
+    for stage in [name for name in STAGES | MORE if name != "answers"]:
+        assert_same_losses(tmp_path / "several" / stage, folder / stage)
+        ours, theirs = tmp_path / "several" / stage / "final", folder / stage / "final"
+        assert {path.name for path in ours.iterdir()} == {path.name for path in theirs.iterdir()}
+        (file,) = theirs.glob("*.safetensors")
+        shapes = (
+            {name: tensor.shape for name, tensor in load_file(path / file.name).items()} for path in (ours, theirs)
+        )
+        assert next(shapes) == next(shapes)
+    for file in ("answers/final/answers.jsonl", "seqkd/eval/Dolly.seed1.jsonl", "seqkd/eval/Dolly.seed2.jsonl"):
+        ours, theirs = ([json.loads(line) for line in (run / file).open()] for run in (tmp_path / "several", folder))
+        assert [row["row"] for row in ours] == [row["row"] for row in theirs]
+    assert not list((tmp_path / "several").rglob("*.rank*"))
+    if mode == "ddp":  # a sharded teacher reads packed samples, with other rounding
+        for path in states.glob("*/states.bin"):
+            assert (cache_folder / path.parent.name / path.name).read_bytes() == path.read_bytes()
+
+
+def tell_memory():
+    """Prints the bytes of weights, gradients and optimizer state that a rank holds after a step."""
+    step = Trainer._step
+
+    def wrapped(self, batch):
+        gradients = []
+
+        def note(*_):
+            gradients.extend(parameter.grad for parameter in self.student.parameters())
+
+        hook = self.optimizer.register_step_pre_hook(note)
+        result = step(self, batch)
+        hook.remove()
+        moments = [value for state in self.optimizer.state.values() for value in state.values()]
+        held = [*self.student.parameters(), *gradients, *moments]
+        parts = [tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in held]
+        whole = sum(tensor.numel() * tensor.itemsize for tensor in held)
+        storages = {part.untyped_storage().data_ptr(): part.untyped_storage().nbytes() for part in parts}
+        own = sum(storages.values())  # gradients share one
+        print(f"rank {parallel.rank()} holds {own} of {whole}", flush=True)
+        return result
+
+    Trainer._step = wrapped
+
+
+def test_sharded_ranks_hold_their_part(context, tmp_path, recipe):
+    arguments = recipe("run", method="sft", train={**RECIPE["train"], "steps": 1, "parallel": "fsdp"})
+    ranks = Ranks(context, tmp_path, 2, arguments, prepare=tell_memory)
+    assert ranks.wait() == [0, 0], ranks.output()
+    for text in ranks.output():
+        own, whole = map(int, re.search(r"holds (\d+) of (\d+)", text).groups())
+        assert whole > 16 * 50_000
+        assert own <= 1.1 * whole / 2
+
+
+def poison_rank_1():
+    """Makes the loss of rank 1 infinite in step 2; its gradients stay as they are."""
+    backward = Trainer._backward
+
+    def wrapped(self, *arguments):
+        loss = backward(self, *arguments)
+        return loss + torch.inf if parallel.rank() == 1 and self.progress.step == 2 else loss
+
+    Trainer._backward = wrapped
+
+
+def test_loss_that_is_not_finite_on_one_rank_is_skipped_by_all(context, tmp_path, recipe):
+    arguments = recipe("run", train={**RECIPE["train"], "steps": 4, "on_nonfinite": "skip"}, method="sft")
+    ranks = Ranks(context, tmp_path, 2, arguments, prepare=poison_rank_1)
+    assert ranks.wait() == [0, 0], ranks.output()
+    points = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [point["skipped_steps"] for point in points if point["kind"] == "train"] == [0, 1, 0, 0]
+
+
+def wait_for(path, text):
+    end = time.monotonic() + 500
+    while not (path.exists() and text in path.read_text()):
+        assert time.monotonic() < end, f"no {text} in {path}"
+        time.sleep(0.02)
+
+
+def slow_steps():
+    step = Trainer._step
+
+    def wrapped(self, batch):
+        time.sleep(0.1)
+        return step(self, batch)
+
+    Trainer._step = wrapped
+
+
+@pytest.mark.parametrize("mode", ["ddp", pytest.param("fsdp", marks=SLOW)])
+def test_signal_to_one_rank_and_resume_on_two_and_on_one(context, tmp_path, recipe, mode):
+    """All ranks stop after one step; what two resume is the undisturbed run, dropout included, to the last bit."""
+    student = {"config": {**MODEL, "tie_word_embeddings": True, "attention_dropout": 0.2}}
+    dropout = {"student": student, "method": "sft", "train": {**RECIPE["train"], "steps": 8, "parallel": mode}}
+    undisturbed = Ranks(context, tmp_path, 2, recipe("undisturbed", **dropout))
+    assert undisturbed.wait() == [0, 0], undisturbed.output()
+    arguments = recipe("stopped", **dropout)
+    ranks = Ranks(context, tmp_path, 2, arguments, prepare=slow_steps)
+    wait_for(tmp_path / "stopped" / "metrics.jsonl", '"step": 3')
+    os.kill(ranks.processes[1].pid, signal.SIGTERM)
+    assert ranks.wait() == [INTERRUPTED] * 2, ranks.output()
+    assert sum("SIGTERM after step" in text for text in ranks.output()) == 1
+    shutil.copytree(tmp_path / "stopped", tmp_path / "alone" / "stopped")
+    again = Ranks(context, tmp_path, 2, [*arguments, "--resume"])
+    assert again.wait() == [0, 0], again.output()
+    assert losses(tmp_path / "stopped") == losses(tmp_path / "undisturbed")
+    ours, theirs = (load_file(tmp_path / name / "final/model.safetensors") for name in ("stopped", "undisturbed"))
+    assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
+    overrides = ["--set", f"run.dir={tmp_path / 'alone'}", "--resume"]
+    assert train.main([*arguments, *overrides]) == 0
+    assert losses(tmp_path / "alone" / "stopped")[0] == losses(tmp_path / "undisturbed")[0]
+
+
+def die_on_rank_1():
+    step = Trainer._step
+
+    def wrapped(self, batch):
+        if self.progress.step == 3 and parallel.rank() == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return step(self, batch)
+
+    Trainer._step = wrapped
+
+
+def test_death_of_a_rank_ends_the_others_with_its_name(context, tmp_path, recipe):
+    ranks = Ranks(context, tmp_path, 2, recipe("run", method="sft"), prepare=die_on_rank_1)
+    assert ranks.wait() == [1, -signal.SIGKILL]
+    assert "rank 0 of 2: error: no answer from rank 1" in ranks.output()[0]
+
+
+def test_mistakes_are_said_once(context, tmp_path, recipe):
+    ranks = Ranks(context, tmp_path, 3, recipe("run", method="sft", train={"batch_size": 2, "device": "cpu"}))
+    assert ranks.wait() == [2, 2, 2]
+    said = [line for text in ranks.output() for line in text.splitlines()]
+    assert len(said) == 1, said
+    assert "train.batch_size is 2, but there are 3 processes" in said[0]
+
+
+@given(st.lists(st.integers(1, 512), min_size=1, max_size=70), st.integers(1, 9))
+def test_samples_are_dealt_evenly(lengths, world):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parallel, "world", lambda: world)
+        shares = parallel.deal(lengths)
+    assert sorted(place for share in shares for place in share) == list(range(len(lengths)))
+    assert all(share == sorted(share) for share in shares)
+    assert max(map(len, shares)) <= -(-len(lengths) // world)
+    loads = [sum(lengths[place] for place in share) for share in shares]
+    if len(lengths) % world == 0:
+        assert len({len(share) for share in shares}) == 1
+        assert max(loads) - min(loads) <= max(lengths)
+
+
+@pytest.mark.slow
+def test_a_rank_that_hangs_ends_the_others_with_its_name(context, tmp_path, recipe):
+    training = {**RECIPE["train"], "timeout_minutes": 0.2}
+    ranks = Ranks(context, tmp_path, 2, recipe("run", method="sft", train=training), prepare=slow_steps)
+    wait_for(tmp_path / "run" / "metrics.jsonl", '"step": 3')
+    os.kill(ranks.processes[1].pid, signal.SIGSTOP)
+    stopped = time.monotonic()
+    ranks.processes[0].join()
+    assert time.monotonic() - stopped < 60
+    ranks.processes[1].kill()
+    assert ranks.wait() == [1, -signal.SIGKILL]
+    assert "rank 0 of 2: error: no answer from rank 1" in ranks.output()[0]
+
+
+# What torchrun starts: training with a pause in every step, so that a signal finds it there.
+PAUSED = """
+import sys, time
+from abkd_fast.train import leave, main
+from abkd_fast.trainer import Trainer
+step = Trainer._step
+def slow(self, batch):
+    time.sleep(0.3)
+    return step(self, batch)
+Trainer._step = slow
+leave(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
+def test_killed_ranks_are_started_again_by_torchrun(context, tmp_path, recipe, mode):
+    """One of two is killed at 10 random moments; the last attempt ends with the weights of an undisturbed run."""
+    student = {"config": {**MODEL, "tie_word_embeddings": True, "attention_dropout": 0.2}}
+    values = {"student": student, "method": "sft", "train": {**RECIPE["train"], "parallel": mode}}
+    values["checkpoint"] = {"every_steps": 2}
+    undisturbed = Ranks(context, tmp_path, 2, recipe("undisturbed", **values))
+    assert undisturbed.wait() == [0, 0], undisturbed.output()
+    script = tmp_path / "paused.py"
+    script.write_text(PAUSED)
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        "--max-restarts=30",
+    ]
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen([*launcher, str(script), *recipe("killed", **values)], stdout=log, stderr=log)
+    dice, kills = random.Random(0), 0
+    while kills < 10 and process.poll() is None:
+        time.sleep(dice.uniform(1, 15))
+        children = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        if process.poll() is None and len(children) >= 2:
+            os.kill(int(dice.choice(children)), signal.SIGKILL)
+            kills += 1
+    assert process.wait(600) == 0, (tmp_path / "log").read_text()
+    assert kills >= 3, "it was over too soon"
+    assert losses(tmp_path / "killed") == losses(tmp_path / "undisturbed")
+    ours, theirs = (load_file(tmp_path / name / "final/model.safetensors") for name in ("killed", "undisturbed"))
+    assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
