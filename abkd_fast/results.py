@@ -36,6 +36,7 @@ LOSSES = {
     "hellinger": "Hellinger",
     "alpha": "Alpha",
 }
+TEACHER = "Teacher"
 WORD_LEVEL = ("ab", "kd")  # methods that differ by their loss alone
 METHODS = {
     "sft": "SFT",
@@ -57,6 +58,10 @@ class Run:
     points: list[dict]  # of metrics.jsonl
     sets: dict[str, dict]  # of eval/scores.json, by name; empty where it was not evaluated
     label: str = ""  # "Teacher", or a method or loss
+
+    @property
+    def is_teacher(self) -> bool:
+        return self.label.startswith(TEACHER)
 
     def begins_with(self, other: Run) -> bool:
         return _is_result(self.config["student"], other)
@@ -122,7 +127,7 @@ def _labels(runs: list[Run]) -> list[str]:
 
 def _label(run: Run, runs: list[Run]) -> str:
     if any(other.learns_from(run) for other in runs):
-        return "Teacher"
+        return TEACHER
     if any(other.begins_with(run) for other in runs):
         return "Initial student"
     method, loss = run.config["method"], run.config["loss"].partition(":")[0]
@@ -155,7 +160,7 @@ class ScoreTable:
             texts = []
             for cell, highest in zip(cells, best, strict=True):
                 text = _text(cell)
-                is_best = cell is not None and cell["mean"] == highest and run.label != "Teacher"
+                is_best = cell is not None and cell["mean"] == highest and not run.is_teacher
                 texts.append(f"**{text}**" if is_best else text)
             lines.append([run.label, *texts])
         lines += [[label, *map(_text, cells)] for label, cells in self.published.items()]
@@ -163,7 +168,7 @@ class ScoreTable:
 
     def _best(self, column: int) -> float | None:
         """The highest mean of a column; the teacher, the upper bound, is left out."""
-        cells = [cells[column] for run, cells in self.rows if run.label != "Teacher"]
+        cells = [cells[column] for run, cells in self.rows if not run.is_teacher]
         return max((cell["mean"] for cell in cells if cell is not None), default=None)
 
     def csv(self) -> str:

@@ -85,13 +85,14 @@ def _conclude(stages: list[Config], summaries: list[dict]) -> None:
 def _evaluate(config: Config) -> Evaluation:
     """Scores the result on test sets, with what the recipe leaves open as in the papers; what is there stays."""
     evaluated, folder = config.eval, config.run.folder
-    arguments = str(folder / "final"), evaluated.sets, folder / "eval", evaluated.seeds, _protocol(config)
+    arguments = str(folder / "final"), evaluated.sets, folder / "eval", evaluated.seeds, protocol(config)
     evaluation = Evaluation(*arguments, device=config.train.device, dtype=config.train.dtype)
     evaluation.run()
     return evaluation
 
 
-def _protocol(config: Config) -> Protocol:
+def protocol(config: Config) -> Protocol:
+    """How a result answers test sets: as in the papers, where the recipe says nothing else."""
     evaluated = config.eval
     sampling = SamplingSettings(
         max_new_tokens=evaluated.max_new_tokens, no_repeat_ngram_size=evaluated.no_repeat_ngram_size
@@ -181,7 +182,7 @@ def _check_sets(config: Config, earlier: dict[str, Config]) -> None:
     student = models.read_config(dataclasses.replace(chain[-1].student, adapter=None, lora=None), "student")
     models.check_length(student, "student", config.data.max_length)  # which prompts are cut to
     try:
-        read_sets(config.eval.sets, tokenizer, student, _protocol(config))
+        read_sets(config.eval.sets, tokenizer, student, protocol(config))
     except ConfigError as error:
         raise ConfigError(f"eval.sets.{error}") from None
 

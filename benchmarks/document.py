@@ -1,7 +1,8 @@
 """Puts measured and predicted tables into docs/performance.md: `python benchmarks/document.py`.
 
 There a line `<!-- NAME SECTION -->`, or `<!-- NAME SECTION: TITLE -->` for one table of several, stands before what is
-in NAME.json, the newest in benchmarks/results, and `<!-- end -->` after it. Without such a file, all stays as it is.
+in NAME.json, the newest in benchmarks/results, and `<!-- end -->` after it; `NAME@SCALE` is of the newest at a scale.
+Without such a file or table, all stays as it is.
 """
 
 from __future__ import annotations
@@ -11,21 +12,25 @@ import pathlib
 import re
 
 FOLDER = pathlib.Path(__file__).parent
-PLACE = re.compile(r"(<!-- (\w+) (\w+)(?:: ([^\n]+))? -->\n).*?(<!-- end -->)", re.DOTALL)
+PLACE = re.compile(r"(<!-- (\w+)(?:@(\w+))? (\w+)(?:: ([^\n]+))? -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def fill(text: str, results: pathlib.Path) -> str:
     def tables(place: re.Match) -> str:
-        begin, name, section, title, end = place.groups()
-        files = sorted(results.glob(f"*/{name}.json"), key=lambda file: file.stat().st_mtime)
-        if not files:
+        begin, name, scale, section, title, end = place.groups()
+        found = sorted(results.glob(f"*/{name}.json"), key=lambda file: file.stat().st_mtime)
+        contents = [json.loads(file.read_text()) for file in found]
+        contents = [content for content in contents if scale in (None, content["options"].get("scale"))]
+        if not contents:
             return place[0]
-        content = json.loads(files[-1].read_text())
+        content = contents[-1]
         machine = content["machine"]
         where = f" ({machine['device']}, torch {machine['torch']}, commit {machine['commit']})"
         if name == "predict":  # the same everywhere
             where = ""
         chosen = [t for t in content["sections"].get(section, []) if title in (None, t["title"])]
+        if not chosen:
+            return place[0]
         body = "".join(f"**{table['title']}**{where}\n\n{table['markdown']}\n\n" for table in chosen)
         return f"{begin}{body}{end}"
 

@@ -29,6 +29,7 @@ from tokenizers.models import WordLevel
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, PreTrainedTokenizerFast
 
 from abkd_fast import scoring
+from abkd_fast.config import ConfigError
 from abkd_fast.evaluation import Evaluation, Protocol
 from abkd_fast.sampling import SamplingSettings
 
@@ -224,11 +225,14 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
-        benchmark = Benchmark(options, pathlib.Path(folder))
         try:
-            benchmark.run()
-        finally:  # what was measured before a failure is kept
-            benchmark.report.save(options.out / "evaluation.json")
+            benchmark = Benchmark(options, pathlib.Path(folder))
+            try:
+                benchmark.run()
+            finally:  # what was measured before a failure is kept
+                benchmark.report.save(options.out / "evaluation.json")
+        except ConfigError as error:
+            raise SystemExit(f"error: {error}") from None
 
 
 if __name__ == "__main__":

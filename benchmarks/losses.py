@@ -1,11 +1,11 @@
 """Every loss of the papers' Table 2 under one budget: `python benchmarks/losses.py --config RECIPE --stage STAGE`.
 
-STAGE is the recipe's stage that distils; the stages before it (teacher, initial student) are trained first, once. Then
-every loss gets the same initial student, rows, steps and settings, no plain-text term, and the learning rate of --rates
-that was best on the development rows in a run of its own. Each is trained with every one of --seeds, and each result
-answers the test sets of the recipe's eval.sets with eval.seeds. A cell is the mean over training seeds, and in brackets
-their standard deviation; of teacher and initial student, one model each, the deviation is over the answers' seeds.
-What is finished already is used again.
+STAGE is the recipe's stage that distils; the stages it refers to (teacher, initial student) are trained first, once.
+Then every loss gets the same initial student, rows, steps and settings, no plain-text term, and the learning rate of
+--rates that was best on the development rows, in runs with --search-seeds. Each is trained with every one of --seeds,
+and each result answers the test sets of the recipe's eval.sets with eval.seeds. A cell is the mean over training seeds,
+and in brackets their standard deviation; of teacher and initial student, one model each, the deviation is over the
+answers' seeds. What is finished already is used again.
 """
 
 from __future__ import annotations
@@ -27,16 +27,14 @@ import torch
 from harness import Report
 
 from abkd_fast import stages
-from abkd_fast.config import Config, ConfigError, ModelConfig
-from abkd_fast.evaluation import Evaluation, Protocol
+from abkd_fast.config import Config, ConfigError
+from abkd_fast.evaluation import Evaluation
 from abkd_fast.figures import rouge_curves
 from abkd_fast.recipe import load
 from abkd_fast.results import LOSSES, read_runs
-from abkd_fast.sampling import SamplingSettings
 
 SFT = "sft"
 TABLE_2 = (SFT, "fkl", "rkl", "wsd:0.5", "bdkd", "jsd:0.1", "akl:0.5", "alphanet:0.2,0.9", "ab:0.2,0.7")
-SEARCH_SEED = 10
 
 
 def train(config: Config) -> dict[str, Any]:
@@ -46,17 +44,21 @@ def train(config: Config) -> dict[str, Any]:
     return summary
 
 
+def try_rate(config: Config) -> dict[str, Any] | None:
+    """The summary of a run, None where its loss did not stay finite."""
+    try:
+        return train(config)
+    except FloatingPointError:
+        return None
+
+
 def evaluate(model: str, out: pathlib.Path, template: Config, rows: int | None) -> dict[str, dict]:
     """The scores of a model on the template's test sets, by their names."""
     settings = template.eval
-    sampling = SamplingSettings(
-        max_new_tokens=settings.max_new_tokens, no_repeat_ngram_size=settings.no_repeat_ngram_size
-    )
-    protocol = Protocol(sampling=sampling, max_prompt_length=min(256, template.data.max_length - 1))
     places = {"device": template.train.device, "dtype": template.train.dtype, "tokenizer": template.tokenizer}
     with _quiet(out):
-        evaluation = Evaluation(model, settings.sets, out, settings.seeds, protocol, rows=rows, **places)
-        return evaluation.run()["sets"]
+        arguments = model, settings.sets, out, settings.seeds, stages.protocol(template)
+        return Evaluation(*arguments, rows=rows, **places).run()["sets"]
 
 
 def train_and_evaluate(config: Config, template: Config, rows: int | None) -> tuple[dict[str, Any], dict[str, dict]]:
@@ -79,21 +81,35 @@ def label(loss: str) -> str:
 
 class Study:
     def __init__(self, options: argparse.Namespace) -> None:
+        """Raises ConfigError for what can't be compared."""
         self.options, self.out = options, options.out
-        configs = load(options.config, [f"run.dir={options.out}", *options.overrides])
-        names = [config.run.stage for config in configs]
-        if options.stage not in names:
-            raise SystemExit(f"error: {options.config} has no stage {options.stage}, only {', '.join(map(str, names))}")
-        place = names.index(options.stage)
+        configs = {
+            config.run.stage: config for config in load(options.config, [f"run.dir={options.out}", *options.overrides])
+        }
+        if options.stage not in configs:
+            raise ConfigError(f"stage: {options.config} has no {options.stage}, only {', '.join(map(str, configs))}")
         self.earlier = [
-            dataclasses.replace(config, eval=dataclasses.replace(config.eval, sets=None)) for config in configs[:place]
+            dataclasses.replace(config, eval=dataclasses.replace(config.eval, sets=None))
+            for config in _needed(configs[options.stage], configs)
         ]
-        template = stages.resolve(configs[place])
+        template = stages.resolve(configs[options.stage])
         self.template = dataclasses.replace(template, data=dataclasses.replace(template.data, pretrain=None))
-        if not self.template.eval.sets:
-            raise SystemExit('error: the recipe has no eval.sets: --set eval.sets=\'{"dolly": "FILE"}\'')
+        self.models = {"Teacher": self.template.teacher, "Initial student": self.template.student}
         self.rates = options.rates or [factor * self.template.optim.lr for factor in (0.5, 1.0, 2.0)]
+        self._check()
         self.report = Report(torch.device("cuda" if torch.cuda.is_available() else "cpu"), vars(options))
+
+    def _check(self) -> None:
+        settings = self.template.eval
+        if not settings.sets:
+            raise ConfigError('eval.sets: missing; name the test sets: --set eval.sets=\'{"dolly": "FILE"}\'')
+        if self.options.select == "rouge_l" and len(self.rates) > 1 and settings.rouge_rows is None:
+            raise ConfigError("eval.rouge_rows: missing, and rates are chosen by it; give it, or --select dev_loss")
+        if shared := {*self.options.seeds} & {*self.options.search_seeds}:
+            raise ConfigError(f"seeds: {min(shared)} is one of the search, too: its luck would be counted twice")
+        for name, spec in self.models.items():
+            if spec is None or spec.path is None or spec.has_adapter:
+                raise ConfigError(f"{name.lower()}: expected the path of a whole model, which can be evaluated")
 
     def config(self, kind: str, loss: str, rate: float, seed: int, steps: int | None, name: str) -> Config:
         """Of one run: the template's, but for these."""
@@ -117,10 +133,13 @@ class Study:
         # Read where a worker loads its libraries; this process has loaded them.
         os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // self.options.jobs))
         context = multiprocessing.get_context("spawn")
-        with concurrent.futures.ProcessPoolExecutor(self.options.jobs, mp_context=context) as self.pool:
+        self.pool = concurrent.futures.ProcessPoolExecutor(self.options.jobs, mp_context=context)
+        try:
             rates = self.search()
             bounds = self.bounds()
             results = self.final(rates)
+        finally:
+            self.pool.shutdown(cancel_futures=True)
         self.tabulate(rates, bounds, results)
         self.draw(rates)
 
@@ -137,32 +156,45 @@ class Study:
         """The learning rate of each loss."""
         if len(self.rates) == 1:
             return dict.fromkeys(self.options.losses, self.rates[0])
-        by_rouge = self.options.select == "rouge_l"
-        key = "dev_rouge_l" if by_rouge else "dev_loss"
+        key = "dev_rouge_l" if self.options.select == "rouge_l" else "dev_loss"
+        sign = 1 if key == "dev_rouge_l" else -1
         jobs = {
-            (loss, rate): (self.config("search", loss, rate, SEARCH_SEED, self.options.search_steps, f"{rate:g}"),)
+            (loss, rate, seed): (
+                self.config("search", loss, rate, seed, self.options.search_steps, f"{rate:g}-seed{seed}"),
+            )
             for loss in self.options.losses
             for rate in self.rates
+            for seed in self.options.search_seeds
         }
-        found = self._map(train, jobs, lambda job, summary: f"{job[0]} at {job[1]:g}: {key} {summary[key]:.3f}")
+
+        def value(summary: dict | None) -> float:
+            return -sign * math.inf if summary is None else summary[key]
+
+        found = self._map(
+            try_rate, jobs, lambda job, summary: f"{job[0]} at {job[1]:g}, seed {job[2]}: {key} {value(summary):.3f}"
+        )
         rows, chosen = [], {}
         for loss in self.options.losses:
-            values = {rate: found[loss, rate][key] for rate in self.rates}
-            chosen[loss] = (max if by_rouge else min)(values, key=values.get)
+            values = {
+                rate: statistics.fmean(value(found[loss, rate, seed]) for seed in self.options.search_seeds)
+                for rate in self.rates
+            }
+            chosen[loss] = max(values, key=lambda rate: sign * values[rate])
             rows.append({"name": label(loss), **{str(rate): value for rate, value in values.items()}})
-        columns = {"name": ("loss", "")} | {
-            str(rate): (f"{rate:g}", ".2f" if by_rouge else ".4f") for rate in self.rates
-        }
-        what = "ROUGE-L" if by_rouge else "cross-entropy"
-        self.report.table("search", f"learning rates: {what} on development rows at the end of a run", rows, columns)
+        form = ".2f" if key == "dev_rouge_l" else ".4f"
+        columns = {"name": ("loss", "")} | {str(rate): (f"{rate:g}", form) for rate in self.rates}
+        what = "ROUGE-L" if key == "dev_rouge_l" else "cross-entropy"
+        seeds = f"mean of {len(self.options.search_seeds)} seeds"
+        self.report.table(
+            "search", f"learning rates: {what} on development rows at the end of a run, {seeds}", rows, columns
+        )
         return chosen
 
     def bounds(self) -> dict[str, dict[str, dict]]:
         """The scores of teacher and initial student."""
-        models = {"Teacher": self.template.teacher, "Initial student": self.template.student}
         jobs = {
-            name: (_folder(spec, name), self.out / "eval" / name, self.template, self.options.rows)
-            for name, spec in models.items()
+            name: (spec.path, self.out / "eval" / name, self.template, self.options.rows)
+            for name, spec in self.models.items()
         }
         return self._map(evaluate, jobs, lambda name, sets: f"{name}: {_scores(sets)}")
 
@@ -197,26 +229,33 @@ class Study:
             for key in ("dev_loss", "dev_rouge_l"):
                 if runs[0][0][key] is not None:
                     row[key] = statistics.fmean(summary[key] for summary, _ in runs)
-            seconds = [summary["seconds_per_sample"] * summary["steps"] for summary, _ in runs]
-            rows.append(
-                row | {"seconds": statistics.fmean(seconds) * self.template.train.batch_size, "runs": means[loss]}
-            )
+            rows.append(row | {"runs": means[loss]})
         columns = {"name": ("loss", ""), "rate": ("rate", "g"), "dev_loss": ("dev loss", ".3f")}
         columns |= {"dev_rouge_l": ("dev\nROUGE-L", ".1f")} | {name: (name, "") for name in averaged}
-        columns |= {"seconds": ("training, s", ".0f")}
         seeds = f"{len(self.options.seeds)} training seeds x {len(self.template.eval.seeds)} seeds of the answers"
         self.report.table("losses", f"ROUGE-L on test sets: {seeds}", rows, columns)
         self._compare(means, averaged[-1])
+        size = self.template.train.batch_size
+        seconds = sum(summary["seconds_per_sample"] * summary["steps"] * size for summary, _ in results.values())
+        self.report.note(f"these {len(results)} runs trained for {seconds:.0f} s in all, {self.options.jobs} at a time")
 
     def _compare(self, means: dict[str, list[float]], column: str) -> None:
-        """Who leads, and how far the others are behind, in standard errors of the difference."""
+        """Who leads, and how far the others are behind: in standard errors of a difference, from the spread over
+        training seeds of all losses together."""
         first, *others = sorted(means, key=lambda loss: -statistics.fmean(means[loss]))
+        count = len(means[first])
+        spread = math.sqrt(statistics.fmean(map(statistics.variance, means.values()))) if count > 1 else 0.0
+        error = spread * math.sqrt(2 / count)
         behind = []
         for loss in others:
             gap = statistics.fmean(means[first]) - statistics.fmean(means[loss])
-            error = math.sqrt(sum(statistics.variance(means[x]) / len(means[x]) for x in (first, loss) if means[x][1:]))
-            behind.append(f"{label(loss)} {gap:.2f}" + (f" ({gap / error:.1f} standard errors)" if error else ""))
-        self.report.note(f"{column}: {label(first)} leads; behind it: {', '.join(behind) or 'nobody'}")
+            behind.append(f"{label(loss)} {gap:.2f}" + (f" ({gap / error:.1f})" if error else ""))
+        measure = (
+            f" (in standard errors of a difference, {error:.2f} from {len(means) * (count - 1)} degrees of freedom)"
+        )
+        self.report.note(
+            f"{column}: {label(first)} leads; behind it{measure if error else ''}: {', '.join(behind) or 'nobody'}"
+        )
 
     def draw(self, rates: dict[str, float]) -> None:
         """Figure 1, of the first training seed."""
@@ -225,10 +264,14 @@ class Study:
         rouge_curves(runs, self.out / "rouge_l")
 
 
-def _folder(spec: ModelConfig, name: str) -> str:
-    if spec.path is None or spec.has_adapter:
-        raise SystemExit(f"error: {name}: give it as a whole model's path, which can be evaluated")
-    return spec.path
+def _needed(config: Config, configs: dict[str, Config]) -> list[Config]:
+    """The stages whose results this one begins with, in order."""
+    specs = [spec for spec in (config.student, config.teacher) if spec is not None]
+    names = {name for spec in specs for name in spec.stages.values()} | {config.data.stage} - {None}
+    needed = {
+        name for name in names for name in (name, *(other.run.stage for other in _needed(configs[name], configs)))
+    }
+    return [other for name, other in configs.items() if name in needed]
 
 
 def _scores(sets: dict[str, dict]) -> str:
@@ -258,6 +301,7 @@ def main() -> None:
     parser.add_argument(
         "--select", choices=("rouge_l", "dev_loss"), default="rouge_l", help="which rate is best (default: %(default)s)"
     )
+    parser.add_argument("--search-seeds", nargs="+", type=int, default=[10], help="of the search (default: 10)")
     parser.add_argument("--search-steps", type=int, help="of the search's runs (default: the recipe's)")
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3], help="of training (default: 1 2 3)")
     parser.add_argument("--rows", type=int, help="only the first ones of each test set")

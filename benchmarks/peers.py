@@ -41,7 +41,7 @@ class PeerBenchmark(Benchmark):
     def build(self) -> None:
         super().build()
         self.report.judge = self.options.scale != "tiny"
-        # Modules of their own on the same weights, with the attention that transformers gives by default.
+        # Modules of their own on the same weights, with what transformers gives for attention and activations.
         side = self.published.trainer
         self.student, self.teacher, self.optimizer = side.student, side.teacher, side.optimizer
         for model in (self.student, self.teacher):

@@ -31,7 +31,7 @@ GPT2, LLAMA = {"model_type": "gpt2"}, {"model_type": "llama", "vocab_size": 3200
 PAIRS = {  # student, teacher, and how many times as long samples are
     "GPT-2 XL to GPT-2": (GPT2, GPT2 | XL, 1),
     "its vocabulary as large as Qwen's": (GPT2 | {"vocab_size": 151936}, GPT2 | XL | {"vocab_size": 151936}, 1),
-    "samples four times as long": (GPT2, GPT2 | XL, 4),
+    "samples twice as long": (GPT2, GPT2 | XL, 2),
     "GPT-2 XL to GPT-2 medium": (GPT2 | SCALES["small"].teacher, GPT2 | XL, 1),
     "GPT-2 XL to GPT-2 large": (GPT2 | {"n_embd": 1280, "n_layer": 36, "n_head": 20}, GPT2 | XL, 1),
     "OpenLLaMA 7B to 3B, LoRA": (LLAMA | LLAMA_3B, LLAMA | LLAMA_7B, 1),
@@ -187,14 +187,6 @@ def prediction(pair: Pair, options: argparse.Namespace, report: Report) -> None:
         f"{options.batch_size} samples a step"
     )
     report.table("prediction", title, rows, columns)
-    cached = next(row for row in rows if row["name"] == titles["cached"])
-    step = 1e3 * cached["seconds"] * options.batch_size
-    reduced = 2 * (options.gpus - 1) / options.gpus * 4 * weights / (options.link * 1e9) * 1e3
-    report.note(
-        f"On {options.gpus} of them, {options.batch_size} samples on each, a step with the cache would take {step:.1f} "
-        f"ms, and adding up its {4 * weights / 1e6:.0f} MB of gradients over links of {options.link:g} GB/s another "
-        f"{reduced:.1f} ms: {step / (step + reduced):.0%} of {options.gpus} times the speed where nothing hides that."
-    )
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -204,8 +196,6 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--mfu", type=float, default=0.4, help="of the peak, in products (default: %(default)s)")
     parser.add_argument("--bandwidth", type=float, default=0.8, help="of the memory's (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=32, help="samples of a step (default: %(default)s)")
-    parser.add_argument("--gpus", type=int, default=8, help="that share a step's samples (default: %(default)s)")
-    parser.add_argument("--link", type=float, default=450, help="GB/s between two of them (default: %(default)s)")
     parser.add_argument("--out", type=pathlib.Path, default=results, help="folder (default: %(default)s)")
     options = parser.parse_args(arguments)
     options.out.mkdir(parents=True, exist_ok=True)

@@ -37,7 +37,6 @@ class Method:
     loss: str | None = None  # None without a teacher
     published: Loss | None = None
     has_entropy: bool = False  # the published value has the teacher's besides the divergence
-    paper: float | None = None  # seconds/sample
     # What comes to a sample that is trained on: of "rollout" the prompts answered, of the other PARTS their shares.
     parts: dict[str, float] = dataclasses.field(default_factory=lambda: {"data": 1.0})
     note: str | None = None  # where those are from

@@ -296,7 +296,7 @@ class Benchmark:
         for name, method in self.methods.items():
             difference = self.difference(name)
             same = difference <= self.tolerance
-            row = {"name": name, "paper": method.paper, "difference": difference, "same": same}
+            row = {"name": name, "difference": difference, "same": same}
             row["check"] = f"{'' if same else 'FAILED '}{difference:.0e}"
             row |= {way: statistics.median(times[name, way]) / 1e3 for way in WAYS if (name, way) in times}
             if same:
@@ -309,7 +309,6 @@ class Benchmark:
             rows.append(row)
         columns = {
             "name": ("", ""),
-            "paper": ("the\npaper", ".3g"),
             "published": ("published\nway", ".3g"),
             "ours": ("ours", ".3g"),
             "cached": ("ours,\ncached", ".3g"),
