@@ -235,10 +235,13 @@ def answer(
         done += 1
         bar.advance(task)
         if signals.received:
-            raise Interrupted(f"{signals.received} after {done} of {len(numbers)} {name}, which are kept")
+            raise Interrupted(signals.received)
 
     with signals, bar:
-        sampling.sample(model, parallel.share(prompts), settings, parallel.share(seeds), batch_size, on_response)
+        with contextlib.suppress(Interrupted):
+            sampling.sample(model, parallel.share(prompts), settings, parallel.share(seeds), batch_size, on_response)
+        if stop := signals.of_any_rank():
+            raise Interrupted(f"{stop} after {done} of {len(numbers)} {name}, which are kept")
 
 
 class GrowingFile:
@@ -260,7 +263,8 @@ class GrowingFile:
         lines = []
         for path in filter(pathlib.Path.exists, (self.path, *self._others())):
             lines += path.read_bytes().splitlines(keepends=True)
-        return [json.loads(line) for line in lines if line.endswith(b"\n")]
+        found = [json.loads(line) for line in lines if line.endswith(b"\n")]
+        return [*{values["row"]: values for values in found}.values()]  # a crash may have left some in two files
 
     def __enter__(self) -> GrowingFile:
         parallel.on_main(lambda: self._write(self.read()))

@@ -12,6 +12,7 @@ import re
 import shutil
 import signal
 import threading
+import time
 import types
 from collections.abc import Callable, Iterator
 
@@ -36,7 +37,7 @@ class Interrupted(Exception):
 
 
 class StopSignals:
-    """While entered, the first SIGTERM or SIGINT only sets `received`; another one ends the process at once."""
+    """While entered, the first SIGTERM or SIGINT only sets `received`; a later one ends the process at once."""
 
     received: str | None = None
 
@@ -58,10 +59,12 @@ class StopSignals:
         return signal.Signals(number).name if number else None
 
     def _handle(self, number: int, frame: types.FrameType | None) -> None:
+        if self.received and "RANK" in os.environ and time.monotonic() - self.since < parallel.GRACE:
+            return  # the first one again: a cluster signals all processes, and torchrun passes its own on
         if self.received:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
-        self.received = signal.Signals(number).name
+        self.received, self.since = signal.Signals(number).name, time.monotonic()
         console.print(f"{self.received}: the step is finished and saved; once more to leave at once")
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 from .config import ConfigError
@@ -11,7 +13,14 @@ def choose_device(wish: str, section: str = "") -> torch.device:
     """Raises ConfigError, whose key is `device` behind its section, "train." in recipes, where there is no such one."""
     if wish == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"{section}device is cuda, but PyTorch sees no GPU; use auto or cpu")
-    return torch.device("cuda" if wish != "cpu" and torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda" if wish != "cpu" and torch.cuda.is_available() else "cpu")
+    number, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if device.type == "cuda" and number >= count:
+        raise ConfigError(
+            f"{section}device is {wish}, but process {number} of this machine has no GPU of its own, of {count}: "
+            "start as many processes, or use cpu"
+        )
+    return device
 
 
 def choose_dtype(wish: str, device: torch.device, section: str = "") -> torch.dtype:

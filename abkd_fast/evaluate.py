@@ -47,6 +47,8 @@ def main(arguments: list[str] | None = None) -> int:
         return interrupted("interrupted", "evaluate", arguments)
     except ConfigError as error:
         return failed(error, 2)
+    except ConnectionError as error:
+        return failed(error, 1)
     return 0
 
 

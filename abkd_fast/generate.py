@@ -33,6 +33,8 @@ def main(arguments: list[str] | None = None) -> int:
         return interrupted("interrupted", "generate", arguments)
     except ConfigError as error:
         return failed(error, 2)
+    except ConnectionError as error:
+        return failed(error, 1)
     return 0
 
 

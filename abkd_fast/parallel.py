@@ -7,6 +7,7 @@ import datetime
 import hashlib
 import heapq
 import os
+import pickle
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -19,6 +20,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
+
+from .config import first_line
 
 # It gets another name, which older versions don't know.
 warnings.filterwarnings("ignore", r".*broadcast_buffers. is deprecated", FutureWarning)
@@ -54,7 +57,8 @@ def is_restarted() -> bool:
 def processes(timeout_minutes: float = 30.0) -> Iterator[None]:
     """Joins the processes that torchrun started, by its environment variables: NCCL between GPUs, else gloo.
 
-    A process that waits for others longer than the timeout gives up.
+    A process that waits for others longer than the timeout gives up. Raises ConnectionError, with the ranks that don't
+    answer, where another one is lost.
     """
     global _store
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
@@ -62,12 +66,17 @@ def processes(timeout_minutes: float = 30.0) -> Iterator[None]:
         return
     timeout = datetime.timedelta(minutes=timeout_minutes)
     backend = "gloo"
-    if torch.cuda.is_available():
+    if (number := int(os.environ.get("LOCAL_RANK", 0))) < torch.cuda.device_count():
         backend = "cpu:gloo,cuda:nccl"
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # from here on "cuda" means this one
+        torch.cuda.set_device(number)  # from here on "cuda" means this one
     _store, number, count = next(dist.rendezvous("env://", timeout=timeout))
     dist.init_process_group(backend, store=_store, rank=number, world_size=count, timeout=timeout)
-    yield
+    try:
+        yield
+    except RuntimeError as error:
+        if reason := _lost(error):
+            raise ConnectionError(reason) from error
+        raise
     dist.destroy_process_group()  # not after an error: others may wait in it
 
 
@@ -81,7 +90,7 @@ def attributed(text: str, topic: str = "") -> str | None:
     return f"rank {rank()} of {world()}: {text}"
 
 
-def lost(error: RuntimeError) -> str | None:
+def _lost(error: RuntimeError) -> str | None:
     """Which ranks don't answer, where that is what an error is about. Waits GRACE for those that stop as well."""
     if world() == 1 or not any(word in str(error).lower() for word in LOST):
         return None
@@ -93,7 +102,7 @@ def lost(error: RuntimeError) -> str | None:
             silent = {other for other in silent if not _store.check([f"stopped/{other}"])}
             time.sleep(0.1)
     names = ", ".join(map(str, sorted(silent))) or "that has stopped"
-    return f"no answer from rank {names}: it has died, or hangs"
+    return f"no answer from rank {names}: it has died, or hangs ({first_line(error)})"
 
 
 # Collectives. Every rank has to call them, in the same order.
@@ -152,11 +161,20 @@ def everywhere(function: Callable[[], Item]) -> list[Item]:
     try:
         outcome = function(), None
     except Exception as error:
-        outcome = None, error
+        outcome = None, _portable(error)
     outcomes = gathered(outcome)
     if (error := next((error for _, error in outcomes if error is not None), None)) is not None:
         raise error
     return [result for result, _ in outcomes]
+
+
+def _portable(error: Exception) -> Exception:
+    """The error, or its text where it can't be sent."""
+    try:
+        pickle.dumps(error)
+    except Exception:
+        return RuntimeError(repr(error))
+    return error
 
 
 def on_main(function: Callable[[], Item]) -> Item:
@@ -188,7 +206,7 @@ def main_first() -> Iterator[None]:
 
 
 def deal(lengths: list[int]) -> list[list[int]]:
-    """The places of each rank's samples, in order: as many for each, give or take one, and about as many tokens.
+    """The places of each rank's samples, in order: at most an equal share, rounded up, and about as many tokens.
 
     The longest go first, each to the rank with the fewest tokens so far that still has room.
     """
@@ -206,7 +224,7 @@ def deal(lengths: list[int]) -> list[list[int]]:
 def diverge(seed: int) -> None:
     """From here on ranks draw different numbers: other samples get another dropout."""
     if rank():
-        torch.manual_seed(seed + rank())
+        torch.manual_seed(seed + 1_000_003 * rank())  # seeds next to `seed` are taken
 
 
 def replicate(model: nn.Module) -> nn.Module:
@@ -215,6 +233,8 @@ def replicate(model: nn.Module) -> nn.Module:
     """
     if world() == 1 or is_sharded(model):
         return model
+    if next(model.parameters()).is_cuda:
+        torch._dynamo.config.optimize_ddp = False  # it would cut compiled layers, which are small enough, into pieces
     replica = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
     replica.register_comm_hook(None, _sum)
     return replica
@@ -239,12 +259,17 @@ def shard(model: nn.Module, layers: Iterable[nn.Module], device: torch.device, d
     What is in no layer, the embeddings above all, is whole from a forward pass on to the end of the backward pass. Both
     communicate: all ranks have to make the same ones.
     """
+    layers = list(layers)
     mesh = init_device_mesh(device.type, (world(),))
     policy = MixedPrecisionPolicy(dtype, torch.float32) if dtype == torch.bfloat16 else MixedPrecisionPolicy()
     for module in (*layers, model):
         fully_shard(module, mesh=mesh, mp_policy=policy)
         module.set_gradient_divide_factor(1.0)  # a sum, as in `replicate`
         module.set_force_sum_reduction_for_comms(True)
+    # By itself FSDP2 fetches ahead what came before in its last forward passes, of which ranks may have made different
+    # ones while they had all weights: then they would wait for each other forever.
+    for module, earlier in zip((*layers, model), (layers[0], *layers), strict=True):
+        module.set_modules_to_backward_prefetch([earlier])
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -267,6 +292,11 @@ def whole(*models: nn.Module) -> Iterator[None]:
             layer.set_reshard_after_forward(True, recurse=False)
         for part in parts:
             part.reshard()
+
+
+def part_size(tensor: Tensor) -> int:
+    """How many numbers of a tensor this rank has."""
+    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).numel()
 
 
 def join_root(model: nn.Module) -> None:

@@ -23,8 +23,8 @@ A null takes away what the base has: a key, a section, or a stage.
 def main(arguments: list[str] | None = None) -> int:
     """Runs a recipe, in as many processes as torchrun started; returns the exit status.
 
-    0; 1: the loss or a gradient is not finite; 2: a mistake in the input; 75 (temporary failure): interrupted, and the
-    printed command continues (from the start, where nothing had been trained).
+    0; 1: the loss or a gradient is not finite, or another process is lost; 2: a mistake in the input; 75 (temporary
+    failure): interrupted, and the printed command continues (from the start, where nothing had been trained).
     """
     parser = argparse.ArgumentParser(
         prog="python -m abkd_fast.train",
@@ -64,15 +64,11 @@ def main(arguments: list[str] | None = None) -> int:
                 (plan if options.dry_run else run)(stages, options.resume or parallel.is_restarted())
         except Interrupted as interruption:
             return interrupted(str(interruption), "train", continuing)
-        except RuntimeError as error:
-            if (reason := parallel.lost(error)) is None:
-                raise
-            return failed(reason, 1)
     except KeyboardInterrupt:  # outside of the loop, which handles signals itself: while models load, above all
         return interrupted("interrupted", "train", continuing)
     except ConfigError as error:
         return failed(error, 2)
-    except FloatingPointError as error:
+    except (FloatingPointError, ConnectionError) as error:
         return failed(error, 1)
     return 0
 

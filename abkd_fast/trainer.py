@@ -143,7 +143,7 @@ class Trainer:
         self.teacher = None
         if self.cache:
             load = functools.partial(self._model, config.teacher, self.teacher_config, "teacher")
-            optimizer_bytes = 12 * sum(p.numel() for p in trained)  # gradients and two moments
+            optimizer_bytes = 12 * sum(map(parallel.part_size, trained))  # gradients and two moments
             # Random weights are the same ones on resume, and dropout is whether the teacher's weights load or not.
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(config.run.seed + 1)

@@ -39,8 +39,8 @@ RECIPE = {
     "log": {"every_steps": 1},
 }
 STAGES = {
-    "sft": {"method": "sft", "eval": {"rouge_rows": 3, "max_new_tokens": 8}},
-    "ab": {"method": "ab"},
+    "sft": {"method": "sft", "eval": {"rouge_rows": 1, "max_new_tokens": 8}},
+    "ab": {"method": "ab", "data": {"dev_rows": 1}},  # which only one rank has
     "gkd": {"method": "gkd", "loss": "jsd:0.1", "on_policy": {"replay_rows": 16}},
     "distillm": {"method": "distillm", "loss": "srkl:0.1", "on_policy": {"replay_rows": 16, "threshold": 0.5}},
     "minillm": {"method": "minillm", "loss": "rkl", "minillm": {"rollouts": 16, "inner_epochs": 2}},
