@@ -27,6 +27,7 @@ import torch
 from harness import Report
 
 from abkd_fast import stages
+from abkd_fast.checkpoint import Interrupted
 from abkd_fast.config import Config, ConfigError
 from abkd_fast.evaluation import Evaluation
 from abkd_fast.figures import rouge_curves
@@ -315,7 +316,7 @@ def main() -> None:
             study.run()
         finally:  # what was found before a failure is kept
             study.report.save(options.out / "losses.json")
-    except ConfigError as error:
+    except (ConfigError, Interrupted) as error:
         raise SystemExit(f"error: {error}") from None
 
 

@@ -82,7 +82,6 @@ def test_timing_tiny(timing, tmp_path):
     for name, row in rows.items():
         assert row["same"], row
         assert row["difference"] < 1e-5
-        assert row["paper"] is None  # no figure is known
         assert row["published_over_ours"] > 0
         assert ("cached" in row) == ("data" in timing.METHODS[name].parts and name != "SFT")
     assert rows["SFT"]["ours_over_sft"] == 1
