@@ -94,7 +94,7 @@ def test_timing_tiny(timing, tmp_path):
     for table in (table for tables in content["sections"].values() for table in tables):
         assert f"**{table['title']}**" in markdown
         assert table["title"] in output
-    assert f"| ABKD |  | {rows['ABKD']['published']:.3g} |" in markdown
+    assert f"| ABKD | {rows['ABKD']['published']:.3g} |" in markdown
     assert "DISTILLM: its threshold" in markdown
     if importlib.util.find_spec("matplotlib") is not None:
         assert (tmp_path / "timing.png").read_bytes().startswith(b"\x89PNG")
