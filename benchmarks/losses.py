@@ -20,7 +20,7 @@ import os
 import pathlib
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -68,7 +68,7 @@ def train_and_evaluate(config: Config, template: Config, rows: int | None) -> tu
 
 
 @contextlib.contextmanager
-def _quiet(folder: pathlib.Path) -> Iterable[None]:
+def _quiet(folder: pathlib.Path) -> Iterator[None]:
     """What a run prints goes to a file: several run at a time."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with open(f"{folder}.log", "a", encoding="utf-8") as log, contextlib.redirect_stdout(log):
@@ -251,12 +251,11 @@ class Study:
         for loss in others:
             gap = statistics.fmean(means[first]) - statistics.fmean(means[loss])
             behind.append(f"{label(loss)} {gap:.2f}" + (f" ({gap / error:.1f})" if error else ""))
+        freedom = len(means) * (count - 1)
         measure = (
-            f" (in standard errors of a difference, {error:.2f} from {len(means) * (count - 1)} degrees of freedom)"
+            f" (in standard errors of a difference, {error:.2f} from {freedom} degrees of freedom)" if error else ""
         )
-        self.report.note(
-            f"{column}: {label(first)} leads; behind it{measure if error else ''}: {', '.join(behind) or 'nobody'}"
-        )
+        self.report.note(f"{column}: {label(first)} leads; behind it{measure}: {', '.join(behind) or 'nobody'}")
 
     def draw(self, rates: dict[str, float]) -> None:
         """Figure 1, of the first training seed."""
@@ -269,9 +268,7 @@ def _needed(config: Config, configs: dict[str, Config]) -> list[Config]:
     """The stages whose results this one begins with, in order."""
     specs = [spec for spec in (config.student, config.teacher) if spec is not None]
     names = {name for spec in specs for name in spec.stages.values()} | {config.data.stage} - {None}
-    needed = {
-        name for name in names for name in (name, *(other.run.stage for other in _needed(configs[name], configs)))
-    }
+    needed = names.union(*({other.run.stage for other in _needed(configs[name], configs)} for name in names))
     return [other for name, other in configs.items() if name in needed]
 
 
