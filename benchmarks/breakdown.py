@@ -10,8 +10,9 @@ from typing import Any
 from unittest import mock
 
 import torch
-from harness import Report, synchronize
 from torch.profiler import ProfilerActivity, record_function
+
+from harness import Report, synchronize
 
 STEP, CLIPPING = "step", "clip_grad_norm_"  # ranges that the trace gets besides operators
 BACKWARD = "autograd::engine::evaluate_function: "  # that and a node's name are one event

@@ -6,6 +6,7 @@ import pathlib
 
 import matplotlib
 import numpy as np
+
 from steps import WAYS
 
 matplotlib.use("Agg")

@@ -21,9 +21,7 @@ import tempfile
 import time
 
 import torch
-from harness import Report, at_least, at_most, measure, spread
 from rouge_score import rouge_scorer
-from sampling import RESPONSE_LENGTH, prompt_lengths
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, PreTrainedTokenizerFast
@@ -32,6 +30,8 @@ from abkd_fast import scoring
 from abkd_fast.config import ConfigError
 from abkd_fast.evaluation import Evaluation, Protocol
 from abkd_fast.sampling import SamplingSettings
+from harness import Report, at_least, at_most, measure, spread
+from sampling import RESPONSE_LENGTH, prompt_lengths
 
 SEED = 10
 PAPERS_BATCH, PAPERS_PROMPT, NGRAM = 16, 256, 6

@@ -19,13 +19,13 @@ import pathlib
 from collections.abc import Callable
 
 import torch
-from harness import MIB, Report, at_least, at_most, available_memory, measure, peak_memory, spread
-from rivals import DIVERGENCE, PEER_DIVERGENCE, PEERS, log_space, published, published_linear
 from torch import Tensor
 
 from abkd_fast import AlphaBeta, divergence_loss, fused_linear_divergence, ops, reference
 from abkd_fast.divergences import BY_NAME, AlphaNet
 from abkd_fast.fused_linear import choose_chunk_tokens
+from harness import MIB, Report, at_least, at_most, available_memory, measure, peak_memory, spread
+from rivals import DIVERGENCE, PEER_DIVERGENCE, PEERS, log_space, published, published_linear
 
 TIME = {"name": ("", ""), "ms": ("ms", ".2f"), "range": ("min..max", "")}
 PUBLISHED_TENSORS = 10  # of N x V float32 that the published formulation holds at once, and one to spare

@@ -24,7 +24,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from harness import Report
 
 from abkd_fast import stages
 from abkd_fast.checkpoint import Interrupted
@@ -33,6 +32,7 @@ from abkd_fast.evaluation import Evaluation
 from abkd_fast.figures import rouge_curves
 from abkd_fast.recipe import load
 from abkd_fast.results import LOSSES, read_runs
+from harness import Report
 
 SFT = "sft"
 TABLE_2 = (SFT, "fkl", "rkl", "wsd:0.5", "bdkd", "jsd:0.1", "akl:0.5", "alphanet:0.2,0.9", "ab:0.2,0.7")

@@ -9,7 +9,6 @@ import pstats
 from collections.abc import Callable, Iterable
 
 import torch
-from harness import Report, at_most
 
 from abkd_fast.config import Config
 from abkd_fast.logs import RunLog
@@ -17,6 +16,7 @@ from abkd_fast.models import PackedCausalLM
 from abkd_fast.progress import Window
 from abkd_fast.teacher import CachedTeacher, Teacher
 from abkd_fast.trainer import Trainer
+from harness import Report, at_most
 
 LOOP = (Trainer._batches, Trainer._step, Window.add, RunLog.advance, Trainer._log_window, Trainer._after_step)
 WORK = {

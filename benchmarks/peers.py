@@ -18,15 +18,15 @@ from collections.abc import Callable
 
 import datasets
 import torch
+from torch import Tensor, nn
+
+from abkd_fast.config import Config, first_line
 from harness import at_least, measure, spread
 from published import PaddedBatch, pad, token_positions
 from rivals import PEER_BETA, liger
 from steps import Numbers, Turn
 from timing import Benchmark
-from torch import Tensor, nn
 from workload import SCALES
-
-from abkd_fast.config import Config, first_line
 
 OURS = "ours"
 Step = Callable[[Turn], Numbers]

@@ -14,15 +14,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from harness import Report
-from published import alpha_beta, cross_entropy
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig
-from workload import LENGTH, PROMPTS, RESPONSES, SCALES, draw_lengths
 
 from abkd_fast.costs import PEAK_FLOPS, ModelCost
+from harness import Report
+from published import alpha_beta, cross_entropy
+from workload import LENGTH, PROMPTS, RESPONSES, SCALES, draw_lengths
 
 XL = SCALES["paper"].teacher
 LLAMA_3B = {"hidden_size": 3200, "intermediate_size": 8640, "num_hidden_layers": 26, "num_attention_heads": 32}

@@ -15,6 +15,7 @@ import sys
 import tempfile
 
 import torch
+
 from harness import describe_machine
 from workload import LENGTH, SCALES, write_rows, write_tokenizer
 

@@ -18,14 +18,14 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from rivals import published_rows
 from torch import Tensor, nn
 from transformers import LogitsProcessor, StoppingCriteria
 from transformers.activations import ACT2FN
-from workload import NEW_TOKENS
 
 from abkd_fast.config import MiniLLMConfig, OptimConfig
 from abkd_fast.divergences import AlphaBeta, AlphaNet, JensenShannon, SkewForwardKL
+from rivals import published_rows
+from workload import NEW_TOKENS
 
 PROMPT_LENGTH = 256  # that prompts are padded to before generation
 CHUNK = 16  # prompts that MiniLLM generates from at once

@@ -14,10 +14,10 @@ import pathlib
 import random
 
 import torch
-from harness import Report, at_least, measure, spread
 from transformers import AutoModelForCausalLM, GPT2Config
 
 from abkd_fast.sampling import SamplingSettings, sample
+from harness import Report, at_least, measure, spread
 
 OURS = "sample"
 # Of Dolly's training set in GPT-2's tokens: 21 quantiles of the prompts' lengths, and the responses' mean.

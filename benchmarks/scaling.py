@@ -14,10 +14,10 @@ from unittest import mock
 
 import numpy as np
 from transformers import AutoConfig
-from workload import PROMPTS, RESPONSES, draw_lengths
 
 from abkd_fast import parallel
 from abkd_fast.costs import ModelCost, StepCost
+from workload import PROMPTS, RESPONSES, draw_lengths
 
 BUCKET_BYTES = 25e6  # DistributedDataParallel's default: what it sums at a time
 BACKWARD_SHARE = 2 / 3  # of a student's forward and backward passes

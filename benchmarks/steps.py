@@ -7,17 +7,17 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from unittest import mock
 
-import published
-from published import Loss, PaddedBatch, PublishedTrainer, RolloutBatch, pad
 from torch import Tensor, nn
-from workload import response_lengths
 
+import published
 from abkd_fast import methods, sampling
 from abkd_fast.config import Config
 from abkd_fast.data import StepBatch, share_out
 from abkd_fast.rollouts import Rollouts
 from abkd_fast.teacher import CachedTeacher, OnPolicyTeacher, Teacher
 from abkd_fast.trainer import Trainer
+from published import Loss, PaddedBatch, PublishedTrainer, RolloutBatch, pad
+from workload import response_lengths
 
 Numbers = tuple[Tensor, Tensor]  # a step's loss and gradient norm
 WAYS = {"published": "published way", "ours": "ours", "cached": "ours, teacher's states cached"}

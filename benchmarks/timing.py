@@ -28,12 +28,6 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from breakdown import breakdown, profile
-from harness import Report, at_least, at_most, measure, peak_memory, spread
-from overhead import overhead
-from published import CHUNK
-from steps import METHODS, PARTS, WAYS, Ours, Published, Turn
-from workload import LENGTH, NEW_TOKENS, SCALES, length_quantiles, write_rows, write_text, write_tokenizer
 
 from abkd_fast.config import Config
 from abkd_fast.costs import peak_flops
@@ -41,6 +35,12 @@ from abkd_fast.data import share_out
 from abkd_fast.recipe import load
 from abkd_fast.teacher import TeacherCache
 from abkd_fast.trainer import Trainer
+from breakdown import breakdown, profile
+from harness import Report, at_least, at_most, measure, peak_memory, spread
+from overhead import overhead
+from published import CHUNK
+from steps import METHODS, PARTS, WAYS, Ours, Published, Turn
+from workload import LENGTH, NEW_TOKENS, SCALES, length_quantiles, write_rows, write_text, write_tokenizer
 
 Key = tuple[str, str, str]  # method, way, part
 TARGETS = {  # of ABKD at the paper's scale: a ratio of the table, and its bound

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from oracle import ALPHA_BETA, FAMILIES, relative_errors
 
 from abkd_fast import divergence_loss, ops, parse, reference
+from oracle import ALPHA_BETA, FAMILIES, relative_errors
 
 ALL = [*ALPHA_BETA, *FAMILIES]
 

@@ -4,11 +4,11 @@ import json
 import os
 
 import torch
-from conftest import LLAMA
 from safetensors.torch import load_file
 
 from abkd_fast.train import main
 from abkd_fast.trainer import Trainer
+from conftest import LLAMA
 
 SMALL = {**LLAMA, "vocab_size": 1024, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
 TIED = {**SMALL, "eos_token_id": 0, "bos_token_id": 0, "tie_word_embeddings": True, "attention_dropout": 0.1}

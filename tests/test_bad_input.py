@@ -4,7 +4,6 @@ import json
 
 import pytest
 import torch
-from conftest import LLAMA
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from tokenizers import models as tokenizer_models
@@ -14,6 +13,7 @@ from abkd_fast import models, tasks
 from abkd_fast.config import ConfigError
 from abkd_fast.device import choose_dtype
 from abkd_fast.train import main
+from conftest import LLAMA
 
 SMALL = {**LLAMA, "vocab_size": 1024, "eos_token_id": 0, "bos_token_id": 0}
 GOOD = {

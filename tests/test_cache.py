@@ -8,7 +8,6 @@ import time
 
 import pytest
 import torch
-from conftest import GPT2, LLAMA
 from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 
 from abkd_fast import cache, tasks
@@ -17,6 +16,7 @@ from abkd_fast.recipe import load
 from abkd_fast.teacher import CachedTeacher, Teacher
 from abkd_fast.train import main
 from abkd_fast.trainer import Trainer
+from conftest import GPT2, LLAMA
 
 LENGTH = 128
 MODELS = {

@@ -1,7 +1,5 @@
 import pytest
 import torch
-from conftest import GPT2, LLAMA
-from test_models import build, samples
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig
@@ -10,6 +8,8 @@ from abkd_fast import costs, decoding, models
 from abkd_fast.config import TrainConfig
 from abkd_fast.data import pack
 from abkd_fast.sampling import SamplingSettings, sample, sample_mixture
+from conftest import GPT2, LLAMA
+from test_models import build, samples
 
 QWEN3 = {**LLAMA, "model_type": "qwen3", "head_dim": 16}
 CPU = torch.device("cpu")

@@ -7,12 +7,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from runs import Run, poison
 from transformers import AutoTokenizer
 
 from abkd_fast import tasks
 from abkd_fast.config import ConfigError
 from abkd_fast.data import ahead, describe_long_rows, pack, read_rows, step_samples, tokenise
+from runs import Run, poison
 
 GOOD = {"instruction": "Say hello.", "input": "", "output": "Hello."}
 

@@ -1,14 +1,12 @@
 import itertools
 import math
 
-import oracle
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import ALPHA_BETA, FAMILIES, gpt2_like_logits, mild_logits, relative_errors
-from row_kernels import ALL, FLOAT32, FLOAT64, assert_close, by_reference, kernel
 
+import oracle
 from abkd_fast import (
     BDKD,
     WSD,
@@ -26,6 +24,8 @@ from abkd_fast import (
     ops,
     parse,
 )
+from oracle import ALPHA_BETA, FAMILIES, gpt2_like_logits, mild_logits, relative_errors
+from row_kernels import ALL, FLOAT32, FLOAT64, assert_close, by_reference, kernel
 
 ONE_OF_EACH_KERNEL = ["ab:0.2,0.7", "ab:0.5,-0.5", "wsd:0.3", "jsd:0.1", "bdkd", "akl", "alphanet", "tvd"]
 

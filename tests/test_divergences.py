@@ -6,8 +6,6 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import mild_logits, relative_errors
-from row_kernels import FLOAT64, kernel
 
 from abkd_fast import (
     AKL,
@@ -26,6 +24,8 @@ from abkd_fast import (
     parse,
 )
 from abkd_fast.divergences import BY_NAME, CrossEntropy, Family
+from oracle import mild_logits, relative_errors
+from row_kernels import FLOAT64, kernel
 
 SPELLINGS = [
     ("ab", AlphaBeta(0.2, 0.7)),

@@ -6,7 +6,6 @@ import statistics
 import peft
 import pytest
 import torch
-from conftest import LLAMA
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rouge_score import rouge_scorer
@@ -20,6 +19,7 @@ from abkd_fast.data import encode_prompts, read_rows
 from abkd_fast.evaluate import main
 from abkd_fast.sampling import SamplingSettings, sample
 from abkd_fast.scoring import exact_match, rouge_l
+from conftest import LLAMA
 
 SMALL = {**LLAMA, "vocab_size": 1024, "intermediate_size": 64, "eos_token_id": 0, "bos_token_id": 0}
 SHORT = ["--max-new-tokens", "8", "--device", "cpu"]

@@ -1,12 +1,12 @@
 import math
 
-import oracle
 import pytest
 import torch
+
+import oracle
+from abkd_fast import parse
 from oracle import ALPHA_BETA, FAMILIES, mild_logits
 from row_kernels import ALL, FLOAT32, FLOAT64, by_reference, kernel
-
-from abkd_fast import parse
 
 # Row by row; none is symmetric, so that AlphaNet's branches differ.
 HUGE = (

@@ -3,7 +3,6 @@ import signal
 
 import pytest
 import torch
-from conftest import LLAMA
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from abkd_fast import answers, generate, tasks
@@ -14,6 +13,7 @@ from abkd_fast.generate import main
 from abkd_fast.models import spec_of
 from abkd_fast.sampling import SamplingSettings, sample
 from abkd_fast.train import INTERRUPTED
+from conftest import LLAMA
 
 
 @pytest.fixture

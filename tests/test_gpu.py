@@ -1,7 +1,7 @@
-import oracle
 import pytest
 import torch
 
+import oracle
 from abkd_fast import (
     AlphaBeta,
     build_info,

@@ -4,12 +4,12 @@ import pathlib
 
 import numpy as np
 import pytest
-from runs import Run, assert_same
 
 from abkd_fast import indexed, tasks
 from abkd_fast.cache import hash_samples
 from abkd_fast.config import ConfigError
 from abkd_fast.data import DEV, TRAIN, read_rows, tokenise
+from runs import Run, assert_same
 
 ITEMS = [[5, 6, 127, 7], [1], [], [9, 9, 9, 120, 9]]
 

@@ -3,8 +3,6 @@
 import peft
 import pytest
 import torch
-from conftest import GPT2, LLAMA
-from test_models import padded_logits, samples
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from abkd_fast import attention, fused_linear, models, tasks
@@ -12,6 +10,8 @@ from abkd_fast.config import ConfigError, ModelConfig
 from abkd_fast.data import pack
 from abkd_fast.divergences import AlphaBeta
 from abkd_fast.ops import divergence_loss
+from conftest import GPT2, LLAMA
+from test_models import padded_logits, samples
 
 CPU = torch.device("cpu")
 END = {"eos_token_id": 0, "bos_token_id": 0}

@@ -8,10 +8,7 @@ import shutil
 import peft
 import pytest
 import torch
-from conftest import GPT2
-from runs import Killed, Run, assert_same, at_step, crash
 from safetensors.torch import load_file, save_file
-from test_lora import END, SMALL, load_packed, save_adapter, save_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from abkd_fast import fused_linear, models, tasks
@@ -20,6 +17,9 @@ from abkd_fast.data import pack
 from abkd_fast.recipe import load
 from abkd_fast.train import main
 from abkd_fast.trainer import Trainer
+from conftest import GPT2
+from runs import Killed, Run, assert_same, at_step, crash
+from test_lora import END, SMALL, load_packed, save_adapter, save_model
 
 
 @pytest.fixture

@@ -7,8 +7,6 @@ import signal
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import GPT2, LLAMA
-from runs import Run, assert_same, at_step, send
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from abkd_fast import fused_linear, fused_linear_policy_gradient, ops, tasks
@@ -17,6 +15,8 @@ from abkd_fast.methods.minillm import MiniLLM
 from abkd_fast.recipe import load
 from abkd_fast.teacher import Teacher, TeacherStates
 from abkd_fast.train import INTERRUPTED
+from conftest import GPT2, LLAMA
+from runs import Run, assert_same, at_step, send
 
 TOKENS, VOCAB, CLIP = 24, 37, 0.2
 # Of products in float32: see test_fused_linear.py.

@@ -6,7 +6,6 @@ import pytest
 import torch
 import torch._dynamo.testing
 import torch.nn.functional as F
-from conftest import GPT2, LLAMA
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from abkd_fast import attention, models
@@ -15,6 +14,7 @@ from abkd_fast.data import pack
 from abkd_fast.divergences import AlphaBeta
 from abkd_fast.fused_linear import fused_linear_divergence
 from abkd_fast.ops import divergence_loss
+from conftest import GPT2, LLAMA
 
 CPU = torch.device("cpu")
 

@@ -10,8 +10,6 @@ import time
 import peft
 import pytest
 import torch
-from conftest import LLAMA
-from runs import Killed, Run, assert_same, at_step, crash, poison, send
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from abkd_fast import generate, methods, rollouts, sampling, tasks
@@ -26,6 +24,8 @@ from abkd_fast.stages import resolve
 from abkd_fast.teacher import Teacher
 from abkd_fast.train import INTERRUPTED
 from abkd_fast.trainer import Trainer
+from conftest import LLAMA
+from runs import Killed, Run, assert_same, at_step, crash, poison, send
 
 TEACHER = {**LLAMA, "vocab_size": 1024, "eos_token_id": 0, "bos_token_id": 0}
 OVERRIDES = ["sampling.max_new_tokens=6", "log.every_steps=4", "data.max_length=96"]

@@ -7,12 +7,12 @@ import warnings
 import pytest
 import torch
 import torch._functorch.config
-from oracle import ALPHA_BETA, FAMILIES, SMOOTH, gpt2_like_logits, mild_logits, relative_errors
-from row_kernels import ALL, COMPILED, FLOAT32, FLOAT64, kernel
 from torch.autograd.gradcheck import GradcheckError
 
 import abkd_fast
 from abkd_fast import AlphaBeta, divergence_loss, fused_linear_divergence, ops, parse, reference
+from oracle import ALPHA_BETA, FAMILIES, SMOOTH, gpt2_like_logits, mild_logits, relative_errors
+from row_kernels import ALL, COMPILED, FLOAT32, FLOAT64, kernel
 
 LABELS = torch.tensor([1, -100, 4])
 ROW_OPTIONS = (2.0, 0.3)  # temperature, hard_weight

@@ -1,11 +1,11 @@
 import mpmath
-import oracle
 import pytest
 import torch
+
+import oracle
+from abkd_fast import ForwardKL, parse
 from oracle import FAMILIES, gpt2_like_logits, mild_logits
 from row_kernels import assert_close
-
-from abkd_fast import ForwardKL, parse
 
 
 @pytest.mark.parametrize(("alpha", "beta"), [*oracle.GRID, (1e-5, 0.7), (0.7, -1e-4), (1e-6, -1e-6)])

@@ -17,7 +17,6 @@ import datasets
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import LLAMA
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -26,6 +25,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from abkd_fast import logs, parallel, tasks, train
 from abkd_fast.train import INTERRUPTED
 from abkd_fast.trainer import Trainer
+from conftest import LLAMA
 
 MODEL = {**LLAMA, "vocab_size": 1024, "eos_token_id": 0, "bos_token_id": 0}
 RECIPE = {

@@ -8,8 +8,6 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from conftest import GPT2
-from runs import Killed, Run, assert_same, at_step, crash, poison
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from abkd_fast import pretrain, tasks, trainer
@@ -17,6 +15,8 @@ from abkd_fast.config import ConfigError, PretrainConfig
 from abkd_fast.data import read_rows, step_samples
 from abkd_fast.recipe import load
 from abkd_fast.trainer import Trainer
+from conftest import GPT2
+from runs import Killed, Run, assert_same, at_step, crash, poison
 
 TEXTS = [
     f"{row.values['prompt']}{row.values['output']}\n\n  Ünd {n}." for n, row in enumerate(read_rows("quickstart:dev"))

@@ -15,7 +15,6 @@ import time
 
 import pytest
 import torch
-from runs import GPT2, TIED, Killed, Run, assert_same, at_step, crash, poison, send
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from abkd_fast import checkpoint
@@ -23,6 +22,7 @@ from abkd_fast.data import batch_rows
 from abkd_fast.recipe import load
 from abkd_fast.train import INTERRUPTED, main
 from abkd_fast.trainer import Trainer
+from runs import GPT2, TIED, Killed, Run, assert_same, at_step, crash, poison, send
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@ import math
 
 import pytest
 import torch
-from conftest import GPT2, LLAMA
 from transformers import AutoConfig, AutoModelForCausalLM, LogitsProcessorList
 from transformers.generation.logits_process import (
     NoRepeatNGramLogitsProcessor,
@@ -14,6 +13,7 @@ from transformers.generation.logits_process import (
 from abkd_fast import decoding, lora, models
 from abkd_fast.config import ConfigError, LoraConfig, ModelConfig
 from abkd_fast.sampling import SamplingSettings, _draw, _Sequence, sample, sample_mixture
+from conftest import GPT2, LLAMA
 
 MODELS = {
     "gpt2": GPT2,

@@ -8,7 +8,6 @@ import signal
 
 import pytest
 import torch
-from runs import Killed, Run, at_step, crash, send
 from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -16,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from abkd_fast import checkpoint
 from abkd_fast.train import INTERRUPTED
 from abkd_fast.trainer import Trainer
+from runs import Killed, Run, at_step, crash, send
 
 
 def test_newest_and_best_stay_and_are_models(tmp_path, monkeypatch):

@@ -7,7 +7,6 @@ import types
 
 import pytest
 import torch
-from conftest import LLAMA
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from abkd_fast import tasks
@@ -15,6 +14,7 @@ from abkd_fast.divergences import BY_NAME
 from abkd_fast.recipe import load
 from abkd_fast.train import main
 from abkd_fast.trainer import Trainer
+from conftest import LLAMA
 
 STUDENT = {"config": {**LLAMA, "vocab_size": 1024, "eos_token_id": 0, "bos_token_id": 0, "tie_word_embeddings": True}}
 

@@ -6,15 +6,15 @@ import multiprocessing
 import pickle
 import traceback
 
-import oracle
 import pytest
 import torch
 import torch.distributed as dist
+
+import oracle
+from abkd_fast import fused_linear, fused_linear_cross_entropy, fused_linear_divergence, parse, vocab_parallel
 from oracle import FAMILIES
 from row_kernels import ALL, FLOAT32
 from test_extreme_logits import HUGE
-
-from abkd_fast import fused_linear, fused_linear_cross_entropy, fused_linear_divergence, parse, vocab_parallel
 
 PATIENCE = 60  # seconds until a rank that waits for the others gives up
 # Against whole rows the sums over the vocabulary have another order; the oracle's quadrature has an error of its own.
