@@ -20,15 +20,15 @@ import filelock
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from safetensors.torch import load_file
+from torch import Tensor
 
 from . import parallel
 from .config import ConfigError
 from .logs import console
 
 LOCK = "lock"
-MANIFEST, STATE, TENSORS = "manifest.json", "trainer.json", "trainer.safetensors"
+MANIFEST, STATE, TENSORS, OPTIMIZER = "manifest.json", "trainer.json", "trainer.safetensors", "optimizer"
 WRITE_ERRORS = (OSError, SafetensorError)  # safetensors reports a full disk as an error of its own
 
 
@@ -224,20 +224,11 @@ class Checkpoints:
             path.rename(aside)
             console.print(f"[bold red]damaged[/] {path} ({reason}): moved to {aside.name}; an older one is used")
 
-    def save(
-        self,
-        step: int,
-        best_step: int | None,
-        save_model: Callable[[pathlib.Path], None],
-        tensors: dict[str, Tensor],
-        state: dict,
-    ) -> pathlib.Path:
-        """Writes a checkpoint, then deletes those that need not stay. Raises one of WRITE_ERRORS."""
+    def save(self, step: int, best_step: int | None, write: Callable[[pathlib.Path], None]) -> pathlib.Path:
+        """Has a checkpoint written, then deletes those that need not stay. Raises one of WRITE_ERRORS."""
         path = self.folder_of(step)
         with atomic_folder(path) as folder:
-            save_model(folder)
-            save_file(tensors, folder / TENSORS)
-            (folder / STATE).write_text(json.dumps(state) + "\n", encoding="utf-8")
+            write(folder)
             files = sorted(path for path in folder.rglob("*") if path.is_file())  # chat templates have a folder
             digests = {str(file.relative_to(folder)): file_digest(file) for file in files}
             (folder / MANIFEST).write_text(json.dumps(digests, indent=2) + "\n", encoding="utf-8")
@@ -250,38 +241,15 @@ class Checkpoints:
 
 
 def copy_model(folder: pathlib.Path, target: pathlib.Path) -> None:
-    """Copies the files of a checkpoint's model, without the trainer's, into an existing folder."""
-    shutil.copytree(folder, target, ignore=shutil.ignore_patterns(MANIFEST, STATE, TENSORS), dirs_exist_ok=True)
+    """Copies the files of a checkpoint's model, without the trainer's, into a new folder."""
+    ignored = shutil.ignore_patterns(MANIFEST, STATE, TENSORS, OPTIMIZER)
+    with atomic_folder(target) as temporary:
+        shutil.copytree(folder, temporary, ignore=ignored, dirs_exist_ok=True)
 
 
 def load(folder: pathlib.Path) -> tuple[dict[str, Tensor], dict]:
-    """Tensors and state as given to `save`."""
+    """The trainer's own tensors and state."""
     return load_file(folder / TENSORS), json.loads((folder / STATE).read_text(encoding="utf-8"))
-
-
-def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
-    """The optimizer's state by the names of the parameters: "exp_avg.model.embed.weight".
-
-    All ranks have to call this together; the main process gets it.
-    """
-    tensors = {}
-    for name, parameter in model.named_parameters():
-        for key, value in optimizer.state.get(parameter, {}).items():
-            whole = parallel.joined_tensor(value)
-            if parallel.is_main():
-                tensors[f"{key}.{name}"] = whole.detach().cpu().contiguous()
-    return tensors
-
-
-def load_optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """The inverse. Every tensor gets memory of its own: a mapped file's alignment could change a sum's last bit."""
-    parameters = dict(model.named_parameters())
-    for full_name, value in tensors.items():
-        key, _, name = full_name.partition(".")
-        parameter = parameters[name]
-        own = torch.empty_like(parameter if value.shape == parameter.shape else value, dtype=value.dtype)
-        optimizer.state[parameter][key] = own = own.to(parameter.device)
-        parallel.copy_part(own, value)
 
 
 def by_rank(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

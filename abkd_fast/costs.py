@@ -149,6 +149,8 @@ def memory(
     frozen = student.parameters if cost.adapter is not None else 0
     yield "student's weights", trained * master + frozen * dtype.itemsize
     yield "gradients and optimizer", 3 * trained * master
+    if device.type == "cpu":
+        yield "copies, while a checkpoint is written", 3 * trained * master
     if cost.teacher:
         yield "teacher", (cost.teacher.head if cost.cached else cost.teacher.parameters) * dtype.itemsize
     yield "activations", activation_bytes(config, batch, dtype, train.gradient_checkpointing)

@@ -110,14 +110,18 @@ class RunLog:
         self.last += away
         self.started += away
 
-    def flush(self) -> float:
-        """Puts all points onto the disk; returns the seconds since the last one. Call it while paused."""
+    @property
+    def window_seconds(self) -> float:
+        """Since the last point, while paused."""
+        return self.paused - self.last
+
+    def flush(self) -> None:
+        """Puts all points onto the disk."""
         if self.file:
             self.file.flush()
             os.fsync(self.file.fileno())
             with contextlib.suppress(OSError):  # TensorBoard's writer repeats its first error for ever
                 self.board.flush()
-        return self.paused - self.last
 
     def advance(self, step: int) -> None:
         self.bar.update(self.task, completed=step)

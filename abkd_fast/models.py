@@ -22,9 +22,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.activations import NewGELUActivation
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import logging as transformers_logging
 
-from . import attention, lora, parallel, tasks
+from . import attention, lora, tasks
 from .config import ConfigError, ModelConfig, first_line, looks_local
 from .data import Batch, pack
 from .ops import shared_vocabulary
@@ -203,8 +204,8 @@ def load(
 ) -> PackedCausalLM:
     """The model with its weights in `dtype` (random ones from `config` where spec has no path), its activations fused.
 
-    A student's adapter is attached, and it alone is trained; others are merged. A model that is to be in parts waits in
-    the processor's memory: the device gets no more than its part.
+    A student's adapter is attached, and it alone is trained; others are merged. A model that is to be in parts stays on
+    the disk, mapped, in the type of its files: memory gets no more than a process's part.
     """
     for name in ATTENTION_DROPOUT:
         if key == "student" and getattr(config, name, 0) and not attention.supports_dropout(device):
@@ -218,15 +219,18 @@ def load(
     else:
         merges = key != "student" and spec.adapter is not None
         read_dtype = torch.promote_types(dtype, torch.float32) if merges else dtype
+        if in_parts and not spec.has_adapter:
+            read_dtype = "auto"
         try:
             model = AutoModelForCausalLM.from_pretrained(spec.path, config=config, dtype=read_dtype)
         except Exception as error:  # of many kinds: missing, truncated or foreign files
             raise ConfigError(f"{key}.path: {spec.path}: its weights can't be read ({first_line(error)})") from None
         if merges:
             model = lora.merge(model, spec, key, dtype)
-        # Out of the mapped file: its alignment, other in every file, may change the last bit of a matrix product.
-        for parameter in model.parameters():
-            parameter.data = parameter.data.clone()
+        if not in_parts:
+            # Out of the mapped file: its alignment, other in every file, may change the last bit of a matrix product.
+            for parameter in model.parameters():
+                parameter.data = parameter.data.clone()
         if key == "student" and spec.has_adapter:
             model = lora.attach(model, spec, key)
     fuse_activations(model)
@@ -387,29 +391,25 @@ class PackedCausalLM(nn.Module):
             self.causal_lm.set_attn_implementation(attention.NAME)
         return torch.cat([logits[i, : len(row) - 1] for i, row in enumerate(rows)]).float()
 
-    def whole_weights(self) -> dict[str, Tensor] | None:
-        """Where ranks hold parts of the weights, all that are saved, in the main process's memory; else None.
-
-        All ranks have to call this together.
-        """
-        if not parallel.is_sharded(self):
-            return None
+    def weights(self) -> dict[str, Tensor]:
+        """All that is saved, by the model's own names: without what is tied or, beside an adapter, frozen."""
         parameters = dict(self.model.named_parameters())
         tied = {name for name, _ in self.model.named_parameters(remove_duplicate=False)} - parameters.keys()
         frozen = {name for name, parameter in parameters.items() if self.has_adapter and not parameter.requires_grad}
-        weights = {}
-        for name, part in self.model.state_dict().items():
-            if name not in tied | frozen:
-                tensor = parallel.joined_tensor(part)
-                weights |= {name: tensor.detach().cpu()} if parallel.is_main() else {}
-        return weights
+        return {name: tensor for name, tensor in self.model.state_dict().items() if name not in tied | frozen}
 
-    def save(
-        self, folder: pathlib.Path, tokenizer: PreTrainedTokenizerBase, weights: dict[str, Tensor] | None = None
-    ) -> None:
+    def in_files(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The same, by the names that they have in Hugging Face's files."""
+        if self.has_adapter:
+            import peft
+
+            return peft.get_peft_model_state_dict(self.model, weights, save_embedding_layers=False)
+        return revert_weight_conversion(self.model, weights)
+
+    def save(self, folder: pathlib.Path, tokenizer: PreTrainedTokenizerBase, weights: dict[str, Tensor]) -> None:
         """Writes weights, configuration and tokenizer in Hugging Face layout; of a LoRA model, those of the adapter.
 
-        weights: what `whole_weights` gave.
+        weights: what `weights` gave, or a copy.
         """
         # Left to choose whether embeddings belong to an adapter, peft asks the Hub every time.
         options = {"save_embedding_layers": False} if self.has_adapter else {}

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import functools
 import hashlib
 import heapq
+import logging
 import os
 import pickle
 import time
@@ -31,6 +33,7 @@ GRACE = 5.0  # seconds that a rank has to say it stops, too, before others call 
 LOST = ("gloo", "nccl", "connection closed", "connection reset", "timed out")
 
 _store: dist.Store | None = None
+_timeout: datetime.timedelta | None = None
 
 Item = TypeVar("Item")
 
@@ -60,17 +63,20 @@ def processes(timeout_minutes: float = 30.0) -> Iterator[None]:
     A process that waits for others longer than the timeout gives up. Raises ConnectionError, with the ranks that don't
     answer, where another one is lost.
     """
-    global _store
+    global _store, _timeout
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield
         return
-    timeout = datetime.timedelta(minutes=timeout_minutes)
+    _timeout = datetime.timedelta(minutes=timeout_minutes)
     backend = "gloo"
     if (number := int(os.environ.get("LOCAL_RANK", 0))) < torch.cuda.device_count():
         backend = "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(number)  # from here on "cuda" means this one
-    _store, number, count = next(dist.rendezvous("env://", timeout=timeout))
-    dist.init_process_group(backend, store=_store, rank=number, world_size=count, timeout=timeout)
+    _store, number, count = next(dist.rendezvous("env://", timeout=_timeout))
+    dist.init_process_group(backend, store=_store, rank=number, world_size=count, timeout=_timeout)
+    if not is_main():  # they would repeat its warnings
+        warnings.simplefilter("ignore")
+        logging.disable(logging.WARNING)
     try:
         yield
     except RuntimeError as error:
@@ -103,6 +109,12 @@ def _lost(error: RuntimeError) -> str | None:
             time.sleep(0.1)
     names = ", ".join(map(str, sorted(silent))) or "that has stopped"
     return f"no answer from rank {names}: it has died, or hangs ({first_line(error)})"
+
+
+@functools.cache
+def background_group() -> dist.ProcessGroup:
+    """All processes, for a thread beside the one that trains, whose messages must not meet its own."""
+    return dist.new_group(backend="gloo", timeout=_timeout)
 
 
 # Collectives. Every rank has to call them, in the same order.
@@ -253,8 +265,12 @@ def exchange(model: nn.Module, when: bool) -> contextlib.AbstractContextManager:
     return model.no_sync() if isinstance(model, DistributedDataParallel) and not when else contextlib.nullcontext()
 
 
-def shard(model: nn.Module, layers: Iterable[nn.Module], device: torch.device, dtype: torch.dtype) -> None:
-    """Leaves each rank its part of every weight, on its device; a layer is whole while it computes, in `dtype`.
+def shard(
+    model: nn.Module, layers: Iterable[nn.Module], device: torch.device, storage: torch.dtype, dtype: torch.dtype
+) -> None:
+    """Leaves each rank its part of every weight, on its device, in the type `storage`, of an adapter in its own.
+
+    A layer is whole while it computes, in `dtype`.
 
     What is in no layer, the embeddings above all, is whole from a forward pass on to the end of the backward pass. Both
     communicate: all ranks have to make the same ones.
@@ -262,7 +278,11 @@ def shard(model: nn.Module, layers: Iterable[nn.Module], device: torch.device, d
     layers = list(layers)
     mesh = init_device_mesh(device.type, (world(),))
     policy = MixedPrecisionPolicy(dtype, torch.float32) if dtype == torch.bfloat16 else MixedPrecisionPolicy()
+    read = next(model.parameters()).dtype
     for module in (*layers, model):
+        for parameter in module.parameters():
+            if parameter.dtype == read != storage:
+                parameter.data = parameter.data.to(storage)
         fully_shard(module, mesh=mesh, mp_policy=policy)
         module.set_gradient_divide_factor(1.0)  # a sum, as in `replicate`
         module.set_force_sum_reduction_for_comms(True)

@@ -34,6 +34,7 @@ from .logs import RunLog, check_wandb, console, peak_memory
 from .methods.sft import cross_entropy
 from .progress import Progress, Window, is_finite
 from .rollouts import Rollouts
+from .saver import Saver, load_optimizer
 from .teacher import CachedTeacher, OnPolicyTeacher, Teacher, TeacherCache
 
 
@@ -131,6 +132,7 @@ class Trainer:
         self.progress, self.window, self.signals = Progress(), Window(self.device), checkpoint.StopSignals()
         self.checkpoints = checkpoint.Checkpoints(config.run.folder / "checkpoints", config.checkpoint.keep)
         self.saved = parallel.on_main(self.checkpoints.newest) if self.resume else None
+        self.saving: tuple[int, tuple | None] | None = None  # its step, and the best one before it
         set_seed(config.run.seed)
         student = config.student.saved_in(self.saved) if self.saved else config.student
         self.student = self._model(student, self.student_config, "student").train()
@@ -163,11 +165,13 @@ class Trainer:
             num_training_steps=self.steps,
             scheduler_specific_kwargs={"min_lr": optim.min_lr} if cosine else None,
         )
+        self.saver = Saver(self.checkpoints, self.student, self.optimizer, self.tokenizer)
         if self.is_on_policy:
             models_of_text = self.student, self.teacher.live.model
             self.rollouts = Rollouts(config, self.tokenizer, self.train_set, *models_of_text, self._precision)
         parallel.diverge(config.run.seed)
         if self.saved:
+            load_optimizer(self.optimizer, self.student, self.saved)
             self._restore(*checkpoint.load(self.saved))
         self.resumed_samples = self.progress.samples
         self.cost = self.step_cost(isinstance(self.teacher, CachedTeacher))
@@ -181,7 +185,7 @@ class Trainer:
         if key == "teacher":
             model.requires_grad_(False)
         if self.is_sharded:
-            parallel.shard(model, model.layers, self.device, self.dtype)
+            parallel.shard(model, model.layers, self.device, storage, self.dtype)
         with self._precision(), parallel.whole(model):
             model.check()
         return model
@@ -213,7 +217,7 @@ class Trainer:
         config, progress = self.config, self.progress
         done = progress.step if self.saved else -1
         log = RunLog(config, self.steps, self.device, done, progress.window_seconds)
-        with self.signals, log:
+        with self.signals, log, self.saver:
             self._after_step(log)
             batches = self._batches(progress.step)
             for batch in ahead(batches) if self.device.type == "cuda" else batches:
@@ -231,6 +235,7 @@ class Trainer:
                 progress.seconds += time.perf_counter() - started
                 progress.samples += config.train.batch_size
                 self._after_step(log)
+            self._conclude_save()
 
     def _batches(self, first: int = 0) -> Iterator[StepBatch]:
         """What each step from `first` to `steps`, counted from 0, trains on."""
@@ -267,20 +272,15 @@ class Trainer:
             "seconds_per_sample": progress.seconds / progress.samples,
             "peak_memory_bytes": peak_memory(self.device),
         }
-        weights = None if saved else self.student.whole_weights()
-
-        def write() -> None:
-            checkpoint.atomic_write(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
-            with checkpoint.atomic_folder(folder / "final") as final:
-                if saved:
-                    checkpoint.copy_model(saved, final)
-                else:
-                    self.student.save(final, self.tokenizer, weights)
-
+        text, final = json.dumps(summary, indent=2) + "\n", folder / "final"
         try:
-            parallel.on_main(write)
+            parallel.on_main(functools.partial(checkpoint.atomic_write, folder / "summary.json", text))
+            if saved:
+                parallel.on_main(functools.partial(checkpoint.copy_model, saved, final))
+            else:
+                self.saver.save_model(final)
         except checkpoint.WRITE_ERRORS as error:
-            raise Interrupted(f"{folder / 'final'} can't be written ({error}): make room") from None
+            raise Interrupted(f"{final} can't be written ({error}): make room") from None
         return summary
 
     def _selected(self) -> tuple[int, float | None, float | None, pathlib.Path | None]:
@@ -371,6 +371,7 @@ class Trainer:
         """Looks at what the device has noted, and so waits for it. Raises FloatingPointError."""
         step, loss, norm = self.window.first_nonfinite.tolist()
         if step and self.config.train.on_nonfinite == "stop":
+            self._conclude_save()
             saved = f"last good checkpoint: {self.saved}" if self.saved else "there is no checkpoint yet"
             raise FloatingPointError(
                 f"{self._account(step, loss, norm)}; {saved}; resume with train.on_nonfinite=skip, or begin again with "
@@ -394,10 +395,9 @@ class Trainer:
         saved = self.checkpoints.folder_of(progress.step)
         due = progress.step and progress.step % (self.config.checkpoint.every_steps or self.steps_per_epoch) == 0
         if self.saved != saved and (stop or ((due or improved) and progress.step < self.steps)):
-            self._save(log)
-        if improved and self.saved != saved and progress.step < self.steps:
-            progress.best = best  # of those that could be written; the last step's weights are still at hand
+            self._save(log, best)
         if stop:
+            self._conclude_save()
             kept = f"{self.saved} is saved" if self.saved == saved else f"last checkpoint: {self.saved or 'none'}"
             raise Interrupted(f"{stop} after step {progress.step} of {self.steps}; {kept}")
 
@@ -421,30 +421,34 @@ class Trainer:
         log.resume()
         return done and self.progress.evaluated(loss, rouge_l, self.config.eval.select == "rouge_l")
 
-    def _save(self, log: RunLog) -> None:
-        """Writes a checkpoint. Without space the last one stays, and training goes on."""
-        self._check_finite()
+    def _save(self, log: RunLog, best: tuple | None) -> None:
+        """Begins a checkpoint. best: `progress.best` before this step."""
         log.pause()
-        try:
-            self.progress.window_seconds = parallel.on_main(log.flush)
-            tensors, state = self._state()
-            weights = self.student.whole_weights()
-            save_model = functools.partial(self.student.save, tokenizer=self.tokenizer, weights=weights)
-            best_step = self.progress.best[1] if self.progress.best else None
-            save = functools.partial(self.checkpoints.save, self.progress.step, best_step, save_model, tensors, state)
-            self.saved = parallel.on_main(save)
-        except checkpoint.WRITE_ERRORS as error:
-            console.print(f"[bold red]no checkpoint[/] at step {self.progress.step} ({error}); training goes on")
+        self._conclude_save()
+        self._check_finite()
+        self.progress.window_seconds = log.window_seconds
+        best_step = self.progress.best[1] if self.progress.best else None
+        self.saver.begin(self.progress.step, best_step, *self._state(), log.flush)
+        self.saving = self.progress.step, best
         log.resume()
 
+    def _conclude_save(self) -> None:
+        """Waits for the checkpoint that is being written, if one is. Without space the last one stays."""
+        if self.saving is None:
+            return
+        (step, best), self.saving = self.saving, None
+        try:
+            self.saver.conclude()
+            self.saved = self.checkpoints.folder_of(step)
+        except checkpoint.WRITE_ERRORS as error:
+            console.print(f"[bold red]no checkpoint[/] at step {step} ({error}); training goes on")
+            if self.progress.best and self.progress.best[1] == step:
+                self.progress.best = best  # of those that could be written
+
     def _state(self) -> tuple[dict[str, Tensor], dict]:
-        """All that decides the steps to come besides the weights, and what the log and the summary need."""
+        """All that decides the steps to come besides model and optimizer, and what log and summary need."""
         generators, state = checkpoint.random_state()
-        groups = {
-            "optimizer": checkpoint.optimizer_tensors(self.optimizer, self.student),
-            "random": checkpoint.by_rank(generators),
-            "window": self.window.tensors(),
-        }
+        groups = {"random": checkpoint.by_rank(generators), "window": self.window.tensors()}
         tensors = {f"{group}/{name}": value for group, values in groups.items() for name, value in values.items()}
         state |= {
             "progress": dataclasses.asdict(self.progress),
@@ -459,7 +463,7 @@ class Trainer:
         return tensors, state
 
     def _restore(self, tensors: dict[str, Tensor], state: dict) -> None:
-        """The inverse of `_state`, after the weights. Raises ConfigError where the data have changed."""
+        """The inverse of `_state`, after model and optimizer. Raises ConfigError where the data have changed."""
         for key, now in self._fingerprints().items():
             if state["data"][key] != now:
                 raise ConfigError(f"{key}: its text or the tokenizer has changed since {self.saved} was saved")
@@ -467,11 +471,10 @@ class Trainer:
             then = state["environment"][key]
             if then != now:
                 console.print(f"{key} was {then}, is {now}: the last bits of the result may differ")
-        groups = {"optimizer": {}, "random": {}, "window": {}}
+        groups = {"random": {}, "window": {}}
         for key, value in tensors.items():
             group, _, name = key.partition("/")
             groups[group][name] = value
-        checkpoint.load_optimizer_tensors(self.optimizer, self.student, groups["optimizer"])
         self.window.load(groups["window"])
         self.progress = Progress(**state["progress"])
         self.scheduler.load_state_dict(state["scheduler"])

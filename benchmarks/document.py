@@ -1,8 +1,8 @@
 """Puts measured and predicted tables into docs/performance.md: `python benchmarks/document.py`.
 
 There a line `<!-- NAME SECTION -->`, or `<!-- NAME SECTION: TITLE -->` for one table of several, stands before what is
-in NAME.json, the newest in benchmarks/results, and `<!-- end -->` after it; `NAME@SCALE` is of the newest at a scale.
-Without such a file or table, all stays as it is.
+in NAME.json, the newest in benchmarks/results, and `<!-- end -->` after it; `NAME@SCALE` is of the newest at a scale, and
+`NAME@SCALE/COUNT` of the newest there of so many methods. Without such a file or table, all stays as it is.
 """
 
 from __future__ import annotations
@@ -12,15 +12,17 @@ import pathlib
 import re
 
 FOLDER = pathlib.Path(__file__).parent
-PLACE = re.compile(r"(<!-- (\w+)(?:@(\w+))? (\w+)(?:: ([^\n]+))? -->\n).*?(<!-- end -->)", re.DOTALL)
+PLACE = re.compile(r"(<!-- (\w+)(?:@(\w+)(?:/(\d+))?)? (\w+)(?:: ([^\n]+))? -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def fill(text: str, results: pathlib.Path) -> str:
     def tables(place: re.Match) -> str:
-        begin, name, scale, section, title, end = place.groups()
+        begin, name, scale, count, section, title, end = place.groups()
         found = sorted(results.glob(f"*/{name}.json"), key=lambda file: file.stat().st_mtime)
         contents = [json.loads(file.read_text()) for file in found]
         contents = [content for content in contents if scale in (None, content["options"].get("scale"))]
+        if count:
+            contents = [content for content in contents if len(content["options"]["methods"]) == int(count)]
         if not contents:
             return place[0]
         content = contents[-1]

@@ -415,7 +415,7 @@ def test_document_has_places_for_tables_alone(timing):
     page = (BENCHMARKS.parent / "docs" / "performance.md").read_text()
     places = importlib.import_module("document").PLACE.findall(page)
     assert len(places) == page.count("<!-- end -->") == page.count("<!--") / 2
-    assert {(name, section) for _, name, _, section, *_ in places} == {
+    assert {(name, section) for _, name, _, _, section, *_ in places} == {
         *(("predict", section) for section in ("operations", "scaling", "prediction")),
         *(("timing", section) for section in ("methods", "ways", "cache")),
         *(("profile", section) for section in ("kinds", "operators")),

@@ -73,6 +73,7 @@ def test_memory_by_what_holds_it():
     )
     assert trained["student's weights"] == 4 * cost.parameters
     assert trained["gradients and optimizer"] == 12 * cost.parameters
+    assert trained["copies, while a checkpoint is written"] == 12 * cost.parameters
     assert trained["teacher"] == 4 * cost.head
     adapter = dict(
         costs.memory(costs.StepCost(cost, 100, None, False), config, batch, TrainConfig(), torch.bfloat16, CPU)

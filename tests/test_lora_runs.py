@@ -164,7 +164,7 @@ def test_adapter_moved_to_another_base_is_a_warning(tmp_path, base, caplog):
     moved = shutil.copytree(base, tmp_path / "moved")
     student = load_packed("student", path=str(moved), adapter=adapter)
     assert f"was trained on {base}, and goes on {moved} now" in caplog.text
-    student.save(tmp_path / "again", tasks.tokenizer())
+    student.save(tmp_path / "again", tasks.tokenizer(), student.weights())
     assert peft.PeftConfig.from_pretrained(tmp_path / "again").base_model_name_or_path == str(moved)
 
 

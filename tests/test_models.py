@@ -1,6 +1,7 @@
 import copy
 import dataclasses
 import functools
+import pathlib
 
 import pytest
 import torch
@@ -199,12 +200,34 @@ def test_only_what_is_trained_loses_its_attention_dropout(monkeypatch, caplog):
     assert "student: attention_dropout is 0.1, but" in caplog.text
 
 
+def anonymous_bytes():
+    """Of this process's memory, what is no file's."""
+    fields = pathlib.Path("/proc/self/status").read_text().split()
+    return 1024 * int(fields[fields.index("RssAnon:") + 1])
+
+
+@pytest.mark.skipif(not pathlib.Path("/proc/self/status").exists(), reason="memory is counted by /proc")
+def test_a_model_that_is_to_be_in_parts_stays_on_the_disk(tmp_path):
+    config = AutoConfig.for_model(**{**LLAMA, "vocab_size": 400_000, "hidden_size": 64})  # 51 MB a projection
+    AutoModelForCausalLM.from_config(config, dtype=torch.float16).save_pretrained(tmp_path)
+    spec = ModelConfig(path=str(tmp_path))
+    config = models.read_config(spec, "student")
+    models.load(spec, config, "student", torch.float32, CPU, in_parts=True)  # imports what loading needs
+    before = anonymous_bytes()
+    parts = models.load(spec, config, "student", torch.float32, CPU, in_parts=True)
+    assert anonymous_bytes() - before < 10e6
+    whole = models.load(spec, config, "student", torch.float32, CPU)
+    assert anonymous_bytes() - before > 200e6
+    for ours, theirs in zip(parts.parameters(), whole.parameters(), strict=True):
+        assert torch.equal(ours.float(), theirs)
+
+
 def test_saved_model_generates(tmp_path):
     from abkd_fast import tasks
 
     tokenizer = tasks.tokenizer()
     model = build(LLAMA, torch.float32, vocab_size=len(tokenizer))
-    model.save(tmp_path / "final", tokenizer)
+    model.save(tmp_path / "final", tokenizer, model.weights())
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "final")
     assert attention.NAME not in (tmp_path / "final" / "config.json").read_text()
     ids = torch.tensor([tokenizer("Add 1 and 2.")["input_ids"]])

@@ -1,5 +1,6 @@
 """Several processes do what one does: the same losses, files and results; and all of them end when one does."""
 
+import errno
 import functools
 import json
 import multiprocessing
@@ -20,9 +21,10 @@ import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from torch.distributed.checkpoint import HuggingFaceStorageWriter
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from abkd_fast import logs, parallel, tasks, train
+from abkd_fast import checkpoint, logs, parallel, tasks, train
 from abkd_fast.train import INTERRUPTED
 from abkd_fast.trainer import Trainer
 from conftest import LLAMA
@@ -253,6 +255,31 @@ def test_loss_that_is_not_finite_on_one_rank_is_skipped_by_all(context, tmp_path
     assert ranks.wait() == [0, 0], ranks.output()
     points = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [point["skipped_steps"] for point in points if point["kind"] == "train"] == [0, 1, 0, 0]
+
+
+def full_disk_of_rank_1():
+    """While it writes its parts of the second checkpoint."""
+    write = HuggingFaceStorageWriter.write_data
+
+    def wrapped(self, *arguments):
+        if "step-000004" in str(self.path) and parallel.rank() == 1:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(self, *arguments)
+
+    HuggingFaceStorageWriter.write_data = wrapped
+
+
+def test_full_disk_of_one_rank_costs_a_checkpoint(context, tmp_path, recipe):
+    values = {"checkpoint": {"every_steps": 2}, "train": {**RECIPE["train"], "steps": 7, "parallel": "fsdp"}}
+    ranks = Ranks(context, tmp_path, 2, recipe("run", method="sft", **values), prepare=full_disk_of_rank_1)
+    assert ranks.wait() == [0, 0], ranks.output()
+    assert "no checkpoint at step 4 ([Errno 28] No space left on device); training goes on" in ranks.output()[0]
+    folder = tmp_path / "run" / "checkpoints"
+    assert sorted(path.name for path in folder.iterdir()) == ["step-000002", "step-000006"]
+    assert len(list((folder / "step-000006" / "optimizer").iterdir())) == 2
+    assert all(checkpoint.damage(path) is None for path in folder.iterdir())
+    saved = load_file(folder / "step-000006" / "model.safetensors")
+    assert {tuple(tensor.shape) for tensor in saved.values()} >= {(1024, MODEL["hidden_size"])}
 
 
 def wait_for(path, text):

@@ -11,6 +11,7 @@ import shlex
 import shutil
 import signal
 import subprocess
+import threading
 import time
 
 import pytest
@@ -20,6 +21,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from abkd_fast import checkpoint
 from abkd_fast.data import batch_rows
 from abkd_fast.recipe import load
+from abkd_fast.saver import optimizer_tensors
 from abkd_fast.train import INTERRUPTED, main
 from abkd_fast.trainer import Trainer
 from runs import GPT2, TIED, Killed, Run, assert_same, at_step, crash, poison, send
@@ -48,6 +50,23 @@ def test_crash(tmp_path, monkeypatch, undisturbed, capsys, step, saved):
     assert "was not finished: add --resume" in capsys.readouterr().err
     assert run("--resume") == 0
     assert (f"from {run.folder / 'checkpoints' / saved}" if saved else "from the start") in capsys.readouterr().out
+    assert_same(run, undisturbed)
+
+
+def test_checkpoint_is_of_its_step_however_late_it_is_written(tmp_path, monkeypatch, undisturbed, capsys):
+    run, save, crashed = Run(tmp_path), checkpoint.Checkpoints.save, threading.Event()
+
+    def late(self, step, *arguments):
+        assert step < 5 or crashed.wait(60), "training waits for the checkpoint"
+        return save(self, step, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.Checkpoints, "save", late)
+        at_step(patch, 7, lambda: (crashed.set(), crash()))
+        with pytest.raises(Killed):
+            run()
+    assert run("--resume") == 0
+    assert "checkpoints/step-000005" in capsys.readouterr().out
     assert_same(run, undisturbed)
 
 
@@ -341,7 +360,7 @@ def test_skipped_step_changes_no_weight_moment_or_count(tmp_path, monkeypatch):
 
     def everything():
         weights = {name: p.detach().clone() for name, p in trainer.student.named_parameters()}
-        moments = checkpoint.optimizer_tensors(trainer.optimizer, trainer.student)
+        moments = optimizer_tensors(trainer.optimizer, trainer.student)
         return weights | {name: tensor.clone() for name, tensor in moments.items()}
 
     poison(monkeypatch, 2)
