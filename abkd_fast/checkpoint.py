@@ -224,10 +224,9 @@ class Checkpoints:
             path.rename(aside)
             console.print(f"[bold red]damaged[/] {path} ({reason}): moved to {aside.name}; an older one is used")
 
-    def save(self, step: int, best_step: int | None, write: Callable[[pathlib.Path], None]) -> pathlib.Path:
+    def save(self, step: int, best_step: int | None, write: Callable[[pathlib.Path], None]) -> None:
         """Has a checkpoint written, then deletes those that need not stay. Raises one of WRITE_ERRORS."""
-        path = self.folder_of(step)
-        with atomic_folder(path) as folder:
+        with atomic_folder(self.folder_of(step)) as folder:
             write(folder)
             files = sorted(path for path in folder.rglob("*") if path.is_file())  # chat templates have a folder
             digests = {str(file.relative_to(folder)): file_digest(file) for file in files}
@@ -237,7 +236,6 @@ class Checkpoints:
                 # Half deleted, it must not look like a whole one.
                 leaving = old.rename(old.with_name(old.name + ".tmp"))
                 shutil.rmtree(leaving, ignore_errors=True)
-        return path
 
 
 def copy_model(folder: pathlib.Path, target: pathlib.Path) -> None:

@@ -17,7 +17,7 @@ from .config import ConfigError, ModelConfig, first_line, looks_local
 if TYPE_CHECKING:  # peft takes a second or two to import, and most runs need none: each function imports it
     import peft
 
-SETTINGS, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+SETTINGS = "adapter_config.json"
 
 
 def find(adapter: str, key: str) -> pathlib.Path:

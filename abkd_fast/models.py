@@ -22,7 +22,6 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.activations import NewGELUActivation
-from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import logging as transformers_logging
 
 from . import attention, lora, tasks
@@ -204,8 +203,8 @@ def load(
 ) -> PackedCausalLM:
     """The model with its weights in `dtype` (random ones from `config` where spec has no path), its activations fused.
 
-    A student's adapter is attached, and it alone is trained; others are merged. A model that is to be in parts stays on
-    the disk, mapped, in the type of its files: memory gets no more than a process's part.
+    A student's adapter is attached, and it alone is trained; others are merged. What is to be in parts stays on the
+    disk, mapped, in the type of its files, where that is possible: memory gets no more than a process's part.
     """
     for name in ATTENTION_DROPOUT:
         if key == "student" and getattr(config, name, 0) and not attention.supports_dropout(device):
@@ -220,7 +219,7 @@ def load(
         merges = key != "student" and spec.adapter is not None
         read_dtype = torch.promote_types(dtype, torch.float32) if merges else dtype
         if in_parts and not spec.has_adapter:
-            read_dtype = "auto"
+            read_dtype = _type_in_files(spec.path, dtype)
         try:
             model = AutoModelForCausalLM.from_pretrained(spec.path, config=config, dtype=read_dtype)
         except Exception as error:  # of many kinds: missing, truncated or foreign files
@@ -235,6 +234,16 @@ def load(
             model = lora.attach(model, spec, key)
     fuse_activations(model)
     return PackedCausalLM(model if in_parts else model.to(device), key)
+
+
+def _type_in_files(path: str, otherwise: torch.dtype) -> torch.dtype:
+    """Of a folder's weights, where all have the same: only what keeps its type can stay mapped."""
+    types = set()
+    for file in pathlib.Path(path).glob("*.safetensors"):
+        with safetensors.safe_open(file, "pt") as tensors:
+            types |= {tensors.get_slice(name).get_dtype() for name in tensors.keys()}  # noqa: SIM118 - it is no dict
+    known = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
+    return known.get(types.pop(), otherwise) if len(types) == 1 else otherwise
 
 
 def fuse_activations(model: nn.Module) -> None:
@@ -397,14 +406,6 @@ class PackedCausalLM(nn.Module):
         tied = {name for name, _ in self.model.named_parameters(remove_duplicate=False)} - parameters.keys()
         frozen = {name for name, parameter in parameters.items() if self.has_adapter and not parameter.requires_grad}
         return {name: tensor for name, tensor in self.model.state_dict().items() if name not in tied | frozen}
-
-    def in_files(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The same, by the names that they have in Hugging Face's files."""
-        if self.has_adapter:
-            import peft
-
-            return peft.get_peft_model_state_dict(self.model, weights, save_embedding_layers=False)
-        return revert_weight_conversion(self.model, weights)
 
     def save(self, folder: pathlib.Path, tokenizer: PreTrainedTokenizerBase, weights: dict[str, Tensor]) -> None:
         """Writes weights, configuration and tokenizer in Hugging Face layout; of a LoRA model, those of the adapter.

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from .config import first_line
@@ -328,10 +328,3 @@ def join_root(model: nn.Module) -> None:
 def joined_tensor(tensor: Tensor) -> Tensor:
     """All of a tensor of which every rank may have a part. All ranks have to call it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def copy_part(target: Tensor, tensor: Tensor) -> None:
-    """Copies a whole tensor into one of which every rank may have a part."""
-    if isinstance(target, DTensor):
-        tensor = distribute_tensor(tensor.to(target.device), target.device_mesh, target.placements, src_data_rank=None)
-    target.copy_(tensor)

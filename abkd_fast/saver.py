@@ -5,8 +5,10 @@ Where each process holds a part of every weight, it writes that part alone, by t
 
 from __future__ import annotations
 
+import collections
 import functools
 import json
+import math
 import pathlib
 import shutil
 import types
@@ -16,15 +18,15 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 import torch.distributed.checkpoint as dcp
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from transformers import PreTrainedTokenizerBase
-from transformers.utils import SAFE_WEIGHTS_NAME
 
-from . import lora, parallel
+from . import parallel
 from .checkpoint import OPTIMIZER, STATE, TENSORS, Checkpoints, atomic_folder
 from .models import PackedCausalLM
 
@@ -32,9 +34,12 @@ from .models import PackedCausalLM
 warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized", UserWarning)
 
 MODEL = "model"
+FILE_BYTES = 1 << 30  # of a process's parts; while a file is put together, all of it is in memory once more
 AT_ONCE = StagingOptions(
     use_pinned_memory=False, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=False
 )
+
+Tensors = dict[str, Tensor]
 
 
 class Saver:
@@ -52,7 +57,9 @@ class Saver:
     ) -> None:
         self.checkpoints, self.model, self.optimizer, self.tokenizer = checkpoints, model, optimizer, tokenizer
         self.group = parallel.background_group() if parallel.is_sharded(model) else None
-        self.thread = ThreadPoolExecutor(1, "checkpoint")
+        device = next(model.parameters()).device
+        choose = functools.partial(torch.cuda.set_device, device) if device.type == "cuda" else None
+        self.thread = ThreadPoolExecutor(1, "checkpoint", choose)
         self.writing: Future | None = None
 
     def __enter__(self) -> Saver:
@@ -61,10 +68,8 @@ class Saver:
     def __exit__(self, *error: types.TracebackType | None) -> None:
         self.thread.shutdown()
 
-    def begin(
-        self, step: int, best_step: int | None, tensors: dict[str, Tensor], state: dict, first: Callable[[], None]
-    ) -> None:
-        """Begins a checkpoint of model and optimizer as they are now.
+    def begin(self, step: int, best_step: int | None, tensors: Tensors, state: dict, first: Callable[[], None]) -> None:
+        """Begins a checkpoint of model and optimizer as they are now. Raises one of WRITE_ERRORS.
 
         Args:
             best_step: whose checkpoint stays.
@@ -73,8 +78,8 @@ class Saver:
         """
         copies, text = {}, json.dumps(state) + "\n"
         if self.group or parallel.is_main():
-            copies = {MODEL: self._weights(), OPTIMIZER: optimizer_tensors(self.optimizer, self.model)}
-            copies = DefaultStager(AT_ONCE).stage({**copies, TENSORS: tensors})
+            values = {MODEL: self.model.weights(), OPTIMIZER: optimizer_tensors(self.optimizer, self.model)}
+            copies = _copied({**values, TENSORS: tensors})
 
         def write(write_model: Callable[[pathlib.Path], None], folder: pathlib.Path) -> None:
             write_model(folder)
@@ -85,8 +90,8 @@ class Saver:
             first()
             self.checkpoints.save(step, best_step, functools.partial(write, write_model))
 
-        target = self.checkpoints.folder_of(step)
-        self.writing = self.thread.submit(self._write, target, copies, save)
+        parts = self._empty_parts(self.checkpoints.folder_of(step))
+        self.writing = self.thread.submit(self._write, parts, copies, save)
 
     def conclude(self) -> None:
         """Waits for the checkpoint that is being written. Raises one of WRITE_ERRORS."""
@@ -100,55 +105,95 @@ class Saver:
             with atomic_folder(folder) as temporary:
                 write_model(temporary)
 
-        parallel.everywhere(lambda: self._write(folder, {MODEL: self._weights()}, save))
+        parts = self._empty_parts(folder)
+        parallel.everywhere(lambda: self._write(parts, {MODEL: self.model.weights()}, save))
 
-    def _weights(self) -> dict[str, Tensor]:
-        weights = self.model.weights()
-        return self.model.in_files(weights) if self.group else weights
+    def _empty_parts(self, target: pathlib.Path) -> pathlib.Path:
+        """Where ranks put their parts of what is going to be in the target; nothing that others left is there."""
+        parts = target.with_name(target.name + ".parts.tmp")
+        if self.group:
+            parallel.on_main(lambda: shutil.rmtree(parts) if parts.exists() else None)
+        return parts
 
     def _write(
-        self,
-        target: pathlib.Path,
-        tensors: dict[str, dict[str, Tensor]],
-        save: Callable[[Callable[[pathlib.Path], None]], None],
+        self, parts: pathlib.Path, tensors: dict[str, Tensors], save: Callable[[Callable[[pathlib.Path], None]], None]
     ) -> None:
-        """Has the main process `save` into the target, with what writes model and optimizer into a folder."""
-        parts = target.with_name(target.name + ".parts.tmp")
+        """Has the main process `save`, given what writes model and optimizer into a folder."""
         try:
             if self.group:
-                self._write_parts(tensors[MODEL], parts / MODEL, joined=True)
-                if OPTIMIZER in tensors:
-                    self._write_parts(tensors[OPTIMIZER], parts / OPTIMIZER, joined=False)
+                self._write_parts(parts, tensors)
             if parallel.is_main():
-                save(functools.partial(self._write_joined if self.group else self._write_whole, tensors, parts))
+                save(functools.partial(self._write_joined if self.group else self._write_whole, parts, tensors))
         finally:
             if parallel.is_main():
                 shutil.rmtree(parts, ignore_errors=True)
 
-    def _write_parts(self, tensors: dict[str, Tensor], folder: pathlib.Path, joined: bool) -> None:
-        """Every rank's parts, which the main process joins, from file to file, if they are to be."""
-        writer = HuggingFaceStorageWriter(str(folder), save_distributed=True, enable_consolidation=joined)
-        try:
-            dcp.save(tensors, storage_writer=writer, process_group=self.group)
-        except CheckpointException as error:
-            reason, _ = next(iter(error.failures.values()))
-            raise reason from error
+    def _write_parts(self, parts: pathlib.Path, tensors: dict[str, Tensors]) -> None:
+        """Every rank's; those of the model are joined, from file to file."""
+        for kind in (MODEL, OPTIMIZER):
+            if kind in tensors:
+                writer = HuggingFaceStorageWriter(
+                    str(parts / kind), _files(tensors[kind]), save_distributed=True, enable_consolidation=kind == MODEL
+                )
+                try:
+                    dcp.save(tensors[kind], storage_writer=writer, process_group=self.group)
+                except CheckpointException as error:
+                    reason, _ = next(iter(error.failures.values()))
+                    raise reason from error
 
-    def _write_joined(self, tensors: dict[str, dict[str, Tensor]], parts: pathlib.Path, folder: pathlib.Path) -> None:
-        self.model.save(folder, self.tokenizer, {})
-        (weights,) = (parts / MODEL).glob("*.safetensors")
-        weights.replace(folder / (lora.WEIGHTS if self.model.has_adapter else SAFE_WEIGHTS_NAME))
+    def _write_joined(self, parts: pathlib.Path, tensors: dict[str, Tensors], folder: pathlib.Path) -> None:
+        _check_parts(parts / MODEL / "sharded", tensors[MODEL])
+        weights = {}
+        for file in (parts / MODEL).glob("*.safetensors"):
+            weights |= load_file(file)  # mapped
+        self.model.save(folder, self.tokenizer, weights)
+        settings = folder / "config.json"
+        if settings.exists():  # with the type of a weight of the moment, which FSDP2 exchanges while it computes
+            values = json.loads(settings.read_text(encoding="utf-8"))
+            values["dtype"] = str(next(iter(weights.values())).dtype).removeprefix("torch.")
+            settings.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         if OPTIMIZER in tensors:
+            _check_parts(parts / OPTIMIZER, tensors[OPTIMIZER])
             (parts / OPTIMIZER).rename(folder / OPTIMIZER)
 
-    def _write_whole(self, tensors: dict[str, dict[str, Tensor]], parts: pathlib.Path, folder: pathlib.Path) -> None:
+    def _write_whole(self, parts: pathlib.Path, tensors: dict[str, Tensors], folder: pathlib.Path) -> None:
         self.model.save(folder, self.tokenizer, tensors[MODEL])
         if OPTIMIZER in tensors:
             (folder / OPTIMIZER).mkdir()
-            save_file(tensors[OPTIMIZER], folder / OPTIMIZER / "optimizer.safetensors")
+            moments = {name: tensor.contiguous() for name, tensor in tensors[OPTIMIZER].items()}
+            save_file(moments, folder / OPTIMIZER / "optimizer.safetensors")
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
+def _copied(tensors: dict[str, Tensors]) -> dict[str, Tensors]:
+    """In the processor's memory."""
+    stager = DefaultStager(AT_ONCE)
+    try:
+        return stager.stage(tensors)
+    finally:
+        stager.close()  # or it keeps the copies as long as the originals live
+
+
+def _files(tensors: Tensors) -> dict[str, int]:
+    """In which of its files, counted from 1, a rank puts its part of each tensor."""
+    files, total = {}, 0
+    for name, tensor in tensors.items():
+        files[name] = 1 + total // (FILE_BYTES * parallel.world())
+        total += tensor.nbytes
+    return files
+
+
+def _check_parts(folder: pathlib.Path, tensors: Tensors) -> None:
+    """Raises OSError where some are missing, for which torch.distributed.checkpoint would put zeros."""
+    found = collections.Counter()
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, "pt") as parts:
+            found.update({name: math.prod(parts.get_slice(name).get_shape()) for name in parts.keys()})  # noqa: SIM118
+    for name, tensor in tensors.items():
+        if found[name] != tensor.numel():
+            raise OSError(f"{folder}: parts of {name} are missing: all processes have to see the same folders")
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> Tensors:
     """The optimizer's state, or this rank's parts of it, by the parameters' names: "exp_avg.model.embed.weight"."""
     return {
         f"{key}.{name}": value
@@ -158,7 +203,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dic
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, folder: pathlib.Path) -> None:
-    """The inverse, from a checkpoint's files, however many processes wrote it, and this one's parts alone.
+    """The inverse, from a checkpoint's files, however many processes wrote it; of this one's parts alone.
 
     Every tensor gets memory of its own: a mapped file's alignment could change a sum's last bit.
     """

@@ -389,6 +389,8 @@ class Trainer:
 
     def _after_step(self, log: RunLog) -> None:
         """Evaluates and saves where that is due. Raises Interrupted after a signal."""
+        if self._evaluation_is_due():
+            self._conclude_save()  # what is best so far is known then
         progress, best = self.progress, self.progress.best
         improved = self._evaluation_is_due() and self._evaluate(log)
         stop = self.signals.of_any_rank()
@@ -427,23 +429,32 @@ class Trainer:
         self._conclude_save()
         self._check_finite()
         self.progress.window_seconds = log.window_seconds
-        best_step = self.progress.best[1] if self.progress.best else None
-        self.saver.begin(self.progress.step, best_step, *self._state(), log.flush)
         self.saving = self.progress.step, best
+        best_step = self.progress.best[1] if self.progress.best else None
+        try:
+            self.saver.begin(self.progress.step, best_step, *self._state(), log.flush)
+        except checkpoint.WRITE_ERRORS as error:
+            self._give_up_save(error)
         log.resume()
 
     def _conclude_save(self) -> None:
-        """Waits for the checkpoint that is being written, if one is. Without space the last one stays."""
+        """Waits for the checkpoint that is being written, if one is."""
         if self.saving is None:
             return
-        (step, best), self.saving = self.saving, None
         try:
             self.saver.conclude()
-            self.saved = self.checkpoints.folder_of(step)
         except checkpoint.WRITE_ERRORS as error:
-            console.print(f"[bold red]no checkpoint[/] at step {step} ({error}); training goes on")
-            if self.progress.best and self.progress.best[1] == step:
-                self.progress.best = best  # of those that could be written
+            self._give_up_save(error)
+        else:
+            (step, _), self.saving = self.saving, None
+            self.saved = self.checkpoints.folder_of(step)
+
+    def _give_up_save(self, error: Exception) -> None:
+        """Without space the last checkpoint stays, and training goes on."""
+        (step, best), self.saving = self.saving, None
+        console.print(f"[bold red]no checkpoint[/] at step {step} ({error}); training goes on")
+        if self.progress.best and self.progress.best[1] == step:
+            self.progress.best = best  # of those that could be written
 
     def _state(self) -> tuple[dict[str, Tensor], dict]:
         """All that decides the steps to come besides model and optimizer, and what log and summary need."""

@@ -22,6 +22,15 @@ pytest.register_assert_rewrite("runs")  # its comparisons explain themselves, as
 SHARED = pathlib.Path(os.environ.get("ABKD_TEST_DATA", pathlib.Path(__file__).parents[2] / "shared"))
 
 
+needs_proc = pytest.mark.skipif(not pathlib.Path("/proc/self/status").exists(), reason="memory is counted by /proc")
+
+
+def anonymous_bytes():
+    """Of this process's memory, what is no file's."""
+    fields = pathlib.Path("/proc/self/status").read_text().split()
+    return 1024 * int(fields[fields.index("RssAnon:") + 1])
+
+
 def pytest_collection_modifyitems(items):
     for item in items:
         if "gpu" in item.keywords and not torch.cuda.is_available():

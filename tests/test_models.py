@@ -1,7 +1,6 @@
 import copy
 import dataclasses
 import functools
-import pathlib
 
 import pytest
 import torch
@@ -15,7 +14,7 @@ from abkd_fast.data import pack
 from abkd_fast.divergences import AlphaBeta
 from abkd_fast.fused_linear import fused_linear_divergence
 from abkd_fast.ops import divergence_loss
-from conftest import GPT2, LLAMA
+from conftest import GPT2, LLAMA, anonymous_bytes, needs_proc
 
 CPU = torch.device("cpu")
 
@@ -200,18 +199,13 @@ def test_only_what_is_trained_loses_its_attention_dropout(monkeypatch, caplog):
     assert "student: attention_dropout is 0.1, but" in caplog.text
 
 
-def anonymous_bytes():
-    """Of this process's memory, what is no file's."""
-    fields = pathlib.Path("/proc/self/status").read_text().split()
-    return 1024 * int(fields[fields.index("RssAnon:") + 1])
-
-
-@pytest.mark.skipif(not pathlib.Path("/proc/self/status").exists(), reason="memory is counted by /proc")
+@needs_proc
 def test_a_model_that_is_to_be_in_parts_stays_on_the_disk(tmp_path):
     config = AutoConfig.for_model(**{**LLAMA, "vocab_size": 400_000, "hidden_size": 64})  # 51 MB a projection
     AutoModelForCausalLM.from_config(config, dtype=torch.float16).save_pretrained(tmp_path)
     spec = ModelConfig(path=str(tmp_path))
     config = models.read_config(spec, "student")
+    config.dtype = torch.bfloat16  # not what the files have
     models.load(spec, config, "student", torch.float32, CPU, in_parts=True)  # imports what loading needs
     before = anonymous_bytes()
     parts = models.load(spec, config, "student", torch.float32, CPU, in_parts=True)

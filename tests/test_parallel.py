@@ -313,9 +313,13 @@ def test_signal_to_one_rank_and_resume_on_two_and_on_one(context, tmp_path, reci
     assert ranks.wait() == [INTERRUPTED] * 2, ranks.output()
     assert sum("SIGTERM after step" in text for text in ranks.output()) == 1
     shutil.copytree(tmp_path / "stopped", tmp_path / "alone" / "stopped")
+    left = tmp_path / "stopped" / "final.parts.tmp" / "model" / "sharded"  # as if more ranks had died in writing it
+    left.mkdir(parents=True)
+    (left / "shard-00003-model-00001-of-00001.safetensors").write_bytes(b"of another attempt")
     again = Ranks(context, tmp_path, 2, [*arguments, "--resume"])
     assert again.wait() == [0, 0], again.output()
     assert losses(tmp_path / "stopped") == losses(tmp_path / "undisturbed")
+    assert left.exists() == (mode == "ddp")  # which has nothing to join
     ours, theirs = (load_file(tmp_path / name / "final/model.safetensors") for name in ("stopped", "undisturbed"))
     assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
     overrides = ["--set", f"run.dir={tmp_path / 'alone'}", "--resume"]

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import gc
 import json
 import multiprocessing
 import os
@@ -16,14 +17,15 @@ import time
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from abkd_fast import checkpoint
+from abkd_fast import checkpoint, saver
 from abkd_fast.data import batch_rows
 from abkd_fast.recipe import load
-from abkd_fast.saver import optimizer_tensors
 from abkd_fast.train import INTERRUPTED, main
 from abkd_fast.trainer import Trainer
+from conftest import anonymous_bytes, needs_proc
 from runs import GPT2, TIED, Killed, Run, assert_same, at_step, crash, poison, send
 
 
@@ -68,6 +70,29 @@ def test_checkpoint_is_of_its_step_however_late_it_is_written(tmp_path, monkeypa
     assert run("--resume") == 0
     assert "checkpoints/step-000005" in capsys.readouterr().out
     assert_same(run, undisturbed)
+
+
+@needs_proc
+def test_copies_are_gone_with_their_checkpoint():
+    weights = {"weights": torch.ones(5_000_000)}
+    saver._copied({"model": weights})
+    gc.disable()  # which would find what keeps them, in time
+    try:
+        before = anonymous_bytes()
+        for _ in range(5):
+            assert saver._copied({"model": weights})["model"]["weights"].sum() == 5_000_000
+        assert anonymous_bytes() - before < 30e6
+    finally:
+        gc.enable()
+
+
+def test_missing_parts_are_noticed(tmp_path):
+    """torch.distributed.checkpoint would put zeros where another process's file is not to be seen."""
+    save_file({"moment": torch.ones(4, 3), "step": torch.tensor(1.0)}, tmp_path / "shard-00001.safetensors")
+    own = {"step": torch.tensor(1.0)}
+    saver._check_parts(tmp_path, {**own, "moment": torch.ones(4, 3)})
+    with pytest.raises(OSError, match="parts of moment are missing: all processes have to see the same folders"):
+        saver._check_parts(tmp_path, {**own, "moment": torch.ones(8, 3)})
 
 
 def test_tensorboard_has_every_point_once(tmp_path, monkeypatch):
@@ -360,7 +385,7 @@ def test_skipped_step_changes_no_weight_moment_or_count(tmp_path, monkeypatch):
 
     def everything():
         weights = {name: p.detach().clone() for name, p in trainer.student.named_parameters()}
-        moments = optimizer_tensors(trainer.optimizer, trainer.student)
+        moments = saver.optimizer_tensors(trainer.optimizer, trainer.student)
         return weights | {name: tensor.clone() for name, tensor in moments.items()}
 
     poison(monkeypatch, 2)

@@ -71,7 +71,7 @@ def assert_final_is(run, weights):
     AutoModelForCausalLM.from_pretrained(run.folder / "final")
     files = {path.name for path in (run.folder / "final").iterdir()}
     assert "tokenizer.json" in files
-    assert not files & {checkpoint.MANIFEST, checkpoint.STATE, checkpoint.TENSORS}
+    assert not files & {checkpoint.MANIFEST, checkpoint.STATE, checkpoint.TENSORS, checkpoint.OPTIMIZER}
 
 
 def test_lowest_dev_loss_is_selected(tmp_path, monkeypatch, stopped_at_8, capsys):
@@ -130,6 +130,21 @@ def test_step_that_could_not_be_saved_is_not_selected(tmp_path, monkeypatch, sto
     assert "no checkpoint at step 4" in capsys.readouterr().out
     assert selected(run) == (8, 2.0)
     assert_final_is(run, stopped_at_8)
+
+
+def test_best_step_is_one_of_those_that_could_be_saved(tmp_path, monkeypatch):
+    """Two in a row can't be; a worse one after them is still better than the first."""
+
+    def flush(path, original=checkpoint._flush):
+        if "step-000004.tmp" in str(path) or "step-000006.tmp" in str(path):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        original(path)
+
+    made_up_losses(monkeypatch, {0: 9.0, 2: 5.0, 4: 3.0, 6: 2.0, 8: 4.0, 10: 6.0, 12: 7.0})
+    monkeypatch.setattr(checkpoint, "_flush", flush)
+    run = Run(tmp_path / "run", "eval.select=dev_loss", "eval.every_steps=2")
+    assert run() == 0
+    assert selected(run) == (8, 4.0)
 
 
 def test_damaged_best_checkpoint_is_reported_and_the_last_step_taken(tmp_path, monkeypatch, undisturbed, capsys):
