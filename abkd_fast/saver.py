@@ -146,11 +146,12 @@ class Saver:
         weights = {}
         for file in (parts / MODEL).glob("*.safetensors"):
             weights |= load_file(file)  # mapped
+        dtype = next(iter(weights.values())).dtype
         self.model.save(folder, self.tokenizer, weights)
         settings = folder / "config.json"
         if settings.exists():  # with the type of a weight of the moment, which FSDP2 exchanges while it computes
             values = json.loads(settings.read_text(encoding="utf-8"))
-            values["dtype"] = str(next(iter(weights.values())).dtype).removeprefix("torch.")
+            values["dtype"] = str(dtype).removeprefix("torch.")
             settings.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         if OPTIMIZER in tensors:
             _check_parts(parts / OPTIMIZER, tensors[OPTIMIZER])
