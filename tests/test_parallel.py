@@ -399,8 +399,9 @@ leave(main(sys.argv[1:]))
 def test_killed_ranks_are_started_again_by_torchrun(context, tmp_path, recipe, mode):
     """One of two is killed at 10 random moments; the last attempt ends with the weights of an undisturbed run."""
     student = {"config": {**MODEL, "tie_word_embeddings": True, "attention_dropout": 0.2}}
-    values = {"student": student, "method": "sft", "train": {**RECIPE["train"], "parallel": mode}}
-    values["checkpoint"] = {"every_steps": 2}
+    # Killed while they connect, gloo's next processes may wait for each other until the timeout ends them, too.
+    training = {**RECIPE["train"], "parallel": mode, "timeout_minutes": 0.5}
+    values = {"student": student, "method": "sft", "train": training, "checkpoint": {"every_steps": 2}}
     undisturbed = Ranks(context, tmp_path, 2, recipe("undisturbed", **values))
     assert undisturbed.wait() == [0, 0], undisturbed.output()
     script = tmp_path / "paused.py"
@@ -413,11 +414,13 @@ def test_killed_ranks_are_started_again_by_torchrun(context, tmp_path, recipe, m
         "--nproc-per-node=2",
         "--max-restarts=30",
     ]
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # torchrun's own choice would round otherwise
     with (tmp_path / "log").open("w") as log:
-        process = subprocess.Popen([*launcher, str(script), *recipe("killed", **values)], stdout=log, stderr=log)
+        command = [*launcher, str(script), *recipe("killed", **values)]
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | threads)
     dice, kills = random.Random(0), 0
     while kills < 10 and process.poll() is None:
-        time.sleep(dice.uniform(1, 15))
+        time.sleep(dice.uniform(1, 10))
         children = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         if process.poll() is None and len(children) >= 2:
             os.kill(int(dice.choice(children)), signal.SIGKILL)
@@ -426,4 +429,4 @@ def test_killed_ranks_are_started_again_by_torchrun(context, tmp_path, recipe, m
     assert kills >= 3, "it was over too soon"
     assert losses(tmp_path / "killed") == losses(tmp_path / "undisturbed")
     ours, theirs = (load_file(tmp_path / name / "final/model.safetensors") for name in ("killed", "undisturbed"))
-    assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
+    assert [name for name, tensor in theirs.items() if not torch.equal(ours[name], tensor)] == []
