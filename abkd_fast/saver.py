@@ -142,6 +142,7 @@ class Saver:
                     raise reason from error
 
     def _write_joined(self, parts: pathlib.Path, tensors: dict[str, Tensors], folder: pathlib.Path) -> None:
+        """From the ranks' files. transformers writes the model again: it knows the names and shapes in its files."""
         _check_parts(parts / MODEL / "sharded", tensors[MODEL])
         weights = {}
         for file in (parts / MODEL).glob("*.safetensors"):
@@ -157,7 +158,8 @@ class Saver:
             _check_parts(parts / OPTIMIZER, tensors[OPTIMIZER])
             (parts / OPTIMIZER).rename(folder / OPTIMIZER)
 
-    def _write_whole(self, parts: pathlib.Path, tensors: dict[str, Tensors], folder: pathlib.Path) -> None:
+    def _write_whole(self, _: pathlib.Path, tensors: dict[str, Tensors], folder: pathlib.Path) -> None:
+        """From the tensors of this process, which are all."""
         self.model.save(folder, self.tokenizer, tensors[MODEL])
         if OPTIMIZER in tensors:
             (folder / OPTIMIZER).mkdir()
