@@ -14,12 +14,15 @@ import argparse
 import concurrent.futures
 import contextlib
 import dataclasses
+import itertools
 import math
 import multiprocessing
 import os
 import pathlib
+import signal
 import statistics
 import time
+import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -140,18 +143,25 @@ class Study:
             bounds = self.bounds()
             results = self.final(rates)
         finally:
-            self.pool.shutdown(cancel_futures=True)
+            self.pool.shutdown()
         self.tabulate(rates, bounds, results)
         self.draw(rates)
 
     def _map(self, work: Callable, jobs: dict[Any, tuple], say: Callable[[Any, Any], str]) -> dict[Any, Any]:
         """The results of `work` on each job's arguments; says a line when one is there."""
         started = time.perf_counter()
-        futures = {self.pool.submit(work, *arguments): key for key, arguments in jobs.items()}
-        for number, future in enumerate(concurrent.futures.as_completed(futures), 1):
-            text = say(futures[future], future.result())
-            print(f"{time.perf_counter() - started:6.0f} s  {number} of {len(jobs)}: {text}", flush=True)
-        return {key: future.result() for future, key in futures.items()}
+        waiting, running, results = iter(jobs.items()), {}, {}
+        while len(results) < len(jobs):
+            # No more than there are workers: what waits in the pool's own queue would be run even after a signal.
+            for key, arguments in itertools.islice(waiting, self.options.jobs - len(running)):
+                running[self.pool.submit(work, *arguments)] = key
+            finished, _ = concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED)
+            for future in finished:
+                key = running.pop(future)
+                results[key] = future.result()
+                text = f"{len(results)} of {len(jobs)}: {say(key, results[key])}"
+                print(f"{time.perf_counter() - started:6.0f} s  {text}", flush=True)
+        return {key: results[key] for key in jobs}
 
     def search(self) -> dict[str, float]:
         """The learning rate of each loss."""
@@ -288,6 +298,13 @@ def _cell(values: list[float]) -> str:
     return f"{statistics.fmean(values):.2f}{deviation}"
 
 
+def _end(number: int, frame: types.FrameType | None) -> None:
+    """A signal to this process alone ends the runs at work, too, once they are saved."""
+    for worker in multiprocessing.active_children():
+        worker.terminate()
+    raise SystemExit(128 + number)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     results = pathlib.Path(__file__).parent / "results" / "losses"
@@ -307,6 +324,7 @@ def main() -> None:
     parser.add_argument("--out", type=pathlib.Path, default=results, help="folder (default: %(default)s)")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
+    signal.signal(signal.SIGTERM, _end)
     try:
         study = Study(options)
         try:

@@ -5,8 +5,10 @@ import math
 import os
 import pathlib
 import shutil
+import signal
 import subprocess
 import sys
+import time
 import types
 
 import numpy as np
@@ -496,3 +498,41 @@ def test_losses_are_searched_trained_and_scored_alike(tmp_path, monkeypatch):
         means.append(scores["sets"]["test"]["rouge_l"]["mean"])
     assert abkd["runs"] == pytest.approx(means)
     assert (tmp_path / "rouge_l.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def wait_until(condition, seconds=120):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+def is_alive(group):
+    """Whether a process of the group is left."""
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+@pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="matplotlib is not installed")
+def test_losses_end_their_workers_on_a_signal(tmp_path, monkeypatch):
+    monkeypatch.setenv("ABKD_CACHE", str(tmp_path / "cache"))
+    settings = {"teacher:data.train": "quickstart:small", "teacher:train.steps": 1, "init:train.steps": 1}
+    settings |= {"train.steps": 100_000, "log.every_steps": 1}
+    overrides = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
+    command = [sys.executable, BENCHMARKS / "losses.py", *overrides, "--losses", "sft", "fkl", "rkl", "--rates", "1e-3"]
+    command += ["--rows", "1", "--jobs", "2", "--out", tmp_path]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
+    logs = [tmp_path / "runs" / f"{loss}-0.001-seed1.log" for loss in ("sft", "fkl")]
+    try:
+        wait_until(lambda: all(log.exists() and "step 2/" in log.read_text() for log in logs))
+        process.terminate()
+        assert process.wait(60) == 128 + signal.SIGTERM
+        assert all("SIGTERM: the step is finished and saved" in log.read_text() for log in logs)
+        assert not (tmp_path / "runs" / "rkl-0.001-seed1.log").exists()
+        wait_until(lambda: not is_alive(process.pid))
+    finally:
+        if is_alive(process.pid):
+            os.killpg(process.pid, signal.SIGKILL)
