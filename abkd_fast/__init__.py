@@ -15,6 +15,10 @@ _HOME = {name: module for module, names in _MODULES.items() for name in names.sp
 __all__ = sorted(_HOME)
 
 
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
 def __getattr__(name: str) -> object:
     """Public names load on first use, so that `python -m abkd_fast.train --help` need not wait for PyTorch."""
     if name not in _HOME:

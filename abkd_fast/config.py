@@ -364,8 +364,8 @@ class LogConfig:
 class CheckpointConfig:
     """Checkpoints for --resume, each with a model folder's files. SIGTERM and Ctrl-C save one and end the run."""
 
-    every_steps: Annotated[int | None, "how often, besides at every best dev loss (default: once an epoch)"] = None
-    keep: Annotated[int, "the newest so many stay, and the one of the best dev loss"] = 2
+    every_steps: Annotated[int | None, "how often, besides at every best by eval.select (default: once an epoch)"] = None
+    keep: Annotated[int, "the newest so many stay, and the best one"] = 2
 
     def __post_init__(self) -> None:
         _check_range(self, every_steps=(1, math.inf), keep=(1, math.inf))
@@ -453,7 +453,7 @@ class Config:
 
 
 def describe(cls: type = Config, prefix: str = "") -> Iterator[str]:
-    """Every key with its default and meaning, section by section, a line each."""
+    """Every key with its meaning, its default and what else it may be, section by section, a line each."""
     yield f"{prefix.rstrip('.') or 'top level'}: {cls.__doc__}"
     hints, notes = typing.get_type_hints(cls), typing.get_type_hints(cls, include_extras=True)
     sections = {}
@@ -463,6 +463,9 @@ def describe(cls: type = Config, prefix: str = "") -> Iterator[str]:
         if typing.get_origin(notes[field.name]) is Annotated:
             required = field.default is dataclasses.MISSING
             default = "required" if required else json.dumps(field.default)
+            if typing.get_origin(hints[field.name]) is Literal:
+                others = [json.dumps(option) for option in typing.get_args(hints[field.name]) if option != field.default]
+                default = f"{default}, or {', '.join(others)}"
             yield f"  {name:22} {notes[field.name].__metadata__[0]} [{default}]"
     yield ""
     for name, section in sections.items():

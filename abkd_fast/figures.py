@@ -37,7 +37,7 @@ STYLE = {
 def check() -> None:
     """Raises ConfigError without matplotlib."""
     if importlib.util.find_spec("matplotlib") is None:
-        raise ConfigError("matplotlib is not installed: pip install 'abkd_fast[report]'")
+        raise ConfigError("matplotlib is not installed: pip install matplotlib")
 
 
 def rouge_curves(runs: list[Run], stem: pathlib.Path) -> list[pathlib.Path]:

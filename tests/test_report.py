@@ -227,7 +227,7 @@ def test_bad_input_is_one_line_and_status_2(four_runs, tmp_path, capsys, monkeyp
     (four_runs / "ab" / "eval" / "scores.json").unlink()
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find(name))
-    assert error(four_runs) == "error: matplotlib is not installed: pip install 'abkd_fast[report]'\n"
+    assert error(four_runs) == "error: matplotlib is not installed: pip install matplotlib\n"
     assert (four_runs / "scores.md").read_text().startswith("|  | Dolly")
     assert (four_runs / "scores.csv").exists()
     (four_runs / "ab" / "metrics.jsonl").write_text("{")
