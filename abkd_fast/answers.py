@@ -259,12 +259,16 @@ class GrowingFile:
         return list(self.path.parent.glob(f"{glob.escape(self.path.name)}.rank*"))
 
     def read(self) -> list[dict]:
-        """Whole lines of all ranks; what a crash left of the last one does not count."""
+        """Whole lines of all ranks; what is damaged, or what a crash left of the last one, does not count."""
         lines = []
         for path in filter(pathlib.Path.exists, (self.path, *self._others())):
             lines += path.read_bytes().splitlines(keepends=True)
-        found = [json.loads(line) for line in lines if line.endswith(b"\n")]
-        return [*{values["row"]: values for values in found}.values()]  # a crash may have left some in two files
+        found = {}  # by row: a crash may have left some in two files
+        for line in lines:
+            with contextlib.suppress(ValueError, KeyError, TypeError):
+                values = json.loads(line)
+                found[int(values["row"])] = values
+        return [*found.values()]
 
     def __enter__(self) -> GrowingFile:
         parallel.on_main(lambda: self._write(self.read()))

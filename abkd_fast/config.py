@@ -336,10 +336,15 @@ class EvalConfig:
     sets: Annotated[dict | None, "test sets for the result, {NAME: JSONL file}; scores go to eval/"] = None
     seeds: Annotated[tuple[int, ...], "of the answers to test sets"] = SEEDS
     no_repeat_ngram_size: Annotated[int, "no answer to a test set has so many tokens twice (0: it may)"] = 6
+    temperature: Annotated[float, "of the answers to test sets; 0: always the most likely token"] = 1.0
+    top_k: Annotated[int, "of them, too: only the most likely tokens (0: all)"] = 0
+    top_p: Annotated[float, "of them, too: only the most likely tokens of so much probability"] = 1.0
+    begin_token: Annotated[bool, "one before every prompt of a test set, as the papers' Llama models had"] = False
 
     def __post_init__(self) -> None:
         counts = ("every_steps", "rouge_rows", "max_new_tokens")
         _check_range(self, **dict.fromkeys(counts, (1, math.inf)), no_repeat_ngram_size=(0, math.inf))
+        _check_range(self, temperature=(0, math.inf), top_k=(0, math.inf), top_p=(0, 1))
         if self.select == "rouge_l" and self.rouge_rows is None:
             raise ConfigError("select is rouge_l, but rouge_rows is missing; give it, or select last", "select")
         for name, path in (self.sets or {}).items():
@@ -347,6 +352,8 @@ class EvalConfig:
                 raise ConfigError(f"sets.{name} must be text, got {json.dumps(path)[:60]}", "sets")
         if not self.seeds or not all(0 <= seed < 2**32 for seed in self.seeds):
             raise ConfigError(f"seeds are {list(self.seeds)}, expected at least one, from 0 to {2**32 - 1}", "seeds")
+        if len({*self.seeds}) < len(self.seeds):
+            raise ConfigError(f"seeds are {list(self.seeds)}: one is given twice", "seeds")
 
 
 @_section
@@ -364,7 +371,7 @@ class LogConfig:
 class CheckpointConfig:
     """Checkpoints for --resume, each with a model folder's files. SIGTERM and Ctrl-C save one and end the run."""
 
-    every_steps: Annotated[int | None, "how often, besides at every best by eval.select (default: once an epoch)"] = None
+    every_steps: Annotated[int | None, "how often, besides at every best one (default: once an epoch)"] = None
     keep: Annotated[int, "the newest so many stay, and the best one"] = 2
 
     def __post_init__(self) -> None:
@@ -464,8 +471,8 @@ def describe(cls: type = Config, prefix: str = "") -> Iterator[str]:
             required = field.default is dataclasses.MISSING
             default = "required" if required else json.dumps(field.default)
             if typing.get_origin(hints[field.name]) is Literal:
-                others = [json.dumps(option) for option in typing.get_args(hints[field.name]) if option != field.default]
-                default = f"{default}, or {', '.join(others)}"
+                others = {*typing.get_args(hints[field.name])} - {field.default}
+                default = f"{default}, or {', '.join(sorted(map(json.dumps, others)))}"
             yield f"  {name:22} {notes[field.name].__metadata__[0]} [{default}]"
     yield ""
     for name, section in sections.items():

@@ -42,7 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
         except Interrupted as interruption:
             return interrupted(str(interruption), "evaluate", arguments)
         console.print(evaluation.table())
-        console.print(f"scores and answers are in {out}")
+        console.print(f"scores and answers are in {out}", markup=False)
     except KeyboardInterrupt:  # outside of sampling, which handles signals itself: while models load, above all
         return interrupted("interrupted", "evaluate", arguments)
     except ConfigError as error:
@@ -64,7 +64,7 @@ def _sets(texts: list[str]) -> dict[str, str]:
 
 
 def _seed(text: str) -> int:
-    if not text.isdecimal() or int(text) >= 2**32:
+    if not text.isdecimal() or len(text) > 10 or int(text) >= 2**32:
         raise ConfigError(f"seeds: {text}: expected a whole number from 0 to {2**32 - 1}")
     return int(text)
 

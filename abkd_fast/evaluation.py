@@ -17,10 +17,11 @@ import statistics
 from collections.abc import Iterable
 
 import torch
+from rich.markup import escape
 from rich.table import Table
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from . import models, parallel, scoring
+from . import indexed, models, parallel, scoring
 from .answers import GrowingFile, answer, hash_weights
 from .checkpoint import WRITE_ERRORS, Interrupted, atomic_write, check_writable, locked
 from .config import SEEDS, ConfigError
@@ -85,7 +86,7 @@ def read_sets(
     """The sets, in tokens, under their names in the papers.
 
     Args:
-        sets: JSONL files by name.
+        sets: JSONL files by name, or folders of the papers' .bin and .idx files.
         config: of the model that is to answer.
         rows: use only the first ones of each set.
 
@@ -99,6 +100,7 @@ def read_sets(
         if name in read:
             raise ConfigError(f"{key}: there are two sets called {name}")
         try:
+            _check_source(source)
             chosen = read_rows(source, rows, DEV, prompts_only=True)
             prompts, cut = _encode(chosen, tokenizer, config, protocol)
             read[name] = TestSet(name, source, prompts, references(chosen, tokenizer), cut)
@@ -107,10 +109,22 @@ def read_sets(
     return [*read.values()]
 
 
+def _check_source(source: str) -> None:
+    """Raises ConfigError for what isn't one split: in training, folders are read whole, and Hub names' first split."""
+    path = pathlib.Path(source)
+    if source.startswith("quickstart:") or path.is_file() or indexed.find(source, DEV):
+        return
+    if path.is_dir():
+        raise ConfigError(f"{source} is a folder, and expected is a file of it, for example {path / 'valid.jsonl'}")
+    raise ConfigError(f"{source}: no such file")
+
+
 def _encode(
     rows: list[Row], tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, protocol: Protocol
 ) -> tuple[list[list[int]], int]:
     """Prompts in tokens, and how many of them are cut."""
+    if protocol.begin_token and tokenizer.bos_token_id is None:
+        raise ConfigError("a begin token is asked for, but the tokenizer has none")
     begin = [tokenizer.bos_token_id] if protocol.begin_token else []
     whole = [begin + prompt for prompt in encode_prompts(rows, tokenizer)]
     limit = protocol.max_prompt_length
@@ -146,12 +160,17 @@ class Evaluation:
 
         Args:
             model: a folder or Hub name, or the folder of a LoRA adapter.
-            sets: JSONL files by name.
+            sets: JSONL files by name, or folders of the papers' .bin and .idx files.
+            seeds: at temperature 0, where they change nothing, the first one alone is used.
             rows: use only the first ones of each set.
 
         Raises ConfigError.
         """
-        self.model, self.out, self.seeds, self.batch_size = model, out, list(dict.fromkeys(seeds)), batch_size
+        self.model, self.out, self.seeds, self.batch_size = model, out, list(seeds), batch_size
+        if len({*self.seeds}) < len(self.seeds):
+            raise ConfigError(f"seeds are {self.seeds}: one is given twice")
+        if protocol.sampling.temperature == 0:
+            del self.seeds[1:]
         for name, value in {"rows": rows, "batch_size": batch_size}.items():
             if value is not None and value < 1:
                 raise ConfigError(f"{name} is {value}, expected at least 1")
@@ -161,8 +180,6 @@ class Evaluation:
         self.config = models.read_config(self.spec, "model")
         self.tokenizer = models.read_tokenizer(tokenizer or model, "tokenizer" if tokenizer else "model")
         models.check_vocabularies(self.tokenizer, self.config, None, None)
-        if protocol.begin_token and self.tokenizer.bos_token_id is None:
-            raise ConfigError("bos: the tokenizer has no begin token")
         self.protocol = protocol
         self.settings = dataclasses.replace(protocol.sampling, eos_token_ids=(self.tokenizer.eos_token_id,))
         self.sets = read_sets(sets, self.tokenizer, self.config, protocol, rows)
@@ -199,11 +216,13 @@ class Evaluation:
         self.scores["sets"] = then["sets"]
 
     def run(self) -> dict:
-        """Answers what is not answered yet, and returns the content of `scores.json`.
+        """Says how it asks, answers what is not answered yet, and returns the content of `scores.json`.
 
         Raises Interrupted after a signal, and where there is no room; ConfigError where another process is at work in
         the same folder.
         """
+        for line in self._describe():
+            console.print(line, markup=False)
         if self._todo():
             with parallel.held_by_main(locked(self.out)):
                 self._take_over()  # what another process may have added since
@@ -211,8 +230,6 @@ class Evaluation:
         return self.scores
 
     def _score_all(self) -> None:
-        for line in self._describe():
-            console.print(line, markup=False)
         model = models.load(self.spec, self.config, "model", self.dtype, self.device)
         try:
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
@@ -272,11 +289,13 @@ class Evaluation:
         parallel.on_main(functools.partial(atomic_write, self.out / SCORES, text))
 
     def table(self) -> Table:
-        """The sets of this evaluation."""
-        table = Table("set", "rows", "ROUGE-L", "exact match")
+        """The sets of this evaluation, with all seeds that are in their files."""
+        table = Table("set", "rows", "seeds", "ROUGE-L", "exact match")
         for test in self.sets:
             scores = self.scores["sets"][test.name]
-            table.add_row(test.name, str(scores["rows"]), *(spread(scores[metric]) for metric in METRICS))
+            seeds = str(len(scores["rouge_l"]["seeds"]))
+            cells = (spread(scores[metric]) for metric in METRICS)
+            table.add_row(escape(test.name), str(scores["rows"]), seeds, *cells)
         return table
 
 
@@ -284,12 +303,23 @@ def read_scores(path: pathlib.Path) -> dict:
     """The content of a `scores.json`. Raises ConfigError where it can't be read."""
     try:
         scores = json.loads(path.read_text(encoding="utf-8"))
-        if {"weights", "settings", "sets"} <= scores.keys():
-            return scores
-        reason = "it is no evaluation's"
-    except (OSError, ValueError, AttributeError) as error:
-        reason = error
-    raise ConfigError(f"{path} can't be read ({reason}): move it aside") from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} can't be read ({error}): move it aside") from None
+    if not _is_complete(scores):
+        raise ConfigError(f"{path} can't be read (it is no evaluation's): move it aside")
+    return scores
+
+
+def _is_complete(scores: object) -> bool:
+    """Whether all is there that is read of it."""
+    try:
+        sets = [*scores["sets"].values()]
+        summaries = [values[metric] for values in sets for metric in METRICS]
+        complete = all({"rows", "cut_prompts", "content"} <= values.keys() for values in sets)
+        complete &= all({"mean", "std"} <= s.keys() and isinstance(s["seeds"], dict) for s in summaries)
+        return complete and isinstance(scores["settings"], dict) and "weights" in scores
+    except (AttributeError, KeyError, TypeError):
+        return False
 
 
 def spread(summary: dict) -> str:

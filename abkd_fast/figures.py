@@ -82,7 +82,9 @@ def run_curves(run: Run, stem: pathlib.Path) -> list[pathlib.Path]:
         for panel in (loss, speed, memory):
             panel.set(xlabel="Training step")
             panel.set_xlim(left=0)
-            panel.set_ylim(0, 1.05 * panel.dataLim.ymax)
+            low, high = panel.dataLim.intervaly
+            if low <= high:  # else nothing is drawn
+                panel.set_ylim(min(0, 1.05 * low), max(0, 1.05 * high) or 1)
     return _paths(stem)
 
 

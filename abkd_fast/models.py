@@ -221,9 +221,14 @@ def load(
         if in_parts and not spec.has_adapter:
             read_dtype = _type_in_files(spec.path, dtype)
         try:
-            model = AutoModelForCausalLM.from_pretrained(spec.path, config=config, dtype=read_dtype)
+            model, found = AutoModelForCausalLM.from_pretrained(
+                spec.path, config=config, dtype=read_dtype, output_loading_info=True
+            )
         except Exception as error:  # of many kinds: missing, truncated or foreign files
             raise ConfigError(f"{key}.path: {spec.path}: its weights can't be read ({first_line(error)})") from None
+        if missing := sorted(found["missing_keys"]):  # transformers would go on with random ones
+            names = f"{missing[0]} and {len(missing) - 1} others" if missing[1:] else missing[0]
+            raise ConfigError(f"{key}.path: {spec.path}: its weights don't fit its config.json: no {names}")
         if merges:
             model = lora.merge(model, spec, key, dtype)
         if not in_parts:

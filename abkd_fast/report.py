@@ -38,7 +38,9 @@ def main(arguments: list[str] | None = None) -> int:
         runs = read_runs(options.runs)
         out = options.out or pathlib.Path(os.path.commonpath([run.folder.absolute() for run in runs]))
         table = score_table(runs)
-        if table and options.paper:
+        if options.paper and not table:
+            raise ConfigError("paper: none of these runs has scores on test sets that it could be set beside")
+        if options.paper:
             table = table.beside(options.paper)
         if table:
             console.print(table.table())

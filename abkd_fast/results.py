@@ -9,9 +9,11 @@ import io
 import json
 import pathlib
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
+from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from . import figures
 from .checkpoint import atomic_write
@@ -57,6 +59,7 @@ class Run:
     summary: dict
     points: list[dict]  # of metrics.jsonl
     sets: dict[str, dict]  # of eval/scores.json, by name; empty where it was not evaluated
+    settings: dict  # likewise, of the answers
     label: str = ""  # "Teacher", or a method or loss
 
     @property
@@ -92,7 +95,7 @@ def read_runs(folders: Iterable[pathlib.Path]) -> list[Run]:
         runs = [folder] if _is_run(folder) else sorted(filter(_is_run, folder.glob("*")))
         if not runs:
             raise ConfigError(f"{folder}: no finished run there (config.json, summary.json), and none in its folders")
-        found += [_read(run) for run in runs if run not in [other.folder for other in found]]
+        found += [_read(run) for run in runs if run.resolve() not in [other.folder.resolve() for other in found]]
     found = sorted(found, key=lambda run: not any(other.learns_from(run) for other in found))
     return [dataclasses.replace(run, label=label) for run, label in zip(found, _labels(found), strict=True)]
 
@@ -105,10 +108,14 @@ def _read(folder: pathlib.Path) -> Run:
     try:
         config, summary = (json.loads((folder / f"{name}.json").read_text("utf-8")) for name in ("config", "summary"))
         points = [json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{folder}: the run can't be read ({error})") from None
-    scores = folder / "eval" / SCORES
-    return Run(folder, config, summary, points, read_scores(scores)["sets"] if scores.exists() else {})
+        path = folder / "eval" / SCORES
+        scores = read_scores(path) if path.exists() else {"sets": {}, "settings": {}}
+        run = Run(folder, config, summary, points, scores["sets"], scores["settings"])
+        _label(run, []), _report(run), run.curve("train", "loss")  # where something is missing, it is missed here
+        return run
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ConfigError(f"{folder}: the run can't be read ({reason})") from None
 
 
 def _labels(runs: list[Run]) -> list[str]:
@@ -131,7 +138,7 @@ def _label(run: Run, runs: list[Run]) -> str:
     if any(other.begins_with(run) for other in runs):
         return "Initial student"
     method, loss = run.config["method"], run.config["loss"].partition(":")[0]
-    return LOSSES[loss] if method in WORD_LEVEL else METHODS.get(method, method)
+    return LOSSES.get(loss, loss) if method in WORD_LEVEL else METHODS.get(method, method)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,7 +147,8 @@ class ScoreTable:
 
     columns: list[str]
     rows: list[tuple[Run, list[dict | None]]]  # means and deviations, None where a set was not scored
-    published: dict[str, list[dict | None]] = dataclasses.field(default_factory=dict)  # likewise, by label
+    notes: list[str]  # how the sets were answered, and which runs' scores can't be compared
+    published: dict[str, list[dict | None]] = dataclasses.field(default_factory=dict)  # as rows, by label
 
     def beside(self, path: pathlib.Path) -> ScoreTable:
         """With the rows of another table beside the own ones. Raises ConfigError where it can't be read."""
@@ -148,9 +156,9 @@ class ScoreTable:
 
     def table(self) -> Table:
         """For the terminal."""
-        table = Table("ROUGE-L", *self.columns)
+        table = Table("ROUGE-L", *map(escape, self.columns), caption=Text("\n".join(self.notes)))
         for label, cells in [*((run.label, cells) for run, cells in self.rows), *self.published.items()]:
-            table.add_row(label, *map(_text, cells))
+            table.add_row(escape(label), *map(_text, cells))
         return table
 
     def markdown(self) -> str:
@@ -164,7 +172,7 @@ class ScoreTable:
                 texts.append(f"**{text}**" if is_best else text)
             lines.append([run.label, *texts])
         lines += [[label, *map(_text, cells)] for label, cells in self.published.items()]
-        return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+        return "".join([*(f"| {' | '.join(line)} |\n" for line in lines), *(f"\n{note}\n" for note in self.notes)])
 
     def _best(self, column: int) -> float | None:
         """The highest mean of a column; the teacher, the upper bound, is left out."""
@@ -175,9 +183,10 @@ class ScoreTable:
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(["row", "run", *(f"{name} {what}" for name in self.columns for what in ("mean", "std"))])
-        for run, cells in self.rows:
+        rows = [(run.label, run.folder, cells) for run, cells in self.rows]
+        for label, folder, cells in [*rows, *((label, None, cells) for label, cells in self.published.items())]:
             numbers = [value for cell in cells for value in ((cell["mean"], cell["std"]) if cell else (None, None))]
-            writer.writerow([run.label, run.folder, *numbers])
+            writer.writerow([label, folder, *numbers])
         return text.getvalue()
 
 
@@ -194,7 +203,16 @@ def _read_published(path: pathlib.Path, columns: list[str]) -> dict[str, list[di
             if "row" not in (table.fieldnames or ()) or not known:
                 expected = ", ".join(f'"{name} mean"' for name in columns)
                 raise ValueError(f'expected a first line with "row" and some of {expected}')
-            return {f"{row['row']} ({path.stem})": [_read_cell(row, name) for name in columns] for row in table}
+            rows: dict[str, list[dict | None]] = {}
+            for row in table:
+                label = f"{row['row']} ({path.stem})"
+                if label in rows:
+                    raise ValueError(f"line {table.line_num}: a second {row['row']}")
+                try:
+                    rows[label] = [_read_cell(row, name) for name in columns]
+                except ValueError as error:
+                    raise ValueError(f"line {table.line_num}: {error}") from None
+            return rows
     except (OSError, ValueError) as error:
         raise ConfigError(f"paper: {path} can't be read ({error})") from None
 
@@ -215,7 +233,27 @@ def score_table(runs: list[Run]) -> ScoreTable | None:
         cells = [run.sets[name]["rouge_l"] if name in run.sets else None for name in names]
         cells = [None if cell is None or cell["mean"] is None else cell for cell in cells]
         rows.append((run, [*cells, _average(cells)] if len(names) > 1 else cells))
-    return ScoreTable([*names, *(["Average"] if len(names) > 1 else [])], rows) if rows else None
+    columns = [*names, *(["Average"] if len(names) > 1 else [])]
+    return ScoreTable(columns, rows, [*_notes(scored, names)]) if rows else None
+
+
+def _notes(runs: list[Run], names: list[str]) -> Iterator[str]:
+    """How the sets were answered, and in what of that the runs differ."""
+    found = collections.defaultdict(set)
+    for run in runs:
+        for key, value in run.settings.items():
+            found[key].add(value)
+        for name, scores in run.sets.items():
+            found[f"rows of {name}"].add(scores["content"])
+            found[f"seeds of {name}"].add(", ".join(scores["rouge_l"]["seeds"]))
+    differing = [key for key, values in found.items() if len(values) > 1]
+    settings = ", ".join(f"{key} {value}" for key, value in runs[0].settings.items() if key not in differing)
+    first = {name: next(run.sets[name] for run in runs if name in run.sets) for name in names}
+    seeds = {name: ", ".join(scores["rouge_l"]["seeds"]) for name, scores in first.items()}
+    sets = "; ".join(f"{first[name]['rows']} rows of {name} with seeds {seeds[name]}" for name in names)
+    yield f"Answers: {settings}; {sets}."
+    if differing:
+        yield f"Not comparable: the runs differ in {', '.join(differing)}."
 
 
 def _average(cells: list[dict | None]) -> dict | None:
@@ -253,12 +291,12 @@ def _compare(student: Run, alone: Run, teacher: Run, scores: dict[pathlib.Path, 
     difference = ours["mean"] - theirs["mean"]
     spreads = [cell["std"] or 0.0 for cell in (ours, theirs)]
     reach = "more than" if abs(difference) > max(spreads) else "no more than"
-    share = (
-        f", {difference / gap:.0%} of the way to the teacher" if (gap := highest["mean"] - theirs["mean"]) > 0 else ""
-    )
+    gap = highest["mean"] - theirs["mean"]
+    share = f", {difference / gap:.0%} of the way to the teacher" if gap > 0 and difference > 0 else ""
+    change = f"gains {difference:+.1f}" if difference >= 0 else f"loses {-difference:.1f}"
     return (
         f"{name}: {student.label} {spread(ours)} ROUGE-L, {alone.label} from the same start {spread(theirs)}, teacher "
-        f"{spread(highest)}: distillation gains {difference:+.1f}{share}, {reach} the spread over seeds."
+        f"{spread(highest)}: distillation {change}{share}, {reach} the spread over seeds."
     )
 
 

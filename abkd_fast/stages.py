@@ -25,6 +25,8 @@ from .recipe import load
 from .sampling import SamplingSettings
 from .trainer import Trainer
 
+TEST_SAMPLING = ("no_repeat_ngram_size", "temperature", "top_k", "top_p")  # keys of eval; dev rows have none of them
+
 
 def run(stages: list[Config], resume: bool = False) -> list[dict]:
     """Trains what is not there yet and returns the summary of every stage; with `resume`, goes on with what is begun.
@@ -43,7 +45,7 @@ def run(stages: list[Config], resume: bool = False) -> list[dict]:
             summary = _read_summary(config.run.folder)
         else:
             summary = answers.write_stage(config) if config.method == "generate" else Trainer(config, resume).train()
-            console.print(f"saved {config.run.folder / 'final'}")
+            console.print(f"saved {config.run.folder / 'final'}", markup=False)
             _free_memory()
         summaries.append(summary)
         if config.eval.sets and config.method != "generate":
@@ -77,7 +79,7 @@ def _conclude(stages: list[Config], summaries: list[dict]) -> None:
     root = stages[0].run.root
     try:
         results.write_report(runs, root)
-        console.print(f"tables and figures are in {root}, and in each stage's report.md")
+        console.print(f"tables and figures are in {root}, and in each stage's report.md", markup=False)
     except ConfigError as error:
         console.print(f"no figures: {error}", markup=False)
 
@@ -94,10 +96,12 @@ def _evaluate(config: Config) -> Evaluation:
 def protocol(config: Config) -> Protocol:
     """How a result answers test sets: as in the papers, where the recipe says nothing else."""
     evaluated = config.eval
-    sampling = SamplingSettings(
-        max_new_tokens=evaluated.max_new_tokens, no_repeat_ngram_size=evaluated.no_repeat_ngram_size
+    own = {name: getattr(evaluated, name) for name in TEST_SAMPLING}
+    return Protocol(
+        sampling=SamplingSettings(max_new_tokens=evaluated.max_new_tokens, **own),
+        max_prompt_length=min(256, config.data.max_length - 1),
+        begin_token=evaluated.begin_token,
     )
-    return Protocol(sampling=sampling, max_prompt_length=min(256, config.data.max_length - 1))
 
 
 def plan(stages: list[Config], resume: bool = False) -> None:
@@ -263,7 +267,7 @@ def _deciding(values: dict) -> dict:
             values[section][key] = str(pathlib.Path(path).relative_to(root))
     for section, key in (
         *(("train", key) for key in ("on_nonfinite", "gradient_checkpointing", "parallel", "timeout_minutes")),
-        *(("eval", key) for key in ("sets", "seeds", "no_repeat_ngram_size")),
+        *(("eval", key) for key in ("sets", "seeds", "begin_token", *TEST_SAMPLING)),
     ):
         values[section].pop(key, None)
     return {key: value for key, value in values.items() if key not in ("log", "checkpoint", "cache")}

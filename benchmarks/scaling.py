@@ -170,7 +170,8 @@ def main() -> None:
         print(f"### {pair.title}\n")
         print_table(columns, list(rows(pair, machine)))
         sizes = [f"{memory(pair, ranks, mode):.2f}" for mode, ranks in (("ddp", 8), ("fsdp", 8), ("fsdp", 64))]
-        print_table(["GB a rank (weights, gradients, optimizer, teacher's body): ddp", "fsdp, 8 GPUs", "fsdp, 64 GPUs"], [sizes])
+        what = "GB a rank (weights, gradients, optimizer, teacher's body)"
+        print_table([f"{what}: ddp", "fsdp, 8 GPUs", "fsdp, 64 GPUs"], [sizes])
 
 
 if __name__ == "__main__":

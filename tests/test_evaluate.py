@@ -1,5 +1,6 @@
 import copy
 import json
+import shutil
 import signal
 import statistics
 
@@ -9,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rouge_score import rouge_scorer
+from safetensors.torch import load_file, save_file
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -149,7 +151,7 @@ def test_interrupted_evaluation_continues_to_the_same_files(command, tmp_path, c
     assert "SIGTERM after 2 of 6 answers to Dolly, which are kept; continue with:\n" in error
     assert "-m abkd_fast.evaluate --model" in error
     with (out / "Dolly.seed10.jsonl").open("ab") as file:
-        file.write(b'{"prompt": "torn \xc3')
+        file.write(b'{"prompt": 5}\n{"prompt": "damaged\n{"prompt": "torn \xc3')
     assert main(command()) == 0
     assert {path.name: path.read_bytes() for path in out.iterdir()} == undisturbed
 
@@ -244,6 +246,31 @@ def test_adapter_is_merged_into_its_base(command, model_folder, tmp_path):
     assert lines_of(tmp_path / "of-base" / "Dolly.seed10.jsonl") != results[0]
 
 
+def test_one_greedy_answer_is_enough(command, tmp_path, capsys):
+    assert main(command("--temperature", "0")) == 0
+    assert list(scores_of(tmp_path)["sets"]["Dolly"]["rouge_l"]["seeds"]) == ["10"]
+    assert "temperature 0.0" in capsys.readouterr().out
+    assert main(command("--temperature", "0")) == 0
+    assert "temperature 0.0" in capsys.readouterr().out, "settings are printed with scores that were there"
+
+
+def test_weights_of_another_model_are_refused(command, model_folder, capsys):
+    weights = load_file(model_folder / "model.safetensors")
+    save_file({f"module.{name}": tensor for name, tensor in weights.items()}, model_folder / "model.safetensors")
+    assert main(command()) == 2
+    error = capsys.readouterr().err
+    assert "its weights don't fit its config.json: no lm_head.weight and " in error
+    assert len(error.splitlines()) == 1
+
+
+def test_names_with_brackets_are_no_markup(command, tmp_path, capsys):
+    out = tmp_path / "o[x]y[/b]"
+    assert main(command("--out", str(out), sets=[f"[bold]={tmp_path / 'set.jsonl'}"])) == 0
+    output = capsys.readouterr().out
+    assert "o[x]y[/b]" in output.replace("\n", "")
+    assert "[bold]" in output
+
+
 BAD = {
     "no model": (["--model", "./nowhere"], "model.path: ./nowhere: no such model folder"),
     "no set": (["--data", "dolly=nowhere.jsonl"], "dolly: nowhere.jsonl: no such file"),
@@ -265,6 +292,9 @@ BAD = {
         'mine: bare.jsonl line 1: "output" must be a text or a list of texts to compare with, got null',
     ),
     "outputs of numbers": (["--data", "mine=numbers.jsonl"], 'mine: numbers.jsonl line 1: "output" must be'),
+    "set is a folder": (["--data", "dolly=model"], "dolly: model is a folder, and expected is a file of it"),
+    "a seed twice": (["--seeds", "10", "20", "10"], "seeds are [10, 20, 10]: one is given twice"),
+    "huge seed": (["--seeds", "9" * 5000], "seeds: 999"),
     "seeds not numbers": (["--seeds", "10", "ten"], "seeds: ten: expected a whole number from 0"),
     "negative seed": (["--seeds=-1"], "seeds: -1: expected a whole number from 0"),
     "no out": (["--model", "model"], "out: missing, and model is no run's folder final/"),
@@ -277,7 +307,7 @@ BAD = {
         ["--data", "mine=long.jsonl"],
         "mine: long.jsonl line 1: the prompt has 256 tokens, and the model 128 positions: no room for an answer",
     ),
-    "no begin token": (["--bos"], "bos: the tokenizer has no begin token"),
+    "no begin token": (["--bos"], "dolly: a begin token is asked for, but the tokenizer has none"),
     "lonely adapter": (["--model", "adapter"], "model: adapter/adapter_config.json names no base model"),
 }
 
@@ -420,6 +450,12 @@ def test_result_is_scored_once(recipe, tmp_path, monkeypatch, capsys):
     monkeypatch.undo()
     # Test sets decide no weights: others may be asked for later, and the command of before says the same.
     assert train.main([*recipe("eval.seeds=[1,2,3]"), "--resume"]) == 0
+    (folder / "eval").rename(tmp_path / "sampled")
+    assert train.main([*recipe("eval.temperature=0"), "--resume"]) == 0
+    scores = json.loads((folder / "eval" / "scores.json").read_text())
+    assert scores["settings"]["temperature"] == 0
+    shutil.rmtree(folder / "eval")
+    (tmp_path / "sampled").rename(folder / "eval")
     again = ["--model", str(folder / "final"), "--data", f"dolly={tmp_path / 'set.jsonl'}", "--seeds", "2"]
     assert main([*again, "--max-prompt-length", "127", *SHORT]) == 0
 
@@ -429,6 +465,9 @@ def test_result_is_scored_once(recipe, tmp_path, monkeypatch, capsys):
     [
         ("eval.rouge_rows=0", "eval.rouge_rows is 0, expected at least 1"),
         ("eval.seeds=[]", "eval.seeds are [], expected at least one"),
+        ("eval.seeds=[1,1]", "eval.seeds are [1, 1]: one is given twice"),
+        ("eval.temperature=-1", "eval.temperature is -1.0, expected at least 0"),
+        ("eval.begin_token=true", "eval.sets.dolly: a begin token is asked for, but the tokenizer has none"),
         ('eval.seeds="ten"', 'eval.seeds must be a list of numbers, got "ten"'),
         ('eval.sets={"dolly": 5}', "eval.sets.dolly must be text, got 5"),
         ('eval.sets={"dolly": "nowhere.jsonl"}', "eval.sets.dolly: nowhere.jsonl: no such file"),

@@ -1,6 +1,7 @@
 import csv
 import importlib.util
 import json
+import pathlib
 import xml.etree.ElementTree as ElementTree
 
 import pytest
@@ -37,8 +38,10 @@ def make_run(tmp_path):
         (folder / "metrics.jsonl").write_text("".join(json.dumps(point) + "\n" for point in points))
         if sets:
             (folder / "eval").mkdir()
-            scores = {key: {"rouge_l": value} for key, value in sets.items()}
-            content = {"model": "x", "weights": {}, "settings": {}, "sets": scores}
+            facts = {"rows": 2, "cut_prompts": 0, "content": "0f"}
+            facts["exact_match"] = {"mean": 0.0, "std": None, "seeds": {}}
+            scores = {key: {"rouge_l": value, **facts} for key, value in sets.items()}
+            content = {"model": "x", "weights": {}, "settings": {"temperature": 1.0}, "sets": scores}
             (folder / "eval" / "scores.json").write_text(json.dumps(content))
         return folder
 
@@ -70,6 +73,10 @@ def test_table_has_the_papers_layout(four_runs):
         "| Teacher | 24.0 (2.0) | 20.0 (0.0) | 22.0 (1.4) |",
         "| ABKD | **20.0 (0.5)** | 12.0 (1.0) | **16.0 (1.1)** |",
         "| SFT | 18.0 (0.2) | **13.0** | - |",
+        "",
+        "Answers: temperature 1.0; 2 rows of Dolly with seeds 1, 2; 2 rows of Vicuna with seeds 1, 2.",
+        "",
+        "Not comparable: the runs differ in seeds of Vicuna.",
     ]
     header, *rows = csv.reader(table.csv().splitlines())
     assert header == ["row", "run", *(f"{s} {w}" for s in ("Dolly", "Vicuna", "Average") for w in ("mean", "std"))]
@@ -86,6 +93,7 @@ def test_published_figures_stand_beside_ours(four_runs, tmp_path, capsys):
     assert lines[3] == "| ABKD | **20.0 (0.5)** | 12.0 (1.0) | **16.0 (1.1)** |"
     assert lines[5:7] == ["| ABKD (table2) | - | 17.5 (0.2) | - |", "| FKLD (table2) | - | 16.2 | - |"]
     ours = four_runs / "scores.csv"
+    assert ours.read_text().splitlines()[-2:] == ["ABKD (table2),,,,17.5,0.25,,", "FKLD (table2),,,,16.25,,,"]
     assert main([str(four_runs), "--paper", str(ours)]) == 0, "a table of another report is one, too"
     assert "| Teacher (scores) | 24.0 (2.0) |" in (four_runs / "scores.md").read_text()
 
@@ -110,7 +118,7 @@ def test_rows_of_one_name_are_told_apart(make_run):
     [
         (score(21.0, 0.5), "distillation gains +3.0, 50% of the way to the teacher, more than the spread over seeds"),
         (score(18.3, 0.5), "distillation gains +0.3, 5% of the way to the teacher, no more than the spread over seeds"),
-        (score(16.0, 0.5), "distillation gains -2.0, -33% of the way to the teacher, more than the spread over seeds"),
+        (score(16.0, 0.5), "distillation loses 2.0, more than the spread over seeds"),
     ],
 )
 def test_gain_says_what_the_numbers_say(make_run, ours, words):
@@ -221,7 +229,10 @@ def test_bad_input_is_one_line_and_status_2(four_runs, tmp_path, capsys, monkeyp
     assert "the report can't be written" in error(four_runs, "--out", blocked / "x")
     assert '"row" and some of "Dolly mean"' in error(four_runs, "--paper", blocked)
     blocked.write_text("row,Dolly mean\nABKD,many\n")
-    assert "could not convert string to float: 'many'" in error(four_runs, "--paper", blocked)
+    assert "line 2: could not convert string to float: 'many'" in error(four_runs, "--paper", blocked)
+    blocked.write_text("row,Dolly mean\nABKD,1\nABKD,2\n")
+    assert "line 3: a second ABKD" in error(four_runs, "--paper", blocked)
+    assert "paper: none of these runs has scores" in error(four_runs / "init", "--paper", blocked)
     (four_runs / "ab" / "eval" / "scores.json").write_text("[")
     assert "scores.json can't be read" in error(four_runs)
     (four_runs / "ab" / "eval" / "scores.json").unlink()
@@ -232,3 +243,62 @@ def test_bad_input_is_one_line_and_status_2(four_runs, tmp_path, capsys, monkeyp
     assert (four_runs / "scores.csv").exists()
     (four_runs / "ab" / "metrics.jsonl").write_text("{")
     assert "the run can't be read" in error(four_runs)
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("config.json", {}),
+        ("config.json", []),
+        ("summary.json", {"steps": 1}),
+        ("metrics.jsonl", {"step": 1}),
+        ("eval/scores.json", {"weights": {}, "settings": [], "sets": {}}),
+        ("eval/scores.json", {"weights": {}, "settings": {}, "sets": {"Dolly": {"rouge_l": 1}}}),
+    ],
+)
+def test_damaged_runs_are_one_line(four_runs, file, content, capsys):
+    (four_runs / "ab" / file).write_text(json.dumps(content))
+    assert main([str(four_runs)]) == 2
+    output = capsys.readouterr().err
+    assert "can't be read" in output
+    assert output.count("\n") == 1
+
+
+def test_scores_of_other_answers_are_not_compared_silently(make_run):
+    sets = {"test": score(20.0, 0.1, seed1=20.1, seed2=19.9)}
+    make_run("a", sets=sets)
+    folder = make_run("b", sets=sets)
+    path = folder / "eval" / "scores.json"
+    scores = json.loads(path.read_text())
+    assert score_table(read_runs([folder.parent])).notes == [
+        "Answers: temperature 1.0; 2 rows of test with seeds 1, 2."
+    ]
+    scores["settings"]["temperature"] = 0.5
+    scores["sets"]["test"]["content"] = "1f"
+    path.write_text(json.dumps(scores))
+    notes = score_table(read_runs([folder.parent])).notes
+    assert notes[1:] == ["Not comparable: the runs differ in temperature, rows of test."]
+
+
+def test_one_run_by_two_paths_is_one_row(four_runs, monkeypatch):
+    monkeypatch.chdir(four_runs)
+    assert len(read_runs([four_runs / "ab", pathlib.Path("ab")])) == 1
+
+
+@pytest.mark.parametrize("losses", [(), (None, None), (-1.0, -3.0), (0.0, 0.0)])
+def test_curves_of_any_losses(make_run, losses, recwarn, monkeypatch):
+    folder = make_run("run")
+    points = [{"kind": "train", "step": step, "loss": loss} for step, loss in enumerate(losses)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(point) + "\n" for point in points))
+    limits = []
+    save = matplotlib.figure.Figure.savefig
+
+    def note(figure, path):
+        limits.append(figure.axes[0].get_ylim())
+        save(figure, path)
+
+    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", note)
+    assert main([str(folder)]) == 0
+    low, high = limits[0]
+    assert low <= min([loss for loss in losses if loss is not None], default=0) <= high
+    assert not recwarn.list
