@@ -83,7 +83,7 @@ def extensions() -> tuple[list, type]:
     ]
     modules = [
         CppExtension(
-            "abkd_fast._C",
+            "abkd_fast.losses._C",
             ["csrc/bindings.cpp", *(f"csrc/cpu/{name}.cpp" for name in ("choose", "baseline", "avx2", "avx512"))],
             extra_compile_args={"cxx": OPTIMISE + STABLE_ABI + defines},
         )
@@ -93,7 +93,7 @@ def extensions() -> tuple[list, type]:
         gencode.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
         modules.append(
             CUDAExtension(
-                "abkd_fast._cuda",
+                "abkd_fast.losses._cuda",
                 ["csrc/cuda/bindings.cpp", "csrc/cuda/rows.cu"],
                 extra_compile_args={"cxx": OPTIMISE + STABLE_ABI, "nvcc": ["-O3", "-std=c++20", *gencode]},
                 py_limited_api=True,

@@ -3,13 +3,13 @@
 import importlib
 
 _MODULES = {
-    "divergences": """
+    "losses.divergences": """
         AKL AlphaBeta AlphaDivergence AlphaNet BDKD ForwardKL Hellinger JensenShannon ReverseKL SkewForwardKL
         SkewReverseKL TotalVariation WSD parse
     """,
-    "ops": "build_info divergence_loss",
-    "sampling": "SamplingSettings sample sample_mixture",
-    "fused_linear": "fused_linear_cross_entropy fused_linear_divergence fused_linear_policy_gradient",
+    "losses.row_ops": "build_info divergence_loss",
+    "generation.sampling": "SamplingSettings sample sample_mixture",
+    "losses.fused_linear": "fused_linear_cross_entropy fused_linear_divergence fused_linear_policy_gradient",
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names.split()}
 __all__ = sorted(_HOME)

@@ -6,7 +6,7 @@ import os
 
 import torch
 
-from .config import ConfigError
+from .config.schema import ConfigError
 
 
 def choose_device(wish: str, section: str = "") -> torch.device:

@@ -23,7 +23,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from .config import first_line
+from .config.schema import first_line
 
 # It gets another name, which older versions don't know.
 warnings.filterwarnings("ignore", r".*broadcast_buffers. is deprecated", FutureWarning)

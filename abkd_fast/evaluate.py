@@ -6,7 +6,7 @@ import argparse
 import pathlib
 import sys
 
-from .config import SEEDS, ConfigError
+from .config.schema import SEEDS, ConfigError
 from .train import failed, interrupted, leave
 
 
@@ -22,11 +22,11 @@ def main(arguments: list[str] | None = None) -> int:
         sets = _sets(options.data)
         seeds = [_seed(text) for text in options.seeds]
         out = options.out or _run_folder(options.model) / "eval"
-        from . import parallel  # after the options are known to be good: this loads PyTorch
-        from .checkpoint import Interrupted
-        from .evaluation import Evaluation, Protocol
-        from .logs import console
-        from .sampling import SamplingSettings
+        from . import distributed  # after the options are known to be good: this loads PyTorch
+        from .evaluation.evaluator import Evaluation, Protocol
+        from .generation.sampling import SamplingSettings
+        from .training.checkpoint import Interrupted
+        from .training.metrics import console
 
         names = ("max_new_tokens", "temperature", "top_k", "top_p", "no_repeat_ngram_size")
         protocol = Protocol(
@@ -36,7 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
         )
         own = {name: getattr(options, name) for name in ("rows", "tokenizer", "batch_size", "device", "dtype")}
         try:
-            with parallel.processes():
+            with distributed.processes():
                 evaluation = Evaluation(options.model, sets, out, seeds, protocol, **own)
                 evaluation.run()
         except Interrupted as interruption:

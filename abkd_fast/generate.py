@@ -6,7 +6,7 @@ import argparse
 import pathlib
 import sys
 
-from .config import ConfigError
+from .config.schema import ConfigError
 from .train import failed, interrupted, leave
 
 
@@ -19,13 +19,13 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     options = _parser().parse_args(arguments)
     try:
-        from . import parallel  # after the options are known to be good: this loads PyTorch
-        from .answers import Generation
-        from .checkpoint import Interrupted
-        from .models import spec_of
+        from . import distributed  # after the options are known to be good: this loads PyTorch
+        from .generation.answers import Generation
+        from .models.loading import spec_of
+        from .training.checkpoint import Interrupted
 
         try:
-            with parallel.processes():
+            with distributed.processes():
                 Generation(options, spec_of(options.model)).run()
         except Interrupted as interruption:
             return interrupted(str(interruption), "generate", arguments)

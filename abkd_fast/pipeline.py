@@ -13,17 +13,22 @@ from collections.abc import Iterator
 import torch
 from rich.table import Table
 
-from . import answers, checkpoint, models, parallel, pretrain, results
-from .config import Config, ConfigError, ModelConfig
-from .data import DEV, TRAIN, read_rows
+from . import distributed
+from .config.recipe import load
+from .config.schema import Config, ConfigError, ModelConfig
+from .data import pretrain
+from .data.rows import DEV, TRAIN, read_rows
 from .device import choose_device, choose_dtype
-from .evaluation import Evaluation, Protocol, read_sets
-from .logs import console
+from .evaluation import tables
+from .evaluation.evaluator import Evaluation, Protocol, read_sets
+from .generation import answers
+from .generation.sampling import SamplingSettings
 from .methods import WITHOUT_TEACHER
-from .plan import describe
-from .recipe import load
-from .sampling import SamplingSettings
-from .trainer import Trainer
+from .models import loading
+from .training import checkpoint
+from .training.dry_run import describe
+from .training.metrics import console
+from .training.trainer import Trainer
 
 TEST_SAMPLING = ("no_repeat_ngram_size", "temperature", "top_k", "top_p")  # keys of eval; dev rows have none of them
 
@@ -37,10 +42,10 @@ def run(stages: list[Config], resume: bool = False) -> list[dict]:
         _check(config, {other.run.stage: other for other in stages[:index]})
     stages = [resolve(config) for config in stages]
     for config in stages:
-        parallel.on_main(functools.partial(_is_finished, config, resume))
+        distributed.on_main(functools.partial(_is_finished, config, resume))
     summaries = []
     for config in stages:
-        if parallel.on_main(functools.partial(_is_finished, config, resume)):
+        if distributed.on_main(functools.partial(_is_finished, config, resume)):
             console.print(f"[bold]{config.run.folder}[/bold]  is finished already: its result is used")
             summary = _read_summary(config.run.folder)
         else:
@@ -52,7 +57,7 @@ def run(stages: list[Config], resume: bool = False) -> list[dict]:
             evaluation = _evaluate(config)
             if len(stages) == 1:
                 console.print(evaluation.table())
-    parallel.on_main(functools.partial(_conclude, stages, summaries))
+    distributed.on_main(functools.partial(_conclude, stages, summaries))
     return summaries
 
 
@@ -71,14 +76,14 @@ def _conclude(stages: list[Config], summaries: list[dict]) -> None:
     trained = [config for config in stages if config.method != "generate"]
     if not any(config.eval.sets for config in trained):
         return
-    runs = results.read_runs(config.run.folder for config in trained)
-    if len(stages) > 1 and (scores := results.score_table(runs)):
+    runs = tables.read_runs(config.run.folder for config in trained)
+    if len(stages) > 1 and (scores := tables.score_table(runs)):
         console.print(scores.table())
-    if sentence := results.gain(runs):
+    if sentence := tables.gain(runs):
         console.print(sentence, markup=False)
     root = stages[0].run.root
     try:
-        results.write_report(runs, root)
+        tables.write_report(runs, root)
         console.print(f"tables and figures are in {root}, and in each stage's report.md", markup=False)
     except ConfigError as error:
         console.print(f"no figures: {error}", markup=False)
@@ -151,7 +156,7 @@ def _check(config: Config, earlier: dict[str, Config]) -> None:
         for key, name in spec.stages.items():
             _check_reference(f"{role}.{key}: stage:{name}", key, name, spec, earlier)
         if "path" not in spec.stages:
-            models.read_config(dataclasses.replace(spec, adapter=None) if "adapter" in spec.stages else spec, role)
+            loading.read_config(dataclasses.replace(spec, adapter=None) if "adapter" in spec.stages else spec, role)
     _check_rows(config, earlier)
     if config.eval.sets and config.method != "generate":
         _check_sets(config, earlier)
@@ -182,9 +187,9 @@ def _check_sets(config: Config, earlier: dict[str, Config]) -> None:
         chain.append(earlier[chain[-1].student.stages["path"]])
     named = next((stage for stage in chain if stage.tokenizer), chain[-1])
     source, key = (named.tokenizer, "tokenizer") if named.tokenizer else (named.student.path, "student.path")
-    tokenizer = models.read_tokenizer(source, key)
-    student = models.read_config(dataclasses.replace(chain[-1].student, adapter=None, lora=None), "student")
-    models.check_length(student, "student", config.data.max_length)  # which prompts are cut to
+    tokenizer = loading.read_tokenizer(source, key)
+    student = loading.read_config(dataclasses.replace(chain[-1].student, adapter=None, lora=None), "student")
+    loading.check_length(student, "student", config.data.max_length)  # which prompts are cut to
     try:
         read_sets(config.eval.sets, tokenizer, student, protocol(config))
     except ConfigError as error:

@@ -7,7 +7,7 @@ import os
 import pathlib
 import sys
 
-from .config import ConfigError
+from .config.schema import ConfigError
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -32,8 +32,8 @@ def main(arguments: list[str] | None = None) -> int:
     )
     options = parser.parse_args(arguments)
     try:
-        from .logs import console  # after the options are known to be good: this loads PyTorch
-        from .results import gain, read_runs, score_table, write_report
+        from .evaluation.tables import gain, read_runs, score_table, write_report
+        from .training.metrics import console  # after the options are known to be good: this loads PyTorch
 
         runs = read_runs(options.runs)
         out = options.out or pathlib.Path(os.path.commonpath([run.folder.absolute() for run in runs]))

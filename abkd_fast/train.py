@@ -7,8 +7,8 @@ import os
 import shlex
 import sys
 
-from .config import ConfigError, describe
-from .recipe import load
+from .config.recipe import load
+from .config.schema import ConfigError, describe
 
 INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: try again
 RECIPE_KEYS = """\
@@ -55,13 +55,13 @@ def main(arguments: list[str] | None = None) -> int:
     continuing = arguments if options.resume else [*arguments, "--resume"]
     try:
         stages = load(options.config, options.overrides)
-        from . import parallel  # after the configuration is known to be good: this loads PyTorch
-        from .checkpoint import Interrupted
-        from .stages import plan, run
+        from . import distributed  # after the configuration is known to be good: this loads PyTorch
+        from .pipeline import plan, run
+        from .training.checkpoint import Interrupted
 
         try:
-            with parallel.processes(stages[0].train.timeout_minutes):
-                (plan if options.dry_run else run)(stages, options.resume or parallel.is_restarted())
+            with distributed.processes(stages[0].train.timeout_minutes):
+                (plan if options.dry_run else run)(stages, options.resume or distributed.is_restarted())
         except Interrupted as interruption:
             return interrupted(str(interruption), "train", continuing)
     except KeyboardInterrupt:  # outside of the loop, which handles signals itself: while models load, above all
@@ -99,9 +99,9 @@ def leave(status: int) -> None:
 
 def _print(text: str, topic: str = "") -> None:
     if "RANK" in os.environ:
-        from . import parallel
+        from . import distributed
 
-        text = parallel.attributed(text, topic)
+        text = distributed.attributed(text, topic)
     if text is not None:
         print(text, file=sys.stderr)
 

@@ -26,10 +26,10 @@ from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, PreTrainedTokenizerFast
 
-from abkd_fast import scoring
-from abkd_fast.config import ConfigError
-from abkd_fast.evaluation import Evaluation, Protocol
-from abkd_fast.sampling import SamplingSettings
+from abkd_fast.config.schema import ConfigError
+from abkd_fast.evaluation import rouge
+from abkd_fast.evaluation.evaluator import Evaluation, Protocol
+from abkd_fast.generation.sampling import SamplingSettings
 from harness import Report, at_least, at_most, measure, spread
 from sampling import RESPONSE_LENGTH, prompt_lengths
 
@@ -182,13 +182,13 @@ class Benchmark:
         """Of the same texts."""
         texts, scores = zip(*self.answers[PUBLISHED], strict=True)
         started = time.perf_counter()
-        same = [scoring.rouge_l(text, outputs) for text, outputs in zip(texts, self.test.references, strict=True)]
+        same = [rouge.rouge_l(text, outputs) for text, outputs in zip(texts, self.test.references, strict=True)]
         between = time.perf_counter()
         self.published_scores(texts)
-        seconds = {"abkd_fast.scoring": between - started, "rouge_score": time.perf_counter() - between}
+        seconds = {"abkd_fast.evaluation.rouge": between - started, "rouge_score": time.perf_counter() - between}
         assert same == [*scores], "scores of the same texts differ"
         rows = [
-            {"name": name, "seconds": value * PAIRS / len(texts), "ratio": value / seconds["abkd_fast.scoring"]}
+            {"name": name, "seconds": value * PAIRS / len(texts), "ratio": value / seconds["abkd_fast.evaluation.rouge"]}
             for name, value in seconds.items()
         ]
         columns = {"name": ("", ""), "seconds": (f"s for {PAIRS} pairs", ".2f"), "ratio": ("time, x ours", ".2f")}

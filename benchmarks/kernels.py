@@ -21,9 +21,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from abkd_fast import AlphaBeta, divergence_loss, fused_linear_divergence, ops, reference
-from abkd_fast.divergences import BY_NAME, AlphaNet
-from abkd_fast.fused_linear import choose_chunk_tokens
+from abkd_fast import AlphaBeta, divergence_loss, fused_linear_divergence
+from abkd_fast.losses import reference, row_ops
+from abkd_fast.losses.divergences import BY_NAME, AlphaNet
+from abkd_fast.losses.fused_linear import choose_chunk_tokens
 from harness import MIB, Report, at_least, at_most, available_memory, measure, peak_memory, spread
 from rivals import DIVERGENCE, PEER_DIVERGENCE, PEERS, log_space, published, published_linear
 
@@ -122,7 +123,7 @@ class Benchmark:
             gradient = torch.empty_like(student)
             candidates = {
                 f"copy, {short(dtype)}": lambda out=gradient, source=teacher: out.copy_(source),
-                f"row kernel, {short(dtype)}": lambda s=student, t=teacher, out=gradient: ops.row_losses(
+                f"row kernel, {short(dtype)}": lambda s=student, t=teacher, out=gradient: row_ops.row_losses(
                     s, t, None, DIVERGENCE, gradient=out
                 ),
             }
@@ -271,7 +272,7 @@ class Benchmark:
         rows = []
         for kind in kinds:
             gradient = torch.empty_like(student)
-            losses = ops.row_losses(student, teacher, None, kind, gradient=gradient)
+            losses = row_ops.row_losses(student, teacher, None, kind, gradient=gradient)
             rows.append(errors(str(kind), str(kind), losses, gradient))
         leaf = student.clone().requires_grad_()
         losses = torch.stack([published(z[None], y[None]) for z, y in zip(leaf, teacher, strict=True)])

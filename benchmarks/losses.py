@@ -28,13 +28,13 @@ from typing import Any
 
 import torch
 
-from abkd_fast import stages
-from abkd_fast.checkpoint import Interrupted
-from abkd_fast.config import Config, ConfigError
-from abkd_fast.evaluation import Evaluation
-from abkd_fast.figures import rouge_curves
-from abkd_fast.recipe import load
-from abkd_fast.results import LOSSES, read_runs
+from abkd_fast import pipeline
+from abkd_fast.config.recipe import load
+from abkd_fast.config.schema import Config, ConfigError
+from abkd_fast.evaluation.evaluator import Evaluation
+from abkd_fast.evaluation.figures import rouge_curves
+from abkd_fast.evaluation.tables import LOSSES, read_runs
+from abkd_fast.training.checkpoint import Interrupted
 from harness import Report
 
 SFT = "sft"
@@ -44,7 +44,7 @@ TABLE_2 = (SFT, "fkl", "rkl", "wsd:0.5", "bdkd", "jsd:0.1", "akl:0.5", "alphanet
 def train(config: Config) -> dict[str, Any]:
     """The summary of a run, which is trained if it isn't yet."""
     with _quiet(config.run.root):
-        (summary,) = stages.run([config], resume=True)
+        (summary,) = pipeline.run([config], resume=True)
     return summary
 
 
@@ -61,7 +61,7 @@ def evaluate(model: str, out: pathlib.Path, template: Config, rows: int | None) 
     settings = template.eval
     places = {"device": template.train.device, "dtype": template.train.dtype, "tokenizer": template.tokenizer}
     with _quiet(out):
-        arguments = model, settings.sets, out, settings.seeds, stages.protocol(template)
+        arguments = model, settings.sets, out, settings.seeds, pipeline.protocol(template)
         return Evaluation(*arguments, rows=rows, **places).run()["sets"]
 
 
@@ -96,7 +96,7 @@ class Study:
             dataclasses.replace(config, eval=dataclasses.replace(config.eval, sets=None))
             for config in _needed(configs[options.stage], configs)
         ]
-        template = stages.resolve(configs[options.stage])
+        template = pipeline.resolve(configs[options.stage])
         self.template = dataclasses.replace(template, data=dataclasses.replace(template.data, pretrain=None))
         self.models = {"Teacher": self.template.teacher, "Initial student": self.template.student}
         self.rates = options.rates or [factor * self.template.optim.lr for factor in (0.5, 1.0, 2.0)]
@@ -133,7 +133,7 @@ class Study:
 
     def run(self) -> None:
         if self.earlier:
-            stages.run(self.earlier, resume=True)
+            pipeline.run(self.earlier, resume=True)
         # Read where a worker loads its libraries; this process has loaded them.
         os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // self.options.jobs))
         context = multiprocessing.get_context("spawn")

@@ -10,12 +10,12 @@ from collections.abc import Callable, Iterable
 
 import torch
 
-from abkd_fast.config import Config
-from abkd_fast.logs import RunLog
-from abkd_fast.models import PackedCausalLM
-from abkd_fast.progress import Window
-from abkd_fast.teacher import CachedTeacher, Teacher
-from abkd_fast.trainer import Trainer
+from abkd_fast.config.schema import Config
+from abkd_fast.models.loading import PackedCausalLM
+from abkd_fast.teacher.teacher import CachedTeacher, Teacher
+from abkd_fast.training.metrics import RunLog
+from abkd_fast.training.state import Window
+from abkd_fast.training.trainer import Trainer
 from harness import Report, at_most
 
 LOOP = (Trainer._batches, Trainer._step, Window.add, RunLog.advance, Trainer._log_window, Trainer._after_step)

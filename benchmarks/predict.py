@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig
 
-from abkd_fast.costs import PEAK_FLOPS, ModelCost
+from abkd_fast.training.costs import PEAK_FLOPS, ModelCost
 from harness import Report
 from published import alpha_beta, cross_entropy
 from workload import LENGTH, PROMPTS, RESPONSES, SCALES, draw_lengths

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from abkd_fast import AlphaBeta
-from abkd_fast.divergences import JensenShannon
+from abkd_fast.losses.divergences import JensenShannon
 
 DIVERGENCE = AlphaBeta(0.2, 0.7)
 PEER_DIVERGENCE = JensenShannon()  # what the peers know, too: both call the teacher's share of the mixture beta

@@ -16,7 +16,7 @@ import random
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config
 
-from abkd_fast.sampling import SamplingSettings, sample
+from abkd_fast.generation.sampling import SamplingSettings, sample
 from harness import Report, at_least, measure, spread
 
 OURS = "sample"

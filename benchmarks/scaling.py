@@ -15,8 +15,8 @@ from unittest import mock
 import numpy as np
 from transformers import AutoConfig
 
-from abkd_fast import parallel
-from abkd_fast.costs import ModelCost, StepCost
+from abkd_fast import distributed
+from abkd_fast.training.costs import ModelCost, StepCost
 from workload import PROMPTS, RESPONSES, draw_lengths
 
 BUCKET_BYTES = 25e6  # DistributedDataParallel's default: what it sums at a time
@@ -82,9 +82,9 @@ def samples(count: int) -> list[dict]:
 
 def step(pair: Pair, cost: StepCost, ranks: int, batch_size: int) -> Step:
     """Of `batch_size` samples and as many blocks of plain text, as the trainer shares them out."""
-    with mock.patch.object(parallel, "world", return_value=ranks):
+    with mock.patch.object(distributed, "world", return_value=ranks):
         drawn = samples(batch_size)
-        shares = parallel.deal([len(sample["input_ids"]) for sample in drawn])
+        shares = distributed.deal([len(sample["input_ids"]) for sample in drawn])
     of_samples = [cost.flops([drawn[place] for place in share]) for share in shares]
     blocks = -(-batch_size // ranks)
     of_text = cost.flops([{"input_ids": range(TEXT_LENGTH), "prompt_length": 1}] * blocks, taught=False)

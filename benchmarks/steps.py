@@ -10,12 +10,13 @@ from unittest import mock
 from torch import Tensor, nn
 
 import published
-from abkd_fast import methods, sampling
-from abkd_fast.config import Config
-from abkd_fast.data import StepBatch, share_out
-from abkd_fast.rollouts import Rollouts
-from abkd_fast.teacher import CachedTeacher, OnPolicyTeacher, Teacher
-from abkd_fast.trainer import Trainer
+from abkd_fast import methods
+from abkd_fast.config.schema import Config
+from abkd_fast.data.rows import StepBatch, share_out
+from abkd_fast.generation import sampling
+from abkd_fast.methods.rollouts import Rollouts
+from abkd_fast.teacher.teacher import CachedTeacher, OnPolicyTeacher, Teacher
+from abkd_fast.training.trainer import Trainer
 from published import Loss, PaddedBatch, PublishedTrainer, RolloutBatch, pad
 from workload import response_lengths
 

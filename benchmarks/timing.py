@@ -29,12 +29,12 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from abkd_fast.config import Config
-from abkd_fast.costs import peak_flops
-from abkd_fast.data import share_out
-from abkd_fast.recipe import load
-from abkd_fast.teacher import TeacherCache
-from abkd_fast.trainer import Trainer
+from abkd_fast.config.recipe import load
+from abkd_fast.config.schema import Config
+from abkd_fast.data.rows import share_out
+from abkd_fast.teacher.teacher import TeacherCache
+from abkd_fast.training.costs import peak_flops
+from abkd_fast.training.trainer import Trainer
 from breakdown import breakdown, profile
 from harness import Report, at_least, at_most, measure, peak_memory, spread
 from overhead import overhead

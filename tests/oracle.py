@@ -8,7 +8,7 @@ import mpmath
 import numpy as np
 import torch
 
-from abkd_fast import divergences
+from abkd_fast.losses import divergences
 
 # 96 Gauss points integrate e^(rate t) over [0, d] to rounding while |rate d| < 100: any logits of these tests.
 NODES, WEIGHTS = (0.5 * x for x in np.polynomial.legendre.leggauss(96))

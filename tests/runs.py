@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from abkd_fast.train import main
-from abkd_fast.trainer import Trainer
+from abkd_fast.training.trainer import Trainer
 from conftest import LLAMA
 
 SMALL = {**LLAMA, "vocab_size": 1024, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}

@@ -9,9 +9,10 @@ from tokenizers import Tokenizer
 from tokenizers import models as tokenizer_models
 from transformers import AutoConfig, PreTrainedTokenizerFast
 
-from abkd_fast import models, tasks
-from abkd_fast.config import ConfigError
+from abkd_fast.config.schema import ConfigError
+from abkd_fast.data import quickstart
 from abkd_fast.device import choose_dtype
+from abkd_fast.models import loading
 from abkd_fast.train import main
 from conftest import LLAMA
 
@@ -35,7 +36,7 @@ def model_folders(tmp_path_factory):
     def make(name, tokenizer=None, **changes):
         AutoConfig.for_model(**{**SMALL, **changes}).save_pretrained(root / name)
         save_file({"x": torch.zeros(100)}, root / name / "model.safetensors")
-        (tokenizer or tasks.tokenizer()).save_pretrained(root / name)
+        (tokenizer or quickstart.tokenizer()).save_pretrained(root / name)
         return root / name
 
     other = Tokenizer(tokenizer_models.BPE({"<end>": 0, "b": 1}, [], unk_token="<end>"))
@@ -513,7 +514,7 @@ def test_one_line_and_status_2(tmp_path, monkeypatch, capsys, model_folders, nam
         path.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps(content) if isinstance(content, dict) else content
         path.write_bytes(text.encode() if isinstance(text, str) else text)
-    monkeypatch.setattr(models, "load", lambda *arguments: pytest.fail("weights are loaded"))
+    monkeypatch.setattr(loading, "load", lambda *arguments: pytest.fail("weights are loaded"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     options = [part for override in sets for part in ("--set", override)]

@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 import torch
 
-from abkd_fast import costs
-from abkd_fast.data import read_rows, tokenise
-from abkd_fast.models import read_tokenizer
+from abkd_fast.data.rows import read_rows, tokenise
+from abkd_fast.models.loading import read_tokenizer
+from abkd_fast.training import costs
 
 BENCHMARKS = pathlib.Path(__file__).parents[1] / "benchmarks"
 

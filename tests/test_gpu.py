@@ -8,10 +8,10 @@ from abkd_fast import (
     divergence_loss,
     fused_linear_divergence,
     fused_linear_policy_gradient,
-    ops,
     parse,
 )
-from abkd_fast.divergences import BY_NAME
+from abkd_fast.losses import row_ops
+from abkd_fast.losses.divergences import BY_NAME
 
 pytestmark = [
     pytest.mark.gpu,
@@ -29,7 +29,7 @@ def assert_close_to_oracle(student, teacher, alpha, beta, labels=None, **numbers
     expected = oracle.row_losses(student.cpu(), teacher.cpu(), alpha, beta, labels, **numbers)
     gradient = torch.empty_like(student)
     labels_there = None if labels is None else labels.cuda()
-    losses = ops.row_losses(student, teacher, labels_there, AlphaBeta(alpha, beta), gradient=gradient, **numbers)
+    losses = row_ops.row_losses(student, teacher, labels_there, AlphaBeta(alpha, beta), gradient=gradient, **numbers)
     kept = slice(None) if labels is None else labels != -100
     bound = FLOAT32_UNWEIGHTED if abs(alpha + beta) < 0.1 else FLOAT32
     assert oracle.relative_errors(losses.cpu()[kept], expected[0][kept]).max() < bound
@@ -74,10 +74,10 @@ def test_gradients_from_statistics(spelling, dtype):
     student, teacher = (x.to(dtype).cuda() for x in oracle.gpt2_like_logits(3, 5003))
     rows = (student, teacher, torch.tensor([1, -100, 5002]).cuda(), divergence, 2.0, 0.3)
     upstream = torch.tensor([0.5, 3.0, -2.0], device="cuda")
-    statistics = torch.zeros(3, ops.STATISTICS, dtype=torch.float64, device="cuda")
+    statistics = torch.zeros(3, row_ops.STATISTICS, dtype=torch.float64, device="cuda")
     expected, gradient = torch.empty_like(student), torch.empty_like(student)
-    ops.row_losses(*rows, gradient=expected, statistics=statistics, upstream=upstream)
-    ops.row_gradients(*rows, statistics, upstream, gradient)
+    row_ops.row_losses(*rows, gradient=expected, statistics=statistics, upstream=upstream)
+    row_ops.row_gradients(*rows, statistics, upstream, gradient)
     assert torch.equal(gradient, expected)
 
 
@@ -88,12 +88,12 @@ def test_labels_temperature_hard_weight_and_in_place_gradient(vocab, dtype):
     labels = torch.tensor([0, -100, vocab - 1, vocab // 2])
     rows = (teacher, labels.cuda(), AlphaBeta(), 2.0, 0.3)
     gradient = torch.empty_like(student)
-    losses = ops.row_losses(student, *rows, gradient=gradient)
+    losses = row_ops.row_losses(student, *rows, gradient=gradient)
     if vocab > 3:
         assert_close_to_oracle(student, teacher, 0.2, 0.7, labels, temperature=2.0, hard_weight=0.3)
     assert losses[1] == 0
     assert gradient[1].eq(0).all()
-    assert torch.equal(ops.row_losses(student, *rows, gradient=student), losses)
+    assert torch.equal(row_ops.row_losses(student, *rows, gradient=student), losses)
     assert torch.equal(student, gradient)
 
 

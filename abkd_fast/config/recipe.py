@@ -13,9 +13,9 @@ import typing
 from collections.abc import Iterable
 from typing import Any, Literal
 
-from .config import ON_POLICY_READERS, Config, ConfigError, nearest
+from .schema import ON_POLICY_READERS, Config, ConfigError, nearest
 
-RECIPES = pathlib.Path(__file__).parent / "recipes"
+RECIPES = pathlib.Path(__file__).parents[1] / "recipes"
 
 
 class Layer(typing.NamedTuple):
@@ -74,6 +74,11 @@ def _for_method(shared: list[Layer], method: str, methods: Iterable[str]) -> lis
     return layers
 
 
+def packaged_recipes() -> dict[str, pathlib.Path]:
+    """The files of the packaged recipes by name, for example "quickstart" or "gpt2/kd"."""
+    return {path.relative_to(RECIPES).with_suffix("").as_posix(): path for path in sorted(RECIPES.rglob("*.json"))}
+
+
 def _read_with_bases(name_or_path: str) -> list[Layer]:
     """The contents of a recipe file and of its bases, the last base first."""
     path = _find(name_or_path, pathlib.Path(), "")
@@ -100,14 +105,15 @@ def _find(name: str, folder: pathlib.Path, where: str) -> pathlib.Path:
         is_folder = path.is_dir()
     except OSError as error:
         raise ConfigError(f"{where}{name}: can't be read ({error.strerror})") from None
-    packaged = RECIPES / f"{name.removesuffix('.json')}.json"
-    if packaged.parent == RECIPES and packaged.exists():
-        return packaged
+    packaged, stem = packaged_recipes(), name.removesuffix(".json")
+    # Flat names were used before the recipes had folders: "gpt2-kd" is gpt2/kd, and "gpt2" is gpt2/ab.
+    flat = {key.replace("/", "-").removesuffix("-ab"): path for key, path in packaged.items()}
+    if found := packaged.get(stem) or flat.get(stem):
+        return found
     if is_folder:
         raise ConfigError(f"{where}{name}: is a folder, expected a JSON file")
-    names = sorted(recipe.stem for recipe in RECIPES.glob("*.json"))
-    near = difflib.get_close_matches(path.stem, names, n=1)
-    hint = f"did you mean {near[0]}.json?" if near else f"packaged recipes are {', '.join(names)}"
+    near = difflib.get_close_matches(stem, packaged, n=1)
+    hint = f"did you mean {near[0]}.json?" if near else f"packaged recipes are {', '.join(packaged)}"
     raise ConfigError(f"{where}{name}: no such file; {hint}")
 
 

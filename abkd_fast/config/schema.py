@@ -411,8 +411,8 @@ class Config:
     checkpoint: CheckpointConfig = CheckpointConfig()
 
     def __post_init__(self) -> None:
-        from .divergences import parse
-        from .methods import NAMES, WITHOUT_TEACHER
+        from ..losses.divergences import parse
+        from ..methods import NAMES, WITHOUT_TEACHER
 
         names = (*NAMES, "generate")
         if self.method not in names:

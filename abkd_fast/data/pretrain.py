@@ -13,11 +13,11 @@ import numpy as np
 import pyarrow
 from datasets.table import MemoryMappedTable
 
-from . import indexed
-from .checkpoint import atomic_file, file_digest
-from .config import ConfigError, PretrainConfig
-from .data import SAMPLE, TRAIN, arrow_file, fingerprint, read_jsonl
-from .logs import console
+from ..config.schema import ConfigError, PretrainConfig
+from ..training.checkpoint import atomic_file, file_digest
+from ..training.metrics import console
+from . import indexed_dataset
+from .rows import SAMPLE, TRAIN, arrow_file, fingerprint, read_jsonl
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -30,7 +30,7 @@ ITEMS = 1024  # of a binary file that are read at once
 def check_source(source: str) -> None:
     """Raises ConfigError where there is no such text, or a file's first document can't be read."""
     for file in _find_files(source):
-        next(indexed.read_items(file) if file.suffix == ".bin" else _read_documents(file), None)
+        next(indexed_dataset.read_items(file) if file.suffix == ".bin" else _read_documents(file), None)
 
 
 def load_blocks(spec: PretrainConfig, tokenizer: PreTrainedTokenizerBase, max_length: int) -> datasets.Dataset:
@@ -79,7 +79,7 @@ def _find_files(source: str) -> list[pathlib.Path]:
     path = pathlib.Path(source)
     if not path.exists():
         raise ConfigError(f"data.pretrain: {source}: no such file or folder")
-    files = indexed.find(source, TRAIN)
+    files = indexed_dataset.find(source, TRAIN)
     if not files:
         there = path.iterdir() if path.is_dir() else [path]
         files = sorted(file for file in there if file.suffix in (".jsonl", ".txt"))
@@ -131,10 +131,10 @@ def _token_ids(
 ) -> Iterator[np.ndarray]:
     """All tokens in order, int32, some at a time; of the first `limit` documents or items where that is a number."""
     if files[0].suffix == ".bin":
-        items = itertools.islice((item for file in files for item in indexed.read_items(file)), limit)
+        items = itertools.islice((item for file in files for item in indexed_dataset.read_items(file)), limit)
         while some := list(itertools.islice(items, ITEMS)):
             for where, ids in some:
-                indexed.check_ids(where, ids, len(tokenizer))
+                indexed_dataset.check_ids(where, ids, len(tokenizer))
             yield np.concatenate([ids for _, ids in some]).astype(np.int32)
         return
     documents = itertools.islice((document for file in files for document in _read_documents(file)), limit)

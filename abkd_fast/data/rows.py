@@ -17,8 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import indexed, parallel, tasks
-from .config import ConfigError
+from .. import distributed
+from ..config.schema import ConfigError
+from . import indexed_dataset, quickstart
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -72,10 +73,10 @@ def read_rows(
 
 
 def _rows(source: str, splits: tuple[str, ...], prompts_only: bool) -> Iterator[Row]:
-    parts = indexed.find(source, splits)
+    parts = indexed_dataset.find(source, splits)
     for part in parts:
-        for where, ids in indexed.read_items(part):
-            prompt, output = indexed.split_item(where, ids)
+        for where, ids in indexed_dataset.read_items(part):
+            prompt, output = indexed_dataset.split_item(where, ids)
             yield Row(where, {"prompt_ids": prompt, "output_ids": output})
     if not parts:
         for where, values in _raw_rows(source):
@@ -86,7 +87,7 @@ def _rows(source: str, splits: tuple[str, ...], prompts_only: bool) -> Iterator[
 def _raw_rows(source: str) -> Iterator[tuple[str, object]]:
     path = pathlib.Path(source)
     if source.startswith("quickstart:"):
-        for number, values in enumerate(tasks.rows(source.partition(":")[2]), 1):
+        for number, values in enumerate(quickstart.rows(source.partition(":")[2]), 1):
             yield f"{source} row {number}", values
     elif path.is_dir():
         files = sorted(path.glob("*.jsonl"))
@@ -272,7 +273,7 @@ def _check_rows(rows: list[Row], tokenizer: PreTrainedTokenizerBase) -> None:
         raise ConfigError(f"{chat.where}: has messages, but the tokenizer has no chat template; use prompt and output")
     for row in rows:
         for ids in (row.values[key] for key in ("prompt_ids", "output_ids") if key in row.values):
-            indexed.check_ids(row.where, ids, len(tokenizer))
+            indexed_dataset.check_ids(row.where, ids, len(tokenizer))
 
 
 def _check_prompt(where: str, length: int) -> None:
@@ -407,12 +408,12 @@ def share_out(samples: list[dict], text: list[dict], max_tokens: int) -> StepBat
 
     Every rank gets as many micro-batches as the others, where there are samples for that.
     """
-    parts, loads = [], [0] * parallel.world()
+    parts, loads = [], [0] * distributed.world()
     for items, is_text in ((samples, False), (text, True)):
         lengths = [len(item["input_ids"]) for item in items]
-        shares = parallel.deal(lengths)
+        shares = distributed.deal(lengths)
         groups = [_groups([items[place] for place in share], max_tokens) for share in shares]
-        own = _cut(groups[parallel.rank()], max(map(len, groups)))
+        own = _cut(groups[distributed.rank()], max(map(len, groups)))
         parts += [dataclasses.replace(_join(group), is_text=is_text) for group in own]
         loads = [load + sum(lengths[place] for place in share) for load, share in zip(loads, shares, strict=True)]
     return StepBatch(samples, text, parts, max(loads))

@@ -21,14 +21,17 @@ from rich.markup import escape
 from rich.table import Table
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from . import indexed, models, parallel, scoring
-from .answers import GrowingFile, answer, hash_weights
-from .checkpoint import WRITE_ERRORS, Interrupted, atomic_write, check_writable, locked
-from .config import SEEDS, ConfigError
-from .data import DEV, Row, encode_prompts, read_rows, references
-from .device import choose_device, choose_dtype
-from .logs import console
-from .sampling import SamplingSettings
+from .. import distributed
+from ..config.schema import SEEDS, ConfigError
+from ..data import indexed_dataset
+from ..data.rows import DEV, Row, encode_prompts, read_rows, references
+from ..device import choose_device, choose_dtype
+from ..generation.answers import GrowingFile, answer, hash_weights
+from ..generation.sampling import SamplingSettings
+from ..models import loading
+from ..training.checkpoint import WRITE_ERRORS, Interrupted, atomic_write, check_writable, locked
+from ..training.metrics import console
+from . import rouge
 
 NAMES = {
     "dolly": "Dolly",
@@ -112,7 +115,7 @@ def read_sets(
 def _check_source(source: str) -> None:
     """Raises ConfigError for what isn't one split: in training, folders are read whole, and Hub names' first split."""
     path = pathlib.Path(source)
-    if source.startswith("quickstart:") or path.is_file() or indexed.find(source, DEV):
+    if source.startswith("quickstart:") or path.is_file() or indexed_dataset.find(source, DEV):
         return
     if path.is_dir():
         raise ConfigError(f"{source} is a folder, and expected is a file of it, for example {path / 'valid.jsonl'}")
@@ -176,10 +179,10 @@ class Evaluation:
                 raise ConfigError(f"{name} is {value}, expected at least 1")
         self.device = choose_device(device)
         self.dtype = choose_dtype(dtype, self.device)
-        self.spec = models.spec_of(model)
-        self.config = models.read_config(self.spec, "model")
-        self.tokenizer = models.read_tokenizer(tokenizer or model, "tokenizer" if tokenizer else "model")
-        models.check_vocabularies(self.tokenizer, self.config, None, None)
+        self.spec = loading.spec_of(model)
+        self.config = loading.read_config(self.spec, "model")
+        self.tokenizer = loading.read_tokenizer(tokenizer or model, "tokenizer" if tokenizer else "model")
+        loading.check_vocabularies(self.tokenizer, self.config, None, None)
         self.protocol = protocol
         self.settings = dataclasses.replace(protocol.sampling, eos_token_ids=(self.tokenizer.eos_token_id,))
         self.sets = read_sets(sets, self.tokenizer, self.config, protocol, rows)
@@ -224,13 +227,13 @@ class Evaluation:
         for line in self._describe():
             console.print(line, markup=False)
         if self._todo():
-            with parallel.held_by_main(locked(self.out)):
+            with distributed.held_by_main(locked(self.out)):
                 self._take_over()  # what another process may have added since
                 self._score_all()
         return self.scores
 
     def _score_all(self) -> None:
-        model = models.load(self.spec, self.config, "model", self.dtype, self.device)
+        model = loading.load(self.spec, self.config, "model", self.dtype, self.device)
         try:
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
                 model.check()
@@ -259,7 +262,7 @@ class Evaluation:
             begin = self.tokenizer.bos_token
             yield f"  prompts have no {begin}, as in training; the papers' test prompts had one: --bos"
 
-    def _score(self, model: models.PackedCausalLM, test: TestSet, seeds: list[int]) -> None:
+    def _score(self, model: loading.PackedCausalLM, test: TestSet, seeds: list[int]) -> None:
         """Answers a set with all seeds in one stream, so that the batch is full to the end."""
         scores = self.scores["sets"].setdefault(
             test.name, {"source": test.source, **test.identity(), **{metric: summarise({}) for metric in METRICS}}
@@ -272,10 +275,10 @@ class Evaluation:
             def keep(number: int, response: list[int]) -> None:
                 seed, row = todo[number]
                 values = {"prompt": self.tokenizer.decode(test.prompts[row]), "output": test.references[row]}
-                files[seed].add(row, values | scoring.judge(self.tokenizer, response, test.references[row]))
+                files[seed].add(row, values | rouge.judge(self.tokenizer, response, test.references[row]))
 
             prompts = [test.prompts[row] for _, row in todo]
-            numbers = scoring.response_seeds(todo)
+            numbers = rouge.response_seeds(todo)
             answer(model, prompts, self.settings, numbers, self.batch_size, keep, f"answers to {test.name}")
         for seed in seeds:
             answers = files[seed].sort()
@@ -286,7 +289,7 @@ class Evaluation:
 
     def _write(self) -> None:
         text = json.dumps(self.scores, indent=2) + "\n"
-        parallel.on_main(functools.partial(atomic_write, self.out / SCORES, text))
+        distributed.on_main(functools.partial(atomic_write, self.out / SCORES, text))
 
     def table(self) -> Table:
         """The sets of this evaluation, with all seeds that are in their files."""

@@ -18,12 +18,12 @@ from nltk.stem.porter import PorterStemmer  # what rouge_score takes
 from rouge_score import scoring, tokenize
 from transformers import PreTrainedTokenizerBase
 
-from . import parallel
-from .checkpoint import Interrupted, StopSignals
-from .config import Config
-from .data import Row, references
-from .models import PackedCausalLM
-from .sampling import SamplingSettings, sample
+from .. import distributed
+from ..config.schema import Config
+from ..data.rows import Row, references
+from ..generation.sampling import SamplingSettings, sample
+from ..models.loading import PackedCausalLM
+from ..training.checkpoint import Interrupted, StopSignals
 
 
 class _Stemmer:
@@ -107,7 +107,7 @@ class DevelopmentRouge:
 
     def measure(self, student: PackedCausalLM, signals: StopSignals) -> float | None:
         """The mean over the rows, which ranks share; None where a signal arrives."""
-        prompts, outputs, seeds = map(parallel.share, (self.prompts, self.references, self.seeds))
+        prompts, outputs, seeds = map(distributed.share, (self.prompts, self.references, self.seeds))
         scores = [0.0] * len(prompts)
 
         def on_response(row: int, response: list[int]) -> None:
@@ -117,4 +117,4 @@ class DevelopmentRouge:
 
         with contextlib.suppress(Interrupted):
             sample(student, prompts, self.settings, seeds, 64, on_response)
-        return None if signals.of_any_rank() else statistics.fmean(parallel.joined(scores))
+        return None if signals.of_any_rank() else statistics.fmean(distributed.joined(scores))

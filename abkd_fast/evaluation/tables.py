@@ -15,12 +15,12 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from ..config.schema import ConfigError
+from ..methods import WITHOUT_TEACHER
+from ..training.checkpoint import atomic_write
+from ..training.metrics import size
 from . import figures
-from .checkpoint import atomic_write
-from .config import ConfigError
-from .evaluation import NAMES, SCORES, read_scores, spread, summarise
-from .logs import size
-from .methods import WITHOUT_TEACHER
+from .evaluator import NAMES, SCORES, read_scores, spread, summarise
 
 # As the papers call the losses; a recipe's spelling up to the colon.
 LOSSES = {

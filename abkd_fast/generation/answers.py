@@ -20,12 +20,15 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import PretrainedConfig
 
-from . import cache, lora, models, parallel, sampling
-from .checkpoint import WRITE_ERRORS, Interrupted, StopSignals, atomic_folder, atomic_write, exclusive, locked
-from .config import Config, ConfigError, ModelConfig
-from .data import encode_prompts, read_rows
-from .device import choose_device, choose_dtype
-from .logs import console
+from .. import distributed
+from ..config.schema import Config, ConfigError, ModelConfig
+from ..data.rows import encode_prompts, read_rows
+from ..device import choose_device, choose_dtype
+from ..models import loading, lora
+from ..teacher import store
+from ..training.checkpoint import WRITE_ERRORS, Interrupted, StopSignals, atomic_folder, atomic_write, exclusive, locked
+from ..training.metrics import console
+from . import sampling
 from .sampling import SamplingSettings
 
 SETTINGS = ("max_new_tokens", "max_length", "min_new_tokens", "temperature", "top_k", "top_p", "no_repeat_ngram_size")
@@ -44,9 +47,9 @@ class Generation:
         chosen = {name: getattr(options, name) for name in SETTINGS}
         self.device = choose_device(options.device)
         self.dtype = choose_dtype(options.dtype, self.device)
-        self.config = models.read_config(self.spec, "model")
-        self.tokenizer = models.read_tokenizer(options.tokenizer or spec.path, "tokenizer")
-        models.check_vocabularies(self.tokenizer, self.config, None, None)
+        self.config = loading.read_config(self.spec, "model")
+        self.tokenizer = loading.read_tokenizer(options.tokenizer or spec.path, "tokenizer")
+        loading.check_vocabularies(self.tokenizer, self.config, None, None)
         self.end = self.tokenizer.eos_token_id
         self.settings = SamplingSettings(**chosen, eos_token_ids=(self.end,))
         self.rows = read_rows(options.data, options.rows, prompts_only=True)
@@ -80,10 +83,10 @@ class Generation:
         path = self.options.out
         lock = path.with_name(path.name + ".lock")
         busy = f"out: another process is writing {path}: wait for it, or choose another"
-        with contextlib.nullcontext() if self.answers.finished else parallel.held_by_main(exclusive(lock, busy)):
+        with contextlib.nullcontext() if self.answers.finished else distributed.held_by_main(exclusive(lock, busy)):
             self.answers = Answers(path, self.identity)  # with what another process has added meanwhile
             self._answer_all()
-            if parallel.is_main():
+            if distributed.is_main():
                 lock.unlink(missing_ok=True)  # nobody writes to a finished file
 
     def _answer_all(self) -> None:
@@ -94,14 +97,14 @@ class Generation:
         self.todo = [index for index in self.short if index not in answers.rows]
         dtype = str(self.dtype).removeprefix("torch.")
         console.print(f"{len(self.todo)} of {len(self.rows)} prompts to answer, on {self.device}, in {dtype}")
-        model = models.load(self.spec, self.config, "model", self.dtype, self.device)
+        model = loading.load(self.spec, self.config, "model", self.dtype, self.device)
         started = time.perf_counter()
         try:
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16), answers:
                 model.check()
                 self._answer(model)
                 answers.finish()
-                self.tokens = parallel.added(self.tokens)
+                self.tokens = distributed.added(self.tokens)
         except WRITE_ERRORS as error:
             raise Interrupted(f"{path} can't be written ({error}): make room") from None
         self.seconds = time.perf_counter() - started
@@ -113,7 +116,7 @@ class Generation:
             f"{self.tokens / self.seconds:.0f} tokens/s"
         )
 
-    def _answer(self, model: models.PackedCausalLM) -> None:
+    def _answer(self, model: loading.PackedCausalLM) -> None:
         def keep(number: int, response: list[int]) -> None:
             index = self.todo[number]
             text = self.tokenizer.decode(response, skip_special_tokens=True)
@@ -143,13 +146,13 @@ def write_stage(config: Config) -> dict:
     """
     folder = config.run.folder
     growing = folder / "answers.jsonl"
-    with parallel.held_by_main(locked(folder)):
+    with distributed.held_by_main(locked(folder)):
         console.print(
             f"[bold]{folder}[/bold]  method {config.method}, by {config.student.adapter or config.student.path}"
         )
         generation = _of_stage(config, growing)
         text = json.dumps(config.to_dict(), indent=2) + "\n"
-        parallel.on_main(functools.partial(atomic_write, folder / "config.json", text))
+        distributed.on_main(functools.partial(atomic_write, folder / "config.json", text))
         generation.run()
         summary = {
             "method": config.method,
@@ -165,7 +168,7 @@ def write_stage(config: Config) -> dict:
                 shutil.copy(growing, final)
 
         try:
-            parallel.on_main(write)
+            distributed.on_main(write)
         except WRITE_ERRORS as error:
             raise Interrupted(f"{folder / 'final'} can't be written ({error}): make room") from None
     return summary
@@ -205,12 +208,12 @@ def _of_stage(config: Config, out: pathlib.Path) -> Generation:
 def hash_weights(spec: ModelConfig, config: PretrainedConfig) -> dict[str, str]:
     """What identifies a model's weights, those of its adapter included."""
     adapter = lora.find(spec.adapter, "model") if spec.adapter else None
-    hash_weights = functools.partial(cache.hash_weights, spec.path, config, cache.default_folder(), adapter)
-    return parallel.on_main(hash_weights)
+    hash_weights = functools.partial(store.hash_weights, spec.path, config, store.default_folder(), adapter)
+    return distributed.on_main(hash_weights)
 
 
 def answer(
-    model: models.PackedCausalLM,
+    model: loading.PackedCausalLM,
     prompts: list[list[int]],
     settings: SamplingSettings,
     seeds: list[int],
@@ -222,7 +225,7 @@ def answer(
 
     Ranks share the prompts. Raises Interrupted after a signal, once the response at hand is kept.
     """
-    numbers = parallel.share(list(range(len(prompts))))
+    numbers = distributed.share(list(range(len(prompts))))
     columns = BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(compact=True), TextColumn(name)
     bar = Progress(*columns, console=console, disable=not console.is_terminal)
     task = bar.add_task(name, total=len(numbers))
@@ -239,7 +242,9 @@ def answer(
 
     with signals, bar:
         with contextlib.suppress(Interrupted):
-            sampling.sample(model, parallel.share(prompts), settings, parallel.share(seeds), batch_size, on_response)
+            sampling.sample(
+                model, distributed.share(prompts), settings, distributed.share(seeds), batch_size, on_response
+            )
         if stop := signals.of_any_rank():
             raise Interrupted(f"{stop} after {done} of {len(numbers)} {name}, which are kept")
 
@@ -253,7 +258,7 @@ class GrowingFile:
 
     def __init__(self, path: pathlib.Path) -> None:
         self.path = path
-        self.rows = {values["row"] for values in parallel.on_main(self.read)}
+        self.rows = {values["row"] for values in distributed.on_main(self.read)}
 
     def _others(self) -> list[pathlib.Path]:
         return list(self.path.parent.glob(f"{glob.escape(self.path.name)}.rank*"))
@@ -271,8 +276,8 @@ class GrowingFile:
         return [*found.values()]
 
     def __enter__(self) -> GrowingFile:
-        parallel.on_main(lambda: self._write(self.read()))
-        own = self.path if parallel.is_main() else self.path.with_name(f"{self.path.name}.rank{parallel.rank()}")
+        distributed.on_main(lambda: self._write(self.read()))
+        own = self.path if distributed.is_main() else self.path.with_name(f"{self.path.name}.rank{distributed.rank()}")
         self.file = own.open("a", encoding="utf-8", buffering=1)
         return self
 
@@ -285,9 +290,9 @@ class GrowingFile:
 
     def sort(self) -> list[dict]:
         """Puts the lines of all ranks into the order of their rows, and returns them."""
-        parallel.meet()  # all have written theirs
-        lines = parallel.on_main(lambda: sorted(self.read(), key=lambda values: values["row"]))
-        parallel.on_main(lambda: self._write(lines))
+        distributed.meet()  # all have written theirs
+        lines = distributed.on_main(lambda: sorted(self.read(), key=lambda values: values["row"]))
+        distributed.on_main(lambda: self._write(lines))
         self.rows = {values["row"] for values in lines}
         return lines
 
@@ -322,7 +327,7 @@ class Answers(GrowingFile):
 
     def _write_record(self, finished: bool) -> None:
         text = json.dumps({**self.identity, "finished": finished}, indent=2) + "\n"
-        parallel.on_main(functools.partial(atomic_write, self.record, text))
+        distributed.on_main(functools.partial(atomic_write, self.record, text))
 
     def __enter__(self) -> Answers:
         self._write_record(finished=False)

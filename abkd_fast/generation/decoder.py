@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from . import parallel
-from .attention import packed_attention
-from .models import PackedCausalLM
+from .. import distributed
+from ..models.attention import packed_attention
+from ..models.loading import PackedCausalLM
 
 NAME = "abkd_slots"
 BUCKET = 256  # all slots at once read keys up to the next multiple of this, so that few shapes occur
@@ -39,7 +39,7 @@ class Decoder:
         self.values: list[Tensor] = []
         self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         # What goes on around the layers of a sharded model can't be captured.
-        self.use_graphs = self.device.type == "cuda" and not parallel.is_sharded(model)
+        self.use_graphs = self.device.type == "cuda" and not distributed.is_sharded(model)
         self.inputs = torch.zeros(3, slots, dtype=torch.long, device=self.device)  # slot, token, position of each row
         self.inputs[0] = torch.arange(slots)
 

@@ -17,10 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .config import ConfigError
-from .decoding import Decoder, prepared
-from .models import PackedCausalLM
-from .ops import shared_vocabulary
+from ..config.schema import ConfigError
+from ..losses.row_ops import shared_vocabulary
+from ..models.loading import PackedCausalLM
+from .decoder import Decoder, prepared
 
 PREFILL_TOKENS = 4096  # prompts that enter together have at most so many tokens, unless it is a single one
 

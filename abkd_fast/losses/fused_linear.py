@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .divergences import CrossEntropy, Divergence, ReverseKL, parse
-from .ops import (
+from .row_ops import (
     STATISTICS,
     check_labels,
     check_numbers,

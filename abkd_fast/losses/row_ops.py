@@ -24,7 +24,7 @@ else:
     if torch.version.cuda and _C.build_info()["cuda"]:
         import importlib.util
 
-        torch.ops.load_library(importlib.util.find_spec("abkd_fast._cuda").origin)
+        torch.ops.load_library(importlib.util.find_spec("abkd_fast.losses._cuda").origin)
 
     @torch.library.register_fake("abkd_fast::row_losses")
     def _row_losses_fake(student, *_):  # noqa: ANN001

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from . import reference
 from .divergences import AlphaNet, Divergence, Family
-from .ops import decides_per_batch, loss_dtype, row_normalizers, row_sums, shared_vocabulary
 from .reference import PLAIN_LSE, SLOPE, STATE
+from .row_ops import decides_per_batch, loss_dtype, row_normalizers, row_sums, shared_vocabulary
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

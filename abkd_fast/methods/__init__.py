@@ -20,10 +20,10 @@ WITHOUT_TEACHER = ("sft", "seqkd")
 def find(name: str) -> type:
     """The class of a method named in NAMES."""
     from .distillm import DistiLLM
+    from .gkd import GKD, ImitKD
     from .kd import WordLevelKD
     from .minillm import MiniLLM
     from .sft import SupervisedFineTuning
-    from .student_text import GKD, ImitKD
 
     methods = {
         "sft": SupervisedFineTuning,

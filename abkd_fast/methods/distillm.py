@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from ..config import Config
-from ..rollouts import Rollouts
+from ..config.schema import Config
 from .kd import WordLevelKD
 from .replay import ReplayBuffer
+from .rollouts import Rollouts
 
 GROWTH = 0.1  # of the threshold, whenever the dev loss has risen
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from ..config import Config
-from ..rollouts import Rollouts
+from ..config.schema import Config
 from .kd import WordLevelKD
 from .replay import ReplayBuffer
+from .rollouts import Rollouts
 
 
 class GKD(WordLevelKD):

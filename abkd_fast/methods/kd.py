@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..config import Config
-from ..data import Batch
-from ..divergences import parse
-from ..fused_linear import fused_linear_divergence
-from ..teacher import TeacherStates
+from ..config.schema import Config
+from ..data.rows import Batch
+from ..losses.divergences import parse
+from ..losses.fused_linear import fused_linear_divergence
+from ..teacher.teacher import TeacherStates
 
 
 class WordLevelKD:

@@ -10,14 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import parallel
-from ..config import Config, ConfigError
-from ..data import Batch, batch_rows
-from ..divergences import ForwardKL
-from ..fused_linear import fused_linear_divergence, fused_linear_policy_gradient
-from ..ops import is_clipped
-from ..rollouts import Rollouts
-from ..teacher import TeacherStates
+from .. import distributed
+from ..config.schema import Config, ConfigError
+from ..data.rows import Batch, batch_rows
+from ..losses.divergences import ForwardKL
+from ..losses.fused_linear import fused_linear_divergence, fused_linear_policy_gradient
+from ..losses.row_ops import is_clipped
+from ..teacher.teacher import TeacherStates
+from .rollouts import Rollouts
 
 # Rewards, importance weights and what is trained are the same probabilities, those that are sampled from.
 NEEDED = {
@@ -162,7 +162,7 @@ class MiniLLM:
 
     def numbers(self) -> dict[str, float]:
         """Means over the tokens trained on since the last call."""
-        sums = parallel.summed(self.sums)
+        sums = distributed.summed(self.sums)
         divergence, clipped, _ = (sums / sums[2].clamp(min=1)).tolist()
         numbers = {"reward": self.reward / self.tokens, "reverse_kl": divergence, "clip_share": clipped}
         self._clear()
@@ -175,10 +175,10 @@ class MiniLLM:
         """
         made_again = ("states", "advantages")
         rollouts = [{name: x for name, x in rollout.items() if name not in made_again} for rollout in self.rollouts]
-        sums = parallel.summed(self.sums.clone()).tolist()
+        sums = distributed.summed(self.sums.clone()).tolist()
         return {"rollouts": rollouts, "tokens": self.tokens, "reward": self.reward, "sums": sums}
 
     def load_state_dict(self, state: dict) -> None:
         self.rollouts, self.tokens, self.reward = state["rollouts"], state["tokens"], state["reward"]
-        if parallel.is_main():  # they are those of all ranks
+        if distributed.is_main():  # they are those of all ranks
             self.sums = torch.tensor(state["sums"], dtype=torch.float64)

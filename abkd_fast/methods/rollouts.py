@@ -10,12 +10,12 @@ import datasets
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from . import parallel
-from .config import Config
-from .data import step_samples
-from .models import PackedCausalLM
-from .ops import shared_vocabulary
-from .sampling import SamplingSettings, sample, sample_mixture
+from .. import distributed
+from ..config.schema import Config
+from ..data.rows import step_samples
+from ..generation.sampling import SamplingSettings, sample, sample_mixture
+from ..losses.row_ops import shared_vocabulary
+from ..models.loading import PackedCausalLM
 
 
 class Rollouts:
@@ -56,8 +56,8 @@ class Rollouts:
     def write(self, samples: list[dict], step: int) -> list[dict]:
         """The samples with responses by the student."""
         arguments, started = self._arguments(samples, step), self._now()
-        with self.precision(), parallel.whole(self.student):
-            responses = parallel.joined(sample(self.student, *arguments))
+        with self.precision(), distributed.whole(self.student):
+            responses = distributed.joined(sample(self.student, *arguments))
         return self._with_responses(samples, responses, started)
 
     def write_mixed(self, samples: list[dict], step: int, teacher_weight: float) -> list[dict]:
@@ -66,8 +66,8 @@ class Rollouts:
         "student_log_probs" and "teacher_log_probs" are lists of each model's own, of the tokens of the response.
         """
         arguments, started = self._arguments(samples, step), self._now()
-        with self.precision(), parallel.whole(self.student, self.teacher):
-            written = parallel.joined(sample_mixture(self.student, self.teacher, teacher_weight, *arguments))
+        with self.precision(), distributed.whole(self.student, self.teacher):
+            written = distributed.joined(sample_mixture(self.student, self.teacher, teacher_weight, *arguments))
         responses, *log_probs = zip(*written, strict=True)
         rollouts = self._with_responses(samples, responses, started)
         return [
@@ -89,7 +89,7 @@ class Rollouts:
         prompts = [_prompt(sample) for sample in samples]
         first = (self.config.run.seed << 40) + (step << 20)
         seeds = [first + place for place in range(len(samples))]
-        return parallel.share(prompts), self.settings, parallel.share(seeds), self.config.sampling.batch_size
+        return distributed.share(prompts), self.settings, distributed.share(seeds), self.config.sampling.batch_size
 
     def _now(self) -> float:
         """The time, once the device has done what it was given before: none of that is generation."""

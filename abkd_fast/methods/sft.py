@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..config import Config
-from ..data import Batch
-from ..fused_linear import fused_linear_cross_entropy
+from ..config.schema import Config
+from ..data.rows import Batch
+from ..losses.fused_linear import fused_linear_cross_entropy
 
 
 def cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, batch: Batch, teacher: None = None) -> Tensor:

@@ -24,10 +24,11 @@ from transformers import (
 from transformers.activations import NewGELUActivation
 from transformers.utils import logging as transformers_logging
 
-from . import attention, lora, tasks
-from .config import ConfigError, ModelConfig, first_line, looks_local
-from .data import Batch, pack
-from .ops import shared_vocabulary
+from ..config.schema import ConfigError, ModelConfig, first_line, looks_local
+from ..data import quickstart
+from ..data.rows import Batch, pack
+from ..losses.row_ops import shared_vocabulary
+from . import attention, lora
 
 transformers_logging.disable_progress_bar()  # one bar on the terminal: the run's own
 # Newer versions of transformers rename what older ones, peft and this module know by these names.
@@ -141,7 +142,7 @@ def describe(model: nn.Module) -> str:
 def read_tokenizer(path: str, key: str) -> PreTrainedTokenizerBase:
     """A tokenizer; "quickstart" is the one made for the generated tasks. Raises ConfigError where there is none."""
     if path == "quickstart":
-        return tasks.tokenizer()
+        return quickstart.tokenizer()
     folder = pathlib.Path(path)
     if folder.is_dir() and not any([*folder.glob(f"{kind}*")] for kind in ("tokenizer", "vocab", "spiece")):
         raise ConfigError(f"{key}: {path} is a folder without a tokenizer; name another as tokenizer")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from .config import ConfigError, ModelConfig, first_line, looks_local
+from ..config.schema import ConfigError, ModelConfig, first_line, looks_local
 
 if TYPE_CHECKING:  # peft takes a second or two to import, and most runs need none: each function imports it
     import peft

@@ -26,8 +26,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from .checkpoint import file_digest
-from .logs import console
+from ..training.checkpoint import file_digest
+from ..training.metrics import console
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

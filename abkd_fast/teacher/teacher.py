@@ -17,11 +17,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from . import cache, lora, models, parallel
-from .config import Config, ConfigError
-from .data import Batch, pack
-from .logs import console, size
-from .models import PackedCausalLM
+from .. import distributed
+from ..config.schema import Config, ConfigError
+from ..data.rows import Batch, pack
+from ..models import loading, lora
+from ..models.loading import PackedCausalLM
+from ..training.metrics import console, size
+from . import store
 
 MEMORY_SHARE = 0.25  # of the free memory, that mode auto takes for the states
 
@@ -50,7 +52,7 @@ class Teacher:
         is always the same computation, and takes a processor up to 1.4 times as long for short samples.
         """
         head = self.model.head
-        alone = head.weight.device.type == "cpu" and not parallel.is_sharded(self.model)
+        alone = head.weight.device.type == "cpu" and not distributed.is_sharded(self.model)
         batches = [pack([sample], batch.tokens)[0] for sample in batch.samples] if alone else [batch]
         hidden = torch.cat([self.model(part, _hidden) for part in batches])
         return TeacherStates(hidden.to(head.weight.dtype), head.weight, head.bias)
@@ -65,7 +67,7 @@ class CachedTeacher:
     """Looks its states up: rows [R, H] in device memory, or mapped from disk."""
 
     def __init__(
-        self, rows: Tensor, layout: cache.Layout, head: tuple[Tensor, Tensor | None], seconds: tuple[float, float]
+        self, rows: Tensor, layout: store.Layout, head: tuple[Tensor, Tensor | None], seconds: tuple[float, float]
     ) -> None:
         """Seconds: one process's for all rows, whenever they were computed, and what this run spent."""
         self.rows, self.layout = rows, layout
@@ -75,7 +77,7 @@ class CachedTeacher:
 
     def saved(self, samples: int) -> float:
         """About how many seconds a run has saved that has seen so many samples; below 0 where building took longer."""
-        return self.pass_seconds / parallel.world() * samples / len(self.layout.starts) - self.build_seconds
+        return self.pass_seconds / distributed.world() * samples / len(self.layout.starts) - self.build_seconds
 
     def states(self, batch: Batch) -> TeacherStates:
         hidden = torch.cat([self.rows[self.layout.sample(sample["index"])] for sample in batch.samples])
@@ -105,14 +107,14 @@ class OnPolicyTeacher:
 
     def states(self, batch: Batch) -> TeacherStates:
         fresh = self.unknown(batch.samples)
-        if parallel.is_sharded(self.live.model) and parallel.largest(len(fresh)):
+        if distributed.is_sharded(self.live.model) and distributed.largest(len(fresh)):
             fresh = fresh or batch.samples  # no rank computes without the others
         if fresh:
             part = pack(fresh, batch.tokens)[0].to(batch.input_ids.device)
             counts = [len(sample["input_ids"]) - sample["prompt_length"] for sample in fresh]
             for sample, rows in zip(fresh, self.live.states(part).hidden.split(counts), strict=True):
                 sample["states"] = rows.clone()  # a view would keep those of the whole batch alive
-        parallel.join_root(self.live.model)
+        distributed.join_root(self.live.model)
         hidden = [sample["states"] if "states" in sample else self.data.rows_of(sample) for sample in batch.samples]
         head = self.live.model.head
         return TeacherStates(torch.cat(hidden), head.weight, head.bias)
@@ -135,19 +137,19 @@ class TeacherCache:
         Raises ConfigError for a folder that can't hold the cache, where mode insists on it.
         """
         self.mode, self.spec, self.config = config.cache.mode, config.teacher, teacher
-        self.root = pathlib.Path(config.cache.dir) if config.cache.dir else cache.default_folder()
+        self.root = pathlib.Path(config.cache.dir) if config.cache.dir else store.default_folder()
         self.dataset, self.samples, self.device, self.dtype = dataset, samples, device, dtype
         self.max_tokens = config.train.max_tokens
-        self.layout = cache.Layout(dataset)
-        self.width = models.outline(teacher).get_output_embeddings().weight.shape[1]
+        self.layout = store.Layout(dataset)
+        self.width = loading.outline(teacher).get_output_embeddings().weight.shape[1]
         self.bytes = self.layout.rows * self.width * dtype.itemsize
         if self.mode == "off":
             return
         weights = None  # random ones are known only once they are drawn
         if self.spec.path is not None:
             adapter = None if self.spec.adapter is None else lora.find(self.spec.adapter, "teacher")
-            hash_weights = functools.partial(cache.hash_weights, self.spec.path, teacher, self.root, adapter)
-            weights = parallel.on_main(hash_weights)
+            hash_weights = functools.partial(store.hash_weights, self.spec.path, teacher, self.root, adapter)
+            weights = distributed.on_main(hash_weights)
         self._identify(weights)
         problem = self.file.problem()
         if self.mode == "disk" and problem and not self.file.is_recorded:
@@ -156,12 +158,12 @@ class TeacherCache:
     def _identify(self, weights: dict | str | None) -> None:
         identity = {
             "weights": weights,
-            "model": cache.describe_model(self.config, models.DROPOUT),
-            "samples": cache.hash_samples(self.dataset),
+            "model": store.describe_model(self.config, loading.DROPOUT),
+            "samples": store.hash_samples(self.dataset),
             "dtype": str(self.dtype),
             "device": self.device.type,
         }
-        self.file = cache.StateFile(self.root, identity, self.layout, self.width, self.dtype)
+        self.file = store.StateFile(self.root, identity, self.layout, self.width, self.dtype)
 
     @property
     def passes(self) -> float:
@@ -208,16 +210,16 @@ class TeacherCache:
 
         Raises ConfigError where what the mode asks for can't be had.
         """
-        least = -parallel.largest(-free_memory(self.device))  # all ranks have to choose the same
+        least = -distributed.largest(-free_memory(self.device))  # all ranks have to choose the same
         choose = functools.partial(self.choose, max(0, least - reserved))
-        on_disk, in_memory, reason = parallel.on_main(choose)
+        on_disk, in_memory, reason = distributed.on_main(choose)
         if not on_disk and not in_memory:
             return Teacher(load(), f"runs in every step ({reason})")
         model = None
         if self.spec.path is None:
             model = load()
-            weights = {name: parallel.joined_tensor(tensor) for name, tensor in model.state_dict().items()}
-            self._identify(cache.hash_tensors(weights))
+            weights = {name: distributed.joined_tensor(tensor) for name, tensor in model.state_dict().items()}
+            self._identify(store.hash_tensors(weights))
         builder = _Builder(self, load, model, precision)
         if on_disk:
             try:
@@ -231,18 +233,18 @@ class TeacherCache:
         rows = torch.zeros(self.layout.rows, self.width, dtype=self.dtype, device=self.device)
         for number, block, _ in builder.blocks(range(len(self.layout.blocks))):
             rows[self.layout.block(number)] = block
-        parallel.summed(rows)  # each has those of one rank, and zeros of the others
+        distributed.summed(rows)  # each has those of one rank, and zeros of the others
         where = f"in memory, not kept ({reason})"
         return self._cached(builder, rows, builder.head(), where, builder.seconds)
 
     def _from_file(self, builder: _Builder, in_memory: bool) -> CachedTeacher:
-        with parallel.held_by_main(self.file.locked()):
+        with distributed.held_by_main(self.file.locked()):
             started = time.perf_counter()
-            missing, is_whole = parallel.on_main(lambda: (self.file.missing(), self.file.read_head() is not None))
+            missing, is_whole = distributed.on_main(lambda: (self.file.missing(), self.file.read_head() is not None))
             checked = time.perf_counter() - started
             if missing or not is_whole:
-                parallel.on_main(self.file.reserve)
-                parallel.on_main(functools.partial(self.file.write_head, *builder.head()))
+                distributed.on_main(self.file.reserve)
+                distributed.on_main(functools.partial(self.file.write_head, *builder.head()))
                 self._fill(builder, missing)
             self.file.read_index()  # what the main process has written
             head = self.file.read_head()
@@ -263,9 +265,9 @@ class TeacherCache:
                 (number, self.file.write(number, rows), seconds) for number, rows, seconds in itertools.islice(mine, 1)
             ]
 
-        for _ in range(0, len(missing), parallel.world()):
-            written = list(itertools.chain(*parallel.everywhere(write_next)))
-            parallel.on_main(functools.partial(self.file.record, written))
+        for _ in range(0, len(missing), distributed.world()):
+            written = list(itertools.chain(*distributed.everywhere(write_next)))
+            distributed.on_main(functools.partial(self.file.record, written))
 
     def _cached(
         self, builder: _Builder, rows: Tensor, head: tuple[Tensor, Tensor | None], where: str, seconds: float
@@ -299,7 +301,7 @@ class _Builder:
         return self.loaded
 
     def head(self) -> tuple[Tensor, Tensor | None]:
-        parallel.join_root(self.model())
+        distributed.join_root(self.model())
         return self.model().head.weight, self.model().head.bias
 
     def blocks(self, numbers: list[int] | range) -> Iterator[tuple[int, Tensor, float]]:
@@ -310,16 +312,16 @@ class _Builder:
             console.print(f"teacher cache: computing {len(numbers)} of {total} blocks, {size(owner.bytes)} in all")
         columns = BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(compact=True), TextColumn("teacher's states")
         with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-            for first in bar.track(range(0, len(numbers), parallel.world())):
+            for first in bar.track(range(0, len(numbers), distributed.world())):
                 started = time.perf_counter()
-                place = first + parallel.rank()
+                place = first + distributed.rank()
                 number = numbers[min(place, len(numbers) - 1)]
                 samples = [owner.dataset[index] for index in owner.layout.blocks[number]]
                 batches = pack(samples, owner.max_tokens)
                 with self.precision():
                     parts = [teacher.states(batch.to(owner.device)).hidden for batch in batches]
-                    if parallel.is_sharded(teacher.model):  # no rank computes without the others
-                        for _ in range(int(parallel.largest(len(batches))) - len(batches)):
+                    if distributed.is_sharded(teacher.model):  # no rank computes without the others
+                        for _ in range(int(distributed.largest(len(batches))) - len(batches)):
                             teacher.states(batches[-1].to(owner.device))
                 if place >= len(numbers):
                     return

@@ -23,9 +23,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from . import parallel
-from .config import ConfigError
-from .logs import console
+from .. import distributed
+from ..config.schema import ConfigError
+from .metrics import console
 
 LOCK = "lock"
 MANIFEST, STATE, TENSORS, OPTIMIZER = "manifest.json", "trainer.json", "trainer.safetensors", "optimizer"
@@ -55,11 +55,11 @@ class StopSignals:
 
     def of_any_rank(self) -> str | None:
         """What a rank has received, the same on all of them, which have to call this together."""
-        number = int(parallel.largest(signal.Signals[self.received] if self.received else 0))
+        number = int(distributed.largest(signal.Signals[self.received] if self.received else 0))
         return signal.Signals(number).name if number else None
 
     def _handle(self, number: int, frame: types.FrameType | None) -> None:
-        if self.received and "RANK" in os.environ and time.monotonic() - self.since < parallel.GRACE:
+        if self.received and "RANK" in os.environ and time.monotonic() - self.since < distributed.GRACE:
             return  # the first one again: a cluster signals all processes, and torchrun passes its own on
         if self.received:
             signal.signal(number, signal.SIG_DFL)
@@ -252,13 +252,13 @@ def load(folder: pathlib.Path) -> tuple[dict[str, Tensor], dict]:
 
 def by_rank(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Every rank's tensors of these names, for one file. All ranks have to call this together."""
-    own = enumerate(parallel.gathered(tensors))
+    own = enumerate(distributed.gathered(tensors))
     return {f"{rank}.{name}": tensor for rank, tensors in own for name, tensor in tensors.items()}
 
 
 def of_rank(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """This rank's, of what `by_rank` gave; nothing where there were fewer ranks then."""
-    own = f"{parallel.rank()}."
+    own = f"{distributed.rank()}."
     return {name.removeprefix(own): tensor for name, tensor in tensors.items() if name.startswith(own)}
 
 

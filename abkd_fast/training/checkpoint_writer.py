@@ -26,9 +26,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from transformers import PreTrainedTokenizerBase
 
-from . import parallel
+from .. import distributed
+from ..models.loading import PackedCausalLM
 from .checkpoint import OPTIMIZER, STATE, TENSORS, Checkpoints, atomic_folder
-from .models import PackedCausalLM
 
 # Meant: every process reads for itself alone.
 warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized", UserWarning)
@@ -56,7 +56,7 @@ class Saver:
         tokenizer: PreTrainedTokenizerBase,
     ) -> None:
         self.checkpoints, self.model, self.optimizer, self.tokenizer = checkpoints, model, optimizer, tokenizer
-        self.group = parallel.background_group() if parallel.is_sharded(model) else None
+        self.group = distributed.background_group() if distributed.is_sharded(model) else None
         device = next(model.parameters()).device
         choose = functools.partial(torch.cuda.set_device, device) if device.type == "cuda" else None
         self.thread = ThreadPoolExecutor(1, "checkpoint", choose)
@@ -77,7 +77,7 @@ class Saver:
             first: what the main process does before.
         """
         copies, text = {}, json.dumps(state) + "\n"
-        if self.group or parallel.is_main():
+        if self.group or distributed.is_main():
             values = {MODEL: self.model.weights(), OPTIMIZER: optimizer_tensors(self.optimizer, self.model)}
             copies = _copied({**values, TENSORS: tensors})
 
@@ -96,7 +96,7 @@ class Saver:
     def conclude(self) -> None:
         """Waits for the checkpoint that is being written. Raises one of WRITE_ERRORS."""
         writing, self.writing = self.writing, None
-        parallel.everywhere(writing.result)
+        distributed.everywhere(writing.result)
 
     def save_model(self, folder: pathlib.Path) -> None:
         """Writes the model, with its tokenizer, into a new folder. Raises one of WRITE_ERRORS."""
@@ -106,13 +106,13 @@ class Saver:
                 write_model(temporary)
 
         parts = self._empty_parts(folder)
-        parallel.everywhere(lambda: self._write(parts, {MODEL: self.model.weights()}, save))
+        distributed.everywhere(lambda: self._write(parts, {MODEL: self.model.weights()}, save))
 
     def _empty_parts(self, target: pathlib.Path) -> pathlib.Path:
         """Where ranks put their parts of what is going to be in the target; nothing that others left is there."""
         parts = target.with_name(target.name + ".parts.tmp")
         if self.group:
-            parallel.on_main(lambda: shutil.rmtree(parts) if parts.exists() else None)
+            distributed.on_main(lambda: shutil.rmtree(parts) if parts.exists() else None)
         return parts
 
     def _write(
@@ -122,10 +122,10 @@ class Saver:
         try:
             if self.group:
                 self._write_parts(parts, tensors)
-            if parallel.is_main():
+            if distributed.is_main():
                 save(functools.partial(self._write_joined if self.group else self._write_whole, parts, tensors))
         finally:
-            if parallel.is_main():
+            if distributed.is_main():
                 shutil.rmtree(parts, ignore_errors=True)
 
     def _write_parts(self, parts: pathlib.Path, tensors: dict[str, Tensors]) -> None:
@@ -180,7 +180,7 @@ def _files(tensors: Tensors) -> dict[str, int]:
     """In which of its files, counted from 1, a rank puts its part of each tensor."""
     files, total = {}, 0
     for name, tensor in tensors.items():
-        files[name] = 1 + total // (FILE_BYTES * parallel.world())
+        files[name] = 1 + total // (FILE_BYTES * distributed.world())
         total += tensor.nbytes
     return files
 

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from . import decoding, models
-from .config import TrainConfig
-from .data import Batch
-from .fused_linear import choose_chunk_tokens
+from ..config.schema import TrainConfig
+from ..data.rows import Batch
+from ..generation import decoder
+from ..losses.fused_linear import choose_chunk_tokens
+from ..models import loading
 
 # Dense bfloat16 products with float32 sums, in operations a second, as the makers state them.
 PEAK_FLOPS = {
@@ -45,7 +46,7 @@ class ModelCost:
     """Sizes of one model that its work and memory depend on. Mixtures of experts count with all experts."""
 
     def __init__(self, config: PretrainedConfig) -> None:
-        outline = models.outline(config)
+        outline = loading.outline(config)
         head = outline.get_output_embeddings().weight
         body = outline.base_model
         embeddings = [m.weight for m in body.modules() if isinstance(m, nn.Embedding)]
@@ -54,7 +55,7 @@ class ModelCost:
         self.body = sum(p.numel() for p in body.parameters() if p.dim() > 1 and id(p) not in lookups)
         self.vocab, self.width = head.shape
         self.head = head.numel()
-        self.projections = sum(module.weight.numel() for module in decoding.projections(outline))
+        self.projections = sum(module.weight.numel() for module in decoder.projections(outline))
         heads, layers = config.num_attention_heads, config.num_hidden_layers
         self.layers = layers
         head_dim = getattr(config, "head_dim", None) or self.width // heads
@@ -130,8 +131,8 @@ def _saved_bytes(config: PretrainedConfig, layers: int, batch: Batch, dtype: tor
     storage = torch.float32 if half else dtype
     with FakeTensorMode(allow_non_fake_inputs=True), torch.autocast("cpu", dtype, enabled=half):
         model = AutoModelForCausalLM.from_config(config, dtype=storage)
-        models.fuse_activations(model)
-        model = models.PackedCausalLM(model, "student").train()
+        loading.fuse_activations(model)
+        model = loading.PackedCausalLM(model, "student").train()
         if recompute:
             model.checkpoint_layers()
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
@@ -177,6 +178,6 @@ def generation_memory(
     """
     per_token = sum(cost.keys_and_values for cost, _ in writers)
     yield f"keys and values of {sequences} sequences", sequences * length * per_token * dtype.itemsize
-    if decoding.rearranges(device, dtype):
+    if decoder.rearranges(device, dtype):
         copied = sum(cost.projections + (adapter or 0) for cost, adapter in writers)
         yield "rearranged weights", copied * dtype.itemsize

@@ -10,11 +10,14 @@ import numpy as np
 import pyarrow.compute
 import torch
 
-from . import attention, costs, models, ops, parallel
-from .cache import table_of
-from .device import device_name
-from .logs import size
-from .teacher import free_memory
+from .. import distributed
+from ..device import device_name
+from ..losses import row_ops
+from ..models import attention, loading
+from ..teacher.store import table_of
+from ..teacher.teacher import free_memory
+from . import costs
+from .metrics import size
 
 if TYPE_CHECKING:
     from .trainer import Trainer
@@ -77,10 +80,10 @@ def _memory(trainer: Trainer, cached: bool) -> Iterator[str]:
 def _generation_memory(trainer: Trainer, cost: costs.StepCost) -> Iterator[tuple[str, int]]:
     """Of the longest prompts, answered as long as may be."""
     data, sampling, method = trainer.config.data, trainer.config.sampling, trainer.method
-    models = {"student": (cost.student, cost.adapter), "teacher": (cost.teacher, None)}
+    loading = {"student": (cost.student, cost.adapter), "teacher": (cost.teacher, None)}
     length = min(max(trainer.train_set["prompt_length"][:]) + sampling.max_new_tokens, data.max_length)
     sequences = min(sampling.batch_size, method.responses_at_once)
-    writers = [models[role] for role in method.writers]
+    writers = [loading[role] for role in method.writers]
     return costs.generation_memory(writers, sequences, length, trainer.dtype, trainer.device)
 
 
@@ -90,14 +93,14 @@ def _list(parts: dict[str, int]) -> str:
 
 def header(trainer: Trainer) -> Iterator[str]:
     """What was built and chosen, so that nobody trains on a slow path unknowingly."""
-    config, info = trainer.config, ops.build_info()
+    config, info = trainer.config, row_ops.build_info()
     kernels = "PyTorch reference (extension missing)" if "missing" in info else f"CPU {info['simd']}"
     if trainer.device.type == "cuda" and info["cuda"]:
         kernels = f"CUDA {info['cuda']}"
     counts = {"student": trainer.student.model}
     if trainer.teacher:  # whose body may be gone
-        counts["teacher"] = models.outline(trainer.teacher_config)
-    sizes = ", ".join(f"{role} {models.describe(model)}" for role, model in counts.items())
+        counts["teacher"] = loading.outline(trainer.teacher_config)
+    sizes = ", ".join(f"{role} {loading.describe(model)}" for role, model in counts.items())
     merged = f" with {config.teacher.adapter} merged" if trainer.teacher and config.teacher.adapter else ""
     lengths = torch.tensor(trainer.train_set["row_length"][:]).clamp(max=config.data.max_length)
     loss = f"  loss {config.loss}" if trainer.teacher else ""
@@ -112,9 +115,9 @@ def header(trainer: Trainer) -> Iterator[str]:
     yield f"  kernels    {kernels}; attention {attention.backend(trainer.device)}, packed and checked"
     if trainer.teacher:
         yield f"  teacher    {trainer.teacher.note}"
-    if parallel.world() > 1:
+    if distributed.world() > 1:
         held = "a part of all weights" if trainer.is_sharded else "all weights"
-        yield f"  processes  {parallel.world()}, each with {held}; gradients are summed over them"
+        yield f"  processes  {distributed.world()}, each with {held}; gradients are summed over them"
     if trainer.device.type == "cuda":
         yield f"  compile    {'the layers of the student' if config.train.compile == 'auto' else 'off'}"
     yield f"  steps      {trainer.steps} of {config.train.batch_size} samples, {trainer.steps_per_epoch} an epoch"

@@ -17,8 +17,8 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from . import parallel
-from .config import Config, ConfigError, first_line
+from .. import distributed
+from ..config.schema import Config, ConfigError, first_line
 from .costs import peak_flops
 
 console = Console(soft_wrap=True, highlight=False, quiet=os.environ.get("RANK", "0") != "0")
@@ -27,9 +27,9 @@ console = Console(soft_wrap=True, highlight=False, quiet=os.environ.get("RANK", 
 def peak_memory(device: torch.device) -> int:
     """Bytes: the most the GPU allocated, or the most the process held; on the rank with the most."""
     if device.type == "cuda":
-        return int(parallel.largest(torch.cuda.max_memory_allocated(device)))
+        return int(distributed.largest(torch.cuda.max_memory_allocated(device)))
     unit = 1 if sys.platform == "darwin" else 1024
-    return int(parallel.largest(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit))
+    return int(distributed.largest(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit))
 
 
 def check_wandb(project: str | None) -> None:
@@ -53,7 +53,7 @@ class RunLog:
     def __init__(self, config: Config, steps: int, device: torch.device, done: int = -1, elapsed: float = 0.0) -> None:
         self.config, self.folder, self.steps, self.device = config, config.run.folder, steps, device
         self.done, self.elapsed = done, elapsed
-        self.peak_flops = parallel.world() * (peak_flops(device) or 0)
+        self.peak_flops = distributed.world() * (peak_flops(device) or 0)
         self.wandb = self.file = self.board = None
         self.bar = Progress(
             BarColumn(bar_width=6),  # so that everything fits into 84 columns
@@ -66,7 +66,7 @@ class RunLog:
         self.task = self.bar.add_task("training", total=steps, numbers="")
 
     def __enter__(self) -> RunLog:
-        parallel.on_main(self._open)
+        distributed.on_main(self._open)
         self.started = time.perf_counter()
         self.last = self.started - self.elapsed
         return self

@@ -8,9 +8,9 @@ import math
 import torch
 from torch import Tensor
 
-from . import parallel
-from .data import StepBatch
-from .logs import RunLog
+from .. import distributed
+from ..data.rows import StepBatch
+from .metrics import RunLog
 
 
 @dataclasses.dataclass
@@ -89,15 +89,15 @@ class Window:
         finite = self.steps - skipped
         loss, norm = (self.loss.item() / finite, self.norm.item()) if finite else (None, None)
         parts = {name: part.item() / finite if finite else None for name, part in self.parts.items()}
-        if parallel.world() > 1:  # how much longer than the mean the longest share of a step was
-            numbers = numbers | {"imbalance": self.most_tokens * parallel.world() / self.real_tokens - 1}
+        if distributed.world() > 1:  # how much longer than the mean the longest share of a step was
+            numbers = numbers | {"imbalance": self.most_tokens * distributed.world() / self.real_tokens - 1}
         _, samples, real_tokens, _, tokens, flops = self.counts()
         log.train(step, samples, tokens, real_tokens, flops, loss, parts | numbers, lr, norm, skipped)
         return skipped
 
     def counts(self) -> list[int]:
         """Of all ranks, which have to call this together."""
-        own = parallel.added(self.tokens), parallel.added(self.flops)
+        own = distributed.added(self.tokens), distributed.added(self.flops)
         return [self.steps, self.samples, self.real_tokens, self.most_tokens, *own]
 
     def tensors(self) -> dict[str, Tensor]:
@@ -109,7 +109,7 @@ class Window:
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         self.steps, self.samples, self.real_tokens, self.most_tokens, *own = tensors["counts"].tolist()
-        self.tokens, self.flops = own if parallel.is_main() else (0, 0)
+        self.tokens, self.flops = own if distributed.is_main() else (0, 0)
         self.rows = tensors["rows"].tolist()
         own = {name: value.to(self.device, copy=True) for name, value in tensors.items()}
         for name in ("loss", "norm", "skipped", "first_nonfinite"):

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from transformers import get_scheduler, set_seed
 
-from . import checkpoint, costs, methods, models, parallel, plan, pretrain
-from .checkpoint import Interrupted
-from .config import Config, ConfigError, ModelConfig
-from .data import (
+from .. import distributed, methods
+from ..config.schema import Config, ConfigError, ModelConfig
+from ..data import pretrain
+from ..data.rows import (
     DEV,
     TRAIN,
     Batch,
@@ -29,13 +29,16 @@ from .data import (
     step_samples,
     tokenise,
 )
-from .device import choose_device, choose_dtype, device_name
-from .logs import RunLog, check_wandb, console, peak_memory
-from .methods.sft import cross_entropy
-from .progress import Progress, Window, is_finite
-from .rollouts import Rollouts
-from .saver import Saver, load_optimizer
-from .teacher import CachedTeacher, OnPolicyTeacher, Teacher, TeacherCache
+from ..device import choose_device, choose_dtype, device_name
+from ..methods.rollouts import Rollouts
+from ..methods.sft import cross_entropy
+from ..models import loading
+from ..teacher.teacher import CachedTeacher, OnPolicyTeacher, Teacher, TeacherCache
+from . import checkpoint, costs, dry_run
+from .checkpoint import Interrupted
+from .checkpoint_writer import Saver, load_optimizer
+from .metrics import RunLog, check_wandb, console, peak_memory
+from .state import Progress, Window, is_finite
 
 
 class Trainer:
@@ -50,20 +53,20 @@ class Trainer:
         self.device = choose_device(config.train.device, "train.")
         self.dtype = choose_dtype(config.train.dtype, self.device, "train.")
         self.method = methods.find(config.method)(config)
-        parallel.on_main(functools.partial(checkpoint.check_folder, config.run.folder, resume))
+        distributed.on_main(functools.partial(checkpoint.check_folder, config.run.folder, resume))
         check_wandb(config.log.wandb)
-        self.student_config = models.read_config(config.student, "student")
-        self.teacher_config = models.read_config(config.teacher, "teacher") if self.method.needs_teacher else None
+        self.student_config = loading.read_config(config.student, "student")
+        self.teacher_config = loading.read_config(config.teacher, "teacher") if self.method.needs_teacher else None
         source = config.tokenizer or config.student.path
-        self.tokenizer = models.read_tokenizer(source, "tokenizer" if config.tokenizer else "student.path")
+        self.tokenizer = loading.read_tokenizer(source, "tokenizer" if config.tokenizer else "student.path")
         theirs = None
         if self.method.needs_teacher and config.teacher.path is not None:
-            theirs = models.read_tokenizer(config.teacher.path, "teacher.path")
-        models.check_vocabularies(self.tokenizer, self.student_config, self.teacher_config, theirs)
-        models.check_length(self.student_config, "student", config.data.max_length)
+            theirs = loading.read_tokenizer(config.teacher.path, "teacher.path")
+        loading.check_vocabularies(self.tokenizer, self.student_config, self.teacher_config, theirs)
+        loading.check_length(self.student_config, "student", config.data.max_length)
         if self.method.needs_teacher:
-            models.check_length(self.teacher_config, "teacher", config.data.max_length)
-        with parallel.main_first():  # the others find the tokenised rows
+            loading.check_length(self.teacher_config, "teacher", config.data.max_length)
+        with distributed.main_first():  # the others find the tokenised rows
             self._read_data()
         self.cache = None
         if self.method.needs_teacher:
@@ -83,19 +86,19 @@ class Trainer:
             self.dev_set = tokenise(rows, self.tokenizer, *limits)
             self.long_rows["dev"] = describe_long_rows(rows, self.dev_set, *limits)
             if self.config.eval.rouge_rows is not None:
-                from .scoring import DevelopmentRouge  # takes half a second, and most runs need none
+                from ..evaluation.rouge import DevelopmentRouge  # takes half a second, and most runs need none
 
                 self.dev_rouge = DevelopmentRouge(self.config, rows, self.dev_set, self.tokenizer)
         self.steps_per_epoch = len(self.train_set) // train.batch_size
-        if train.batch_size < parallel.world():
+        if train.batch_size < distributed.world():
             raise ConfigError(
-                f"train.batch_size is {train.batch_size}, but there are {parallel.world()} processes, each of which "
+                f"train.batch_size is {train.batch_size}, but there are {distributed.world()} processes, each of which "
                 "needs a sample in every step: raise it, or start fewer"
             )
-        if self.is_sharded and train.batch_size % parallel.world():
+        if self.is_sharded and train.batch_size % distributed.world():
             raise ConfigError(
                 f"train.batch_size is {train.batch_size}, but train.parallel=fsdp needs a multiple of the "
-                f"{parallel.world()} processes, which compute in step"
+                f"{distributed.world()} processes, which compute in step"
             )
         if self.steps_per_epoch == 0:
             raise ConfigError(
@@ -115,7 +118,7 @@ class Trainer:
     @property
     def is_sharded(self) -> bool:
         """Whether each process holds a part of the weights."""
-        return self.config.train.parallel == "fsdp" and parallel.world() > 1
+        return self.config.train.parallel == "fsdp" and distributed.world() > 1
 
     @property
     def is_on_policy(self) -> bool:
@@ -124,14 +127,14 @@ class Trainer:
     def step_cost(self, cached: bool) -> costs.StepCost:
         """Of a step, with or without the teacher's cache."""
         teacher = costs.ModelCost(self.teacher_config) if self.method.needs_teacher else None
-        adapter = models.adapter_size(self.config.student, self.student_config, "student")
+        adapter = loading.adapter_size(self.config.student, self.student_config, "student")
         return costs.StepCost(costs.ModelCost(self.student_config), adapter, teacher, cached)
 
     def _load(self) -> None:
         config = self.config
         self.progress, self.window, self.signals = Progress(), Window(self.device), checkpoint.StopSignals()
         self.checkpoints = checkpoint.Checkpoints(config.run.folder / "checkpoints", config.checkpoint.keep)
-        self.saved = parallel.on_main(self.checkpoints.newest) if self.resume else None
+        self.saved = distributed.on_main(self.checkpoints.newest) if self.resume else None
         self.saving: tuple[int, tuple | None] | None = None  # its step, and the best one before it
         set_seed(config.run.seed)
         student = config.student.saved_in(self.saved) if self.saved else config.student
@@ -141,11 +144,11 @@ class Trainer:
             self.student.checkpoint_layers()
         if self.device.type == "cuda" and config.train.compile == "auto":
             self.student.compile()
-        self.replica = parallel.replicate(self.student)
+        self.replica = distributed.replicate(self.student)
         self.teacher = None
         if self.cache:
             load = functools.partial(self._model, config.teacher, self.teacher_config, "teacher")
-            optimizer_bytes = 12 * sum(map(parallel.part_size, trained))  # gradients and two moments
+            optimizer_bytes = 12 * sum(map(distributed.part_size, trained))  # gradients and two moments
             # Random weights are the same ones on resume, and dropout is whether the teacher's weights load or not.
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(config.run.seed + 1)
@@ -169,24 +172,24 @@ class Trainer:
         if self.is_on_policy:
             models_of_text = self.student, self.teacher.live.model
             self.rollouts = Rollouts(config, self.tokenizer, self.train_set, *models_of_text, self._precision)
-        parallel.diverge(config.run.seed)
+        distributed.diverge(config.run.seed)
         if self.saved:
             load_optimizer(self.optimizer, self.student, self.saved)
             self._restore(*checkpoint.load(self.saved))
         self.resumed_samples = self.progress.samples
         self.cost = self.step_cost(isinstance(self.teacher, CachedTeacher))
 
-    def _model(self, spec: ModelConfig, config: models.PretrainedConfig, key: str) -> models.PackedCausalLM:
+    def _model(self, spec: ModelConfig, config: loading.PretrainedConfig, key: str) -> loading.PackedCausalLM:
         # What is trained stays in float32; there bfloat16 is the type of the computation only.
         storage = torch.float64 if self.dtype == torch.float64 else torch.float32
         if (key == "teacher" or spec.has_adapter) and self.dtype == torch.bfloat16:
             storage = torch.bfloat16
-        model = models.load(spec, config, key, storage, self.device, self.is_sharded)
+        model = loading.load(spec, config, key, storage, self.device, self.is_sharded)
         if key == "teacher":
             model.requires_grad_(False)
         if self.is_sharded:
-            parallel.shard(model, model.layers, self.device, storage, self.dtype)
-        with self._precision(), parallel.whole(model):
+            distributed.shard(model, model.layers, self.device, storage, self.dtype)
+        with self._precision(), distributed.whole(model):
             model.check()
         return model
 
@@ -200,15 +203,15 @@ class Trainer:
         Interrupted where a signal, or a disk without space for the result, ended the run.
         """
         config = self.config
-        with parallel.held_by_main(checkpoint.locked(config.run.folder)):
+        with distributed.held_by_main(checkpoint.locked(config.run.folder)):
             self._load()
             text = json.dumps(config.to_dict(), indent=2) + "\n"
             write = functools.partial(checkpoint.atomic_write, config.run.folder / "config.json", text)
             try:
-                parallel.on_main(write)
+                distributed.on_main(write)
             except checkpoint.WRITE_ERRORS as error:
                 raise Interrupted(f"{config.run.folder} can't be written to ({error}): make room") from None
-            for line in plan.header(self):
+            for line in dry_run.header(self):
                 console.print(line)
             self._run()
             return self._finish()
@@ -274,9 +277,9 @@ class Trainer:
         }
         text, final = json.dumps(summary, indent=2) + "\n", folder / "final"
         try:
-            parallel.on_main(functools.partial(checkpoint.atomic_write, folder / "summary.json", text))
+            distributed.on_main(functools.partial(checkpoint.atomic_write, folder / "summary.json", text))
             if saved:
-                parallel.on_main(functools.partial(checkpoint.copy_model, saved, final))
+                distributed.on_main(functools.partial(checkpoint.copy_model, saved, final))
             else:
                 self.saver.save_model(final)
         except checkpoint.WRITE_ERRORS as error:
@@ -295,7 +298,7 @@ class Trainer:
         by_rouge = self.config.eval.select == "rouge_l"
         virtue, value = ("highest dev ROUGE-L", f"{rouge_l:.2f}") if by_rouge else ("lowest dev loss", f"{loss:.4f}")
         saved = self.checkpoints.folder_of(step)
-        if reason := parallel.on_main(functools.partial(checkpoint.damage, saved)):
+        if reason := distributed.on_main(functools.partial(checkpoint.damage, saved)):
             console.print(f"[bold red]damaged[/] {saved} ({reason}), of the {virtue}: the last step is taken")
             return last
         console.print(f"step {step} is taken, of the {virtue}, {value}")
@@ -306,18 +309,18 @@ class Trainer:
         weight = self.config.data.pretrain.weight if batch.text else 0.0
         sums = [0.0] * (2 if batch.text else 1)  # the method's loss, and that of plain text
         for part in batch.parts:
-            with parallel.exchange(self.replica, part is batch.parts[-1]):
+            with distributed.exchange(self.replica, part is batch.parts[-1]):
                 if part.is_text:
                     sums[1] = sums[1] + self._backward(part, batch.text_labels, self._text_loss, weight)
                 else:
                     sums[0] = sums[0] + self._backward(part, batch.labels, self._method_loss)
-        total, *of_text = parallel.summed(torch.stack(sums))
+        total, *of_text = distributed.summed(torch.stack(sums))
         parts = {}
         if of_text:
             parts = {"loss_method": total, "loss_pretrain": of_text[0]}
             total = total + weight * of_text[0]
         norm = torch.nn.utils.clip_grad_norm_(self.student.parameters(), self.config.optim.clip_norm)
-        norm = parallel.joined_tensor(norm)
+        norm = distributed.joined_tensor(norm)
         # The fused AdamW reads this on the device: where it is 1, weights, moments and step counts stay as they are.
         self.optimizer.found_inf = (~is_finite(total, norm)).float()
         self.optimizer.step()
@@ -411,7 +414,7 @@ class Trainer:
     def _evaluate(self, log: RunLog) -> bool:
         """Whether this is the best step so far. A signal ends it early; a resumed run does it again."""
         log.pause()
-        with parallel.whole(self.student), self._precision():
+        with distributed.whole(self.student), self._precision():
             loss, rouge_l = self.dev_loss(), None
             if loss is not None and self.dev_rouge:
                 rouge_l = self.dev_rouge.measure(self.student, self.signals)
@@ -504,7 +507,7 @@ class Trainer:
         return {key: source._fingerprint for key, source in sources.items() if source is not None}
 
     def _environment(self) -> dict[str, str | int]:
-        return {"PyTorch": torch.__version__, "device": device_name(self.device), "processes": parallel.world()}
+        return {"PyTorch": torch.__version__, "device": device_name(self.device), "processes": distributed.world()}
 
     @torch.no_grad()
     def dev_loss(self) -> float | None:
@@ -517,4 +520,4 @@ class Trainer:
             if self.signals.received:
                 break
         self.student.train()
-        return None if self.signals.of_any_rank() else parallel.summed(total).item() / batch.labels
+        return None if self.signals.of_any_rank() else distributed.summed(total).item() / batch.labels

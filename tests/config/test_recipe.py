@@ -6,8 +6,8 @@ import re
 import pytest
 from transformers import AutoConfig
 
-from abkd_fast.config import ConfigError, OnPolicyConfig
-from abkd_fast.recipe import RECIPES, load
+from abkd_fast.config.recipe import load, packaged_recipes
+from abkd_fast.config.schema import ConfigError, OnPolicyConfig
 
 GOOD = {
     "run": {"name": "test"},
@@ -16,7 +16,7 @@ GOOD = {
     "teacher": {"path": "somewhere"},
     "data": {"train": "quickstart:small"},
 }
-PACKAGED = sorted(path.name for path in RECIPES.glob("*.json"))
+PACKAGED = sorted(packaged_recipes())
 
 
 @pytest.fixture
@@ -196,8 +196,12 @@ def pretrained(config, stages):
     return config.student.path.rpartition("/")[2]
 
 
-def test_every_packaged_recipe_is_in_the_table():
-    assert [*TABLE, "quickstart.json"] == sorted(PACKAGED, key=[*TABLE, "quickstart.json"].index)
+def test_every_packaged_recipe_is_found_by_its_earlier_name_too():
+    """Recipes were flat files, gpt2-kd.json for gpt2/kd.json and gpt2.json for gpt2/ab.json."""
+    earlier = {name: name.replace("/", "-").removesuffix("-ab") + ".json" for name in PACKAGED}
+    assert {*earlier.values()} == {*TABLE, "quickstart.json"}
+    for name, flat in earlier.items():
+        assert load(f"{name}.json") == load(name) == load(flat)
 
 
 @pytest.mark.parametrize("recipe", TABLE)
@@ -261,12 +265,12 @@ def test_recipes_of_a_pair_share_their_teacher_and_initial_student():
 
 @pytest.mark.parametrize("recipe", PACKAGED)
 def test_recipe_is_short_says_what_it_is_and_refers_to_its_own_stages(recipe):
-    text = (RECIPES / recipe).read_text()
+    text = packaged_recipes()[recipe].read_text()
     values = json.loads(text)
     assert len(values["comment"]) > 10
     if "base" in values:
         assert text.count("\n") <= 12
-        assert (RECIPES / values["base"]).exists()
+        assert values["base"].removesuffix(".json") in PACKAGED
     earlier = set()
     for config in load(recipe):
         assert set(re.findall('"stage:(.*?)"', json.dumps(config.to_dict()))) <= earlier

@@ -5,7 +5,7 @@ import subprocess
 
 import pytest
 
-SOURCES = sorted(pathlib.Path(__file__).parents[1].glob("csrc/cuda/*.cu"))
+SOURCES = sorted(pathlib.Path(__file__).parents[2].glob("csrc/cuda/*.cu"))
 SPILLS = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
 
 

@@ -20,10 +20,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from abkd_fast import divergences, reference
+from abkd_fast.losses import divergences, reference
 
 HERE = pathlib.Path(__file__).parent
-SOURCES = HERE.parent / "csrc" / "cuda"
+SOURCES = HERE.parents[1] / "csrc" / "cuda"
 KERNEL = (SOURCES / "rows.cuh").read_text()
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

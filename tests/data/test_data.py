@@ -9,16 +9,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from abkd_fast import tasks
-from abkd_fast.config import ConfigError
-from abkd_fast.data import ahead, describe_long_rows, pack, read_rows, step_samples, tokenise
+from abkd_fast.config.schema import ConfigError
+from abkd_fast.data import quickstart
+from abkd_fast.data.rows import ahead, describe_long_rows, pack, read_rows, step_samples, tokenise
 from runs import Run, poison
 
 GOOD = {"instruction": "Say hello.", "input": "", "output": "Hello."}
 
 
 def tokenised(rows, max_length=64, max_prompt_length=None):
-    return tokenise(rows, tasks.tokenizer(), max_length, max_prompt_length)
+    return tokenise(rows, quickstart.tokenizer(), max_length, max_prompt_length)
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ def test_folder_limit_and_formats(write_jsonl, tmp_path):
 
 
 def test_tokens_are_prompt_response_and_end(write_jsonl):
-    tokenizer = tasks.tokenizer()
+    tokenizer = quickstart.tokenizer()
     rows = read_rows(write_jsonl([{"prompt": "Add 1 and 2.", "output": " It is 3."}]))
     sample = tokenised(rows)[0]
     prompt = tokenizer("Add 1 and 2.")["input_ids"]
@@ -111,7 +111,7 @@ def test_cache_follows_content_and_length(write_jsonl):
 
 
 def test_chat_template(write_jsonl):
-    tokenizer = tasks.tokenizer()
+    tokenizer = quickstart.tokenizer()
     tokenizer.chat_template = (
         "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
         "{% if add_generation_prompt %}assistant: {% endif %}"
@@ -127,7 +127,7 @@ def test_chat_template(write_jsonl):
 
 
 def test_long_prompts_are_left_out_and_long_sequences_counted(write_jsonl):
-    tokenizer = tasks.tokenizer()
+    tokenizer = quickstart.tokenizer()
     texts = [("Add 1 and 2.", " 3"), ("Add 1 and 2. " * 3, " 3"), ("Add 1.", " It is 3." * 9), ("Add 1 and 2.", " 3.")]
     path = write_jsonl([{"prompt": prompt, "output": output} for prompt, output in texts])
     rows = read_rows(path)
@@ -265,7 +265,7 @@ def test_the_next_item_is_made_while_the_last_is_used():
     ],
 )
 def test_cut_answer_teaches_no_end(write_jsonl, row):
-    tokenizer = copy.deepcopy(tasks.tokenizer())
+    tokenizer = copy.deepcopy(quickstart.tokenizer())
     tokenizer.chat_template = "{% for message in messages %}{{ message.content }} {% endfor %}"
     whole, cut = (
         tokenise(read_rows(write_jsonl([row | more])), tokenizer, 64)["input_ids"][0] for more in ({}, {"ended": False})

@@ -5,23 +5,23 @@ import pathlib
 import numpy as np
 import pytest
 
-from abkd_fast import indexed, tasks
-from abkd_fast.cache import hash_samples
-from abkd_fast.config import ConfigError
-from abkd_fast.data import DEV, TRAIN, read_rows, tokenise
+from abkd_fast.config.schema import ConfigError
+from abkd_fast.data import indexed_dataset, quickstart
+from abkd_fast.data.rows import DEV, TRAIN, read_rows, tokenise
+from abkd_fast.teacher.store import hash_samples
 from runs import Run, assert_same
 
 ITEMS = [[5, 6, 127, 7], [1], [], [9, 9, 9, 120, 9]]
 
 
 def read(path):
-    return [ids.tolist() for _, ids in indexed.read_items(pathlib.Path(path))]
+    return [ids.tolist() for _, ids in indexed_dataset.read_items(pathlib.Path(path))]
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "int8", "int16", "int32", "int64", "uint16", "uint32"])
 def test_items_are_as_written(write_indexed, dtype):
     path = write_indexed(ITEMS, dtype=dtype)
-    where, ids = zip(*indexed.read_items(pathlib.Path(path)), strict=True)
+    where, ids = zip(*indexed_dataset.read_items(pathlib.Path(path)), strict=True)
     assert where == tuple(f"{path} item {number}" for number in (1, 2, 3, 4))
     assert [item.tolist() for item in ids] == ITEMS
     assert {item.dtype for item in ids} == {np.dtype(dtype)}
@@ -42,15 +42,15 @@ def test_sources(write_indexed, write_jsonl, tmp_path):
     for name in ("train_0", "train_1", "train_3", "valid_0"):
         write_indexed([[1]], name)
     folder = str(tmp_path)
-    assert [path.name for path in indexed.find(folder, TRAIN)] == ["train_0.bin", "train_1.bin"]
-    assert [path.name for path in indexed.find(folder, DEV)] == ["valid_0.bin"]
+    assert [path.name for path in indexed_dataset.find(folder, TRAIN)] == ["train_0.bin", "train_1.bin"]
+    assert [path.name for path in indexed_dataset.find(folder, DEV)] == ["valid_0.bin"]
     write_indexed([[1]], "dev_0")
-    assert [path.name for path in indexed.find(folder, DEV)] == ["dev_0.bin"]
+    assert [path.name for path in indexed_dataset.find(folder, DEV)] == ["dev_0.bin"]
     for suffix in ("bin", "idx"):
-        assert indexed.find(f"{folder}/train_3.{suffix}", DEV) == [tmp_path / "train_3.bin"]
-    assert indexed.find(write_jsonl([]), TRAIN) == []
+        assert indexed_dataset.find(f"{folder}/train_3.{suffix}", DEV) == [tmp_path / "train_3.bin"]
+    assert indexed_dataset.find(write_jsonl([]), TRAIN) == []
     with pytest.raises(ConfigError, match=r"has dev_0\.bin, but no test_0\.bin; name a file"):
-        indexed.find(folder, ("test",))
+        indexed_dataset.find(folder, ("test",))
 
 
 def cut(path, size):
@@ -107,13 +107,13 @@ def test_damaged_files_are_one_line(write_indexed, name):
 def test_items_that_are_no_rows_are_named(write_indexed, item, dtype, message):
     path = write_indexed([[3, -1, 4, 0], item], dtype=dtype)
     with pytest.raises(ConfigError) as error:
-        tokenise(read_rows(path), tasks.tokenizer(), 64)
+        tokenise(read_rows(path), quickstart.tokenizer(), 64)
     assert f"{path} {message}" in str(error.value)
 
 
 def as_items(rows):
     """Rows as the papers' tools store them."""
-    tokenizer = tasks.tokenizer()
+    tokenizer = quickstart.tokenizer()
     for row in rows:
         prompt = tokenizer(row.values["prompt"])["input_ids"]
         whole = tokenizer(row.values["prompt"] + row.values["output"])["input_ids"]
@@ -122,7 +122,7 @@ def as_items(rows):
 
 def test_samples_are_those_of_the_same_rows_as_jsonl(write_indexed, write_jsonl, tmp_path):
     """Beside the binary file lies JSONL of all splits, which is not read."""
-    tokenizer = tasks.tokenizer()
+    tokenizer = quickstart.tokenizer()
     rows = read_rows("quickstart:small", 50)
     items = list(as_items(rows))
     write_indexed(items[:30], "train_0")

@@ -10,28 +10,29 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from abkd_fast import pretrain, tasks, trainer
-from abkd_fast.config import ConfigError, PretrainConfig
-from abkd_fast.data import read_rows, step_samples
-from abkd_fast.recipe import load
-from abkd_fast.trainer import Trainer
+from abkd_fast.config.recipe import load
+from abkd_fast.config.schema import ConfigError, PretrainConfig
+from abkd_fast.data import pretrain, quickstart
+from abkd_fast.data.rows import read_rows, step_samples
+from abkd_fast.training import trainer
+from abkd_fast.training.trainer import Trainer
 from conftest import GPT2
 from runs import Killed, Run, assert_same, at_step, crash, poison
 
 TEXTS = [
     f"{row.values['prompt']}{row.values['output']}\n\n  Ünd {n}." for n, row in enumerate(read_rows("quickstart:dev"))
 ]
-END = tasks.tokenizer().eos_token_id
+END = quickstart.tokenizer().eos_token_id
 
 
 def blocks(path, length=16, **options):
-    dataset = pretrain.load_blocks(PretrainConfig(path=str(path), **options), tasks.tokenizer(), length)
+    dataset = pretrain.load_blocks(PretrainConfig(path=str(path), **options), quickstart.tokenizer(), length)
     assert set(dataset["prompt_length"]) == {1}
     return dataset["input_ids"][:]
 
 
 def expected(texts, length=16):
-    stream = [token for text in texts for token in (*tasks.tokenizer()(text)["input_ids"], END)]
+    stream = [token for text in texts for token in (*quickstart.tokenizer()(text)["input_ids"], END)]
     return [stream[start : start + length] for start in range(0, len(stream) - length + 1, length)]
 
 
@@ -51,9 +52,9 @@ def test_text_files(tmp_path, monkeypatch):
     assert blocks(whole) == expected(["\n".join(TEXTS[:5])])
     # Longer ones are tokenised in pieces of whole lines, and still are one document.
     monkeypatch.setattr(pretrain, "PIECE", 300)
-    (block,) = blocks(whole, len(tasks.tokenizer()("\n".join(TEXTS[:5]))["input_ids"]) - 20)
+    (block,) = blocks(whole, len(quickstart.tokenizer()("\n".join(TEXTS[:5]))["input_ids"]) - 20)
     assert END not in block
-    text = tasks.tokenizer().decode(block)
+    text = quickstart.tokenizer().decode(block)
     assert len(text) > 900
     assert whole.read_text().startswith(text)
 
@@ -156,7 +157,7 @@ def test_bad_folders_and_foreign_ids_are_named(tmp_path, write_indexed):
 
 def test_batches_take_every_block_once_an_epoch(write_jsonl):
     path = write_jsonl([{"text": text} for text in TEXTS[:20]])
-    dataset = pretrain.load_blocks(PretrainConfig(path=path), tasks.tokenizer(), 64)
+    dataset = pretrain.load_blocks(PretrainConfig(path=path), quickstart.tokenizer(), 64)
     batches = len(dataset) // 4
     assert batches > 2
     epochs = [
@@ -194,7 +195,7 @@ def test_loss_and_gradient(tmp_path, text, method):
     torch.manual_seed(0)
     teacher = AutoModelForCausalLM.from_config(AutoConfig.for_model(**{**config, "initializer_range": 0.5}))
     teacher.save_pretrained(tmp_path / "teacher")
-    tasks.tokenizer().save_pretrained(tmp_path / "teacher")
+    quickstart.tokenizer().save_pretrained(tmp_path / "teacher")
     overrides = [f"data.pretrain.path={text}", "data.pretrain.weight=0.3", f"method={method}", "loss=fkl"]
     overrides += [
         "train.dtype=float64",

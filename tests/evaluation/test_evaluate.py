@@ -14,13 +14,15 @@ from safetensors.torch import load_file, save_file
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from abkd_fast import evaluation, tasks, train
-from abkd_fast.answers import GrowingFile
-from abkd_fast.checkpoint import locked
-from abkd_fast.data import encode_prompts, read_rows
+from abkd_fast import train
+from abkd_fast.data import quickstart
+from abkd_fast.data.rows import encode_prompts, read_rows
 from abkd_fast.evaluate import main
-from abkd_fast.sampling import SamplingSettings, sample
-from abkd_fast.scoring import exact_match, rouge_l
+from abkd_fast.evaluation import evaluator
+from abkd_fast.evaluation.rouge import exact_match, rouge_l
+from abkd_fast.generation.answers import GrowingFile
+from abkd_fast.generation.sampling import SamplingSettings, sample
+from abkd_fast.training.checkpoint import locked
 from conftest import LLAMA
 
 SMALL = {**LLAMA, "vocab_size": 1024, "intermediate_size": 64, "eos_token_id": 0, "bos_token_id": 0}
@@ -67,7 +69,7 @@ def model_folder(tmp_path):
     folder = tmp_path / "model"
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(AutoConfig.for_model(**SMALL)).save_pretrained(folder)
-    tasks.tokenizer().save_pretrained(folder)
+    quickstart.tokenizer().save_pretrained(folder)
     return folder
 
 
@@ -94,7 +96,7 @@ def scores_of(tmp_path):
 
 def test_scores_are_those_of_the_samples(command, model_folder, tmp_path, capsys):
     assert main(command("--max-prompt-length", "40", "--no-repeat-ngram-size", "2")) == 0
-    tokenizer = tasks.tokenizer()
+    tokenizer = quickstart.tokenizer()
     rows = read_rows(str(tmp_path / "set.jsonl"))
     whole = encode_prompts(rows, tokenizer)
     prompts = [prompt[:40] for prompt in whole]
@@ -129,7 +131,7 @@ def test_interrupted_evaluation_continues_to_the_same_files(command, tmp_path, c
     out = tmp_path / "out"
     assert main(command()) == 0
     undisturbed = {path.name: path.read_bytes() for path in out.iterdir()}
-    monkeypatch.setattr(evaluation.models, "load", lambda *_: pytest.fail("weights are loaded for nothing"))
+    monkeypatch.setattr(evaluator.models, "load", lambda *_: pytest.fail("weights are loaded for nothing"))
     assert main(command()) == 0
     monkeypatch.undo()
     for path in out.iterdir():
@@ -160,7 +162,7 @@ def test_interrupt_outside_of_sampling(command, capsys, monkeypatch):
     def stop(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(evaluation.models, "load", stop)
+    monkeypatch.setattr(evaluator.models, "load", stop)
     assert main(command()) == 75
     error = capsys.readouterr().err
     assert error.startswith("interrupted; continue with:\n")
@@ -180,9 +182,9 @@ def test_more_seeds_and_sets_are_added(command, write_jsonl, tmp_path):
 
 def test_scores_of_another_evaluation_are_kept(model_folder, write_jsonl, tmp_path, command, capsys):
     data = {"dolly": write_jsonl(ROWS, "set.jsonl")}
-    protocol = evaluation.Protocol(sampling=SamplingSettings(max_new_tokens=8, no_repeat_ngram_size=6))
+    protocol = evaluator.Protocol(sampling=SamplingSettings(max_new_tokens=8, no_repeat_ngram_size=6))
     both = [
-        evaluation.Evaluation(str(model_folder), data, tmp_path / "out", [seed], protocol, device="cpu")
+        evaluator.Evaluation(str(model_folder), data, tmp_path / "out", [seed], protocol, device="cpu")
         for seed in (10, 20)
     ]
     for each in both:  # both have looked into the folder when it was empty
@@ -211,19 +213,19 @@ def test_other_model_settings_and_rows_are_refused(command, model_folder, write_
 
 
 def test_begin_token_only_when_asked_for(command, model_folder, tmp_path, monkeypatch, capsys):
-    tokenizer = copy.deepcopy(tasks.tokenizer())
+    tokenizer = copy.deepcopy(quickstart.tokenizer())
     tokenizer.bos_token = "<end>"
     begin = TemplateProcessing(single="<end> $A", special_tokens=[("<end>", 0)])
     tokenizer.backend_tokenizer.post_processor = begin  # as Llama's
     tokenizer.save_pretrained(model_folder)
     seen = []
-    monkeypatch.setattr(evaluation, "answer", lambda _, prompts, *rest: seen.append(prompts))
-    monkeypatch.setattr(evaluation, "_mean", lambda *_: 0.0)
+    monkeypatch.setattr(evaluator, "answer", lambda _, prompts, *rest: seen.append(prompts))
+    monkeypatch.setattr(evaluator, "_mean", lambda *_: 0.0)
     assert main(command(seeds=[10])) == 0
     assert "prompts have no <end>, as in training; the papers' test prompts had one: --bos" in capsys.readouterr().out
     assert main(command("--bos", "--out", str(tmp_path / "other"), seeds=[10])) == 0
     assert "--bos" not in capsys.readouterr().out
-    assert seen[0] == encode_prompts(read_rows(str(tmp_path / "set.jsonl")), tasks.tokenizer())
+    assert seen[0] == encode_prompts(read_rows(str(tmp_path / "set.jsonl")), quickstart.tokenizer())
     assert seen[1] == [[0, *prompt] for prompt in seen[0]]
 
 
@@ -233,9 +235,9 @@ def test_adapter_is_merged_into_its_base(command, model_folder, tmp_path):
     settings = peft.LoraConfig(r=4, lora_alpha=64, init_lora_weights=False, target_modules=["v_proj", "down_proj"])
     adapted = peft.get_peft_model(model, settings)
     adapted.save_pretrained(folder)
-    tasks.tokenizer().save_pretrained(folder)
+    quickstart.tokenizer().save_pretrained(folder)
     adapted.merge_and_unload().save_pretrained(tmp_path / "merged")
-    tasks.tokenizer().save_pretrained(tmp_path / "merged")
+    quickstart.tokenizer().save_pretrained(tmp_path / "merged")
     results = []
     for name in ("adapter", "merged"):
         out = tmp_path / f"of-{name}"
@@ -328,7 +330,7 @@ def test_bad_input_is_one_line_and_status_2(model_folder, write_jsonl, tmp_path,
         (tmp_path / "bare" / file.name).write_bytes(file.read_bytes())
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
-    monkeypatch.setattr(evaluation.models, "load", lambda *_: pytest.fail("weights are loaded"))
+    monkeypatch.setattr(evaluator.models, "load", lambda *_: pytest.fail("weights are loaded"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     defaults = {"--model": ["model"], "--data": ["dolly=quickstart:dev"], "--out": ["out"]}
     if name == "no out":
@@ -374,7 +376,7 @@ def test_rouge_l_of_dev_rows_during_training(recipe, tmp_path, capsys):
     assert train.main(recipe(sets=None)) == 0
     points = dev_points(tmp_path)
     assert [step for step, *_ in points] == [0, 4, 8, 12]
-    folder, tokenizer = tmp_path / "runs" / "test", tasks.tokenizer()
+    folder, tokenizer = tmp_path / "runs" / "test", quickstart.tokenizer()
     rows = read_rows("quickstart:dev", 6)
     chosen = SamplingSettings(max_new_tokens=8, eos_token_ids=(0,))
     model = AutoModelForCausalLM.from_pretrained(folder / "final")
@@ -397,7 +399,7 @@ def test_training_is_the_same_with_and_without(recipe, tmp_path):
 def made_up_scores(monkeypatch, scores):
     """ROUGE-L of each evaluation, in their order."""
     values = iter(scores)
-    monkeypatch.setattr("abkd_fast.scoring.DevelopmentRouge.measure", lambda *_: next(values))
+    monkeypatch.setattr("abkd_fast.evaluation.rouge.DevelopmentRouge.measure", lambda *_: next(values))
 
 
 def test_highest_rouge_l_is_selected(recipe, tmp_path, monkeypatch, capsys):
@@ -416,7 +418,7 @@ def test_signal_during_the_answers_and_resume(recipe, tmp_path, monkeypatch):
     assert train.main(recipe("run.name=undisturbed", sets=None)) == 0
     undisturbed = tmp_path / "runs" / "undisturbed"
     with monkeypatch.context() as patch:
-        judge, count = evaluation.scoring.judge, 0
+        judge, count = evaluator.scoring.judge, 0
 
         def judge_and_be_stopped(*arguments):
             nonlocal count
@@ -425,7 +427,7 @@ def test_signal_during_the_answers_and_resume(recipe, tmp_path, monkeypatch):
                 signal.raise_signal(signal.SIGTERM)
             return judge(*arguments)
 
-        patch.setattr(evaluation.scoring, "judge", judge_and_be_stopped)
+        patch.setattr(evaluator.scoring, "judge", judge_and_be_stopped)
         assert train.main(recipe(sets=None)) == 75
     assert [step for step, *_ in dev_points(tmp_path)] == [0]
     assert train.main([*recipe(sets=None), "--resume"]) == 0
@@ -445,7 +447,7 @@ def test_result_is_scored_once(recipe, tmp_path, monkeypatch, capsys):
     assert "Dolly" in output
     assert "and in each stage's report.md" in output
     assert (folder / "scores.md").read_text().startswith("|  | Dolly |\n")
-    monkeypatch.setattr(evaluation.models, "load", lambda *_: pytest.fail("weights are loaded for nothing"))
+    monkeypatch.setattr(evaluator.models, "load", lambda *_: pytest.fail("weights are loaded for nothing"))
     assert train.main([*recipe(), "--resume"]) == 0
     monkeypatch.undo()
     # Test sets decide no weights: others may be asked for later, and the command of before says the same.
@@ -508,7 +510,7 @@ def test_rows_of_test_sets_are_checked_before_the_first_stage(
         "eval": {"sets": sets},
     }
     (tmp_path / "recipe.json").write_text(json.dumps(values))
-    monkeypatch.setattr(evaluation.models, "load", lambda *_: pytest.fail("weights are loaded"))
+    monkeypatch.setattr(evaluator.models, "load", lambda *_: pytest.fail("weights are loaded"))
     for more in ((), ("--dry-run",)):
         assert train.main([*arguments, *more]) == 2
         assert message in capsys.readouterr().err
@@ -520,9 +522,9 @@ def test_selection_by_rouge_l_needs_it(recipe, capsys):
 
 
 def test_generated_test_rows_accept_every_wording():
-    rows = list(tasks.rows("test"))
+    rows = list(quickstart.rows("test"))
     assert all(len(row["output"]) == len(set(row["output"])) >= 2 for row in rows)
     by_question = {(row["instruction"], row["input"]): row["output"] for row in rows}
-    seen = [row for row in tasks.rows("train") if (row["instruction"], row["input"]) in by_question]
+    seen = [row for row in quickstart.rows("train") if (row["instruction"], row["input"]) in by_question]
     assert len(seen) > 100
     assert all(row["output"] in by_question[row["instruction"], row["input"]] for row in seen)

@@ -6,9 +6,9 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 
-from abkd_fast import figures
+from abkd_fast.evaluation import figures
+from abkd_fast.evaluation.tables import gain, read_runs, score_table
 from abkd_fast.report import main
-from abkd_fast.results import gain, read_runs, score_table
 
 matplotlib = pytest.importorskip("matplotlib")
 

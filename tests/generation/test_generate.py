@@ -5,21 +5,23 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from abkd_fast import answers, generate, tasks
-from abkd_fast.answers import Answers
-from abkd_fast.checkpoint import exclusive
-from abkd_fast.data import encode_prompts, read_rows, tokenise
+from abkd_fast import generate
+from abkd_fast.data import quickstart
+from abkd_fast.data.rows import encode_prompts, read_rows, tokenise
 from abkd_fast.generate import main
-from abkd_fast.models import spec_of
-from abkd_fast.sampling import SamplingSettings, sample
+from abkd_fast.generation import answers
+from abkd_fast.generation.answers import Answers
+from abkd_fast.generation.sampling import SamplingSettings, sample
+from abkd_fast.models.loading import spec_of
 from abkd_fast.train import INTERRUPTED
+from abkd_fast.training.checkpoint import exclusive
 from conftest import LLAMA
 
 
 @pytest.fixture
 def model_folder(tmp_path):
     folder = tmp_path / "model"
-    tokenizer = tasks.tokenizer()
+    tokenizer = quickstart.tokenizer()
     config = AutoConfig.for_model(**{**LLAMA, "vocab_size": len(tokenizer), "intermediate_size": 64})
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -50,7 +52,7 @@ def answers_of(tmp_path):
 def test_answers_are_the_samples_and_can_be_trained_on(command, model_folder, tmp_path, capsys):
     assert main(command()) == 0
     answers = answers_of(tmp_path)
-    tokenizer = tasks.tokenizer()
+    tokenizer = quickstart.tokenizer()
     rows = read_rows("quickstart:dev", 12)
     settings = SamplingSettings(max_new_tokens=9, eos_token_ids=(tokenizer.eos_token_id,))
     model = AutoModelForCausalLM.from_pretrained(model_folder)
@@ -145,7 +147,7 @@ def test_empty_answers_are_left_out(command, tmp_path, capsys, monkeypatch):
         for index in range(len(prompts)):
             on_response(index, [*([5] if index % 2 else []), *settings.eos_token_ids])
 
-    monkeypatch.setattr("abkd_fast.sampling.sample", empty)
+    monkeypatch.setattr("abkd_fast.generation.sampling.sample", empty)
     assert main(command()) == 0
     assert [answer["row"] for answer in answers_of(tmp_path)] == [1, 3, 5, 7, 9, 11]
     assert all(answer["ended"] for answer in answers_of(tmp_path))
@@ -159,7 +161,7 @@ def test_prompts_need_no_output(command, write_jsonl, tmp_path):
 
 
 def test_messages_stay_messages(command, model_folder, write_jsonl, tmp_path):
-    tokenizer = tasks.tokenizer()
+    tokenizer = quickstart.tokenizer()
     tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
     try:
         tokenizer.save_pretrained(model_folder)

@@ -10,9 +10,10 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from abkd_fast import decoding, lora, models
-from abkd_fast.config import ConfigError, LoraConfig, ModelConfig
-from abkd_fast.sampling import SamplingSettings, _draw, _Sequence, sample, sample_mixture
+from abkd_fast.config.schema import ConfigError, LoraConfig, ModelConfig
+from abkd_fast.generation import decoder
+from abkd_fast.generation.sampling import SamplingSettings, _draw, _Sequence, sample, sample_mixture
+from abkd_fast.models import loading, lora
 from conftest import GPT2, LLAMA
 
 MODELS = {
@@ -85,13 +86,13 @@ def test_all_slots_at_once_is_the_same(monkeypatch, name):
     settings = SamplingSettings(max_new_tokens=20)
     expected = sample(model, PROMPTS, settings, list(range(8)), batch_size=3)
 
-    class AllAtOnce(decoding.Decoder):
+    class AllAtOnce(decoder.Decoder):
         def __init__(self, *arguments):
             super().__init__(*arguments)
             self.all_at_once = True
 
-    monkeypatch.setattr("abkd_fast.sampling.Decoder", AllAtOnce)
-    monkeypatch.setattr(decoding, "BUCKET", 16)
+    monkeypatch.setattr("abkd_fast.generation.sampling.Decoder", AllAtOnce)
+    monkeypatch.setattr(decoder, "BUCKET", 16)
     assert sample(model, PROMPTS, settings, list(range(8)), batch_size=3) == expected
 
 
@@ -225,13 +226,13 @@ def test_bans_equal_transformers(size):
 
 def test_batch_is_refilled_and_responses_are_told_once(monkeypatch):
     sizes, told = [], {}
-    decode = decoding.Decoder.decode
+    decode = decoder.Decoder.decode
 
     def counted(self, sequences):
         sizes.append(len(sequences))
         return decode(self, sequences)
 
-    monkeypatch.setattr(decoding.Decoder, "decode", counted)
+    monkeypatch.setattr(decoder.Decoder, "decode", counted)
     model = build(GPT2, torch.float32, scale=1.0)
     settings = SamplingSettings(max_new_tokens=40, eos_token_ids=tuple(range(0, 211, 10)))
     prompts = prompts_of(*range(1, 31))
@@ -272,7 +273,7 @@ def test_model_is_left_as_it_was(packed):
     model = build(GPT2, torch.float32).train()
     inner, ids = model, torch.tensor([PROMPTS[0]])
     if packed:
-        model = models.PackedCausalLM(model, "student")
+        model = loading.PackedCausalLM(model, "student")
     implementation = inner.config._attn_implementation
     before = dict(inner.named_parameters())
     sample(model, PROMPTS[:2], SamplingSettings(max_new_tokens=2), [0, 1])
@@ -287,7 +288,7 @@ def test_model_is_left_as_it_was(packed):
 
 def test_adapters_take_part():
     spec = ModelConfig(path="base", lora=LoraConfig(rank=4))
-    student = models.PackedCausalLM(lora.attach(build(LLAMA), spec, "student"), "student")
+    student = loading.PackedCausalLM(lora.attach(build(LLAMA), spec, "student"), "student")
     settings = SamplingSettings(max_new_tokens=8, temperature=0)
     without = sample(student, PROMPTS, settings, [0] * 8)  # a new adapter changes nothing
     with torch.no_grad():
@@ -305,7 +306,7 @@ def test_model_that_packing_cannot_do_is_refused():
     model = build(LLAMA, torch.float32, model_type="gemma2", head_dim=8)
     with pytest.raises(ConfigError, match="gemma2"):
         sample(model, PROMPTS[:1], SamplingSettings(), [0])
-    assert model.config._attn_implementation != decoding.NAME
+    assert model.config._attn_implementation != decoder.NAME
 
 
 @pytest.mark.parametrize(
@@ -331,10 +332,10 @@ def test_graphs_change_nothing(monkeypatch):
     settings = SamplingSettings(max_new_tokens=40)
     with_graphs = sample(model, PROMPTS, settings, list(range(8)), batch_size=3)
 
-    class Eager(decoding.Decoder):
+    class Eager(decoder.Decoder):
         def __init__(self, *arguments):
             super().__init__(*arguments)
             self.use_graphs = False
 
-    monkeypatch.setattr("abkd_fast.sampling.Decoder", Eager)
+    monkeypatch.setattr("abkd_fast.generation.sampling.Decoder", Eager)
     assert sample(model, PROMPTS, settings, list(range(8)), batch_size=3) == with_graphs

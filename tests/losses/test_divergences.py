@@ -23,7 +23,7 @@ from abkd_fast import (
     TotalVariation,
     parse,
 )
-from abkd_fast.divergences import BY_NAME, CrossEntropy, Family
+from abkd_fast.losses.divergences import BY_NAME, CrossEntropy, Family
 from oracle import mild_logits, relative_errors
 from row_kernels import FLOAT64, kernel
 

@@ -10,7 +10,8 @@ import torch._functorch.config
 from torch.autograd.gradcheck import GradcheckError
 
 import abkd_fast
-from abkd_fast import AlphaBeta, divergence_loss, fused_linear_divergence, ops, parse, reference
+from abkd_fast import AlphaBeta, divergence_loss, fused_linear_divergence, parse
+from abkd_fast.losses import reference, row_ops
 from oracle import ALPHA_BETA, FAMILIES, SMOOTH, gpt2_like_logits, mild_logits, relative_errors
 from row_kernels import ALL, COMPILED, FLOAT32, FLOAT64, kernel
 
@@ -29,20 +30,20 @@ def test_statistics_are_all_that_the_gradient_needs(divergence, dtype):
     rows = (teacher, labels, kind, *ROW_OPTIONS)
     upstream = torch.tensor([0.5, 7.0, -2.0, 0.0, 3.0], dtype=torch.float64 if dtype == torch.float64 else None)
     gradient, scaled, later = (torch.empty_like(student) for _ in range(3))
-    losses = ops.row_losses(student, *rows, gradient=gradient)
-    statistics = torch.full((5, ops.STATISTICS), torch.nan, dtype=torch.float64)
-    if ops._C is None:
+    losses = row_ops.row_losses(student, *rows, gradient=gradient)
+    statistics = torch.full((5, row_ops.STATISTICS), torch.nan, dtype=torch.float64)
+    if row_ops._C is None:
         statistics.zero_()
     for options in ({}, {"gradient": scaled, "upstream": upstream}):
-        assert torch.equal(ops.row_losses(student, *rows, statistics=statistics, **options), losses)
-    ops.row_gradients(student, *rows, statistics, upstream, later)
+        assert torch.equal(row_ops.row_losses(student, *rows, statistics=statistics, **options), losses)
+    row_ops.row_gradients(student, *rows, statistics, upstream, later)
     # Each element and the few products it is made of are rounded once more, or once less.
     bound, kept = 4 * torch.finfo(dtype).eps, [0, 2, 4]
     assert relative_errors(scaled[kept], gradient[kept].double() * upstream[kept, None]).max() < bound
     assert relative_errors(later[kept], scaled[kept]).max() < bound
     assert scaled[[1, 3]].eq(0).all()
     assert later[[1, 3]].eq(0).all()
-    ops.row_gradients(student, *rows, statistics, upstream, student)
+    row_ops.row_gradients(student, *rows, statistics, upstream, student)
     assert torch.equal(student, later)
 
 
@@ -52,7 +53,7 @@ def test_reference_has_the_same_doors(divergence):
     rows = (teacher, torch.tensor([3, -100, 0, 49, 1]), parse(divergence), *ROW_OPTIONS)
     upstream = torch.randn(5, dtype=torch.float64)
     results = []
-    for module in (ops, reference):
+    for module in (row_ops, reference):
         statistics, gradient, later = torch.zeros(5, 6).double(), torch.empty_like(student), torch.empty_like(student)
         losses = module.row_losses(student, *rows, gradient, statistics, upstream)
         module.row_gradients(student, *rows, statistics, upstream, later)
@@ -64,30 +65,30 @@ def test_reference_has_the_same_doors(divergence):
 @pytest.mark.parametrize("compiled", [True, False])
 @pytest.mark.parametrize("divergence", ALL)
 def test_passes_one_by_one_over_parts_of_the_vocabulary(monkeypatch, divergence, compiled):
-    if compiled and ops._C is None:
+    if compiled and row_ops._C is None:
         pytest.skip("the extension is missing")
-    monkeypatch.setattr(ops, "_compiled", lambda _: compiled)
+    monkeypatch.setattr(row_ops, "_compiled", lambda _: compiled)
     labels, kind, (temperature, hard_weight) = torch.tensor([3, 12, 13, 49]), parse(divergence), ROW_OPTIONS
     cuts = [slice(0, 13), slice(13, 13), slice(13, 50)]
     for dtype, bound in ((torch.float32, FLOAT32), (torch.float64, 1e-12)):
         rows = mild_logits(4, 50, dtype)
         gradient, upstream = torch.empty_like(rows[0]), torch.tensor([0.5, 7.0, -2.0, 3.0], dtype=dtype)
-        whole = torch.zeros(4, ops.STATISTICS, dtype=torch.float64)
-        losses = ops.row_losses(*rows, labels, kind, *ROW_OPTIONS, gradient, whole, upstream)
+        whole = torch.zeros(4, row_ops.STATISTICS, dtype=torch.float64)
+        losses = row_ops.row_losses(*rows, labels, kind, *ROW_OPTIONS, gradient, whole, upstream)
         parts = [[x[:, cut].contiguous() for x in rows] for cut in cuts]
         merged = whole.clone()  # whose last two columns, what is decided, are taken from it
-        merged[:, :3] = torch.stack([ops.row_normalizers(*x, *ROW_OPTIONS) for x in parts])[:, :, :3].logsumexp(0)
+        merged[:, :3] = torch.stack([row_ops.row_normalizers(*x, *ROW_OPTIONS) for x in parts])[:, :, :3].logsumexp(0)
         values, slopes = 0, 0
         for student, teacher in parts:
-            values = values + ops.row_sums(student, teacher, kind, temperature, merged)
-            slopes = slopes + merged[:, ops.SLOPE]
-        merged[:, ops.SLOPE] = slopes
+            values = values + row_ops.row_sums(student, teacher, kind, temperature, merged)
+            slopes = slopes + merged[:, row_ops.SLOPE]
+        merged[:, row_ops.SLOPE] = slopes
         assert relative_errors(merged[:, :3].T, whole[:, :3].T).max() < bound
         hard = merged[:, 2] - rows[0].gather(1, labels[:, None])[:, 0]
         assert relative_errors((1 - hard_weight) * values + hard_weight * hard, losses).max() < bound
         for (student, teacher), cut in zip(parts, cuts, strict=True):
             local = torch.where((labels >= cut.start) & (labels < cut.stop), labels - cut.start, -1)
-            ops.row_gradients(student, teacher, local, kind, *ROW_OPTIONS, merged, upstream, student)
+            row_ops.row_gradients(student, teacher, local, kind, *ROW_OPTIONS, merged, upstream, student)
         assert relative_errors(torch.cat([x for x, _ in parts], 1), gradient).max() < bound
 
 
@@ -96,7 +97,7 @@ def test_a_label_elsewhere_is_for_gradients_alone():
     student, teacher = mild_logits(3, 9)
     rows = student, teacher, torch.tensor([0, -2, -1]), parse("ab"), *ROW_OPTIONS
     with pytest.raises(RuntimeError, match=r"labels\[1\] is -2, expected -100 or 0 to 8"):
-        ops.row_gradients(*rows, torch.zeros(3, 6).double(), torch.ones(3), student)
+        row_ops.row_gradients(*rows, torch.zeros(3, 6).double(), torch.ones(3), student)
 
 
 @pytest.mark.parametrize("divergence", ALL)
@@ -105,8 +106,8 @@ def test_gradient_may_overwrite_the_student(divergence):
         student, teacher = mild_logits(5, 2050, dtype)
         rows = (teacher, torch.tensor([3, -100, 0, 49, 1]), parse(divergence), *ROW_OPTIONS)
         gradient = torch.empty_like(student)
-        expected = ops.row_losses(student, *rows, gradient=gradient)
-        assert torch.equal(ops.row_losses(student, *rows, gradient=student), expected)
+        expected = row_ops.row_losses(student, *rows, gradient=gradient)
+        assert torch.equal(row_ops.row_losses(student, *rows, gradient=student), expected)
         assert torch.equal(student, gradient)
 
 
@@ -259,7 +260,7 @@ def test_opcheck_row_operators(divergence):
         torch.library.opcheck(torch.ops.abkd_fast.row_losses, (student, teacher, LABELS, *rows, *written))
     written = (torch.empty_like(student), statistics, upstream)
     torch.library.opcheck(torch.ops.abkd_fast.row_losses, (student, teacher, LABELS, *rows, *written))
-    ops.row_losses(student, teacher, LABELS, kind, *ROW_OPTIONS, statistics=statistics)
+    row_ops.row_losses(student, teacher, LABELS, kind, *ROW_OPTIONS, statistics=statistics)
     later = (statistics, upstream, torch.empty_like(student))
     torch.library.opcheck(torch.ops.abkd_fast.row_gradients, (student, teacher, LABELS, *rows, *later))
     torch.library.opcheck(torch.ops.abkd_fast.row_normalizers, (student, teacher, *ROW_OPTIONS, statistics))
@@ -364,9 +365,9 @@ def test_simd_variants(simd, tmp_path):
 
 @pytest.fixture
 def no_extension(monkeypatch):
-    monkeypatch.setattr(ops, "_C", None)
-    monkeypatch.setattr(ops, "_MISSING", "no such file", raising=False)
-    monkeypatch.setattr(ops, "_warned", set())
+    monkeypatch.setattr(row_ops, "_C", None)
+    monkeypatch.setattr(row_ops, "_MISSING", "no such file", raising=False)
+    monkeypatch.setattr(row_ops, "_warned", set())
 
 
 @pytest.mark.parametrize("divergence", ALL)
@@ -387,7 +388,7 @@ def test_reference_takes_over_where_the_extension_is_missing(divergence, request
     in_place = student.clone()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        ops.row_losses(in_place, teacher, labels, parse(divergence), *ROW_OPTIONS, gradient=in_place)
+        row_ops.row_losses(in_place, teacher, labels, parse(divergence), *ROW_OPTIONS, gradient=in_place)
     assert torch.equal(in_place, gradient)
 
 

@@ -9,12 +9,13 @@ import traceback
 import pytest
 import torch
 import torch.distributed as dist
+from test_extreme_logits import HUGE
 
 import oracle
-from abkd_fast import fused_linear, fused_linear_cross_entropy, fused_linear_divergence, parse, vocab_parallel
+from abkd_fast import fused_linear_cross_entropy, fused_linear_divergence, parse
+from abkd_fast.losses import fused_linear, vocab_parallel
 from oracle import FAMILIES
 from row_kernels import ALL, FLOAT32
-from test_extreme_logits import HUGE
 
 PATIENCE = 60  # seconds until a rank that waits for the others gives up
 # Against whole rows the sums over the vocabulary have another order; the oracle's quadrature has an error of its own.
@@ -48,7 +49,7 @@ class World:
     def __init__(self, size, folder):
         # One process that has imported what takes long makes all ranks.
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch.distributed.tensor", "abkd_fast.fused_linear", "pytest", "mpmath"])
+        context.set_forkserver_preload(["torch.distributed.tensor", "abkd_fast.losses.fused_linear", "pytest", "mpmath"])
         self.connections, self.processes = [], []
         for rank in range(size):
             mine, its = context.Pipe()

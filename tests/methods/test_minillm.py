@@ -9,11 +9,13 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from abkd_fast import fused_linear, fused_linear_policy_gradient, ops, tasks
-from abkd_fast.data import pack
+from abkd_fast import fused_linear_policy_gradient
+from abkd_fast.config.recipe import load
+from abkd_fast.data import quickstart
+from abkd_fast.data.rows import pack
+from abkd_fast.losses import fused_linear, row_ops
 from abkd_fast.methods.minillm import MiniLLM
-from abkd_fast.recipe import load
-from abkd_fast.teacher import Teacher, TeacherStates
+from abkd_fast.teacher.teacher import Teacher, TeacherStates
 from abkd_fast.train import INTERRUPTED
 from conftest import GPT2, LLAMA
 from runs import Run, assert_same, at_step, send
@@ -54,9 +56,9 @@ def tensors():
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_policy_gradient_equals_its_definition(monkeypatch, tensors, dtype, compiled):
     """All four sides of the clipping, padded vocabulary, several chunks, rows that don't count, and an upstream."""
-    if compiled and ops._C is None:
+    if compiled and row_ops._C is None:
         pytest.skip("the extension is missing")
-    monkeypatch.setattr(ops, "_compiled", lambda _: compiled)
+    monkeypatch.setattr(row_ops, "_compiled", lambda _: compiled)
     monkeypatch.setattr(fused_linear, "choose_chunk_tokens", lambda *_: 7)
     student, teacher, labels, advantages, log_probs = tensors
     given = [x.detach().to(dtype).requires_grad_() for x in student]
@@ -92,7 +94,7 @@ def test_gradient_by_logits_is_the_published_formula(tensors):
     student, teacher, labels, advantages, log_probs = tensors
     logits, theirs = F.linear(*student), F.linear(*teacher)[:, :VOCAB].contiguous()
     gradient = torch.empty_like(logits)
-    divergence, rho = ops.policy_rows(logits, theirs, labels, advantages, log_probs, CLIP, gradient)
+    divergence, rho = row_ops.policy_rows(logits, theirs, labels, advantages, log_probs, CLIP, gradient)
     q = logits.softmax(1)
     d = logits.log_softmax(1) - theirs.log_softmax(1)
     active = ((advantages >= 0) & (rho <= 1 + CLIP)) | ((advantages < 0) & (rho >= 1 - CLIP))
@@ -100,7 +102,7 @@ def test_gradient_by_logits_is_the_published_formula(tensors):
     expected = -(advantages * rho * active)[:, None] * (F.one_hot(labels, VOCAB) - q)
     expected += q * (d - divergence[:, None])
     torch.testing.assert_close(gradient, expected, rtol=0, atol=1e-10)
-    assert torch.equal(ops.is_clipped(rho, advantages, CLIP), ~active)
+    assert torch.equal(row_ops.is_clipped(rho, advantages, CLIP), ~active)
 
 
 def test_policy_gradient_refuses_what_does_not_fit(tensors):
@@ -212,7 +214,7 @@ def test_losses_of_rollouts_and_text_from_whole_logits(tmp_path):
             torch.testing.assert_close(mine, exact, rtol=0, atol=1e-10 * exact.abs().max().item())
     logged = minillm.numbers()
     assert logged["reverse_kl"] == pytest.approx(divergence.mean().item(), rel=1e-12)
-    assert logged["clip_share"] == ops.is_clipped(ratio, numbers[0], CLIP).double().mean().item() > 0
+    assert logged["clip_share"] == row_ops.is_clipped(ratio, numbers[0], CLIP).double().mean().item() > 0
     assert logged["reward"] == pytest.approx(sum(sample["reward"] for sample in samples) / count)
 
 
@@ -245,7 +247,7 @@ def teacher(tmp_path):
     torch.manual_seed(5)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**SECTIONS["teacher"]["config"]))
     model.save_pretrained(tmp_path / "teacher")
-    tasks.tokenizer().save_pretrained(tmp_path / "teacher")
+    quickstart.tokenizer().save_pretrained(tmp_path / "teacher")
     return {"path": str(tmp_path / "teacher")}
 
 

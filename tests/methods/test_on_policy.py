@@ -12,18 +12,21 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from abkd_fast import generate, methods, rollouts, sampling, tasks
-from abkd_fast.answers import Answers
-from abkd_fast.config import ConfigError
-from abkd_fast.data import pack, read_rows, tokenise
-from abkd_fast.logs import size
+from abkd_fast import generate, methods
+from abkd_fast.config.recipe import load
+from abkd_fast.config.schema import ConfigError
+from abkd_fast.data import quickstart
+from abkd_fast.data.rows import pack, read_rows, tokenise
+from abkd_fast.generation import sampling
+from abkd_fast.generation.answers import Answers
+from abkd_fast.methods import rollouts
 from abkd_fast.methods.distillm import DistiLLM
 from abkd_fast.methods.replay import ReplayBuffer
-from abkd_fast.recipe import load
-from abkd_fast.stages import resolve
-from abkd_fast.teacher import Teacher
+from abkd_fast.pipeline import resolve
+from abkd_fast.teacher.teacher import Teacher
 from abkd_fast.train import INTERRUPTED
-from abkd_fast.trainer import Trainer
+from abkd_fast.training.metrics import size
+from abkd_fast.training.trainer import Trainer
 from conftest import LLAMA
 from runs import Killed, Run, assert_same, at_step, crash, poison, send
 
@@ -43,7 +46,7 @@ def teacher(tmp_path_factory):
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**TEACHER, initializer_range=0.1))
     model.save_pretrained(folder)
-    tasks.tokenizer().save_pretrained(folder)
+    quickstart.tokenizer().save_pretrained(folder)
     return str(folder)
 
 
@@ -71,7 +74,7 @@ def test_dry_run_counts_the_memory_of_generation(make, capsys, monkeypatch):
     held = 4 * longest * 2 * 2 * 2 * 4 * 4  # sequences, tokens, keys and values, layers, key heads, their width, bytes
     out = capsys.readouterr().out
     assert f"while it generates, instead of the last two, keys and values of 4 sequences {size(held)}" in out
-    monkeypatch.setattr("abkd_fast.costs.generation_memory", lambda *_: [("keys", 8 * 10**12)])
+    monkeypatch.setattr("abkd_fast.training.costs.generation_memory", lambda *_: [("keys", 8 * 10**12)])
     assert run("--dry-run") == 0
     assert "memory     about 8000.0 GB with" in capsys.readouterr().out
 
@@ -400,7 +403,7 @@ def test_seqkd_trains_on_the_teachers_text(seqkd, teacher, tmp_path, capsys):
     answers = answers_of(run)
     assert answers == [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
 
-    tokenizer = tasks.tokenizer()
+    tokenizer = quickstart.tokenizer()
     (_, config) = (resolve(config) for config in load(run.arguments[1], run.arguments[3::2]))
     trainer = Trainer(config, resume=True)
     assert trainer.train_set["input_ids"][:] == [
@@ -473,7 +476,7 @@ def test_adapters_answer_and_learn_from_their_own_text(tmp_path, teacher):
     assert run("--dry-run") == 0
     assert run() == 0
     adapter = peft.AutoPeftModelForCausalLM.from_pretrained(run.folder.parent / "teacher" / "final")
-    tokenizer = tasks.tokenizer()
+    tokenizer = quickstart.tokenizer()
     answers = answers_of(run)
     settings = sampling.SamplingSettings(max_new_tokens=6, eos_token_ids=(tokenizer.eos_token_id,))
     prompts = [tokenizer(answer["prompt"])["input_ids"] for answer in answers]

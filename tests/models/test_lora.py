@@ -3,15 +3,17 @@
 import peft
 import pytest
 import torch
+from test_models import padded_logits, samples
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from abkd_fast import attention, fused_linear, models, tasks
-from abkd_fast.config import ConfigError, ModelConfig
-from abkd_fast.data import pack
-from abkd_fast.divergences import AlphaBeta
-from abkd_fast.ops import divergence_loss
+from abkd_fast.config.schema import ConfigError, ModelConfig
+from abkd_fast.data import quickstart
+from abkd_fast.data.rows import pack
+from abkd_fast.losses import fused_linear
+from abkd_fast.losses.divergences import AlphaBeta
+from abkd_fast.losses.row_ops import divergence_loss
+from abkd_fast.models import attention, loading
 from conftest import GPT2, LLAMA
-from test_models import padded_logits, samples
 
 CPU = torch.device("cpu")
 END = {"eos_token_id": 0, "bos_token_id": 0}
@@ -27,7 +29,7 @@ def save_model(folder, config, tokenizer=None, seed=0):
             if parameter.dim() > 1:
                 parameter.mul_(3.0)
     model.save_pretrained(folder)
-    (tokenizer or tasks.tokenizer()).save_pretrained(folder)
+    (tokenizer or quickstart.tokenizer()).save_pretrained(folder)
     return str(folder)
 
 
@@ -58,7 +60,7 @@ def folders(request, tmp_path):
 
 def load_packed(key, dtype=torch.float64, **spec):
     spec = ModelConfig(**spec)
-    return models.load(spec, models.read_config(spec, key), key, dtype, CPU)
+    return loading.load(spec, loading.read_config(spec, key), key, dtype, CPU)
 
 
 def plain(folders, dtype=torch.float64):
@@ -196,12 +198,12 @@ def test_cost_counts_the_adapter(folders):
     student = load_packed("student", path=base, adapter=adapter)
     trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
     spec = ModelConfig(path=base, adapter=adapter)
-    assert models.adapter_size(spec, student.causal_lm.config, "student") == trained
-    assert models.adapter_size(ModelConfig(path=base), student.causal_lm.config, "student") is None
+    assert loading.adapter_size(spec, student.causal_lm.config, "student") == trained
+    assert loading.adapter_size(ModelConfig(path=base), student.causal_lm.config, "student") is None
 
 
 def test_recomputing_refuses_models_without():
-    student = models.PackedCausalLM(AutoModelForCausalLM.from_config(AutoConfig.for_model(**LLAMA)), "student")
+    student = loading.PackedCausalLM(AutoModelForCausalLM.from_config(AutoConfig.for_model(**LLAMA)), "student")
     student.causal_lm.supports_gradient_checkpointing = False
     with pytest.raises(ConfigError, match=r"train.gradient_checkpointing: a llama model has none"):
         student.checkpoint_layers()

@@ -9,17 +9,19 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from test_lora import END, SMALL, load_packed, save_adapter, save_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from abkd_fast import fused_linear, models, tasks
-from abkd_fast.config import ConfigError, LoraConfig
-from abkd_fast.data import pack
-from abkd_fast.recipe import load
+from abkd_fast.config.recipe import load
+from abkd_fast.config.schema import ConfigError, LoraConfig
+from abkd_fast.data import quickstart
+from abkd_fast.data.rows import pack
+from abkd_fast.losses import fused_linear
+from abkd_fast.models import loading
 from abkd_fast.train import main
-from abkd_fast.trainer import Trainer
+from abkd_fast.training.trainer import Trainer
 from conftest import GPT2
 from runs import Killed, Run, assert_same, at_step, crash
-from test_lora import END, SMALL, load_packed, save_adapter, save_model
 
 
 @pytest.fixture
@@ -164,7 +166,7 @@ def test_adapter_moved_to_another_base_is_a_warning(tmp_path, base, caplog):
     moved = shutil.copytree(base, tmp_path / "moved")
     student = load_packed("student", path=str(moved), adapter=adapter)
     assert f"was trained on {base}, and goes on {moved} now" in caplog.text
-    student.save(tmp_path / "again", tasks.tokenizer(), student.weights())
+    student.save(tmp_path / "again", quickstart.tokenizer(), student.weights())
     assert peft.PeftConfig.from_pretrained(tmp_path / "again").base_model_name_or_path == str(moved)
 
 
@@ -275,7 +277,7 @@ def test_bad_input_is_one_line_before_weights_load(tmp_path, places, capsys, mon
     text = json.dumps({"student": {"path": "@base", "lora": LORA}, "tokenizer": None, **sections})
     sections = json.loads(text.replace('"@', f'"{places}/'))
     run = Run(tmp_path, **sections)
-    monkeypatch.setattr(models, "load", lambda *_: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(loading, "load", lambda *_: pytest.fail("weights were loaded"))
     assert run() == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ")

@@ -9,12 +9,12 @@ import torch._dynamo.testing
 import torch.nn.functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from abkd_fast import attention, models
-from abkd_fast.config import ConfigError, ModelConfig
-from abkd_fast.data import pack
-from abkd_fast.divergences import AlphaBeta
-from abkd_fast.fused_linear import fused_linear_divergence
-from abkd_fast.ops import divergence_loss
+from abkd_fast.config.schema import ConfigError, ModelConfig
+from abkd_fast.data.rows import pack
+from abkd_fast.losses.divergences import AlphaBeta
+from abkd_fast.losses.fused_linear import fused_linear_divergence
+from abkd_fast.losses.row_ops import divergence_loss
+from abkd_fast.models import attention, loading
 from conftest import GPT2, LLAMA, anonymous_bytes, needs_proc
 
 CPU = torch.device("cpu")
@@ -37,7 +37,7 @@ def build(config, dtype, seed=0, **changes):
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.mul_(3.0)
-    return models.PackedCausalLM(model.eval(), "student")
+    return loading.PackedCausalLM(model.eval(), "student")
 
 
 def padded_logits(model, rows):
@@ -55,7 +55,7 @@ def padded_logits(model, rows):
 def test_fused_gelu_is_that_of_transformers():
     plain = build(GPT2, torch.float64).model
     fused = copy.deepcopy(plain)
-    models.fuse_activations(fused)
+    loading.fuse_activations(fused)
     x = torch.linspace(-6, 6, 1001, dtype=torch.float64, requires_grad=True)
     for ours, theirs in zip(fused.transformer.h, plain.transformer.h, strict=True):
         assert type(ours.mlp.act) is not type(theirs.mlp.act)
@@ -67,7 +67,7 @@ def test_fused_gelu_is_that_of_transformers():
 
 def test_loaded_models_are_fused():
     config = AutoConfig.for_model(**GPT2)
-    model = models.load(ModelConfig(config=GPT2), config, "student", torch.float32, CPU)
+    model = loading.load(ModelConfig(config=GPT2), config, "student", torch.float32, CPU)
     assert {type(block.mlp.act) for block in model.model.transformer.h} == {torch.nn.GELU}
     assert model.model.config.activation_function == "gelu_new"  # so is the model saved
 
@@ -186,7 +186,7 @@ def test_heads_in_multiples_of_8(dim):
 
 
 def test_dropout_setting_reaches_the_model():
-    config = models.read_config(ModelConfig(config=GPT2, dropout=0.25), "student")
+    config = loading.read_config(ModelConfig(config=GPT2, dropout=0.25), "student")
     assert (config.attn_pdrop, config.resid_pdrop, config.embd_pdrop) == (0.25, 0.25, 0.25)
 
 
@@ -194,8 +194,8 @@ def test_only_what_is_trained_loses_its_attention_dropout(monkeypatch, caplog):
     monkeypatch.setattr(attention, "supports_dropout", lambda device: False)
     spec = ModelConfig(config={**LLAMA, "attention_dropout": 0.1})
     for key, dropout, warnings in (("model", 0.1, 0), ("teacher", 0.1, 0), ("student", 0.0, 1)):
-        config = models.read_config(spec, key)
-        models.load(spec, config, key, torch.float32, CPU)
+        config = loading.read_config(spec, key)
+        loading.load(spec, config, key, torch.float32, CPU)
         assert (config.attention_dropout, len(caplog.records)) == (dropout, warnings)
     assert "student: attention_dropout is 0.1, but" in caplog.text
 
@@ -215,13 +215,13 @@ def test_a_model_that_is_to_be_in_parts_stays_on_the_disk(tmp_path):
     config = AutoConfig.for_model(**{**LLAMA, "vocab_size": 400_000, "hidden_size": 64})  # 51 MB a projection
     AutoModelForCausalLM.from_config(config, dtype=torch.float16).save_pretrained(tmp_path)
     spec = ModelConfig(path=str(tmp_path))
-    config = models.read_config(spec, "student")
+    config = loading.read_config(spec, "student")
     config.dtype = torch.bfloat16  # not what the files have
-    models.load(spec, config, "student", torch.float32, CPU, in_parts=True)  # imports what loading needs
+    loading.load(spec, config, "student", torch.float32, CPU, in_parts=True)  # imports what loading needs
     before = anonymous_bytes()
-    parts = models.load(spec, config, "student", torch.float32, CPU, in_parts=True)
+    parts = loading.load(spec, config, "student", torch.float32, CPU, in_parts=True)
     assert anonymous_bytes() - before < 10e6
-    whole = models.load(spec, config, "student", torch.float32, CPU)
+    whole = loading.load(spec, config, "student", torch.float32, CPU)
     assert {file_of(parameter) for parameter in parts.parameters()} == {str(tmp_path / "model.safetensors")}
     assert not any(file_of(parameter).endswith(".safetensors") for parameter in whole.parameters())
     for ours, theirs in zip(parts.parameters(), whole.parameters(), strict=True):
@@ -229,9 +229,9 @@ def test_a_model_that_is_to_be_in_parts_stays_on_the_disk(tmp_path):
 
 
 def test_saved_model_generates(tmp_path):
-    from abkd_fast import tasks
+    from abkd_fast.data import quickstart
 
-    tokenizer = tasks.tokenizer()
+    tokenizer = quickstart.tokenizer()
     model = build(LLAMA, torch.float32, vocab_size=len(tokenizer))
     model.save(tmp_path / "final", tokenizer, model.weights())
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "final")

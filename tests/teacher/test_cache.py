@@ -10,12 +10,13 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 
-from abkd_fast import cache, tasks
-from abkd_fast.config import ConfigError
-from abkd_fast.recipe import load
-from abkd_fast.teacher import CachedTeacher, Teacher
+from abkd_fast.config.recipe import load
+from abkd_fast.config.schema import ConfigError
+from abkd_fast.data import quickstart
+from abkd_fast.teacher import store
+from abkd_fast.teacher.teacher import CachedTeacher, Teacher
 from abkd_fast.train import main
-from abkd_fast.trainer import Trainer
+from abkd_fast.training.trainer import Trainer
 from conftest import GPT2, LLAMA
 
 LENGTH = 128
@@ -28,7 +29,7 @@ MODELS = {
 def make_teacher(folder, kind="llama", seed=0):
     set_seed(seed)
     AutoModelForCausalLM.from_config(AutoConfig.for_model(**MODELS[kind])).save_pretrained(folder)
-    tasks.tokenizer().save_pretrained(folder)
+    quickstart.tokenizer().save_pretrained(folder)
 
 
 @pytest.fixture
@@ -57,7 +58,7 @@ def recipe(tmp_path):
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    monkeypatch.setattr(cache, "BLOCK_TOKENS", 300)
+    monkeypatch.setattr(store, "BLOCK_TOKENS", 300)
 
 
 def loaded(path, *overrides):
@@ -193,7 +194,7 @@ def test_samples_hash_tells_tokens_from_boundaries():
     import datasets
 
     def digest(ids, prompts):
-        return cache.hash_samples(datasets.Dataset.from_dict({"input_ids": ids, "prompt_length": prompts}))
+        return store.hash_samples(datasets.Dataset.from_dict({"input_ids": ids, "prompt_length": prompts}))
 
     variants = [([[1, 2, 3], [4, 5]], [1, 1]), ([[1, 2], [3, 4, 5]], [1, 1]), ([[1, 2, 3], [4, 5]], [2, 1])]
     assert len({digest(*variant) for variant in variants}) == 3
@@ -203,7 +204,7 @@ def test_weights_are_hashed_once(recipe, cache_folder, monkeypatch):
     path = recipe()
     Trainer(load(path)[0])
     hashed = []
-    monkeypatch.setattr(cache, "file_digest", lambda file: hashed.append(file) or "x")
+    monkeypatch.setattr(store, "file_digest", lambda file: hashed.append(file) or "x")
     Trainer(load(path)[0])
     assert hashed == []
     (cache_folder / "weights.json").write_text("{broken")
@@ -414,7 +415,7 @@ def test_disk_that_fills_up_while_building(recipe, monkeypatch, call):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(cache.StateFile, call, full)
+    monkeypatch.setattr(store.StateFile, call, full)
     with pytest.raises(ConfigError, match=r"No space left on device; choose another, or cache\.mode=off"):
         loaded(path, "cache.mode=disk")
     for mode, kind in (("auto", Teacher), ("memory", CachedTeacher)):
@@ -433,8 +434,8 @@ def test_complete_cache_in_a_read_only_folder(recipe, cache_folder, monkeypatch)
 
     access = os.access
     monkeypatch.setattr(os, "access", lambda p, mode: not str(p).startswith(str(cache_folder)) and access(p, mode))
-    monkeypatch.setattr(cache.filelock.FileLock, "acquire", refuse)
-    monkeypatch.setattr(cache, "_replace", refuse)
+    monkeypatch.setattr(store.filelock.FileLock, "acquire", refuse)
+    monkeypatch.setattr(store, "_replace", refuse)
     trainer = loaded(path, "cache.mode=disk")
     assert "found" in trainer.teacher.note
     assert losses(trainer) == expected
@@ -483,7 +484,7 @@ def test_layout_covers_every_row_once():
     lengths = torch.randint(2, 200, (500,), generator=generator).tolist()
     prompts = [1 + index % (length - 1) for index, length in enumerate(lengths)]
     ids = [list(range(length)) for length in lengths]
-    layout = cache.Layout(datasets.Dataset.from_dict({"input_ids": ids, "prompt_length": prompts}))
+    layout = store.Layout(datasets.Dataset.from_dict({"input_ids": ids, "prompt_length": prompts}))
     slices = sorted((layout.sample(index) for index in range(500)), key=lambda s: s.start)
     assert [s.start for s in slices] == [0, *(s.stop for s in slices[:-1])]
     assert slices[-1].stop == layout.rows == sum(lengths) - sum(prompts)
@@ -494,4 +495,4 @@ def test_layout_covers_every_row_once():
     assert sorted(index for block in layout.blocks for index in block) == list(range(500))
     blocks = [layout.block(number) for number in range(len(layout.blocks))]
     assert [b.start for b in blocks] == [0, *(b.stop for b in blocks[:-1])]
-    assert all(sum(lengths[index] for index in block) <= cache.BLOCK_TOKENS for block in layout.blocks)
+    assert all(sum(lengths[index] for index in block) <= store.BLOCK_TOKENS for block in layout.blocks)

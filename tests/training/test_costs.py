@@ -1,15 +1,17 @@
 import pytest
 import torch
+from test_models import build, samples
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig
 
-from abkd_fast import costs, decoding, models
-from abkd_fast.config import TrainConfig
-from abkd_fast.data import pack
-from abkd_fast.sampling import SamplingSettings, sample, sample_mixture
+from abkd_fast.config.schema import TrainConfig
+from abkd_fast.data.rows import pack
+from abkd_fast.generation import decoder
+from abkd_fast.generation.sampling import SamplingSettings, sample, sample_mixture
+from abkd_fast.models import loading
+from abkd_fast.training import costs
 from conftest import GPT2, LLAMA
-from test_models import build, samples
 
 QWEN3 = {**LLAMA, "model_type": "qwen3", "head_dim": 16}
 CPU = torch.device("cpu")
@@ -47,7 +49,7 @@ def test_teacher_and_adapter_in_a_step():
 def test_activations_are_those_that_autograd_keeps(config, recompute):
     (batch,) = pack(samples([40, 17, 60]), max_tokens=128)
     model = build(config, torch.float32, num_hidden_layers=5).train()
-    models.fuse_activations(model)  # as loaded ones are
+    loading.fuse_activations(model)  # as loaded ones are
     if recompute:
         model.checkpoint_layers()
     kept = {}
@@ -88,22 +90,22 @@ def test_memory_by_what_holds_it():
 def test_memory_of_generation_is_what_it_takes(monkeypatch, config, teacher):
     held = []
 
-    class Noted(decoding.Decoder):
+    class Noted(decoder.Decoder):
         def _logits(self, states):
-            if len(held) < len(models):  # the first step of each: nothing grows later
+            if len(held) < len(loading):  # the first step of each: nothing grows later
                 copied = sum(x.weight.nbytes for x in self.model.modules() if "forward" in vars(x))
                 held.append((sum(x.nbytes for x in (*self.keys, *self.values)), copied))
             return super()._logits(states)
 
-    monkeypatch.setattr("abkd_fast.sampling.Decoder", Noted)
-    models = [build(each, torch.float32) for each in (config, teacher) if each]
+    monkeypatch.setattr("abkd_fast.generation.sampling.Decoder", Noted)
+    loading = [build(each, torch.float32) for each in (config, teacher) if each]
     prompts = [sample["input_ids"] for sample in samples([9, 30, 4])]
     settings = SamplingSettings(max_new_tokens=20, max_length=45)
     if teacher:
-        sample_mixture(*models, 0.2, prompts, settings, [0, 1, 2], batch_size=2)
+        sample_mixture(*loading, 0.2, prompts, settings, [0, 1, 2], batch_size=2)
     else:
-        sample(*models, prompts, settings, [0, 1, 2], batch_size=2)
-    writers = [(costs.ModelCost(model.model.config), None) for model in models]
+        sample(*loading, prompts, settings, [0, 1, 2], batch_size=2)
+    writers = [(costs.ModelCost(model.model.config), None) for model in loading]
     parts = dict(costs.generation_memory(writers, 2, 45, torch.float32, CPU))
     cached, copied = map(sum, zip(*held, strict=True))
     expected = {"keys and values of 2 sequences": cached, "rearranged weights": copied}

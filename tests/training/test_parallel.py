@@ -24,9 +24,11 @@ from safetensors.torch import load_file
 from torch.distributed.checkpoint import HuggingFaceStorageWriter
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from abkd_fast import checkpoint, logs, parallel, tasks, train
+from abkd_fast import distributed, train
+from abkd_fast.data import quickstart
 from abkd_fast.train import INTERRUPTED
-from abkd_fast.trainer import Trainer
+from abkd_fast.training import checkpoint, metrics
+from abkd_fast.training.trainer import Trainer
 from conftest import LLAMA
 
 MODEL = {**LLAMA, "vocab_size": 1024, "eos_token_id": 0, "bos_token_id": 0}
@@ -56,7 +58,7 @@ def process(environment, log, command, arguments, prepare):
     for stream in (1, 2):
         os.dup2(descriptor, stream)
     datasets.config.HF_DATASETS_CACHE = environment["HF_DATASETS_CACHE"]
-    logs.console.quiet = environment["RANK"] != "0"  # what the server of these processes had no reason to decide
+    metrics.console.quiet = environment["RANK"] != "0"  # what the server of these processes had no reason to decide
     if prepare:
         prepare()
     status = command(arguments)
@@ -95,7 +97,7 @@ class Ranks:
 def context():
     """Processes from a server that has imported everything once, so that a run begins at once."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["abkd_fast.stages", "torch.utils.tensorboard", "test_parallel"])
+    context.set_forkserver_preload(["abkd_fast.pipeline", "torch.utils.tensorboard", "test_parallel"])
     return context
 
 
@@ -106,7 +108,7 @@ def models(tmp_path_factory):
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**MODEL, initializer_range=0.1))
     model.save_pretrained(folder)
-    tasks.tokenizer().save_pretrained(folder)
+    quickstart.tokenizer().save_pretrained(folder)
     return str(folder)
 
 
@@ -222,7 +224,7 @@ def tell_memory():
         whole = sum(tensor.numel() * tensor.itemsize for tensor in held)
         storages = {part.untyped_storage().data_ptr(): part.untyped_storage().nbytes() for part in parts}
         own = sum(storages.values())  # gradients share one
-        print(f"rank {parallel.rank()} holds {own} of {whole}", flush=True)
+        print(f"rank {distributed.rank()} holds {own} of {whole}", flush=True)
         return result
 
     Trainer._step = wrapped
@@ -244,7 +246,7 @@ def poison_rank_1():
 
     def wrapped(self, *arguments):
         loss = backward(self, *arguments)
-        return loss + torch.inf if parallel.rank() == 1 and self.progress.step == 2 else loss
+        return loss + torch.inf if distributed.rank() == 1 and self.progress.step == 2 else loss
 
     Trainer._backward = wrapped
 
@@ -262,7 +264,7 @@ def full_disk_of_rank_1():
     write = HuggingFaceStorageWriter.write_data
 
     def wrapped(self, *arguments):
-        if "step-000004" in str(self.path) and parallel.rank() == 1:
+        if "step-000004" in str(self.path) and distributed.rank() == 1:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return write(self, *arguments)
 
@@ -331,7 +333,7 @@ def die_on_rank_1():
     step = Trainer._step
 
     def wrapped(self, batch):
-        if self.progress.step == 3 and parallel.rank() == 1:
+        if self.progress.step == 3 and distributed.rank() == 1:
             os.kill(os.getpid(), signal.SIGKILL)
         return step(self, batch)
 
@@ -355,8 +357,8 @@ def test_mistakes_are_said_once(context, tmp_path, recipe):
 @given(st.lists(st.integers(1, 512), min_size=1, max_size=70), st.integers(1, 9))
 def test_samples_are_dealt_evenly(lengths, world):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(parallel, "world", lambda: world)
-        shares = parallel.deal(lengths)
+        patch.setattr(distributed, "world", lambda: world)
+        shares = distributed.deal(lengths)
     assert sorted(place for share in shares for place in share) == list(range(len(lengths)))
     assert all(share == sorted(share) for share in shares)
     assert max(map(len, shares)) <= -(-len(lengths) // world)

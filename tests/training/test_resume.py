@@ -20,11 +20,11 @@ import torch
 from safetensors.torch import save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from abkd_fast import checkpoint, saver
-from abkd_fast.data import batch_rows
-from abkd_fast.recipe import load
+from abkd_fast.config.recipe import load
+from abkd_fast.data.rows import batch_rows
 from abkd_fast.train import INTERRUPTED, main
-from abkd_fast.trainer import Trainer
+from abkd_fast.training import checkpoint, checkpoint_writer
+from abkd_fast.training.trainer import Trainer
 from conftest import anonymous_bytes, needs_proc
 from runs import GPT2, TIED, Killed, Run, assert_same, at_step, crash, poison, send
 
@@ -33,7 +33,7 @@ from runs import GPT2, TIED, Killed, Run, assert_same, at_step, crash, poison, s
 def forked():
     """Processes from a server that has imported everything once, so that a run begins at once."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["abkd_fast.stages", "torch.utils.tensorboard", "test_resume"])
+    context.set_forkserver_preload(["abkd_fast.pipeline", "torch.utils.tensorboard", "test_resume"])
     return context
 
 
@@ -75,12 +75,12 @@ def test_checkpoint_is_of_its_step_however_late_it_is_written(tmp_path, monkeypa
 @needs_proc
 def test_copies_are_gone_with_their_checkpoint():
     weights = {"weights": torch.ones(5_000_000)}
-    saver._copied({"model": weights})
+    checkpoint_writer._copied({"model": weights})
     gc.disable()  # which would find what keeps them, in time
     try:
         before = anonymous_bytes()
         for _ in range(5):
-            assert saver._copied({"model": weights})["model"]["weights"].sum() == 5_000_000
+            assert checkpoint_writer._copied({"model": weights})["model"]["weights"].sum() == 5_000_000
         assert anonymous_bytes() - before < 30e6
     finally:
         gc.enable()
@@ -90,9 +90,9 @@ def test_missing_parts_are_noticed(tmp_path):
     """torch.distributed.checkpoint would put zeros where another process's file is not to be seen."""
     save_file({"moment": torch.ones(4, 3), "step": torch.tensor(1.0)}, tmp_path / "shard-00001.safetensors")
     own = {"step": torch.tensor(1.0)}
-    saver._check_parts(tmp_path, {**own, "moment": torch.ones(4, 3)})
+    checkpoint_writer._check_parts(tmp_path, {**own, "moment": torch.ones(4, 3)})
     with pytest.raises(OSError, match="parts of moment are missing: all processes have to see the same folders"):
-        saver._check_parts(tmp_path, {**own, "moment": torch.ones(8, 3)})
+        checkpoint_writer._check_parts(tmp_path, {**own, "moment": torch.ones(8, 3)})
 
 
 def test_tensorboard_has_every_point_once(tmp_path, monkeypatch):
@@ -309,7 +309,7 @@ def test_stop_while_models_load(tmp_path, monkeypatch, undisturbed, capsys):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("abkd_fast.models.load", load)
+        patch.setattr("abkd_fast.models.loading.load", load)
         assert [run(), run("--resume")] == [INTERRUPTED, INTERRUPTED]
     message, command, *again = capsys.readouterr().err.splitlines()
     assert message == "interrupted; continue with:"
@@ -385,7 +385,7 @@ def test_skipped_step_changes_no_weight_moment_or_count(tmp_path, monkeypatch):
 
     def everything():
         weights = {name: p.detach().clone() for name, p in trainer.student.named_parameters()}
-        moments = saver.optimizer_tensors(trainer.optimizer, trainer.student)
+        moments = checkpoint_writer.optimizer_tensors(trainer.optimizer, trainer.student)
         return weights | {name: tensor.clone() for name, tensor in moments.items()}
 
     poison(monkeypatch, 2)

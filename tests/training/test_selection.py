@@ -12,9 +12,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from abkd_fast import checkpoint
 from abkd_fast.train import INTERRUPTED
-from abkd_fast.trainer import Trainer
+from abkd_fast.training import checkpoint
+from abkd_fast.training.trainer import Trainer
 from runs import Killed, Run, at_step, crash, send
 
 
@@ -174,9 +174,9 @@ def test_evaluations_once_an_epoch_by_default(tmp_path):
 
 def test_chat_templates_in_a_folder_of_their_own(tmp_path, monkeypatch):
     """transformers writes a second chat template into a folder: checkpoints and final have it, and are whole."""
-    from abkd_fast import tasks
+    from abkd_fast.data import quickstart
 
-    tokenizer = copy.deepcopy(tasks.tokenizer())
+    tokenizer = copy.deepcopy(quickstart.tokenizer())
     tokenizer.chat_template = {"default": "{{ messages }}", "tools": "{{ tools }}"}
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     run = Run(tmp_path / "run", f"tokenizer={tmp_path / 'tokenizer'}", "eval.select=dev_loss")

@@ -9,11 +9,11 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from abkd_fast import tasks
-from abkd_fast.divergences import BY_NAME
-from abkd_fast.recipe import load
+from abkd_fast.config.recipe import load
+from abkd_fast.data import quickstart
+from abkd_fast.losses.divergences import BY_NAME
 from abkd_fast.train import main
-from abkd_fast.trainer import Trainer
+from abkd_fast.training.trainer import Trainer
 from conftest import LLAMA
 
 STUDENT = {"config": {**LLAMA, "vocab_size": 1024, "eos_token_id": 0, "bos_token_id": 0, "tie_word_embeddings": True}}
@@ -169,7 +169,7 @@ def teacher_folder(tmp_path):
         folder = tmp_path / "teacher"
         config = AutoConfig.for_model(**{**STUDENT["config"], **changes})
         AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-        (tokenizer or tasks.tokenizer()).save_pretrained(folder)
+        (tokenizer or quickstart.tokenizer()).save_pretrained(folder)
         return str(folder)
 
     return make
@@ -239,9 +239,9 @@ def test_real_dolly_and_tokenizer(recipe, shared, tmp_path):
 
 
 def test_dry_run_tells_and_writes_nothing(recipe, tmp_path, capsys, monkeypatch):
-    from abkd_fast import models
+    from abkd_fast.models import loading
 
-    monkeypatch.setattr(models, "load", lambda *_: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(loading, "load", lambda *_: pytest.fail("weights were loaded"))
     stages = {
         "teacher": {"method": "sft"},
         "student": {"method": "ab", "teacher": {"path": "stage:teacher"}, "student": {"config": {"hidden_size": 16}}},
@@ -262,7 +262,7 @@ def test_dry_run_tells_and_writes_nothing(recipe, tmp_path, capsys, monkeypatch)
 
 
 def test_one_process_a_run(recipe, tmp_path, capsys):
-    from abkd_fast import checkpoint
+    from abkd_fast.training import checkpoint
 
     with checkpoint.locked(tmp_path / "runs" / "test"):
         assert main([*recipe(), "--resume"]) == 2
@@ -272,9 +272,9 @@ def test_one_process_a_run(recipe, tmp_path, capsys):
 
 
 def test_full_disk_costs_points_not_the_run(recipe, tmp_path, capsys, monkeypatch):
-    from abkd_fast import logs
+    from abkd_fast.training import metrics
 
-    enter = logs.RunLog.__enter__
+    enter = metrics.RunLog.__enter__
 
     def on_full_disk(log):
         enter(log)
@@ -282,7 +282,7 @@ def test_full_disk_costs_points_not_the_run(recipe, tmp_path, capsys, monkeypatc
         log.file = open("/dev/full", "a", buffering=1)  # noqa: SIM115
         return log
 
-    monkeypatch.setattr(logs.RunLog, "__enter__", on_full_disk)
+    monkeypatch.setattr(metrics.RunLog, "__enter__", on_full_disk)
     assert main(recipe()) == 0
     assert "no log" in capsys.readouterr().out
     assert (tmp_path / "runs" / "test" / "final").exists()

@@ -1,5 +1,5 @@
 // Runs the CUDA row kernel on the host: reads launches from standard input, writes what they computed to standard
-// output, in the format of tests/test_emulated_cuda.py. The one argument is the line of a barrier to leave out.
+// output, in the format of tests/csrc/test_emulated_cuda.py. The one argument is the line of a barrier to leave out.
 // ROWS_ON_HOST_BRIEF: one type and one divergence only, which compile in a third of the time.
 #include "cuda_on_host.h"
 
