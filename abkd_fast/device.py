@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import resource
+import sys
 
 import torch
 
-from .config.schema import ConfigError
+from . import distributed
+from .errors import ConfigError
 
 
 def choose_device(wish: str, section: str = "") -> torch.device:
@@ -34,3 +38,20 @@ def choose_dtype(wish: str, device: torch.device, section: str = "") -> torch.dt
 
 def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the most the GPU allocated, or the most the process held; on the rank with the most."""
+    if device.type == "cuda":
+        return int(distributed.largest(torch.cuda.max_memory_allocated(device)))
+    unit = 1 if sys.platform == "darwin" else 1024
+    return int(distributed.largest(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit))
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that the device could still allocate; 0 where the system doesn't say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    with contextlib.suppress(OSError), open("/proc/meminfo", encoding="ascii") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
+    return 0

@@ -6,7 +6,6 @@ import contextlib
 import datetime
 import functools
 import hashlib
-import heapq
 import logging
 import os
 import pickle
@@ -23,7 +22,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from .config.schema import first_line
+from .errors import first_line
 
 # It gets another name, which older versions don't know.
 warnings.filterwarnings("ignore", r".*broadcast_buffers. is deprecated", FutureWarning)
@@ -215,22 +214,6 @@ def main_first() -> Iterator[None]:
 
 
 # A step on several ranks
-
-
-def deal(lengths: list[int]) -> list[list[int]]:
-    """The places of each rank's samples, in order: at most an equal share, rounded up, and about as many tokens.
-
-    The longest go first, each to the rank with the fewest tokens so far that still has room.
-    """
-    shares: list[list[int]] = [[] for _ in range(world())]
-    loads = [(0, number) for number in range(world())]
-    room = -(-len(lengths) // world())
-    for place in sorted(range(len(lengths)), key=lambda place: -lengths[place]):
-        load, number = heapq.heappop(loads)
-        shares[number].append(place)
-        if len(shares[number]) < room:
-            heapq.heappush(loads, (load + lengths[place], number))
-    return [sorted(places) for places in shares]
 
 
 def diverge(seed: int) -> None:

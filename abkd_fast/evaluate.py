@@ -6,8 +6,9 @@ import argparse
 import pathlib
 import sys
 
-from .config.schema import SEEDS, ConfigError
-from .train import failed, interrupted, leave
+from .cli import failed, interrupted, leave
+from .config.schema import SEEDS
+from .errors import ConfigError
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -23,10 +24,11 @@ def main(arguments: list[str] | None = None) -> int:
         seeds = [_seed(text) for text in options.seeds]
         out = options.out or _run_folder(options.model) / "eval"
         from . import distributed  # after the options are known to be good: this loads PyTorch
-        from .evaluation.evaluator import Evaluation, Protocol
+        from .console import console
+        from .errors import Interrupted
+        from .evaluation.evaluator import Evaluation
+        from .evaluation.test_sets import Protocol
         from .generation.sampling import SamplingSettings
-        from .training.checkpoint import Interrupted
-        from .training.metrics import console
 
         names = ("max_new_tokens", "temperature", "top_k", "top_p", "no_repeat_ngram_size")
         protocol = Protocol(

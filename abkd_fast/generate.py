@@ -6,8 +6,8 @@ import argparse
 import pathlib
 import sys
 
-from .config.schema import ConfigError
-from .train import failed, interrupted, leave
+from .cli import failed, interrupted, leave
+from .errors import ConfigError
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -20,9 +20,9 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         from . import distributed  # after the options are known to be good: this loads PyTorch
+        from .errors import Interrupted
         from .generation.answers import Generation
         from .models.loading import spec_of
-        from .training.checkpoint import Interrupted
 
         try:
             with distributed.processes():

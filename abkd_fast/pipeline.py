@@ -15,19 +15,22 @@ from rich.table import Table
 
 from . import distributed
 from .config.recipe import load
-from .config.schema import Config, ConfigError, ModelConfig
+from .config.schema import Config, ModelConfig
+from .console import console
 from .data import pretrain
 from .data.rows import DEV, TRAIN, read_rows
 from .device import choose_device, choose_dtype
+from .errors import ConfigError
 from .evaluation import tables
-from .evaluation.evaluator import Evaluation, Protocol, read_sets
+from .evaluation.evaluator import Evaluation
+from .evaluation.runs import read_runs
+from .evaluation.test_sets import Protocol, read_sets
+from .files import LOCK, check_folder
 from .generation import answers
 from .generation.sampling import SamplingSettings
 from .methods import WITHOUT_TEACHER
 from .models import loading
-from .training import checkpoint
 from .training.dry_run import describe
-from .training.metrics import console
 from .training.trainer import Trainer
 
 TEST_SAMPLING = ("no_repeat_ngram_size", "temperature", "top_k", "top_p")  # keys of eval; dev rows have none of them
@@ -76,7 +79,7 @@ def _conclude(stages: list[Config], summaries: list[dict]) -> None:
     trained = [config for config in stages if config.method != "generate"]
     if not any(config.eval.sets for config in trained):
         return
-    runs = tables.read_runs(config.run.folder for config in trained)
+    runs = read_runs(config.run.folder for config in trained)
     if len(stages) > 1 and (scores := tables.score_table(runs)):
         console.print(scores.table())
     if sentence := tables.gain(runs):
@@ -238,12 +241,12 @@ def _is_finished(config: Config, resume: bool) -> bool:
     if not folder.exists():
         return False
     if not (folder / "config.json").exists():
-        is_begun = folder.is_dir() and {path.name for path in folder.iterdir()} <= {"config.json.tmp", checkpoint.LOCK}
-        checkpoint.check_folder(folder, resume and is_begun)
+        is_begun = folder.is_dir() and {path.name for path in folder.iterdir()} <= {"config.json.tmp", LOCK}
+        check_folder(folder, resume and is_begun)
         return False
     finished = (folder / "final").exists()
     if finished and not resume and not config.run.stage:
-        checkpoint.check_folder(folder)
+        check_folder(folder)
     if not finished and not resume:
         raise ConfigError(f"{folder} exists, but was not finished: add --resume, or choose another run.name")
     (then,) = load(str(folder / "config.json"))

@@ -7,7 +7,7 @@ import os
 import pathlib
 import sys
 
-from .config.schema import ConfigError
+from .errors import ConfigError
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -32,8 +32,9 @@ def main(arguments: list[str] | None = None) -> int:
     )
     options = parser.parse_args(arguments)
     try:
-        from .evaluation.tables import gain, read_runs, score_table, write_report
-        from .training.metrics import console  # after the options are known to be good: this loads PyTorch
+        from .console import console  # after the options are known to be good: this loads PyTorch
+        from .evaluation.runs import read_runs
+        from .evaluation.tables import gain, score_table, write_report
 
         runs = read_runs(options.runs)
         out = options.out or pathlib.Path(os.path.commonpath([run.folder.absolute() for run in runs]))

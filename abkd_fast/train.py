@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import os
-import shlex
 import sys
 
+from .cli import failed, interrupted, leave
 from .config.recipe import load
-from .config.schema import ConfigError, describe
+from .config.schema import describe
+from .errors import ConfigError
 
-INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: try again
 RECIPE_KEYS = """\
 A recipe is a JSON object with the keys of a configuration, and:
   base       another recipe, a packaged one or a file beside this one, that this one only adds to or changes
@@ -56,8 +55,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         stages = load(options.config, options.overrides)
         from . import distributed  # after the configuration is known to be good: this loads PyTorch
+        from .errors import Interrupted
         from .pipeline import plan, run
-        from .training.checkpoint import Interrupted
 
         try:
             with distributed.processes(stages[0].train.timeout_minutes):
@@ -71,39 +70,6 @@ def main(arguments: list[str] | None = None) -> int:
     except (FloatingPointError, ConnectionError) as error:
         return failed(error, 1)
     return 0
-
-
-def failed(error: Exception | str, status: int) -> int:
-    """Prints an error, once though several processes may have it; returns the exit status."""
-    _print(f"error: {error}")
-    return status
-
-
-def interrupted(reason: str, command: str, arguments: list[str]) -> int:
-    """Prints the command that continues; returns the exit status."""
-    start = ["torchrun", "--nproc-per-node", os.environ.get("LOCAL_WORLD_SIZE", "1")]
-    if "RANK" not in os.environ:
-        start = [sys.executable]
-    _print(f"{reason}; continue with:\n{shlex.join([*start, '-m', f'abkd_fast.{command}', *arguments])}", "interrupted")
-    return INTERRUPTED
-
-
-def leave(status: int) -> None:
-    """Ends the process; one of several at once, since threads of torch.distributed may abort an orderly end."""
-    if "RANK" in os.environ:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
-    sys.exit(status)
-
-
-def _print(text: str, topic: str = "") -> None:
-    if "RANK" in os.environ:
-        from . import distributed
-
-        text = distributed.attributed(text, topic)
-    if text is not None:
-        print(text, file=sys.stderr)
 
 
 if __name__ == "__main__":

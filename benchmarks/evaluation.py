@@ -26,9 +26,10 @@ from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, PreTrainedTokenizerFast
 
-from abkd_fast.config.schema import ConfigError
+from abkd_fast.errors import ConfigError
 from abkd_fast.evaluation import rouge
-from abkd_fast.evaluation.evaluator import Evaluation, Protocol
+from abkd_fast.evaluation.evaluator import Evaluation
+from abkd_fast.evaluation.test_sets import Protocol
 from abkd_fast.generation.sampling import SamplingSettings
 from harness import Report, at_least, at_most, measure, spread
 from sampling import RESPONSE_LENGTH, prompt_lengths
@@ -188,7 +189,11 @@ class Benchmark:
         seconds = {"abkd_fast.evaluation.rouge": between - started, "rouge_score": time.perf_counter() - between}
         assert same == [*scores], "scores of the same texts differ"
         rows = [
-            {"name": name, "seconds": value * PAIRS / len(texts), "ratio": value / seconds["abkd_fast.evaluation.rouge"]}
+            {
+                "name": name,
+                "seconds": value * PAIRS / len(texts),
+                "ratio": value / seconds["abkd_fast.evaluation.rouge"],
+            }
             for name, value in seconds.items()
         ]
         columns = {"name": ("", ""), "seconds": (f"s for {PAIRS} pairs", ".2f"), "ratio": ("time, x ours", ".2f")}

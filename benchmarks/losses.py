@@ -30,11 +30,11 @@ import torch
 
 from abkd_fast import pipeline
 from abkd_fast.config.recipe import load
-from abkd_fast.config.schema import Config, ConfigError
+from abkd_fast.config.schema import Config
+from abkd_fast.errors import ConfigError, Interrupted
 from abkd_fast.evaluation.evaluator import Evaluation
 from abkd_fast.evaluation.figures import rouge_curves
-from abkd_fast.evaluation.tables import LOSSES, read_runs
-from abkd_fast.training.checkpoint import Interrupted
+from abkd_fast.evaluation.runs import LOSSES, read_runs
 from harness import Report
 
 SFT = "sft"

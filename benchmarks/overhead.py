@@ -11,10 +11,9 @@ from collections.abc import Callable, Iterable
 import torch
 
 from abkd_fast.config.schema import Config
-from abkd_fast.models.loading import PackedCausalLM
+from abkd_fast.models.packed import PackedCausalLM
 from abkd_fast.teacher.teacher import CachedTeacher, Teacher
-from abkd_fast.training.metrics import RunLog
-from abkd_fast.training.state import Window
+from abkd_fast.training.metrics import RunLog, Window
 from abkd_fast.training.trainer import Trainer
 from harness import Report, at_most
 

@@ -20,7 +20,8 @@ import datasets
 import torch
 from torch import Tensor, nn
 
-from abkd_fast.config.schema import Config, first_line
+from abkd_fast.config.schema import Config
+from abkd_fast.errors import first_line
 from harness import at_least, measure, spread
 from published import PaddedBatch, pad, token_positions
 from rivals import PEER_BETA, liger

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import published
 from abkd_fast import methods
 from abkd_fast.config.schema import Config
-from abkd_fast.data.rows import StepBatch, share_out
+from abkd_fast.data.batches import StepBatch, share_out
 from abkd_fast.generation import sampling
 from abkd_fast.methods.rollouts import Rollouts
 from abkd_fast.teacher.teacher import CachedTeacher, OnPolicyTeacher, Teacher

@@ -31,8 +31,8 @@ import torch
 
 from abkd_fast.config.recipe import load
 from abkd_fast.config.schema import Config
-from abkd_fast.data.rows import share_out
-from abkd_fast.teacher.teacher import TeacherCache
+from abkd_fast.data.batches import share_out
+from abkd_fast.teacher.cache import TeacherCache
 from abkd_fast.training.costs import peak_flops
 from abkd_fast.training.trainer import Trainer
 from breakdown import breakdown, profile

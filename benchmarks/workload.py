@@ -12,7 +12,8 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
-from abkd_fast.data.rows import read_rows, tokenise
+from abkd_fast.data.rows import read_rows
+from abkd_fast.data.tokenize import tokenise
 from abkd_fast.models.loading import read_tokenizer
 
 LENGTH = 512  # tokens that a sample has at most, and that the published way pads it to

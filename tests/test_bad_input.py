@@ -9,9 +9,9 @@ from tokenizers import Tokenizer
 from tokenizers import models as tokenizer_models
 from transformers import AutoConfig, PreTrainedTokenizerFast
 
-from abkd_fast.config.schema import ConfigError
 from abkd_fast.data import quickstart
 from abkd_fast.device import choose_dtype
+from abkd_fast.errors import ConfigError
 from abkd_fast.models import loading
 from abkd_fast.train import main
 from conftest import LLAMA

@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 import torch
 
-from abkd_fast.data.rows import read_rows, tokenise
+from abkd_fast.data.rows import read_rows
+from abkd_fast.data.tokenize import tokenise
 from abkd_fast.models.loading import read_tokenizer
 from abkd_fast.training import costs
 

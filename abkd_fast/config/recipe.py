@@ -13,7 +13,8 @@ import typing
 from collections.abc import Iterable
 from typing import Any, Literal
 
-from .schema import ON_POLICY_READERS, Config, ConfigError, nearest
+from ..errors import ConfigError, nearest
+from .schema import ON_POLICY_READERS, Config
 
 RECIPES = pathlib.Path(__file__).parents[1] / "recipes"
 

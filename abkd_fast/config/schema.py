@@ -3,38 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import math
-import os
 import pathlib
 import typing
 from collections.abc import Iterator
 from typing import Annotated, Literal
 
+from ..errors import ConfigError, nearest
+
 SEEDS = (10, 20, 30, 40, 50)  # the papers' for evaluations
-
-
-class ConfigError(ValueError):
-    """Something the user wrote, or pointed to, can't be used. The message is one line and says what to do.
-
-    `key` is the dotted key at fault, where it is one key's.
-    """
-
-    def __init__(self, message: str, key: str = "") -> None:
-        # What users wrote may hold any character.
-        super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in message))
-        self.key = key
-
-
-def first_line(error: Exception) -> str:
-    """What a library's error says, for a ConfigError."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-
-
-def looks_local(path: str) -> bool:
-    """Whether a text is meant as a path, not as a Hub name."""
-    return os.path.isabs(path) or path.startswith(".") or path.count("/") > 1
 
 
 def _check_range(section: object, **ranges: tuple[float, float]) -> None:
@@ -54,12 +32,6 @@ def _check_folder_name(section: object, name: str) -> None:
     good = value == pathlib.PurePath(value).name and value.strip(". ") and value.isprintable() and ":" not in value
     if not good or len(value.encode()) > 200:
         raise ConfigError(f'{name} is "{value[:60]}", expected the name of a folder, without "/" or ":"', name)
-
-
-def nearest(name: str, valid: typing.Iterable[str]) -> str:
-    """A hint for a message: the valid name that was probably meant, or else all of them."""
-    near = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.5)
-    return f"; did you mean {near[0]}?" if near else f"; valid are {', '.join(valid)}"
 
 
 def _section(cls: type) -> type:

@@ -13,11 +13,13 @@ import numpy as np
 import pyarrow
 from datasets.table import MemoryMappedTable
 
-from ..config.schema import ConfigError, PretrainConfig
-from ..training.checkpoint import atomic_file, file_digest
-from ..training.metrics import console
+from ..config.schema import PretrainConfig
+from ..console import console
+from ..errors import ConfigError
+from ..files import atomic_file, file_digest
 from . import indexed_dataset
-from .rows import SAMPLE, TRAIN, arrow_file, fingerprint, read_jsonl
+from .rows import TRAIN, read_jsonl
+from .tokenize import SAMPLE, arrow_file, fingerprint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -30,7 +30,7 @@ def rows(split: str) -> Iterator[dict[str, str | list[str]]]:
     The output is one of the wordings of the answer; in "test" it is the list of them all: a model is right with any.
     Raises ConfigError for another split.
     """
-    from ..config.schema import ConfigError
+    from ..errors import ConfigError
 
     if split not in SIZES:
         raise ConfigError(f"quickstart:{split}: no such split; valid are {', '.join(SIZES)}")
@@ -105,7 +105,7 @@ def tokenizer() -> PreTrainedTokenizerBase:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    from .rows import PROMPT, PROMPT_WITH_INPUT
+    from .formats import PROMPT, PROMPT_WITH_INPUT
 
     texts = ((PROMPT_WITH_INPUT if row["input"] else PROMPT).format(**row) + row["output"] for row in rows("train"))
     bpe = Tokenizer(models.BPE())

@@ -8,12 +8,12 @@ import pathlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from ..config.schema import ConfigError
+from ..errors import ConfigError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from .tables import Run
+    from .runs import Run
 
 # Okabe and Ito's palette, told apart with any colour vision; in grey, the markers do it.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")

@@ -7,23 +7,13 @@ number. A response costs less than a millisecond, so it is scored where it ends,
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import statistics
 import string
 from collections.abc import Iterable, Sequence
 
-import datasets
 from nltk.stem.porter import PorterStemmer  # what rouge_score takes
 from rouge_score import scoring, tokenize
 from transformers import PreTrainedTokenizerBase
-
-from .. import distributed
-from ..config.schema import Config
-from ..data.rows import Row, references
-from ..generation.sampling import SamplingSettings, sample
-from ..models.loading import PackedCausalLM
-from ..training.checkpoint import Interrupted, StopSignals
 
 
 class _Stemmer:
@@ -85,36 +75,3 @@ def judge(tokenizer: PreTrainedTokenizerBase, response: list[int], outputs: list
 def response_seeds(questions: Iterable[tuple[int, int]]) -> list[int]:
     """Of (seed, row) pairs: a response depends on the two and its prompt, on nothing else."""
     return [(seed << 32) + row for seed, row in questions]
-
-
-class DevelopmentRouge:
-    """ROUGE-L on the first development rows: one sampled pass with the run's seed, and no n-gram banned."""
-
-    def __init__(
-        self, config: Config, rows: list[Row], dev_set: datasets.Dataset, tokenizer: PreTrainedTokenizerBase
-    ) -> None:
-        """Takes the checked rows, and those of them that were tokenised."""
-        count = min(config.eval.rouge_rows, len(dev_set))
-        samples = dev_set[:count]
-        pairs = zip(samples["input_ids"], samples["prompt_length"], strict=True)
-        self.prompts = [ids[:length] for ids, length in pairs]
-        self.references = references([rows[number] for number in samples["row"]], tokenizer)
-        self.seeds = response_seeds((config.run.seed, row) for row in range(count))
-        self.tokenizer = tokenizer
-        self.settings = SamplingSettings(
-            max_new_tokens=config.eval.max_new_tokens, eos_token_ids=(tokenizer.eos_token_id,)
-        )
-
-    def measure(self, student: PackedCausalLM, signals: StopSignals) -> float | None:
-        """The mean over the rows, which ranks share; None where a signal arrives."""
-        prompts, outputs, seeds = map(distributed.share, (self.prompts, self.references, self.seeds))
-        scores = [0.0] * len(prompts)
-
-        def on_response(row: int, response: list[int]) -> None:
-            scores[row] = judge(self.tokenizer, response, outputs[row])["rouge_l"]
-            if signals.received:
-                raise Interrupted(signals.received)
-
-        with contextlib.suppress(Interrupted):
-            sample(student, prompts, self.settings, seeds, 64, on_response)
-        return None if signals.of_any_rank() else statistics.fmean(distributed.joined(scores))

@@ -21,13 +21,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import PretrainedConfig
 
 from .. import distributed
-from ..config.schema import Config, ConfigError, ModelConfig
-from ..data.rows import encode_prompts, read_rows
+from ..config.schema import Config, ModelConfig
+from ..console import console
+from ..data.rows import read_rows
+from ..data.tokenize import encode_prompts
 from ..device import choose_device, choose_dtype
-from ..models import loading, lora
-from ..teacher import store
-from ..training.checkpoint import WRITE_ERRORS, Interrupted, StopSignals, atomic_folder, atomic_write, exclusive, locked
-from ..training.metrics import console
+from ..errors import ConfigError, Interrupted
+from ..files import WRITE_ERRORS, atomic_folder, atomic_write, cache_folder, exclusive, locked
+from ..models import identity, loading, lora, packed
+from ..signals import StopSignals
 from . import sampling
 from .sampling import SamplingSettings
 
@@ -116,7 +118,7 @@ class Generation:
             f"{self.tokens / self.seconds:.0f} tokens/s"
         )
 
-    def _answer(self, model: loading.PackedCausalLM) -> None:
+    def _answer(self, model: packed.PackedCausalLM) -> None:
         def keep(number: int, response: list[int]) -> None:
             index = self.todo[number]
             text = self.tokenizer.decode(response, skip_special_tokens=True)
@@ -208,12 +210,12 @@ def _of_stage(config: Config, out: pathlib.Path) -> Generation:
 def hash_weights(spec: ModelConfig, config: PretrainedConfig) -> dict[str, str]:
     """What identifies a model's weights, those of its adapter included."""
     adapter = lora.find(spec.adapter, "model") if spec.adapter else None
-    hash_weights = functools.partial(store.hash_weights, spec.path, config, store.default_folder(), adapter)
+    hash_weights = functools.partial(identity.hash_weights, spec.path, config, cache_folder(), adapter)
     return distributed.on_main(hash_weights)
 
 
 def answer(
-    model: loading.PackedCausalLM,
+    model: packed.PackedCausalLM,
     prompts: list[list[int]],
     settings: SamplingSettings,
     seeds: list[int],

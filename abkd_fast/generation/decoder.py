@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .. import distributed
 from ..models.attention import packed_attention
-from ..models.loading import PackedCausalLM
+from ..models.packed import PackedCausalLM
 
 NAME = "abkd_slots"
 BUCKET = 256  # all slots at once read keys up to the next multiple of this, so that few shapes occur

@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..config.schema import ConfigError
+from ..errors import ConfigError
 from ..losses.row_ops import shared_vocabulary
-from ..models.loading import PackedCausalLM
+from ..models.packed import PackedCausalLM
 from .decoder import Decoder, prepared
 
 PREFILL_TOKENS = 4096  # prompts that enter together have at most so many tokens, unless it is a single one

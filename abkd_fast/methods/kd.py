@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..config.schema import Config
-from ..data.rows import Batch
+from ..data.batches import Batch
 from ..losses.divergences import parse
 from ..losses.fused_linear import fused_linear_divergence
 from ..teacher.teacher import TeacherStates

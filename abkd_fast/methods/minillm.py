@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from .. import distributed
-from ..config.schema import Config, ConfigError
-from ..data.rows import Batch, batch_rows
+from ..config.schema import Config
+from ..data.batches import Batch, batch_rows
+from ..errors import ConfigError
 from ..losses.divergences import ForwardKL
 from ..losses.fused_linear import fused_linear_divergence, fused_linear_policy_gradient
 from ..losses.row_ops import is_clipped

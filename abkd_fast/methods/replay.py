@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import random
 
-from ..config.schema import ConfigError
+from ..errors import ConfigError
 
 
 class ReplayBuffer:

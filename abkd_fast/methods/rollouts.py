@@ -12,10 +12,10 @@ from transformers import PreTrainedTokenizerBase
 
 from .. import distributed
 from ..config.schema import Config
-from ..data.rows import step_samples
+from ..data.batches import step_samples
 from ..generation.sampling import SamplingSettings, sample, sample_mixture
 from ..losses.row_ops import shared_vocabulary
-from ..models.loading import PackedCausalLM
+from ..models.packed import PackedCausalLM
 
 
 class Rollouts:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import pathlib
 import warnings
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import safetensors
 import torch
@@ -24,11 +22,13 @@ from transformers import (
 from transformers.activations import NewGELUActivation
 from transformers.utils import logging as transformers_logging
 
-from ..config.schema import ConfigError, ModelConfig, first_line, looks_local
+from ..config.schema import ModelConfig
 from ..data import quickstart
-from ..data.rows import Batch, pack
+from ..errors import ConfigError, first_line
+from ..files import is_local_path
 from ..losses.row_ops import shared_vocabulary
 from . import attention, lora
+from .packed import PackedCausalLM
 
 transformers_logging.disable_progress_bar()  # one bar on the terminal: the run's own
 # Newer versions of transformers rename what older ones, peft and this module know by these names.
@@ -48,7 +48,7 @@ def check_path(path: str, key: str) -> None:
         if not (folder / "config.json").exists():
             raise ConfigError(f"{key}: {path} has no config.json; expected a model folder in Hugging Face layout")
         _check_weights(folder, key)
-    elif looks_local(path):
+    elif is_local_path(path):
         raise ConfigError(f"{key}: {path}: no such model folder")
 
 
@@ -261,164 +261,3 @@ def fuse_activations(model: nn.Module) -> None:
         for name, child in module.named_children():
             if isinstance(child, NewGELUActivation):
                 setattr(module, name, nn.GELU("tanh"))
-
-
-def _compute_dtype(x: Tensor) -> torch.dtype:
-    """The type that a matrix product of `x` computes in here."""
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-
-
-class PackedCausalLM(nn.Module):
-    """A causal language model on packed batches, cut between its body and its output projection.
-
-    Calling it computes a loss within its own forward pass, so that wrappers which gather or hook parameters
-    there see the output projection too.
-    """
-
-    def __init__(self, model: nn.Module, key: str) -> None:
-        """Takes a transformers model, or peft's around one, and switches its attention.
-
-        Raises ConfigError, with the reason, for models whose attention or output can't be reproduced this way.
-        """
-        super().__init__()
-        self.model = model
-        self.key = key
-        with self._explained():
-            self.causal_lm.set_attn_implementation(attention.NAME)
-
-    @property
-    def has_adapter(self) -> bool:
-        return not isinstance(self.model, PreTrainedModel)
-
-    @property
-    def causal_lm(self) -> PreTrainedModel:
-        """The transformers model. Where an adapter is attached, it is within the projections of this one."""
-        return self.model.get_base_model() if self.has_adapter else self.model
-
-    @property
-    def head(self) -> nn.Linear:
-        return self.causal_lm.get_output_embeddings()
-
-    def checkpoint_layers(self) -> None:
-        """From now on layers keep their inputs alone, and are computed again in backward, with the same dropout."""
-        if not self.causal_lm.supports_gradient_checkpointing:
-            kind = self.causal_lm.config.model_type
-            raise ConfigError(f"train.gradient_checkpointing: a {kind} model has none; set it to false")
-        self.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
-        # It also made the embeddings ask for a gradient, which only the reentrant kind needs.
-        self.causal_lm.disable_input_require_grads()
-
-    def hidden_states(self, batch: Batch) -> Tensor:
-        """Final hidden states [N, H] at batch.positions."""
-        states = self.causal_lm.base_model(
-            input_ids=batch.input_ids,
-            position_ids=batch.position_ids,
-            use_cache=False,
-            cu_seq_lens_q=batch.cu_seqlens,
-            cu_seq_lens_k=batch.cu_seqlens,
-            max_length_q=batch.max_seqlen,
-            max_length_k=batch.max_seqlen,
-        ).last_hidden_state  # [1, T, H]
-        return states[0, batch.positions]
-
-    @property
-    def layers(self) -> nn.ModuleList:
-        count = self.causal_lm.config.num_hidden_layers
-        stacks = (module for module in self.causal_lm.base_model.modules() if isinstance(module, nn.ModuleList))
-        return next(stack for stack in stacks if len(stack) == count)
-
-    def compile(self, **options: Any) -> None:
-        """Compiles the layers, for any number of tokens; all of them share one piece of code.
-
-        Args:
-            options: of torch.compile.
-        """
-        for layer in self.layers:
-            layer.compile(dynamic=True, **options)
-
-    def forward(self, batch: Batch, loss: Callable[..., Tensor]) -> Tensor:
-        hidden = self.hidden_states(batch)
-        dtype = _compute_dtype(hidden)
-        weight, bias = self.head.weight.to(dtype), self.head.bias
-        return loss(hidden.to(dtype), weight, None if bias is None else bias.to(dtype))
-
-    @contextlib.contextmanager
-    def _explained(self) -> Iterator[None]:
-        try:
-            yield
-        except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
-            kind = self.causal_lm.config.model_type
-            raise ConfigError(f"{self.key}: a {kind} model can't be trained packed: {first_line(error)}") from None
-
-    @torch.no_grad()
-    def check(self) -> None:
-        """Compares two short packed rows with the model's own padded forward pass.
-
-        Raises ConfigError where the logits differ, or attention was not called once a layer: a model with soft-capped
-        or scaled logits, recurrent state, or attention of its own is refused, never silently wrong.
-        """
-        config = self.causal_lm.config
-        device = next(self.model.parameters()).device
-        generator = torch.Generator().manual_seed(0)
-        rows = [torch.randint(config.vocab_size, (length,), generator=generator) for length in (9, 5)]
-        samples = [{"input_ids": row.tolist(), "prompt_length": 1} for row in rows]
-        (batch,) = pack(samples, max_tokens=14)
-        batch = batch.to(device)
-        training = self.model.training
-        self.model.eval()
-        with self._explained():
-            before = attention.calls
-            hidden = self(batch, lambda hidden, *projection: hidden)
-            calls = attention.calls - before
-            packed = self.head(hidden.to(self.head.weight.dtype)).float()  # [12, V]
-            padded = self._padded_logits(rows, device)
-        self.model.train(training)
-        layers = config.num_hidden_layers
-        reason = None
-        if calls != layers:
-            reason = (
-                f"{calls} of its {layers} layers use transformers' attention interface (recurrent or custom layers)"
-            )
-        elif packed.shape != padded.shape:
-            reason = f"its output projection gives {packed.shape[1]} logits, the model {padded.shape[1]}"
-        else:
-            worst = ((packed - padded).abs().max() / padded.abs().max().clamp(min=1e-3)).item()
-            tolerance = 2e-3 if _compute_dtype(hidden) in (torch.float32, torch.float64) else 5e-2
-            if not worst < tolerance:
-                traits = ("final_logit_softcapping", "logit_scale", "logits_scaling", "attn_logit_softcapping")
-                named = [f"{name} = {value}" for name in traits if (value := getattr(config, name, None)) is not None]
-                reason = f"its logits differ from hidden states times output projection by {worst:.1e} relative" + (
-                    f" ({', '.join(named)})" if named else ""
-                )
-        if reason:
-            raise ConfigError(f"{self.key}: a {config.model_type} model can't be trained packed: {reason}")
-
-    def _padded_logits(self, rows: list[Tensor], device: torch.device) -> Tensor:
-        """The model's own logits at the positions that `pack` keeps, from a right-padded batch with a mask."""
-        longest = max(map(len, rows))
-        input_ids = torch.stack([nn.functional.pad(row, (0, longest - len(row))) for row in rows]).to(device)
-        mask = torch.stack([torch.arange(longest) < len(row) for row in rows]).long().to(device)
-        self.causal_lm.set_attn_implementation("sdpa")
-        try:
-            logits = self.model(input_ids=input_ids, attention_mask=mask, use_cache=False).logits  # [2, longest, V]
-        finally:
-            self.causal_lm.set_attn_implementation(attention.NAME)
-        return torch.cat([logits[i, : len(row) - 1] for i, row in enumerate(rows)]).float()
-
-    def weights(self) -> dict[str, Tensor]:
-        """All that is saved, by the model's own names: without what is tied or, beside an adapter, frozen."""
-        parameters = dict(self.model.named_parameters())
-        tied = {name for name, _ in self.model.named_parameters(remove_duplicate=False)} - parameters.keys()
-        frozen = {name for name, parameter in parameters.items() if self.has_adapter and not parameter.requires_grad}
-        return {name: tensor for name, tensor in self.model.state_dict().items() if name not in tied | frozen}
-
-    def save(self, folder: pathlib.Path, tokenizer: PreTrainedTokenizerBase, weights: dict[str, Tensor]) -> None:
-        """Writes weights, configuration and tokenizer in Hugging Face layout; of a LoRA model, those of the adapter.
-
-        weights: what `weights` gave, or a copy.
-        """
-        # Left to choose whether embeddings belong to an adapter, peft asks the Hub every time.
-        options = {"save_embedding_layers": False} if self.has_adapter else {}
-        self.model.save_pretrained(folder, state_dict=weights, **options)
-        tokenizer.save_pretrained(folder)

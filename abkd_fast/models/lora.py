@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ..config.schema import ConfigError, ModelConfig, first_line, looks_local
+from ..config.schema import ModelConfig
+from ..errors import ConfigError, first_line
+from ..files import is_local_path
 
 if TYPE_CHECKING:  # peft takes a second or two to import, and most runs need none: each function imports it
     import peft
@@ -24,7 +26,7 @@ def find(adapter: str, key: str) -> pathlib.Path:
     """An adapter's folder; one from the Hub is downloaded. Raises ConfigError where there is none."""
     folder = pathlib.Path(adapter)
     if not folder.is_dir():
-        if looks_local(adapter):
+        if is_local_path(adapter):
             raise ConfigError(f"{key}.adapter: {adapter}: no such adapter folder")
         from huggingface_hub import snapshot_download
 

@@ -26,25 +26,16 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from ..training.checkpoint import file_digest
-from ..training.metrics import console
+from ..console import console
+from ..files import replace_file
+from ..models.identity import tensor_bytes
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+    pass
 
 FORMAT = 1
 BLOCK_TOKENS = 8192  # of prompt and response: enough to fill a GPU, and what an interruption loses at most
 DISK_MARGIN = 1 << 30  # bytes that a cache leaves free on its disk
-# What a configuration says besides the function that the model computes.
-NOT_THE_MODEL = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache")
-
-
-def default_folder() -> pathlib.Path:
-    """$ABKD_CACHE, or abkd_fast in the user's cache folder."""
-    if os.environ.get("ABKD_CACHE"):
-        return pathlib.Path(os.environ["ABKD_CACHE"])
-    home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-    return pathlib.Path(home) / "abkd_fast"
 
 
 def table_of(dataset: datasets.Dataset) -> tuple[pyarrow.ListArray, pyarrow.Array]:
@@ -94,77 +85,6 @@ def hash_samples(dataset: datasets.Dataset) -> str:
     return digest.hexdigest()
 
 
-def hash_tensors(tensors: dict[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in tensors.items():
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(_bytes(tensor))
-    return digest.hexdigest()
-
-
-def hash_weights(
-    path: str, config: PretrainedConfig, folder: pathlib.Path, adapter: pathlib.Path | None = None
-) -> dict[str, str]:
-    """What identifies a model's weights: a hash of each file, or the commit of a model from the Hub.
-
-    The files of an adapter that is merged into them count, too: its settings say how much of it is added.
-    Hashes are remembered in `folder`, each with its file's size, times and inode: hashing runs at some 1.5 GB/s.
-    """
-    weights = pathlib.Path(path)
-    if weights.is_dir():
-        hashes = _hash_files(sorted(weights.glob("*.safetensors")) or sorted(weights.glob("*.bin")), folder)
-    else:
-        hashes = {path: config._commit_hash}
-    if adapter is not None:
-        files = _hash_files(sorted(adapter.glob("adapter_*")), folder)
-        hashes |= {f"adapter/{name}": digest for name, digest in files.items()}
-    return hashes
-
-
-def _hash_files(files: list[pathlib.Path], folder: pathlib.Path) -> dict[str, str]:
-    memo = folder / "weights.json"
-    try:
-        known = json.loads(memo.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        known = {}
-    hashes, found = {}, {}
-    for file in files:
-        status = file.stat()
-        # The time of the last change of the inode: `cp -p` over a file sets the other times back, not this one.
-        stamp = [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
-        match known.get(str(file.resolve())):
-            case [*then, str(digest)] if then == stamp:
-                hashes[file.name] = digest
-            case _:
-                hashes[file.name] = file_digest(file)
-                found[str(file.resolve())] = [*stamp, hashes[file.name]]
-    if found:
-        with contextlib.suppress(OSError):  # a folder that can't be written to: hashed again next time
-            folder.mkdir(parents=True, exist_ok=True)
-            _replace(memo, json.dumps(known | found, indent=1).encode())
-    return hashes
-
-
-def describe_model(config: PretrainedConfig, dropout: tuple[str, ...]) -> dict:
-    """A model's configuration without what doesn't change its hidden states, as JSON values."""
-    values = json.loads(json.dumps(config.to_dict(), default=str))
-    return {name: value for name, value in values.items() if name not in (*NOT_THE_MODEL, *dropout)}
-
-
-def _bytes(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-
-
-def _replace(path: pathlib.Path, content: bytes) -> None:
-    """The whole content or the old file, whatever happens."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 class StateFile:
     """Rows [layout.rows, width] of one teacher, in the folder that `identity` names."""
 
@@ -209,7 +129,7 @@ class StateFile:
 
     def _write_index(self) -> None:
         values = {"identity": self.identity, "seconds": self.seconds, "head": self.head, "blocks": self.checksums}
-        _replace(self.folder / "index.json", json.dumps(values).encode())
+        replace_file(self.folder / "index.json", json.dumps(values).encode())
 
     def problem(self) -> str | None:
         """Why rows can't be written here; None where they can."""
@@ -276,7 +196,7 @@ class StateFile:
 
     def write(self, number: int, rows: Tensor) -> int:
         """Puts one block's rows into the file, and returns their checksum. Raises OSError."""
-        content = _bytes(rows)
+        content = tensor_bytes(rows)
         with self.path.open("r+b") as file:
             file.seek(self.layout.block(number).start * self.row_bytes)
             file.write(content)
@@ -298,7 +218,7 @@ class StateFile:
         """The output projection [V, width] and its bias [V]. Raises OSError."""
         tensors = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
         content = safetensors.torch.save({name: t.detach().cpu().contiguous() for name, t in tensors.items()})
-        _replace(self.folder / "head.safetensors", content)
+        replace_file(self.folder / "head.safetensors", content)
         self.head = zlib.crc32(content)
         self._write_index()
 

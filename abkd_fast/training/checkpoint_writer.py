@@ -27,8 +27,9 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from transformers import PreTrainedTokenizerBase
 
 from .. import distributed
-from ..models.loading import PackedCausalLM
-from .checkpoint import OPTIMIZER, STATE, TENSORS, Checkpoints, atomic_folder
+from ..files import atomic_folder
+from ..models.packed import PackedCausalLM
+from .checkpoint import OPTIMIZER, STATE, TENSORS, Checkpoints
 
 # Meant: every process reads for itself alone.
 warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized", UserWarning)

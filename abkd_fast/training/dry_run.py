@@ -11,13 +11,12 @@ import pyarrow.compute
 import torch
 
 from .. import distributed
-from ..device import device_name
+from ..console import format_bytes
+from ..device import device_name, free_memory
 from ..losses import row_ops
 from ..models import attention, loading
 from ..teacher.store import table_of
-from ..teacher.teacher import free_memory
 from . import costs
-from .metrics import size
 
 if TYPE_CHECKING:
     from .trainer import Trainer
@@ -39,9 +38,10 @@ def describe(trainer: Trainer) -> Iterator[str]:
     yield from _memory(trainer, (on_disk or in_memory) and not trainer.is_on_policy)
     if on_disk:
         state = "found" if trainer.cache.file.is_recorded else "to be computed"
-        yield f"  cache      {size(trainer.cache.bytes)} of teacher's states in {trainer.cache.file.folder}, {state}"
+        amount = format_bytes(trainer.cache.bytes)
+        yield f"  cache      {amount} of teacher's states in {trainer.cache.file.folder}, {state}"
     elif in_memory:
-        yield f"  cache      {size(trainer.cache.bytes)} of teacher's states in memory, not kept ({reason})"
+        yield f"  cache      {format_bytes(trainer.cache.bytes)} of teacher's states in memory, not kept ({reason})"
     elif trainer.cache:
         yield f"  cache      none: {reason}"
 
@@ -72,7 +72,7 @@ def _memory(trainer: Trainer, cached: bool) -> Iterator[str]:
         *_, activations, logits = parts.values()
         total += max(0, sum(generation.values()) - activations - logits)
         details += f"; while it generates, instead of the last two, {_list(generation)}"
-    yield f"  memory     about {size(total)} with micro-batches of {batch.tokens} tokens: {details}"
+    yield f"  memory     about {format_bytes(total)} with micro-batches of {batch.tokens} tokens: {details}"
     work = (cost.flops(step.samples) + cost.flops(step.text, taught=False)) / trainer.config.train.batch_size
     yield f"  work       {work / 1e9:.3g} GFLOP a sample"
 
@@ -88,7 +88,7 @@ def _generation_memory(trainer: Trainer, cost: costs.StepCost) -> Iterator[tuple
 
 
 def _list(parts: dict[str, int]) -> str:
-    return ", ".join(f"{name} {size(number)}" for name, number in parts.items())
+    return ", ".join(f"{name} {format_bytes(number)}" for name, number in parts.items())
 
 
 def header(trainer: Trainer) -> Iterator[str]:

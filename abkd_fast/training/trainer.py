@@ -15,30 +15,25 @@ from torch import Tensor
 from transformers import get_scheduler, set_seed
 
 from .. import distributed, methods
-from ..config.schema import Config, ConfigError, ModelConfig
+from ..config.schema import Config, ModelConfig
+from ..console import console
 from ..data import pretrain
-from ..data.rows import (
-    DEV,
-    TRAIN,
-    Batch,
-    StepBatch,
-    ahead,
-    describe_long_rows,
-    read_rows,
-    share_out,
-    step_samples,
-    tokenise,
-)
-from ..device import choose_device, choose_dtype, device_name
+from ..data.batches import Batch, StepBatch, ahead, share_out, step_samples
+from ..data.rows import DEV, TRAIN, read_rows
+from ..data.tokenize import describe_long_rows, tokenise
+from ..device import choose_device, choose_dtype, device_name, peak_memory
+from ..errors import ConfigError, Interrupted
+from ..files import WRITE_ERRORS, atomic_write, check_folder, locked
 from ..methods.rollouts import Rollouts
 from ..methods.sft import cross_entropy
-from ..models import loading
-from ..teacher.teacher import CachedTeacher, OnPolicyTeacher, Teacher, TeacherCache
+from ..models import loading, packed
+from ..signals import StopSignals
+from ..teacher.cache import TeacherCache
+from ..teacher.teacher import CachedTeacher, OnPolicyTeacher, Teacher
 from . import checkpoint, costs, dry_run
-from .checkpoint import Interrupted
 from .checkpoint_writer import Saver, load_optimizer
-from .metrics import RunLog, check_wandb, console, peak_memory
-from .state import Progress, Window, is_finite
+from .metrics import RunLog, Window, check_wandb, is_finite
+from .state import Progress
 
 
 class Trainer:
@@ -53,7 +48,7 @@ class Trainer:
         self.device = choose_device(config.train.device, "train.")
         self.dtype = choose_dtype(config.train.dtype, self.device, "train.")
         self.method = methods.find(config.method)(config)
-        distributed.on_main(functools.partial(checkpoint.check_folder, config.run.folder, resume))
+        distributed.on_main(functools.partial(check_folder, config.run.folder, resume))
         check_wandb(config.log.wandb)
         self.student_config = loading.read_config(config.student, "student")
         self.teacher_config = loading.read_config(config.teacher, "teacher") if self.method.needs_teacher else None
@@ -86,7 +81,7 @@ class Trainer:
             self.dev_set = tokenise(rows, self.tokenizer, *limits)
             self.long_rows["dev"] = describe_long_rows(rows, self.dev_set, *limits)
             if self.config.eval.rouge_rows is not None:
-                from ..evaluation.rouge import DevelopmentRouge  # takes half a second, and most runs need none
+                from .dev_eval import DevelopmentRouge  # takes half a second, and most runs need none
 
                 self.dev_rouge = DevelopmentRouge(self.config, rows, self.dev_set, self.tokenizer)
         self.steps_per_epoch = len(self.train_set) // train.batch_size
@@ -132,7 +127,7 @@ class Trainer:
 
     def _load(self) -> None:
         config = self.config
-        self.progress, self.window, self.signals = Progress(), Window(self.device), checkpoint.StopSignals()
+        self.progress, self.window, self.signals = Progress(), Window(self.device), StopSignals()
         self.checkpoints = checkpoint.Checkpoints(config.run.folder / "checkpoints", config.checkpoint.keep)
         self.saved = distributed.on_main(self.checkpoints.newest) if self.resume else None
         self.saving: tuple[int, tuple | None] | None = None  # its step, and the best one before it
@@ -179,7 +174,7 @@ class Trainer:
         self.resumed_samples = self.progress.samples
         self.cost = self.step_cost(isinstance(self.teacher, CachedTeacher))
 
-    def _model(self, spec: ModelConfig, config: loading.PretrainedConfig, key: str) -> loading.PackedCausalLM:
+    def _model(self, spec: ModelConfig, config: loading.PretrainedConfig, key: str) -> packed.PackedCausalLM:
         # What is trained stays in float32; there bfloat16 is the type of the computation only.
         storage = torch.float64 if self.dtype == torch.float64 else torch.float32
         if (key == "teacher" or spec.has_adapter) and self.dtype == torch.bfloat16:
@@ -203,13 +198,13 @@ class Trainer:
         Interrupted where a signal, or a disk without space for the result, ended the run.
         """
         config = self.config
-        with distributed.held_by_main(checkpoint.locked(config.run.folder)):
+        with distributed.held_by_main(locked(config.run.folder)):
             self._load()
             text = json.dumps(config.to_dict(), indent=2) + "\n"
-            write = functools.partial(checkpoint.atomic_write, config.run.folder / "config.json", text)
+            write = functools.partial(atomic_write, config.run.folder / "config.json", text)
             try:
                 distributed.on_main(write)
-            except checkpoint.WRITE_ERRORS as error:
+            except WRITE_ERRORS as error:
                 raise Interrupted(f"{config.run.folder} can't be written to ({error}): make room") from None
             for line in dry_run.header(self):
                 console.print(line)
@@ -277,12 +272,12 @@ class Trainer:
         }
         text, final = json.dumps(summary, indent=2) + "\n", folder / "final"
         try:
-            distributed.on_main(functools.partial(checkpoint.atomic_write, folder / "summary.json", text))
+            distributed.on_main(functools.partial(atomic_write, folder / "summary.json", text))
             if saved:
                 distributed.on_main(functools.partial(checkpoint.copy_model, saved, final))
             else:
                 self.saver.save_model(final)
-        except checkpoint.WRITE_ERRORS as error:
+        except WRITE_ERRORS as error:
             raise Interrupted(f"{final} can't be written ({error}): make room") from None
         return summary
 
@@ -436,7 +431,7 @@ class Trainer:
         best_step = self.progress.best[1] if self.progress.best else None
         try:
             self.saver.begin(self.progress.step, best_step, *self._state(), log.flush)
-        except checkpoint.WRITE_ERRORS as error:
+        except WRITE_ERRORS as error:
             self._give_up_save(error)
         log.resume()
 
@@ -446,7 +441,7 @@ class Trainer:
             return
         try:
             self.saver.conclude()
-        except checkpoint.WRITE_ERRORS as error:
+        except WRITE_ERRORS as error:
             self._give_up_save(error)
         else:
             (step, _), self.saving = self.saving, None

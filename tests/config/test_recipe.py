@@ -7,7 +7,8 @@ import pytest
 from transformers import AutoConfig
 
 from abkd_fast.config.recipe import load, packaged_recipes
-from abkd_fast.config.schema import ConfigError, OnPolicyConfig
+from abkd_fast.config.schema import OnPolicyConfig
+from abkd_fast.errors import ConfigError
 
 GOOD = {
     "run": {"name": "test"},

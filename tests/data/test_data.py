@@ -9,9 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from abkd_fast.config.schema import ConfigError
 from abkd_fast.data import quickstart
-from abkd_fast.data.rows import ahead, describe_long_rows, pack, read_rows, step_samples, tokenise
+from abkd_fast.data.batches import ahead, pack, step_samples
+from abkd_fast.data.rows import read_rows
+from abkd_fast.data.tokenize import describe_long_rows, tokenise
+from abkd_fast.errors import ConfigError
 from runs import Run, poison
 
 GOOD = {"instruction": "Say hello.", "input": "", "output": "Hello."}

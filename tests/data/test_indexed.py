@@ -5,9 +5,10 @@ import pathlib
 import numpy as np
 import pytest
 
-from abkd_fast.config.schema import ConfigError
 from abkd_fast.data import indexed_dataset, quickstart
-from abkd_fast.data.rows import DEV, TRAIN, read_rows, tokenise
+from abkd_fast.data.rows import DEV, TRAIN, read_rows
+from abkd_fast.data.tokenize import tokenise
+from abkd_fast.errors import ConfigError
 from abkd_fast.teacher.store import hash_samples
 from runs import Run, assert_same
 

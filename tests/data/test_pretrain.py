@@ -11,9 +11,11 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from abkd_fast.config.recipe import load
-from abkd_fast.config.schema import ConfigError, PretrainConfig
+from abkd_fast.config.schema import PretrainConfig
 from abkd_fast.data import pretrain, quickstart
-from abkd_fast.data.rows import read_rows, step_samples
+from abkd_fast.data.batches import step_samples
+from abkd_fast.data.rows import read_rows
+from abkd_fast.errors import ConfigError
 from abkd_fast.training import trainer
 from abkd_fast.training.trainer import Trainer
 from conftest import GPT2

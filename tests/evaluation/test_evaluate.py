@@ -16,13 +16,14 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from abkd_fast import train
 from abkd_fast.data import quickstart
-from abkd_fast.data.rows import encode_prompts, read_rows
+from abkd_fast.data.rows import read_rows
+from abkd_fast.data.tokenize import encode_prompts
 from abkd_fast.evaluate import main
-from abkd_fast.evaluation import evaluator
+from abkd_fast.evaluation import evaluator, test_sets
 from abkd_fast.evaluation.rouge import exact_match, rouge_l
+from abkd_fast.files import locked
 from abkd_fast.generation.answers import GrowingFile
 from abkd_fast.generation.sampling import SamplingSettings, sample
-from abkd_fast.training.checkpoint import locked
 from conftest import LLAMA
 
 SMALL = {**LLAMA, "vocab_size": 1024, "intermediate_size": 64, "eos_token_id": 0, "bos_token_id": 0}
@@ -131,7 +132,7 @@ def test_interrupted_evaluation_continues_to_the_same_files(command, tmp_path, c
     out = tmp_path / "out"
     assert main(command()) == 0
     undisturbed = {path.name: path.read_bytes() for path in out.iterdir()}
-    monkeypatch.setattr(evaluator.models, "load", lambda *_: pytest.fail("weights are loaded for nothing"))
+    monkeypatch.setattr(evaluator.loading, "load", lambda *_: pytest.fail("weights are loaded for nothing"))
     assert main(command()) == 0
     monkeypatch.undo()
     for path in out.iterdir():
@@ -162,7 +163,7 @@ def test_interrupt_outside_of_sampling(command, capsys, monkeypatch):
     def stop(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(evaluator.models, "load", stop)
+    monkeypatch.setattr(evaluator.loading, "load", stop)
     assert main(command()) == 75
     error = capsys.readouterr().err
     assert error.startswith("interrupted; continue with:\n")
@@ -182,7 +183,7 @@ def test_more_seeds_and_sets_are_added(command, write_jsonl, tmp_path):
 
 def test_scores_of_another_evaluation_are_kept(model_folder, write_jsonl, tmp_path, command, capsys):
     data = {"dolly": write_jsonl(ROWS, "set.jsonl")}
-    protocol = evaluator.Protocol(sampling=SamplingSettings(max_new_tokens=8, no_repeat_ngram_size=6))
+    protocol = test_sets.Protocol(sampling=SamplingSettings(max_new_tokens=8, no_repeat_ngram_size=6))
     both = [
         evaluator.Evaluation(str(model_folder), data, tmp_path / "out", [seed], protocol, device="cpu")
         for seed in (10, 20)
@@ -330,7 +331,7 @@ def test_bad_input_is_one_line_and_status_2(model_folder, write_jsonl, tmp_path,
         (tmp_path / "bare" / file.name).write_bytes(file.read_bytes())
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
-    monkeypatch.setattr(evaluator.models, "load", lambda *_: pytest.fail("weights are loaded"))
+    monkeypatch.setattr(evaluator.loading, "load", lambda *_: pytest.fail("weights are loaded"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     defaults = {"--model": ["model"], "--data": ["dolly=quickstart:dev"], "--out": ["out"]}
     if name == "no out":
@@ -399,7 +400,7 @@ def test_training_is_the_same_with_and_without(recipe, tmp_path):
 def made_up_scores(monkeypatch, scores):
     """ROUGE-L of each evaluation, in their order."""
     values = iter(scores)
-    monkeypatch.setattr("abkd_fast.evaluation.rouge.DevelopmentRouge.measure", lambda *_: next(values))
+    monkeypatch.setattr("abkd_fast.training.dev_eval.DevelopmentRouge.measure", lambda *_: next(values))
 
 
 def test_highest_rouge_l_is_selected(recipe, tmp_path, monkeypatch, capsys):
@@ -427,7 +428,7 @@ def test_signal_during_the_answers_and_resume(recipe, tmp_path, monkeypatch):
                 signal.raise_signal(signal.SIGTERM)
             return judge(*arguments)
 
-        patch.setattr(evaluator.scoring, "judge", judge_and_be_stopped)
+        patch.setattr(evaluator.rouge, "judge", judge_and_be_stopped)
         assert train.main(recipe(sets=None)) == 75
     assert [step for step, *_ in dev_points(tmp_path)] == [0]
     assert train.main([*recipe(sets=None), "--resume"]) == 0
@@ -447,7 +448,7 @@ def test_result_is_scored_once(recipe, tmp_path, monkeypatch, capsys):
     assert "Dolly" in output
     assert "and in each stage's report.md" in output
     assert (folder / "scores.md").read_text().startswith("|  | Dolly |\n")
-    monkeypatch.setattr(evaluator.models, "load", lambda *_: pytest.fail("weights are loaded for nothing"))
+    monkeypatch.setattr(evaluator.loading, "load", lambda *_: pytest.fail("weights are loaded for nothing"))
     assert train.main([*recipe(), "--resume"]) == 0
     monkeypatch.undo()
     # Test sets decide no weights: others may be asked for later, and the command of before says the same.
@@ -510,7 +511,7 @@ def test_rows_of_test_sets_are_checked_before_the_first_stage(
         "eval": {"sets": sets},
     }
     (tmp_path / "recipe.json").write_text(json.dumps(values))
-    monkeypatch.setattr(evaluator.models, "load", lambda *_: pytest.fail("weights are loaded"))
+    monkeypatch.setattr(evaluator.loading, "load", lambda *_: pytest.fail("weights are loaded"))
     for more in ((), ("--dry-run",)):
         assert train.main([*arguments, *more]) == 2
         assert message in capsys.readouterr().err

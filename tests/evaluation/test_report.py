@@ -7,7 +7,8 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 
 from abkd_fast.evaluation import figures
-from abkd_fast.evaluation.tables import gain, read_runs, score_table
+from abkd_fast.evaluation.runs import read_runs
+from abkd_fast.evaluation.tables import gain, score_table
 from abkd_fast.report import main
 
 matplotlib = pytest.importorskip("matplotlib")

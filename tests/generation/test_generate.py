@@ -6,15 +6,16 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from abkd_fast import generate
+from abkd_fast.cli import INTERRUPTED
 from abkd_fast.data import quickstart
-from abkd_fast.data.rows import encode_prompts, read_rows, tokenise
+from abkd_fast.data.rows import read_rows
+from abkd_fast.data.tokenize import encode_prompts, tokenise
+from abkd_fast.files import exclusive
 from abkd_fast.generate import main
 from abkd_fast.generation import answers
 from abkd_fast.generation.answers import Answers
 from abkd_fast.generation.sampling import SamplingSettings, sample
 from abkd_fast.models.loading import spec_of
-from abkd_fast.train import INTERRUPTED
-from abkd_fast.training.checkpoint import exclusive
 from conftest import LLAMA
 
 
@@ -113,7 +114,7 @@ def test_one_process_at_a_time(command, tmp_path, capsys, monkeypatch):
         assert not path.exists()
     assert main(command()) == 0
     written = path.read_bytes()
-    monkeypatch.setattr(answers.models, "load", lambda *_: pytest.fail("weights are loaded for nothing"))
+    monkeypatch.setattr(answers.loading, "load", lambda *_: pytest.fail("weights are loaded for nothing"))
     first.run()
     assert "is finished already" in capsys.readouterr().out
     assert path.read_bytes() == written
@@ -124,7 +125,7 @@ def test_interrupt_outside_of_sampling(command, capsys, monkeypatch):
     def stop(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(answers.models, "load", stop)
+    monkeypatch.setattr(answers.loading, "load", stop)
     assert main(command()) == 75
     error = capsys.readouterr().err
     assert error.startswith("interrupted; continue with:\n")

@@ -10,10 +10,11 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from abkd_fast.config.schema import ConfigError, LoraConfig, ModelConfig
+from abkd_fast.config.schema import LoraConfig, ModelConfig
+from abkd_fast.errors import ConfigError
 from abkd_fast.generation import decoder
 from abkd_fast.generation.sampling import SamplingSettings, _draw, _Sequence, sample, sample_mixture
-from abkd_fast.models import loading, lora
+from abkd_fast.models import lora, packed
 from conftest import GPT2, LLAMA
 
 MODELS = {
@@ -273,7 +274,7 @@ def test_model_is_left_as_it_was(packed):
     model = build(GPT2, torch.float32).train()
     inner, ids = model, torch.tensor([PROMPTS[0]])
     if packed:
-        model = loading.PackedCausalLM(model, "student")
+        model = packed.PackedCausalLM(model, "student")
     implementation = inner.config._attn_implementation
     before = dict(inner.named_parameters())
     sample(model, PROMPTS[:2], SamplingSettings(max_new_tokens=2), [0, 1])
@@ -288,7 +289,7 @@ def test_model_is_left_as_it_was(packed):
 
 def test_adapters_take_part():
     spec = ModelConfig(path="base", lora=LoraConfig(rank=4))
-    student = loading.PackedCausalLM(lora.attach(build(LLAMA), spec, "student"), "student")
+    student = packed.PackedCausalLM(lora.attach(build(LLAMA), spec, "student"), "student")
     settings = SamplingSettings(max_new_tokens=8, temperature=0)
     without = sample(student, PROMPTS, settings, [0] * 8)  # a new adapter changes nothing
     with torch.no_grad():

@@ -49,7 +49,9 @@ class World:
     def __init__(self, size, folder):
         # One process that has imported what takes long makes all ranks.
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch.distributed.tensor", "abkd_fast.losses.fused_linear", "pytest", "mpmath"])
+        context.set_forkserver_preload(
+            ["torch.distributed.tensor", "abkd_fast.losses.fused_linear", "pytest", "mpmath"]
+        )
         self.connections, self.processes = [], []
         for rank in range(size):
             mine, its = context.Pipe()

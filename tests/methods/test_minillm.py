@@ -10,13 +10,13 @@ import torch.nn.functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from abkd_fast import fused_linear_policy_gradient
+from abkd_fast.cli import INTERRUPTED
 from abkd_fast.config.recipe import load
 from abkd_fast.data import quickstart
-from abkd_fast.data.rows import pack
+from abkd_fast.data.batches import pack
 from abkd_fast.losses import fused_linear, row_ops
 from abkd_fast.methods.minillm import MiniLLM
 from abkd_fast.teacher.teacher import Teacher, TeacherStates
-from abkd_fast.train import INTERRUPTED
 from conftest import GPT2, LLAMA
 from runs import Run, assert_same, at_step, send
 

@@ -13,10 +13,14 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from abkd_fast import generate, methods
+from abkd_fast.cli import INTERRUPTED
 from abkd_fast.config.recipe import load
-from abkd_fast.config.schema import ConfigError
+from abkd_fast.console import format_bytes
 from abkd_fast.data import quickstart
-from abkd_fast.data.rows import pack, read_rows, tokenise
+from abkd_fast.data.batches import pack
+from abkd_fast.data.rows import read_rows
+from abkd_fast.data.tokenize import tokenise
+from abkd_fast.errors import ConfigError
 from abkd_fast.generation import sampling
 from abkd_fast.generation.answers import Answers
 from abkd_fast.methods import rollouts
@@ -24,8 +28,6 @@ from abkd_fast.methods.distillm import DistiLLM
 from abkd_fast.methods.replay import ReplayBuffer
 from abkd_fast.pipeline import resolve
 from abkd_fast.teacher.teacher import Teacher
-from abkd_fast.train import INTERRUPTED
-from abkd_fast.training.metrics import size
 from abkd_fast.training.trainer import Trainer
 from conftest import LLAMA
 from runs import Killed, Run, assert_same, at_step, crash, poison, send
@@ -73,7 +75,7 @@ def test_dry_run_counts_the_memory_of_generation(make, capsys, monkeypatch):
     longest = max(trainer_of(run).train_set["prompt_length"][:]) + 6
     held = 4 * longest * 2 * 2 * 2 * 4 * 4  # sequences, tokens, keys and values, layers, key heads, their width, bytes
     out = capsys.readouterr().out
-    assert f"while it generates, instead of the last two, keys and values of 4 sequences {size(held)}" in out
+    assert f"while it generates, instead of the last two, keys and values of 4 sequences {format_bytes(held)}" in out
     monkeypatch.setattr("abkd_fast.training.costs.generation_memory", lambda *_: [("keys", 8 * 10**12)])
     assert run("--dry-run") == 0
     assert "memory     about 8000.0 GB with" in capsys.readouterr().out

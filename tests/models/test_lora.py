@@ -6,13 +6,14 @@ import torch
 from test_models import padded_logits, samples
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from abkd_fast.config.schema import ConfigError, ModelConfig
+from abkd_fast.config.schema import ModelConfig
 from abkd_fast.data import quickstart
-from abkd_fast.data.rows import pack
+from abkd_fast.data.batches import pack
+from abkd_fast.errors import ConfigError
 from abkd_fast.losses import fused_linear
 from abkd_fast.losses.divergences import AlphaBeta
 from abkd_fast.losses.row_ops import divergence_loss
-from abkd_fast.models import attention, loading
+from abkd_fast.models import attention, loading, packed
 from conftest import GPT2, LLAMA
 
 CPU = torch.device("cpu")
@@ -203,7 +204,7 @@ def test_cost_counts_the_adapter(folders):
 
 
 def test_recomputing_refuses_models_without():
-    student = loading.PackedCausalLM(AutoModelForCausalLM.from_config(AutoConfig.for_model(**LLAMA)), "student")
+    student = packed.PackedCausalLM(AutoModelForCausalLM.from_config(AutoConfig.for_model(**LLAMA)), "student")
     student.causal_lm.supports_gradient_checkpointing = False
     with pytest.raises(ConfigError, match=r"train.gradient_checkpointing: a llama model has none"):
         student.checkpoint_layers()

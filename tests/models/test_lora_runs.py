@@ -13,9 +13,10 @@ from test_lora import END, SMALL, load_packed, save_adapter, save_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from abkd_fast.config.recipe import load
-from abkd_fast.config.schema import ConfigError, LoraConfig
+from abkd_fast.config.schema import LoraConfig
 from abkd_fast.data import quickstart
-from abkd_fast.data.rows import pack
+from abkd_fast.data.batches import pack
+from abkd_fast.errors import ConfigError
 from abkd_fast.losses import fused_linear
 from abkd_fast.models import loading
 from abkd_fast.train import main

@@ -9,12 +9,13 @@ import torch._dynamo.testing
 import torch.nn.functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from abkd_fast.config.schema import ConfigError, ModelConfig
-from abkd_fast.data.rows import pack
+from abkd_fast.config.schema import ModelConfig
+from abkd_fast.data.batches import pack
+from abkd_fast.errors import ConfigError
 from abkd_fast.losses.divergences import AlphaBeta
 from abkd_fast.losses.fused_linear import fused_linear_divergence
 from abkd_fast.losses.row_ops import divergence_loss
-from abkd_fast.models import attention, loading
+from abkd_fast.models import attention, loading, packed
 from conftest import GPT2, LLAMA, anonymous_bytes, needs_proc
 
 CPU = torch.device("cpu")
@@ -37,7 +38,7 @@ def build(config, dtype, seed=0, **changes):
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.mul_(3.0)
-    return loading.PackedCausalLM(model.eval(), "student")
+    return packed.PackedCausalLM(model.eval(), "student")
 
 
 def padded_logits(model, rows):

@@ -11,8 +11,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 
 from abkd_fast.config.recipe import load
-from abkd_fast.config.schema import ConfigError
 from abkd_fast.data import quickstart
+from abkd_fast.errors import ConfigError
+from abkd_fast.models import identity
 from abkd_fast.teacher import store
 from abkd_fast.teacher.teacher import CachedTeacher, Teacher
 from abkd_fast.train import main
@@ -204,7 +205,7 @@ def test_weights_are_hashed_once(recipe, cache_folder, monkeypatch):
     path = recipe()
     Trainer(load(path)[0])
     hashed = []
-    monkeypatch.setattr(store, "file_digest", lambda file: hashed.append(file) or "x")
+    monkeypatch.setattr(identity, "file_digest", lambda file: hashed.append(file) or "x")
     Trainer(load(path)[0])
     assert hashed == []
     (cache_folder / "weights.json").write_text("{broken")
@@ -435,7 +436,7 @@ def test_complete_cache_in_a_read_only_folder(recipe, cache_folder, monkeypatch)
     access = os.access
     monkeypatch.setattr(os, "access", lambda p, mode: not str(p).startswith(str(cache_folder)) and access(p, mode))
     monkeypatch.setattr(store.filelock.FileLock, "acquire", refuse)
-    monkeypatch.setattr(store, "_replace", refuse)
+    monkeypatch.setattr(store, "replace_file", refuse)
     trainer = loaded(path, "cache.mode=disk")
     assert "found" in trainer.teacher.note
     assert losses(trainer) == expected

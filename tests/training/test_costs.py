@@ -6,7 +6,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig
 
 from abkd_fast.config.schema import TrainConfig
-from abkd_fast.data.rows import pack
+from abkd_fast.data.batches import pack
 from abkd_fast.generation import decoder
 from abkd_fast.generation.sampling import SamplingSettings, sample, sample_mixture
 from abkd_fast.models import loading

@@ -25,9 +25,10 @@ from torch.distributed.checkpoint import HuggingFaceStorageWriter
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from abkd_fast import distributed, train
-from abkd_fast.data import quickstart
-from abkd_fast.train import INTERRUPTED
-from abkd_fast.training import checkpoint, metrics
+from abkd_fast.cli import INTERRUPTED
+from abkd_fast.console import console
+from abkd_fast.data import batches, quickstart
+from abkd_fast.training import checkpoint
 from abkd_fast.training.trainer import Trainer
 from conftest import LLAMA
 
@@ -58,7 +59,7 @@ def process(environment, log, command, arguments, prepare):
     for stream in (1, 2):
         os.dup2(descriptor, stream)
     datasets.config.HF_DATASETS_CACHE = environment["HF_DATASETS_CACHE"]
-    metrics.console.quiet = environment["RANK"] != "0"  # what the server of these processes had no reason to decide
+    console.quiet = environment["RANK"] != "0"  # what the server of these processes had no reason to decide
     if prepare:
         prepare()
     status = command(arguments)
@@ -358,7 +359,7 @@ def test_mistakes_are_said_once(context, tmp_path, recipe):
 def test_samples_are_dealt_evenly(lengths, world):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(distributed, "world", lambda: world)
-        shares = distributed.deal(lengths)
+        shares = batches.deal(lengths)
     assert sorted(place for share in shares for place in share) == list(range(len(lengths)))
     assert all(share == sorted(share) for share in shares)
     assert max(map(len, shares)) <= -(-len(lengths) // world)

@@ -20,9 +20,12 @@ import torch
 from safetensors.torch import save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from abkd_fast import files
+from abkd_fast.cli import INTERRUPTED
 from abkd_fast.config.recipe import load
-from abkd_fast.data.rows import batch_rows
-from abkd_fast.train import INTERRUPTED, main
+from abkd_fast.data.batches import batch_rows
+from abkd_fast.signals import StopSignals
+from abkd_fast.train import main
 from abkd_fast.training import checkpoint, checkpoint_writer
 from abkd_fast.training.trainer import Trainer
 from conftest import anonymous_bytes, needs_proc
@@ -172,7 +175,7 @@ def test_second_signal_leaves_at_once(forked):
 
 
 def _two_signals():
-    with checkpoint.StopSignals() as stop:
+    with StopSignals() as stop:
         os.kill(os.getpid(), signal.SIGINT)
         assert stop.received == "SIGINT"
         os.kill(os.getpid(), signal.SIGTERM)
@@ -241,12 +244,12 @@ def test_damaged_newest_checkpoint_is_reported_and_the_one_before_used(tmp_path,
 def test_full_disk_keeps_the_last_checkpoint_and_training_goes_on(tmp_path, monkeypatch, undisturbed, capsys):
     run = Run(tmp_path)
 
-    def flush(path, original=checkpoint._flush):
+    def flush(path, original=files._flush):
         if "step-000010.tmp" in str(path):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         original(path)
 
-    monkeypatch.setattr(checkpoint, "_flush", flush)
+    monkeypatch.setattr(files, "_flush", flush)
     assert run() == 0
     assert "no checkpoint at step 10 ([Errno 28] No space left on device); training goes on" in capsys.readouterr().out
     assert run.checkpoints() == ["step-000005", "step-000008"]

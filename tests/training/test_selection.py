@@ -12,7 +12,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from abkd_fast.train import INTERRUPTED
+from abkd_fast import files
+from abkd_fast.cli import INTERRUPTED
 from abkd_fast.training import checkpoint
 from abkd_fast.training.trainer import Trainer
 from runs import Killed, Run, at_step, crash, send
@@ -118,13 +119,13 @@ def test_selection_after_a_stop_at_the_last_step(tmp_path, monkeypatch, undistur
 def test_step_that_could_not_be_saved_is_not_selected(tmp_path, monkeypatch, stopped_at_8, capsys):
     """Of those on the disk, or at hand at the end, the best."""
 
-    def flush(path, original=checkpoint._flush):
+    def flush(path, original=files._flush):
         if "step-000004.tmp" in str(path):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         original(path)
 
     made_up_losses(monkeypatch, {**LOSSES, 4: 1.5})
-    monkeypatch.setattr(checkpoint, "_flush", flush)
+    monkeypatch.setattr(files, "_flush", flush)
     run = Run(tmp_path / "run", "eval.select=dev_loss")
     assert run() == 0
     assert "no checkpoint at step 4" in capsys.readouterr().out
@@ -135,13 +136,13 @@ def test_step_that_could_not_be_saved_is_not_selected(tmp_path, monkeypatch, sto
 def test_best_step_is_one_of_those_that_could_be_saved(tmp_path, monkeypatch):
     """Two in a row can't be; a worse one after them is still better than the first."""
 
-    def flush(path, original=checkpoint._flush):
+    def flush(path, original=files._flush):
         if "step-000004.tmp" in str(path) or "step-000006.tmp" in str(path):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         original(path)
 
     made_up_losses(monkeypatch, {0: 9.0, 2: 5.0, 4: 3.0, 6: 2.0, 8: 4.0, 10: 6.0, 12: 7.0})
-    monkeypatch.setattr(checkpoint, "_flush", flush)
+    monkeypatch.setattr(files, "_flush", flush)
     run = Run(tmp_path / "run", "eval.select=dev_loss", "eval.every_steps=2")
     assert run() == 0
     assert selected(run) == (8, 4.0)

@@ -262,9 +262,9 @@ def test_dry_run_tells_and_writes_nothing(recipe, tmp_path, capsys, monkeypatch)
 
 
 def test_one_process_a_run(recipe, tmp_path, capsys):
-    from abkd_fast.training import checkpoint
+    from abkd_fast.files import locked
 
-    with checkpoint.locked(tmp_path / "runs" / "test"):
+    with locked(tmp_path / "runs" / "test"):
         assert main([*recipe(), "--resume"]) == 2
     assert "another process is at work on this run" in capsys.readouterr().err
     assert not (tmp_path / "runs" / "test").exists(), "nothing was written"

@@ -1,0 +1,42 @@
+"""What all commands share: exit statuses, error lines, and the command that continues."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+
+INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: try again
+
+
+def failed(error: Exception | str, status: int) -> int:
+    """Prints an error, once though several processes may have it; returns the exit status."""
+    _print(f"error: {error}")
+    return status
+
+
+def interrupted(reason: str, command: str, arguments: list[str]) -> int:
+    """Prints the command that continues; returns the exit status."""
+    start = ["torchrun", "--nproc-per-node", os.environ.get("LOCAL_WORLD_SIZE", "1")]
+    if "RANK" not in os.environ:
+        start = [sys.executable]
+    _print(f"{reason}; continue with:\n{shlex.join([*start, '-m', f'abkd_fast.{command}', *arguments])}", "interrupted")
+    return INTERRUPTED
+
+
+def leave(status: int) -> None:
+    """Ends the process; one of several at once, since threads of torch.distributed may abort an orderly end."""
+    if "RANK" in os.environ:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
+
+
+def _print(text: str, topic: str = "") -> None:
+    if "RANK" in os.environ:
+        from . import distributed
+
+        text = distributed.attributed(text, topic)
+    if text is not None:
+        print(text, file=sys.stderr)

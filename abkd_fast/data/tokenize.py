@@ -1,0 +1,186 @@
+"""From checked rows to tokens, kept on the disk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pathlib
+from typing import TYPE_CHECKING
+
+import datasets
+import numpy as np
+
+from ..errors import ConfigError
+from ..methods.rollouts import _prompt
+from . import indexed_dataset
+from .rows import Row
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+# Columns of tokenised data.
+SAMPLE = datasets.Features(
+    {"input_ids": datasets.List(datasets.Value("int32")), "prompt_length": datasets.Value("int32")}
+)
+
+
+ROW = datasets.Features({**SAMPLE, "row": datasets.Value("int64"), "row_length": datasets.Value("int32")})
+
+
+def tokenise(
+    rows: list[Row], tokenizer: PreTrainedTokenizerBase, max_length: int, max_prompt_length: int | None = None
+) -> datasets.Dataset:
+    """Columns input_ids (prompt, response and the end token), prompt_length, row and row_length; lengths in tokens.
+
+    As in the papers, the prompt is tokenised alone and the response as the rest of both together, without a begin
+    token; rows whose prompt has more than max_prompt_length tokens are left out, and sequences cut to max_length.
+    `row` is a sample's place in `rows`, row_length its length before the cut. The result is kept in the `datasets`
+    cache under a hash of rows, tokenizer and limits.
+
+    Raises ConfigError where no row is left, where a prompt leaves no room for a response, and for foreign token ids.
+    """
+    _check_rows(rows, tokenizer)
+    content = [json.dumps(row.values, default=np.ndarray.tolist) for row in rows]
+    limits = max_length, max_prompt_length
+    key = fingerprint(content, tokenizer, limits)
+    raw = datasets.Dataset.from_dict({"row": content})
+    progress = datasets.utils.logging.is_progress_bar_enabled()
+    datasets.disable_progress_bar()
+    dataset = raw.map(
+        lambda batch, numbers: _encode([json.loads(row) for row in batch["row"]], numbers, tokenizer, *limits),
+        batched=True,
+        with_indices=True,
+        remove_columns=["row"],
+        features=ROW,
+        cache_file_name=str(arrow_file(key)),
+        new_fingerprint=key,
+    )
+    if progress:
+        datasets.enable_progress_bar()
+    if not len(dataset):
+        raise ConfigError(
+            f"{rows[0].where} and all others: the prompts exceed {max_prompt_length} tokens, so no row is left; raise "
+            "data.max_prompt_length"
+        )
+    for number, length in zip(dataset["row"][:], dataset["prompt_length"][:], strict=True):
+        where = rows[number].where
+        _check_prompt(where, length)
+        if length >= max_length:
+            raise ConfigError(
+                f"{where}: the prompt has {length} tokens and fills all {max_length}: nothing to learn; "
+                "raise data.max_length, or lower data.max_prompt_length"
+            )
+    return dataset
+
+
+def outputs_of(row: Row) -> list[str]:
+    """All outputs of a row of JSON. Raises ConfigError where there is none, and for one that is not text."""
+    outputs = row.outputs if isinstance(row.outputs, list) else [row.outputs]
+    if not outputs or not all(isinstance(text, str) for text in outputs):
+        got = json.dumps(row.outputs)[:60]
+        raise ConfigError(f'{row.where}: "output" must be a text or a list of texts to compare with, got {got}')
+    return outputs
+
+
+def references(rows: list[Row], tokenizer: PreTrainedTokenizerBase) -> list[list[str]]:
+    """The texts that a response to each row is compared with: all its outputs. Raises what `outputs_of` does."""
+    return [
+        [tokenizer.decode(row.values["output_ids"], skip_special_tokens=True)]
+        if "output_ids" in row.values
+        else outputs_of(row)
+        for row in rows
+    ]
+
+
+def encode_prompts(rows: list[Row], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """The prompts in tokens, as `tokenise` has them.
+
+    Raises ConfigError for an empty one, foreign token ids, and messages where the tokenizer has no chat template.
+    """
+    _check_rows(rows, tokenizer)
+    values = [row.values for row in rows]
+    if "prompt_ids" in values[0]:  # then all have them
+        prompts = [np.asarray(row["prompt_ids"]).tolist() for row in values]
+    else:
+        prompts = tokenizer([_prompt(row, tokenizer) for row in values], add_special_tokens=False)["input_ids"]
+    for row, prompt in zip(rows, prompts, strict=True):
+        _check_prompt(row.where, len(prompt))
+    return prompts
+
+
+def _check_rows(rows: list[Row], tokenizer: PreTrainedTokenizerBase) -> None:
+    chat = next((row for row in rows if "messages" in row.values), None)
+    if chat is not None and tokenizer.chat_template is None:
+        raise ConfigError(f"{chat.where}: has messages, but the tokenizer has no chat template; use prompt and output")
+    for row in rows:
+        for ids in (row.values[key] for key in ("prompt_ids", "output_ids") if key in row.values):
+            indexed_dataset.check_ids(row.where, ids, len(tokenizer))
+
+
+def _check_prompt(where: str, length: int) -> None:
+    if length == 0:
+        raise ConfigError(f"{where}: the prompt is empty: nothing predicts the first token of the response")
+
+
+def fingerprint(content: list, tokenizer: PreTrainedTokenizerBase, limits: tuple[int | None, ...]) -> str:
+    """A hash of all that tokenised data depend on; `content` is what JSON can hold."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    state = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    identity = [content, state, tokenizer.eos_token, getattr(tokenizer, "chat_template", None), limits]
+    return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
+
+
+def arrow_file(key: str) -> pathlib.Path:
+    """Where tokenised data are kept."""
+    folder = pathlib.Path(datasets.config.HF_DATASETS_CACHE) / "abkd_fast"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / f"{key}.arrow"
+
+
+def _encode(
+    rows: list[dict],
+    numbers: list[int],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    max_prompt_length: int | None,
+) -> dict[str, list]:
+    columns = {name: [] for name in ROW}
+    binary = "prompt_ids" in rows[0]  # then all are
+    pairs = [(row["prompt_ids"], row["output_ids"]) for row in rows] if binary else _token_ids(rows, tokenizer)
+    for number, (prompt, response) in zip(numbers, pairs, strict=True):
+        if max_prompt_length is None or len(prompt) <= max_prompt_length:
+            whole = prompt + response
+            sample = whole[:max_length], len(prompt), number, len(whole)
+            for column, value in zip(columns.values(), sample, strict=True):
+                column.append(value)
+    return columns
+
+
+def _token_ids(rows: list[dict], tokenizer: PreTrainedTokenizerBase) -> list[tuple[list[int], list[int]]]:
+    """The tokens of each row's prompt, and of its response and the end, unless it is said not to have ended."""
+    prompts = [_prompt(row, tokenizer) for row in rows]
+    outputs = [row["messages"][-1]["content"] if "messages" in row else row["output"] for row in rows]
+    wholes = [prompt + output for prompt, output in zip(prompts, outputs, strict=True)]
+    prompt_ids = tokenizer(prompts, add_special_tokens=False)["input_ids"]
+    whole_ids = tokenizer(wholes, add_special_tokens=False)["input_ids"]
+    ends = [[tokenizer.eos_token_id] if row.get("ended", True) else [] for row in rows]
+    return [
+        (prompt, whole[len(prompt) :] + end) for prompt, whole, end in zip(prompt_ids, whole_ids, ends, strict=True)
+    ]
+
+
+def describe_long_rows(
+    rows: list[Row], dataset: datasets.Dataset, max_length: int, max_prompt_length: int | None
+) -> str:
+    """What `tokenise` did to rows that are too long, for people; empty where there were none."""
+    kept = set(dataset["row"][:])
+    left_out = [row.where for number, row in enumerate(rows) if number not in kept]
+    cut = sum(length > max_length for length in dataset["row_length"][:])
+    notes = []
+    if cut:
+        notes.append(f"{cut} of {len(rows)} rows exceed {max_length} tokens and are cut")
+    if left_out:
+        first = left_out[0] + ", …" * (len(left_out) > 1)
+        notes.append(f"{len(left_out)} rows are left out: their prompts exceed {max_prompt_length} tokens ({first})")
+    return "; ".join(notes)

@@ -1,0 +1,180 @@
+"""A causal language model on packed batches, cut between its body and its output projection."""
+
+from __future__ import annotations
+
+import contextlib
+import pathlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from ..data.batches import Batch, pack
+from ..errors import ConfigError, first_line
+from . import attention
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The type that a matrix product of `x` computes in here."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+class PackedCausalLM(nn.Module):
+    """A causal language model on packed batches, cut between its body and its output projection.
+
+    Calling it computes a loss within its own forward pass, so that wrappers which gather or hook parameters
+    there see the output projection too.
+    """
+
+    def __init__(self, model: nn.Module, key: str) -> None:
+        """Takes a transformers model, or peft's around one, and switches its attention.
+
+        Raises ConfigError, with the reason, for models whose attention or output can't be reproduced this way.
+        """
+        super().__init__()
+        self.model = model
+        self.key = key
+        with self._explained():
+            self.causal_lm.set_attn_implementation(attention.NAME)
+
+    @property
+    def has_adapter(self) -> bool:
+        return not isinstance(self.model, PreTrainedModel)
+
+    @property
+    def causal_lm(self) -> PreTrainedModel:
+        """The transformers model. Where an adapter is attached, it is within the projections of this one."""
+        return self.model.get_base_model() if self.has_adapter else self.model
+
+    @property
+    def head(self) -> nn.Linear:
+        return self.causal_lm.get_output_embeddings()
+
+    def checkpoint_layers(self) -> None:
+        """From now on layers keep their inputs alone, and are computed again in backward, with the same dropout."""
+        if not self.causal_lm.supports_gradient_checkpointing:
+            kind = self.causal_lm.config.model_type
+            raise ConfigError(f"train.gradient_checkpointing: a {kind} model has none; set it to false")
+        self.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
+        # It also made the embeddings ask for a gradient, which only the reentrant kind needs.
+        self.causal_lm.disable_input_require_grads()
+
+    def hidden_states(self, batch: Batch) -> Tensor:
+        """Final hidden states [N, H] at batch.positions."""
+        states = self.causal_lm.base_model(
+            input_ids=batch.input_ids,
+            position_ids=batch.position_ids,
+            use_cache=False,
+            cu_seq_lens_q=batch.cu_seqlens,
+            cu_seq_lens_k=batch.cu_seqlens,
+            max_length_q=batch.max_seqlen,
+            max_length_k=batch.max_seqlen,
+        ).last_hidden_state  # [1, T, H]
+        return states[0, batch.positions]
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        count = self.causal_lm.config.num_hidden_layers
+        stacks = (module for module in self.causal_lm.base_model.modules() if isinstance(module, nn.ModuleList))
+        return next(stack for stack in stacks if len(stack) == count)
+
+    def compile(self, **options: Any) -> None:
+        """Compiles the layers, for any number of tokens; all of them share one piece of code.
+
+        Args:
+            options: of torch.compile.
+        """
+        for layer in self.layers:
+            layer.compile(dynamic=True, **options)
+
+    def forward(self, batch: Batch, loss: Callable[..., Tensor]) -> Tensor:
+        hidden = self.hidden_states(batch)
+        dtype = compute_dtype(hidden)
+        weight, bias = self.head.weight.to(dtype), self.head.bias
+        return loss(hidden.to(dtype), weight, None if bias is None else bias.to(dtype))
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
+            kind = self.causal_lm.config.model_type
+            raise ConfigError(f"{self.key}: a {kind} model can't be trained packed: {first_line(error)}") from None
+
+    @torch.no_grad()
+    def check(self) -> None:
+        """Compares two short packed rows with the model's own padded forward pass.
+
+        Raises ConfigError where the logits differ, or attention was not called once a layer: a model with soft-capped
+        or scaled logits, recurrent state, or attention of its own is refused, never silently wrong.
+        """
+        config = self.causal_lm.config
+        device = next(self.model.parameters()).device
+        generator = torch.Generator().manual_seed(0)
+        rows = [torch.randint(config.vocab_size, (length,), generator=generator) for length in (9, 5)]
+        samples = [{"input_ids": row.tolist(), "prompt_length": 1} for row in rows]
+        (batch,) = pack(samples, max_tokens=14)
+        batch = batch.to(device)
+        training = self.model.training
+        self.model.eval()
+        with self._explained():
+            before = attention.calls
+            hidden = self(batch, lambda hidden, *projection: hidden)
+            calls = attention.calls - before
+            packed = self.head(hidden.to(self.head.weight.dtype)).float()  # [12, V]
+            padded = self._padded_logits(rows, device)
+        self.model.train(training)
+        layers = config.num_hidden_layers
+        reason = None
+        if calls != layers:
+            reason = (
+                f"{calls} of its {layers} layers use transformers' attention interface (recurrent or custom layers)"
+            )
+        elif packed.shape != padded.shape:
+            reason = f"its output projection gives {packed.shape[1]} logits, the model {padded.shape[1]}"
+        else:
+            worst = ((packed - padded).abs().max() / padded.abs().max().clamp(min=1e-3)).item()
+            tolerance = 2e-3 if compute_dtype(hidden) in (torch.float32, torch.float64) else 5e-2
+            if not worst < tolerance:
+                traits = ("final_logit_softcapping", "logit_scale", "logits_scaling", "attn_logit_softcapping")
+                named = [f"{name} = {value}" for name in traits if (value := getattr(config, name, None)) is not None]
+                reason = f"its logits differ from hidden states times output projection by {worst:.1e} relative" + (
+                    f" ({', '.join(named)})" if named else ""
+                )
+        if reason:
+            raise ConfigError(f"{self.key}: a {config.model_type} model can't be trained packed: {reason}")
+
+    def _padded_logits(self, rows: list[Tensor], device: torch.device) -> Tensor:
+        """The model's own logits at the positions that `pack` keeps, from a right-padded batch with a mask."""
+        longest = max(map(len, rows))
+        input_ids = torch.stack([nn.functional.pad(row, (0, longest - len(row))) for row in rows]).to(device)
+        mask = torch.stack([torch.arange(longest) < len(row) for row in rows]).long().to(device)
+        self.causal_lm.set_attn_implementation("sdpa")
+        try:
+            logits = self.model(input_ids=input_ids, attention_mask=mask, use_cache=False).logits  # [2, longest, V]
+        finally:
+            self.causal_lm.set_attn_implementation(attention.NAME)
+        return torch.cat([logits[i, : len(row) - 1] for i, row in enumerate(rows)]).float()
+
+    def weights(self) -> dict[str, Tensor]:
+        """All that is saved, by the model's own names: without what is tied or, beside an adapter, frozen."""
+        parameters = dict(self.model.named_parameters())
+        tied = {name for name, _ in self.model.named_parameters(remove_duplicate=False)} - parameters.keys()
+        frozen = {name for name, parameter in parameters.items() if self.has_adapter and not parameter.requires_grad}
+        return {name: tensor for name, tensor in self.model.state_dict().items() if name not in tied | frozen}
+
+    def save(self, folder: pathlib.Path, tokenizer: PreTrainedTokenizerBase, weights: dict[str, Tensor]) -> None:
+        """Writes weights, configuration and tokenizer in Hugging Face layout; of a LoRA model, those of the adapter.
+
+        weights: what `weights` gave, or a copy.
+        """
+        # Left to choose whether embeddings belong to an adapter, peft asks the Hub every time.
+        options = {"save_embedding_layers": False} if self.has_adapter else {}
+        self.model.save_pretrained(folder, state_dict=weights, **options)
+        tokenizer.save_pretrained(folder)
