@@ -8,9 +8,10 @@ _MODULES = {
         SkewReverseKL TotalVariation WSD parse
     """,
     "losses.row_ops": "build_info divergence_loss",
-    "generation.sampling": "SamplingSettings sample sample_mixture",
+    "generation.sampling": "SamplingParams sample sample_mixture",
     "losses.fused_linear": "fused_linear_cross_entropy fused_linear_divergence fused_linear_policy_gradient",
 }
+_RENAMED = {"SamplingSettings": "SamplingParams"}  # earlier names, which scripts may have
 _HOME = {name: module for module, names in _MODULES.items() for name in names.split()}
 __all__ = sorted(_HOME)
 
@@ -21,6 +22,7 @@ def __dir__() -> list[str]:
 
 def __getattr__(name: str) -> object:
     """Public names load on first use, so that `python -m abkd_fast.train --help` need not wait for PyTorch."""
+    name = _RENAMED.get(name, name)
     if name not in _HOME:
         raise AttributeError(f"module 'abkd_fast' has no attribute '{name}'")
     return getattr(importlib.import_module(f"abkd_fast.{_HOME[name]}"), name)

@@ -37,6 +37,6 @@ def _print(text: str, topic: str = "") -> None:
     if "RANK" in os.environ:
         from . import distributed
 
-        text = distributed.attributed(text, topic)
+        text = distributed.tag_with_rank(text, topic)
     if text is not None:
         print(text, file=sys.stderr)

@@ -43,9 +43,9 @@ def device_name(device: torch.device) -> str:
 def peak_memory(device: torch.device) -> int:
     """Bytes: the most the GPU allocated, or the most the process held; on the rank with the most."""
     if device.type == "cuda":
-        return int(distributed.largest(torch.cuda.max_memory_allocated(device)))
+        return int(distributed.all_reduce_max(torch.cuda.max_memory_allocated(device)))
     unit = 1 if sys.platform == "darwin" else 1024
-    return int(distributed.largest(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit))
+    return int(distributed.all_reduce_max(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit))
 
 
 def free_memory(device: torch.device) -> int:

@@ -29,7 +29,7 @@ warnings.filterwarnings("ignore", r".*broadcast_buffers. is deprecated", FutureW
 
 GRACE = 5.0  # seconds that a rank has to say it stops, too, before others call it dead
 # In messages of torch.distributed's two backends, and of no other error.
-LOST = ("gloo", "nccl", "connection closed", "connection reset", "timed out")
+LOST_CONNECTION = ("gloo", "nccl", "connection closed", "connection reset", "timed out")
 
 _store: dist.Store | None = None
 _timeout: datetime.timedelta | None = None
@@ -41,11 +41,11 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def world() -> int:
+def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def is_main() -> bool:
+def is_rank0() -> bool:
     """Whether this process is the one that writes and prints."""
     return rank() == 0
 
@@ -56,7 +56,7 @@ def is_restarted() -> bool:
 
 
 @contextlib.contextmanager
-def processes(timeout_minutes: float = 30.0) -> Iterator[None]:
+def process_group(timeout_minutes: float = 30.0) -> Iterator[None]:
     """Joins the processes that torchrun started, by its environment variables: NCCL between GPUs, else gloo.
 
     A process that waits for others longer than the timeout gives up. Raises ConnectionError, with the ranks that don't
@@ -73,33 +73,33 @@ def processes(timeout_minutes: float = 30.0) -> Iterator[None]:
         torch.cuda.set_device(number)  # from here on "cuda" means this one
     _store, number, count = next(dist.rendezvous("env://", timeout=_timeout))
     dist.init_process_group(backend, store=_store, rank=number, world_size=count, timeout=_timeout)
-    if not is_main():  # they would repeat its warnings
+    if not is_rank0():  # they would repeat its warnings
         warnings.simplefilter("ignore")
         logging.disable(logging.WARNING)
     try:
         yield
     except RuntimeError as error:
-        if reason := _lost(error):
+        if reason := _lost_ranks(error):
             raise ConnectionError(reason) from error
         raise
     dist.destroy_process_group()  # not after an error: others may wait in it
 
 
-def attributed(text: str, topic: str = "") -> str | None:
+def tag_with_rank(text: str, topic: str = "") -> str | None:
     """A message of this rank, with its name; None where another rank has said the same, or all on its topic."""
     if _store is None:  # what was wrong before the processes met is the same for all of a machine
         return text if os.environ.get("LOCAL_RANK", "0") == "0" else None
     with contextlib.suppress(RuntimeError):  # of a store whose process is gone
         if _store.add(f"said/{topic or hashlib.sha256(text.encode()).hexdigest()}", 1) > 1:
             return None
-    return f"rank {rank()} of {world()}: {text}"
+    return f"rank {rank()} of {world_size()}: {text}"
 
 
-def _lost(error: RuntimeError) -> str | None:
+def _lost_ranks(error: RuntimeError) -> str | None:
     """Which ranks don't answer, where that is what an error is about. Waits GRACE for those that stop as well."""
-    if world() == 1 or not any(word in str(error).lower() for word in LOST):
+    if world_size() == 1 or not any(word in str(error).lower() for word in LOST_CONNECTION):
         return None
-    silent = set(range(world())) - {rank()}
+    silent = set(range(world_size())) - {rank()}
     with contextlib.suppress(RuntimeError):  # of a store whose process is gone
         _store.set(f"stopped/{rank()}", "")
         end = time.monotonic() + GRACE
@@ -119,61 +119,61 @@ def background_group() -> dist.ProcessGroup:
 # Collectives. Every rank has to call them, in the same order.
 
 
-def summed(tensor: Tensor) -> Tensor:
+def all_reduce_sum(tensor: Tensor) -> Tensor:
     """The sum over all ranks, in place."""
-    if world() > 1:
+    if world_size() > 1:
         dist.all_reduce(tensor)
     return tensor
 
 
-def added(number: int) -> int:
+def all_reduce_count(number: int) -> int:
     """The sum over all ranks."""
-    return int(summed(torch.tensor(number)))
+    return int(all_reduce_sum(torch.tensor(number)))
 
 
-def largest(number: float) -> float:
+def all_reduce_max(number: float) -> float:
     """The largest over all ranks."""
-    if world() == 1:
+    if world_size() == 1:
         return number
     tensor = torch.tensor(number, dtype=torch.float64)
     dist.all_reduce(tensor, dist.ReduceOp.MAX)
     return tensor.item()
 
 
-def gathered(item: Item) -> list[Item]:
+def all_gather_object(item: Item) -> list[Item]:
     """Every rank's, in order of the ranks."""
-    if world() == 1:
+    if world_size() == 1:
         return [item]
-    items = [None] * world()
+    items = [None] * world_size()
     dist.all_gather_object(items, item)
     return items
 
 
-def meet() -> None:
+def barrier() -> None:
     """Waits for all ranks."""
-    gathered(None)
+    all_gather_object(None)
 
 
-def share(items: list[Item]) -> list[Item]:
+def local_shard(items: list[Item]) -> list[Item]:
     """This rank's of the items: every world-th."""
-    return items[rank() :: world()]
+    return items[rank() :: world_size()]
 
 
-def joined(items: list[Item]) -> list[Item]:
+def gather_shards(items: list[Item]) -> list[Item]:
     """The inverse: what each rank made of its share, all in the order of the whole."""
-    parts = gathered(items)
-    return [parts[place % world()][place // world()] for place in range(sum(map(len, parts)))]
+    parts = all_gather_object(items)
+    return [parts[place % world_size()][place // world_size()] for place in range(sum(map(len, parts)))]
 
 
-def everywhere(function: Callable[[], Item]) -> list[Item]:
+def run_on_all_ranks(function: Callable[[], Item]) -> list[Item]:
     """What it returns on every rank; what it raises on one is raised on all."""
-    if world() == 1:
+    if world_size() == 1:
         return [function()]
     try:
         outcome = function(), None
     except Exception as error:
         outcome = None, _portable(error)
-    outcomes = gathered(outcome)
+    outcomes = all_gather_object(outcome)
     if (error := next((error for _, error in outcomes if error is not None), None)) is not None:
         raise error
     return [result for result, _ in outcomes]
@@ -188,35 +188,35 @@ def _portable(error: Exception) -> Exception:
     return error
 
 
-def on_main(function: Callable[[], Item]) -> Item:
+def run_on_rank0(function: Callable[[], Item]) -> Item:
     """Calls it in the main process alone; what it returns, or raises, all get."""
-    return everywhere(function if is_main() else lambda: None)[0]
+    return run_on_all_ranks(function if is_rank0() else lambda: None)[0]
 
 
 @contextlib.contextmanager
-def held_by_main(context: contextlib.AbstractContextManager) -> Iterator[None]:
+def rank0_context(context: contextlib.AbstractContextManager) -> Iterator[None]:
     """The context, entered by the main process for all."""
     with contextlib.ExitStack() as stack:
-        on_main(lambda: stack.enter_context(context) and None)
+        run_on_rank0(lambda: stack.enter_context(context) and None)
         yield
 
 
 @contextlib.contextmanager
-def main_first() -> Iterator[None]:
+def rank0_first() -> Iterator[None]:
     """The others wait until the main process is through, and find what it leaves on the disk."""
-    if not is_main():
-        meet()
+    if not is_rank0():
+        barrier()
     try:
         yield
     finally:
-        if is_main():
-            meet()
+        if is_rank0():
+            barrier()
 
 
 # A step on several ranks
 
 
-def diverge(seed: int) -> None:
+def seed_per_rank(seed: int) -> None:
     """From here on ranks draw different numbers: other samples get another dropout."""
     if rank():
         torch.manual_seed(seed + 1_000_003 * rank())  # seeds next to `seed` are taken
@@ -226,7 +226,7 @@ def replicate(model: nn.Module) -> nn.Module:
     """The model as it is to be called in training. Gradients are summed over ranks, not averaged: losses are shares
     of one mean over all ranks.
     """
-    if world() == 1 or is_sharded(model):
+    if world_size() == 1 or is_sharded(model):
         return model
     if next(model.parameters()).is_cuda:
         torch._dynamo.config.optimize_ddp = False  # it would cut compiled layers, which are small enough, into pieces
@@ -240,7 +240,7 @@ def _sum(state, bucket):  # noqa: ANN001 - it is refused with annotations that a
     return work.get_future().then(lambda future: future.value()[0])
 
 
-def exchange(model: nn.Module, when: bool) -> contextlib.AbstractContextManager:
+def grad_sync(model: nn.Module, when: bool) -> contextlib.AbstractContextManager:
     """A micro-batch's passes, after which gradients are summed over ranks, or only collected.
 
     Those of a sharded model are summed every time: no rank has room for all of them.
@@ -259,7 +259,7 @@ def shard(
     communicate: all ranks have to make the same ones.
     """
     layers = list(layers)
-    mesh = init_device_mesh(device.type, (world(),))
+    mesh = init_device_mesh(device.type, (world_size(),))
     policy = MixedPrecisionPolicy(dtype, torch.float32) if dtype == torch.bfloat16 else MixedPrecisionPolicy()
     read = next(model.parameters()).dtype
     for module in (*layers, model):
@@ -280,7 +280,7 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 @contextlib.contextmanager
-def whole(*models: nn.Module) -> Iterator[None]:
+def unsharded(*models: nn.Module) -> Iterator[None]:
     """Within it every rank has all weights of sharded models, and may compute without the others."""
     parts = [part for model in models for part in model.modules() if is_sharded(part)]
     layers = [part for part in parts if part not in models]
@@ -297,17 +297,17 @@ def whole(*models: nn.Module) -> Iterator[None]:
             part.reshard()
 
 
-def part_size(tensor: Tensor) -> int:
+def local_numel(tensor: Tensor) -> int:
     """How many numbers of a tensor this rank has."""
     return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).numel()
 
 
-def join_root(model: nn.Module) -> None:
+def unshard_root(model: nn.Module) -> None:
     """Makes what is in no layer of a sharded model whole, as a forward pass leaves it."""
     if is_sharded(model):
         model.unshard()
 
 
-def joined_tensor(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """All of a tensor of which every rank may have a part. All ranks have to call it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -28,17 +28,17 @@ def main(arguments: list[str] | None = None) -> int:
         from .errors import Interrupted
         from .evaluation.evaluator import Evaluation
         from .evaluation.test_sets import Protocol
-        from .generation.sampling import SamplingSettings
+        from .generation.sampling import SamplingParams
 
         names = ("max_new_tokens", "temperature", "top_k", "top_p", "no_repeat_ngram_size")
         protocol = Protocol(
-            sampling=SamplingSettings(**{name: getattr(options, name) for name in names}),
+            sampling=SamplingParams(**{name: getattr(options, name) for name in names}),
             max_prompt_length=options.max_prompt_length,
             begin_token=options.bos,
         )
         own = {name: getattr(options, name) for name in ("rows", "tokenizer", "batch_size", "device", "dtype")}
         try:
-            with distributed.processes():
+            with distributed.process_group():
                 evaluation = Evaluation(options.model, sets, out, seeds, protocol, **own)
                 evaluation.run()
         except Interrupted as interruption:

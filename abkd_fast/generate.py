@@ -22,11 +22,11 @@ def main(arguments: list[str] | None = None) -> int:
         from . import distributed  # after the options are known to be good: this loads PyTorch
         from .errors import Interrupted
         from .generation.answers import Generation
-        from .models.loading import spec_of
+        from .models.loading import model_spec
 
         try:
-            with distributed.processes():
-                Generation(options, spec_of(options.model)).run()
+            with distributed.process_group():
+                Generation(options, model_spec(options.model)).run()
         except Interrupted as interruption:
             return interrupted(str(interruption), "generate", arguments)
     except KeyboardInterrupt:  # outside of sampling, which handles signals itself: while models load, above all

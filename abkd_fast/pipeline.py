@@ -27,7 +27,7 @@ from .evaluation.runs import read_runs
 from .evaluation.test_sets import Protocol, read_sets
 from .files import LOCK, check_folder
 from .generation import answers
-from .generation.sampling import SamplingSettings
+from .generation.sampling import SamplingParams
 from .methods import WITHOUT_TEACHER
 from .models import loading
 from .training.dry_run import describe
@@ -45,10 +45,10 @@ def run(stages: list[Config], resume: bool = False) -> list[dict]:
         _check(config, {other.run.stage: other for other in stages[:index]})
     stages = [resolve(config) for config in stages]
     for config in stages:
-        distributed.on_main(functools.partial(_is_finished, config, resume))
+        distributed.run_on_rank0(functools.partial(_is_finished, config, resume))
     summaries = []
     for config in stages:
-        if distributed.on_main(functools.partial(_is_finished, config, resume)):
+        if distributed.run_on_rank0(functools.partial(_is_finished, config, resume)):
             console.print(f"[bold]{config.run.folder}[/bold]  is finished already: its result is used")
             summary = _read_summary(config.run.folder)
         else:
@@ -60,7 +60,7 @@ def run(stages: list[Config], resume: bool = False) -> list[dict]:
             evaluation = _evaluate(config)
             if len(stages) == 1:
                 console.print(evaluation.table())
-    distributed.on_main(functools.partial(_conclude, stages, summaries))
+    distributed.run_on_rank0(functools.partial(_conclude, stages, summaries))
     return summaries
 
 
@@ -106,7 +106,7 @@ def protocol(config: Config) -> Protocol:
     evaluated = config.eval
     own = {name: getattr(evaluated, name) for name in TEST_SAMPLING}
     return Protocol(
-        sampling=SamplingSettings(max_new_tokens=evaluated.max_new_tokens, **own),
+        sampling=SamplingParams(max_new_tokens=evaluated.max_new_tokens, **own),
         max_prompt_length=min(256, config.data.max_length - 1),
         begin_token=evaluated.begin_token,
     )
@@ -159,7 +159,7 @@ def _check(config: Config, earlier: dict[str, Config]) -> None:
         for key, name in spec.stages.items():
             _check_reference(f"{role}.{key}: stage:{name}", key, name, spec, earlier)
         if "path" not in spec.stages:
-            loading.read_config(dataclasses.replace(spec, adapter=None) if "adapter" in spec.stages else spec, role)
+            loading.read_hf_config(dataclasses.replace(spec, adapter=None) if "adapter" in spec.stages else spec, role)
     _check_rows(config, earlier)
     if config.eval.sets and config.method != "generate":
         _check_sets(config, earlier)
@@ -191,7 +191,7 @@ def _check_sets(config: Config, earlier: dict[str, Config]) -> None:
     named = next((stage for stage in chain if stage.tokenizer), chain[-1])
     source, key = (named.tokenizer, "tokenizer") if named.tokenizer else (named.student.path, "student.path")
     tokenizer = loading.read_tokenizer(source, key)
-    student = loading.read_config(dataclasses.replace(chain[-1].student, adapter=None, lora=None), "student")
+    student = loading.read_hf_config(dataclasses.replace(chain[-1].student, adapter=None, lora=None), "student")
     loading.check_length(student, "student", config.data.max_length)  # which prompts are cut to
     try:
         read_sets(config.eval.sets, tokenizer, student, protocol(config))

@@ -31,7 +31,7 @@ class StopSignals:
 
     def of_any_rank(self) -> str | None:
         """What a rank has received, the same on all of them, which have to call this together."""
-        number = int(distributed.largest(signal.Signals[self.received] if self.received else 0))
+        number = int(distributed.all_reduce_max(signal.Signals[self.received] if self.received else 0))
         return signal.Signals(number).name if number else None
 
     def _handle(self, number: int, frame: types.FrameType | None) -> None:

@@ -59,7 +59,7 @@ def main(arguments: list[str] | None = None) -> int:
         from .pipeline import plan, run
 
         try:
-            with distributed.processes(stages[0].train.timeout_minutes):
+            with distributed.process_group(stages[0].train.timeout_minutes):
                 (plan if options.dry_run else run)(stages, options.resume or distributed.is_restarted())
         except Interrupted as interruption:
             return interrupted(str(interruption), "train", continuing)

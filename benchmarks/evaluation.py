@@ -30,7 +30,7 @@ from abkd_fast.errors import ConfigError
 from abkd_fast.evaluation import rouge
 from abkd_fast.evaluation.evaluator import Evaluation
 from abkd_fast.evaluation.test_sets import Protocol
-from abkd_fast.generation.sampling import SamplingSettings
+from abkd_fast.generation.sampling import SamplingParams
 from harness import Report, at_least, at_most, measure, spread
 from sampling import RESPONSE_LENGTH, prompt_lengths
 
@@ -92,7 +92,7 @@ class Benchmark:
             self.folder / name,
             [SEED],
             Protocol(
-                sampling=SamplingSettings(max_new_tokens=self.options.new_tokens, no_repeat_ngram_size=NGRAM),
+                sampling=SamplingParams(max_new_tokens=self.options.new_tokens, no_repeat_ngram_size=NGRAM),
                 max_prompt_length=PAPERS_PROMPT,
             ),
             rows=self.options.rows,

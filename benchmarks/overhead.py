@@ -13,11 +13,11 @@ import torch
 from abkd_fast.config.schema import Config
 from abkd_fast.models.packed import PackedCausalLM
 from abkd_fast.teacher.teacher import CachedTeacher, Teacher
-from abkd_fast.training.metrics import RunLog, Window
+from abkd_fast.training.metrics import MetricsWindow, RunLog
 from abkd_fast.training.trainer import Trainer
 from harness import Report, at_most
 
-LOOP = (Trainer._batches, Trainer._step, Window.add, RunLog.advance, Trainer._log_window, Trainer._after_step)
+LOOP = (Trainer._batches, Trainer._step, MetricsWindow.add, RunLog.advance, Trainer._log_window, Trainer._after_step)
 WORK = {
     "student and loss, forward": (PackedCausalLM.forward,),
     "backward": (torch.Tensor.backward,),
@@ -26,7 +26,7 @@ WORK = {
 }
 CHORES = {
     "reading and packing": (Trainer._batches,),
-    "sums, log, progress": (Window.add, RunLog.advance, Trainer._log_window),
+    "sums, log, progress": (MetricsWindow.add, RunLog.advance, Trainer._log_window),
     "evaluation, checkpoints": (Trainer._after_step,),
 }
 

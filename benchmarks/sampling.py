@@ -16,7 +16,7 @@ import random
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config
 
-from abkd_fast.generation.sampling import SamplingSettings, sample
+from abkd_fast.generation.sampling import SamplingParams, sample
 from harness import Report, at_least, measure, spread
 
 OURS = "sample"
@@ -52,7 +52,7 @@ class Benchmark:
         self.prompts = [[generator.randrange(options.vocab) for _ in range(length)] for length in lengths]
 
     def ours(self, eos: tuple[int, ...]) -> list[int]:
-        settings = SamplingSettings(max_new_tokens=self.options.new_tokens, eos_token_ids=eos)
+        settings = SamplingParams(max_new_tokens=self.options.new_tokens, eos_token_ids=eos)
         seeds = list(range(len(self.prompts)))
         responses = sample(self.model, self.prompts, settings, seeds, self.options.batch_size)
         return [len(response) for response in responses]
@@ -107,7 +107,7 @@ class Benchmark:
         self.report.table(section, title, rows, columns)
 
     def run(self) -> None:
-        sample(self.model, self.prompts[:2], SamplingSettings(max_new_tokens=2), [0, 0])  # warm
+        sample(self.model, self.prompts[:2], SamplingParams(max_new_tokens=2), [0, 0])  # warm
         if "full" in self.options.only:
             self.compare("full", ())
         if "ending" in self.options.only:

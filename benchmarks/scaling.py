@@ -85,7 +85,7 @@ def step(pair: Pair, cost: StepCost, ranks: int, batch_size: int) -> Step:
     """Of `batch_size` samples and as many blocks of plain text, as the trainer shares them out."""
     with mock.patch.object(distributed, "world", return_value=ranks):
         drawn = samples(batch_size)
-        shares = batches.deal([len(sample["input_ids"]) for sample in drawn])
+        shares = batches.balance_by_tokens([len(sample["input_ids"]) for sample in drawn])
     of_samples = [cost.flops([drawn[place] for place in share]) for share in shares]
     blocks = -(-batch_size // ranks)
     of_text = cost.flops([{"input_ids": range(TEXT_LENGTH), "prompt_length": 1}] * blocks, taught=False)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import published
 from abkd_fast import methods
 from abkd_fast.config.schema import Config
-from abkd_fast.data.batches import StepBatch, share_out
+from abkd_fast.data.batches import StepBatch, make_step_batch
 from abkd_fast.generation import sampling
 from abkd_fast.methods.rollouts import Rollouts
 from abkd_fast.teacher.teacher import CachedTeacher, OnPolicyTeacher, Teacher
@@ -162,7 +162,7 @@ class Ours:
 
         def write(turn: Turn) -> None:
             self.rollouts.waiting = turn.prompts
-            written = method.sequences(0, 1.0, turn.samples, self.rollouts)
+            written = method.select_batch(0, 1.0, turn.samples, self.rollouts)
             # Of MiniLLM's round, what answers the prompts of the samples.
             self.written[name] = method.rollouts[: len(turn.samples)] if name == "MiniLLM" else written
 
@@ -182,8 +182,8 @@ class Ours:
                         samples,
                         dataclasses.replace(method.settings, rollouts=len(samples)),
                     )
-                    samples = method.sequences(1, 1.0, turn.samples, self.rollouts)
-                batch = share_out(samples, turn.batch.text, self.trainer.config.train.max_tokens)
+                    samples = method.select_batch(1, 1.0, turn.samples, self.rollouts)
+                batch = make_step_batch(samples, turn.batch.text, self.trainer.config.train.max_tokens)
                 return self._step(method, teacher, batch)
 
         return step

@@ -31,7 +31,7 @@ import torch
 
 from abkd_fast.config.recipe import load
 from abkd_fast.config.schema import Config
-from abkd_fast.data.batches import share_out
+from abkd_fast.data.batches import make_step_batch
 from abkd_fast.teacher.cache import TeacherCache
 from abkd_fast.training.costs import peak_flops
 from abkd_fast.training.trainer import Trainer
@@ -140,7 +140,7 @@ class Benchmark:
             text = [trainer.pretrain_set[row] for row in range(number * size, (number + 1) * size)]
             padded_text = self.published.pad(text)
         samples = prompts[:size]
-        batch = share_out(samples, text, trainer.config.train.max_tokens)
+        batch = make_step_batch(samples, text, trainer.config.train.max_tokens)
         return Turn(batch, self.published.pad(samples), prompts, padded_text)
 
     def describe(self) -> None:

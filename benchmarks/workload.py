@@ -13,7 +13,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
 from abkd_fast.data.rows import read_rows
-from abkd_fast.data.tokenize import tokenise
+from abkd_fast.data.tokenize import tokenize
 from abkd_fast.models.loading import read_tokenizer
 
 LENGTH = 512  # tokens that a sample has at most, and that the published way pads it to
@@ -55,7 +55,7 @@ SCALES = {
 
 def length_quantiles(data: str, tokenizer: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """PROMPTS and RESPONSES of a data set; they are cut at LENGTH."""
-    rows = tokenise(read_rows(data), read_tokenizer(tokenizer, "tokenizer"), max_length=1 << 20)
+    rows = tokenize(read_rows(data), read_tokenizer(tokenizer, "tokenizer"), max_length=1 << 20)
     prompts = np.array(rows["prompt_length"])
     responses = np.array([len(ids) for ids in rows["input_ids"]]) - prompts
     at = np.linspace(0, 1, len(PROMPTS))

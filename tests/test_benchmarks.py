@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from abkd_fast.data.rows import read_rows
-from abkd_fast.data.tokenize import tokenise
+from abkd_fast.data.tokenize import tokenize
 from abkd_fast.models.loading import read_tokenizer
 from abkd_fast.training import costs
 
@@ -340,7 +340,7 @@ def test_timing_rows_have_the_lengths_drawn(workload, tmp_path):
     workload.write_rows(tmp_path / "rows.jsonl", 5, 4, 1009)
     workload.write_tokenizer(tmp_path / "tokenizer", 1009)
     rows = read_rows(str(tmp_path / "rows.jsonl"))
-    dataset = tokenise(rows, read_tokenizer(str(tmp_path / "tokenizer"), "tokenizer"), 512)
+    dataset = tokenize(rows, read_tokenizer(str(tmp_path / "tokenizer"), "tokenizer"), 512)
     for row, ids, prompt in zip(rows, dataset["input_ids"], dataset["prompt_length"], strict=True):
         whole = [*map(int, (row.values["prompt"] + row.values["output"]).split()), 0]
         assert ids == whole[:512]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import distributed
-from ..distributed import world
+from ..distributed import world_size
 from . import batches
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ class Batch:
     positions: Tensor  # [N], indices into T whose next token is in the response
     labels: Tensor  # [N], those next tokens; on the CPU
     samples: list[dict]  # as packed
-    is_text: bool = False  # blocks of plain text
+    is_pretrain: bool = False  # blocks of plain text
 
     @property
     def tokens(self) -> int:
@@ -56,14 +56,14 @@ class StepBatch:
     samples: list[dict]
     text: list[dict]  # blocks of plain text
     parts: list[Batch]  # those of text come last
-    most_tokens: int  # that a rank has
+    max_rank_tokens: int  # that a rank has
 
     @property
     def labels(self) -> int:
         return _count_labels(self.samples)
 
     @property
-    def text_labels(self) -> int:
+    def num_pretrain_labels(self) -> int:
         return _count_labels(self.text)
 
     def pin(self) -> StepBatch:
@@ -74,28 +74,28 @@ def _count_labels(samples: list[dict]) -> int:
     return sum(len(sample["input_ids"]) - sample["prompt_length"] for sample in samples)
 
 
-def share_out(samples: list[dict], text: list[dict], max_tokens: int) -> StepBatch:
+def make_step_batch(samples: list[dict], text: list[dict], max_tokens: int) -> StepBatch:
     """Deals a step's samples and blocks to the ranks, and packs this rank's.
 
     Every rank gets as many micro-batches as the others, where there are samples for that.
     """
-    parts, loads = [], [0] * distributed.world()
-    for items, is_text in ((samples, False), (text, True)):
+    parts, loads = [], [0] * distributed.world_size()
+    for items, is_pretrain in ((samples, False), (text, True)):
         lengths = [len(item["input_ids"]) for item in items]
-        shares = batches.deal(lengths)
-        groups = [_groups([items[place] for place in share], max_tokens) for share in shares]
-        own = _cut(groups[distributed.rank()], max(map(len, groups)))
-        parts += [dataclasses.replace(_join(group), is_text=is_text) for group in own]
+        shares = batches.balance_by_tokens(lengths)
+        groups = [fill_micro_batches([items[place] for place in share], max_tokens) for share in shares]
+        own = split_largest(groups[distributed.rank()], max(map(len, groups)))
+        parts += [dataclasses.replace(collate(group), is_pretrain=is_pretrain) for group in own]
         loads = [load + sum(lengths[place] for place in share) for load, share in zip(loads, shares, strict=True)]
     return StepBatch(samples, text, parts, max(loads))
 
 
 def pack(samples: list[dict], max_tokens: int) -> list[Batch]:
     """Samples in order, in as many micro-batches as a budget of max_tokens asks for."""
-    return [_join(group) for group in _groups(samples, max_tokens)]
+    return [collate(group) for group in fill_micro_batches(samples, max_tokens)]
 
 
-def _groups(samples: list[dict], max_tokens: int) -> list[list[dict]]:
+def fill_micro_batches(samples: list[dict], max_tokens: int) -> list[list[dict]]:
     groups, used = [], 0
     for sample in samples:
         length = len(sample["input_ids"])
@@ -107,7 +107,7 @@ def _groups(samples: list[dict], max_tokens: int) -> list[list[dict]]:
     return groups
 
 
-def _cut(groups: list[list[dict]], count: int) -> list[list[dict]]:
+def split_largest(groups: list[list[dict]], count: int) -> list[list[dict]]:
     """So many groups: those with the most samples are halved."""
     groups = list(groups)
     while len(groups) < count and groups and len(most := max(groups, key=len)) > 1:
@@ -116,7 +116,7 @@ def _cut(groups: list[list[dict]], count: int) -> list[list[dict]]:
     return groups
 
 
-def _join(samples: list[dict]) -> Batch:
+def collate(samples: list[dict]) -> Batch:
     lengths = [len(sample["input_ids"]) for sample in samples]
     starts = [0, *torch.tensor(lengths).cumsum(0).tolist()]
     # The last token of a prompt predicts the first of the response; the last of a sequence predicts nothing.
@@ -139,7 +139,7 @@ def _join(samples: list[dict]) -> Batch:
 
 
 @functools.lru_cache(maxsize=4)  # an epoch of the rows, of the plain text, of prompts, and of rollouts
-def batch_rows(rows: int, batch_size: int, seed: int, epoch: int) -> list[list[int]]:
+def shuffled_batches(rows: int, batch_size: int, seed: int, epoch: int) -> list[list[int]]:
     """The row numbers of an epoch's batches: they depend on these four alone; a last, incomplete batch is left out."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     order = torch.randperm(rows, generator=generator).tolist()
@@ -152,7 +152,7 @@ def step_samples(dataset: datasets.Dataset, batch_size: int, seed: int, step: in
     Samples carry their "index" in the data set: the teacher's cache finds them by it.
     """
     epoch, batch = divmod(step, len(dataset) // batch_size)
-    indices = batch_rows(len(dataset), batch_size, seed, epoch)[batch]
+    indices = shuffled_batches(len(dataset), batch_size, seed, epoch)[batch]
     columns = dataset[indices] | {"index": indices}
     return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
@@ -160,7 +160,7 @@ def step_samples(dataset: datasets.Dataset, batch_size: int, seed: int, step: in
 Item = TypeVar("Item")
 
 
-def ahead(items: Iterator[Item]) -> Iterator[Item]:
+def prefetch(items: Iterator[Item]) -> Iterator[Item]:
     """The same items; a thread makes the next one while the caller is busy with the last."""
     end = object()
     start = None
@@ -173,14 +173,14 @@ def ahead(items: Iterator[Item]) -> Iterator[Item]:
             yield item
 
 
-def deal(lengths: list[int]) -> list[list[int]]:
+def balance_by_tokens(lengths: list[int]) -> list[list[int]]:
     """The places of each rank's samples, in order: at most an equal share, rounded up, and about as many tokens.
 
     The longest go first, each to the rank with the fewest tokens so far that still has room.
     """
-    shares: list[list[int]] = [[] for _ in range(world())]
-    loads = [(0, number) for number in range(world())]
-    room = -(-len(lengths) // world())
+    shares: list[list[int]] = [[] for _ in range(world_size())]
+    loads = [(0, number) for number in range(world_size())]
+    room = -(-len(lengths) // world_size())
     for place in sorted(range(len(lengths)), key=lambda place: -lengths[place]):
         load, number = heapq.heappop(loads)
         shares[number].append(place)

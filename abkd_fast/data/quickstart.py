@@ -18,7 +18,7 @@ WORDS = (
     *("lantern", "market", "needle", "ocean", "pencil", "quartz", "river", "silver", "tunnel", "umbrella", "valley"),
     *("window", "yellow", "zebra", "anchor", "butter", "copper", "dragon", "eagle", "falcon", "guitar"),
 )
-COLOURS = ("red", "green", "blue", "white", "black", "brown", "purple", "orange")
+COLORS = ("red", "green", "blue", "white", "black", "brown", "purple", "orange")
 ANIMALS = {"dog": "barks", "cat": "meows", "cow": "moos", "duck": "quacks", "lion": "roars", "sheep": "bleats"}
 SIZES = {"train": 6000, "small": 600, "dev": 200, "test": 400}
 SEEDS = {"dev": 1, "test": 2}  # of the others: 0
@@ -83,7 +83,7 @@ def _sound(generator: random.Random) -> tuple[str, str, list[str]]:
 
 
 def _describe(generator: random.Random) -> tuple[str, str, list[str]]:
-    word, colour = generator.choice(WORDS), generator.choice(COLOURS)
+    word, colour = generator.choice(WORDS), generator.choice(COLORS)
     wordings = [f"The {word} is {colour}.", f"There is a {colour} {word}.", f"I see a {colour} {word}."]
     return "Write a sentence with the two words.", f"{word}, {colour}", wordings
 

@@ -28,7 +28,7 @@ SAMPLE = datasets.Features(
 ROW = datasets.Features({**SAMPLE, "row": datasets.Value("int64"), "row_length": datasets.Value("int32")})
 
 
-def tokenise(
+def tokenize(
     rows: list[Row], tokenizer: PreTrainedTokenizerBase, max_length: int, max_prompt_length: int | None = None
 ) -> datasets.Dataset:
     """Columns input_ids (prompt, response and the end token), prompt_length, row and row_length; lengths in tokens.

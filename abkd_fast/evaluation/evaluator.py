@@ -24,7 +24,7 @@ from ..console import console
 from ..device import choose_device, choose_dtype
 from ..errors import ConfigError, Interrupted
 from ..files import WRITE_ERRORS, atomic_write, check_writable, locked
-from ..generation.answers import GrowingFile, answer, hash_weights
+from ..generation.answers import GrowingFile, generate, hash_weights
 from ..models import loading, packed
 from . import rouge
 from .test_sets import Protocol, TestSet, read_sets
@@ -70,8 +70,8 @@ class Evaluation:
                 raise ConfigError(f"{name} is {value}, expected at least 1")
         self.device = choose_device(device)
         self.dtype = choose_dtype(dtype, self.device)
-        self.spec = loading.spec_of(model)
-        self.config = loading.read_config(self.spec, "model")
+        self.spec = loading.model_spec(model)
+        self.config = loading.read_hf_config(self.spec, "model")
         self.tokenizer = loading.read_tokenizer(tokenizer or model, "tokenizer" if tokenizer else "model")
         loading.check_vocabularies(self.tokenizer, self.config, None, None)
         self.protocol = protocol
@@ -118,7 +118,7 @@ class Evaluation:
         for line in self._describe():
             console.print(line, markup=False)
         if self._todo():
-            with distributed.held_by_main(locked(self.out)):
+            with distributed.rank0_context(locked(self.out)):
                 self._take_over()  # what another process may have added since
                 self._score_all()
         return self.scores
@@ -156,7 +156,7 @@ class Evaluation:
     def _score(self, model: packed.PackedCausalLM, test: TestSet, seeds: list[int]) -> None:
         """Answers a set with all seeds in one stream, so that the batch is full to the end."""
         scores = self.scores["sets"].setdefault(
-            test.name, {"source": test.source, **test.identity(), **{metric: summarise({}) for metric in METRICS}}
+            test.name, {"source": test.source, **test.identity(), **{metric: summarize({}) for metric in METRICS}}
         )
         self._write()
         with contextlib.ExitStack() as stack:
@@ -166,21 +166,21 @@ class Evaluation:
             def keep(number: int, response: list[int]) -> None:
                 seed, row = todo[number]
                 values = {"prompt": self.tokenizer.decode(test.prompts[row]), "output": test.references[row]}
-                files[seed].add(row, values | rouge.judge(self.tokenizer, response, test.references[row]))
+                files[seed].add(row, values | rouge.score_response(self.tokenizer, response, test.references[row]))
 
             prompts = [test.prompts[row] for _, row in todo]
             numbers = rouge.response_seeds(todo)
-            answer(model, prompts, self.settings, numbers, self.batch_size, keep, f"answers to {test.name}")
+            generate(model, prompts, self.settings, numbers, self.batch_size, keep, f"answers to {test.name}")
         for seed in seeds:
             answers = files[seed].sort()
             for metric in METRICS:
                 values = scores[metric]["seeds"] | {str(seed): _mean(answers, metric)}
-                scores[metric] = summarise(values)
+                scores[metric] = summarize(values)
         self._write()
 
     def _write(self) -> None:
         text = json.dumps(self.scores, indent=2) + "\n"
-        distributed.on_main(functools.partial(atomic_write, self.out / SCORES, text))
+        distributed.run_on_rank0(functools.partial(atomic_write, self.out / SCORES, text))
 
     def table(self) -> Table:
         """The sets of this evaluation, with all seeds that are in their files."""
@@ -222,7 +222,7 @@ def spread(summary: dict) -> str:
     return f"{summary['mean']:.1f}{deviation}"
 
 
-def summarise(seeds: dict[str, float]) -> dict:
+def summarize(seeds: dict[str, float]) -> dict:
     """Mean and sample standard deviation over seeds."""
     values = list(seeds.values())
     return {

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from .runs import Run
 
 # Okabe and Ito's palette, told apart with any colour vision; in grey, the markers do it.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
 MARKERS = "osD^vP*X"
 LINES = ("-", "-.", ":")  # of the first runs, of those that begin with the colours again, …
 STYLE = {
@@ -52,8 +52,8 @@ def rouge_curves(runs: list[Run], stem: pathlib.Path) -> list[pathlib.Path]:
     teacher = next((run for run in runs if any(other.learns_from(run) for other in shown)), None)
     with _figure(1, (4.5, max(2.8, 0.2 * len(shown))), stem) as (panel,):  # as high as the legend
         for index, run in enumerate(shown):
-            turn, place = divmod(index, len(COLOURS))
-            style = {"color": COLOURS[place], "marker": MARKERS[(index + turn) % len(MARKERS)]}
+            turn, place = divmod(index, len(COLORS))
+            style = {"color": COLORS[place], "marker": MARKERS[(index + turn) % len(MARKERS)]}
             style["linestyle"] = LINES[turn % len(LINES)]
             panel.plot(*run.curve("dev", "rouge_l"), **style, label=run.label, clip_on=False)
         if teacher and (values := teacher.curve("dev", "rouge_l")[1]):
@@ -68,16 +68,16 @@ def run_curves(run: Run, stem: pathlib.Path) -> list[pathlib.Path]:
     """One run's loss, speed and memory over its steps."""
     own = "training" if run.config["method"] == "sft" else "training, the method's"
     with _figure(3, (9.0, 2.6), stem) as (loss, speed, memory):
-        loss.plot(*run.curve("train", "loss"), color=COLOURS[0], label=own)
+        loss.plot(*run.curve("train", "loss"), color=COLORS[0], label=own)
         steps, values = run.curve("dev", "loss")
         if steps:
-            loss.plot(steps, values, color=COLOURS[1], marker=MARKERS[0], label="dev, cross-entropy", clip_on=False)
+            loss.plot(steps, values, color=COLORS[1], marker=MARKERS[0], label="dev, cross-entropy", clip_on=False)
         loss.set(ylabel="Loss a token")
         loss.legend()
-        speed.plot(*run.curve("train", "samples_per_second"), color=COLOURS[0])
+        speed.plot(*run.curve("train", "samples_per_second"), color=COLORS[0])
         speed.set(ylabel="Samples a second")
         steps, values = run.curve("train", "peak_memory_bytes")
-        memory.plot(steps, [value / 1e9 for value in values], color=COLOURS[0])
+        memory.plot(steps, [value / 1e9 for value in values], color=COLORS[0])
         memory.set(ylabel="Peak memory (GB)")
         for panel in (loss, speed, memory):
             panel.set(xlabel="Training step")

@@ -62,7 +62,7 @@ def _bare(text: str) -> str:
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
-def judge(tokenizer: PreTrainedTokenizerBase, response: list[int], outputs: list[str]) -> dict:
+def score_response(tokenizer: PreTrainedTokenizerBase, response: list[int], outputs: list[str]) -> dict:
     """A response's text and scores."""
     text = tokenizer.decode(response, skip_special_tokens=True).strip()
     return {

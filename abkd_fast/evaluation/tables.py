@@ -18,7 +18,7 @@ from ..console import format_bytes
 from ..errors import ConfigError
 from ..files import atomic_write
 from . import figures
-from .evaluator import spread, summarise
+from .evaluator import spread, summarize
 from .runs import Run
 from .test_sets import NAMES
 
@@ -143,7 +143,7 @@ def _average(cells: list[dict | None]) -> dict | None:
     seeds = [cell["seeds"] for cell in cells if cell is not None]
     if len(seeds) < len(cells) or any(other.keys() != seeds[0].keys() for other in seeds):
         return None
-    return summarise({seed: statistics.fmean(values[seed] for values in seeds) for seed in seeds[0]})
+    return summarize({seed: statistics.fmean(values[seed] for values in seeds) for seed in seeds[0]})
 
 
 def gain(runs: list[Run]) -> str | None:

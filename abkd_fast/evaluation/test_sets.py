@@ -14,7 +14,7 @@ from ..data import indexed_dataset
 from ..data.rows import DEV, Row, read_rows
 from ..data.tokenize import encode_prompts, references
 from ..errors import ConfigError
-from ..generation.sampling import SamplingSettings
+from ..generation.sampling import SamplingParams
 
 NAMES = {
     "dolly": "Dolly",
@@ -31,7 +31,7 @@ NAMES = {
 class Protocol:
     """How models are asked; the defaults are the papers' for test sets. Raises ConfigError for values out of range."""
 
-    sampling: SamplingSettings = dataclasses.field(default_factory=lambda: SamplingSettings(no_repeat_ngram_size=6))
+    sampling: SamplingParams = dataclasses.field(default_factory=lambda: SamplingParams(no_repeat_ngram_size=6))
     max_prompt_length: int = 256  # the first so many tokens are read
     begin_token: bool = False  # before every prompt; the papers' Llama models got one here, though not in training
 

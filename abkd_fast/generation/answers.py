@@ -31,7 +31,7 @@ from ..files import WRITE_ERRORS, atomic_folder, atomic_write, cache_folder, exc
 from ..models import identity, loading, lora, packed
 from ..signals import StopSignals
 from . import sampling
-from .sampling import SamplingSettings
+from .sampling import SamplingParams
 
 SETTINGS = ("max_new_tokens", "max_length", "min_new_tokens", "temperature", "top_k", "top_p", "no_repeat_ngram_size")
 
@@ -49,11 +49,11 @@ class Generation:
         chosen = {name: getattr(options, name) for name in SETTINGS}
         self.device = choose_device(options.device)
         self.dtype = choose_dtype(options.dtype, self.device)
-        self.config = loading.read_config(self.spec, "model")
+        self.config = loading.read_hf_config(self.spec, "model")
         self.tokenizer = loading.read_tokenizer(options.tokenizer or spec.path, "tokenizer")
         loading.check_vocabularies(self.tokenizer, self.config, None, None)
         self.end = self.tokenizer.eos_token_id
-        self.settings = SamplingSettings(**chosen, eos_token_ids=(self.end,))
+        self.settings = SamplingParams(**chosen, eos_token_ids=(self.end,))
         self.rows = read_rows(options.data, options.rows, prompts_only=True)
         self.prompts = encode_prompts(self.rows, self.tokenizer)
         longest = options.max_prompt_length or math.inf
@@ -85,10 +85,10 @@ class Generation:
         path = self.options.out
         lock = path.with_name(path.name + ".lock")
         busy = f"out: another process is writing {path}: wait for it, or choose another"
-        with contextlib.nullcontext() if self.answers.finished else distributed.held_by_main(exclusive(lock, busy)):
+        with contextlib.nullcontext() if self.answers.finished else distributed.rank0_context(exclusive(lock, busy)):
             self.answers = Answers(path, self.identity)  # with what another process has added meanwhile
             self._answer_all()
-            if distributed.is_main():
+            if distributed.is_rank0():
                 lock.unlink(missing_ok=True)  # nobody writes to a finished file
 
     def _answer_all(self) -> None:
@@ -106,7 +106,7 @@ class Generation:
                 model.check()
                 self._answer(model)
                 answers.finish()
-                self.tokens = distributed.added(self.tokens)
+                self.tokens = distributed.all_reduce_count(self.tokens)
         except WRITE_ERRORS as error:
             raise Interrupted(f"{path} can't be written ({error}): make room") from None
         self.seconds = time.perf_counter() - started
@@ -131,7 +131,7 @@ class Generation:
 
         seeds = [(self.options.seed << 32) + index for index in self.todo]
         prompts = [self.prompts[index] for index in self.todo]
-        answer(model, prompts, self.settings, seeds, self.options.batch_size, keep, "answers")
+        generate(model, prompts, self.settings, seeds, self.options.batch_size, keep, "answers")
 
 
 def _as_row(values: dict, output: str) -> dict:
@@ -148,13 +148,13 @@ def write_stage(config: Config) -> dict:
     """
     folder = config.run.folder
     growing = folder / "answers.jsonl"
-    with distributed.held_by_main(locked(folder)):
+    with distributed.rank0_context(locked(folder)):
         console.print(
             f"[bold]{folder}[/bold]  method {config.method}, by {config.student.adapter or config.student.path}"
         )
         generation = _of_stage(config, growing)
         text = json.dumps(config.to_dict(), indent=2) + "\n"
-        distributed.on_main(functools.partial(atomic_write, folder / "config.json", text))
+        distributed.run_on_rank0(functools.partial(atomic_write, folder / "config.json", text))
         generation.run()
         summary = {
             "method": config.method,
@@ -170,7 +170,7 @@ def write_stage(config: Config) -> dict:
                 shutil.copy(growing, final)
 
         try:
-            distributed.on_main(write)
+            distributed.run_on_rank0(write)
         except WRITE_ERRORS as error:
             raise Interrupted(f"{folder / 'final'} can't be written ({error}): make room") from None
     return summary
@@ -209,15 +209,15 @@ def _of_stage(config: Config, out: pathlib.Path) -> Generation:
 
 def hash_weights(spec: ModelConfig, config: PretrainedConfig) -> dict[str, str]:
     """What identifies a model's weights, those of its adapter included."""
-    adapter = lora.find(spec.adapter, "model") if spec.adapter else None
+    adapter = lora.find_adapter(spec.adapter, "model") if spec.adapter else None
     hash_weights = functools.partial(identity.hash_weights, spec.path, config, cache_folder(), adapter)
-    return distributed.on_main(hash_weights)
+    return distributed.run_on_rank0(hash_weights)
 
 
-def answer(
+def generate(
     model: packed.PackedCausalLM,
     prompts: list[list[int]],
-    settings: SamplingSettings,
+    settings: SamplingParams,
     seeds: list[int],
     batch_size: int,
     keep: Callable[[int, list[int]], None],
@@ -227,7 +227,7 @@ def answer(
 
     Ranks share the prompts. Raises Interrupted after a signal, once the response at hand is kept.
     """
-    numbers = distributed.share(list(range(len(prompts))))
+    numbers = distributed.local_shard(list(range(len(prompts))))
     columns = BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(compact=True), TextColumn(name)
     bar = Progress(*columns, console=console, disable=not console.is_terminal)
     task = bar.add_task(name, total=len(numbers))
@@ -245,7 +245,12 @@ def answer(
     with signals, bar:
         with contextlib.suppress(Interrupted):
             sampling.sample(
-                model, distributed.share(prompts), settings, distributed.share(seeds), batch_size, on_response
+                model,
+                distributed.local_shard(prompts),
+                settings,
+                distributed.local_shard(seeds),
+                batch_size,
+                on_response,
             )
         if stop := signals.of_any_rank():
             raise Interrupted(f"{stop} after {done} of {len(numbers)} {name}, which are kept")
@@ -260,7 +265,7 @@ class GrowingFile:
 
     def __init__(self, path: pathlib.Path) -> None:
         self.path = path
-        self.rows = {values["row"] for values in distributed.on_main(self.read)}
+        self.rows = {values["row"] for values in distributed.run_on_rank0(self.read)}
 
     def _others(self) -> list[pathlib.Path]:
         return list(self.path.parent.glob(f"{glob.escape(self.path.name)}.rank*"))
@@ -278,8 +283,8 @@ class GrowingFile:
         return [*found.values()]
 
     def __enter__(self) -> GrowingFile:
-        distributed.on_main(lambda: self._write(self.read()))
-        own = self.path if distributed.is_main() else self.path.with_name(f"{self.path.name}.rank{distributed.rank()}")
+        distributed.run_on_rank0(lambda: self._write(self.read()))
+        own = self.path if distributed.is_rank0() else self.path.with_name(f"{self.path.name}.rank{distributed.rank()}")
         self.file = own.open("a", encoding="utf-8", buffering=1)
         return self
 
@@ -292,9 +297,9 @@ class GrowingFile:
 
     def sort(self) -> list[dict]:
         """Puts the lines of all ranks into the order of their rows, and returns them."""
-        distributed.meet()  # all have written theirs
-        lines = distributed.on_main(lambda: sorted(self.read(), key=lambda values: values["row"]))
-        distributed.on_main(lambda: self._write(lines))
+        distributed.barrier()  # all have written theirs
+        lines = distributed.run_on_rank0(lambda: sorted(self.read(), key=lambda values: values["row"]))
+        distributed.run_on_rank0(lambda: self._write(lines))
         self.rows = {values["row"] for values in lines}
         return lines
 
@@ -329,7 +334,7 @@ class Answers(GrowingFile):
 
     def _write_record(self, finished: bool) -> None:
         text = json.dumps({**self.identity, "finished": finished}, indent=2) + "\n"
-        distributed.on_main(functools.partial(atomic_write, self.record, text))
+        distributed.run_on_rank0(functools.partial(atomic_write, self.record, text))
 
     def __enter__(self) -> Answers:
         self._write_record(finished=False)

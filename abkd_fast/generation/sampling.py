@@ -26,7 +26,7 @@ PREFILL_TOKENS = 4096  # prompts that enter together have at most so many tokens
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SamplingSettings:
+class SamplingParams:
     """How a next token is chosen, with the meaning and order of transformers' logits processors.
 
     Raises ConfigError for values out of range.
@@ -61,7 +61,7 @@ class SamplingSettings:
 def sample(
     model: PackedCausalLM | PreTrainedModel,
     prompts: list[list[int]],
-    settings: SamplingSettings,
+    settings: SamplingParams,
     seeds: list[int],
     batch_size: int = 32,
     on_response: Callable[[int, list[int]], None] | None = None,
@@ -92,7 +92,7 @@ def sample_mixture(
     teacher: PackedCausalLM | PreTrainedModel,
     teacher_weight: float,
     prompts: list[list[int]],
-    settings: SamplingSettings,
+    settings: SamplingParams,
     seeds: list[int],
     batch_size: int = 32,
     on_response: Callable[[int, list[int]], None] | None = None,
@@ -139,7 +139,7 @@ class _Sequence:
         *prefix, last = self.tokens[end - self.ngram_size : end]
         self.followers[tuple(prefix)].append(last)
 
-    def has_ended(self, settings: SamplingSettings) -> bool:
+    def has_ended(self, settings: SamplingParams) -> bool:
         return self.new_tokens == self.limit or self.tokens[-1] in settings.eos_token_ids
 
     def banned(self) -> list[int]:
@@ -154,7 +154,7 @@ def _run(
     models: list[PackedCausalLM | PreTrainedModel],
     teacher_weight: float,
     prompts: list[list[int]],
-    settings: SamplingSettings,
+    settings: SamplingParams,
     seeds: list[int],
     batch_size: int,
     on_response: Callable[[int, list[int]], None] | None,
@@ -189,7 +189,7 @@ def _run(
     return sequences
 
 
-def _limit(models: list[PackedCausalLM], prompt: list[int], settings: SamplingSettings, index: int) -> int:
+def _limit(models: list[PackedCausalLM], prompt: list[int], settings: SamplingParams, index: int) -> int:
     """How many new tokens a prompt may get."""
     if not prompt:
         raise ConfigError(f"prompt {index} is empty: nothing predicts the first token of the response")
@@ -219,9 +219,7 @@ def _enter(waiting: collections.deque[_Sequence], free: list[int]) -> dict[int, 
     return entering
 
 
-def _advance(
-    sequences: list[_Sequence], logits: list[Tensor], teacher_weight: float, settings: SamplingSettings
-) -> None:
+def _advance(sequences: list[_Sequence], logits: list[Tensor], teacher_weight: float, settings: SamplingParams) -> None:
     """Gives B sequences their next tokens, from logits [B, V], or from those of student and teacher."""
     scores = logits[0]
     if len(logits) > 1:
@@ -237,7 +235,7 @@ def _advance(
         sequence.append(token)
 
 
-def _choose(scores: Tensor, sequences: list[_Sequence], settings: SamplingSettings) -> Tensor:
+def _choose(scores: Tensor, sequences: list[_Sequence], settings: SamplingParams) -> Tensor:
     """The next token of each sequence, [B], from log-probabilities up to a constant [B, V], which it may overwrite."""
     scores = scores[:, : settings.vocabulary]
     for row, sequence in enumerate(sequences):

@@ -1,15 +1,15 @@
 """The training methods, one file each: which loss a student's hidden states get, and on which sequences.
 
-A method is a class with `needs_teacher`, `loss`, and `data_share`: about the share of its steps that trains on the
-data's own responses. An on-policy one has, besides, what GKD in student_text.py has:
+A method is a class with `needs_teacher`, `loss`, and `off_policy_fraction`: about the share of its steps that trains
+on the data's own responses. An on-policy one has, besides, what GKD in gkd.py has:
 
-- `sequences(step, progress, samples, rollouts)`: the samples that a step trains on, given those of the data. `step`
+- `select_batch(step, progress, samples, rollouts)`: the samples that a step trains on, given those of the data. `step`
   counts from 0; `progress` is the share of all steps that is done after this one.
-- `writers`: the models that write, "student" or also "teacher"; `responses_at_once`: how many responses at most.
-- `evaluated` hears of every dev loss, that before the first step included.
-- `numbers` go to the log, and `state_dict`, which JSON can hold, into checkpoints.
+- `generators`: the models that write, "student" or also "teacher"; `max_concurrent_responses`: how many at most.
+- `on_eval` hears of every dev loss, that before the first step included.
+- `metrics` go to the log, and `state_dict`, which JSON can hold, into checkpoints.
 
-It may have `check_rows`, which refuses data of too few rows, and `text_loss`, which is like `loss` and replaces the
+It may have `check_rows`, which refuses data of too few rows, and `pretrain_loss`, which is like `loss` and replaces the
 cross-entropy of plain text. The trainer knows no method by name.
 """
 

@@ -17,17 +17,17 @@ class DistiLLM(WordLevelKD):
     The paper's losses are the skew divergences, sfkl:0.1 and srkl:0.1.
     """
 
-    writers = ("student",)
+    generators = ("student",)
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
-        settings, self.responses_at_once = config.on_policy, config.train.batch_size
+        settings, self.max_concurrent_responses = config.on_policy, config.train.batch_size
         self.threshold, self.margin, self.schedule = settings.threshold, settings.loss_margin, settings.schedule
-        self.data_share = 1 - self.threshold  # at first
+        self.off_policy_fraction = 1 - self.threshold  # at first
         self.reference_loss: float | None = None
         self.buffer = ReplayBuffer(settings.replay_rows, config.run.seed)
 
-    def sequences(self, step: int, progress: float, samples: list[dict], rollouts: Rollouts) -> list[dict]:
+    def select_batch(self, step: int, progress: float, samples: list[dict], rollouts: Rollouts) -> list[dict]:
         new_share = {"decreasing": 1 - progress, "constant": 0.5, "increasing": progress}[self.schedule]
         coin = self.buffer.coin()
         if coin >= self.threshold:
@@ -38,7 +38,7 @@ class DistiLLM(WordLevelKD):
         self.buffer.add(written)
         return written
 
-    def evaluated(self, dev_loss: float) -> None:
+    def on_eval(self, dev_loss: float) -> None:
         """The threshold grows where the loss has risen by the margin since it last grew, or since before step 1."""
         if self.reference_loss is None:
             self.reference_loss = dev_loss
@@ -46,7 +46,7 @@ class DistiLLM(WordLevelKD):
             self.threshold = min(1.0, self.threshold + GROWTH)
             self.reference_loss = dev_loss
 
-    def numbers(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         return {"threshold": self.threshold}
 
     def state_dict(self) -> dict:

@@ -15,18 +15,18 @@ class GKD(WordLevelKD):
     batch of it; with on_policy.replay_rows = 0 it trains on the new ones, as the paper has it.
     """
 
-    writers = ("student",)
+    generators = ("student",)
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
-        self.fraction, self.responses_at_once = config.on_policy.fraction, config.train.batch_size
+        self.fraction, self.max_concurrent_responses = config.on_policy.fraction, config.train.batch_size
         self.buffer = ReplayBuffer(config.on_policy.replay_rows, config.run.seed)
 
     @property
-    def data_share(self) -> float:
+    def off_policy_fraction(self) -> float:
         return 1 - self.fraction
 
-    def sequences(self, step: int, progress: float, samples: list[dict], rollouts: Rollouts) -> list[dict]:
+    def select_batch(self, step: int, progress: float, samples: list[dict], rollouts: Rollouts) -> list[dict]:
         if self.buffer.coin() >= self.fraction:
             return samples
         written = rollouts.write(samples, step)
@@ -35,10 +35,10 @@ class GKD(WordLevelKD):
         self.buffer.add(written)
         return self.buffer.draw(len(samples))
 
-    def evaluated(self, dev_loss: float) -> None:
+    def on_eval(self, dev_loss: float) -> None:
         """Nothing depends on it."""
 
-    def numbers(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         return {}
 
     def state_dict(self) -> dict:

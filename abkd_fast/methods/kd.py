@@ -8,19 +8,19 @@ from ..config.schema import Config
 from ..data.batches import Batch
 from ..losses.divergences import parse
 from ..losses.fused_linear import fused_linear_divergence
-from ..teacher.teacher import TeacherStates
+from ..teacher.teacher import LinearHead
 
 
 class WordLevelKD:
     needs_teacher = True
-    data_share = 1.0
+    off_policy_fraction = 1.0
 
     def __init__(self, config: Config) -> None:
         self.divergence = parse(config.loss)
         self.temperature = config.temperature
         self.hard_weight = config.hard_weight
 
-    def loss(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, batch: Batch, teacher: TeacherStates) -> Tensor:
+    def loss(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, batch: Batch, teacher: LinearHead) -> Tensor:
         """The summed loss of the response tokens, from their hidden states [N, H]."""
         return fused_linear_divergence(
             hidden,

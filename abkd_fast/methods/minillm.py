@@ -12,12 +12,12 @@ from torch import Tensor
 
 from .. import distributed
 from ..config.schema import Config
-from ..data.batches import Batch, batch_rows
+from ..data.batches import Batch, shuffled_batches
 from ..errors import ConfigError
 from ..losses.divergences import ForwardKL
 from ..losses.fused_linear import fused_linear_divergence, fused_linear_policy_gradient
 from ..losses.row_ops import is_clipped
-from ..teacher.teacher import TeacherStates
+from ..teacher.teacher import LinearHead
 from .rollouts import Rollouts
 
 # Rewards, importance weights and what is trained are the same probabilities, those that are sampled from.
@@ -48,13 +48,13 @@ class MiniLLM:
     """
 
     needs_teacher = True
-    data_share = 0.0
-    writers = ("student", "teacher")
+    off_policy_fraction = 0.0
+    generators = ("student", "teacher")
 
     def __init__(self, config: Config) -> None:
         """Raises ConfigError for rollouts that give no minibatch, and where another loss or sampling is asked for."""
         self.settings, self.batch_size, self.seed = config.minillm, config.train.batch_size, config.run.seed
-        self.responses_at_once = self.settings.rollouts
+        self.max_concurrent_responses = self.settings.rollouts
         if self.settings.rollouts < self.batch_size:
             raise ConfigError(
                 f"minillm.rollouts is {self.settings.rollouts}, but a step takes train.batch_size = {self.batch_size} "
@@ -80,7 +80,7 @@ class MiniLLM:
                 f"minillm.rollouts is {self.settings.rollouts}, but data.train has {rows} rows that fit; lower it"
             )
 
-    def sequences(self, step: int, progress: float, samples: list[dict], rollouts: Rollouts) -> list[dict]:
+    def select_batch(self, step: int, progress: float, samples: list[dict], rollouts: Rollouts) -> list[dict]:
         """The minibatch of a step, counted from 0, with its advantages; the first of a round generates."""
         minibatches = self.settings.rollouts // self.batch_size
         epoch, place = divmod(step, minibatches)
@@ -89,7 +89,7 @@ class MiniLLM:
             prompts = rollouts.prompts(self.settings.rollouts, turn)
             written = rollouts.write_mixed(prompts, step, self.settings.teacher_weight)
             self.rollouts = [self._scored(rollout) for rollout in written]
-        rows = batch_rows(self.settings.rollouts, self.batch_size, self.seed, epoch)[place]
+        rows = shuffled_batches(self.settings.rollouts, self.batch_size, self.seed, epoch)[place]
         batch = [self.rollouts[row] for row in rows]
         returns = np.concatenate([sample["returns"] for sample in batch])
         mean, deviation = returns.mean(), math.sqrt(returns.var() + 1e-8)
@@ -116,7 +116,7 @@ class MiniLLM:
         kept = {name: value for name, value in rollout.items() if not name.endswith("_log_probs")}
         return {**kept, "log_probs": log_probs, "returns": returns, "reward": sum(rewards)}
 
-    def loss(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, batch: Batch, teacher: TeacherStates) -> Tensor:
+    def loss(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, batch: Batch, teacher: LinearHead) -> Tensor:
         """The summed loss of the response tokens, from their hidden states [N, H]."""
         advantages, log_probs = (
             torch.tensor([x for sample in batch.samples for x in sample[name]], dtype=torch.float64).to(
@@ -141,8 +141,8 @@ class MiniLLM:
         self.sums = self.sums.to(hidden.device) + torch.where(total.detach().isfinite(), counted, 0.0)
         return total
 
-    def text_loss(
-        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, batch: Batch, teacher: TeacherStates
+    def pretrain_loss(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, batch: Batch, teacher: LinearHead
     ) -> Tensor:
         """(1 - text_kd) cross-entropy + text_kd KL(p, q), summed over the labels of plain text."""
         return fused_linear_divergence(
@@ -158,12 +158,12 @@ class MiniLLM:
             reduction="sum",
         )
 
-    def evaluated(self, dev_loss: float) -> None:
+    def on_eval(self, dev_loss: float) -> None:
         """Nothing depends on it here."""
 
-    def numbers(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         """Means over the tokens trained on since the last call."""
-        sums = distributed.summed(self.sums)
+        sums = distributed.all_reduce_sum(self.sums)
         divergence, clipped, _ = (sums / sums[2].clamp(min=1)).tolist()
         numbers = {"reward": self.reward / self.tokens, "reverse_kl": divergence, "clip_share": clipped}
         self._clear()
@@ -176,10 +176,10 @@ class MiniLLM:
         """
         made_again = ("states", "advantages")
         rollouts = [{name: x for name, x in rollout.items() if name not in made_again} for rollout in self.rollouts]
-        sums = distributed.summed(self.sums.clone()).tolist()
+        sums = distributed.all_reduce_sum(self.sums.clone()).tolist()
         return {"rollouts": rollouts, "tokens": self.tokens, "reward": self.reward, "sums": sums}
 
     def load_state_dict(self, state: dict) -> None:
         self.rollouts, self.tokens, self.reward = state["rollouts"], state["tokens"], state["reward"]
-        if distributed.is_main():  # they are those of all ranks
+        if distributed.is_rank0():  # they are those of all ranks
             self.sums = torch.tensor(state["sums"], dtype=torch.float64)

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from .. import distributed
 from ..config.schema import Config
 from ..data.batches import step_samples
-from ..generation.sampling import SamplingSettings, sample, sample_mixture
+from ..generation.sampling import SamplingParams, sample, sample_mixture
 from ..losses.row_ops import shared_vocabulary
 from ..models.packed import PackedCausalLM
 
@@ -37,7 +37,7 @@ class Rollouts:
         self.config, self.train_set = config, train_set
         self.student, self.teacher, self.precision = student, teacher, precision
         sampling = config.sampling
-        self.settings = SamplingSettings(
+        self.settings = SamplingParams(
             max_new_tokens=sampling.max_new_tokens,
             max_length=config.data.max_length,
             temperature=sampling.temperature,
@@ -56,8 +56,8 @@ class Rollouts:
     def write(self, samples: list[dict], step: int) -> list[dict]:
         """The samples with responses by the student."""
         arguments, started = self._arguments(samples, step), self._now()
-        with self.precision(), distributed.whole(self.student):
-            responses = distributed.joined(sample(self.student, *arguments))
+        with self.precision(), distributed.unsharded(self.student):
+            responses = distributed.gather_shards(sample(self.student, *arguments))
         return self._with_responses(samples, responses, started)
 
     def write_mixed(self, samples: list[dict], step: int, teacher_weight: float) -> list[dict]:
@@ -66,8 +66,8 @@ class Rollouts:
         "student_log_probs" and "teacher_log_probs" are lists of each model's own, of the tokens of the response.
         """
         arguments, started = self._arguments(samples, step), self._now()
-        with self.precision(), distributed.whole(self.student, self.teacher):
-            written = distributed.joined(sample_mixture(self.student, self.teacher, teacher_weight, *arguments))
+        with self.precision(), distributed.unsharded(self.student, self.teacher):
+            written = distributed.gather_shards(sample_mixture(self.student, self.teacher, teacher_weight, *arguments))
         responses, *log_probs = zip(*written, strict=True)
         rollouts = self._with_responses(samples, responses, started)
         return [
@@ -75,7 +75,7 @@ class Rollouts:
             for rollout, student, teacher in zip(rollouts, *log_probs, strict=True)
         ]
 
-    def numbers(self, steps: int) -> dict[str, float]:
+    def metrics(self, steps: int) -> dict[str, float]:
         """For the log: what was generated since the last call, and the share of the `steps` since then that did it."""
         counts, self.counts = self.counts, _nothing()
         numbers = {"generating_share": counts["calls"] / steps}
@@ -84,12 +84,17 @@ class Rollouts:
             numbers["generated_length"] = counts["tokens"] / counts["sequences"]
         return numbers
 
-    def _arguments(self, samples: list[dict], step: int) -> tuple[list[list[int]], SamplingSettings, list[int], int]:
+    def _arguments(self, samples: list[dict], step: int) -> tuple[list[list[int]], SamplingParams, list[int], int]:
         """Of sampling this rank's share of the responses."""
         prompts = [_prompt(sample) for sample in samples]
         first = (self.config.run.seed << 40) + (step << 20)
         seeds = [first + place for place in range(len(samples))]
-        return distributed.share(prompts), self.settings, distributed.share(seeds), self.config.sampling.batch_size
+        return (
+            distributed.local_shard(prompts),
+            self.settings,
+            distributed.local_shard(seeds),
+            self.config.sampling.batch_size,
+        )
 
     def _now(self) -> float:
         """The time, once the device has done what it was given before: none of that is generation."""

@@ -16,7 +16,7 @@ def cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, batch: Ba
 
 class SupervisedFineTuning:
     needs_teacher = False
-    data_share = 1.0
+    off_policy_fraction = 1.0
     loss = staticmethod(cross_entropy)
 
     def __init__(self, config: Config) -> None:

@@ -73,7 +73,7 @@ def _check_weights(folder: pathlib.Path, key: str) -> None:
         raise ConfigError(f"{key}: {folder} lacks {len(missing)} files of its index, the first: {missing[0]}")
 
 
-def spec_of(path: str) -> ModelConfig:
+def model_spec(path: str) -> ModelConfig:
     """A model to read from: a folder or Hub name, or the folder of a LoRA adapter, merged into its own base."""
     settings = pathlib.Path(path, lora.SETTINGS)
     if not settings.exists():
@@ -85,7 +85,7 @@ def spec_of(path: str) -> ModelConfig:
         raise ConfigError(f"model: {settings} names no base model: the adapter can't be used alone") from None
 
 
-def read_config(spec: ModelConfig, key: str) -> PretrainedConfig:
+def read_hf_config(spec: ModelConfig, key: str) -> PretrainedConfig:
     """A model's configuration, without its weights.
 
     Raises ConfigError where there is none, and where the model's adapter doesn't fit it.
@@ -96,7 +96,7 @@ def read_config(spec: ModelConfig, key: str) -> PretrainedConfig:
             config = AutoConfig.from_pretrained(spec.path)
         else:
             config = AutoConfig.for_model(**spec.config)
-        model = outline(config)  # whether its numbers fit together
+        model = meta_model(config)  # whether its numbers fit together
     except ConfigError:
         raise
     except Exception as error:  # transformers checks with many kinds of errors
@@ -109,11 +109,11 @@ def read_config(spec: ModelConfig, key: str) -> PretrainedConfig:
             if hasattr(config, name):
                 setattr(config, name, spec.dropout)
     if spec.has_adapter:
-        lora.check(model, spec, key)
+        lora.check_adapter(model, spec, key)
     return config
 
 
-def outline(config: PretrainedConfig) -> PreTrainedModel:
+def meta_model(config: PretrainedConfig) -> PreTrainedModel:
     """The model without memory for its weights: shapes alone."""
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config)
@@ -123,7 +123,7 @@ def adapter_size(spec: ModelConfig, config: PretrainedConfig, key: str) -> int |
     """How many weights a model's adapter has; None where it has no adapter."""
     if not spec.has_adapter:
         return None
-    return sum(tensor.numel() for tensor in lora.outline(outline(config), spec, key).values())
+    return sum(tensor.numel() for tensor in lora.meta_adapter(meta_model(config), spec, key).values())
 
 
 def describe(model: nn.Module) -> str:
@@ -231,13 +231,13 @@ def load(
             names = f"{missing[0]} and {len(missing) - 1} others" if missing[1:] else missing[0]
             raise ConfigError(f"{key}.path: {spec.path}: its weights don't fit its config.json: no {names}")
         if merges:
-            model = lora.merge(model, spec, key, dtype)
+            model = lora.merge_adapter(model, spec, key, dtype)
         if not in_parts:
             # Out of the mapped file: its alignment, other in every file, may change the last bit of a matrix product.
             for parameter in model.parameters():
                 parameter.data = parameter.data.clone()
         if key == "student" and spec.has_adapter:
-            model = lora.attach(model, spec, key)
+            model = lora.attach_adapter(model, spec, key)
     fuse_activations(model)
     return PackedCausalLM(model if in_parts else model.to(device), key)
 

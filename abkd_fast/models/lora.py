@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # peft takes a second or two to import, and most runs need no
 SETTINGS = "adapter_config.json"
 
 
-def find(adapter: str, key: str) -> pathlib.Path:
+def find_adapter(adapter: str, key: str) -> pathlib.Path:
     """An adapter's folder; one from the Hub is downloaded. Raises ConfigError where there is none."""
     folder = pathlib.Path(adapter)
     if not folder.is_dir():
@@ -41,7 +41,7 @@ def find(adapter: str, key: str) -> pathlib.Path:
     return folder
 
 
-def check(model: PreTrainedModel, spec: ModelConfig, key: str) -> None:
+def check_adapter(model: PreTrainedModel, spec: ModelConfig, key: str) -> None:
     """Raises ConfigError unless the adapter fits the model, given as an outline; the outline is changed.
 
     An adapter of the output projection is refused: losses read that as one matrix, which stays frozen.
@@ -54,8 +54,10 @@ def check(model: PreTrainedModel, spec: ModelConfig, key: str) -> None:
     if spec.lora is not None:
         _check_targets(model, spec, key)
     try:
-        ours = outline(model, spec, key)
-        theirs = ours if spec.adapter is None else peft.load_peft_weights(str(find(spec.adapter, key)), device="cpu")
+        ours = meta_adapter(model, spec, key)
+        theirs = (
+            ours if spec.adapter is None else peft.load_peft_weights(str(find_adapter(spec.adapter, key)), device="cpu")
+        )
     except ConfigError:
         raise
     except Exception as error:  # of many kinds: broken or foreign files, names of modules that aren't there
@@ -69,7 +71,7 @@ def check(model: PreTrainedModel, spec: ModelConfig, key: str) -> None:
             raise ConfigError(f"{source} doesn't fit {key}.path: {spec.path}: {name} is {there} there, {here} here")
 
 
-def outline(model: PreTrainedModel, spec: ModelConfig, key: str) -> dict[str, Tensor]:
+def meta_adapter(model: PreTrainedModel, spec: ModelConfig, key: str) -> dict[str, Tensor]:
     """An adapter's tensors by name, without memory, from the outline of its model, which is changed.
 
     Raises ConfigError for an adapter of another kind, and what peft raises.
@@ -97,7 +99,7 @@ def _settings(model: PreTrainedModel, spec: ModelConfig, key: str) -> peft.PeftC
     import peft
 
     if spec.adapter is not None:
-        settings = peft.PeftConfig.from_pretrained(str(find(spec.adapter, key)))
+        settings = peft.PeftConfig.from_pretrained(str(find_adapter(spec.adapter, key)))
         if spec.dropout is not None:
             settings.lora_dropout = spec.dropout
         return settings
@@ -111,7 +113,7 @@ def _settings(model: PreTrainedModel, spec: ModelConfig, key: str) -> peft.PeftC
     )
 
 
-def attach(model: PreTrainedModel, spec: ModelConfig, key: str) -> peft.PeftModel:
+def attach_adapter(model: PreTrainedModel, spec: ModelConfig, key: str) -> peft.PeftModel:
     """The frozen model with its adapter, which is trained, in at least float32."""
     import peft
     from peft.tuners.lora import LoraLayer
@@ -119,7 +121,7 @@ def attach(model: PreTrainedModel, spec: ModelConfig, key: str) -> peft.PeftMode
     if spec.lora is not None:
         adapted = peft.get_peft_model(model, _settings(model, spec, key))
     else:
-        folder, settings = str(find(spec.adapter, key)), _settings(model, spec, key)
+        folder, settings = str(find_adapter(spec.adapter, key)), _settings(model, spec, key)
         adapted = peft.PeftModel.from_pretrained(model, folder, config=settings, is_trainable=True)
     settings = adapted.peft_config["default"]
     base = os.path.abspath(spec.path) if os.path.isdir(spec.path) else spec.path
@@ -134,12 +136,12 @@ def attach(model: PreTrainedModel, spec: ModelConfig, key: str) -> peft.PeftMode
     return adapted
 
 
-def merge(model: PreTrainedModel, spec: ModelConfig, key: str, dtype: torch.dtype) -> PreTrainedModel:
+def merge_adapter(model: PreTrainedModel, spec: ModelConfig, key: str, dtype: torch.dtype) -> PreTrainedModel:
     """The model with the adapter's product added to its weights, which come in float32 and leave in `dtype`."""
     import peft
 
     try:
-        adapted = peft.PeftModel.from_pretrained(model, str(find(spec.adapter, key)))
+        adapted = peft.PeftModel.from_pretrained(model, str(find_adapter(spec.adapter, key)))
         merged = adapted.merge_and_unload(safe_merge=True)
     except ValueError as error:  # what isn't finite
         raise ConfigError(f"{key}.adapter: {spec.adapter} can't be merged ({first_line(error)})") from None

@@ -53,15 +53,15 @@ class TeacherCache:
         self.dataset, self.samples, self.device, self.dtype = dataset, samples, device, dtype
         self.max_tokens = config.train.max_tokens
         self.layout = store.Layout(dataset)
-        self.width = loading.outline(teacher).get_output_embeddings().weight.shape[1]
+        self.width = loading.meta_model(teacher).get_output_embeddings().weight.shape[1]
         self.bytes = self.layout.rows * self.width * dtype.itemsize
         if self.mode == "off":
             return
         weights = None  # random ones are known only once they are drawn
         if self.spec.path is not None:
-            adapter = None if self.spec.adapter is None else lora.find(self.spec.adapter, "teacher")
+            adapter = None if self.spec.adapter is None else lora.find_adapter(self.spec.adapter, "teacher")
             hashes = functools.partial(hash_weights, self.spec.path, teacher, self.root, adapter)
-            weights = distributed.on_main(hashes)
+            weights = distributed.run_on_rank0(hashes)
         self._identify(weights)
         problem = self.file.problem()
         if self.mode == "disk" and problem and not self.file.is_recorded:
@@ -75,7 +75,7 @@ class TeacherCache:
             "dtype": str(self.dtype),
             "device": self.device.type,
         }
-        self.file = store.StateFile(self.root, identity, self.layout, self.width, self.dtype)
+        self.file = store.HiddenStateStore(self.root, identity, self.layout, self.width, self.dtype)
 
     @property
     def passes(self) -> float:
@@ -122,15 +122,15 @@ class TeacherCache:
 
         Raises ConfigError where what the mode asks for can't be had.
         """
-        least = -distributed.largest(-free_memory(self.device))  # all ranks have to choose the same
+        least = -distributed.all_reduce_max(-free_memory(self.device))  # all ranks have to choose the same
         choose = functools.partial(self.choose, max(0, least - reserved))
-        on_disk, in_memory, reason = distributed.on_main(choose)
+        on_disk, in_memory, reason = distributed.run_on_rank0(choose)
         if not on_disk and not in_memory:
             return Teacher(load(), f"runs in every step ({reason})")
         model = None
         if self.spec.path is None:
             model = load()
-            weights = {name: distributed.joined_tensor(tensor) for name, tensor in model.state_dict().items()}
+            weights = {name: distributed.full_tensor(tensor) for name, tensor in model.state_dict().items()}
             self._identify(hash_tensors(weights))
         builder = _Builder(self, load, model, precision)
         if on_disk:
@@ -145,18 +145,20 @@ class TeacherCache:
         rows = torch.zeros(self.layout.rows, self.width, dtype=self.dtype, device=self.device)
         for number, block, _ in builder.blocks(range(len(self.layout.blocks))):
             rows[self.layout.block(number)] = block
-        distributed.summed(rows)  # each has those of one rank, and zeros of the others
+        distributed.all_reduce_sum(rows)  # each has those of one rank, and zeros of the others
         where = f"in memory, not kept ({reason})"
         return self._cached(builder, rows, builder.head(), where, builder.seconds)
 
     def _from_file(self, builder: _Builder, in_memory: bool) -> CachedTeacher:
-        with distributed.held_by_main(self.file.locked()):
+        with distributed.rank0_context(self.file.locked()):
             started = time.perf_counter()
-            missing, is_whole = distributed.on_main(lambda: (self.file.missing(), self.file.read_head() is not None))
+            missing, is_whole = distributed.run_on_rank0(
+                lambda: (self.file.missing(), self.file.read_head() is not None)
+            )
             checked = time.perf_counter() - started
             if missing or not is_whole:
-                distributed.on_main(self.file.reserve)
-                distributed.on_main(functools.partial(self.file.write_head, *builder.head()))
+                distributed.run_on_rank0(self.file.reserve)
+                distributed.run_on_rank0(functools.partial(self.file.write_head, *builder.head()))
                 self._fill(builder, missing)
             self.file.read_index()  # what the main process has written
             head = self.file.read_head()
@@ -177,9 +179,9 @@ class TeacherCache:
                 (number, self.file.write(number, rows), seconds) for number, rows, seconds in itertools.islice(mine, 1)
             ]
 
-        for _ in range(0, len(missing), distributed.world()):
-            written = list(itertools.chain(*distributed.everywhere(write_next)))
-            distributed.on_main(functools.partial(self.file.record, written))
+        for _ in range(0, len(missing), distributed.world_size()):
+            written = list(itertools.chain(*distributed.run_on_all_ranks(write_next)))
+            distributed.run_on_rank0(functools.partial(self.file.record, written))
 
     def _cached(
         self, builder: _Builder, rows: Tensor, head: tuple[Tensor, Tensor | None], where: str, seconds: float
@@ -213,7 +215,7 @@ class _Builder:
         return self.loaded
 
     def head(self) -> tuple[Tensor, Tensor | None]:
-        distributed.join_root(self.model())
+        distributed.unshard_root(self.model())
         return self.model().head.weight, self.model().head.bias
 
     def blocks(self, numbers: list[int] | range) -> Iterator[tuple[int, Tensor, float]]:
@@ -226,7 +228,7 @@ class _Builder:
             )
         columns = BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(compact=True), TextColumn("teacher's states")
         with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-            for first in bar.track(range(0, len(numbers), distributed.world())):
+            for first in bar.track(range(0, len(numbers), distributed.world_size())):
                 started = time.perf_counter()
                 place = first + distributed.rank()
                 number = numbers[min(place, len(numbers) - 1)]
@@ -235,7 +237,7 @@ class _Builder:
                 with self.precision():
                     parts = [teacher.states(batch.to(owner.device)).hidden for batch in batches]
                     if distributed.is_sharded(teacher.model):  # no rank computes without the others
-                        for _ in range(int(distributed.largest(len(batches))) - len(batches)):
+                        for _ in range(int(distributed.all_reduce_max(len(batches))) - len(batches)):
                             teacher.states(batches[-1].to(owner.device))
                 if place >= len(numbers):
                     return

@@ -85,7 +85,7 @@ def hash_samples(dataset: datasets.Dataset) -> str:
     return digest.hexdigest()
 
 
-class StateFile:
+class HiddenStateStore:
     """Rows [layout.rows, width] of one teacher, in the folder that `identity` names."""
 
     def __init__(self, root: pathlib.Path, identity: dict, layout: Layout, width: int, dtype: torch.dtype) -> None:

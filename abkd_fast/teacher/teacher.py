@@ -14,7 +14,7 @@ from . import store
 
 
 @dataclasses.dataclass(frozen=True)
-class TeacherStates:
+class LinearHead:
     """All that a divergence needs of a teacher for one batch: logits = hidden weight^T + bias."""
 
     hidden: Tensor  # [N, H]
@@ -30,7 +30,7 @@ class Teacher:
         self.note = note
 
     @torch.no_grad()
-    def states(self, batch: Batch) -> TeacherStates:
+    def states(self, batch: Batch) -> LinearHead:
         """The response tokens' states. On a processor each sample's are the same bits in any company.
 
         Matrix products and vector loops may round differently with the number of rows (Llama's do); alone, a sample
@@ -40,7 +40,7 @@ class Teacher:
         alone = head.weight.device.type == "cpu" and not distributed.is_sharded(self.model)
         batches = [pack([sample], batch.tokens)[0] for sample in batch.samples] if alone else [batch]
         hidden = torch.cat([self.model(part, _hidden) for part in batches])
-        return TeacherStates(hidden.to(head.weight.dtype), head.weight, head.bias)
+        return LinearHead(hidden.to(head.weight.dtype), head.weight, head.bias)
 
 
 def _hidden(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -62,11 +62,11 @@ class CachedTeacher:
 
     def saved(self, samples: int) -> float:
         """About how many seconds a run has saved that has seen so many samples; below 0 where building took longer."""
-        return self.pass_seconds / distributed.world() * samples / len(self.layout.starts) - self.build_seconds
+        return self.pass_seconds / distributed.world_size() * samples / len(self.layout.starts) - self.build_seconds
 
-    def states(self, batch: Batch) -> TeacherStates:
+    def states(self, batch: Batch) -> LinearHead:
         hidden = torch.cat([self.rows[self.layout.sample(sample["index"])] for sample in batch.samples])
-        return TeacherStates(self._on_device(hidden), self.weight, self.bias)
+        return LinearHead(self._on_device(hidden), self.weight, self.bias)
 
     def rows_of(self, sample: dict) -> Tensor:
         """The states [n, H] of one sample's response."""
@@ -90,16 +90,16 @@ class OnPolicyTeacher:
         cached = isinstance(self.data, CachedTeacher)
         return [sample for sample in samples if "states" not in sample and not (cached and "index" in sample)]
 
-    def states(self, batch: Batch) -> TeacherStates:
+    def states(self, batch: Batch) -> LinearHead:
         fresh = self.unknown(batch.samples)
-        if distributed.is_sharded(self.live.model) and distributed.largest(len(fresh)):
+        if distributed.is_sharded(self.live.model) and distributed.all_reduce_max(len(fresh)):
             fresh = fresh or batch.samples  # no rank computes without the others
         if fresh:
             part = pack(fresh, batch.tokens)[0].to(batch.input_ids.device)
             counts = [len(sample["input_ids"]) - sample["prompt_length"] for sample in fresh]
             for sample, rows in zip(fresh, self.live.states(part).hidden.split(counts), strict=True):
                 sample["states"] = rows.clone()  # a view would keep those of the whole batch alive
-        distributed.join_root(self.live.model)
+        distributed.unshard_root(self.live.model)
         hidden = [sample["states"] if "states" in sample else self.data.rows_of(sample) for sample in batch.samples]
         head = self.live.model.head
-        return TeacherStates(torch.cat(hidden), head.weight, head.bias)
+        return LinearHead(torch.cat(hidden), head.weight, head.bias)

@@ -104,7 +104,7 @@ def load(folder: pathlib.Path) -> tuple[dict[str, Tensor], dict]:
 
 def by_rank(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Every rank's tensors of these names, for one file. All ranks have to call this together."""
-    own = enumerate(distributed.gathered(tensors))
+    own = enumerate(distributed.all_gather_object(tensors))
     return {f"{rank}.{name}": tensor for rank, tensors in own for name, tensor in tensors.items()}
 
 

@@ -43,7 +43,7 @@ AT_ONCE = StagingOptions(
 Tensors = dict[str, Tensor]
 
 
-class Saver:
+class CheckpointWriter:
     """Writes a run's checkpoints, one at a time, and its result. All ranks have to call its methods together.
 
     Left, it waits for the checkpoint that is being written.
@@ -63,7 +63,7 @@ class Saver:
         self.thread = ThreadPoolExecutor(1, "checkpoint", choose)
         self.writing: Future | None = None
 
-    def __enter__(self) -> Saver:
+    def __enter__(self) -> CheckpointWriter:
         return self
 
     def __exit__(self, *error: types.TracebackType | None) -> None:
@@ -78,7 +78,7 @@ class Saver:
             first: what the main process does before.
         """
         copies, text = {}, json.dumps(state) + "\n"
-        if self.group or distributed.is_main():
+        if self.group or distributed.is_rank0():
             values = {MODEL: self.model.weights(), OPTIMIZER: optimizer_tensors(self.optimizer, self.model)}
             copies = _copied({**values, TENSORS: tensors})
 
@@ -97,7 +97,7 @@ class Saver:
     def conclude(self) -> None:
         """Waits for the checkpoint that is being written. Raises one of WRITE_ERRORS."""
         writing, self.writing = self.writing, None
-        distributed.everywhere(writing.result)
+        distributed.run_on_all_ranks(writing.result)
 
     def save_model(self, folder: pathlib.Path) -> None:
         """Writes the model, with its tokenizer, into a new folder. Raises one of WRITE_ERRORS."""
@@ -107,13 +107,13 @@ class Saver:
                 write_model(temporary)
 
         parts = self._empty_parts(folder)
-        distributed.everywhere(lambda: self._write(parts, {MODEL: self.model.weights()}, save))
+        distributed.run_on_all_ranks(lambda: self._write(parts, {MODEL: self.model.weights()}, save))
 
     def _empty_parts(self, target: pathlib.Path) -> pathlib.Path:
         """Where ranks put their parts of what is going to be in the target; nothing that others left is there."""
         parts = target.with_name(target.name + ".parts.tmp")
         if self.group:
-            distributed.on_main(lambda: shutil.rmtree(parts) if parts.exists() else None)
+            distributed.run_on_rank0(lambda: shutil.rmtree(parts) if parts.exists() else None)
         return parts
 
     def _write(
@@ -123,10 +123,10 @@ class Saver:
         try:
             if self.group:
                 self._write_parts(parts, tensors)
-            if distributed.is_main():
+            if distributed.is_rank0():
                 save(functools.partial(self._write_joined if self.group else self._write_whole, parts, tensors))
         finally:
-            if distributed.is_main():
+            if distributed.is_rank0():
                 shutil.rmtree(parts, ignore_errors=True)
 
     def _write_parts(self, parts: pathlib.Path, tensors: dict[str, Tensors]) -> None:
@@ -181,7 +181,7 @@ def _files(tensors: Tensors) -> dict[str, int]:
     """In which of its files, counted from 1, a rank puts its part of each tensor."""
     files, total = {}, 0
     for name, tensor in tensors.items():
-        files[name] = 1 + total // (FILE_BYTES * distributed.world())
+        files[name] = 1 + total // (FILE_BYTES * distributed.world_size())
         total += tensor.nbytes
     return files
 

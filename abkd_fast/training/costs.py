@@ -46,7 +46,7 @@ class ModelCost:
     """Sizes of one model that its work and memory depend on. Mixtures of experts count with all experts."""
 
     def __init__(self, config: PretrainedConfig) -> None:
-        outline = loading.outline(config)
+        outline = loading.meta_model(config)
         head = outline.get_output_embeddings().weight
         body = outline.base_model
         embeddings = [m.weight for m in body.modules() if isinstance(m, nn.Embedding)]

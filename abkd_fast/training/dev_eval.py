@@ -13,8 +13,8 @@ from ..config.schema import Config
 from ..data.rows import Row
 from ..data.tokenize import references
 from ..errors import Interrupted
-from ..evaluation.rouge import judge, response_seeds
-from ..generation.sampling import SamplingSettings, sample
+from ..evaluation.rouge import response_seeds, score_response
+from ..generation.sampling import SamplingParams, sample
 from ..models.packed import PackedCausalLM
 from ..signals import StopSignals
 
@@ -33,20 +33,20 @@ class DevelopmentRouge:
         self.references = references([rows[number] for number in samples["row"]], tokenizer)
         self.seeds = response_seeds((config.run.seed, row) for row in range(count))
         self.tokenizer = tokenizer
-        self.settings = SamplingSettings(
+        self.settings = SamplingParams(
             max_new_tokens=config.eval.max_new_tokens, eos_token_ids=(tokenizer.eos_token_id,)
         )
 
     def measure(self, student: PackedCausalLM, signals: StopSignals) -> float | None:
         """The mean over the rows, which ranks share; None where a signal arrives."""
-        prompts, outputs, seeds = map(distributed.share, (self.prompts, self.references, self.seeds))
+        prompts, outputs, seeds = map(distributed.local_shard, (self.prompts, self.references, self.seeds))
         scores = [0.0] * len(prompts)
 
         def on_response(row: int, response: list[int]) -> None:
-            scores[row] = judge(self.tokenizer, response, outputs[row])["rouge_l"]
+            scores[row] = score_response(self.tokenizer, response, outputs[row])["rouge_l"]
             if signals.received:
                 raise Interrupted(signals.received)
 
         with contextlib.suppress(Interrupted):
             sample(student, prompts, self.settings, seeds, 64, on_response)
-        return None if signals.of_any_rank() else statistics.fmean(distributed.joined(scores))
+        return None if signals.of_any_rank() else statistics.fmean(distributed.gather_shards(scores))

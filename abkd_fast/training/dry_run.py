@@ -80,11 +80,11 @@ def _memory(trainer: Trainer, cached: bool) -> Iterator[str]:
 def _generation_memory(trainer: Trainer, cost: costs.StepCost) -> Iterator[tuple[str, int]]:
     """Of the longest prompts, answered as long as may be."""
     data, sampling, method = trainer.config.data, trainer.config.sampling, trainer.method
-    loading = {"student": (cost.student, cost.adapter), "teacher": (cost.teacher, None)}
+    models = {"student": (cost.student, cost.adapter), "teacher": (cost.teacher, None)}
     length = min(max(trainer.train_set["prompt_length"][:]) + sampling.max_new_tokens, data.max_length)
-    sequences = min(sampling.batch_size, method.responses_at_once)
-    writers = [loading[role] for role in method.writers]
-    return costs.generation_memory(writers, sequences, length, trainer.dtype, trainer.device)
+    sequences = min(sampling.batch_size, method.max_concurrent_responses)
+    generators = [models[role] for role in method.generators]
+    return costs.generation_memory(generators, sequences, length, trainer.dtype, trainer.device)
 
 
 def _list(parts: dict[str, int]) -> str:
@@ -99,7 +99,7 @@ def header(trainer: Trainer) -> Iterator[str]:
         kernels = f"CUDA {info['cuda']}"
     counts = {"student": trainer.student.model}
     if trainer.teacher:  # whose body may be gone
-        counts["teacher"] = loading.outline(trainer.teacher_config)
+        counts["teacher"] = loading.meta_model(trainer.teacher_config)
     sizes = ", ".join(f"{role} {loading.describe(model)}" for role, model in counts.items())
     merged = f" with {config.teacher.adapter} merged" if trainer.teacher and config.teacher.adapter else ""
     lengths = torch.tensor(trainer.train_set["row_length"][:]).clamp(max=config.data.max_length)
@@ -115,9 +115,9 @@ def header(trainer: Trainer) -> Iterator[str]:
     yield f"  kernels    {kernels}; attention {attention.backend(trainer.device)}, packed and checked"
     if trainer.teacher:
         yield f"  teacher    {trainer.teacher.note}"
-    if distributed.world() > 1:
+    if distributed.world_size() > 1:
         held = "a part of all weights" if trainer.is_sharded else "all weights"
-        yield f"  processes  {distributed.world()}, each with {held}; gradients are summed over them"
+        yield f"  processes  {distributed.world_size()}, each with {held}; gradients are summed over them"
     if trainer.device.type == "cuda":
         yield f"  compile    {'the layers of the student' if config.train.compile == 'auto' else 'off'}"
     yield f"  steps      {trainer.steps} of {config.train.batch_size} samples, {trainer.steps_per_epoch} an epoch"

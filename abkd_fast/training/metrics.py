@@ -40,7 +40,7 @@ class RunLog:
     def __init__(self, config: Config, steps: int, device: torch.device, done: int = -1, elapsed: float = 0.0) -> None:
         self.config, self.folder, self.steps, self.device = config, config.run.folder, steps, device
         self.done, self.elapsed = done, elapsed
-        self.peak_flops = distributed.world() * (peak_flops(device) or 0)
+        self.peak_flops = distributed.world_size() * (peak_flops(device) or 0)
         self.wandb = self.file = self.board = None
         self.bar = Progress(
             BarColumn(bar_width=6),  # so that everything fits into 84 columns
@@ -53,7 +53,7 @@ class RunLog:
         self.task = self.bar.add_task("training", total=steps, numbers="")
 
     def __enter__(self) -> RunLog:
-        distributed.on_main(self._open)
+        distributed.run_on_rank0(self._open)
         self.started = time.perf_counter()
         self.last = self.started - self.elapsed
         return self
@@ -191,7 +191,7 @@ def _drop_points(path: pathlib.Path, done: int) -> None:
         file.truncate(kept)
 
 
-class Window:
+class MetricsWindow:
     """Sums since the last logged point. They stay on the device: reading them would wait for it."""
 
     def __init__(self, device: torch.device) -> None:
@@ -202,7 +202,7 @@ class Window:
         self.first_nonfinite = torch.zeros(3, device=device, dtype=torch.float64)  # its step, loss and norm
         self.parts: dict[str, Tensor] = {}  # of the loss, likewise
         self.rows: list[list[int]] = []  # of the data, in each step: those that its samples, or their prompts, are
-        self.steps = self.samples = self.real_tokens = self.most_tokens = 0
+        self.steps = self.samples = self.real_tokens = self.max_rank_tokens = 0
         self.tokens = self.flops = 0  # of this rank
 
     def add(
@@ -227,7 +227,7 @@ class Window:
         self.rows.append([sample["row"] for sample in batch.samples])
         self.samples += len(self.rows[-1])
         self.real_tokens += sum(len(sample["input_ids"]) for sample in (*batch.samples, *batch.text))
-        self.most_tokens += batch.most_tokens
+        self.max_rank_tokens += batch.max_rank_tokens
         self.tokens += sum(part.tokens for part in batch.parts)
         self.flops += flops
 
@@ -237,16 +237,16 @@ class Window:
         finite = self.steps - skipped
         loss, norm = (self.loss.item() / finite, self.norm.item()) if finite else (None, None)
         parts = {name: part.item() / finite if finite else None for name, part in self.parts.items()}
-        if distributed.world() > 1:  # how much longer than the mean the longest share of a step was
-            numbers = numbers | {"imbalance": self.most_tokens * distributed.world() / self.real_tokens - 1}
+        if distributed.world_size() > 1:  # how much longer than the mean the longest share of a step was
+            numbers = numbers | {"imbalance": self.max_rank_tokens * distributed.world_size() / self.real_tokens - 1}
         _, samples, real_tokens, _, tokens, flops = self.counts()
         log.train(step, samples, tokens, real_tokens, flops, loss, parts | numbers, lr, norm, skipped)
         return skipped
 
     def counts(self) -> list[int]:
         """Of all ranks, which have to call this together."""
-        own = distributed.added(self.tokens), distributed.added(self.flops)
-        return [self.steps, self.samples, self.real_tokens, self.most_tokens, *own]
+        own = distributed.all_reduce_count(self.tokens), distributed.all_reduce_count(self.flops)
+        return [self.steps, self.samples, self.real_tokens, self.max_rank_tokens, *own]
 
     def tensors(self) -> dict[str, Tensor]:
         """Of all ranks, which have to call this together."""
@@ -256,8 +256,8 @@ class Window:
         return {"counts": counts, "rows": rows} | {name: value.cpu() for name, value in sums.items()}
 
     def load(self, tensors: dict[str, Tensor]) -> None:
-        self.steps, self.samples, self.real_tokens, self.most_tokens, *own = tensors["counts"].tolist()
-        self.tokens, self.flops = own if distributed.is_main() else (0, 0)
+        self.steps, self.samples, self.real_tokens, self.max_rank_tokens, *own = tensors["counts"].tolist()
+        self.tokens, self.flops = own if distributed.is_rank0() else (0, 0)
         self.rows = tensors["rows"].tolist()
         own = {name: value.to(self.device, copy=True) for name, value in tensors.items()}
         for name in ("loss", "norm", "skipped", "first_nonfinite"):

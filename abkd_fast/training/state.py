@@ -7,7 +7,7 @@ import math
 
 
 @dataclasses.dataclass
-class Progress:
+class TrainState:
     """How far a run is, and the totals of its summary."""
 
     step: int = 0

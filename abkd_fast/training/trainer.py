@@ -18,9 +18,9 @@ from .. import distributed, methods
 from ..config.schema import Config, ModelConfig
 from ..console import console
 from ..data import pretrain
-from ..data.batches import Batch, StepBatch, ahead, share_out, step_samples
+from ..data.batches import Batch, StepBatch, make_step_batch, prefetch, step_samples
 from ..data.rows import DEV, TRAIN, read_rows
-from ..data.tokenize import describe_long_rows, tokenise
+from ..data.tokenize import describe_long_rows, tokenize
 from ..device import choose_device, choose_dtype, device_name, peak_memory
 from ..errors import ConfigError, Interrupted
 from ..files import WRITE_ERRORS, atomic_write, check_folder, locked
@@ -31,9 +31,9 @@ from ..signals import StopSignals
 from ..teacher.cache import TeacherCache
 from ..teacher.teacher import CachedTeacher, OnPolicyTeacher, Teacher
 from . import checkpoint, costs, dry_run
-from .checkpoint_writer import Saver, load_optimizer
-from .metrics import RunLog, Window, check_wandb, is_finite
-from .state import Progress
+from .checkpoint_writer import CheckpointWriter, load_optimizer
+from .metrics import MetricsWindow, RunLog, check_wandb, is_finite
+from .state import TrainState
 
 
 class Trainer:
@@ -48,10 +48,10 @@ class Trainer:
         self.device = choose_device(config.train.device, "train.")
         self.dtype = choose_dtype(config.train.dtype, self.device, "train.")
         self.method = methods.find(config.method)(config)
-        distributed.on_main(functools.partial(check_folder, config.run.folder, resume))
+        distributed.run_on_rank0(functools.partial(check_folder, config.run.folder, resume))
         check_wandb(config.log.wandb)
-        self.student_config = loading.read_config(config.student, "student")
-        self.teacher_config = loading.read_config(config.teacher, "teacher") if self.method.needs_teacher else None
+        self.student_config = loading.read_hf_config(config.student, "student")
+        self.teacher_config = loading.read_hf_config(config.teacher, "teacher") if self.method.needs_teacher else None
         source = config.tokenizer or config.student.path
         self.tokenizer = loading.read_tokenizer(source, "tokenizer" if config.tokenizer else "student.path")
         theirs = None
@@ -61,39 +61,39 @@ class Trainer:
         loading.check_length(self.student_config, "student", config.data.max_length)
         if self.method.needs_teacher:
             loading.check_length(self.teacher_config, "teacher", config.data.max_length)
-        with distributed.main_first():  # the others find the tokenised rows
+        with distributed.rank0_first():  # the others find the tokenised rows
             self._read_data()
         self.cache = None
         if self.method.needs_teacher:
-            samples = round(self.steps * config.train.batch_size * self.method.data_share)
+            samples = round(self.steps * config.train.batch_size * self.method.off_policy_fraction)
             self.cache = TeacherCache(config, self.teacher_config, self.train_set, samples, self.device, self.dtype)
 
     def _read_data(self) -> None:
         data, train = self.config.data, self.config.train
         limits = data.max_length, data.max_prompt_length
         rows = read_rows(data.train, data.train_rows, TRAIN)
-        self.train_set = tokenise(rows, self.tokenizer, *limits)
+        self.train_set = tokenize(rows, self.tokenizer, *limits)
         self.where = [row.where for row in rows]
         self.long_rows = {"train": describe_long_rows(rows, self.train_set, *limits)}
         self.dev_set = self.dev_rouge = self.pretrain_set = None
         if data.dev is not None:
             rows = read_rows(data.dev, data.dev_rows, DEV)
-            self.dev_set = tokenise(rows, self.tokenizer, *limits)
+            self.dev_set = tokenize(rows, self.tokenizer, *limits)
             self.long_rows["dev"] = describe_long_rows(rows, self.dev_set, *limits)
             if self.config.eval.rouge_rows is not None:
                 from .dev_eval import DevelopmentRouge  # takes half a second, and most runs need none
 
                 self.dev_rouge = DevelopmentRouge(self.config, rows, self.dev_set, self.tokenizer)
         self.steps_per_epoch = len(self.train_set) // train.batch_size
-        if train.batch_size < distributed.world():
+        if train.batch_size < distributed.world_size():
             raise ConfigError(
-                f"train.batch_size is {train.batch_size}, but there are {distributed.world()} processes, each of which "
-                "needs a sample in every step: raise it, or start fewer"
+                f"train.batch_size is {train.batch_size}, but there are {distributed.world_size()} processes, "
+                "each of which needs a sample in every step: raise it, or start fewer"
             )
-        if self.is_sharded and train.batch_size % distributed.world():
+        if self.is_sharded and train.batch_size % distributed.world_size():
             raise ConfigError(
                 f"train.batch_size is {train.batch_size}, but train.parallel=fsdp needs a multiple of the "
-                f"{distributed.world()} processes, which compute in step"
+                f"{distributed.world_size()} processes, which compute in step"
             )
         if self.steps_per_epoch == 0:
             raise ConfigError(
@@ -113,7 +113,7 @@ class Trainer:
     @property
     def is_sharded(self) -> bool:
         """Whether each process holds a part of the weights."""
-        return self.config.train.parallel == "fsdp" and distributed.world() > 1
+        return self.config.train.parallel == "fsdp" and distributed.world_size() > 1
 
     @property
     def is_on_policy(self) -> bool:
@@ -127,9 +127,9 @@ class Trainer:
 
     def _load(self) -> None:
         config = self.config
-        self.progress, self.window, self.signals = Progress(), Window(self.device), StopSignals()
+        self.progress, self.window, self.signals = TrainState(), MetricsWindow(self.device), StopSignals()
         self.checkpoints = checkpoint.Checkpoints(config.run.folder / "checkpoints", config.checkpoint.keep)
-        self.saved = distributed.on_main(self.checkpoints.newest) if self.resume else None
+        self.saved = distributed.run_on_rank0(self.checkpoints.newest) if self.resume else None
         self.saving: tuple[int, tuple | None] | None = None  # its step, and the best one before it
         set_seed(config.run.seed)
         student = config.student.saved_in(self.saved) if self.saved else config.student
@@ -143,7 +143,7 @@ class Trainer:
         self.teacher = None
         if self.cache:
             load = functools.partial(self._model, config.teacher, self.teacher_config, "teacher")
-            optimizer_bytes = 12 * sum(map(distributed.part_size, trained))  # gradients and two moments
+            optimizer_bytes = 12 * sum(map(distributed.local_numel, trained))  # gradients and two moments
             # Random weights are the same ones on resume, and dropout is whether the teacher's weights load or not.
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(config.run.seed + 1)
@@ -163,11 +163,11 @@ class Trainer:
             num_training_steps=self.steps,
             scheduler_specific_kwargs={"min_lr": optim.min_lr} if cosine else None,
         )
-        self.saver = Saver(self.checkpoints, self.student, self.optimizer, self.tokenizer)
+        self.saver = CheckpointWriter(self.checkpoints, self.student, self.optimizer, self.tokenizer)
         if self.is_on_policy:
             models_of_text = self.student, self.teacher.live.model
             self.rollouts = Rollouts(config, self.tokenizer, self.train_set, *models_of_text, self._precision)
-        distributed.diverge(config.run.seed)
+        distributed.seed_per_rank(config.run.seed)
         if self.saved:
             load_optimizer(self.optimizer, self.student, self.saved)
             self._restore(*checkpoint.load(self.saved))
@@ -184,7 +184,7 @@ class Trainer:
             model.requires_grad_(False)
         if self.is_sharded:
             distributed.shard(model, model.layers, self.device, storage, self.dtype)
-        with self._precision(), distributed.whole(model):
+        with self._precision(), distributed.unsharded(model):
             model.check()
         return model
 
@@ -198,12 +198,12 @@ class Trainer:
         Interrupted where a signal, or a disk without space for the result, ended the run.
         """
         config = self.config
-        with distributed.held_by_main(locked(config.run.folder)):
+        with distributed.rank0_context(locked(config.run.folder)):
             self._load()
             text = json.dumps(config.to_dict(), indent=2) + "\n"
             write = functools.partial(atomic_write, config.run.folder / "config.json", text)
             try:
-                distributed.on_main(write)
+                distributed.run_on_rank0(write)
             except WRITE_ERRORS as error:
                 raise Interrupted(f"{config.run.folder} can't be written to ({error}): make room") from None
             for line in dry_run.header(self):
@@ -218,7 +218,7 @@ class Trainer:
         with self.signals, log, self.saver:
             self._after_step(log)
             batches = self._batches(progress.step)
-            for batch in ahead(batches) if self.device.type == "cuda" else batches:
+            for batch in prefetch(batches) if self.device.type == "cuda" else batches:
                 started, rate = time.perf_counter(), self.scheduler.get_last_lr()[0]
                 if self.is_on_policy:
                     batch = self._written(batch)
@@ -240,16 +240,16 @@ class Trainer:
         size, seed = self.config.train.batch_size, self.config.run.seed
         for step in range(first, self.steps):
             text = [] if self.pretrain_set is None else step_samples(self.pretrain_set, size, seed, step)
-            batch = share_out(step_samples(self.train_set, size, seed, step), text, self.config.train.max_tokens)
+            batch = make_step_batch(step_samples(self.train_set, size, seed, step), text, self.config.train.max_tokens)
             yield batch.pin() if self.device.type == "cuda" else batch
 
     def _written(self, batch: StepBatch) -> StepBatch:
         """The next step's batch with the sequences that the method trains on, given those of the data."""
         step = self.progress.step
-        chosen = self.method.sequences(step, (step + 1) / self.steps, batch.samples, self.rollouts)
+        chosen = self.method.select_batch(step, (step + 1) / self.steps, batch.samples, self.rollouts)
         if chosen is batch.samples:
             return batch
-        return share_out(chosen, batch.text, self.config.train.max_tokens)
+        return make_step_batch(chosen, batch.text, self.config.train.max_tokens)
 
     def _finish(self) -> dict:
         """Writes and returns the summary; the folder `final` is written last: with it the run is finished."""
@@ -272,9 +272,9 @@ class Trainer:
         }
         text, final = json.dumps(summary, indent=2) + "\n", folder / "final"
         try:
-            distributed.on_main(functools.partial(atomic_write, folder / "summary.json", text))
+            distributed.run_on_rank0(functools.partial(atomic_write, folder / "summary.json", text))
             if saved:
-                distributed.on_main(functools.partial(checkpoint.copy_model, saved, final))
+                distributed.run_on_rank0(functools.partial(checkpoint.copy_model, saved, final))
             else:
                 self.saver.save_model(final)
         except WRITE_ERRORS as error:
@@ -293,7 +293,7 @@ class Trainer:
         by_rouge = self.config.eval.select == "rouge_l"
         virtue, value = ("highest dev ROUGE-L", f"{rouge_l:.2f}") if by_rouge else ("lowest dev loss", f"{loss:.4f}")
         saved = self.checkpoints.folder_of(step)
-        if reason := distributed.on_main(functools.partial(checkpoint.damage, saved)):
+        if reason := distributed.run_on_rank0(functools.partial(checkpoint.damage, saved)):
             console.print(f"[bold red]damaged[/] {saved} ({reason}), of the {virtue}: the last step is taken")
             return last
         console.print(f"step {step} is taken, of the {virtue}, {value}")
@@ -304,18 +304,18 @@ class Trainer:
         weight = self.config.data.pretrain.weight if batch.text else 0.0
         sums = [0.0] * (2 if batch.text else 1)  # the method's loss, and that of plain text
         for part in batch.parts:
-            with distributed.exchange(self.replica, part is batch.parts[-1]):
-                if part.is_text:
-                    sums[1] = sums[1] + self._backward(part, batch.text_labels, self._text_loss, weight)
+            with distributed.grad_sync(self.replica, part is batch.parts[-1]):
+                if part.is_pretrain:
+                    sums[1] = sums[1] + self._backward(part, batch.num_pretrain_labels, self._text_loss, weight)
                 else:
                     sums[0] = sums[0] + self._backward(part, batch.labels, self._method_loss)
-        total, *of_text = distributed.summed(torch.stack(sums))
+        total, *of_text = distributed.all_reduce_sum(torch.stack(sums))
         parts = {}
         if of_text:
             parts = {"loss_method": total, "loss_pretrain": of_text[0]}
             total = total + weight * of_text[0]
         norm = torch.nn.utils.clip_grad_norm_(self.student.parameters(), self.config.optim.clip_norm)
-        norm = distributed.joined_tensor(norm)
+        norm = distributed.full_tensor(norm)
         # The fused AdamW reads this on the device: where it is 1, weights, moments and step counts stay as they are.
         self.optimizer.found_inf = (~is_finite(total, norm)).float()
         self.optimizer.step()
@@ -341,29 +341,29 @@ class Trainer:
         return functools.partial(self.method.loss, batch=part, teacher=states)
 
     def _text_loss(self, part: Batch) -> Callable[..., Tensor]:
-        if not hasattr(self.method, "text_loss"):
+        if not hasattr(self.method, "pretrain_loss"):
             return functools.partial(cross_entropy, batch=part)
-        return functools.partial(self.method.text_loss, batch=part, teacher=self.teacher.live.states(part))
+        return functools.partial(self.method.pretrain_loss, batch=part, teacher=self.teacher.live.states(part))
 
     def _flops(self, batch: StepBatch) -> int:
         """Of this rank."""
         total = 0
         for part in batch.parts:
-            taught = not part.is_text or hasattr(self.method, "text_loss")
-            read = self.teacher.unknown(part.samples) if self.is_on_policy and not part.is_text else None
+            taught = not part.is_pretrain or hasattr(self.method, "pretrain_loss")
+            read = self.teacher.unknown(part.samples) if self.is_on_policy and not part.is_pretrain else None
             total += self.cost.flops(part.samples, taught, read)
         return total
 
     def _log_window(self, log: RunLog, rate: float) -> None:
         """Writes the point of the steps since the last one, and begins the next."""
         self._check_finite()
-        numbers = self.method.numbers() | self.rollouts.numbers(self.window.steps) if self.is_on_policy else {}
+        numbers = self.method.metrics() | self.rollouts.metrics(self.window.steps) if self.is_on_policy else {}
         skipped = self.window.write(log, self.progress.step, rate, numbers)
         if skipped:
             self.progress.skipped_steps += skipped
             step, loss, norm = self.window.first_nonfinite.tolist()
             console.print(f"skipped {skipped} steps that were not finite, the first: {self._account(step, loss, norm)}")
-        self.window = Window(self.device)
+        self.window = MetricsWindow(self.device)
 
     def _check_finite(self) -> None:
         """Looks at what the device has noted, and so waits for it. Raises FloatingPointError."""
@@ -409,7 +409,7 @@ class Trainer:
     def _evaluate(self, log: RunLog) -> bool:
         """Whether this is the best step so far. A signal ends it early; a resumed run does it again."""
         log.pause()
-        with distributed.whole(self.student), self._precision():
+        with distributed.unsharded(self.student), self._precision():
             loss, rouge_l = self.dev_loss(), None
             if loss is not None and self.dev_rouge:
                 rouge_l = self.dev_rouge.measure(self.student, self.signals)
@@ -417,7 +417,7 @@ class Trainer:
         if done:
             log.evaluation(self.progress.step, loss, rouge_l)
             if self.is_on_policy:
-                self.method.evaluated(loss)
+                self.method.on_eval(loss)
         log.resume()
         return done and self.progress.evaluated(loss, rouge_l, self.config.eval.select == "rouge_l")
 
@@ -485,7 +485,7 @@ class Trainer:
             group, _, name = key.partition("/")
             groups[group][name] = value
         self.window.load(groups["window"])
-        self.progress = Progress(**state["progress"])
+        self.progress = TrainState(**state["progress"])
         self.scheduler.load_state_dict(state["scheduler"])
         for group, rate in zip(self.optimizer.param_groups, self.scheduler.get_last_lr(), strict=True):
             group["lr"] = rate
@@ -502,17 +502,17 @@ class Trainer:
         return {key: source._fingerprint for key, source in sources.items() if source is not None}
 
     def _environment(self) -> dict[str, str | int]:
-        return {"PyTorch": torch.__version__, "device": device_name(self.device), "processes": distributed.world()}
+        return {"PyTorch": torch.__version__, "device": device_name(self.device), "processes": distributed.world_size()}
 
     @torch.no_grad()
     def dev_loss(self) -> float | None:
         """Cross-entropy of the development responses, mean over their tokens; None where a signal arrives."""
         self.student.eval()
         total = torch.zeros((), device=self.device, dtype=torch.float64)
-        batch = share_out(list(self.dev_set), [], self.config.train.max_tokens)
+        batch = make_step_batch(list(self.dev_set), [], self.config.train.max_tokens)
         for part in batch.parts:
             total += self.student(part.to(self.device), functools.partial(cross_entropy, batch=part))
             if self.signals.received:
                 break
         self.student.train()
-        return None if self.signals.of_any_rank() else distributed.summed(total).item() / batch.labels
+        return None if self.signals.of_any_rank() else distributed.all_reduce_sum(total).item() / batch.labels

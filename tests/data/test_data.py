@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from abkd_fast.data import quickstart
-from abkd_fast.data.batches import ahead, pack, step_samples
+from abkd_fast.data.batches import pack, prefetch, step_samples
 from abkd_fast.data.rows import read_rows
-from abkd_fast.data.tokenize import describe_long_rows, tokenise
+from abkd_fast.data.tokenize import describe_long_rows, tokenize
 from abkd_fast.errors import ConfigError
 from runs import Run, poison
 
@@ -20,7 +20,7 @@ GOOD = {"instruction": "Say hello.", "input": "", "output": "Hello."}
 
 
 def tokenised(rows, max_length=64, max_prompt_length=None):
-    return tokenise(rows, quickstart.tokenizer(), max_length, max_prompt_length)
+    return tokenize(rows, quickstart.tokenizer(), max_length, max_prompt_length)
 
 
 @pytest.mark.parametrize(
@@ -208,7 +208,7 @@ def test_real_dolly_has_the_published_lengths(shared):
     tokenizer = AutoTokenizer.from_pretrained(shared / "tokenizers" / "gpt2")
     rows = read_rows(str(shared / "data" / "dolly" / "train.jsonl"))
     assert len(rows) == 11435
-    dataset = tokenise(rows, tokenizer, 512, 256)
+    dataset = tokenize(rows, tokenizer, 512, 256)
     prompt = torch.tensor(dataset["prompt_length"]).double()
     total = torch.tensor([len(ids) for ids in dataset["input_ids"]]).double()
     assert prompt.mean().item() == pytest.approx(71.3, abs=0.1)
@@ -226,7 +226,7 @@ def test_items_made_ahead_are_the_same():
             made.append(number)
             yield number
 
-    coming = ahead(items())
+    coming = prefetch(items())
     assert next(coming) == 0
     assert next(coming) == 1
     assert list(coming) == [2, 3, 4]
@@ -238,7 +238,7 @@ def test_an_error_ahead_reaches_the_caller():
         yield 1
         raise OSError("no such page")
 
-    coming = ahead(items())
+    coming = prefetch(items())
     assert next(coming) == 1
     with pytest.raises(OSError, match="no such page"):
         next(coming)
@@ -252,7 +252,7 @@ def test_the_next_item_is_made_while_the_last_is_used():
         begun.set()
         yield 2
 
-    coming = ahead(items())
+    coming = prefetch(items())
     assert next(coming) == 1
     assert begun.wait(timeout=60)
     coming.close()
@@ -270,7 +270,7 @@ def test_cut_answer_teaches_no_end(write_jsonl, row):
     tokenizer = copy.deepcopy(quickstart.tokenizer())
     tokenizer.chat_template = "{% for message in messages %}{{ message.content }} {% endfor %}"
     whole, cut = (
-        tokenise(read_rows(write_jsonl([row | more])), tokenizer, 64)["input_ids"][0] for more in ({}, {"ended": False})
+        tokenize(read_rows(write_jsonl([row | more])), tokenizer, 64)["input_ids"][0] for more in ({}, {"ended": False})
     )
     assert whole == [*cut, tokenizer.eos_token_id]
 

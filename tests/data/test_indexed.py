@@ -7,7 +7,7 @@ import pytest
 
 from abkd_fast.data import indexed_dataset, quickstart
 from abkd_fast.data.rows import DEV, TRAIN, read_rows
-from abkd_fast.data.tokenize import tokenise
+from abkd_fast.data.tokenize import tokenize
 from abkd_fast.errors import ConfigError
 from abkd_fast.teacher.store import hash_samples
 from runs import Run, assert_same
@@ -108,7 +108,7 @@ def test_damaged_files_are_one_line(write_indexed, name):
 def test_items_that_are_no_rows_are_named(write_indexed, item, dtype, message):
     path = write_indexed([[3, -1, 4, 0], item], dtype=dtype)
     with pytest.raises(ConfigError) as error:
-        tokenise(read_rows(path), quickstart.tokenizer(), 64)
+        tokenize(read_rows(path), quickstart.tokenizer(), 64)
     assert f"{path} {message}" in str(error.value)
 
 
@@ -130,8 +130,8 @@ def test_samples_are_those_of_the_same_rows_as_jsonl(write_indexed, write_jsonl,
     write_indexed(items[30:], "train_1")
     write_jsonl([row.values for row in rows[:5]], "valid.jsonl")
     limits = 42, 38  # some are cut, some left out
-    expected = tokenise(rows, tokenizer, *limits)
-    binary = tokenise(read_rows(str(tmp_path)), tokenizer, *limits)
+    expected = tokenize(rows, tokenizer, *limits)
+    binary = tokenize(read_rows(str(tmp_path)), tokenizer, *limits)
     assert 0 < len(binary) < 50
     assert max(expected["row_length"]) > 42
     assert binary.features == expected.features

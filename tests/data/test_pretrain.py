@@ -209,7 +209,7 @@ def test_loss_and_gradient(tmp_path, text, method):
     run_trainer = Trainer(load(run.arguments[1], overrides)[0])
     run_trainer._load()
     batch = next(run_trainer._batches())
-    assert [part.is_text for part in batch.parts] == [False, False, True, True, True, True]
+    assert [part.is_pretrain for part in batch.parts] == [False, False, True, True, True, True]
     samples, texts = batch.samples, batch.text
     assert [len(samples), len(texts), *{len(block["input_ids"]) for block in texts}] == [4, 4, 128]
     captured = {}

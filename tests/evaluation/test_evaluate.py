@@ -23,7 +23,7 @@ from abkd_fast.evaluation import evaluator, test_sets
 from abkd_fast.evaluation.rouge import exact_match, rouge_l
 from abkd_fast.files import locked
 from abkd_fast.generation.answers import GrowingFile
-from abkd_fast.generation.sampling import SamplingSettings, sample
+from abkd_fast.generation.sampling import SamplingParams, sample
 from conftest import LLAMA
 
 SMALL = {**LLAMA, "vocab_size": 1024, "intermediate_size": 64, "eos_token_id": 0, "bos_token_id": 0}
@@ -102,7 +102,7 @@ def test_scores_are_those_of_the_samples(command, model_folder, tmp_path, capsys
     whole = encode_prompts(rows, tokenizer)
     prompts = [prompt[:40] for prompt in whole]
     references = [ROWS[0]["output"], [ROWS[1]["output"]], [ROWS[2]["output"]]]
-    chosen = SamplingSettings(max_new_tokens=8, no_repeat_ngram_size=2, eos_token_ids=(0,))
+    chosen = SamplingParams(max_new_tokens=8, no_repeat_ngram_size=2, eos_token_ids=(0,))
     model = AutoModelForCausalLM.from_pretrained(model_folder)
     means = []
     for seed in (10, 20):
@@ -183,7 +183,7 @@ def test_more_seeds_and_sets_are_added(command, write_jsonl, tmp_path):
 
 def test_scores_of_another_evaluation_are_kept(model_folder, write_jsonl, tmp_path, command, capsys):
     data = {"dolly": write_jsonl(ROWS, "set.jsonl")}
-    protocol = test_sets.Protocol(sampling=SamplingSettings(max_new_tokens=8, no_repeat_ngram_size=6))
+    protocol = test_sets.Protocol(sampling=SamplingParams(max_new_tokens=8, no_repeat_ngram_size=6))
     both = [
         evaluator.Evaluation(str(model_folder), data, tmp_path / "out", [seed], protocol, device="cpu")
         for seed in (10, 20)
@@ -379,7 +379,7 @@ def test_rouge_l_of_dev_rows_during_training(recipe, tmp_path, capsys):
     assert [step for step, *_ in points] == [0, 4, 8, 12]
     folder, tokenizer = tmp_path / "runs" / "test", quickstart.tokenizer()
     rows = read_rows("quickstart:dev", 6)
-    chosen = SamplingSettings(max_new_tokens=8, eos_token_ids=(0,))
+    chosen = SamplingParams(max_new_tokens=8, eos_token_ids=(0,))
     model = AutoModelForCausalLM.from_pretrained(folder / "final")
     responses = sample(model, encode_prompts(rows, tokenizer), chosen, [(10 << 32) + row for row in range(6)])
     texts = [tokenizer.decode(response, skip_special_tokens=True).strip() for response in responses]

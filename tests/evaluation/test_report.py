@@ -207,13 +207,13 @@ def test_more_runs_than_colours_stay_apart(make_run, monkeypatch):
         return plot(axes, *values, **style)
 
     monkeypatch.setattr(matplotlib.axes.Axes, "plot", note)
-    for index in range(2 * len(figures.COLOURS) + 1):
+    for index in range(2 * len(figures.COLORS) + 1):
         folder = make_run(f"run{index} <&>", rouge=(index, index + 1))
     figures.rouge_curves(read_runs([folder.parent]), folder.parent / "many")
-    assert len(set(styles)) == 2 * len(figures.COLOURS) + 1
-    assert all(first[1:] != second[1:] for first, second in zip(styles, styles[len(figures.COLOURS) :], strict=False))
+    assert len(set(styles)) == 2 * len(figures.COLORS) + 1
+    assert all(first[1:] != second[1:] for first, second in zip(styles, styles[len(figures.COLORS) :], strict=False))
     texts = [element.text for element in ElementTree.parse(folder.parent / "many.svg").iter()]
-    assert f"SFT (run{len(figures.COLOURS)} <&>)" in texts
+    assert f"SFT (run{len(figures.COLORS)} <&>)" in texts
 
 
 def test_bad_input_is_one_line_and_status_2(four_runs, tmp_path, capsys, monkeypatch):

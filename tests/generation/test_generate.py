@@ -9,13 +9,13 @@ from abkd_fast import generate
 from abkd_fast.cli import INTERRUPTED
 from abkd_fast.data import quickstart
 from abkd_fast.data.rows import read_rows
-from abkd_fast.data.tokenize import encode_prompts, tokenise
+from abkd_fast.data.tokenize import encode_prompts, tokenize
 from abkd_fast.files import exclusive
 from abkd_fast.generate import main
 from abkd_fast.generation import answers
 from abkd_fast.generation.answers import Answers
-from abkd_fast.generation.sampling import SamplingSettings, sample
-from abkd_fast.models.loading import spec_of
+from abkd_fast.generation.sampling import SamplingParams, sample
+from abkd_fast.models.loading import model_spec
 from conftest import LLAMA
 
 
@@ -43,7 +43,7 @@ def command(model_folder, tmp_path):
 
 def generation(arguments):
     options = generate._parser().parse_args(arguments)
-    return answers.Generation(options, spec_of(options.model))
+    return answers.Generation(options, model_spec(options.model))
 
 
 def answers_of(tmp_path):
@@ -55,7 +55,7 @@ def test_answers_are_the_samples_and_can_be_trained_on(command, model_folder, tm
     answers = answers_of(tmp_path)
     tokenizer = quickstart.tokenizer()
     rows = read_rows("quickstart:dev", 12)
-    settings = SamplingSettings(max_new_tokens=9, eos_token_ids=(tokenizer.eos_token_id,))
+    settings = SamplingParams(max_new_tokens=9, eos_token_ids=(tokenizer.eos_token_id,))
     model = AutoModelForCausalLM.from_pretrained(model_folder)
     seeds = [(10 << 32) + index for index in range(12)]
     responses = sample(model, encode_prompts(rows, tokenizer), settings, seeds)
@@ -66,7 +66,7 @@ def test_answers_are_the_samples_and_can_be_trained_on(command, model_folder, tm
     assert [answer["ended"] for answer in answers] == [r[-1] == tokenizer.eos_token_id for r in responses]
     again = read_rows(str(tmp_path / "answers.jsonl"))
     assert [row.values["output"] for row in again] == texts
-    assert len(tokenise(again, tokenizer, 512)) == 12
+    assert len(tokenize(again, tokenizer, 512)) == 12
     assert "12 answers in" in capsys.readouterr().out
 
 

@@ -13,7 +13,7 @@ from transformers.generation.logits_process import (
 from abkd_fast.config.schema import LoraConfig, ModelConfig
 from abkd_fast.errors import ConfigError
 from abkd_fast.generation import decoder
-from abkd_fast.generation.sampling import SamplingSettings, _draw, _Sequence, sample, sample_mixture
+from abkd_fast.generation.sampling import SamplingParams, _draw, _Sequence, sample, sample_mixture
 from abkd_fast.models import lora, packed
 from conftest import GPT2, LLAMA
 
@@ -59,7 +59,7 @@ def test_greedy_equals_generate(name):
     model = build(MODELS[name])
     for changes in ({}, {"no_repeat_ngram_size": 2}):
         expected = [generated(model, prompt, max_new_tokens=12, **changes) for prompt in PROMPTS]
-        settings = SamplingSettings(max_new_tokens=12, temperature=0, **changes)
+        settings = SamplingParams(max_new_tokens=12, temperature=0, **changes)
         assert sample(model, PROMPTS, settings, [0] * len(PROMPTS), batch_size=3) == expected
 
 
@@ -68,14 +68,14 @@ def test_ends_equal_generate():
     free = [generated(model, prompt, max_new_tokens=20) for prompt in PROMPTS]
     ends = (free[0][4], free[1][0], free[2][19])
     expected = [generated(model, prompt, max_new_tokens=20, eos_token_id=list(ends)) for prompt in PROMPTS]
-    settings = SamplingSettings(max_new_tokens=20, temperature=0, eos_token_ids=ends)
+    settings = SamplingParams(max_new_tokens=20, temperature=0, eos_token_ids=ends)
     responses = sample(model, PROMPTS, settings, [0] * len(PROMPTS), batch_size=3)
     assert responses == expected
     assert responses[1] == [ends[1]], "the end token is included"
     expected = [
         generated(model, prompt, max_new_tokens=20, min_new_tokens=6, eos_token_id=list(ends)) for prompt in PROMPTS
     ]
-    settings = SamplingSettings(max_new_tokens=20, min_new_tokens=6, temperature=0, eos_token_ids=ends)
+    settings = SamplingParams(max_new_tokens=20, min_new_tokens=6, temperature=0, eos_token_ids=ends)
     assert sample(model, PROMPTS, settings, [0] * len(PROMPTS), batch_size=3) == expected
     assert min(map(len, expected)) >= 6
 
@@ -84,7 +84,7 @@ def test_ends_equal_generate():
 def test_all_slots_at_once_is_the_same(monkeypatch, name):
     # What a GPU does, without graphs: masks, idle slots, and spans of keys that end between sequences' ends.
     model = build(MODELS[name])
-    settings = SamplingSettings(max_new_tokens=20)
+    settings = SamplingParams(max_new_tokens=20)
     expected = sample(model, PROMPTS, settings, list(range(8)), batch_size=3)
 
     class AllAtOnce(decoder.Decoder):
@@ -102,7 +102,7 @@ def test_all_slots_at_once_is_the_same(monkeypatch, name):
 def test_company_does_not_change_a_bit(config):
     # A width of 48 would not do: PyTorch's loops end in scalar code, which rounds differently, where no 32 are left.
     student, teacher = build(config, torch.float32), build(config, torch.float32, seed=1)
-    settings = SamplingSettings(max_new_tokens=15, no_repeat_ngram_size=3)
+    settings = SamplingParams(max_new_tokens=15, no_repeat_ngram_size=3)
     seeds = [7 * index for index in range(len(PROMPTS))]
 
     def run(order, batch_size):
@@ -119,7 +119,7 @@ def test_company_does_not_change_a_bit(config):
 
 def test_seeds_and_prompts_decide():
     model = build(GPT2, scale=1.0)
-    settings = SamplingSettings(max_new_tokens=10)
+    settings = SamplingParams(max_new_tokens=10)
     responses = sample(model, [PROMPTS[0]] * 4 + [PROMPTS[1]], settings, [1, 2, 1, -(2**63) + 5, 1])
     assert responses[0] == responses[2]
     assert len({tuple(response) for response in responses}) == 4
@@ -173,7 +173,7 @@ def test_pairs_of_tokens_follow_the_model(name):
     vocabulary, draws = 11, 2000
     model = build(GPT2, torch.float32, vocab_size=vocabulary, scale=6.0)
     prompt = [3, 1, 4]
-    settings = SamplingSettings(max_new_tokens=2, **changes)
+    settings = SamplingParams(max_new_tokens=2, **changes)
     pairs = torch.tensor(sample(model, [prompt] * draws, settings, list(range(draws)), batch_size=draws))
     counts = (pairs[:, 0] * vocabulary + pairs[:, 1]).bincount(minlength=vocabulary**2).double()
     ids = torch.cat([torch.tensor([prompt] * vocabulary), torch.arange(vocabulary)[:, None]], 1)
@@ -192,7 +192,7 @@ def test_mixture_draws_from_both_and_reports_both():
     teacher = build(LLAMA, vocab_size=vocabulary + 5, scale=6.0, seed=3)
     prompt = [3, 1, 4]
     run = sample_mixture(
-        student, teacher, weight, [prompt] * draws, SamplingSettings(max_new_tokens=1), list(range(draws)), draws
+        student, teacher, weight, [prompt] * draws, SamplingParams(max_new_tokens=1), list(range(draws)), draws
     )
     with torch.no_grad():
         ours = student(torch.tensor([prompt])).logits[0, -1].log_softmax(0)
@@ -200,14 +200,14 @@ def test_mixture_draws_from_both_and_reports_both():
     counts = torch.tensor([tokens[0] for tokens, *_ in run]).bincount(minlength=vocabulary).double()
     assert chi_square_is_likely(counts, (1 - weight) * ours.exp() + weight * theirs.exp())
     assert not chi_square_is_likely(counts, ours.exp())
-    longer = sample_mixture(student, teacher, weight, [prompt], SamplingSettings(max_new_tokens=9), [5])
+    longer = sample_mixture(student, teacher, weight, [prompt], SamplingParams(max_new_tokens=9), [5])
     ((tokens, *both),) = longer
     for model, log_probs in zip((student, teacher), both, strict=True):
         with torch.no_grad():
             rows = model(torch.tensor([prompt + tokens])).logits[0, 2:-1, :vocabulary].log_softmax(1)
         expected = rows.gather(1, torch.tensor(tokens)[:, None])[:, 0]
         torch.testing.assert_close(torch.tensor(log_probs, dtype=torch.float64), expected, rtol=1e-10, atol=1e-12)
-    settings = SamplingSettings(max_new_tokens=9)
+    settings = SamplingParams(max_new_tokens=9)
     ((tokens, *_),) = sample_mixture(student, teacher, 0.0, [prompt], settings, [5])
     assert tokens == sample(student, [prompt], settings, [5])[0]
 
@@ -235,7 +235,7 @@ def test_batch_is_refilled_and_responses_are_told_once(monkeypatch):
 
     monkeypatch.setattr(decoder.Decoder, "decode", counted)
     model = build(GPT2, torch.float32, scale=1.0)
-    settings = SamplingSettings(max_new_tokens=40, eos_token_ids=tuple(range(0, 211, 10)))
+    settings = SamplingParams(max_new_tokens=40, eos_token_ids=tuple(range(0, 211, 10)))
     prompts = prompts_of(*range(1, 31))
 
     def tell(index, response):
@@ -253,20 +253,20 @@ def test_batch_is_refilled_and_responses_are_told_once(monkeypatch):
 def test_positions_limit_responses():
     model = build(GPT2, n_positions=32)
     prompts = prompts_of(30, 20)
-    responses = sample(model, prompts, SamplingSettings(max_new_tokens=10), [0, 1])
+    responses = sample(model, prompts, SamplingParams(max_new_tokens=10), [0, 1])
     assert [len(response) for response in responses] == [2, 10]
-    settings = SamplingSettings(max_new_tokens=10, max_length=24)
+    settings = SamplingParams(max_new_tokens=10, max_length=24)
     assert [len(response) for response in sample(model, prompts_of(23, 20, 9), settings, [0, 1, 2])] == [1, 4, 10]
     with pytest.raises(ConfigError, match="prompt 0 has 24 tokens, and max_length is 24: no room for a response"):
         sample(model, prompts_of(24), settings, [0])
     with pytest.raises(ConfigError, match="prompt 1 has 32 tokens, and the model 32 positions"):
-        sample(model, prompts_of(5, 32), SamplingSettings(), [0, 1])
+        sample(model, prompts_of(5, 32), SamplingParams(), [0, 1])
     with pytest.raises(ConfigError, match="prompt 0 is empty"):
-        sample(model, [[]], SamplingSettings(), [0])
+        sample(model, [[]], SamplingParams(), [0])
     with pytest.raises(ConfigError, match="batch_size is 0, expected at least 1"):
-        sample(model, prompts, SamplingSettings(), [0, 1], batch_size=0)
+        sample(model, prompts, SamplingParams(), [0, 1], batch_size=0)
     with pytest.raises(ConfigError, match=r"teacher_weight is 1\.5"):
-        sample_mixture(model, model, 1.5, prompts, SamplingSettings(), [0, 1])
+        sample_mixture(model, model, 1.5, prompts, SamplingParams(), [0, 1])
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -277,7 +277,7 @@ def test_model_is_left_as_it_was(packed):
         model = packed.PackedCausalLM(model, "student")
     implementation = inner.config._attn_implementation
     before = dict(inner.named_parameters())
-    sample(model, PROMPTS[:2], SamplingSettings(max_new_tokens=2), [0, 1])
+    sample(model, PROMPTS[:2], SamplingParams(max_new_tokens=2), [0, 1])
     assert inner.config._attn_implementation == implementation
     assert inner.training
     assert all("forward" not in vars(module) for module in inner.modules())
@@ -289,8 +289,8 @@ def test_model_is_left_as_it_was(packed):
 
 def test_adapters_take_part():
     spec = ModelConfig(path="base", lora=LoraConfig(rank=4))
-    student = packed.PackedCausalLM(lora.attach(build(LLAMA), spec, "student"), "student")
-    settings = SamplingSettings(max_new_tokens=8, temperature=0)
+    student = packed.PackedCausalLM(lora.attach_adapter(build(LLAMA), spec, "student"), "student")
+    settings = SamplingParams(max_new_tokens=8, temperature=0)
     without = sample(student, PROMPTS, settings, [0] * 8)  # a new adapter changes nothing
     with torch.no_grad():
         for name, parameter in student.named_parameters():
@@ -306,7 +306,7 @@ def test_adapters_take_part():
 def test_model_that_packing_cannot_do_is_refused():
     model = build(LLAMA, torch.float32, model_type="gemma2", head_dim=8)
     with pytest.raises(ConfigError, match="gemma2"):
-        sample(model, PROMPTS[:1], SamplingSettings(), [0])
+        sample(model, PROMPTS[:1], SamplingParams(), [0])
     assert model.config._attn_implementation != decoder.NAME
 
 
@@ -324,13 +324,13 @@ def test_model_that_packing_cannot_do_is_refused():
 )
 def test_settings_out_of_range(changes, message):
     with pytest.raises(ConfigError, match=message):
-        SamplingSettings(**changes)
+        SamplingParams(**changes)
 
 
 @pytest.mark.gpu
 def test_graphs_change_nothing(monkeypatch):
     model = build(GPT2, torch.bfloat16, scale=2.0, n_embd=64).cuda()
-    settings = SamplingSettings(max_new_tokens=40)
+    settings = SamplingParams(max_new_tokens=40)
     with_graphs = sample(model, PROMPTS, settings, list(range(8)), batch_size=3)
 
     class Eager(decoder.Decoder):

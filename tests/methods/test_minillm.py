@@ -16,7 +16,7 @@ from abkd_fast.data import quickstart
 from abkd_fast.data.batches import pack
 from abkd_fast.losses import fused_linear, row_ops
 from abkd_fast.methods.minillm import MiniLLM
-from abkd_fast.teacher.teacher import Teacher, TeacherStates
+from abkd_fast.teacher.teacher import LinearHead, Teacher
 from conftest import GPT2, LLAMA
 from runs import Run, assert_same, at_step, send
 
@@ -160,7 +160,7 @@ def test_rounds_returns_and_advantages(tmp_path):
     minillm, rollouts = method(tmp_path, "minillm.clip_reward=3"), FakeRollouts()
     expected_numbers = {}
     for step in range(8):
-        batch = minillm.sequences(step, 0.0, [], rollouts)
+        batch = minillm.select_batch(step, 0.0, [], rollouts)
         if step in (0, 4):
             both = FakeRollouts()
             for sample in both.write_mixed(both.prompts(9, 0), step, 0.3):
@@ -187,7 +187,7 @@ def test_rounds_returns_and_advantages(tmp_path):
 
 def test_minibatches_are_shuffled_and_drop_the_rest(tmp_path):
     minillm, rollouts = method(tmp_path), FakeRollouts()
-    chosen = [[sample["row"] for sample in minillm.sequences(step, 0.0, [], rollouts)] for step in range(8)]
+    chosen = [[sample["row"] for sample in minillm.select_batch(step, 0.0, [], rollouts)] for step in range(8)]
     epochs = [chosen[step] + chosen[step + 1] for step in range(0, 8, 2)]
     assert all(len(set(epoch)) == 8 for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 4
@@ -196,23 +196,23 @@ def test_minibatches_are_shuffled_and_drop_the_rest(tmp_path):
 def test_losses_of_rollouts_and_text_from_whole_logits(tmp_path):
     """What a step differentiates: mean and gradient by hidden states and projection, float64 autograd to 1e-10."""
     minillm, rollouts = method(tmp_path, "minillm.text_kd=0.3"), FakeRollouts()
-    samples = minillm.sequences(0, 0.0, [], rollouts)
+    samples = minillm.select_batch(0, 0.0, [], rollouts)
     (batch,) = pack(samples, 1000)
     count = len(batch.labels)
     hidden, weight = normal(count, 8, seed=1).requires_grad_(), normal(VOCAB, 8, seed=2).requires_grad_()
-    states = TeacherStates(normal(count, 12, seed=3), normal(VOCAB, 12, seed=4), None)
+    states = LinearHead(normal(count, 12, seed=3), normal(VOCAB, 12, seed=4), None)
     numbers = [float64(x for s in samples for x in s[name]) for name in ("advantages", "log_probs")]
     teacher = states.hidden, states.weight
     surrogate, divergence, ratio = by_definition((hidden, weight), teacher, batch.labels, *numbers)
     log_q, log_p = F.linear(hidden, weight).log_softmax(1), F.linear(*teacher).log_softmax(1)
     by_text = 0.3 * (log_p.exp() * (log_p - log_q)).sum() + 0.7 * F.nll_loss(log_q, batch.labels, reduction="sum")
-    for loss, expected in ((minillm.loss, (surrogate + divergence).sum()), (minillm.text_loss, by_text)):
+    for loss, expected in ((minillm.loss, (surrogate + divergence).sum()), (minillm.pretrain_loss, by_text)):
         got = loss(hidden, weight, None, batch, states)
         torch.testing.assert_close(got, expected, rtol=1e-10, atol=0)
         ours, theirs = (torch.autograd.grad(x, (hidden, weight)) for x in (got, expected))
         for mine, exact in zip(ours, theirs, strict=True):
             torch.testing.assert_close(mine, exact, rtol=0, atol=1e-10 * exact.abs().max().item())
-    logged = minillm.numbers()
+    logged = minillm.metrics()
     assert logged["reverse_kl"] == pytest.approx(divergence.mean().item(), rel=1e-12)
     assert logged["clip_share"] == row_ops.is_clipped(ratio, numbers[0], CLIP).double().mean().item() > 0
     assert logged["reward"] == pytest.approx(sum(sample["reward"] for sample in samples) / count)

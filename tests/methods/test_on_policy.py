@@ -19,7 +19,7 @@ from abkd_fast.console import format_bytes
 from abkd_fast.data import quickstart
 from abkd_fast.data.batches import pack
 from abkd_fast.data.rows import read_rows
-from abkd_fast.data.tokenize import tokenise
+from abkd_fast.data.tokenize import tokenize
 from abkd_fast.errors import ConfigError
 from abkd_fast.generation import sampling
 from abkd_fast.generation.answers import Answers
@@ -94,14 +94,14 @@ def test_labels_of_generated_text_are_the_next_tokens_end_included(make, monkeyp
         {"input_ids": [*range(20, 20 + length), 11, 12], "prompt_length": length, "row": number, "index": number}
         for number, length in enumerate(lengths)
     ]
-    written = trainer.method.sequences(0, 0.1, samples, trainer.rollouts)
+    written = trainer.method.select_batch(0, 0.1, samples, trainer.rollouts)
     assert written == [
         {"input_ids": [20, 21, 22, 8, 9, 0], "prompt_length": 3, "row": 0},
         {"input_ids": [20, 21, 8], "prompt_length": 2, "row": 1},
         {"input_ids": [20, 21, 22, 23, 0], "prompt_length": 4, "row": 2},
         {"input_ids": [20, 5, 5], "prompt_length": 1, "row": 3},
     ]
-    monkeypatch.setattr(trainer.method, "sequences", lambda *arguments: written)
+    monkeypatch.setattr(trainer.method, "select_batch", lambda *arguments: written)
     (batch,) = trainer._written(next(trainer._batches())).parts
     assert batch.positions.tolist() == [2, 3, 4, 7, 12, 14, 15]
     assert batch.labels.tolist() == [8, 9, 0, 8, 0, 5, 5]
@@ -215,7 +215,7 @@ def test_distillm_chooses_as_published(make, schedule):
         method.buffer.coin = lambda r=r: r
         gen_p = phi * {"decreasing": 1 - g / total, "constant": 0.5, "increasing": g / total}[schedule]
         data = [1, 2, 3]
-        got = method.sequences(g - 1, g / total, data, writer)
+        got = method.select_batch(g - 1, g / total, data, writer)
         if r < gen_p or (r < phi and stored < 6):
             expected, stored = "new", min(6, stored + 3)
             assert [(sample["row"], sample["step"]) for sample in got] == [(1, g - 1), (2, g - 1), (3, g - 1)]
@@ -236,29 +236,29 @@ def test_distillms_threshold_follows_the_dev_loss(make):
     method = method_of(make, "distillm", "on_policy.threshold=0.75", "on_policy.loss_margin=0.5")
     expected = [(5.0, 0.75), (3.0, 0.75), (4.0, 0.75), (5.5, 0.85), (5.9, 0.85), (6.0, 0.95), (6.5, 1.0), (9.0, 1.0)]
     for loss, threshold in expected:
-        method.evaluated(loss)
-        assert method.numbers() == {"threshold": pytest.approx(threshold)}
+        method.on_eval(loss)
+        assert method.metrics() == {"threshold": pytest.approx(threshold)}
 
 
 def test_gkd_takes_its_share_and_without_a_buffer_the_new_ones(make):
     method, writer = method_of(make, "gkd", "on_policy.fraction=0.3", "on_policy.replay_rows=0"), Writer()
     for step in range(1000):
-        got = method.sequences(step, step / 1000, [1, 2, 3], writer)
+        got = method.select_batch(step, step / 1000, [1, 2, 3], writer)
         assert got == [1, 2, 3] or {sample["step"] for sample in got} == {step}
     assert len(writer.steps) == pytest.approx(300, abs=4 * (1000 * 0.3 * 0.7) ** 0.5)
-    assert method.data_share == 0.7
+    assert method.off_policy_fraction == 0.7
 
 
 def test_imitkd_replays_what_is_in_the_buffer_at_random(make):
     method, writer = method_of(make, "imitkd", "on_policy.replay_rows=30"), Writer()
     ages = []
     for step in range(200):
-        got = method.sequences(step, step / 200, [1, 2, 3], writer)
+        got = method.select_batch(step, step / 200, [1, 2, 3], writer)
         assert len({(sample["row"], sample["step"]) for sample in got}) == 3
         ages += [step - sample["step"] for sample in got]
     assert writer.steps == list(range(200))
     assert set(ages) == set(range(10)), "the newest ten steps' samples, and no older ones"
-    assert method.data_share == 0
+    assert method.off_policy_fraction == 0
 
 
 def test_empty_buffer_cannot_be_replayed():
@@ -356,7 +356,7 @@ def test_rows_of_a_bad_step_are_those_behind_its_samples(make, monkeypatch, caps
         rows[step + 1] = sorted({sample["row"] + 1 for sample in got}), {sample.get("index") for sample in got}
         return got
 
-    monkeypatch.setattr(DistiLLM, "sequences", noted)
+    monkeypatch.setattr(DistiLLM, "select_batch", noted)
     run = make("distillm", "on_policy.threshold=1", "train.on_nonfinite=skip", "log.every_steps=12")
     poison(monkeypatch, 6)
     at_step(monkeypatch, 8, send(signal.SIGTERM))
@@ -415,7 +415,7 @@ def test_seqkd_trains_on_the_teachers_text(seqkd, teacher, tmp_path, capsys):
     originals = read_rows("quickstart:small", 20)
     assert [answer["prompt"] for answer in answers] == [row.values["prompt"] for row in originals]
     assert all(answer["output"] != row.values["output"] for answer, row in zip(answers, originals, strict=True))
-    dev = tokenise(read_rows("quickstart:dev", 4), tokenizer, 96)
+    dev = tokenize(read_rows("quickstart:dev", 4), tokenizer, 96)
     assert trainer.dev_set["input_ids"][:] == dev["input_ids"][:]
 
     losses = [point["loss"] for point in run.points() if point.get("kind") == "train"]
@@ -480,7 +480,7 @@ def test_adapters_answer_and_learn_from_their_own_text(tmp_path, teacher):
     adapter = peft.AutoPeftModelForCausalLM.from_pretrained(run.folder.parent / "teacher" / "final")
     tokenizer = quickstart.tokenizer()
     answers = answers_of(run)
-    settings = sampling.SamplingSettings(max_new_tokens=6, eos_token_ids=(tokenizer.eos_token_id,))
+    settings = sampling.SamplingParams(max_new_tokens=6, eos_token_ids=(tokenizer.eos_token_id,))
     prompts = [tokenizer(answer["prompt"])["input_ids"] for answer in answers]
     seeds = [(10 << 32) + answer["row"] for answer in answers]
     ours, theirs = (

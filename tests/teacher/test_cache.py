@@ -416,7 +416,7 @@ def test_disk_that_fills_up_while_building(recipe, monkeypatch, call):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(store.StateFile, call, full)
+    monkeypatch.setattr(store.HiddenStateStore, call, full)
     with pytest.raises(ConfigError, match=r"No space left on device; choose another, or cache\.mode=off"):
         loaded(path, "cache.mode=disk")
     for mode, kind in (("auto", Teacher), ("memory", CachedTeacher)):

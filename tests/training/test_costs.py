@@ -8,7 +8,7 @@ from transformers import AutoConfig
 from abkd_fast.config.schema import TrainConfig
 from abkd_fast.data.batches import pack
 from abkd_fast.generation import decoder
-from abkd_fast.generation.sampling import SamplingSettings, sample, sample_mixture
+from abkd_fast.generation.sampling import SamplingParams, sample, sample_mixture
 from abkd_fast.models import loading
 from abkd_fast.training import costs
 from conftest import GPT2, LLAMA
@@ -92,23 +92,23 @@ def test_memory_of_generation_is_what_it_takes(monkeypatch, config, teacher):
 
     class Noted(decoder.Decoder):
         def _logits(self, states):
-            if len(held) < len(loading):  # the first step of each: nothing grows later
+            if len(held) < len(models):  # the first step of each: nothing grows later
                 copied = sum(x.weight.nbytes for x in self.model.modules() if "forward" in vars(x))
                 held.append((sum(x.nbytes for x in (*self.keys, *self.values)), copied))
             return super()._logits(states)
 
     monkeypatch.setattr("abkd_fast.generation.sampling.Decoder", Noted)
-    loading = [build(each, torch.float32) for each in (config, teacher) if each]
+    models = [build(each, torch.float32) for each in (config, teacher) if each]
     prompts = [sample["input_ids"] for sample in samples([9, 30, 4])]
-    settings = SamplingSettings(max_new_tokens=20, max_length=45)
+    settings = SamplingParams(max_new_tokens=20, max_length=45)
     if teacher:
-        sample_mixture(*loading, 0.2, prompts, settings, [0, 1, 2], batch_size=2)
+        sample_mixture(*models, 0.2, prompts, settings, [0, 1, 2], batch_size=2)
     else:
-        sample(*loading, prompts, settings, [0, 1, 2], batch_size=2)
-    writers = [(costs.ModelCost(model.model.config), None) for model in loading]
-    parts = dict(costs.generation_memory(writers, 2, 45, torch.float32, CPU))
+        sample(*models, prompts, settings, [0, 1, 2], batch_size=2)
+    generators = [(costs.ModelCost(model.model.config), None) for model in models]
+    parts = dict(costs.generation_memory(generators, 2, 45, torch.float32, CPU))
     cached, copied = map(sum, zip(*held, strict=True))
     expected = {"keys and values of 2 sequences": cached, "rearranged weights": copied}
     assert parts == {name: number for name, number in expected.items() if number}
-    in_16_bits = dict(costs.generation_memory(writers, 2, 45, torch.bfloat16, CPU))
+    in_16_bits = dict(costs.generation_memory(generators, 2, 45, torch.bfloat16, CPU))
     assert in_16_bits == {"keys and values of 2 sequences": cached // 2}

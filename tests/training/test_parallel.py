@@ -359,7 +359,7 @@ def test_mistakes_are_said_once(context, tmp_path, recipe):
 def test_samples_are_dealt_evenly(lengths, world):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(distributed, "world", lambda: world)
-        shares = batches.deal(lengths)
+        shares = batches.balance_by_tokens(lengths)
     assert sorted(place for share in shares for place in share) == list(range(len(lengths)))
     assert all(share == sorted(share) for share in shares)
     assert max(map(len, shares)) <= -(-len(lengths) // world)

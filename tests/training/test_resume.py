@@ -23,7 +23,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from abkd_fast import files
 from abkd_fast.cli import INTERRUPTED
 from abkd_fast.config.recipe import load
-from abkd_fast.data.batches import batch_rows
+from abkd_fast.data.batches import shuffled_batches
 from abkd_fast.signals import StopSignals
 from abkd_fast.train import main
 from abkd_fast.training import checkpoint, checkpoint_writer
@@ -371,7 +371,7 @@ def test_non_finite_gradient_stops_and_no_checkpoint_is_poisoned(tmp_path, monke
     poison(monkeypatch, 7)
     assert run() == 1
     error = capsys.readouterr().err
-    rows = ", ".join(str(row + 1) for row in sorted(batch_rows(20, 4, 10, 1)[1]))
+    rows = ", ".join(str(row + 1) for row in sorted(shuffled_batches(20, 4, 10, 1)[1]))
     assert error.startswith("error: step 7: loss ")
     assert f"gradient norm inf, samples quickstart:small row {rows}; last good checkpoint: " in error
     assert "step-000006; resume with train.on_nonfinite=skip" in error
