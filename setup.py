@@ -15,8 +15,8 @@ from setuptools import setup
 
 STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020a000000000000"]  # PyTorch 2.10
 # No -ffast-math: the kernels rely on the order of their additions, on infinities and on NaN. These two flags only
-# give up floating-point traps and errno, which nothing reads, and without them loops are not vectorised.
-OPTIMISE = ["-O3", "-std=c++20", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"]
+# give up floating-point traps and errno, which nothing reads, and without them loops are not vectorized.
+OPTIMIZE = ["-O3", "-std=c++20", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"]
 
 
 def find_cuda_home() -> str | None:
@@ -85,7 +85,7 @@ def extensions() -> tuple[list, type]:
         CppExtension(
             "abkd_fast.losses._C",
             ["csrc/bindings.cpp", *(f"csrc/cpu/{name}.cpp" for name in ("choose", "baseline", "avx2", "avx512"))],
-            extra_compile_args={"cxx": OPTIMISE + STABLE_ABI + defines},
+            extra_compile_args={"cxx": OPTIMIZE + STABLE_ABI + defines},
         )
     ]
     if cuda_home:
@@ -95,7 +95,7 @@ def extensions() -> tuple[list, type]:
             CUDAExtension(
                 "abkd_fast.losses._cuda",
                 ["csrc/cuda/bindings.cpp", "csrc/cuda/rows.cu"],
-                extra_compile_args={"cxx": OPTIMISE + STABLE_ABI, "nvcc": ["-O3", "-std=c++20", *gencode]},
+                extra_compile_args={"cxx": OPTIMIZE + STABLE_ABI, "nvcc": ["-O3", "-std=c++20", *gencode]},
                 py_limited_api=True,
             )
         )

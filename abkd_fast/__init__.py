@@ -1,4 +1,4 @@
-"""Distil language models with the alpha-beta divergence, fast. See README.md."""
+"""Distill language models with the alpha-beta divergence, fast. See README.md."""
 
 import importlib
 
@@ -7,7 +7,8 @@ _MODULES = {
         AKL AlphaBeta AlphaDivergence AlphaNet BDKD ForwardKL Hellinger JensenShannon ReverseKL SkewForwardKL
         SkewReverseKL TotalVariation WSD parse
     """,
-    "losses.row_ops": "build_info divergence_loss",
+    "losses.row_ops": "build_info",
+    "losses.logits": "divergence_loss",
     "generation.sampling": "SamplingParams sample sample_mixture",
     "losses.fused_linear": "fused_linear_cross_entropy fused_linear_divergence fused_linear_policy_gradient",
 }

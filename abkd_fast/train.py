@@ -27,7 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
     """
     parser = argparse.ArgumentParser(
         prog="python -m abkd_fast.train",
-        description="Distil or fine-tune a language model.",
+        description="Distill or fine-tune a language model.",
         epilog="\n".join([RECIPE_KEYS, "keys of a configuration, with [defaults]:\n", *describe()]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -1,7 +1,7 @@
 """The loss alone, against what it replaces and against its floor: `python benchmarks/kernels.py`.
 
 losses    alpha-beta divergence between logits, against the published formulation and a compiled log-space one
-families  every divergence of the catalogue, against the alpha-beta one
+families  every divergence of the catalog, against the alpha-beta one
 fused     from hidden states, GPT-2 XL to GPT-2, against the bare matrix products, and Liger-Kernel and TRL if installed
 memory    the same against the number of tokens: time, and memory beyond inputs and results
 accuracy  errors of value and gradient against float64
@@ -31,7 +31,7 @@ from rivals import DIVERGENCE, PEER_DIVERGENCE, PEERS, log_space, published, pub
 TIME = {"name": ("", ""), "ms": ("ms", ".2f"), "range": ("min..max", "")}
 PUBLISHED_TENSORS = 10  # of N x V float32 that the published formulation holds at once, and one to spare
 OURS, PUBLISHED, FLOOR = "fused_linear_divergence", "published formulation", "four matrix products"
-COLOURS = {OURS: "#0072b2", PUBLISHED: "#d55e00", FLOOR: "#999999"}  # told apart with any colour vision
+COLOURS = {OURS: "#0072b2", PUBLISHED: "#d55e00", FLOOR: "#999999"}  # told apart with any color vision
 QUICK = {"rows": 4, "tokens": 64, "vocab": 1009, "widths": [16, 32], "sweep": [32, 64, 128], "repeats": 2}
 
 
@@ -240,10 +240,10 @@ class Benchmark:
 
         figure, panels = pyplot.subplots(1, 2, figsize=(10, 4), constrained_layout=True)
         for panel, key, label in zip(panels, ("ms", "mib"), ("time, ms", "extra memory, MiB"), strict=True):
-            for (name, colour), marker in zip(COLOURS.items(), "os^", strict=True):
+            for (name, color), marker in zip(COLOURS.items(), "os^", strict=True):
                 points = [(row["tokens"], row[key]) for row in rows if row["name"] == name and row[key] is not None]
                 if points:
-                    panel.plot(*zip(*points, strict=True), color=colour, marker=marker, label=name)
+                    panel.plot(*zip(*points, strict=True), color=color, marker=marker, label=name)
             panel.set(xlabel="tokens", ylabel=label, yscale="log")
             panel.set_xscale("log", base=2)
             panel.grid(alpha=0.3)

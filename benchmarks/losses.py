@@ -1,6 +1,6 @@
 """Every loss of the papers' Table 2 under one budget: `python benchmarks/losses.py --config RECIPE --stage STAGE`.
 
-STAGE is the recipe's stage that distils; the stages it refers to (teacher, initial student) are trained first, once.
+STAGE is the recipe's stage that distills; the stages it refers to (teacher, initial student) are trained first, once.
 Then every loss gets the same initial student, rows, steps and settings, no plain-text term, and the learning rate of
 --rates that was best on the development rows, in runs with --search-seeds. Each is trained with every one of --seeds,
 and each result answers the test sets of the recipe's eval.sets with eval.seeds. A cell is the mean over training seeds,
@@ -309,7 +309,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     results = pathlib.Path(__file__).parent / "results" / "losses"
     parser.add_argument("--config", default="quickstart", metavar="RECIPE", help="default: %(default)s")
-    parser.add_argument("--stage", default="student-ab", help="the one that distils (default: %(default)s)")
+    parser.add_argument("--stage", default="student-ab", help="the one that distills (default: %(default)s)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help="as in train")
     parser.add_argument("--losses", nargs="+", default=TABLE_2, metavar="LOSS", help="default: Table 2's")
     parser.add_argument("--rates", nargs="+", type=float, help="of the search (default: 1/2, 1, 2 times the recipe's)")

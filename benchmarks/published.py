@@ -6,7 +6,7 @@ the teacher runs in every step. Responses are written by transformers' `generate
 the longest of a batch is done.
 
 Left out, to its advantage: float16 with loss scaling, DeepSpeed, its guards against infinite logits, its
-synchronisations (two a step, and one for every token of MiniLLM's rollouts) and all-reduces, and the second response to
+synchronizations (two a step, and one for every token of MiniLLM's rollouts) and all-reduces, and the second response to
 every prompt that MiniLLM generates for its log.
 """
 
@@ -253,7 +253,7 @@ class PublishedTrainer:
     def policy_step(self, rollouts: RolloutBatch, text: PaddedBatch | None = None) -> tuple[Tensor, Tensor]:
         """One optimizer step of MiniLLM; plain text goes through the models together with the rollouts.
 
-        Advantages are normalised over the tokens. The released code counts the padding's zeros as well.
+        Advantages are normalized over the tokens. The released code counts the padding's zeros as well.
         """
         settings, count = self.minillm, len(rollouts.input_ids)
         inputs = rollouts.inputs
@@ -321,7 +321,7 @@ def _of_tokens(log_probs: Tensor, tokens: Tensor) -> Tensor:
 
 
 def _advantages(rewards: Tensor, mask: Tensor, gamma: float) -> Tensor:
-    """Discounted sums of the rewards [B, R] to come over their number, normalised over the tokens."""
+    """Discounted sums of the rewards [B, R] to come over their number, normalized over the tokens."""
     later, sums = torch.zeros_like(rewards[:, 0]), []
     for reward in reversed(rewards.unbind(1)):
         later = reward + gamma * later

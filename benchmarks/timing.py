@@ -323,7 +323,7 @@ class Benchmark:
         rounds = len(next(iter(parts.values())))
         self.report.table("methods", f"seconds/sample, medians of {rounds}", rows, columns)
         self.spreads(parts)
-        self.amortised(rows)
+        self.amortized(rows)
         self.targets(rows)
         if importlib.util.find_spec("matplotlib") is None:
             self.report.note("chart: skipped, matplotlib is not installed (pip install '.[bench]')")
@@ -376,7 +376,7 @@ class Benchmark:
         name, way, _ = key
         return sum(s for part, s in self.methods[name].parts.items() if self.same_cost((name, way, part)) == key)
 
-    def amortised(self, rows: list[dict]) -> None:
+    def amortized(self, rows: list[dict]) -> None:
         """What the cache costs, spread over the epochs that share it."""
         costs = []
         for row in rows:

@@ -105,7 +105,7 @@ inline Rows pack(const Operands& operands, const Loss& loss) {
   return rows;
 }
 
-// A call that makes nothing but the log-normalisers.
+// A call that makes nothing but the log-normalizers.
 inline Rows pack_normalizers(const torch::stable::Tensor& student, const std::optional<torch::stable::Tensor>& teacher,
                              double temperature, double hard_weight, const torch::stable::Tensor& statistics) {
   // Which divergence between two distributions this is for does not matter.

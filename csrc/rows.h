@@ -12,7 +12,7 @@ namespace abkd {
 
 enum class DType { float32, float64, bfloat16, float16 };
 
-// The numbers are those of the catalogue in abkd_fast/divergences.py.
+// The numbers are those of the catalog in abkd_fast/divergences.py.
 enum class Family : int64_t {
   cross_entropy = 0,
   alpha_beta = 1,
@@ -36,7 +36,7 @@ struct Statistics {
   double state[2];                  // what the divergence decided for this row: two weights, or a branch
 };
 
-// A call makes the log-normalisers where normalizes says so, the losses where losses is set, and the gradient where
+// A call makes the log-normalizers where normalizes says so, the losses where losses is set, and the gradient where
 // gradient is. What it needs and does not make it reads from statistics, into which it writes what it makes. Where the
 // vocabulary is spread over devices, these are three calls on each one's columns, and what each has left is merged.
 struct Rows {

@@ -46,7 +46,7 @@ def shared():
 
 @pytest.fixture(autouse=True)
 def cache_folder(tmp_path, tmp_path_factory, monkeypatch):
-    """No test leaves a teacher's states or tokenised data in the user's folders, or finds any there."""
+    """No test leaves a teacher's states or tokenized data in the user's folders, or finds any there."""
     folder = tmp_path / "cache"
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
     monkeypatch.setenv("ABKD_CACHE", str(folder))

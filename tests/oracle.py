@@ -24,7 +24,7 @@ ADAPTIVE = ["bdkd", "akl", "akl:0.9", "alphanet", "alphanet:0.2,0.8,token"]
 FAMILIES = [*SMOOTH, *ADAPTIVE, "tvd"]
 
 
-def neighbours(delta):
+def neighbors(delta):
     """Points at a distance of about delta from where alpha, beta, their sum, or all of them are 0."""
     near_alpha = [(delta, 0.7), (-delta, 0.7), (delta, 1.0)]
     near_beta = [(0.7, delta), (0.7, -delta), (1.0, delta)]

@@ -42,7 +42,7 @@ def assert_close_to_oracle(student, teacher, alpha, beta, labels=None, **numbers
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("vocab", [1000, 1003, 50257, 151936])
-@pytest.mark.parametrize(("alpha", "beta"), [*oracle.GRID, *oracle.neighbours(1e-5)])
+@pytest.mark.parametrize(("alpha", "beta"), [*oracle.GRID, *oracle.neighbors(1e-5)])
 def test_kernel_agrees_with_oracle(alpha, beta, vocab, dtype):
     student, teacher = (x.to(dtype).cuda() for x in oracle.gpt2_like_logits(2, vocab))
     if dtype == torch.float16 and alpha + beta < 0.1:

@@ -84,7 +84,7 @@ def test_gpt2_recipe_killed_in_its_last_stage(shared, text, tmp_path):
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     final = killed / "gpt2" / "abkd" / "final"
-    prompt = AutoTokenizer.from_pretrained(final)("Name a colour.", return_tensors="pt")["input_ids"]
+    prompt = AutoTokenizer.from_pretrained(final)("Name a color.", return_tensors="pt")["input_ids"]
     model = AutoModelForCausalLM.from_pretrained(final)
     assert model.generate(prompt, max_new_tokens=2, pad_token_id=0).shape[1] > prompt.shape[1]
     steps = [point for point in points(killed / "gpt2" / "abkd") if point["kind"] == "train"]

@@ -121,7 +121,7 @@ class ModelConfig:
 
 @_section
 class PretrainConfig:
-    """Plain text whose language-modelling loss is added in every step, as the papers do: one block a sample."""
+    """Plain text whose language-modeling loss is added in every step, as the papers do: one block a sample."""
 
     path: Annotated[str, "JSONL file or folder of them with text, plain .txt, or the papers' .bin and .idx files"]
     weight: Annotated[float, "factor of its mean cross-entropy; 0 leaves the text unread"] = 1.0
@@ -145,7 +145,7 @@ class DataConfig:
     dev_rows: Annotated[int | None, "use only the first rows"] = None
     max_length: Annotated[int, "tokens of prompt and response together; longer responses are cut"] = 512
     max_prompt_length: Annotated[int | None, "rows with longer prompts, in tokens, are left out (null: none is)"] = 256
-    pretrain: Annotated[PretrainConfig | None, "plain text, for an additional language-modelling loss"] = None
+    pretrain: Annotated[PretrainConfig | None, "plain text, for an additional language-modeling loss"] = None
 
     def __post_init__(self) -> None:
         _check_range(self, train_rows=(1, math.inf), dev_rows=(1, math.inf), max_length=(2, math.inf))

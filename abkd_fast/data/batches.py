@@ -15,7 +15,6 @@ from torch import Tensor
 
 from .. import distributed
 from ..distributed import world_size
-from . import batches
 
 if TYPE_CHECKING:
     pass
@@ -82,7 +81,7 @@ def make_step_batch(samples: list[dict], text: list[dict], max_tokens: int) -> S
     parts, loads = [], [0] * distributed.world_size()
     for items, is_pretrain in ((samples, False), (text, True)):
         lengths = [len(item["input_ids"]) for item in items]
-        shares = batches.balance_by_tokens(lengths)
+        shares = balance_by_tokens(lengths)
         groups = [fill_micro_batches([items[place] for place in share], max_tokens) for share in shares]
         own = split_largest(groups[distributed.rank()], max(map(len, groups)))
         parts += [dataclasses.replace(collate(group), is_pretrain=is_pretrain) for group in own]

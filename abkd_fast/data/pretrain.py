@@ -1,4 +1,4 @@
-"""Plain text for the language-modelling term: documents, tokenised and cut into blocks of one length."""
+"""Plain text for the language-modeling term: documents, tokenized and cut into blocks of one length."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 NEWLINE = "<@x(x!>"  # stands for a line's end within a document in MiniLLM's data.txt
-PIECE = 1 << 20  # characters that are tokenised at once, about
+PIECE = 1 << 20  # characters that are tokenized at once, about
 ITEMS = 1024  # of a binary file that are read at once
 
 
@@ -39,7 +39,7 @@ def load_blocks(spec: PretrainConfig, tokenizer: PreTrainedTokenizerBase, max_le
     """Columns input_ids, blocks of max_length tokens, and prompt_length, always 1: all but the first are predicted.
 
     Documents follow each other with an end token after each; a binary file's items do as they are. What is left at
-    the end makes no block. The result is kept beside tokenised rows, under a hash of files, tokenizer and limits, and
+    the end makes no block. The result is kept beside tokenized rows, under a hash of files, tokenizer and limits, and
     mapped; making it takes the same memory for any amount of text.
 
     Raises ConfigError for files that can't be read, foreign token ids, and too little text for a block.
@@ -51,7 +51,7 @@ def load_blocks(spec: PretrainConfig, tokenizer: PreTrainedTokenizerBase, max_le
         try:
             with filelock.FileLock(f"{path}.lock"):  # another run that starts now waits, and finds it
                 if not path.exists():
-                    console.print(f"plain text: tokenising {spec.path}; later runs find the result in {path.parent}")
+                    console.print(f"plain text: tokenizing {spec.path}; later runs find the result in {path.parent}")
                     with atomic_file(path) as temporary:
                         _write(temporary, _cut(_token_ids(files, tokenizer, spec.rows), max_length))
         except OSError as error:

@@ -83,9 +83,9 @@ def _sound(generator: random.Random) -> tuple[str, str, list[str]]:
 
 
 def _describe(generator: random.Random) -> tuple[str, str, list[str]]:
-    word, colour = generator.choice(WORDS), generator.choice(COLORS)
-    wordings = [f"The {word} is {colour}.", f"There is a {colour} {word}.", f"I see a {colour} {word}."]
-    return "Write a sentence with the two words.", f"{word}, {colour}", wordings
+    word, color = generator.choice(WORDS), generator.choice(COLORS)
+    wordings = [f"The {word} is {color}.", f"There is a {color} {word}.", f"I see a {color} {word}."]
+    return "Write a sentence with the two words.", f"{word}, {color}", wordings
 
 
 TASKS: tuple[Callable[[random.Random], tuple[str, str, list[str]]], ...] = (

@@ -1,4 +1,4 @@
-"""Instruction data: read, check, tokenise, pack."""
+"""Instruction data: read, check, tokenize, pack."""
 
 from __future__ import annotations
 

@@ -11,15 +11,15 @@ import datasets
 import numpy as np
 
 from ..errors import ConfigError
-from ..methods.rollouts import _prompt
 from . import indexed_dataset
+from .chat import render_prompt
 from .rows import Row
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-# Columns of tokenised data.
+# Columns of tokenized data.
 SAMPLE = datasets.Features(
     {"input_ids": datasets.List(datasets.Value("int32")), "prompt_length": datasets.Value("int32")}
 )
@@ -33,7 +33,7 @@ def tokenize(
 ) -> datasets.Dataset:
     """Columns input_ids (prompt, response and the end token), prompt_length, row and row_length; lengths in tokens.
 
-    As in the papers, the prompt is tokenised alone and the response as the rest of both together, without a begin
+    As in the papers, the prompt is tokenized alone and the response as the rest of both together, without a begin
     token; rows whose prompt has more than max_prompt_length tokens are left out, and sequences cut to max_length.
     `row` is a sample's place in `rows`, row_length its length before the cut. The result is kept in the `datasets`
     cache under a hash of rows, tokenizer and limits.
@@ -94,7 +94,7 @@ def references(rows: list[Row], tokenizer: PreTrainedTokenizerBase) -> list[list
 
 
 def encode_prompts(rows: list[Row], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """The prompts in tokens, as `tokenise` has them.
+    """The prompts in tokens, as `tokenize` has them.
 
     Raises ConfigError for an empty one, foreign token ids, and messages where the tokenizer has no chat template.
     """
@@ -103,7 +103,7 @@ def encode_prompts(rows: list[Row], tokenizer: PreTrainedTokenizerBase) -> list[
     if "prompt_ids" in values[0]:  # then all have them
         prompts = [np.asarray(row["prompt_ids"]).tolist() for row in values]
     else:
-        prompts = tokenizer([_prompt(row, tokenizer) for row in values], add_special_tokens=False)["input_ids"]
+        prompts = tokenizer([render_prompt(row, tokenizer) for row in values], add_special_tokens=False)["input_ids"]
     for row, prompt in zip(rows, prompts, strict=True):
         _check_prompt(row.where, len(prompt))
     return prompts
@@ -124,7 +124,7 @@ def _check_prompt(where: str, length: int) -> None:
 
 
 def fingerprint(content: list, tokenizer: PreTrainedTokenizerBase, limits: tuple[int | None, ...]) -> str:
-    """A hash of all that tokenised data depend on; `content` is what JSON can hold."""
+    """A hash of all that tokenized data depend on; `content` is what JSON can hold."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     state = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
     identity = [content, state, tokenizer.eos_token, getattr(tokenizer, "chat_template", None), limits]
@@ -132,7 +132,7 @@ def fingerprint(content: list, tokenizer: PreTrainedTokenizerBase, limits: tuple
 
 
 def arrow_file(key: str) -> pathlib.Path:
-    """Where tokenised data are kept."""
+    """Where tokenized data are kept."""
     folder = pathlib.Path(datasets.config.HF_DATASETS_CACHE) / "abkd_fast"
     folder.mkdir(parents=True, exist_ok=True)
     return folder / f"{key}.arrow"
@@ -159,7 +159,7 @@ def _encode(
 
 def _token_ids(rows: list[dict], tokenizer: PreTrainedTokenizerBase) -> list[tuple[list[int], list[int]]]:
     """The tokens of each row's prompt, and of its response and the end, unless it is said not to have ended."""
-    prompts = [_prompt(row, tokenizer) for row in rows]
+    prompts = [render_prompt(row, tokenizer) for row in rows]
     outputs = [row["messages"][-1]["content"] if "messages" in row else row["output"] for row in rows]
     wholes = [prompt + output for prompt, output in zip(prompts, outputs, strict=True)]
     prompt_ids = tokenizer(prompts, add_special_tokens=False)["input_ids"]
@@ -173,7 +173,7 @@ def _token_ids(rows: list[dict], tokenizer: PreTrainedTokenizerBase) -> list[tup
 def describe_long_rows(
     rows: list[Row], dataset: datasets.Dataset, max_length: int, max_prompt_length: int | None
 ) -> str:
-    """What `tokenise` did to rows that are too long, for people; empty where there were none."""
+    """What `tokenize` did to rows that are too long, for people; empty where there were none."""
     kept = set(dataset["row"][:])
     left_out = [row.where for number, row in enumerate(rows) if number not in kept]
     cut = sum(length > max_length for length in dataset["row_length"][:])

@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
     from .runs import Run
 
-# Okabe and Ito's palette, told apart with any colour vision; in grey, the markers do it.
+# Okabe and Ito's palette, told apart with any color vision; in gray, the markers do it.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
 MARKERS = "osD^vP*X"
-LINES = ("-", "-.", ":")  # of the first runs, of those that begin with the colours again, …
+LINES = ("-", "-.", ":")  # of the first runs, of those that begin with the colors again, …
 STYLE = {
     "font.size": 9,
     "axes.spines.top": False,

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 
 class _Stemmer:
-    """What rouge_score's tokeniser asks for stems, each computed once."""
+    """What rouge_score's tokenizer asks for stems, each computed once."""
 
     stem = staticmethod(functools.lru_cache(maxsize=1 << 16)(PorterStemmer().stem))
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..errors import ConfigError
-from ..losses.row_ops import shared_vocabulary
+from ..losses.arguments import shared_vocabulary
 from ..models.packed import PackedCausalLM
 from .decoder import Decoder, prepared
 

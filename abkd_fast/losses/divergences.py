@@ -1,4 +1,4 @@
-"""The catalogue of divergences between a teacher p and a student q: plain values that the kernels understand.
+"""The catalog of divergences between a teacher p and a student q: plain values that the kernels understand.
 
 All are divergences proper, 0 where p = q: the forward terms are KL(p, q), not the cross-entropy that some codes report.
 """
@@ -26,7 +26,7 @@ class Family(enum.IntEnum):
 
 
 class Divergence:
-    """Base of the catalogue: spelled `str(divergence)`, read back by `parse`."""
+    """Base of the catalog: spelled `str(divergence)`, read back by `parse`."""
 
     family: ClassVar[Family]
 

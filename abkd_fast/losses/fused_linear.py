@@ -14,24 +14,19 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from .arguments import check_labels, check_numbers, count_kept, loss_dtype, shared_vocabulary
 from .divergences import CrossEntropy, Divergence, ReverseKL, parse
+from .policy_gradient import clipped_surrogate, policy_rows
 from .row_ops import (
     STATISTICS,
-    check_labels,
-    check_numbers,
     choose_branch,
-    clipped_surrogate,
-    count_kept,
     decides_per_batch,
-    loss_dtype,
     measure_rows,
     new_large,
-    policy_rows,
     refuse_second_derivative,
     row_gradients,
     row_losses,
     scaled,
-    shared_vocabulary,
 )
 from .vocab_parallel import Shard, divide_vocabulary, local_parts
 
@@ -103,7 +98,7 @@ class _Chunks:
         self.models = [student] if teacher is None else [student, teacher]
         self.kept = None  # indices of the rows that count, or None where all do
         if labels is not None:
-            # On the labels' own device: labels that stayed on the CPU cost no synchronisation with the GPU.
+            # On the labels' own device: labels that stayed on the CPU cost no synchronization with the GPU.
             kept = (labels != -100).nonzero()[:, 0]
             self.kept = None if len(kept) == len(labels) else kept.to(hidden.device, non_blocking=True)
         self.count = len(hidden) if self.kept is None else len(self.kept)
@@ -445,7 +440,7 @@ def fused_linear_divergence(
         student_hidden, teacher_hidden: [N, Hs] and [N, Ht], final hidden states.
         student_weight, teacher_weight: [V, Hs] and [V, Ht], output projections; V may differ by padding.
         divergence, labels, temperature, hard_weight, reduction: as in `divergence_loss`; rows with label -100 are
-            dropped before any product. Labels may stay on the CPU, which spares a GPU one synchronisation.
+            dropped before any product. Labels may stay on the CPU, which spares a GPU one synchronization.
         student_bias, teacher_bias: [V].
         chunk_tokens: rows of logits held at once; None chooses from the vocabulary, the type and the device.
         logits_dtype: of the logits of a chunk and their gradient; None is float32 (float64 for float64 hidden states).

@@ -66,7 +66,7 @@ def row_gradients(
 def row_normalizers(
     student: Tensor, teacher: Tensor | None, temperature: float, hard_weight: float, statistics: Tensor
 ) -> None:
-    """The log-normalisers of `ops.row_normalizers`."""
+    """The log-normalizers of `ops.row_normalizers`."""
     for rows in _chunks(student):
         z, y = (None if x is None else _wide(x[rows]) for x in (student, teacher))
         statistics[rows] = _normalizers(z, y, temperature, hard_weight).to(statistics.dtype)
@@ -129,7 +129,7 @@ def _wide(logits: Tensor) -> Tensor:
 
 
 def _normalizers(z: Tensor, y: Tensor | None, temperature: float, hard_weight: float) -> Tensor:
-    """Statistics [n, 6] that have no more than the log-normalisers."""
+    """Statistics [n, 6] that have no more than the log-normalizers."""
     statistics = z.new_zeros(len(z), STATISTICS)
     if y is not None:
         statistics[:, STUDENT_LSE] = _log_sum_exp(z / temperature)
@@ -148,7 +148,7 @@ def _log_probs(logits: Tensor, normalizer: Tensor) -> Tensor:
 
 
 def log_probs(student: Tensor, teacher: Tensor, temperature: float, statistics: Tensor) -> tuple[Tensor, Tensor]:
-    """log p and log q [n, V] of logits whose log-normalisers are in `statistics`, in float64."""
+    """log p and log q [n, V] of logits whose log-normalizers are in `statistics`, in float64."""
     a, b = (_wide(x) / temperature for x in (teacher, student))
     return _log_probs(a, statistics[:, TEACHER_LSE].to(a)), _log_probs(b, statistics[:, STUDENT_LSE].to(b))
 

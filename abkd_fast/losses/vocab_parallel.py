@@ -1,6 +1,6 @@
 """One vocabulary over the ranks of a process group: each has a part of the projections' rows, all have the same tokens.
 
-A row's statistics are made of each rank's logits and merged, a few numbers a row: log-normalisers by one all-gather,
+A row's statistics are made of each rank's logits and merged, a few numbers a row: log-normalizers by one all-gather,
 sums by one all-reduce. What a gradient by logits needs besides is at hand then, so projections keep theirs to
 themselves; each rank's part of the hidden states' gradient is added up once a call.
 """
@@ -17,9 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import reference
+from .arguments import loss_dtype, shared_vocabulary
 from .divergences import AlphaNet, Divergence, Family
 from .reference import PLAIN_LSE, SLOPE, STATE
-from .row_ops import decides_per_batch, loss_dtype, row_normalizers, row_sums, shared_vocabulary
+from .row_ops import decides_per_batch, row_normalizers, row_sums
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -84,7 +85,7 @@ class Shard(NamedTuple):
     def _normalize(
         self, student: Tensor, teacher: Tensor | None, labels: Tensor | None, temperature: float, hard_weight: float
     ) -> tuple[Tensor, Tensor]:
-        """Statistics [N, 6] with whole rows' log-normalisers, and cross-entropies [N], 0 without `hard_weight`."""
+        """Statistics [N, 6] with whole rows' log-normalizers, and cross-entropies [N], 0 without `hard_weight`."""
         statistics = row_normalizers(student, teacher, temperature, hard_weight)
         numbers = statistics[:, :SLOPE]
         if hard_weight:

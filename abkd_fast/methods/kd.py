@@ -6,9 +6,9 @@ from torch import Tensor
 
 from ..config.schema import Config
 from ..data.batches import Batch
+from ..losses.arguments import LinearHead
 from ..losses.divergences import parse
 from ..losses.fused_linear import fused_linear_divergence
-from ..teacher.teacher import LinearHead
 
 
 class WordLevelKD:

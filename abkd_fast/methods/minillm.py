@@ -14,10 +14,10 @@ from .. import distributed
 from ..config.schema import Config
 from ..data.batches import Batch, shuffled_batches
 from ..errors import ConfigError
+from ..losses.arguments import LinearHead
 from ..losses.divergences import ForwardKL
 from ..losses.fused_linear import fused_linear_divergence, fused_linear_policy_gradient
-from ..losses.row_ops import is_clipped
-from ..teacher.teacher import LinearHead
+from ..losses.policy_gradient import is_clipped
 from .rollouts import Rollouts
 
 # Rewards, importance weights and what is trained are the same probabilities, those that are sampled from.
@@ -36,12 +36,12 @@ class MiniLLM:
 
     With teacher p, student q, and q_old the student that wrote: tokens y_t come from b = (1 - a) q_old + a p. Their
     rewards are r_t = clip((log p - log q_old) / scale, -c, c), their returns R_t = sum_k>=t gamma^(k-t) r_k over the
-    number of tokens from t on, and a minibatch normalises those to advantages A_t. A token's loss is
+    number of tokens from t on, and a minibatch normalizes those to advantages A_t. A token's loss is
     max(-A rho, -A clip(rho, 1 - eps, 1 + eps)) + KL(q, p), rho = w q / q_old with the importance weight w = q_old / b:
     rho = q / b. The mean over the tokens of a minibatch is taken.
 
     As in the published code, and unlike the paper's equations, R_t has the reward of its own token, and KL(q, p), the
-    single-step term, no importance weight. Unlike there, advantages are normalised over the tokens alone: the published
+    single-step term, no importance weight. Unlike there, advantages are normalized over the tokens alone: the published
     code counts the zeros of the padding too, so that mean and variance depend on how much of that there is.
 
     The published code trains without dropout, as q_old has none: set student.dropout to 0.

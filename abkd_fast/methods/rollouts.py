@@ -14,7 +14,7 @@ from .. import distributed
 from ..config.schema import Config
 from ..data.batches import step_samples
 from ..generation.sampling import SamplingParams, sample, sample_mixture
-from ..losses.row_ops import shared_vocabulary
+from ..losses.arguments import shared_vocabulary
 from ..models.packed import PackedCausalLM
 
 

@@ -26,7 +26,7 @@ from ..config.schema import ModelConfig
 from ..data import quickstart
 from ..errors import ConfigError, first_line
 from ..files import is_local_path
-from ..losses.row_ops import shared_vocabulary
+from ..losses.arguments import shared_vocabulary
 from . import attention, lora
 from .packed import PackedCausalLM
 

@@ -86,7 +86,7 @@ def meta_adapter(model: PreTrainedModel, spec: ModelConfig, key: str) -> dict[st
 
 
 def _check_targets(model: PreTrainedModel, spec: ModelConfig, key: str) -> None:
-    """peft minds only if none is there: a misspelt one among others would be left out in silence."""
+    """peft minds only if none is there: a misspelled one among others would be left out in silence."""
     projections = {name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
     for target in spec.lora.targets:
         if not any(f".{name}".endswith(f".{target}") for name in projections):

@@ -39,7 +39,7 @@ DISK_MARGIN = 1 << 30  # bytes that a cache leaves free on its disk
 
 
 def table_of(dataset: datasets.Dataset) -> tuple[pyarrow.ListArray, pyarrow.Array]:
-    """The columns input_ids and prompt_length of a tokenised data set."""
+    """The columns input_ids and prompt_length of a tokenized data set."""
     table = dataset.with_format("arrow")[:]
     return tuple(table.column(name).combine_chunks() for name in ("input_ids", "prompt_length"))
 

@@ -2,24 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import torch
 from torch import Tensor
 
 from .. import distributed
 from ..data.batches import Batch, pack
+from ..losses.arguments import LinearHead
 from ..models.packed import PackedCausalLM
 from . import store
-
-
-@dataclasses.dataclass(frozen=True)
-class LinearHead:
-    """All that a divergence needs of a teacher for one batch: logits = hidden weight^T + bias."""
-
-    hidden: Tensor  # [N, H]
-    weight: Tensor  # [V, H]
-    bias: Tensor | None  # [V]
 
 
 class Teacher:

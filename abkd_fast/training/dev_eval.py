@@ -25,7 +25,7 @@ class DevelopmentRouge:
     def __init__(
         self, config: Config, rows: list[Row], dev_set: datasets.Dataset, tokenizer: PreTrainedTokenizerBase
     ) -> None:
-        """Takes the checked rows, and those of them that were tokenised."""
+        """Takes the checked rows, and those of them that were tokenized."""
         count = min(config.eval.rouge_rows, len(dev_set))
         samples = dev_set[:count]
         pairs = zip(samples["input_ids"], samples["prompt_length"], strict=True)

@@ -128,7 +128,7 @@ class RunLog:
     ) -> None:
         """One point, over the steps since the last one: their samples, tokens (all, and those of samples), operations.
 
-        Synchronise before. Loss, its parts and norm are None where every step was skipped.
+        Synchronize before. Loss, its parts and norm are None where every step was skipped.
         """
         now = time.perf_counter()
         seconds, self.last = now - self.last, now

@@ -61,7 +61,7 @@ class Trainer:
         loading.check_length(self.student_config, "student", config.data.max_length)
         if self.method.needs_teacher:
             loading.check_length(self.teacher_config, "teacher", config.data.max_length)
-        with distributed.rank0_first():  # the others find the tokenised rows
+        with distributed.rank0_first():  # the others find the tokenized rows
             self._read_data()
         self.cache = None
         if self.method.needs_teacher:

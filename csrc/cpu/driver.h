@@ -1,10 +1,10 @@
 // Row driver for processors. A translation unit sets the instruction set, defines ABKD_ISA and includes this file; all
 // it defines lies in namespace abkd::cpu::ABKD_ISA.
 //
-// Three passes over a row, in blocks that stay in the first-level cache: (A) log-normalisers, (B) values and slopes,
+// Three passes over a row, in blocks that stay in the first-level cache: (A) log-normalizers, (B) values and slopes,
 // (C) gradient. Where B and C are one call the slopes of one row are kept between them, so that no exponential is
 // computed twice. Sums over the vocabulary are in float64, but for those of values and slopes within a block: the
-// roundings of a log-normaliser are common to all tokens and would add up, theirs are not.
+// roundings of a log-normalizer are common to all tokens and would add up, theirs are not.
 
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
@@ -43,7 +43,7 @@ double log_sum_exp(const T* logits, int64_t vocab, T scale) {
 
 template <typename T>
 struct LogSoftmax {
-  T scale, high, low;  // the log-normaliser as a number and the rest that it rounds away
+  T scale, high, low;  // the log-normalizer as a number and the rest that it rounds away
 
   LogSoftmax(T scale, double lse) : scale(scale), high(T(lse)), low(T(lse - double(high))) {}
   ABKD_INLINE_MEMBER T operator()(T logit) const { return logit * scale - high - low; }
@@ -74,7 +74,7 @@ struct Row {
   const T *student, *teacher;  // [vocab]
   int64_t vocab;
   LogSoftmax<T> log_q, log_p;
-  T shift;  // difference of the log-normalisers
+  T shift;  // difference of the log-normalizers
 
   Row(const T* student, const T* teacher, int64_t vocab, T scale, const Statistics& statistics)
       : student(student),

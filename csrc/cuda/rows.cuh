@@ -1,5 +1,5 @@
 // Device code of the row kernel: one block of 512 threads per token, up to three passes over the vocabulary: (A) the
-// log-normalisers of both rows, online, (B) sums of values and slopes, (C) the gradient. Rows that fit into shared
+// log-normalizers of both rows, online, (B) sums of values and slopes, (C) the gradient. Rows that fit into shared
 // memory stay there between the passes (H100: both up to 58,000 logits of 16 bits or 29,000 of 32, one up to twice
 // that); the others are read again, from the second-level cache while 132 of them fit into it. No PyTorch header.
 //
@@ -129,7 +129,7 @@ __device__ __forceinline__ void add(OnlineSum& online, const Packed& logits, flo
 }
 
 struct LogSoftmax {
-  float scale, high, low;  // the log-normaliser as a number and the rest that it rounds away
+  float scale, high, low;  // the log-normalizer as a number and the rest that it rounds away
   __device__ LogSoftmax(float scale, double lse) : scale(scale), high(float(lse)), low(float(lse - double(high))) {}
   __device__ __forceinline__ float operator()(float logit) const { return logit * scale - high - low; }
 };
@@ -157,7 +157,7 @@ __device__ __forceinline__ Normalizer reduce(OnlineSum online, Scratch& scratch)
   if (threadIdx.x == 0) {
     OnlineSum total;
     for (int warp = 0; warp < kWarps; ++warp) total.merge(scratch.warps[warp].x, scratch.warps[warp].y);
-    // In float64: an error of the log-normaliser is common to all tokens.
+    // In float64: an error of the log-normalizer is common to all tokens.
     scratch.lse = double(total.max) + (total.sum == 0.0f ? 0.0 : log(double(total.sum)));
     scratch.warps[0].x = total.max;
   }
@@ -191,7 +191,7 @@ struct Row {
   const Logit *student, *teacher;
   bool teacher_aligned;
   LogSoftmax log_q, log_p;
-  float shift;  // difference of the log-normalisers
+  float shift;  // difference of the log-normalizers
   float top;    // the largest log p
   Scratch& scratch;
   int vocab;

@@ -7,7 +7,7 @@
 //     u = p^alpha q^beta (e^(alpha d) - 1) / alpha.
 // The nodes stand for P = p^(alpha+beta), M = p^alpha q^beta and Q = q^(alpha+beta). Sorted, the two gaps have one
 // sign, so all exponentials of gaps decay, the largest power is taken directly, and nothing overflows or cancels:
-// forward KL (1, 0), reverse KL (0, 1), alpha + beta = 0, (0, 0) and every neighbour of them are one code path.
+// forward KL (1, 0), reverse KL (0, 1), alpha + beta = 0, (0, 0) and every neighbor of them are one code path.
 #pragma once
 
 #include "math.h"

@@ -76,7 +76,7 @@ struct AdaptiveKL {
     double between = double(row.vocab);  // at most this many tokens lie from low to high
     while (between > 1) {
       const T middle = low + (high - low) * T(0.5);
-      if (middle <= low || middle >= high) break;  // neighbours: tokens between them are equally likely
+      if (middle <= low || middle >= high) break;  // neighbors: tokens between them are equally likely
       const auto above = likely.sum([middle, high](T a) {
         return Pair<T>{a >= middle ? exponential(a) : T(0), a >= middle && a < high ? T(1) : T(0)};
       });

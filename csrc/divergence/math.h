@@ -14,7 +14,7 @@
 // never merge an AVX-512 copy into code that runs on an older processor.
 #define ABKD_INLINE static inline __attribute__((always_inline))
 #define ABKD_INLINE_MEMBER inline __attribute__((always_inline))
-// A loop with a short loop inside is not vectorised.
+// A loop with a short loop inside is not vectorized.
 #define ABKD_UNROLL _Pragma("GCC unroll 16")
 #endif
 

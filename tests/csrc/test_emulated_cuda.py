@@ -81,7 +81,7 @@ class Compilation:
 
     def __init__(self, program, flags, link=(), kernel=SOURCES):
         language = ["-std=c++20", "-O1", "-g1", "-fno-strict-aliasing", "-fno-extern-tls-init"]
-        # #pragma unroll is nvcc's; sanitizers make variables look uninitialised that are not.
+        # #pragma unroll is nvcc's; sanitizers make variables look uninitialized that are not.
         language += ["-Wall", "-Werror", "-Wno-unknown-pragmas", "-Wno-maybe-uninitialized"]
         folders = ["-isystem", HEADERS, "-I", str(kernel)]
         self.program, self.link = program, link

@@ -19,7 +19,7 @@ from runs import Run, poison
 GOOD = {"instruction": "Say hello.", "input": "", "output": "Hello."}
 
 
-def tokenised(rows, max_length=64, max_prompt_length=None):
+def tokenized(rows, max_length=64, max_prompt_length=None):
     return tokenize(rows, quickstart.tokenizer(), max_length, max_prompt_length)
 
 
@@ -77,7 +77,7 @@ def test_folder_limit_and_formats(write_jsonl, tmp_path):
 def test_tokens_are_prompt_response_and_end(write_jsonl):
     tokenizer = quickstart.tokenizer()
     rows = read_rows(write_jsonl([{"prompt": "Add 1 and 2.", "output": " It is 3."}]))
-    sample = tokenised(rows)[0]
+    sample = tokenized(rows)[0]
     prompt = tokenizer("Add 1 and 2.")["input_ids"]
     assert sample["prompt_length"] == len(prompt)
     assert sample["input_ids"][: len(prompt)] == prompt
@@ -88,28 +88,28 @@ def test_tokens_are_prompt_response_and_end(write_jsonl):
 def test_long_response_is_cut_and_long_prompt_refused(write_jsonl):
     row = {"prompt": "Add 1 and 2.", "output": " It is 3." * 30}
     rows = read_rows(write_jsonl([row]))
-    cut = tokenised(rows, 20)[0]
+    cut = tokenized(rows, 20)[0]
     assert len(cut["input_ids"]) == 20
-    assert cut["input_ids"] == tokenised(rows, 500)[0]["input_ids"][:20]
+    assert cut["input_ids"] == tokenized(rows, 500)[0]["input_ids"][:20]
     with pytest.raises(ConfigError, match=r"line 1: the prompt has \d+ tokens and fills all 4.*raise data.max_length"):
-        tokenised(rows, 4)
+        tokenized(rows, 4)
 
 
 def test_empty_prompt_and_missing_chat_template_are_refused(write_jsonl):
     # A response whose first token nothing predicts would take the last token of the sample before it.
     with pytest.raises(ConfigError, match="line 1: the prompt is empty"):
-        tokenised(read_rows(write_jsonl([{"prompt": "", "output": "Hello."}])))
+        tokenized(read_rows(write_jsonl([{"prompt": "", "output": "Hello."}])))
     messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
     with pytest.raises(ConfigError, match="no chat template"):
-        tokenised(read_rows(write_jsonl([{"messages": messages}])))
+        tokenized(read_rows(write_jsonl([{"messages": messages}])))
 
 
 def test_cache_follows_content_and_length(write_jsonl):
     rows = read_rows(write_jsonl([{"prompt": "Add 1 and 2.", "output": "3"}]))
     other = read_rows(write_jsonl([{"prompt": "Add 1 and 2.", "output": "4"}]))
-    assert tokenised(rows)[0] == tokenised(rows)[0]
-    assert tokenised(rows)[0] != tokenised(other)[0]
-    assert len(tokenised(rows, 8)[0]["input_ids"]) <= 8
+    assert tokenized(rows)[0] == tokenized(rows)[0]
+    assert tokenized(rows)[0] != tokenized(other)[0]
+    assert len(tokenized(rows, 8)[0]["input_ids"]) <= 8
 
 
 def test_chat_template(write_jsonl):
@@ -120,7 +120,7 @@ def test_chat_template(write_jsonl):
     )
     try:
         messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
-        sample = tokenised(read_rows(write_jsonl([{"messages": messages}])))[0]
+        sample = tokenized(read_rows(write_jsonl([{"messages": messages}])))[0]
         text = tokenizer.decode(sample["input_ids"])
         assert text == "user: Hi\nassistant: Hello<end>"
         assert tokenizer.decode(sample["input_ids"][: sample["prompt_length"]]) == "user: Hi\nassistant: "
@@ -138,20 +138,20 @@ def test_long_prompts_are_left_out_and_long_sequences_counted(write_jsonl):
     limit = len(wholes[3])  # of exactly this length, a row is not cut
     assert prompts[0] < prompts[1] - 1
     for max_prompt_length, kept in ((prompts[1] - 1, [0, 2, 3]), (prompts[1], [0, 1, 2, 3]), (None, [0, 1, 2, 3])):
-        dataset = tokenised(rows, 512, max_prompt_length)
+        dataset = tokenized(rows, 512, max_prompt_length)
         assert dataset["row"][:] == kept
         assert dataset["input_ids"][:] == [wholes[row] for row in kept]
         assert dataset["prompt_length"][:] == [prompts[row] for row in kept]
         left_out = f"1 rows are left out: their prompts exceed {max_prompt_length} tokens ({path} line 2)"
         note = describe_long_rows(rows, dataset, 512, max_prompt_length)
         assert note == ("" if len(kept) == 4 else left_out)
-    dataset = tokenised(rows, limit, prompts[1] - 1)
+    dataset = tokenized(rows, limit, prompts[1] - 1)
     assert dataset["input_ids"][:] == [wholes[row][:limit] for row in (0, 2, 3)]
     assert dataset["row_length"][:] == [len(wholes[row]) for row in (0, 2, 3)]
     note = describe_long_rows(rows, dataset, limit, prompts[1] - 1)
     assert note == f"1 of 4 rows exceed {limit} tokens and are cut; {left_out.replace('None', str(prompts[1] - 1))}"
     with pytest.raises(ConfigError, match=r"line 1 and all others: the prompts exceed 2 tokens.*raise data.max_prompt"):
-        tokenised(rows, 512, 2)
+        tokenized(rows, 512, 2)
 
 
 def test_rows_of_a_bad_step_are_named_rightly_where_others_are_left_out(write_jsonl, tmp_path, monkeypatch, capsys):
@@ -190,7 +190,7 @@ def test_packing_keeps_every_response_token_once(lengths, max_tokens):
 
 def test_epochs_are_permutations_that_depend_on_seed_and_epoch_alone(write_jsonl):
     rows = read_rows(write_jsonl([{"prompt": f"Add {i}", "output": str(i)} for i in range(20)]))
-    dataset = tokenised(rows)
+    dataset = tokenized(rows)
 
     def samples(seed, *steps):
         return [sample["input_ids"] for step in steps for sample in step_samples(dataset, 6, seed, step)]

@@ -52,7 +52,7 @@ def test_text_files(tmp_path, monkeypatch):
     whole = tmp_path / "book.txt"
     whole.write_text("\n".join(TEXTS[:5]))
     assert blocks(whole) == expected(["\n".join(TEXTS[:5])])
-    # Longer ones are tokenised in pieces of whole lines, and still are one document.
+    # Longer ones are tokenized in pieces of whole lines, and still are one document.
     monkeypatch.setattr(pretrain, "PIECE", 300)
     (block,) = blocks(whole, len(quickstart.tokenizer()("\n".join(TEXTS[:5]))["input_ids"]) - 20)
     assert END not in block
@@ -93,10 +93,10 @@ def test_binary_files(write_indexed, tmp_path, monkeypatch, items):
 def test_result_is_kept_by_content(write_jsonl, tmp_path, monkeypatch, capsys):
     path = write_jsonl([{"text": text} for text in TEXTS[:9]])
     first = blocks(path)
-    assert "tokenising" in capsys.readouterr().out
+    assert "tokenizing" in capsys.readouterr().out
     moved = write_jsonl([{"text": text} for text in TEXTS[:9]], "moved.jsonl")
     assert blocks(moved) == first
-    assert "tokenising" not in capsys.readouterr().out
+    assert "tokenizing" not in capsys.readouterr().out
     write_jsonl([{"text": text} for text in TEXTS[1:9]])
     assert blocks(path) == expected(TEXTS[1:9])
 

@@ -63,7 +63,7 @@ def test_kernel_agrees_on_many_long_rows(vocab, divergence):
 @pytest.mark.parametrize(("rows", "vocab"), [(7, 3), (2, 32000)])
 def test_kernel_agrees_with_oracle_near_every_limit(rows, vocab, delta):
     student, teacher = (mild_logits if vocab == 3 else gpt2_like_logits)(rows, vocab, seed=1)
-    for point in oracle.neighbours(delta):
+    for point in oracle.neighbors(delta):
         assert_close_to_oracle(student, teacher, AlphaBeta(*point))
 
 
@@ -75,7 +75,7 @@ def test_tolerance_notices_small_errors(divergence):
             assert relative_errors(wrong, expected).min() > FLOAT32
 
 
-@pytest.mark.parametrize("divergence", [*ALL, *(AlphaBeta(*point) for point in oracle.neighbours(1e-5))], ids=str)
+@pytest.mark.parametrize("divergence", [*ALL, *(AlphaBeta(*point) for point in oracle.neighbors(1e-5))], ids=str)
 def test_float64_kernel_and_reference_agree_with_oracle(divergence):
     kind = parse(divergence) if isinstance(divergence, str) else divergence
     student, teacher = (x.double() for x in gpt2_like_logits(2, 4001, seed=3))

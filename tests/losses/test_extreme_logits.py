@@ -22,7 +22,7 @@ def test_huge_gaps(divergence, dtype):
     for student, teacher in zip(*HUGE, strict=True):
         value, gradient = oracle.exact(student, teacher, parse(same.get(divergence, divergence)))
         got = kernel(*(torch.tensor([x], dtype=dtype) for x in (student, teacher)), divergence)
-        # A gap of 1e4 is rounded by 1e4 eps. In float64 so is the log-normaliser, and with it every probability, by
+        # A gap of 1e4 is rounded by 1e4 eps. In float64 so is the log-normalizer, and with it every probability, by
         # which gaps are multiplied; in float32 it has digits to spare.
         bound = (1e4 if dtype == torch.float32 else 1e8) * torch.finfo(dtype).eps
         assert got[0].item() == pytest.approx(value, abs=bound)

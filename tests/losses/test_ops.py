@@ -1,5 +1,6 @@
 import functools
 import os
+import pathlib
 import subprocess
 import sys
 import warnings
@@ -81,8 +82,8 @@ def test_passes_one_by_one_over_parts_of_the_vocabulary(monkeypatch, divergence,
         values, slopes = 0, 0
         for student, teacher in parts:
             values = values + row_ops.row_sums(student, teacher, kind, temperature, merged)
-            slopes = slopes + merged[:, row_ops.SLOPE]
-        merged[:, row_ops.SLOPE] = slopes
+            slopes = slopes + merged[:, reference.SLOPE]
+        merged[:, reference.SLOPE] = slopes
         assert relative_errors(merged[:, :3].T, whole[:, :3].T).max() < bound
         hard = merged[:, 2] - rows[0].gather(1, labels[:, None])[:, 0]
         assert relative_errors((1 - hard_weight) * values + hard_weight * hard, losses).max() < bound
@@ -350,11 +351,11 @@ def test_simd_variants(simd, tmp_path):
     capability = torch.backends.cpu.get_cpu_capability()
     if simd == "avx2" and capability not in ("AVX2", "AVX512"):
         pytest.skip(f"this processor has {capability}")
-    environment = {**os.environ, "ABKD_SIMD": simd, "PYTHONPATH": os.path.dirname(__file__)}
+    environment = {**os.environ, "ABKD_SIMD": simd, "PYTHONPATH": str(pathlib.Path(__file__).parents[1])}
     subprocess.run([sys.executable, "-c", VARIANT, tmp_path / "results.pt"], env=environment, check=True)
     results = torch.load(tmp_path / "results.pt")
     assert results.pop("simd") == simd
-    # In bfloat16 a last digit of float32 decides between two neighbours, 2^-8 apart.
+    # In bfloat16 a last digit of float32 decides between two neighbors, 2^-8 apart.
     bounds = {torch.float32: FLOAT32, torch.float64: FLOAT64, torch.bfloat16: 2**-8}
     for dtype, bound in bounds.items():
         rows = [x.to(dtype) for x in gpt2_like_logits(3, 5003)]

@@ -258,7 +258,7 @@ def test_frozen_inputs_get_no_gradient(worlds, frozen):
 def test_16_bit_logits(worlds):
     case, options = (*make(torch.float32), "jsd"), {"logits_dtype": torch.bfloat16}
     got = join(worlds(2)(on_a_rank, SIZES[2], *case, **options))
-    # The logits are the same; their gradient is rounded to 2^-9, where its last float32 bits decide, to a neighbour.
+    # The logits are the same; their gradient is rounded to 2^-9, where its last float32 bits decide, to a neighbor.
     assert_close(got, differentiate(*case, **options), 2**-8)
 
 

@@ -14,9 +14,10 @@ from abkd_fast.cli import INTERRUPTED
 from abkd_fast.config.recipe import load
 from abkd_fast.data import quickstart
 from abkd_fast.data.batches import pack
-from abkd_fast.losses import fused_linear, row_ops
+from abkd_fast.losses import fused_linear, policy_gradient, row_ops
+from abkd_fast.losses.arguments import LinearHead
 from abkd_fast.methods.minillm import MiniLLM
-from abkd_fast.teacher.teacher import LinearHead, Teacher
+from abkd_fast.teacher.teacher import Teacher
 from conftest import GPT2, LLAMA
 from runs import Run, assert_same, at_step, send
 
@@ -94,7 +95,7 @@ def test_gradient_by_logits_is_the_published_formula(tensors):
     student, teacher, labels, advantages, log_probs = tensors
     logits, theirs = F.linear(*student), F.linear(*teacher)[:, :VOCAB].contiguous()
     gradient = torch.empty_like(logits)
-    divergence, rho = row_ops.policy_rows(logits, theirs, labels, advantages, log_probs, CLIP, gradient)
+    divergence, rho = policy_gradient.policy_rows(logits, theirs, labels, advantages, log_probs, CLIP, gradient)
     q = logits.softmax(1)
     d = logits.log_softmax(1) - theirs.log_softmax(1)
     active = ((advantages >= 0) & (rho <= 1 + CLIP)) | ((advantages < 0) & (rho >= 1 - CLIP))
@@ -102,7 +103,7 @@ def test_gradient_by_logits_is_the_published_formula(tensors):
     expected = -(advantages * rho * active)[:, None] * (F.one_hot(labels, VOCAB) - q)
     expected += q * (d - divergence[:, None])
     torch.testing.assert_close(gradient, expected, rtol=0, atol=1e-10)
-    assert torch.equal(row_ops.is_clipped(rho, advantages, CLIP), ~active)
+    assert torch.equal(policy_gradient.is_clipped(rho, advantages, CLIP), ~active)
 
 
 def test_policy_gradient_refuses_what_does_not_fit(tensors):
@@ -214,7 +215,7 @@ def test_losses_of_rollouts_and_text_from_whole_logits(tmp_path):
             torch.testing.assert_close(mine, exact, rtol=0, atol=1e-10 * exact.abs().max().item())
     logged = minillm.metrics()
     assert logged["reverse_kl"] == pytest.approx(divergence.mean().item(), rel=1e-12)
-    assert logged["clip_share"] == row_ops.is_clipped(ratio, numbers[0], CLIP).double().mean().item() > 0
+    assert logged["clip_share"] == policy_gradient.is_clipped(ratio, numbers[0], CLIP).double().mean().item() > 0
     assert logged["reward"] == pytest.approx(sum(sample["reward"] for sample in samples) / count)
 
 

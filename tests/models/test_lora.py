@@ -12,7 +12,7 @@ from abkd_fast.data.batches import pack
 from abkd_fast.errors import ConfigError
 from abkd_fast.losses import fused_linear
 from abkd_fast.losses.divergences import AlphaBeta
-from abkd_fast.losses.row_ops import divergence_loss
+from abkd_fast.losses.logits import divergence_loss
 from abkd_fast.models import attention, loading, packed
 from conftest import GPT2, LLAMA
 

@@ -30,7 +30,7 @@ struct Request {
   double parameters[kParameters], temperature, hard_weight;
 };
 enum GradientMode : int64_t { kNoGradient, kApart, kInPlace };
-// kRead: the gradient is made from them; kNormalizers: nothing else is made; kSums: they have the log-normalisers.
+// kRead: the gradient is made from them; kNormalizers: nothing else is made; kSums: they have the log-normalizers.
 enum StatisticsMode : int64_t { kNoStatistics, kWritten, kRead, kNormalizers, kSums };
 
 // An array of exactly `bytes`, so that AddressSanitizer sees what lies beyond.

@@ -1,0 +1,114 @@
+"""The divergence between logits, with its autograd."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .arguments import check_labels, check_numbers, count_kept, loss_dtype, shared_vocabulary
+from .divergences import Divergence, parse
+from .row_ops import (
+    choose_branch,
+    decides_per_batch,
+    measure_rows,
+    new_large,
+    refuse_second_derivative,
+    row_gradients,
+    row_losses,
+    scaled,
+)
+
+
+@torch.library.custom_op("abkd_fast::divergence", mutates_args=())
+def _divergence(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor | None,
+    divergence: str,
+    temperature: float,
+    hard_weight: float,
+    factors: Tensor | None,
+    need_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The sum of losses times factors [N], the losses [N], and the gradient [N, V] of the former."""
+    kind = parse(divergence)
+    rows = (student, teacher, labels, kind, temperature, hard_weight)
+    gradient = new_large(student, *student.shape, dtype=student.dtype) if need_gradient else None
+    if decides_per_batch(kind):
+        losses, statistics = choose_branch(*measure_rows(*rows))
+        if gradient is not None:
+            row_gradients(*rows, statistics, torch.ones_like(losses) if factors is None else factors, gradient)
+    else:
+        losses = row_losses(*rows, gradient=gradient, upstream=factors)
+    total = losses.sum() if factors is None else losses @ factors
+    return total, losses, student.new_empty(0) if gradient is None else gradient
+
+
+@_divergence.register_fake
+def _(student, *arguments):  # noqa: ANN001
+    need_gradient = arguments[-1]
+    losses = student.new_empty(student.shape[0], dtype=loss_dtype(student))
+    return losses.new_empty(()), losses, student.new_empty(student.shape if need_gradient else (0,))
+
+
+def _save(ctx, inputs, output) -> None:  # noqa: ANN001
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(output[2])
+
+
+def _backward(ctx, of_total: Tensor, of_losses: Tensor, _: Tensor) -> tuple:  # noqa: ANN001
+    refuse_second_derivative()
+    upstream = of_total if of_losses is None else of_losses[:, None]
+    gradient = None if upstream is None else scaled(ctx.saved_tensors[0], upstream)
+    return gradient, *[None] * 7
+
+
+_divergence.register_autograd(_backward, setup_context=_save)
+
+
+def divergence_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    divergence: Divergence,
+    labels: Tensor | None = None,
+    *,
+    temperature: float = 1.0,
+    hard_weight: float = 0.0,
+    reduction: str = "mean",
+) -> Tensor:
+    """The divergence between teacher and student distributions, given as logits, differentiable by the student's.
+
+    Args:
+        student_logits, teacher_logits: [N, V], float32, bfloat16, float16 (read as such, computed in float32) or
+            float64. Vocabularies that differ by padding are compared over their common prefix.
+        divergence: for example `AlphaBeta(0.2, 0.7)`; see `abkd_fast.divergences`.
+        labels: [N] integers; rows with -100 don't count. The others matter only with `hard_weight`.
+        temperature: divides both logits inside the divergence; the loss is not multiplied by its square.
+        hard_weight: w in (1 - w) divergence + w cross-entropy; the cross-entropy is at temperature 1.
+        reduction: "mean" over the rows that count, "sum", or "none" ([N], 0 for rows that don't).
+
+    Returns: float32 (float64 for float64 logits).
+
+    Raises ValueError for shapes, sizes or numbers that don't fit together.
+
+    The gradient [N, V] is made with the losses, in the type of the logits, and nothing else is kept for backward.
+
+    Source: ABKD (arXiv 2505.04560), equation 5; the gradient is u - q sum(u), u = p^a q^b ((q / p)^a - 1) / a.
+    """
+    check_numbers(temperature, hard_weight, reduction)
+    if student_logits.dim() != 2 or teacher_logits.dim() != 2 or len(student_logits) != len(teacher_logits):
+        shapes = f"{list(student_logits.shape)} and {list(teacher_logits.shape)}"
+        raise ValueError(f"student and teacher logits have shapes {shapes}, expected [N, V] with one N")
+    if not student_logits.is_floating_point():
+        raise ValueError(f"student logits are {student_logits.dtype}, expected a floating-point type")
+    labels = check_labels(labels, len(student_logits), hard_weight)
+    vocab = shared_vocabulary(student_logits.shape[1], teacher_logits.shape[1])
+    student, teacher = student_logits[:, :vocab], teacher_logits[:, :vocab].detach().to(student_logits.dtype)
+    student, teacher = (x if x.stride(1) == 1 else x.contiguous() for x in (student, teacher))
+    factors = None
+    if reduction == "mean":
+        factors = count_kept(labels, student).reciprocal().expand(len(student)).contiguous()  # [N]
+    need_gradient = torch.is_grad_enabled() and student.requires_grad
+    options = str(divergence), temperature, hard_weight, factors, need_gradient
+    total, losses, _ = _divergence(student, teacher, labels, *options)
+    return losses if reduction == "none" else total
