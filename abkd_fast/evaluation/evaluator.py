@@ -25,7 +25,8 @@ from ..device import choose_device, choose_dtype
 from ..errors import ConfigError, Interrupted
 from ..files import WRITE_ERRORS, atomic_write, check_writable, locked
 from ..generation.answers import GrowingFile, generate, hash_weights
-from ..models import loading, packed
+from ..models import loading
+from ..models.packed import PackedCausalLM
 from . import rouge
 from .test_sets import Protocol, TestSet, read_sets
 
@@ -153,7 +154,7 @@ class Evaluation:
             begin = self.tokenizer.bos_token
             yield f"  prompts have no {begin}, as in training; the papers' test prompts had one: --bos"
 
-    def _score(self, model: packed.PackedCausalLM, test: TestSet, seeds: list[int]) -> None:
+    def _score(self, model: PackedCausalLM, test: TestSet, seeds: list[int]) -> None:
         """Answers a set with all seeds in one stream, so that the batch is full to the end."""
         scores = self.scores["sets"].setdefault(
             test.name, {"source": test.source, **test.identity(), **{metric: summarize({}) for metric in METRICS}}

@@ -28,7 +28,8 @@ from ..data.tokenize import encode_prompts
 from ..device import choose_device, choose_dtype
 from ..errors import ConfigError, Interrupted
 from ..files import WRITE_ERRORS, atomic_folder, atomic_write, cache_folder, exclusive, locked
-from ..models import identity, loading, lora, packed
+from ..models import identity, loading, lora
+from ..models.packed import PackedCausalLM
 from ..signals import StopSignals
 from . import sampling
 from .sampling import SamplingParams
@@ -118,7 +119,7 @@ class Generation:
             f"{self.tokens / self.seconds:.0f} tokens/s"
         )
 
-    def _answer(self, model: packed.PackedCausalLM) -> None:
+    def _answer(self, model: PackedCausalLM) -> None:
         def keep(number: int, response: list[int]) -> None:
             index = self.todo[number]
             text = self.tokenizer.decode(response, skip_special_tokens=True)
@@ -215,7 +216,7 @@ def hash_weights(spec: ModelConfig, config: PretrainedConfig) -> dict[str, str]:
 
 
 def generate(
-    model: packed.PackedCausalLM,
+    model: PackedCausalLM,
     prompts: list[list[int]],
     settings: SamplingParams,
     seeds: list[int],

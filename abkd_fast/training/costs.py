@@ -15,7 +15,8 @@ from ..config.schema import TrainConfig
 from ..data.batches import Batch
 from ..generation import decoder
 from ..losses.fused_linear import choose_chunk_tokens
-from ..models import loading, packed
+from ..models import loading
+from ..models.packed import PackedCausalLM
 
 # Dense bfloat16 products with float32 sums, in operations a second, as the makers state them.
 PEAK_FLOPS = {
@@ -132,7 +133,7 @@ def _saved_bytes(config: PretrainedConfig, layers: int, batch: Batch, dtype: tor
     with FakeTensorMode(allow_non_fake_inputs=True), torch.autocast("cpu", dtype, enabled=half):
         model = AutoModelForCausalLM.from_config(config, dtype=storage)
         loading.fuse_activations(model)
-        model = packed.PackedCausalLM(model, "student").train()
+        model = PackedCausalLM(model, "student").train()
         if recompute:
             model.checkpoint_layers()
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):

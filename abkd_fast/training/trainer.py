@@ -26,7 +26,8 @@ from ..errors import ConfigError, Interrupted
 from ..files import WRITE_ERRORS, atomic_write, check_folder, locked
 from ..methods.rollouts import Rollouts
 from ..methods.sft import cross_entropy
-from ..models import loading, packed
+from ..models import loading
+from ..models.packed import PackedCausalLM
 from ..signals import StopSignals
 from ..teacher.cache import TeacherCache
 from ..teacher.teacher import CachedTeacher, OnPolicyTeacher, Teacher
@@ -117,7 +118,7 @@ class Trainer:
 
     @property
     def is_on_policy(self) -> bool:
-        return hasattr(self.method, "sequences")
+        return hasattr(self.method, "select_batch")
 
     def step_cost(self, cached: bool) -> costs.StepCost:
         """Of a step, with or without the teacher's cache."""
@@ -174,7 +175,7 @@ class Trainer:
         self.resumed_samples = self.progress.samples
         self.cost = self.step_cost(isinstance(self.teacher, CachedTeacher))
 
-    def _model(self, spec: ModelConfig, config: loading.PretrainedConfig, key: str) -> packed.PackedCausalLM:
+    def _model(self, spec: ModelConfig, config: loading.PretrainedConfig, key: str) -> PackedCausalLM:
         # What is trained stays in float32; there bfloat16 is the type of the computation only.
         storage = torch.float64 if self.dtype == torch.float64 else torch.float32
         if (key == "teacher" or spec.has_adapter) and self.dtype == torch.bfloat16:

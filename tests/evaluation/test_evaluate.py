@@ -24,6 +24,7 @@ from abkd_fast.evaluation.rouge import exact_match, rouge_l
 from abkd_fast.files import locked
 from abkd_fast.generation.answers import GrowingFile
 from abkd_fast.generation.sampling import SamplingParams, sample
+from abkd_fast.training import dev_eval
 from conftest import LLAMA
 
 SMALL = {**LLAMA, "vocab_size": 1024, "intermediate_size": 64, "eos_token_id": 0, "bos_token_id": 0}
@@ -220,7 +221,7 @@ def test_begin_token_only_when_asked_for(command, model_folder, tmp_path, monkey
     tokenizer.backend_tokenizer.post_processor = begin  # as Llama's
     tokenizer.save_pretrained(model_folder)
     seen = []
-    monkeypatch.setattr(evaluator, "answer", lambda _, prompts, *rest: seen.append(prompts))
+    monkeypatch.setattr(evaluator, "generate", lambda _, prompts, *rest: seen.append(prompts))
     monkeypatch.setattr(evaluator, "_mean", lambda *_: 0.0)
     assert main(command(seeds=[10])) == 0
     assert "prompts have no <end>, as in training; the papers' test prompts had one: --bos" in capsys.readouterr().out
@@ -419,16 +420,16 @@ def test_signal_during_the_answers_and_resume(recipe, tmp_path, monkeypatch):
     assert train.main(recipe("run.name=undisturbed", sets=None)) == 0
     undisturbed = tmp_path / "runs" / "undisturbed"
     with monkeypatch.context() as patch:
-        judge, count = evaluator.scoring.judge, 0
+        score, count = dev_eval.score_response, 0
 
-        def judge_and_be_stopped(*arguments):
+        def score_and_be_stopped(*arguments):
             nonlocal count
             count += 1
             if count == 6 + 2:  # the second answer after step 4
                 signal.raise_signal(signal.SIGTERM)
-            return judge(*arguments)
+            return score(*arguments)
 
-        patch.setattr(evaluator.rouge, "judge", judge_and_be_stopped)
+        patch.setattr(dev_eval, "score_response", score_and_be_stopped)
         assert train.main(recipe(sets=None)) == 75
     assert [step for step, *_ in dev_points(tmp_path)] == [0]
     assert train.main([*recipe(sets=None), "--resume"]) == 0

@@ -14,7 +14,8 @@ from abkd_fast.config.schema import LoraConfig, ModelConfig
 from abkd_fast.errors import ConfigError
 from abkd_fast.generation import decoder
 from abkd_fast.generation.sampling import SamplingParams, _draw, _Sequence, sample, sample_mixture
-from abkd_fast.models import lora, packed
+from abkd_fast.models import lora
+from abkd_fast.models.packed import PackedCausalLM
 from conftest import GPT2, LLAMA
 
 MODELS = {
@@ -274,7 +275,7 @@ def test_model_is_left_as_it_was(packed):
     model = build(GPT2, torch.float32).train()
     inner, ids = model, torch.tensor([PROMPTS[0]])
     if packed:
-        model = packed.PackedCausalLM(model, "student")
+        model = PackedCausalLM(model, "student")
     implementation = inner.config._attn_implementation
     before = dict(inner.named_parameters())
     sample(model, PROMPTS[:2], SamplingParams(max_new_tokens=2), [0, 1])
@@ -289,7 +290,7 @@ def test_model_is_left_as_it_was(packed):
 
 def test_adapters_take_part():
     spec = ModelConfig(path="base", lora=LoraConfig(rank=4))
-    student = packed.PackedCausalLM(lora.attach_adapter(build(LLAMA), spec, "student"), "student")
+    student = PackedCausalLM(lora.attach_adapter(build(LLAMA), spec, "student"), "student")
     settings = SamplingParams(max_new_tokens=8, temperature=0)
     without = sample(student, PROMPTS, settings, [0] * 8)  # a new adapter changes nothing
     with torch.no_grad():

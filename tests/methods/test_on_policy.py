@@ -349,7 +349,7 @@ def test_killed_again_and_again(make, method):
 
 
 def test_rows_of_a_bad_step_are_those_behind_its_samples(make, monkeypatch, capsys):
-    rows, sequences = {}, DistiLLM.sequences
+    rows, sequences = {}, DistiLLM.select_batch
 
     def noted(self, step, *arguments):
         got = sequences(self, step, *arguments)

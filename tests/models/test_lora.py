@@ -13,7 +13,8 @@ from abkd_fast.errors import ConfigError
 from abkd_fast.losses import fused_linear
 from abkd_fast.losses.divergences import AlphaBeta
 from abkd_fast.losses.logits import divergence_loss
-from abkd_fast.models import attention, loading, packed
+from abkd_fast.models import attention, loading
+from abkd_fast.models.packed import PackedCausalLM
 from conftest import GPT2, LLAMA
 
 CPU = torch.device("cpu")
@@ -204,7 +205,7 @@ def test_cost_counts_the_adapter(folders):
 
 
 def test_recomputing_refuses_models_without():
-    student = packed.PackedCausalLM(AutoModelForCausalLM.from_config(AutoConfig.for_model(**LLAMA)), "student")
+    student = PackedCausalLM(AutoModelForCausalLM.from_config(AutoConfig.for_model(**LLAMA)), "student")
     student.causal_lm.supports_gradient_checkpointing = False
     with pytest.raises(ConfigError, match=r"train.gradient_checkpointing: a llama model has none"):
         student.checkpoint_layers()

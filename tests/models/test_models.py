@@ -15,7 +15,8 @@ from abkd_fast.errors import ConfigError
 from abkd_fast.losses.divergences import AlphaBeta
 from abkd_fast.losses.fused_linear import fused_linear_divergence
 from abkd_fast.losses.logits import divergence_loss
-from abkd_fast.models import attention, loading, packed
+from abkd_fast.models import attention, loading
+from abkd_fast.models.packed import PackedCausalLM
 from conftest import GPT2, LLAMA, anonymous_bytes, needs_proc
 
 CPU = torch.device("cpu")
@@ -38,7 +39,7 @@ def build(config, dtype, seed=0, **changes):
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.mul_(3.0)
-    return packed.PackedCausalLM(model.eval(), "student")
+    return PackedCausalLM(model.eval(), "student")
 
 
 def padded_logits(model, rows):
