@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from .. import distributed
-from ..distributed import world_size
 
 if TYPE_CHECKING:
     pass
@@ -81,7 +80,7 @@ def make_step_batch(samples: list[dict], text: list[dict], max_tokens: int) -> S
     parts, loads = [], [0] * distributed.world_size()
     for items, is_pretrain in ((samples, False), (text, True)):
         lengths = [len(item["input_ids"]) for item in items]
-        shares = balance_by_tokens(lengths)
+        shares = balance_by_tokens(lengths, distributed.world_size())
         groups = [fill_micro_batches([items[place] for place in share], max_tokens) for share in shares]
         own = split_largest(groups[distributed.rank()], max(map(len, groups)))
         parts += [dataclasses.replace(collate(group), is_pretrain=is_pretrain) for group in own]
@@ -172,14 +171,14 @@ def prefetch(items: Iterator[Item]) -> Iterator[Item]:
             yield item
 
 
-def balance_by_tokens(lengths: list[int]) -> list[list[int]]:
+def balance_by_tokens(lengths: list[int], ranks: int) -> list[list[int]]:
     """The places of each rank's samples, in order: at most an equal share, rounded up, and about as many tokens.
 
     The longest go first, each to the rank with the fewest tokens so far that still has room.
     """
-    shares: list[list[int]] = [[] for _ in range(world_size())]
-    loads = [(0, number) for number in range(world_size())]
-    room = -(-len(lengths) // world_size())
+    shares: list[list[int]] = [[] for _ in range(ranks)]
+    loads = [(0, number) for number in range(ranks)]
+    room = -(-len(lengths) // ranks)
     for place in sorted(range(len(lengths)), key=lambda place: -lengths[place]):
         load, number = heapq.heappop(loads)
         shares[number].append(place)
