@@ -17,7 +17,14 @@ from abkd_fast.training.metrics import MetricsWindow, RunLog
 from abkd_fast.training.trainer import Trainer
 from harness import Report, at_most
 
-LOOP = (Trainer._batches, Trainer._step, MetricsWindow.add, RunLog.advance, Trainer._log_window, Trainer._after_step)
+LOOP = (
+    Trainer.batches,
+    Trainer.train_step,
+    MetricsWindow.add,
+    RunLog.advance,
+    Trainer._log_window,
+    Trainer._after_step,
+)
 WORK = {
     "student and loss, forward": (PackedCausalLM.forward,),
     "backward": (torch.Tensor.backward,),
@@ -25,7 +32,7 @@ WORK = {
     "clipping and AdamW": (torch.nn.utils.clip_grad_norm_, torch.optim.AdamW.step),
 }
 CHORES = {
-    "reading and packing": (Trainer._batches,),
+    "reading and packing": (Trainer.batches,),
     "sums, log, progress": (MetricsWindow.add, RunLog.advance, Trainer._log_window),
     "evaluation, checkpoints": (Trainer._after_step,),
 }
@@ -34,10 +41,10 @@ CHORES = {
 def overhead(config: Config, title: str, report: Report) -> None:
     """A table of where the time of a run's loop goes, by cProfile, which charges Python a little more than it takes."""
     trainer, profile = Trainer(config), cProfile.Profile()
-    trainer._load()
+    trainer.build()
     trainer.config.run.folder.mkdir(parents=True)
     with contextlib.redirect_stdout(None):
-        profile.runcall(trainer._run)
+        profile.runcall(trainer.train_loop)
     columns = {"name": ("", ""), "ms": ("ms a step", ".2f"), "ratio": ("%", ".2f")}
     title = f"{title}: {trainer.steps} steps of {config.train.batch_size} samples"
     report.table("overhead", title, _rows(profile, trainer.steps), columns)
@@ -53,7 +60,7 @@ def _rows(profile: cProfile.Profile, steps: int) -> list[dict]:
         keys = ((code.co_filename, code.co_firstlineno, code.co_name) for code in codes)
         return sum(stats[key][2 if own else 3] for key in keys if key in stats)
 
-    whole = seconds(LOOP) + seconds([Trainer._run], own=True)
+    whole = seconds(LOOP) + seconds([Trainer.train_loop], own=True)
     spent = {name: seconds(functions) for name, functions in (WORK | CHORES).items()}
     spent["the rest"] = whole - sum(spent.values())
     spent["the trainer itself"] = whole - sum(spent[name] for name in WORK)

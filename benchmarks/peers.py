@@ -145,7 +145,7 @@ class PeerBenchmark(Benchmark):
             longest = max(len(sample["input_ids"]) for sample in turn.samples)
             batch = pad(turn.samples, longest, self.trainer.device)
             kept = batch.labels != -100
-            with self.trainer._precision():
+            with self.trainer.precision():
                 with torch.no_grad():
                     theirs = _states(self.teacher, batch, kept)
                 loss = liger(*_states(self.student, batch, kept), *theirs)

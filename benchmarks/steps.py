@@ -145,7 +145,7 @@ class Ours:
         self.teachers = {"ours": live, "cached": cached}
         models_of_text = trainer.student, live.model
         self.rollouts = Responses(
-            trainer.config, trainer.tokenizer, trainer.train_set, *models_of_text, trainer._precision
+            trainer.config, trainer.tokenizer, trainer.train_set, *models_of_text, trainer.precision
         )
         self.written: dict[str, list[dict]] = {}
 
@@ -193,7 +193,7 @@ class Ours:
 
     def _step(self, method: object, teacher: object, batch: StepBatch) -> Numbers:
         self.trainer.method, self.trainer.teacher = method, teacher
-        return self.trainer._step(batch)[:2]
+        return self.trainer.train_step(batch)[:2]
 
 
 class Published:
@@ -203,7 +203,7 @@ class Published:
         """`length`: that samples are padded to."""
         config = trainer.config
         self.trainer = PublishedTrainer(trainer.student.model, teacher.model.model, config.optim, config.minillm)
-        self.precision, self.device, self.length = trainer._precision, trainer.device, length
+        self.precision, self.device, self.length = trainer.precision, trainer.device, length
         self.written: dict[str, list[dict] | RolloutBatch] = {}
 
     def pad(self, samples: list[dict]) -> PaddedBatch:

@@ -109,10 +109,10 @@ class Benchmark:
     def build(self) -> None:
         """Both sides, on the same weights: all that a method is to them is a loss, a teacher and sequences."""
         self.trainer = trainer = Trainer(self.config("ABKD"))
-        trainer._load()
+        trainer.build()
         live, samples = trainer.teacher, 2 * len(trainer.train_set)  # seen twice: so worth a cache
         cache = self.config("ABKD", "auto"), trainer.teacher_config, trainer.train_set, samples
-        cached = TeacherCache(*cache, trainer.device, trainer.dtype).open(lambda: live.model, trainer._precision, 0)
+        cached = TeacherCache(*cache, trainer.device, trainer.dtype).open(lambda: live.model, trainer.precision, 0)
         self.build_seconds = cached.pass_seconds / len(trainer.train_set)
         self.ours = Ours(trainer, live, cached, self.config)
         self.published = Published(trainer, live, LENGTH)

@@ -69,7 +69,7 @@ class Killed(BaseException):
 
 def at_step(monkeypatch, number, action):
     """Calls `action` after the optimizer's step `number`, counted from 1 in this process."""
-    step, count = Trainer._step, iter(range(1, 1000))
+    step, count = Trainer.train_step, iter(range(1, 1000))
 
     def wrapped(self, samples):
         result = step(self, samples)
@@ -77,7 +77,7 @@ def at_step(monkeypatch, number, action):
             action()
         return result
 
-    monkeypatch.setattr(Trainer, "_step", wrapped)
+    monkeypatch.setattr(Trainer, "train_step", wrapped)
 
 
 def crash():
@@ -90,7 +90,7 @@ def send(number):
 
 def poison(patch, poisoned):
     """Makes the gradient infinite in one step."""
-    step = Trainer._step
+    step = Trainer.train_step
 
     def wrapped(self, samples):
         hook = None
@@ -101,4 +101,4 @@ def poison(patch, poisoned):
             hook.remove()
         return result
 
-    patch.setattr(Trainer, "_step", wrapped)
+    patch.setattr(Trainer, "train_step", wrapped)

@@ -62,7 +62,7 @@ def _data(trainer: Trainer) -> Iterator[str]:
 
 def _memory(trainer: Trainer, cached: bool) -> Iterator[str]:
     """About what training takes in its first step's largest micro-batch."""
-    step = next(trainer._batches())
+    step = next(trainer.batches())
     batch = max(step.parts, key=lambda part: part.tokens)
     cost = trainer.step_cost(cached)
     parts = dict(costs.memory(cost, trainer.student_config, batch, trainer.config.train, trainer.dtype, trainer.device))

@@ -126,7 +126,7 @@ class Trainer:
         adapter = loading.adapter_size(self.config.student, self.student_config, "student")
         return costs.StepCost(costs.ModelCost(self.student_config), adapter, teacher, cached)
 
-    def _load(self) -> None:
+    def build(self) -> None:
         config = self.config
         self.progress, self.window, self.signals = TrainState(), MetricsWindow(self.device), StopSignals()
         self.checkpoints = checkpoint.Checkpoints(config.run.folder / "checkpoints", config.checkpoint.keep)
@@ -149,7 +149,7 @@ class Trainer:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(config.run.seed + 1)
                 live = Teacher(load()) if self.is_on_policy else None
-                of_data = self.cache.open((lambda: live.model) if live else load, self._precision, optimizer_bytes)
+                of_data = self.cache.open((lambda: live.model) if live else load, self.precision, optimizer_bytes)
             self.teacher = OnPolicyTeacher(live, of_data) if live else of_data
         optim = config.optim
         decayed = [p for p in trained if p.dim() > 1 or self.student.has_adapter]
@@ -167,7 +167,7 @@ class Trainer:
         self.saver = CheckpointWriter(self.checkpoints, self.student, self.optimizer, self.tokenizer)
         if self.is_on_policy:
             models_of_text = self.student, self.teacher.live.model
-            self.rollouts = Rollouts(config, self.tokenizer, self.train_set, *models_of_text, self._precision)
+            self.rollouts = Rollouts(config, self.tokenizer, self.train_set, *models_of_text, self.precision)
         distributed.seed_per_rank(config.run.seed)
         if self.saved:
             load_optimizer(self.optimizer, self.student, self.saved)
@@ -185,11 +185,11 @@ class Trainer:
             model.requires_grad_(False)
         if self.is_sharded:
             distributed.shard(model, model.layers, self.device, storage, self.dtype)
-        with self._precision(), distributed.unsharded(model):
+        with self.precision(), distributed.unsharded(model):
             model.check()
         return model
 
-    def _precision(self) -> contextlib.AbstractContextManager:
+    def precision(self) -> contextlib.AbstractContextManager:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
 
     def train(self) -> dict:
@@ -200,7 +200,7 @@ class Trainer:
         """
         config = self.config
         with distributed.rank0_context(locked(config.run.folder)):
-            self._load()
+            self.build()
             text = json.dumps(config.to_dict(), indent=2) + "\n"
             write = functools.partial(atomic_write, config.run.folder / "config.json", text)
             try:
@@ -209,23 +209,23 @@ class Trainer:
                 raise Interrupted(f"{config.run.folder} can't be written to ({error}): make room") from None
             for line in dry_run.header(self):
                 console.print(line)
-            self._run()
+            self.train_loop()
             return self._finish()
 
-    def _run(self) -> None:
+    def train_loop(self) -> None:
         config, progress = self.config, self.progress
         done = progress.step if self.saved else -1
         log = RunLog(config, self.steps, self.device, done, progress.window_seconds)
         with self.signals, log, self.saver:
             self._after_step(log)
-            batches = self._batches(progress.step)
+            batches = self.batches(progress.step)
             for batch in prefetch(batches) if self.device.type == "cuda" else batches:
                 started, rate = time.perf_counter(), self.scheduler.get_last_lr()[0]
                 if self.is_on_policy:
-                    batch = self._written(batch)
+                    batch = self.select_batch(batch)
                 progress.step += 1
                 flops = self._flops(batch)  # before the step, which gives samples their teacher's states
-                self.window.add(progress.step, *self._step(batch), batch, flops)
+                self.window.add(progress.step, *self.train_step(batch), batch, flops)
                 log.advance(progress.step)
                 if progress.step % config.log.every_steps == 0 or progress.step == self.steps:
                     self._log_window(log, rate)
@@ -236,7 +236,7 @@ class Trainer:
                 self._after_step(log)
             self._conclude_save()
 
-    def _batches(self, first: int = 0) -> Iterator[StepBatch]:
+    def batches(self, first: int = 0) -> Iterator[StepBatch]:
         """What each step from `first` to `steps`, counted from 0, trains on."""
         size, seed = self.config.train.batch_size, self.config.run.seed
         for step in range(first, self.steps):
@@ -244,7 +244,7 @@ class Trainer:
             batch = make_step_batch(step_samples(self.train_set, size, seed, step), text, self.config.train.max_tokens)
             yield batch.pin() if self.device.type == "cuda" else batch
 
-    def _written(self, batch: StepBatch) -> StepBatch:
+    def select_batch(self, batch: StepBatch) -> StepBatch:
         """The next step's batch with the sequences that the method trains on, given those of the data."""
         step = self.progress.step
         chosen = self.method.select_batch(step, (step + 1) / self.steps, batch.samples, self.rollouts)
@@ -300,7 +300,7 @@ class Trainer:
         console.print(f"step {step} is taken, of the {virtue}, {value}")
         return step, loss, rouge_l, saved
 
-    def _step(self, batch: StepBatch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    def train_step(self, batch: StepBatch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """One optimizer step; returns its loss, gradient norm, and the loss's parts, still on the device."""
         weight = self.config.data.pretrain.weight if batch.text else 0.0
         sums = [0.0] * (2 if batch.text else 1)  # the method's loss, and that of plain text
@@ -332,7 +332,7 @@ class Trainer:
             loss_of: gives a micro-batch's summed loss, as a function of hidden states, projection and bias.
         """
         part = part.to(self.device)
-        with self._precision():
+        with self.precision():
             loss = self.replica(part, loss_of(part)) / labels
         (weight * loss).backward()
         return loss.detach()
@@ -410,7 +410,7 @@ class Trainer:
     def _evaluate(self, log: RunLog) -> bool:
         """Whether this is the best step so far. A signal ends it early; a resumed run does it again."""
         log.pause()
-        with distributed.unsharded(self.student), self._precision():
+        with distributed.unsharded(self.student), self.precision():
             loss, rouge_l = self.dev_loss(), None
             if loss is not None and self.dev_rouge:
                 rouge_l = self.dev_rouge.measure(self.student, self.signals)

@@ -207,8 +207,8 @@ def test_loss_and_gradient(tmp_path, text, method):
     ]
     run = Run(tmp_path / "run", student={"config": config})
     run_trainer = Trainer(load(run.arguments[1], overrides)[0])
-    run_trainer._load()
-    batch = next(run_trainer._batches())
+    run_trainer.build()
+    batch = next(run_trainer.batches())
     assert [part.is_pretrain for part in batch.parts] == [False, False, True, True, True, True]
     samples, texts = batch.samples, batch.text
     assert [len(samples), len(texts), *{len(block["input_ids"]) for block in texts}] == [4, 4, 128]
@@ -217,7 +217,7 @@ def test_loss_and_gradient(tmp_path, text, method):
         lambda *_: captured.update({name: p.grad.clone() for name, p in run_trainer.student.named_parameters()})
     )
     weights = {name: p.detach().clone() for name, p in run_trainer.student.named_parameters()}
-    loss, _, parts = run_trainer._step(batch)
+    loss, _, parts = run_trainer.train_step(batch)
     run_trainer.student.load_state_dict(weights, strict=False)
 
     model = run_trainer.student.model

@@ -65,7 +65,7 @@ def make(tmp_path, teacher):
 
 def trainer_of(run):
     trainer = Trainer(load(run.arguments[1], run.arguments[3::2])[0])
-    trainer._load()
+    trainer.build()
     return trainer
 
 
@@ -102,7 +102,7 @@ def test_labels_of_generated_text_are_the_next_tokens_end_included(make, monkeyp
         {"input_ids": [20, 5, 5], "prompt_length": 1, "row": 3},
     ]
     monkeypatch.setattr(trainer.method, "select_batch", lambda *arguments: written)
-    (batch,) = trainer._written(next(trainer._batches())).parts
+    (batch,) = trainer.select_batch(next(trainer.batches())).parts
     assert batch.positions.tolist() == [2, 3, 4, 7, 12, 14, 15]
     assert batch.labels.tolist() == [8, 9, 0, 8, 0, 5, 5]
 
@@ -127,7 +127,7 @@ def test_loss_and_gradient_of_generated_text_are_those_of_a_padded_batch(make, m
     exact = "train.dtype=float64", "student.dropout=0", "optim.clip_norm=1e9"
     overrides = f"loss={loss}", "train.max_tokens=128", *exact, *more
     trainer = trainer_of(make(method, *overrides))
-    batch = trainer._written(next(trainer._batches()))
+    batch = trainer.select_batch(next(trainer.batches()))
     assert len(batch.parts) > 1
     samples = batch.samples
     assert all("index" not in sample for sample in samples), "all of them are generated"
@@ -136,7 +136,7 @@ def test_loss_and_gradient_of_generated_text_are_those_of_a_padded_batch(make, m
         lambda *_: gradients.update({name: p.grad.clone() for name, p in trainer.student.named_parameters()})
     )
     weights = {name: p.detach().clone() for name, p in trainer.student.named_parameters()}
-    value, *_ = trainer._step(batch)
+    value, *_ = trainer.train_step(batch)
     trainer.student.load_state_dict(weights, strict=False)
 
     longest = max(len(sample["input_ids"]) for sample in samples)
@@ -171,8 +171,8 @@ def test_replay_costs_no_teacher(make, monkeypatch):
     coins = iter([0.9, 0.9, 0.9, 0.9, 0.2])  # filling the buffer, two replays, and a new one
     monkeypatch.setattr(trainer.method.buffer, "coin", lambda: next(coins))
     counts = []
-    for batch in trainer._batches():
-        trainer._step(trainer._written(batch))
+    for batch in trainer.batches():
+        trainer.train_step(trainer.select_batch(batch))
         trainer.progress.step += 1
         counts.append(len(read))
         if len(counts) == 5:

@@ -43,7 +43,7 @@ class LoraRun(Run):
 
 def trainer(run):
     trainer = Trainer(load(run.arguments[1], run.arguments[3::2])[0])
-    trainer._load()
+    trainer.build()
     return trainer
 
 

@@ -64,12 +64,12 @@ def small_blocks(monkeypatch):
 
 def loaded(path, *overrides):
     trainer = Trainer(load(path, overrides)[0])
-    trainer._load()
+    trainer.build()
     return trainer
 
 
 def losses(trainer):
-    return [trainer._step(batch)[0].item() for batch in trainer._batches()]
+    return [trainer.train_step(batch)[0].item() for batch in trainer.batches()]
 
 
 def only(folder):
@@ -292,8 +292,8 @@ def slow_record(self, blocks):
 cache.StateFile.record = slow_record
 print("start", flush=True)
 trainer = Trainer(load(sys.argv[1], [])[0])
-trainer._load()
-print([trainer._step(batch)[0].item() for batch in trainer._batches()], flush=True)
+trainer.build()
+print([trainer.train_step(batch)[0].item() for batch in trainer.batches()], flush=True)
 """
 
 

@@ -208,7 +208,7 @@ def test_losses_and_files_are_those_of_one_process(context, tmp_path, recipe, al
 
 def tell_memory():
     """Prints the bytes of weights, gradients and optimizer state that a rank holds after a step."""
-    step = Trainer._step
+    step = Trainer.train_step
 
     def wrapped(self, batch):
         gradients = []
@@ -228,7 +228,7 @@ def tell_memory():
         print(f"rank {distributed.rank()} holds {own} of {whole}", flush=True)
         return result
 
-    Trainer._step = wrapped
+    Trainer.train_step = wrapped
 
 
 def test_sharded_ranks_hold_their_part(context, tmp_path, recipe):
@@ -293,13 +293,13 @@ def wait_for(path, text):
 
 
 def slow_steps():
-    step = Trainer._step
+    step = Trainer.train_step
 
     def wrapped(self, batch):
         time.sleep(0.1)
         return step(self, batch)
 
-    Trainer._step = wrapped
+    Trainer.train_step = wrapped
 
 
 @pytest.mark.parametrize("mode", ["ddp", pytest.param("fsdp", marks=SLOW)])
@@ -331,14 +331,14 @@ def test_signal_to_one_rank_and_resume_on_two_and_on_one(context, tmp_path, reci
 
 
 def die_on_rank_1():
-    step = Trainer._step
+    step = Trainer.train_step
 
     def wrapped(self, batch):
         if self.progress.step == 3 and distributed.rank() == 1:
             os.kill(os.getpid(), signal.SIGKILL)
         return step(self, batch)
 
-    Trainer._step = wrapped
+    Trainer.train_step = wrapped
 
 
 def test_death_of_a_rank_ends_the_others_with_its_name(context, tmp_path, recipe):
@@ -386,11 +386,11 @@ PAUSED = """
 import sys, time
 from abkd_fast.train import leave, main
 from abkd_fast.trainer import Trainer
-step = Trainer._step
+step = Trainer.train_step
 def slow(self, batch):
     time.sleep(0.3)
     return step(self, batch)
-Trainer._step = slow
+Trainer.train_step = slow
 leave(main(sys.argv[1:]))
 """
 

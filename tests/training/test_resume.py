@@ -384,7 +384,7 @@ def test_non_finite_gradient_stops_and_no_checkpoint_is_poisoned(tmp_path, monke
 def test_skipped_step_changes_no_weight_moment_or_count(tmp_path, monkeypatch):
     run = Run(tmp_path, "train.on_nonfinite=skip", "log.every_steps=1", "optim.warmup_steps=0")
     trainer = Trainer(load(run.arguments[1], run.arguments[3::2])[0])
-    trainer._load()
+    trainer.build()
 
     def everything():
         weights = {name: p.detach().clone() for name, p in trainer.student.named_parameters()}
@@ -392,10 +392,10 @@ def test_skipped_step_changes_no_weight_moment_or_count(tmp_path, monkeypatch):
         return weights | {name: tensor.clone() for name, tensor in moments.items()}
 
     poison(monkeypatch, 2)
-    for batch in trainer._batches(9):
+    for batch in trainer.batches(9):
         trainer.progress.step += 1
         before = everything()
-        trainer._step(batch)
+        trainer.train_step(batch)
         after = everything()
         same = [torch.equal(after[name], tensor) for name, tensor in before.items()]
         assert all(same) if trainer.progress.step == 2 else not any(same)
@@ -429,7 +429,7 @@ def test_method_state_is_kept(tmp_path, monkeypatch):
         at_step(patch, 6, send(signal.SIGTERM))
         assert run() == INTERRUPTED
     trainer = Trainer(load(run.arguments[1], run.arguments[3::2])[0], resume=True)
-    trainer._load()
+    trainer.build()
     assert trainer.method.calls == 6
 
 

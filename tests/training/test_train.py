@@ -87,8 +87,8 @@ def test_stages_distil_and_are_used_again(recipe, tmp_path, capsys):
 def test_same_seed_same_bits_and_micro_batches_do_not_matter(recipe):
     def losses(*overrides):
         trainer = Trainer(load(recipe()[1], overrides)[0])
-        trainer._load()
-        return [trainer._step(batch)[0].item() for batch in trainer._batches()]
+        trainer.build()
+        return [trainer.train_step(batch)[0].item() for batch in trainer.batches()]
 
     first = losses("train.steps=3")
     assert losses("train.steps=3") == first
@@ -101,23 +101,23 @@ def test_same_seed_same_bits_and_micro_batches_do_not_matter(recipe):
 def test_every_divergence_trains(recipe, teacher_folder, loss):
     overrides = [f"loss={loss}", "method=kd", f"teacher.path={teacher_folder()}", "temperature=1.5", "hard_weight=0.1"]
     trainer = Trainer(load(recipe()[1], overrides)[0])
-    trainer._load()
-    batch = next(trainer._batches())
-    losses = [trainer._step(batch)[0].item() for _ in range(4)]
+    trainer.build()
+    batch = next(trainer.batches())
+    losses = [trainer.train_step(batch)[0].item() for _ in range(4)]
     assert losses == sorted(losses, reverse=True), "the loss of the same samples falls at every step"
     assert losses[-1] < 0.95 * losses[0]
 
 
 def test_step_is_the_token_mean_gradient(recipe):
     trainer = Trainer(load(recipe()[1], ["train.dtype=float64", "optim.clip_norm=1e9"])[0])
-    trainer._load()
-    batch = next(trainer._batches())
+    trainer.build()
+    batch = next(trainer.batches())
     captured = {}
     trainer.optimizer.register_step_pre_hook(
         lambda *_: captured.update({name: p.grad.clone() for name, p in trainer.student.named_parameters()})
     )
     weights = {name: p.detach().clone() for name, p in trainer.student.named_parameters()}
-    loss, norm, _ = trainer._step(batch)
+    loss, norm, _ = trainer.train_step(batch)
     trainer.student.load_state_dict(weights, strict=False)
 
     model = trainer.student.model
@@ -138,7 +138,7 @@ def test_step_is_the_token_mean_gradient(recipe):
 
 def test_schedule_and_decay_groups(recipe):
     trainer = Trainer(load(recipe()[1], ["optim.warmup_steps=4", "optim.min_lr=1e-5"])[0])
-    trainer._load()
+    trainer.build()
     rates = []
     for _ in range(trainer.steps):
         rates.append(trainer.scheduler.get_last_lr()[0])
@@ -318,7 +318,7 @@ def test_points_tell_the_work_done(recipe, tmp_path):
     assert main(recipe()) == 0
     trainer = Trainer(load(recipe()[1], ["run.name=other"])[0])
     trainer.cost = trainer.step_cost(cached=False)
-    batches = list(trainer._batches())
+    batches = list(trainer.batches())
     points = [point for point in metrics(tmp_path / "runs" / "test") if point["kind"] == "train"]
     flops = sum(trainer.cost.flops(batch.samples) for batch in batches[:4])
     seconds = 4 * 8 * points[0]["seconds_per_sample"]
