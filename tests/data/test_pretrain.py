@@ -271,7 +271,7 @@ def test_work_counts_text_and_samples_count_rows(tmp_path, text, capsys):
     assert run("--dry-run") == 0
     assert "blocks of 128 tokens, one a sample; weight 1" in capsys.readouterr().out
     assert run() == 0
-    _, *others = Trainer(load(run.arguments[1], [*run.arguments[3::2], "run.name=other"])[0])._batches()
+    _, *others = Trainer(load(run.arguments[1], [*run.arguments[3::2], "run.name=other"])[0]).batches()
     tokens = sum(part.tokens for batch in others[2:5] for part in batch.parts)  # of the second point
     assert tokens > 3 * 4 * 128
     point = json.loads((run.folder / "metrics.jsonl").read_text().splitlines()[1])
