@@ -183,7 +183,7 @@ class Ours:
                         dataclasses.replace(method.settings, rollouts=len(samples)),
                     )
                     samples = method.select_batch(1, 1.0, turn.samples, self.rollouts)
-                batch = make_step_batch(samples, turn.batch.text, self.trainer.config.train.max_tokens)
+                batch = make_step_batch(samples, turn.batch.pretrain_blocks, self.trainer.config.train.max_tokens)
                 return self._step(method, teacher, batch)
 
         return step

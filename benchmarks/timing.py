@@ -350,7 +350,7 @@ class Benchmark:
         self.trainer.method = self.ours.method(name)
         cost, shares = self.trainer.step_cost(way == "cached"), []
         for turn, milliseconds in zip(self.turns[1:], times[name, way], strict=False):  # perhaps of fewer rounds
-            flops = cost.flops(turn.samples) + cost.flops(turn.batch.text, taught=False)
+            flops = cost.flops(turn.samples) + cost.flops(turn.batch.pretrain_blocks, taught=False)
             shares.append(flops / (1e-3 * milliseconds * self.batch_size * peak))
         return statistics.median(shares)
 

@@ -63,7 +63,7 @@ def _data(trainer: Trainer) -> Iterator[str]:
 def _memory(trainer: Trainer, cached: bool) -> Iterator[str]:
     """About what training takes in its first step's largest micro-batch."""
     step = next(trainer.batches())
-    batch = max(step.parts, key=lambda part: part.tokens)
+    batch = max(step.micro_batches, key=lambda part: part.tokens)
     cost = trainer.step_cost(cached)
     parts = dict(costs.memory(cost, trainer.student_config, batch, trainer.config.train, trainer.dtype, trainer.device))
     details, total = _list(parts), sum(parts.values())
@@ -73,7 +73,7 @@ def _memory(trainer: Trainer, cached: bool) -> Iterator[str]:
         total += max(0, sum(generation.values()) - activations - logits)
         details += f"; while it generates, instead of the last two, {_list(generation)}"
     yield f"  memory     about {format_bytes(total)} with micro-batches of {batch.tokens} tokens: {details}"
-    work = (cost.flops(step.samples) + cost.flops(step.text, taught=False)) / trainer.config.train.batch_size
+    work = (cost.flops(step.samples) + cost.flops(step.pretrain_blocks, taught=False)) / trainer.config.train.batch_size
     yield f"  work       {work / 1e9:.3g} GFLOP a sample"
 
 

@@ -226,9 +226,9 @@ class MetricsWindow:
         self.steps += 1
         self.rows.append([sample["row"] for sample in batch.samples])
         self.samples += len(self.rows[-1])
-        self.real_tokens += sum(len(sample["input_ids"]) for sample in (*batch.samples, *batch.text))
+        self.real_tokens += sum(len(sample["input_ids"]) for sample in (*batch.samples, *batch.pretrain_blocks))
         self.max_rank_tokens += batch.max_rank_tokens
-        self.tokens += sum(part.tokens for part in batch.parts)
+        self.tokens += sum(part.tokens for part in batch.micro_batches)
         self.flops += flops
 
     def write(self, log: RunLog, step: int, lr: float, numbers: dict[str, float]) -> int:

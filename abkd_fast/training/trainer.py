@@ -250,7 +250,7 @@ class Trainer:
         chosen = self.method.select_batch(step, (step + 1) / self.steps, batch.samples, self.rollouts)
         if chosen is batch.samples:
             return batch
-        return make_step_batch(chosen, batch.text, self.config.train.max_tokens)
+        return make_step_batch(chosen, batch.pretrain_blocks, self.config.train.max_tokens)
 
     def _finish(self) -> dict:
         """Writes and returns the summary; the folder `final` is written last: with it the run is finished."""
@@ -302,14 +302,14 @@ class Trainer:
 
     def train_step(self, batch: StepBatch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """One optimizer step; returns its loss, gradient norm, and the loss's parts, still on the device."""
-        weight = self.config.data.pretrain.weight if batch.text else 0.0
-        sums = [0.0] * (2 if batch.text else 1)  # the method's loss, and that of plain text
-        for part in batch.parts:
-            with distributed.grad_sync(self.replica, part is batch.parts[-1]):
+        weight = self.config.data.pretrain.weight if batch.pretrain_blocks else 0.0
+        sums = [0.0] * (2 if batch.pretrain_blocks else 1)  # the method's loss, and that of plain text
+        for part in batch.micro_batches:
+            with distributed.grad_sync(self.replica, part is batch.micro_batches[-1]):
                 if part.is_pretrain:
                     sums[1] = sums[1] + self._backward(part, batch.num_pretrain_labels, self._text_loss, weight)
                 else:
-                    sums[0] = sums[0] + self._backward(part, batch.labels, self._method_loss)
+                    sums[0] = sums[0] + self._backward(part, batch.num_labels, self._method_loss)
         total, *of_text = distributed.all_reduce_sum(torch.stack(sums))
         parts = {}
         if of_text:
@@ -349,7 +349,7 @@ class Trainer:
     def _flops(self, batch: StepBatch) -> int:
         """Of this rank."""
         total = 0
-        for part in batch.parts:
+        for part in batch.micro_batches:
             taught = not part.is_pretrain or hasattr(self.method, "pretrain_loss")
             read = self.teacher.unknown(part.samples) if self.is_on_policy and not part.is_pretrain else None
             total += self.cost.flops(part.samples, taught, read)
@@ -511,9 +511,9 @@ class Trainer:
         self.student.eval()
         total = torch.zeros((), device=self.device, dtype=torch.float64)
         batch = make_step_batch(list(self.dev_set), [], self.config.train.max_tokens)
-        for part in batch.parts:
+        for part in batch.micro_batches:
             total += self.student(part.to(self.device), functools.partial(cross_entropy, batch=part))
             if self.signals.received:
                 break
         self.student.train()
-        return None if self.signals.of_any_rank() else distributed.all_reduce_sum(total).item() / batch.labels
+        return None if self.signals.of_any_rank() else distributed.all_reduce_sum(total).item() / batch.num_labels

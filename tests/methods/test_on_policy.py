@@ -102,7 +102,7 @@ def test_labels_of_generated_text_are_the_next_tokens_end_included(make, monkeyp
         {"input_ids": [20, 5, 5], "prompt_length": 1, "row": 3},
     ]
     monkeypatch.setattr(trainer.method, "select_batch", lambda *arguments: written)
-    (batch,) = trainer.select_batch(next(trainer.batches())).parts
+    (batch,) = trainer.select_batch(next(trainer.batches())).micro_batches
     assert batch.positions.tolist() == [2, 3, 4, 7, 12, 14, 15]
     assert batch.labels.tolist() == [8, 9, 0, 8, 0, 5, 5]
 
@@ -128,7 +128,7 @@ def test_loss_and_gradient_of_generated_text_are_those_of_a_padded_batch(make, m
     overrides = f"loss={loss}", "train.max_tokens=128", *exact, *more
     trainer = trainer_of(make(method, *overrides))
     batch = trainer.select_batch(next(trainer.batches()))
-    assert len(batch.parts) > 1
+    assert len(batch.micro_batches) > 1
     samples = batch.samples
     assert all("index" not in sample for sample in samples), "all of them are generated"
     gradients = {}
