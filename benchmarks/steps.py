@@ -145,7 +145,7 @@ class Ours:
         self.teachers = {"ours": live, "cached": cached}
         models_of_text = trainer.student, live.model
         self.rollouts = Responses(
-            trainer.config, trainer.tokenizer, trainer.train_set, *models_of_text, trainer.precision
+            trainer.config, trainer.tokenizer, trainer.data.train_set, *models_of_text, trainer.precision
         )
         self.written: dict[str, list[dict]] = {}
 

@@ -14,7 +14,6 @@ import datasets
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
-from transformers import PretrainedConfig
 
 from .. import distributed
 from ..config.schema import Config
@@ -23,8 +22,9 @@ from ..data.batches import pack
 from ..device import free_memory
 from ..errors import ConfigError
 from ..files import cache_folder
-from ..models import loading, lora
+from ..models import lora
 from ..models.identity import describe_model, hash_tensors, hash_weights
+from ..models.loading import DROPOUT, MetaModel
 from ..models.packed import PackedCausalLM
 from . import store
 from .teacher import CachedTeacher, Teacher
@@ -38,7 +38,7 @@ class TeacherCache:
     def __init__(
         self,
         config: Config,
-        teacher: PretrainedConfig,
+        teacher: MetaModel,
         dataset: datasets.Dataset,
         samples: int,
         device: torch.device,
@@ -48,19 +48,19 @@ class TeacherCache:
 
         Raises ConfigError for a folder that can't hold the cache, where mode insists on it.
         """
-        self.mode, self.spec, self.config = config.cache.mode, config.teacher, teacher
+        self.mode, self.spec, self.config = config.cache.mode, config.teacher, teacher.config
         self.root = pathlib.Path(config.cache.dir) if config.cache.dir else cache_folder()
         self.dataset, self.samples, self.device, self.dtype = dataset, samples, device, dtype
         self.max_tokens = config.train.max_tokens
         self.layout = store.Layout(dataset)
-        self.width = loading.meta_model(teacher).get_output_embeddings().weight.shape[1]
+        self.width = teacher.model.get_output_embeddings().weight.shape[1]
         self.bytes = self.layout.rows * self.width * dtype.itemsize
         if self.mode == "off":
             return
         weights = None  # random ones are known only once they are drawn
         if self.spec.path is not None:
             adapter = None if self.spec.adapter is None else lora.find_adapter(self.spec.adapter, "teacher")
-            hashes = functools.partial(hash_weights, self.spec.path, teacher, self.root, adapter)
+            hashes = functools.partial(hash_weights, self.spec.path, teacher.config, self.root, adapter)
             weights = distributed.run_on_rank0(hashes)
         self._identify(weights)
         problem = self.file.problem()
@@ -70,7 +70,7 @@ class TeacherCache:
     def _identify(self, weights: dict | str | None) -> None:
         identity = {
             "weights": weights,
-            "model": describe_model(self.config, loading.DROPOUT),
+            "model": describe_model(self.config, DROPOUT),
             "samples": store.hash_samples(self.dataset),
             "dtype": str(self.dtype),
             "device": self.device.type,
@@ -190,7 +190,7 @@ class TeacherCache:
         head = tuple(None if tensor is None else tensor.detach().to(self.device) for tensor in head)
         teacher = CachedTeacher(rows, self.layout, head, (seconds, builder.seconds))
         built = f"built in {builder.seconds:.1f} s" if builder.seconds else "found"
-        saved = max(0, teacher.saved(self.samples))
+        saved = max(0, teacher.seconds_saved(self.samples))
         teacher.note = f"states cached, {format_bytes(self.bytes)} {where}; {built}, will save about {saved:.1f} s"
         builder.free()
         return teacher
@@ -235,10 +235,10 @@ class _Builder:
                 samples = [owner.dataset[index] for index in owner.layout.blocks[number]]
                 batches = pack(samples, owner.max_tokens)
                 with self.precision():
-                    parts = [teacher.states(batch.to(owner.device)).hidden for batch in batches]
+                    parts = [teacher.linear_head(batch.to(owner.device)).hidden for batch in batches]
                     if distributed.is_sharded(teacher.model):  # no rank computes without the others
                         for _ in range(int(distributed.all_reduce_max(len(batches))) - len(batches)):
-                            teacher.states(batches[-1].to(owner.device))
+                            teacher.linear_head(batches[-1].to(owner.device))
                 if place >= len(numbers):
                     return
                 rows = torch.cat(parts)

@@ -221,8 +221,8 @@ def test_losses_of_rollouts_and_text_from_whole_logits(tmp_path):
 
 def test_training_lowers_the_reverse_kl_and_the_teacher_reads_each_rollout_once(tmp_path, monkeypatch):
     """A random student comes nearer to a teacher of a few steps, on tokens that it mostly writes itself."""
-    states, read = Teacher.states, []
-    monkeypatch.setattr(Teacher, "states", lambda self, batch: read.extend(batch.samples) or states(self, batch))
+    states, read = Teacher.linear_head, []
+    monkeypatch.setattr(Teacher, "linear_head", lambda self, batch: read.extend(batch.samples) or states(self, batch))
     stages = {
         "teacher": {"method": "sft", "teacher": None, "optim": {"lr": 1e-2}, "train": {"steps": 40}},
         "student": {"teacher": {"path": "stage:teacher"}, "log": {"every_steps": 8}},

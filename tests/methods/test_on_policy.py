@@ -162,7 +162,7 @@ def test_loss_and_gradient_of_generated_text_are_those_of_a_padded_batch(make, m
 
 def test_replay_costs_no_teacher(make, monkeypatch):
     """The teacher reads every sample once: of the data from the cache, generated ones when they are new."""
-    read, states = [], Teacher.states
+    read, states = [], Teacher.linear_head
     monkeypatch.setattr(
         Teacher, "states", lambda self, batch: read.extend(s["row"] for s in batch.samples) or states(self, batch)
     )
@@ -173,14 +173,14 @@ def test_replay_costs_no_teacher(make, monkeypatch):
     counts = []
     for batch in trainer.batches():
         trainer.train_step(trainer.select_batch(batch))
-        trainer.progress.step += 1
+        trainer.state.step += 1
         counts.append(len(read))
         if len(counts) == 5:
             break
     assert counts == [4, 8, 8, 8, 12]
     fresh = [dict(sample) for sample in trainer.method.buffer.samples]
     kept = [sample.pop("states") for sample in fresh]
-    states_again = [trainer.teacher.live.states(pack([sample], 1000)[0]).hidden for sample in fresh]
+    states_again = [trainer.teacher.live.linear_head(pack([sample], 1000)[0]).hidden for sample in fresh]
     assert all(torch.equal(a, b) for a, b in zip(kept, states_again, strict=True))
 
 
@@ -302,7 +302,7 @@ def test_without_generation_it_is_word_level_kd(make, monkeypatch):
 def test_interrupted_run_resumes_to_the_same_bits(make, monkeypatch, method):
     """A crash, which goes back to a checkpoint, then a signal; buffer, threshold, generators and counts are kept."""
     loss = Trainer.dev_loss
-    monkeypatch.setattr(Trainer, "dev_loss", lambda self: loss(self) + 0.2 * self.progress.step)
+    monkeypatch.setattr(Trainer, "dev_loss", lambda self: loss(self) + 0.2 * self.state.step)
     undisturbed, run = make(method, name="once"), make(method, name="pieces")
     assert undisturbed() == 0
     with monkeypatch.context() as patch:
@@ -408,7 +408,7 @@ def test_seqkd_trains_on_the_teachers_text(seqkd, teacher, tmp_path, capsys):
     tokenizer = quickstart.tokenizer()
     (_, config) = (resolve(config) for config in load(run.arguments[1], run.arguments[3::2]))
     trainer = Trainer(config, resume=True)
-    assert trainer.train_set["input_ids"][:] == [
+    assert trainer.data.train_set["input_ids"][:] == [
         tokenizer(answer["prompt"] + answer["output"])["input_ids"] + [tokenizer.eos_token_id] * answer["ended"]
         for answer in answers
     ]
@@ -416,7 +416,7 @@ def test_seqkd_trains_on_the_teachers_text(seqkd, teacher, tmp_path, capsys):
     assert [answer["prompt"] for answer in answers] == [row.values["prompt"] for row in originals]
     assert all(answer["output"] != row.values["output"] for answer, row in zip(answers, originals, strict=True))
     dev = tokenize(read_rows("quickstart:dev", 4), tokenizer, 96)
-    assert trainer.dev_set["input_ids"][:] == dev["input_ids"][:]
+    assert trainer.data.dev.dev_set["input_ids"][:] == dev["input_ids"][:]
 
     losses = [point["loss"] for point in run.points() if point.get("kind") == "train"]
     assert losses[-1] < losses[0]
