@@ -14,6 +14,7 @@ import torch
 from rich.table import Table
 
 from . import distributed
+from .config.methods import WITHOUT_TEACHER
 from .config.recipe import load
 from .config.schema import Config, ModelConfig
 from .console import console
@@ -28,7 +29,6 @@ from .evaluation.test_sets import Protocol, read_sets
 from .files import LOCK, check_folder
 from .generation import answers
 from .generation.sampling import SamplingParams
-from .methods import WITHOUT_TEACHER
 from .models import loading
 from .training.dry_run import describe
 from .training.trainer import Trainer

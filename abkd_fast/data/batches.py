@@ -7,16 +7,13 @@ import functools
 import heapq
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import datasets
 import torch
 from torch import Tensor
 
 from .. import distributed
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclasses.dataclass(frozen=True)

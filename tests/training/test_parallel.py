@@ -385,7 +385,7 @@ def test_a_rank_that_hangs_ends_the_others_with_its_name(context, tmp_path, reci
 PAUSED = """
 import sys, time
 from abkd_fast.train import leave, main
-from abkd_fast.trainer import Trainer
+from abkd_fast.training.trainer import Trainer
 step = Trainer.train_step
 def slow(self, batch):
     time.sleep(0.3)
