@@ -29,7 +29,7 @@ class Prepared:
     """
 
     models: dict[str, MetaModel] = dataclasses.field(default_factory=dict)  # by role
-    rows: dict[tuple, list[Row]] = dataclasses.field(default_factory=dict)  # by the arguments of `read_rows`
+    rows: dict[tuple, list[Row]] = dataclasses.field(default_factory=dict)  # by the four arguments of `read_rows`
     test_sets: list[TestSet] | None = None
 
     def model(self, role: str, spec: ModelConfig) -> MetaModel:
@@ -41,9 +41,9 @@ class Prepared:
         """Reads rows and keeps them. `read` may remember rows that stages share. Raises ConfigError."""
         self.rows[arguments] = read(*arguments)
 
-    def take_rows(self, *arguments: object) -> list[Row]:
-        """The rows, which are not kept any longer: they may fill much memory. Raises ConfigError."""
-        return self.rows.pop(arguments, None) or read_rows(*arguments)
+    def take_rows(self, source: str, limit: int | None, splits: tuple[str, ...]) -> list[Row]:
+        """Rows to train on. They are not kept any longer, because they may fill much memory. Raises ConfigError."""
+        return self.rows.pop((source, limit, splits, False), None) or read_rows(source, limit, splits)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -72,7 +72,7 @@ def trainer_of(run):
 def test_dry_run_counts_the_memory_of_generation(make, capsys, monkeypatch):
     run = make("gkd", "data.max_length=128")
     assert run("--dry-run") == 0
-    longest = max(trainer_of(run).train_set["prompt_length"][:]) + 6
+    longest = max(trainer_of(run).data.train_set["prompt_length"][:]) + 6
     held = 4 * longest * 2 * 2 * 2 * 4 * 4  # sequences, tokens, keys and values, layers, key heads, their width, bytes
     out = capsys.readouterr().out
     assert f"while it generates, instead of the last two, keys and values of 4 sequences {format_bytes(held)}" in out
@@ -179,7 +179,7 @@ def test_replay_costs_no_teacher(make, monkeypatch):
             break
     assert counts == [4, 8, 8, 8, 12]
     fresh = [dict(sample) for sample in trainer.method.buffer.samples]
-    kept = [sample.pop("states") for sample in fresh]
+    kept = [sample.pop("hidden_states") for sample in fresh]
     states_again = [trainer.teacher.live.linear_head(pack([sample], 1000)[0]).hidden for sample in fresh]
     assert all(torch.equal(a, b) for a, b in zip(kept, states_again, strict=True))
 
@@ -201,7 +201,7 @@ class Writer:
 def method_of(make, name, *overrides):
     run = make(name, *overrides)
     (config,) = load(run.arguments[1], run.arguments[3::2])
-    return methods.find(name)(config)
+    return methods.METHODS[name](config)
 
 
 @pytest.mark.parametrize("schedule", ["decreasing", "constant", "increasing"])
