@@ -164,7 +164,7 @@ def test_replay_costs_no_teacher(make, monkeypatch):
     """The teacher reads every sample once: of the data from the cache, generated ones when they are new."""
     read, states = [], Teacher.linear_head
     monkeypatch.setattr(
-        Teacher, "states", lambda self, batch: read.extend(s["row"] for s in batch.samples) or states(self, batch)
+        Teacher, "linear_head", lambda self, batch: read.extend(s["row"] for s in batch.samples) or states(self, batch)
     )
     trainer = trainer_of(make("distillm", "on_policy.threshold=1", "cache.mode=memory"))
     read.clear()  # what building the cache took
