@@ -51,7 +51,7 @@ class Checkpoints:
         )
 
     def newest(self) -> pathlib.Path | None:
-        """The newest checkpoint that is not damaged. Reports damaged ones and moves them aside, removes unfinished ones.
+        """The newest whole checkpoint. Damaged ones are reported and moved aside, unfinished ones removed.
 
         Raises ConfigError where all are damaged.
         """
