@@ -65,7 +65,7 @@ def test_only_the_adapter_is_trained(tmp_path, base, monkeypatch):
 
     monkeypatch.setattr(fused_linear, "_product", watched)
     for batch, _ in zip(made.batches(), range(3), strict=False):
-        made._step(batch)
+        made.train_step(batch)
     head = made.student.head.weight.shape
     assert any(shape[-1] == head[1] for shape in shapes)  # the hidden states' gradient
     assert head not in shapes  # the projection's
