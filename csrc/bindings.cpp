@@ -8,7 +8,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include "cpu/rows.h"
+#include "cpu/launch.h"
 #include "pack.h"
 
 namespace {

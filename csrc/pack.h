@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "divergence/families.h"
-#include "rows.h"
+#include "row_call.h"
 
 namespace abkd {
 

@@ -13,7 +13,7 @@ from typing import ClassVar
 
 
 class Family(enum.IntEnum):
-    """What the kernels implement; the numbers are those in csrc/rows.h."""
+    """What the kernels implement; the numbers are those in csrc/row_call.h."""
 
     CROSS_ENTROPY = 0
     ALPHA_BETA = 1

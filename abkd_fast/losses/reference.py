@@ -15,7 +15,7 @@ from .divergences import Divergence, Family
 LOG_FLOOR = -1e30  # two masked logits (-inf) then differ by exactly 0
 MAX_EXPONENT = {torch.float32: 64.0, torch.float64: 640.0}  # beyond e^this a term saturates
 CHUNK_ELEMENTS = 1 << 24
-# All that a row's gradient needs besides its logits, as `struct Statistics` in csrc/rows.h: log sum exp of
+# All that a row's gradient needs besides its logits, as `struct Statistics` in csrc/row_call.h: log sum exp of
 # z / temperature, y / temperature and z, the sum of slopes, and two numbers that the divergence decided for the row.
 STUDENT_LSE, TEACHER_LSE, PLAIN_LSE, SLOPE, STATE = range(5)
 STATISTICS = 6

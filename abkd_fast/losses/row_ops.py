@@ -84,7 +84,7 @@ def row_losses(
     statistics: Tensor | None = None,
     upstream: Tensor | None = None,
 ) -> Tensor:
-    """Losses [N] (float32; float64 for float64 logits) of logits [N, V]; see `csrc/rows.h` for the formula.
+    """Losses [N] (float32; float64 for float64 logits) of logits [N, V]; see `csrc/row_call.h` for the formula.
 
     `gradient` [N, V], which may be `student` itself, receives the derivative of each row's loss by its student
     logits, times `upstream` [N] (in the type of the losses) if that is given; `statistics` [N, 6] (float64) what

@@ -12,7 +12,7 @@
 #include <vector>
 
 #include "../divergence/families.h"
-#include "rows.h"
+#include "launch.h"
 
 namespace abkd::cpu::ABKD_ISA {
 namespace {

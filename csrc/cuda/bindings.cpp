@@ -3,7 +3,7 @@
 #include <torch/csrc/stable/accelerator.h>
 
 #include "../pack.h"
-#include "rows.h"
+#include "launch.h"
 
 namespace {
 

@@ -3,8 +3,8 @@
 #include <algorithm>
 #include <limits>
 
+#include "launch.h"
 #include "rows.cuh"
-#include "rows.h"
 
 namespace abkd::cuda {
 namespace {

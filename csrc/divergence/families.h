@@ -1,7 +1,7 @@
 // The one list of divergences: from a call's family and parameters to the functor that the row drivers are made for.
 #pragma once
 
-#include "../rows.h"
+#include "../row_call.h"
 #include "alpha_beta.h"
 #include "cross_entropy.h"
 #include "kullback_leibler.h"

@@ -27,7 +27,7 @@ SOURCES = HERE.parents[1] / "csrc" / "cuda"
 KERNEL = (SOURCES / "rows.cuh").read_text()
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-NUMBERS = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 3}  # DType in csrc/rows.h
+NUMBERS = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 3}  # DType in csrc/row_call.h
 POINTS = ["ab:1,0", "ab:0,1", "ab:0,0", "ab:0.5,-0.5", "ab:2,-1", "ab:1,1"]
 FAMILIES = [divergences.parse(name) for name in ("ab", "alphanet", "wsd", "bdkd", "akl", "jsd", "tvd")]  # one of each
 FAMILIES.append(divergences.CrossEntropy())

@@ -12,7 +12,7 @@ namespace abkd {
 
 enum class DType { float32, float64, bfloat16, float16 };
 
-// The numbers are those of the catalog in abkd_fast/divergences.py.
+// The numbers are those of the catalog in abkd_fast/losses/divergences.py.
 enum class Family : int64_t {
   cross_entropy = 0,
   alpha_beta = 1,

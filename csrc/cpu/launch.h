@@ -1,7 +1,7 @@
 // The row driver for processors: one source (driver.h), compiled for several instruction sets, chosen at run time.
 #pragma once
 
-#include "../rows.h"
+#include "../row_call.h"
 
 namespace abkd::cpu {
 

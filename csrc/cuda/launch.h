@@ -1,7 +1,7 @@
 // Launches the row kernel on a CUDA stream.
 #pragma once
 
-#include "../rows.h"
+#include "../row_call.h"
 
 namespace abkd::cuda {
 
