@@ -11,6 +11,7 @@ from abkd_fast import (
     parse,
 )
 from abkd_fast.losses import row_ops
+from abkd_fast.losses.arguments import LossSpec
 from abkd_fast.losses.divergences import BY_NAME
 
 pytestmark = [
@@ -29,7 +30,8 @@ def assert_close_to_oracle(student, teacher, alpha, beta, labels=None, **numbers
     expected = oracle.row_losses(student.cpu(), teacher.cpu(), alpha, beta, labels, **numbers)
     gradient = torch.empty_like(student)
     labels_there = None if labels is None else labels.cuda()
-    losses = row_ops.row_losses(student, teacher, labels_there, AlphaBeta(alpha, beta), gradient=gradient, **numbers)
+    spec = LossSpec(AlphaBeta(alpha, beta), **numbers)
+    losses = row_ops.row_losses(student, teacher, labels_there, spec, gradient=gradient)
     kept = slice(None) if labels is None else labels != -100
     bound = FLOAT32_UNWEIGHTED if abs(alpha + beta) < 0.1 else FLOAT32
     assert oracle.relative_errors(losses.cpu()[kept], expected[0][kept]).max() < bound
@@ -72,7 +74,7 @@ def test_every_divergence_agrees_with_oracle(spelling, vocab, dtype):
 def test_gradients_from_statistics(spelling, dtype):
     divergence = parse(spelling)
     student, teacher = (x.to(dtype).cuda() for x in oracle.gpt2_like_logits(3, 5003))
-    rows = (student, teacher, torch.tensor([1, -100, 5002]).cuda(), divergence, 2.0, 0.3)
+    rows = student, teacher, torch.tensor([1, -100, 5002]).cuda(), LossSpec(divergence, 2.0, 0.3)
     upstream = torch.tensor([0.5, 3.0, -2.0], device="cuda")
     statistics = torch.zeros(3, row_ops.STATISTICS, dtype=torch.float64, device="cuda")
     expected, gradient = torch.empty_like(student), torch.empty_like(student)
@@ -86,7 +88,7 @@ def test_gradients_from_statistics(spelling, dtype):
 def test_labels_temperature_hard_weight_and_in_place_gradient(vocab, dtype):
     student, teacher = (x.to(dtype).cuda() for x in oracle.gpt2_like_logits(4, vocab))
     labels = torch.tensor([0, -100, vocab - 1, vocab // 2])
-    rows = (teacher, labels.cuda(), AlphaBeta(), 2.0, 0.3)
+    rows = teacher, labels.cuda(), LossSpec(AlphaBeta(), 2.0, 0.3)
     gradient = torch.empty_like(student)
     losses = row_ops.row_losses(student, *rows, gradient=gradient)
     if vocab > 3:

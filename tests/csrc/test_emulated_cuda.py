@@ -30,6 +30,7 @@ from emulated_kernel import (
 )
 
 from abkd_fast.losses import divergences, reference
+from abkd_fast.losses.arguments import LossSpec
 
 KERNEL = (SOURCES / "rows.cuh").read_text()
 
@@ -106,8 +107,9 @@ def expected_of(launch):
     gradient = torch.empty(launch.student.shape, dtype=torch.float64)
     teacher = None if launch.teacher is None else launch.teacher.double()
     upstream = None if launch.upstream is None else launch.upstream.double()
-    options = launch.labels, launch.divergence, launch.temperature, launch.hard_weight, gradient
-    return reference.row_losses(launch.student.double(), teacher, *options, upstream=upstream), gradient
+    spec = LossSpec(launch.divergence, launch.temperature, launch.hard_weight)
+    rows = launch.student.double(), teacher, launch.labels, spec
+    return reference.row_losses(*rows, gradient, upstream=upstream), gradient
 
 
 def assert_close(result, launch):
@@ -279,7 +281,7 @@ def test_no_races(races, divergence):
 # ---- planted faults
 
 LINES = KERNEL.splitlines()
-# The barrier before "else" has no effect on results: a thread reads back only what it kept itself, and statistics are read
+# The barrier before "else" changes no result: a thread reads back only what it kept itself, and statistics are read
 # after a later barrier.
 BARRIERS = [i for i in range(len(LINES)) if "__syncthreads();" in LINES[i] and "} else {" not in LINES[i + 1]]
 

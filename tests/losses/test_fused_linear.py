@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 import oracle
 from abkd_fast import AlphaBeta, divergence_loss, fused_linear_cross_entropy, fused_linear_divergence, parse
-from abkd_fast.losses.fused_linear import CHUNK_BYTES, choose_chunk_tokens
+from abkd_fast.losses.chunks import CHUNK_BYTES, choose_chunk_tokens
 from oracle import FAMILIES
 
 # Sums of products in float32: a few roundings of 2^-24 on logits of size 5, then the row kernel's own (see

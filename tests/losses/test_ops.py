@@ -13,11 +13,16 @@ from torch.autograd.gradcheck import GradcheckError
 import abkd_fast
 from abkd_fast import AlphaBeta, divergence_loss, fused_linear_divergence, parse
 from abkd_fast.losses import reference, row_ops
+from abkd_fast.losses.arguments import LossSpec
 from oracle import ALPHA_BETA, FAMILIES, SMOOTH, gpt2_like_logits, mild_logits, relative_errors
 from row_kernels import ALL, COMPILED, FLOAT32, FLOAT64, kernel
 
 LABELS = torch.tensor([1, -100, 4])
 ROW_OPTIONS = (2.0, 0.3)  # temperature, hard_weight
+
+
+def spec_of(divergence):
+    return LossSpec(parse(divergence), *ROW_OPTIONS)
 
 
 # ---- row_losses and row_gradients
@@ -27,8 +32,7 @@ ROW_OPTIONS = (2.0, 0.3)  # temperature, hard_weight
 @pytest.mark.parametrize("divergence", ALL)
 def test_statistics_are_all_that_the_gradient_needs(divergence, dtype):
     student, teacher = mild_logits(5, 2050, dtype)
-    labels, kind = torch.tensor([3, -100, 0, 49, 1]), parse(divergence)
-    rows = (teacher, labels, kind, *ROW_OPTIONS)
+    rows = teacher, torch.tensor([3, -100, 0, 49, 1]), spec_of(divergence)
     upstream = torch.tensor([0.5, 7.0, -2.0, 0.0, 3.0], dtype=torch.float64 if dtype == torch.float64 else None)
     gradient, scaled, later = (torch.empty_like(student) for _ in range(3))
     losses = row_ops.row_losses(student, *rows, gradient=gradient)
@@ -51,7 +55,7 @@ def test_statistics_are_all_that_the_gradient_needs(divergence, dtype):
 @pytest.mark.parametrize("divergence", [x for x in ALL if x != "alphanet"])
 def test_reference_has_the_same_doors(divergence):
     student, teacher = mild_logits(5, 50, torch.float64)
-    rows = (teacher, torch.tensor([3, -100, 0, 49, 1]), parse(divergence), *ROW_OPTIONS)
+    rows = teacher, torch.tensor([3, -100, 0, 49, 1]), spec_of(divergence)
     upstream = torch.randn(5, dtype=torch.float64)
     results = []
     for module in (row_ops, reference):
@@ -69,34 +73,34 @@ def test_passes_one_by_one_over_parts_of_the_vocabulary(monkeypatch, divergence,
     if compiled and row_ops._C is None:
         pytest.skip("the extension is missing")
     monkeypatch.setattr(row_ops, "_compiled", lambda _: compiled)
-    labels, kind, (temperature, hard_weight) = torch.tensor([3, 12, 13, 49]), parse(divergence), ROW_OPTIONS
+    labels, spec = torch.tensor([3, 12, 13, 49]), spec_of(divergence)
     cuts = [slice(0, 13), slice(13, 13), slice(13, 50)]
     for dtype, bound in ((torch.float32, FLOAT32), (torch.float64, 1e-12)):
         rows = mild_logits(4, 50, dtype)
         gradient, upstream = torch.empty_like(rows[0]), torch.tensor([0.5, 7.0, -2.0, 3.0], dtype=dtype)
         whole = torch.zeros(4, row_ops.STATISTICS, dtype=torch.float64)
-        losses = row_ops.row_losses(*rows, labels, kind, *ROW_OPTIONS, gradient, whole, upstream)
+        losses = row_ops.row_losses(*rows, labels, spec, gradient, whole, upstream)
         parts = [[x[:, cut].contiguous() for x in rows] for cut in cuts]
         merged = whole.clone()  # whose last two columns, what is decided, are taken from it
-        merged[:, :3] = torch.stack([row_ops.row_normalizers(*x, *ROW_OPTIONS) for x in parts])[:, :, :3].logsumexp(0)
+        merged[:, :3] = torch.stack([row_ops.row_normalizers(*x, spec) for x in parts])[:, :, :3].logsumexp(0)
         values, slopes = 0, 0
         for student, teacher in parts:
-            values = values + row_ops.row_sums(student, teacher, kind, temperature, merged)
+            values = values + row_ops.row_sums(student, teacher, spec, merged)
             slopes = slopes + merged[:, reference.SLOPE]
         merged[:, reference.SLOPE] = slopes
         assert relative_errors(merged[:, :3].T, whole[:, :3].T).max() < bound
         hard = merged[:, 2] - rows[0].gather(1, labels[:, None])[:, 0]
-        assert relative_errors((1 - hard_weight) * values + hard_weight * hard, losses).max() < bound
+        assert relative_errors((1 - spec.hard_weight) * values + spec.hard_weight * hard, losses).max() < bound
         for (student, teacher), cut in zip(parts, cuts, strict=True):
             local = torch.where((labels >= cut.start) & (labels < cut.stop), labels - cut.start, -1)
-            row_ops.row_gradients(student, teacher, local, kind, *ROW_OPTIONS, merged, upstream, student)
+            row_ops.row_gradients(student, teacher, local, spec, merged, upstream, student)
         assert relative_errors(torch.cat([x for x, _ in parts], 1), gradient).max() < bound
 
 
 @COMPILED
 def test_a_label_elsewhere_is_for_gradients_alone():
     student, teacher = mild_logits(3, 9)
-    rows = student, teacher, torch.tensor([0, -2, -1]), parse("ab"), *ROW_OPTIONS
+    rows = student, teacher, torch.tensor([0, -2, -1]), spec_of("ab")
     with pytest.raises(RuntimeError, match=r"labels\[1\] is -2, expected -100 or 0 to 8"):
         row_ops.row_gradients(*rows, torch.zeros(3, 6).double(), torch.ones(3), student)
 
@@ -105,7 +109,7 @@ def test_a_label_elsewhere_is_for_gradients_alone():
 def test_gradient_may_overwrite_the_student(divergence):
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
         student, teacher = mild_logits(5, 2050, dtype)
-        rows = (teacher, torch.tensor([3, -100, 0, 49, 1]), parse(divergence), *ROW_OPTIONS)
+        rows = teacher, torch.tensor([3, -100, 0, 49, 1]), spec_of(divergence)
         gradient = torch.empty_like(student)
         expected = row_ops.row_losses(student, *rows, gradient=gradient)
         assert torch.equal(row_ops.row_losses(student, *rows, gradient=student), expected)
@@ -261,7 +265,7 @@ def test_opcheck_row_operators(divergence):
         torch.library.opcheck(torch.ops.abkd_fast.row_losses, (student, teacher, LABELS, *rows, *written))
     written = (torch.empty_like(student), statistics, upstream)
     torch.library.opcheck(torch.ops.abkd_fast.row_losses, (student, teacher, LABELS, *rows, *written))
-    row_ops.row_losses(student, teacher, LABELS, kind, *ROW_OPTIONS, statistics=statistics)
+    row_ops.row_losses(student, teacher, LABELS, spec_of(divergence), statistics=statistics)
     later = (statistics, upstream, torch.empty_like(student))
     torch.library.opcheck(torch.ops.abkd_fast.row_gradients, (student, teacher, LABELS, *rows, *later))
     torch.library.opcheck(torch.ops.abkd_fast.row_normalizers, (student, teacher, *ROW_OPTIONS, statistics))
@@ -389,7 +393,7 @@ def test_reference_takes_over_where_the_extension_is_missing(divergence, request
     in_place = student.clone()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        row_ops.row_losses(in_place, teacher, labels, parse(divergence), *ROW_OPTIONS, gradient=in_place)
+        row_ops.row_losses(in_place, teacher, labels, spec_of(divergence), gradient=in_place)
     assert torch.equal(in_place, gradient)
 
 

@@ -13,7 +13,7 @@ from test_extreme_logits import HUGE
 
 import oracle
 from abkd_fast import fused_linear_cross_entropy, fused_linear_divergence, parse
-from abkd_fast.losses import fused_linear, vocab_parallel
+from abkd_fast.losses import chunks, vocab_parallel
 from oracle import FAMILIES
 from row_kernels import ALL, FLOAT32
 
@@ -307,7 +307,7 @@ def test_a_nan_on_one_rank_is_a_nan_loss(worlds):
 def with_little_memory(*arguments, **options):
     """Chunks are chosen from the part's size, and what AKL and BDKD look at at once from the widest's."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(fused_linear.CHUNK_BYTES, "cpu", 1 << 15)
+        patch.setitem(chunks.CHUNK_BYTES, "cpu", 1 << 15)
         patch.setattr(vocab_parallel, "DECIDING_ELEMENTS", 5 * 64)
         return on_a_rank(*arguments, **options)
 
