@@ -20,13 +20,13 @@ pytestmark = [
     pytest.mark.skipif(build_info()["cuda"] is None, reason="built without CUDA kernels"),
 ]
 
-# As on the processor (see test_divergence.py), with an exponential of 2 ulp in place of 1.5.
+# As on the CPU (see row_kernels.py). The exponential has an error of 2 ulp in place of 1.5.
 FLOAT32 = 3e-5
 FLOAT32_UNWEIGHTED = 4 * FLOAT32
 
 
 def assert_close_to_oracle(student, teacher, alpha, beta, labels=None, **numbers):
-    """`student` and `teacher` are on the GPU; its gradient is compared within the rounding of its type."""
+    """`student` and `teacher` are on the GPU. The gradient may have the rounding errors of its type."""
     expected = oracle.row_losses(student.cpu(), teacher.cpu(), alpha, beta, labels, **numbers)
     gradient = torch.empty_like(student)
     labels_there = None if labels is None else labels.cuda()
@@ -130,12 +130,12 @@ def test_fused_linear_in_bfloat16(reduction, chunk_tokens):
     loss = fused_linear_divergence(z, w, y, v, AlphaBeta(), labels, chunk_tokens=chunk_tokens, **options)
     loss.sum().backward()
     torch.testing.assert_close(loss.cpu().double(), exact, rtol=1e-4, atol=1e-5)
-    # The gradient of the logits and the result are rounded to bfloat16: 2^-9 each, relative to an element.
+    # Both the gradient by the logits and the result are rounded to bfloat16: 2^-9 each, relative to an element.
     assert oracle.relative_errors(z.grad.cpu().flatten()[None], hidden.grad.flatten()[None]).max() < 2**-7
     assert oracle.relative_errors(w.grad.cpu().flatten()[None], weight.grad.flatten()[None]).max() < 2**-7
 
 
-def test_policy_gradient_equals_the_processors():
+def test_policy_gradient_equals_the_cpus():
     generator = torch.Generator().manual_seed(0)
     shapes = (300, 64), (5003, 64), (300, 96), (5003, 96)
     states = [torch.randn(shape, generator=generator).div(4) for shape in shapes]

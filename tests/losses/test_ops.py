@@ -42,7 +42,7 @@ def test_statistics_are_all_that_the_gradient_needs(divergence, dtype):
     for options in ({}, {"gradient": scaled, "upstream": upstream}):
         assert torch.equal(row_ops.row_losses(student, *rows, statistics=statistics, **options), losses)
     row_ops.row_gradients(student, *rows, statistics, upstream, later)
-    # Each element and the few products it is made of are rounded once more, or once less.
+    # Each element, and the few products that it is made of, are rounded once more or once less.
     bound, kept = 4 * torch.finfo(dtype).eps, [0, 2, 4]
     assert relative_errors(scaled[kept], gradient[kept].double() * upstream[kept, None]).max() < bound
     assert relative_errors(later[kept], scaled[kept]).max() < bound
@@ -64,7 +64,7 @@ def test_reference_has_the_same_doors(divergence):
         module.row_gradients(student, *rows, statistics, upstream, later)
         results.append((losses, gradient, later))
     for mine, slow in zip(*results, strict=True):
-        torch.testing.assert_close(mine, slow, rtol=FLOAT64, atol=1e-14)  # elements of 1e-3 from terms of .1
+        torch.testing.assert_close(mine, slow, rtol=FLOAT64, atol=1e-14)  # elements of 1e-3, made from terms of .1
 
 
 @pytest.mark.parametrize("compiled", [True, False])
@@ -81,7 +81,7 @@ def test_passes_one_by_one_over_parts_of_the_vocabulary(monkeypatch, divergence,
         whole = torch.zeros(4, row_ops.STATISTICS, dtype=torch.float64)
         losses = row_ops.row_losses(*rows, labels, spec, gradient, whole, upstream)
         parts = [[x[:, cut].contiguous() for x in rows] for cut in cuts]
-        merged = whole.clone()  # whose last two columns, what is decided, are taken from it
+        merged = whole.clone()  # its last two columns are the decisions for whole rows
         merged[:, :3] = torch.stack([row_ops.row_normalizers(*x, spec) for x in parts])[:, :, :3].logsumexp(0)
         values, slopes = 0, 0
         for student, teacher in parts:
@@ -163,8 +163,8 @@ def loss_of(z, teacher, divergence, reduction, options=ROW_OPTIONS):
     return divergence_loss(z, teacher, kind, LABELS, **numbers)
 
 
-# AKL's weights depend on the student, but not for the gradient. Those of BDKD and AlphaNet's branch are steps, away
-# from which these logits are; so are those of |p - q|.
+# AKL's weights depend on the student, but are constants for the gradient. BDKD's weights, AlphaNet's branch and the
+# sign of p - q change in steps, and these logits are not near a step.
 @pytest.mark.parametrize("divergence", [*ALPHA_BETA, *SMOOTH, "bdkd", "alphanet", "alphanet:0.2,0.8,token", "tvd"])
 @pytest.mark.parametrize("options", [(1.0, 0.0), ROW_OPTIONS])
 def test_gradcheck(divergence, options):
@@ -201,7 +201,7 @@ def test_backward_twice(reduction, divergence):
     student, teacher = mild_logits(3, 9)
     expected = torch.autograd.grad(loss_of(student.requires_grad_(), teacher, divergence, reduction).sum(), student)[0]
     loss = loss_of(student, teacher, divergence, reduction).sum()
-    # A gradient scaled in place would come back 8 times, then 64 times as large; powers of 2 leave its digits alone.
+    # A gradient scaled in place would come back 8 times, then 64 times as large. Powers of 2 change no digit.
     for _ in range(2):
         assert torch.equal(torch.autograd.grad(loss * 8, student, retain_graph=True)[0], 8 * expected)
     (loss * 8).backward()
@@ -217,7 +217,7 @@ def test_gradients_of_several_losses_add_up(dtype):
     parts = [torch.autograd.grad(loss_of(student.requires_grad_(), teacher, x, "mean"), student)[0] for x in kinds]
     sum(factor * loss_of(student, teacher, x, "mean") for x, factor in zip(kinds, factors, strict=True)).backward()
     expected = sum(factor * part.double() for factor, part in zip(factors, parts, strict=True))
-    # Each sum is rounded, on elements below 1.
+    # Each sum has a rounding error, on elements below 1.
     torch.testing.assert_close(student.grad.double(), expected, rtol=0, atol=torch.finfo(dtype).eps)
 
 
@@ -249,8 +249,8 @@ def test_same_bits_twice(divergence):
 # ---- operators and compilation
 
 ALL_CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
-# Backward scales in place the gradient that the operator returned; AOTAutograd can't return it then, but neither does
-# divergence_loss (see test_compile).
+# Backward scales the operator's gradient in place. AOTAutograd could not return the gradient then, but divergence_loss
+# does not return it (see test_compile).
 CHECKS = ALL_CHECKS[:3]
 
 
@@ -293,13 +293,13 @@ def test_opcheck_scale(upstream):
     torch.library.opcheck(torch.ops.abkd_fast.scale_, (torch.randn(3, 9), upstream))
 
 
-@torch._functorch.config.patch(donated_buffer=False)  # as PyTorch demands where a compiled graph is retained
+@torch._functorch.config.patch(donated_buffer=False)  # PyTorch demands it if a compiled graph is retained
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compile(backend, dynamic, monkeypatch, tmp_path):
     if backend == "inductor" and dynamic:
         pytest.skip("compiled once with inductor is enough, for time")
-    # Inductor's cache on disk does not notice when an operator of ours changes.
+    # Inductor's cache on disk does not notice a change of our operators.
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     torch._dynamo.reset()
 
@@ -359,7 +359,7 @@ def test_simd_variants(simd, tmp_path):
     subprocess.run([sys.executable, "-c", VARIANT, tmp_path / "results.pt"], env=environment, check=True)
     results = torch.load(tmp_path / "results.pt")
     assert results.pop("simd") == simd
-    # In bfloat16 a last digit of float32 decides between two neighbors, 2^-8 apart.
+    # In bfloat16 the last digit of a float32 decides between two neighboring numbers, 2^-8 apart.
     bounds = {torch.float32: FLOAT32, torch.float64: FLOAT64, torch.bfloat16: 2**-8}
     for dtype, bound in bounds.items():
         rows = [x.to(dtype) for x in gpt2_like_logits(3, 5003)]
@@ -389,7 +389,7 @@ def test_reference_takes_over_where_the_extension_is_missing(divergence, request
     torch.testing.assert_close(losses, expected[0], rtol=FLOAT32, atol=0)
     assert relative_errors(gradient[labels >= 0], expected[1][labels >= 0]).max() < FLOAT32
     if divergence == "alphanet":
-        return  # a row alone decides otherwise
+        return  # row_losses decides row by row
     in_place = student.clone()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
