@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import typing
 
 
@@ -27,6 +28,22 @@ def nearest(name: str, valid: typing.Iterable[str]) -> str:
     """A hint for a message: the valid name that was probably meant, or else all of them."""
     near = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.5)
     return f"; did you mean {near[0]}?" if near else f"; valid are {', '.join(valid)}"
+
+
+def check_range(section: object, **ranges: tuple[float, float]) -> None:
+    """Raises ConfigError for an attribute below or above its range. None is always in range."""
+    for name, (low, high) in ranges.items():
+        value = getattr(section, name)
+        if value is not None and not low <= value <= high:
+            limit = "" if high == math.inf else f" and at most {high:g}"
+            raise ConfigError(f"{name} is {value}, expected at least {low}{limit}", name)
+
+
+def check_positive(section: object, *names: str) -> None:
+    """Raises ConfigError for an attribute that is not above 0."""
+    for name in names:
+        if not getattr(section, name) > 0:
+            raise ConfigError(f"{name} is {getattr(section, name)}, expected above 0", name)
 
 
 class Interrupted(Exception):

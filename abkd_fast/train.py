@@ -6,8 +6,8 @@ import argparse
 import sys
 
 from .cli import failed, interrupted, leave
+from .config.help import describe
 from .config.recipe import load
-from .config.schema import describe
 from .errors import ConfigError
 
 RECIPE_KEYS = """\

@@ -8,8 +8,8 @@ import json
 import pathlib
 from collections.abc import Iterable
 
+from ..config.methods import WITHOUT_TEACHER
 from ..errors import ConfigError
-from ..methods import WITHOUT_TEACHER
 from .evaluator import SCORES, read_scores
 
 # As the papers call the losses; a recipe's spelling up to the colon.

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..errors import ConfigError
+from ..errors import ConfigError, check_range
 from ..losses.arguments import shared_vocabulary
 from ..models.packed import PackedCausalLM
 from .decoder import Decoder, prepared
@@ -43,19 +43,8 @@ class SamplingParams:
     vocabulary: int | None = None  # only the first so many tokens (None: all that the model has)
 
     def __post_init__(self) -> None:
-        bounds = {
-            "max_new_tokens": (1, math.inf),
-            "min_new_tokens": (0, self.max_new_tokens),
-            "temperature": (0, 1e3),
-            "top_k": (0, math.inf),
-            "top_p": (0, 1),
-            "no_repeat_ngram_size": (0, math.inf),
-        }
-        for name, (low, high) in bounds.items():
-            value = getattr(self, name)
-            if not low <= value <= high:
-                limit = "" if high == math.inf else f" and at most {high:g}"
-                raise ConfigError(f"{name} is {value}, expected at least {low}{limit}")
+        check_range(self, max_new_tokens=(1, math.inf), min_new_tokens=(0, self.max_new_tokens), temperature=(0, 1e3))
+        check_range(self, top_k=(0, math.inf), top_p=(0, 1), no_repeat_ngram_size=(0, math.inf))
 
 
 def sample(

@@ -64,8 +64,8 @@ def test_only_the_adapter_is_trained(tmp_path, base, monkeypatch):
         product(left, right, out, *more)
 
     monkeypatch.setattr(chunks, "_product", watched)
-    for batch, _ in zip(made._batches(), range(3), strict=False):
-        made._step(batch)
+    for batch, _ in zip(made.batches(), range(3), strict=False):
+        made.train_step(batch)
     head = made.student.head.weight.shape
     assert any(shape[-1] == head[1] for shape in shapes)  # the hidden states' gradient
     assert head not in shapes  # the projection's
