@@ -26,8 +26,7 @@ enum class Family : int64_t {
 };
 
 constexpr int64_t kIgnored = -100;
-constexpr int64_t kElsewhere =
-    -1;  // another shard has the label; allowed only if the call makes nothing but the gradient
+constexpr int64_t kElsewhere = -1;  // another shard has the label; only for calls that make no losses
 constexpr int kParameters = 3;
 
 // What the gradient of a row needs besides the logits.

@@ -34,7 +34,7 @@ class Shard(NamedTuple):
 
     group: str  # the name of the process group
     first: int  # the first row of the vocabulary that this rank has
-    widest: int  # rows of the largest part: it sets the number of chunks, which must be the same on all ranks
+    widest: int  # rows of the largest part: it sets the sizes of chunks, which must be the same on all ranks
 
     def _group(self) -> ProcessGroup:
         return dist.distributed_c10d._resolve_process_group(self.group)
