@@ -16,8 +16,8 @@ from ..data.batches import Batch, shuffled_batches
 from ..errors import ConfigError
 from ..losses.arguments import LinearHead
 from ..losses.divergences import ForwardKL
-from ..losses.fused_linear import fused_linear_divergence, fused_linear_policy_gradient
-from ..losses.policy_gradient import is_clipped
+from ..losses.fused_linear import fused_linear_divergence
+from ..losses.policy_gradient import fused_linear_policy_gradient, is_clipped
 from .base import OnPolicyMethod
 from .rollouts import Rollouts
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from ..config.schema import TrainConfig
 from ..data.batches import Batch
 from ..generation import decoder
-from ..losses.fused_linear import choose_chunk_tokens
+from ..losses.chunks import choose_chunk_tokens
 from ..models import loading
 from ..models.packed import PackedCausalLM
 

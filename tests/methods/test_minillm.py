@@ -14,7 +14,7 @@ from abkd_fast.cli import INTERRUPTED
 from abkd_fast.config.recipe import load
 from abkd_fast.data import quickstart
 from abkd_fast.data.batches import pack
-from abkd_fast.losses import fused_linear, policy_gradient, row_ops
+from abkd_fast.losses import chunks, policy_gradient, row_ops
 from abkd_fast.losses.arguments import LinearHead
 from abkd_fast.methods.minillm import MiniLLM
 from abkd_fast.teacher.teacher import Teacher
@@ -60,7 +60,7 @@ def test_policy_gradient_equals_its_definition(monkeypatch, tensors, dtype, comp
     if compiled and row_ops._C is None:
         pytest.skip("the extension is missing")
     monkeypatch.setattr(row_ops, "_compiled", lambda _: compiled)
-    monkeypatch.setattr(fused_linear, "choose_chunk_tokens", lambda *_: 7)
+    monkeypatch.setattr(chunks, "choose_chunk_tokens", lambda *_: 7)
     student, teacher, labels, advantages, log_probs = tensors
     given = [x.detach().to(dtype).requires_grad_() for x in student]
     ignored = labels.clone()
