@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import typing
 
 
@@ -16,6 +17,14 @@ class ConfigError(ValueError):
         # What users wrote may hold any character.
         super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in message))
         self.key = key
+
+
+def check_range(name: str, value: float | None, low: float, high: float = math.inf, *, is_open: bool = False) -> None:
+    """Raises ConfigError for a number below `low` (or at it, if the range is open) or above `high`. None is allowed."""
+    if value is not None and not (low < value <= high if is_open else low <= value <= high):
+        bound = f"above {low}" if is_open else f"at least {low}"
+        limit = "" if high == math.inf else f" and at most {high:g}"
+        raise ConfigError(f"{name} is {value}, expected {bound}{limit}", name)
 
 
 def first_line(error: Exception) -> str:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 
-from .cli import failed, interrupted, leave
+from .cli import leave, run
 from .config.recipe import load
 from .config.schema import describe
-from .errors import ConfigError
 
 RECIPE_KEYS = """\
 A recipe is a JSON object with the keys of a configuration, and:
@@ -20,11 +19,23 @@ A null takes away what the base has: a key, a section, or a stage.
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs a recipe, in as many processes as torchrun started; returns the exit status.
+    """Runs a recipe, in as many processes as torchrun started; returns the exit status (see `cli.run`)."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options = _parser().parse_args(arguments)
+    continuing = arguments if options.resume else [*arguments, "--resume"]
+    return run("train", continuing, lambda: _train(options))
 
-    0; 1: the loss or a gradient is not finite, or another process is lost; 2: a mistake in the input; 75 (temporary
-    failure): interrupted, and the printed command continues (from the start, where nothing had been trained).
-    """
+
+def _train(options: argparse.Namespace) -> None:
+    stages = load(options.config, options.overrides)
+    from . import distributed, pipeline  # after the configuration is known to be good: this loads PyTorch
+
+    with distributed.process_group(stages[0].train.timeout_minutes):
+        work = pipeline.plan if options.dry_run else pipeline.run
+        work(stages, options.resume or distributed.is_restarted())
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m abkd_fast.train",
         description="Distill or fine-tune a language model.",
@@ -49,27 +60,7 @@ def main(arguments: list[str] | None = None) -> int:
         action="store_true",
         help="print the configuration in force, the data in numbers, steps, memory and cache, and train nothing",
     )
-    arguments = sys.argv[1:] if arguments is None else arguments
-    options = parser.parse_args(arguments)
-    continuing = arguments if options.resume else [*arguments, "--resume"]
-    try:
-        stages = load(options.config, options.overrides)
-        from . import distributed  # after the configuration is known to be good: this loads PyTorch
-        from .errors import Interrupted
-        from .pipeline import plan, run
-
-        try:
-            with distributed.process_group(stages[0].train.timeout_minutes):
-                (plan if options.dry_run else run)(stages, options.resume or distributed.is_restarted())
-        except Interrupted as interruption:
-            return interrupted(str(interruption), "train", continuing)
-    except KeyboardInterrupt:  # outside of the loop, which handles signals itself: while models load, above all
-        return interrupted("interrupted", "train", continuing)
-    except ConfigError as error:
-        return failed(error, 2)
-    except (FloatingPointError, ConnectionError) as error:
-        return failed(error, 1)
-    return 0
+    return parser
 
 
 if __name__ == "__main__":

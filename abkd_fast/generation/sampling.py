@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import dataclasses
 import math
 from collections.abc import Callable
 
@@ -17,45 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..config.sampling import SamplingParams
 from ..errors import ConfigError
 from ..losses.arguments import shared_vocabulary
 from ..models.packed import PackedCausalLM
 from .decoder import Decoder, prepared
 
 PREFILL_TOKENS = 4096  # prompts that enter together have at most so many tokens, unless it is a single one
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class SamplingParams:
-    """How a next token is chosen, with the meaning and order of transformers' logits processors.
-
-    Raises ConfigError for values out of range.
-    """
-
-    max_new_tokens: int = 256
-    max_length: int | None = None  # of prompt and response together
-    min_new_tokens: int = 0  # no end token before so many others
-    temperature: float = 1.0  # 0: the most likely token
-    top_k: int = 0  # 0: all tokens
-    top_p: float = 1.0
-    no_repeat_ngram_size: int = 0  # 0: no ban; n-grams of the prompt count too
-    eos_token_ids: tuple[int, ...] = ()
-    vocabulary: int | None = None  # only the first so many tokens (None: all that the model has)
-
-    def __post_init__(self) -> None:
-        bounds = {
-            "max_new_tokens": (1, math.inf),
-            "min_new_tokens": (0, self.max_new_tokens),
-            "temperature": (0, 1e3),
-            "top_k": (0, math.inf),
-            "top_p": (0, 1),
-            "no_repeat_ngram_size": (0, math.inf),
-        }
-        for name, (low, high) in bounds.items():
-            value = getattr(self, name)
-            if not low <= value <= high:
-                limit = "" if high == math.inf else f" and at most {high:g}"
-                raise ConfigError(f"{name} is {value}, expected at least {low}{limit}")
 
 
 def sample(

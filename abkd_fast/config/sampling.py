@@ -1,0 +1,58 @@
+"""Settings of sampling: meaning, defaults and ranges, for recipes, commands and `sample`. Imports no PyTorch."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Annotated
+
+from ..errors import check_range
+
+# The settings that a response depends on, in the order in which files and commands list them.
+OPTIONS = ("max_new_tokens", "max_length", "min_new_tokens", "temperature", "top_k", "top_p", "no_repeat_ngram_size")
+
+NgramSize = Annotated[int, "no n-gram of so many tokens occurs twice, prompt included (0: it may)"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SamplingKeys:
+    """The settings that every recipe section about sampling has as keys."""
+
+    max_new_tokens: Annotated[int, "longer responses are cut"] = 256
+    temperature: Annotated[float, "divides the logits; 0: always the most likely token"] = 1.0
+    top_k: Annotated[int, "only the so many most likely tokens (0: all)"] = 0
+    top_p: Annotated[float, "only the most likely tokens of so much probability in all"] = 1.0
+
+    def __post_init__(self) -> None:
+        check_range("max_new_tokens", self.max_new_tokens, 1)
+        check_range("temperature", self.temperature, 0, 1e3)
+        check_range("top_k", self.top_k, 0)
+        check_range("top_p", self.top_p, 0, 1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SamplingParams(SamplingKeys):
+    """How a next token is chosen, with the meaning and order of transformers' logits processors.
+
+    Raises ConfigError for values out of range.
+    """
+
+    max_length: Annotated[int | None, "tokens of prompt and response together"] = None
+    min_new_tokens: Annotated[int, "no end token before so many others"] = 0
+    no_repeat_ngram_size: NgramSize = 0
+    eos_token_ids: tuple[int, ...] = ()
+    vocabulary: int | None = None  # only the first so many tokens (None: all that the model has)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_range("min_new_tokens", self.min_new_tokens, 0, self.max_new_tokens)
+        check_range("no_repeat_ngram_size", self.no_repeat_ngram_size, 0)
+
+    @classmethod
+    def from_options(cls, options: object, **others: object) -> SamplingParams:
+        """The settings that a recipe section or a command's options have, and others."""
+        names = [field.name for field in dataclasses.fields(cls) if hasattr(options, field.name)]
+        return cls(**{name: getattr(options, name) for name in names}, **others)
+
+    def to_dict(self) -> dict:
+        """What a response depends on, besides the model and its tokenizer."""
+        return {name: getattr(self, name) for name in OPTIONS}
