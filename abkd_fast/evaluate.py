@@ -1,4 +1,4 @@
-"""Evaluates: `python -m abkd_fast.evaluate --model DIR --data dolly=FILE …`, a model's scores on the papers' terms."""
+"""`python -m abkd_fast.evaluate --model DIR --data dolly=FILE …`: a model's scores by the papers' protocol."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m abkd_fast.evaluate",
         description="Answer test sets with a model and score the answers: ROUGE-L (F1 with stemming, x 100, the best "
         "of several references) and exact match, mean and standard deviation over seeds. The defaults are the papers' "
-        "protocol. An interrupted command goes on where it was when it is given again.",
+        "protocol. After an interruption the same command continues.",
     )
     parser.add_argument("--model", required=True, metavar="DIR", help="folder or Hub name, or a LoRA adapter's folder")
     parser.add_argument(
@@ -75,18 +75,20 @@ def _parser() -> argparse.ArgumentParser:
         required=True,
         nargs="+",
         metavar="NAME=FILE",
-        help="test sets; dolly, self-inst, vicuna, sinst and uinst are called as in the papers",
+        help="test sets; dolly, self-inst, vicuna, sinst and uinst get the papers' names",
     )
     parser.add_argument(
         "--out", metavar="DIR", type=pathlib.Path, help="where scores go (default: RUN/eval of RUN/final)"
     )
     seeds = " ".join(map(str, SEEDS))
-    parser.add_argument("--seeds", nargs="+", default=list(map(str, SEEDS)), metavar="N", help=f"of sampling [{seeds}]")
+    parser.add_argument(
+        "--seeds", nargs="+", default=list(map(str, SEEDS)), metavar="N", help=f"seeds of sampling [{seeds}]"
+    )
     parser.add_argument("--rows", metavar="N", type=int, help="use only the first rows of each set")
     parser.add_argument(
         "--bos", action="store_true", help="a begin token before every prompt, as the papers' Llama had"
     )
-    text = "of longer prompts, in tokens, only the beginning is read [256]"
+    text = "longer prompts are cut to their first tokens [256]"
     parser.add_argument("--max-prompt-length", metavar="N", type=int, default=256, help=text)
     names = [name for name in OPTIONS if name not in ("max_length", "min_new_tokens")]
     add_options(parser, SamplingParams, *names, no_repeat_ngram_size=EvalConfig.no_repeat_ngram_size)

@@ -1,4 +1,4 @@
-"""Generates: `python -m abkd_fast.generate --model DIR --data FILE --out FILE.jsonl`, a model's answers as data."""
+"""`python -m abkd_fast.generate --model DIR --data FILE --out FILE.jsonl`: a model's responses, as training data."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m abkd_fast.generate",
         description="Answer the prompts of a data set with a model. The result is data to train on, one row a line: "
-        "prompt and output (or messages), the number of its row, and whether the answer ended by itself. An "
-        "interrupted command goes on where it was when it is given again.",
+        "prompt and output (or messages), the number of its row, and whether the response ended by itself. After an "
+        "interruption the same command continues.",
     )
     parser.add_argument("--model", required=True, metavar="DIR", help="folder or Hub name, or a LoRA adapter's folder")
     parser.add_argument("--data", required=True, help="JSONL file, folder, or Hub name; outputs are not read")
