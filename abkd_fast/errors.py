@@ -19,14 +19,6 @@ class ConfigError(ValueError):
         self.key = key
 
 
-def check_range(name: str, value: float | None, low: float, high: float = math.inf, *, is_open: bool = False) -> None:
-    """Raises ConfigError for a number below `low` (or at it, if the range is open) or above `high`. None is allowed."""
-    if value is not None and not (low < value <= high if is_open else low <= value <= high):
-        bound = f"above {low}" if is_open else f"at least {low}"
-        limit = "" if high == math.inf else f" and at most {high:g}"
-        raise ConfigError(f"{name} is {value}, expected {bound}{limit}", name)
-
-
 def first_line(error: Exception) -> str:
     """What a library's error says, for a ConfigError."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
@@ -36,6 +28,26 @@ def nearest(name: str, valid: typing.Iterable[str]) -> str:
     """A hint for a message: the valid name that was probably meant, or else all of them."""
     near = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.5)
     return f"; did you mean {near[0]}?" if near else f"; valid are {', '.join(valid)}"
+
+
+def check_number(name: str, value: float | None, low: float, high: float = math.inf) -> None:
+    """Raises ConfigError for a number below or above its range. None is always in range."""
+    if value is not None and not low <= value <= high:
+        limit = "" if high == math.inf else f" and at most {high:g}"
+        raise ConfigError(f"{name} is {value}, expected at least {low}{limit}", name)
+
+
+def check_range(section: object, **ranges: tuple[float, float]) -> None:
+    """Raises ConfigError for an attribute below or above its range. None is always in range."""
+    for name, (low, high) in ranges.items():
+        check_number(name, getattr(section, name), low, high)
+
+
+def check_positive(section: object, *names: str) -> None:
+    """Raises ConfigError for an attribute that is not above 0."""
+    for name in names:
+        if not getattr(section, name) > 0:
+            raise ConfigError(f"{name} is {getattr(section, name)}, expected above 0", name)
 
 
 class Interrupted(Exception):

@@ -6,8 +6,8 @@ import argparse
 import sys
 
 from .cli import leave, run
+from .config.help import describe
 from .config.recipe import load
-from .config.schema import describe
 
 RECIPE_KEYS = """\
 A recipe is a JSON object with the keys of a configuration, and:

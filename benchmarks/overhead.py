@@ -28,7 +28,7 @@ LOOP = (
 WORK = {
     "student and loss, forward": (PackedCausalLM.forward,),
     "backward": (torch.Tensor.backward,),
-    "teacher's states": (Teacher.states, CachedTeacher.states),
+    "teacher's states": (Teacher.linear_head, CachedTeacher.linear_head),
     "clipping and AdamW": (torch.nn.utils.clip_grad_norm_, torch.optim.AdamW.step),
 }
 CHORES = {
@@ -46,8 +46,8 @@ def overhead(config: Config, title: str, report: Report) -> None:
     with contextlib.redirect_stdout(None):
         profile.runcall(trainer.train_loop)
     columns = {"name": ("", ""), "ms": ("ms a step", ".2f"), "ratio": ("%", ".2f")}
-    title = f"{title}: {trainer.steps} steps of {config.train.batch_size} samples"
-    report.table("overhead", title, _rows(profile, trainer.steps), columns)
+    title = f"{title}: {trainer.data.steps} steps of {config.train.batch_size} samples"
+    report.table("overhead", title, _rows(profile, trainer.data.steps), columns)
 
 
 def _rows(profile: cProfile.Profile, steps: int) -> list[dict]:

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from transformers import LogitsProcessor, StoppingCriteria
 from transformers.activations import ACT2FN
 
-from abkd_fast.config.schema import MiniLLMConfig, OptimConfig
+from abkd_fast.config.methods import MiniLLMConfig
+from abkd_fast.config.schema import OptimConfig
 from abkd_fast.losses.divergences import AlphaBeta, AlphaNet, JensenShannon, SkewForwardKL
 from rivals import published_rows
 from workload import NEW_TOKENS

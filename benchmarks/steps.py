@@ -145,7 +145,7 @@ class Ours:
         self.teachers = {"ours": live, "cached": cached}
         models_of_text = trainer.student, live.model
         self.rollouts = Responses(
-            trainer.config, trainer.tokenizer, trainer.train_set, *models_of_text, trainer.precision
+            trainer.config, trainer.tokenizer, trainer.data.train_set, *models_of_text, trainer.precision
         )
         self.written: dict[str, list[dict]] = {}
 
@@ -183,7 +183,7 @@ class Ours:
                         dataclasses.replace(method.settings, rollouts=len(samples)),
                     )
                     samples = method.select_batch(1, 1.0, turn.samples, self.rollouts)
-                batch = make_step_batch(samples, turn.batch.text, self.trainer.config.train.max_tokens)
+                batch = make_step_batch(samples, turn.batch.pretrain_blocks, self.trainer.config.train.max_tokens)
                 return self._step(method, teacher, batch)
 
         return step

@@ -110,10 +110,10 @@ class Benchmark:
         """Both sides, on the same weights: all that a method is to them is a loss, a teacher and sequences."""
         self.trainer = trainer = Trainer(self.config("ABKD"))
         trainer.build()
-        live, samples = trainer.teacher, 2 * len(trainer.train_set)  # seen twice: so worth a cache
-        cache = self.config("ABKD", "auto"), trainer.teacher_config, trainer.train_set, samples
+        live, samples = trainer.teacher, 2 * len(trainer.data.train_set)  # seen twice: so worth a cache
+        cache = self.config("ABKD", "auto"), trainer.teacher_meta.config, trainer.data.train_set, samples
         cached = TeacherCache(*cache, trainer.device, trainer.dtype).open(lambda: live.model, trainer.precision, 0)
-        self.build_seconds = cached.pass_seconds / len(trainer.train_set)
+        self.build_seconds = cached.pass_seconds / len(trainer.data.train_set)
         self.ours = Ours(trainer, live, cached, self.config)
         self.published = Published(trainer, live, LENGTH)
         # Moments exist from here on: a first step takes the memory of any other.
@@ -133,11 +133,11 @@ class Benchmark:
     def turn(self, number: int) -> Turn:
         """The batch of that number, packed for the trainer and padded for the published way."""
         trainer, size = self.trainer, self.batch_size
-        samples = [sample | {"index": index} for index, sample in enumerate(trainer.train_set)]
+        samples = [sample | {"index": index} for index, sample in enumerate(trainer.data.train_set)]
         later = itertools.islice(itertools.cycle(samples), number * size, number * size + self.rollouts)
         prompts, text, padded_text = list(later), [], None
-        if trainer.pretrain_set is not None:
-            text = [trainer.pretrain_set[row] for row in range(number * size, (number + 1) * size)]
+        if trainer.data.pretrain_set is not None:
+            text = [trainer.data.pretrain_set[row] for row in range(number * size, (number + 1) * size)]
             padded_text = self.published.pad(text)
         samples = prompts[:size]
         batch = make_step_batch(samples, text, trainer.config.train.max_tokens)
@@ -146,7 +146,7 @@ class Benchmark:
     def describe(self) -> None:
         models = self.trainer.student, self.ours.teachers["ours"].model
         student, teacher = (sum(p.numel() for p in model.parameters()) / 1e6 for model in models)
-        samples = list(self.trainer.train_set)
+        samples = list(self.trainer.data.train_set)
         prompt = sum(sample["prompt_length"] for sample in samples) / len(samples)
         response = sum(len(sample["input_ids"]) for sample in samples) / len(samples) - prompt
         text = f"; every step has plain text, too, {LENGTH} tokens a sample" if self.options.pretrain else ""
@@ -350,7 +350,7 @@ class Benchmark:
         self.trainer.method = self.ours.method(name)
         cost, shares = self.trainer.step_cost(way == "cached"), []
         for turn, milliseconds in zip(self.turns[1:], times[name, way], strict=False):  # perhaps of fewer rounds
-            flops = cost.flops(turn.samples) + cost.flops(turn.batch.text, taught=False)
+            flops = cost.flops(turn.samples) + cost.flops(turn.batch.pretrain_blocks, taught=False)
             shares.append(flops / (1e-3 * milliseconds * self.batch_size * peak))
         return statistics.median(shares)
 

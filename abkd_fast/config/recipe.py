@@ -14,7 +14,8 @@ from collections.abc import Iterable
 from typing import Any, Literal
 
 from ..errors import ConfigError, nearest
-from .schema import ON_POLICY_READERS, Config
+from .methods import ON_POLICY_READERS
+from .schema import Config
 
 RECIPES = pathlib.Path(__file__).parents[1] / "recipes"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Annotated
 
 from ..errors import check_range
@@ -23,10 +24,7 @@ class SamplingKeys:
     top_p: Annotated[float, "only the most likely tokens of so much probability in all"] = 1.0
 
     def __post_init__(self) -> None:
-        check_range("max_new_tokens", self.max_new_tokens, 1)
-        check_range("temperature", self.temperature, 0, 1e3)
-        check_range("top_k", self.top_k, 0)
-        check_range("top_p", self.top_p, 0, 1)
+        check_range(self, max_new_tokens=(1, math.inf), temperature=(0, 1e3), top_k=(0, math.inf), top_p=(0, 1))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,8 +42,7 @@ class SamplingParams(SamplingKeys):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_range("min_new_tokens", self.min_new_tokens, 0, self.max_new_tokens)
-        check_range("no_repeat_ngram_size", self.no_repeat_ngram_size, 0)
+        check_range(self, min_new_tokens=(0, self.max_new_tokens), no_repeat_ngram_size=(0, math.inf))
 
     @classmethod
     def from_options(cls, options: object, **others: object) -> SamplingParams:

@@ -6,20 +6,14 @@ import dataclasses
 import json
 import math
 import pathlib
-import typing
-from collections.abc import Iterator
 from typing import Annotated, Literal
 
-from ..errors import ConfigError, check_range, nearest
+from ..errors import ConfigError, check_positive, check_range, nearest
+from ..losses.divergences import parse
+from .methods import METHODS, WITHOUT_TEACHER, MiniLLMConfig, OnPolicyConfig
 from .sampling import NgramSize, SamplingKeys
 
 SEEDS = (10, 20, 30, 40, 50)  # the papers' for evaluations
-
-
-def _check_range(section: object, **ranges: tuple[float, float]) -> None:
-    """Raises ConfigError for a number outside its range; the 0 below lr, eps, clip_norm is excluded."""
-    for name, (low, high) in ranges.items():
-        check_range(name, getattr(section, name), low, high, is_open=name in ("lr", "eps", "clip_norm"))
 
 
 def _check_folder_name(section: object, name: str) -> None:
@@ -30,11 +24,7 @@ def _check_folder_name(section: object, name: str) -> None:
         raise ConfigError(f'{name} is "{value[:60]}", expected the name of a folder, without "/" or ":"', name)
 
 
-def _section(cls: type) -> type:
-    return dataclasses.dataclass(frozen=True, kw_only=True)(cls)
-
-
-@_section
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """Where results go. A run's folder is DIR/NAME, or DIR/NAME/STAGE for a stage of a recipe."""
 
@@ -44,7 +34,7 @@ class RunConfig:
     seed: Annotated[int, "seeds weights, dropout and the order of the data"] = 10
 
     def __post_init__(self) -> None:
-        _check_range(self, seed=(0, 2**32 - 1))
+        check_range(self, seed=(0, 2**32 - 1))
         _check_folder_name(self, "name")
         if self.stage is not None:
             _check_folder_name(self, "stage")
@@ -58,7 +48,7 @@ class RunConfig:
         return self.root / (self.stage or "")
 
 
-@_section
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class LoraConfig:
     """A new low-rank adapter: only it is trained. The defaults are the papers'."""
 
@@ -68,13 +58,13 @@ class LoraConfig:
     targets: Annotated[tuple[str, ...], "names of the projections that get one"] = ("q_proj", "v_proj")
 
     def __post_init__(self) -> None:
-        _check_range(self, rank=(1, math.inf), alpha=(0, math.inf), dropout=(0, 1))
+        check_range(self, rank=(1, math.inf), alpha=(0, math.inf), dropout=(0, 1))
         if not self.targets:
             example = '["q_proj", "v_proj"]'
             raise ConfigError(f"targets is empty, expected names of projections, for example {example}", "targets")
 
 
-@_section
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """A Hugging Face causal language model, as student or teacher."""
 
@@ -96,7 +86,7 @@ class ModelConfig:
             raise ConfigError('config needs "model_type", for example "gpt2" or "llama"', "config")
         if self.adapter is not None and self.lora is not None:
             raise ConfigError("give either adapter, to go on with one, or lora, for a new one")
-        _check_range(self, dropout=(0, 1))
+        check_range(self, dropout=(0, 1))
 
     @property
     def has_adapter(self) -> bool:
@@ -115,7 +105,7 @@ class ModelConfig:
         return dataclasses.replace(self, path=str(folder), config=None)
 
 
-@_section
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class PretrainConfig:
     """Plain text whose language-modeling loss is added in every step, as the papers do: one block a sample."""
 
@@ -124,10 +114,10 @@ class PretrainConfig:
     rows: Annotated[int | None, "use only the first documents (of binary files: items)"] = None
 
     def __post_init__(self) -> None:
-        _check_range(self, weight=(0, math.inf), rows=(1, math.inf))
+        check_range(self, weight=(0, math.inf), rows=(1, math.inf))
 
 
-@_section
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Rows with instruction, input and output, prompt and output, or messages; or the papers' .bin and .idx files."""
 
@@ -144,8 +134,8 @@ class DataConfig:
     pretrain: Annotated[PretrainConfig | None, "plain text, for an additional language-modeling loss"] = None
 
     def __post_init__(self) -> None:
-        _check_range(self, train_rows=(1, math.inf), dev_rows=(1, math.inf), max_length=(2, math.inf))
-        _check_range(self, max_prompt_length=(1, math.inf))
+        check_range(self, train_rows=(1, math.inf), dev_rows=(1, math.inf), max_length=(2, math.inf))
+        check_range(self, max_prompt_length=(1, math.inf))
 
     @property
     def stage(self) -> str | None:
@@ -157,74 +147,18 @@ class DataConfig:
         return self.pretrain is not None and self.pretrain.weight > 0
 
 
-@_section
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplingConfig(SamplingKeys):
     """Responses of on-policy methods and of method generate; data.max_length cuts them, too. No temperature 0."""
 
     batch_size: Annotated[int, "responses in progress at a time; no response depends on it"] = 64
 
     def __post_init__(self) -> None:
-        _check_range(self, temperature=(1e-3, 1e3), batch_size=(1, math.inf))
+        check_range(self, temperature=(1e-3, 1e3), batch_size=(1, math.inf))
         super().__post_init__()
 
 
-ON_POLICY_READERS = {  # the methods that read each key of on_policy
-    "fraction": ("gkd",),
-    "replay_rows": ("imitkd", "gkd", "distillm"),
-    "threshold": ("distillm",),
-    "loss_margin": ("distillm",),
-    "schedule": ("distillm",),
-}
-
-
-@_section
-class OnPolicyConfig:
-    """When imitkd, gkd and distillm train on responses that the student writes, and how those are replayed."""
-
-    fraction: Annotated[float, "gkd: share of the steps"] = 0.5
-    replay_rows: Annotated[
-        int, "imitkd, gkd, distillm: responses that are kept for replay (imitkd, gkd: 0, only new ones are used)"
-    ] = 1000
-    threshold: Annotated[float, "distillm: share of the steps, at first"] = 0.0
-    loss_margin: Annotated[float, "distillm: that share grows by .1 where the dev loss has risen by so much"] = 0.1
-    schedule: Annotated[
-        Literal["decreasing", "constant", "increasing"], "distillm: how many of those steps generate anew, over the run"
-    ] = "decreasing"
-
-    def __post_init__(self) -> None:
-        _check_range(self, fraction=(0, 1), threshold=(0, 1), loss_margin=(0, math.inf), replay_rows=(0, math.inf))
-
-    def check_method(self, method: str) -> None:
-        """Raises ConfigError for values that would change nothing, since the method reads no such key."""
-        for field in dataclasses.fields(self):
-            value, readers = getattr(self, field.name), ON_POLICY_READERS[field.name]
-            if value != field.default and method not in readers:
-                raise ConfigError(
-                    f'on_policy.{field.name} is {value}, but method "{method}" has no such choice, only '
-                    f"{', '.join(readers)}: leave it out",
-                    f"on_policy.{field.name}",
-                )
-
-
-@_section
-class MiniLLMConfig:
-    """Of minillm: policy gradient on rollouts. The defaults are the paper's; `loss` has to be rkl."""
-
-    rollouts: Annotated[int, "prompts of a round of generation"] = 256
-    inner_epochs: Annotated[int, "passes over the rollouts of a round"] = 4
-    teacher_weight: Annotated[float, "of the teacher in the mixture that writes"] = 0.2
-    gamma: Annotated[float, "discount of later rewards"] = 0.95
-    reward_scale: Annotated[float, "rewards are divided by it"] = 0.5
-    clip_reward: Annotated[float, "rewards beyond are cut"] = 100.0
-    clip_ratio: Annotated[float, "how far the ratio of probabilities may move from 1"] = 0.2
-    text_kd: Annotated[float, "w in (1 - w) cross-entropy + w divergence to the teacher, on data.pretrain"] = 0.5
-
-    def __post_init__(self) -> None:
-        _check_range(self, rollouts=(1, math.inf), inner_epochs=(1, math.inf), teacher_weight=(0, 1), gamma=(0, 1))
-        _check_range(self, reward_scale=(1e-6, math.inf), clip_reward=(0, math.inf), clip_ratio=(0, 1), text_kd=(0, 1))
-
-
-@_section
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class CacheConfig:
     """The teacher's final hidden states at the response tokens, computed once instead of once an epoch; exact."""
 
@@ -236,7 +170,7 @@ class CacheConfig:
     dir: Annotated[str | None, "folder of all caches (default: $ABKD_CACHE, or abkd_fast in the user's caches)"] = None
 
 
-@_section
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimConfig:
     """AdamW; weights of one dimension (biases, norms) don't decay, except a LoRA adapter's."""
 
@@ -250,13 +184,13 @@ class OptimConfig:
     clip_norm: Annotated[float, "gradients of a larger norm are scaled down to it"] = 1.0
 
     def __post_init__(self) -> None:
-        rates = dict.fromkeys(("lr", "clip_norm", "eps"), (0, math.inf))
-        _check_range(self, **rates, min_lr=(0, self.lr), warmup_steps=(0, math.inf), weight_decay=(0, math.inf))
+        check_positive(self, "lr", "clip_norm", "eps")
+        check_range(self, min_lr=(0, self.lr), warmup_steps=(0, math.inf), weight_decay=(0, math.inf))
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ConfigError(f"betas are {list(self.betas)}, expected two numbers from 0 up to 1", "betas")
 
 
-@_section
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """The loop. A step is always batch_size samples; max_tokens only decides how many go through at once."""
 
@@ -280,11 +214,11 @@ class TrainConfig:
     timeout_minutes: Annotated[float, "a process that waits so long for the others ends the run"] = 30.0
 
     def __post_init__(self) -> None:
-        _check_range(self, timeout_minutes=(0.01, math.inf))
-        _check_range(self, **dict.fromkeys(("epochs", "steps", "batch_size", "max_tokens"), (1, math.inf)))
+        check_range(self, timeout_minutes=(0.01, math.inf))
+        check_range(self, **dict.fromkeys(("epochs", "steps", "batch_size", "max_tokens"), (1, math.inf)))
 
 
-@_section
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class EvalConfig(SamplingKeys):
     """During training: loss and ROUGE-L on data.dev (sampled with max_new_tokens alone). After it: test sets."""
 
@@ -303,7 +237,7 @@ class EvalConfig(SamplingKeys):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_range(self, every_steps=(1, math.inf), rouge_rows=(1, math.inf), no_repeat_ngram_size=(0, math.inf))
+        check_range(self, every_steps=(1, math.inf), rouge_rows=(1, math.inf), no_repeat_ngram_size=(0, math.inf))
         if self.select == "rouge_l" and self.rouge_rows is None:
             raise ConfigError("select is rouge_l, but rouge_rows is missing; give it, or select last", "select")
         for name, path in (self.sets or {}).items():
@@ -315,7 +249,7 @@ class EvalConfig(SamplingKeys):
             raise ConfigError(f"seeds are {list(self.seeds)}: one is given twice", "seeds")
 
 
-@_section
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class LogConfig:
     """metrics.jsonl, TensorBoard and the terminal."""
 
@@ -323,10 +257,10 @@ class LogConfig:
     wandb: Annotated[str | None, "a project of Weights & Biases that gets the points too (needs wandb)"] = None
 
     def __post_init__(self) -> None:
-        _check_range(self, every_steps=(1, math.inf))
+        check_range(self, every_steps=(1, math.inf))
 
 
-@_section
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
     """Checkpoints for --resume, each with a model folder's files. SIGTERM and Ctrl-C save one and end the run."""
 
@@ -334,10 +268,10 @@ class CheckpointConfig:
     keep: Annotated[int, "the newest so many stay, and the best one"] = 2
 
     def __post_init__(self) -> None:
-        _check_range(self, every_steps=(1, math.inf), keep=(1, math.inf))
+        check_range(self, every_steps=(1, math.inf), keep=(1, math.inf))
 
 
-@_section
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
     """One run: a student, a way to train it, and data."""
 
@@ -360,8 +294,8 @@ class Config:
     teacher: ModelConfig | None = None
     data: DataConfig
     sampling: SamplingConfig = SamplingConfig()
-    on_policy: OnPolicyConfig = OnPolicyConfig()
-    minillm: MiniLLMConfig = MiniLLMConfig()
+    on_policy: OnPolicyConfig = OnPolicyConfig()  # noqa: RUF009 - it is frozen
+    minillm: MiniLLMConfig = MiniLLMConfig()  # noqa: RUF009 - it is frozen
     cache: CacheConfig = CacheConfig()
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()
@@ -370,17 +304,14 @@ class Config:
     checkpoint: CheckpointConfig = CheckpointConfig()
 
     def __post_init__(self) -> None:
-        from ..losses.divergences import parse
-        from ..methods import NAMES, WITHOUT_TEACHER
-
-        names = (*NAMES, "generate")
+        names = (*METHODS, "generate")
         if self.method not in names:
             raise ConfigError(f'method: unknown method "{self.method}"{nearest(self.method, names)}', "method")
         try:
             parse(self.loss)
         except ValueError as error:
             raise ConfigError(str(error), "loss") from None
-        _check_range(self, hard_weight=(0, 1), temperature=(1e-3, 1e3))
+        check_range(self, hard_weight=(0, 1), temperature=(1e-3, 1e3))
         if self.method not in (*WITHOUT_TEACHER, "generate") and self.teacher is None:
             raise ConfigError(f'teacher: missing, and method "{self.method}" needs one; give teacher.path')
         if self.teacher is not None and self.teacher.lora is not None:
@@ -416,23 +347,3 @@ class Config:
 
     def to_dict(self) -> dict:
         return json.loads(json.dumps(dataclasses.asdict(self)))
-
-
-def describe(cls: type = Config, prefix: str = "") -> Iterator[str]:
-    """Every key with its meaning, its default and what else it may be, section by section, a line each."""
-    yield f"{prefix.rstrip('.') or 'top level'}: {cls.__doc__}"
-    hints, notes = typing.get_type_hints(cls), typing.get_type_hints(cls, include_extras=True)
-    sections = {}
-    for field in dataclasses.fields(cls):
-        name, options = prefix + field.name, (hints[field.name], *typing.get_args(hints[field.name]))
-        sections |= {f"{name}.": option for option in options if dataclasses.is_dataclass(option)}
-        if typing.get_origin(notes[field.name]) is Annotated:
-            required = field.default is dataclasses.MISSING
-            default = "required" if required else json.dumps(field.default)
-            if typing.get_origin(hints[field.name]) is Literal:
-                others = {*typing.get_args(hints[field.name])} - {field.default}
-                default = f"{default}, or {', '.join(sorted(map(json.dumps, others)))}"
-            yield f"  {name:22} {notes[field.name].__metadata__[0]} [{default}]"
-    yield ""
-    for name, section in sections.items():
-        yield from describe(section, name)

@@ -7,16 +7,13 @@ import functools
 import heapq
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import datasets
 import torch
 from torch import Tensor
 
 from .. import distributed
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,40 +49,40 @@ class StepBatch:
     """What one step trains on, on all ranks together, and the micro-batches that are this rank's."""
 
     samples: list[dict]
-    text: list[dict]  # blocks of plain text
-    parts: list[Batch]  # those of text come last
+    pretrain_blocks: list[dict]  # plain text
+    micro_batches: list[Batch]  # those of plain text come last
     max_rank_tokens: int  # that a rank has
 
     @property
-    def labels(self) -> int:
+    def num_labels(self) -> int:
         return _count_labels(self.samples)
 
     @property
     def num_pretrain_labels(self) -> int:
-        return _count_labels(self.text)
+        return _count_labels(self.pretrain_blocks)
 
     def pin(self) -> StepBatch:
-        return dataclasses.replace(self, parts=[part.pin() for part in self.parts])
+        return dataclasses.replace(self, micro_batches=[micro_batch.pin() for micro_batch in self.micro_batches])
 
 
 def _count_labels(samples: list[dict]) -> int:
     return sum(len(sample["input_ids"]) - sample["prompt_length"] for sample in samples)
 
 
-def make_step_batch(samples: list[dict], text: list[dict], max_tokens: int) -> StepBatch:
+def make_step_batch(samples: list[dict], pretrain_blocks: list[dict], max_tokens: int) -> StepBatch:
     """Deals a step's samples and blocks to the ranks, and packs this rank's.
 
     Every rank gets as many micro-batches as the others, where there are samples for that.
     """
-    parts, loads = [], [0] * distributed.world_size()
-    for items, is_pretrain in ((samples, False), (text, True)):
+    micro_batches, loads = [], [0] * distributed.world_size()
+    for items, is_pretrain in ((samples, False), (pretrain_blocks, True)):
         lengths = [len(item["input_ids"]) for item in items]
         shares = balance_by_tokens(lengths, distributed.world_size())
         groups = [fill_micro_batches([items[place] for place in share], max_tokens) for share in shares]
         own = split_largest(groups[distributed.rank()], max(map(len, groups)))
-        parts += [dataclasses.replace(collate(group), is_pretrain=is_pretrain) for group in own]
+        micro_batches += [dataclasses.replace(collate(group), is_pretrain=is_pretrain) for group in own]
         loads = [load + sum(lengths[place] for place in share) for load, share in zip(loads, shares, strict=True)]
-    return StepBatch(samples, text, parts, max(loads))
+    return StepBatch(samples, pretrain_blocks, micro_batches, max(loads))
 
 
 def pack(samples: list[dict], max_tokens: int) -> list[Batch]:

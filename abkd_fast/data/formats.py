@@ -3,13 +3,8 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
 
 from ..errors import ConfigError
-
-if TYPE_CHECKING:
-    pass
-
 
 # The prompt of the ABKD, DistiLLM and MiniLLM papers (Stanford Alpaca's).
 PROMPT = (

@@ -10,6 +10,9 @@ import random
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
+from ..errors import ConfigError
+from .formats import PROMPT, PROMPT_WITH_INPUT
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -30,8 +33,6 @@ def rows(split: str) -> Iterator[dict[str, str | list[str]]]:
     The output is one of the wordings of the answer; in "test" it is the list of them all: a model is right with any.
     Raises ConfigError for another split.
     """
-    from ..errors import ConfigError
-
     if split not in SIZES:
         raise ConfigError(f"quickstart:{split}: no such split; valid are {', '.join(SIZES)}")
     generator = random.Random(SEEDS.get(split, 0))
@@ -104,8 +105,6 @@ def tokenizer() -> PreTrainedTokenizerBase:
     """A byte-level BPE tokenizer trained on the tasks, in a second."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
-
-    from .formats import PROMPT, PROMPT_WITH_INPUT
 
     texts = ((PROMPT_WITH_INPUT if row["input"] else PROMPT).format(**row) + row["output"] for row in rows("train"))
     bpe = Tokenizer(models.BPE())

@@ -7,16 +7,12 @@ import itertools
 import json
 import pathlib
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import datasets
 
 from ..errors import ConfigError
 from . import indexed_dataset, quickstart
 from .formats import check_row, outputs_in, without_output
-
-if TYPE_CHECKING:
-    pass
 
 # Names of the indexed binary files that a folder may hold.
 TRAIN, DEV = ("train",), ("dev", "valid")

@@ -22,7 +22,7 @@ from .. import distributed
 from ..config.schema import SEEDS, SamplingConfig
 from ..console import console
 from ..device import choose_device, choose_dtype
-from ..errors import ConfigError, Interrupted, check_range
+from ..errors import ConfigError, Interrupted, check_number
 from ..files import WRITE_ERRORS, atomic_write, check_writable, locked
 from ..generation.answers import GrowingFile, generate
 from ..models import identity, loading
@@ -69,7 +69,7 @@ class Evaluation:
         if protocol.sampling.temperature == 0:
             del self.seeds[1:]
         for name, value in {"rows": rows, "batch_size": batch_size}.items():
-            check_range(name, value, 1)
+            check_number(name, value, 1)
         self.device = choose_device(device)
         self.dtype = choose_dtype(dtype, self.device)
         self.spec = loading.model_spec(model)

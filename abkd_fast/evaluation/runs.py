@@ -8,9 +8,9 @@ import json
 import pathlib
 from collections.abc import Iterable
 
+from ..config.methods import WITHOUT_TEACHER
 from ..errors import ConfigError
 from ..losses.divergences import BY_NAME
-from ..methods import WITHOUT_TEACHER
 from .evaluator import SCORES, read_scores
 
 TEACHER = "Teacher"

@@ -40,7 +40,7 @@ class Protocol:
     begin_token: bool = False  # before every prompt; the papers' Llama models had one here, but not in training
 
     def __post_init__(self) -> None:
-        check_range("max_prompt_length", self.max_prompt_length, 1)
+        check_range(self, max_prompt_length=(1, math.inf))
 
     def to_dict(self) -> dict:
         """The settings of scores.json."""

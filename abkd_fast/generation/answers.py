@@ -25,7 +25,7 @@ from ..console import console
 from ..data.rows import read_rows
 from ..data.tokenize import encode_prompts
 from ..device import choose_device, choose_dtype
-from ..errors import ConfigError, Interrupted, check_range
+from ..errors import ConfigError, Interrupted, check_number
 from ..files import WRITE_ERRORS, atomic_folder, atomic_write, exclusive, locked
 from ..models import identity, loading
 from ..models.packed import PackedCausalLM
@@ -64,7 +64,7 @@ class Generation:
         Raises ConfigError.
         """
         for name, value in {"rows": rows, "batch_size": batch_size, "max_prompt_length": max_prompt_length}.items():
-            check_range(name, value, 1)
+            check_number(name, value, 1)
         self.spec, self.out, self.seed, self.batch_size = spec, out, seed, batch_size
         self.max_prompt_length = max_prompt_length
         self.device = choose_device(device)

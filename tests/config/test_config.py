@@ -16,6 +16,8 @@ def test_help_is_fast_and_complete():
     for key in ("run.name", "student.path", "teacher.config", "data.max_length", "optim.lr", "train.batch_size",
                 "eval.every_steps", "log.every_steps", "method", "loss"):  # fmt: skip
         assert f"  {key} " in text
+    assert "teacher.lora" not in text, "the teacher is not trained"
+    assert "student.lora.rank" in text
 
 
 @pytest.mark.parametrize("command", ["generate", "evaluate", "report"])

@@ -6,8 +6,8 @@ import re
 import pytest
 from transformers import AutoConfig
 
+from abkd_fast.config.methods import OnPolicyConfig
 from abkd_fast.config.recipe import load, packaged_recipes
-from abkd_fast.config.schema import OnPolicyConfig
 from abkd_fast.errors import ConfigError
 
 GOOD = {

@@ -209,8 +209,8 @@ def test_loss_and_gradient(tmp_path, text, method):
     run_trainer = Trainer(load(run.arguments[1], overrides)[0])
     run_trainer.build()
     batch = next(run_trainer.batches())
-    assert [part.is_pretrain for part in batch.parts] == [False, False, True, True, True, True]
-    samples, texts = batch.samples, batch.text
+    assert [part.is_pretrain for part in batch.micro_batches] == [False, False, True, True, True, True]
+    samples, texts = batch.samples, batch.pretrain_blocks
     assert [len(samples), len(texts), *{len(block["input_ids"]) for block in texts}] == [4, 4, 128]
     captured = {}
     run_trainer.optimizer.register_step_pre_hook(
@@ -271,8 +271,8 @@ def test_work_counts_text_and_samples_count_rows(tmp_path, text, capsys):
     assert run("--dry-run") == 0
     assert "blocks of 128 tokens, one a sample; weight 1" in capsys.readouterr().out
     assert run() == 0
-    _, *others = Trainer(load(run.arguments[1], [*run.arguments[3::2], "run.name=other"])[0])._batches()
-    tokens = sum(part.tokens for batch in others[2:5] for part in batch.parts)  # of the second point
+    _, *others = Trainer(load(run.arguments[1], [*run.arguments[3::2], "run.name=other"])[0]).batches()
+    tokens = sum(part.tokens for batch in others[2:5] for part in batch.micro_batches)  # of the second point
     assert tokens > 3 * 4 * 128
     point = json.loads((run.folder / "metrics.jsonl").read_text().splitlines()[1])
     assert point["tokens_per_second"] * point["seconds_per_sample"] == pytest.approx(tokens / 12)

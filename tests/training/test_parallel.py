@@ -247,7 +247,7 @@ def poison_rank_1():
 
     def wrapped(self, *arguments):
         loss = backward(self, *arguments)
-        return loss + torch.inf if distributed.rank() == 1 and self.progress.step == 2 else loss
+        return loss + torch.inf if distributed.rank() == 1 and self.state.step == 2 else loss
 
     Trainer._backward = wrapped
 
@@ -334,7 +334,7 @@ def die_on_rank_1():
     step = Trainer.train_step
 
     def wrapped(self, batch):
-        if self.progress.step == 3 and distributed.rank() == 1:
+        if self.state.step == 3 and distributed.rank() == 1:
             os.kill(os.getpid(), signal.SIGKILL)
         return step(self, batch)
 
@@ -385,7 +385,7 @@ def test_a_rank_that_hangs_ends_the_others_with_its_name(context, tmp_path, reci
 PAUSED = """
 import sys, time
 from abkd_fast.train import leave, main
-from abkd_fast.trainer import Trainer
+from abkd_fast.training.trainer import Trainer
 step = Trainer.train_step
 def slow(self, batch):
     time.sleep(0.3)
