@@ -1,4 +1,4 @@
-"""What all commands share: exit statuses, error lines, and the line that says how to continue."""
+"""All commands share this: exit statuses, error lines, and the line that says how to continue."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: try again
 
 
 def run(command: str, continuing: list[str], work: Callable[[], object]) -> int:
-    """Does a command's work; returns the exit status. What ends it early is printed, in one line.
+    """Does a command's work and returns the exit status. If it ends early, prints the reason in one line.
 
     - 0: all is done.
     - 1: the loss or a gradient is not finite, or another process is lost.
-    - 2: a mistake in the input.
-    - 75 (temporary failure): interrupted, or no room on the disk; the printed command continues.
+    - 2: invalid input.
+    - 75 (temporary failure): interrupted, or no room on the disk. The printed command continues the work, or starts it
+      again if nothing was done.
 
     Args:
         command: the module's name in the package.

@@ -24,7 +24,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     sets, seeds = _sets(options.data), [_seed(text) for text in options.seeds]
     out = options.out or _run_folder(options.model) / "eval"
     sampling = SamplingParams.from_options(options)
-    from . import distributed  # after the options are known to be good: this loads PyTorch
+    from . import distributed  # not before the options are checked: this loads PyTorch
     from .console import console
     from .evaluation.evaluator import Evaluation
     from .evaluation.test_sets import Protocol

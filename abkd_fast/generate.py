@@ -21,7 +21,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _generate(options: argparse.Namespace) -> None:
     sampling = SamplingParams.from_options(options)
-    from . import distributed  # after the options are known to be good: this loads PyTorch
+    from . import distributed  # not before the options are checked: this loads PyTorch
     from .generation.answers import Generation
     from .models.loading import model_spec
 

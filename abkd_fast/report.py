@@ -19,7 +19,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _report(options: argparse.Namespace) -> None:
-    from .console import console  # after the options are known to be good: this loads PyTorch
+    from .console import console  # not before the options are checked: this loads PyTorch
     from .evaluation.runs import read_runs
     from .evaluation.tables import gain, score_table, write_report
 

@@ -11,15 +11,15 @@ from .config.recipe import load
 
 RECIPE_KEYS = """\
 A recipe is a JSON object with the keys of a configuration, and:
-  base       another recipe, a packaged one or a file beside this one, that this one only adds to or changes
-  stages     {NAME: {keys that differ in this stage}, ...}, trained one after the other
-  comment    for people
-A null takes away what the base has: a key, a section, or a stage.
+  base       a packaged recipe or a file beside this one; this recipe states only what is different
+  stages     {NAME: {keys that are different in this stage}, ...}; they run one after the other
+  comment    text for people
+A null removes a key, a section or a stage of the base.
 """
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs a recipe, in as many processes as torchrun started; returns the exit status (see `cli.run`)."""
+    """Runs a recipe in the processes that torchrun started, or in this one; returns the exit status (see `cli.run`)."""
     arguments = sys.argv[1:] if arguments is None else arguments
     options = _parser().parse_args(arguments)
     continuing = arguments if options.resume else [*arguments, "--resume"]
@@ -28,7 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _train(options: argparse.Namespace) -> None:
     stages = load(options.config, options.overrides)
-    from . import distributed, pipeline  # after the configuration is known to be good: this loads PyTorch
+    from . import distributed, pipeline  # not before the configuration is checked: this loads PyTorch
 
     with distributed.process_group(stages[0].train.timeout_minutes):
         work = pipeline.plan if options.dry_run else pipeline.run
@@ -49,16 +49,18 @@ def _parser() -> argparse.ArgumentParser:
         default=[],
         metavar="KEY=VALUE",
         dest="overrides",
-        help="override a value, for example optim.lr=1e-4; abkd:train.steps=50 changes the stage abkd alone, and "
-        "is the way to change what a stage sets itself",
+        help="override a value, for example optim.lr=1e-4; abkd:train.steps=50 changes only the stage abkd, and also "
+        "values that the stage sets itself",
     )
     parser.add_argument(
-        "--resume", action="store_true", help="continue an interrupted run from its newest checkpoint, to the same bits"
+        "--resume",
+        action="store_true",
+        help="continue an interrupted run from its newest checkpoint; the result is the same to the bit",
     )
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="print the configuration in force, the data in numbers, steps, memory and cache, and train nothing",
+        help="print configuration, data, steps, memory and cache of each stage, and train nothing",
     )
     return parser
 

@@ -149,7 +149,7 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplingConfig(SamplingKeys):
-    """Responses of on-policy methods and of method generate; data.max_length cuts them, too. No temperature 0."""
+    """How on-policy methods and stages with method generate sample; data.max_length also limits responses."""
 
     batch_size: Annotated[int, "responses in progress at a time; no response depends on it"] = 64
 
