@@ -16,6 +16,7 @@ from rich.table import Table
 from . import distributed
 from .config.methods import WITHOUT_TEACHER
 from .config.recipe import load
+from .config.sampling import OPTIONS, SamplingParams
 from .config.schema import Config, ModelConfig
 from .console import console
 from .data import pretrain
@@ -28,14 +29,12 @@ from .evaluation.runs import read_runs
 from .evaluation.test_sets import Protocol, TestSet, read_sets
 from .files import LOCK, check_folder
 from .generation import answers
-from .generation.sampling import SamplingParams
 from .models import loading
 from .training.dry_run import describe
 from .training.prepare import Prepared
 from .training.trainer import Trainer
 
 ReadRows = Callable[..., list[Row]]
-TEST_SAMPLING = ("no_repeat_ngram_size", "temperature", "top_k", "top_p")  # keys of eval; dev rows have none of them
 
 
 def run(stages: list[Config], resume: bool = False) -> list[dict]:
@@ -114,9 +113,8 @@ def _evaluate(config: Config, prepared: Prepared) -> Evaluation:
 def protocol(config: Config) -> Protocol:
     """How a result answers test sets: the papers' protocol with the recipe's changes."""
     evaluated = config.eval
-    own = {name: getattr(evaluated, name) for name in TEST_SAMPLING}
     return Protocol(
-        sampling=SamplingParams(max_new_tokens=evaluated.max_new_tokens, **own),
+        sampling=SamplingParams.from_options(evaluated),
         max_prompt_length=min(256, config.data.max_length - 1),
         begin_token=evaluated.begin_token,
     )
@@ -293,9 +291,10 @@ def _deciding(values: dict) -> dict:
         path = (values.get(section) or {}).get(key)
         if path is not None and pathlib.Path(path).is_relative_to(root):
             values[section][key] = str(pathlib.Path(path).relative_to(root))
+    test_sampling = {*OPTIONS} - {"max_new_tokens"}  # responses to dev rows follow none of these
     for section, key in (
         *(("train", key) for key in ("on_nonfinite", "gradient_checkpointing", "parallel", "timeout_minutes")),
-        *(("eval", key) for key in ("sets", "seeds", "begin_token", *TEST_SAMPLING)),
+        *(("eval", key) for key in ("sets", "seeds", "begin_token", *test_sampling)),
     ):
         values[section].pop(key, None)
     return {key: value for key, value in values.items() if key not in ("log", "checkpoint", "cache")}

@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 from ..errors import ConfigError, check_positive, check_range, nearest
 from ..losses.divergences import parse
 from .methods import METHODS, WITHOUT_TEACHER, MiniLLMConfig, OnPolicyConfig
+from .sampling import NgramSize, SamplingKeys
 
 SEEDS = (10, 20, 30, 40, 50)  # the papers' for evaluations
 
@@ -147,18 +148,14 @@ class DataConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SamplingConfig:
-    """How on-policy methods, and stages with method generate, write responses."""
+class SamplingConfig(SamplingKeys):
+    """How on-policy methods and stages with method generate sample; data.max_length also limits responses."""
 
-    max_new_tokens: Annotated[int, "longer responses are cut, and so are prompt and response at data.max_length"] = 256
-    temperature: Annotated[float, "divides the logits"] = 1.0
-    top_k: Annotated[int, "only the most likely tokens (0: all)"] = 0
-    top_p: Annotated[float, "only the most likely tokens of so much probability"] = 1.0
-    batch_size: Annotated[int, "sequences in progress at a time; no response depends on it"] = 64
+    batch_size: Annotated[int, "responses in progress at a time; no response depends on it"] = 64
 
     def __post_init__(self) -> None:
-        check_range(self, max_new_tokens=(1, math.inf), temperature=(1e-3, 1e3), top_k=(0, math.inf))
-        check_range(self, top_p=(0, 1), batch_size=(1, math.inf))
+        check_range(self, temperature=(1e-3, 1e3), batch_size=(1, math.inf))
+        super().__post_init__()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -222,30 +219,25 @@ class TrainConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class EvalConfig:
-    """In training the loss on data.dev, cross-entropy of its responses, and ROUGE-L; after it scores on test sets."""
+class EvalConfig(SamplingKeys):
+    """During training: loss and ROUGE-L on data.dev (sampled with max_new_tokens alone). After it: test sets."""
 
     every_steps: Annotated[
         int | None, "how often, besides before the first and after the last step (default: once an epoch)"
     ] = None
     rouge_rows: Annotated[int | None, "so many dev rows are also answered, for ROUGE-L (null: none)"] = None
-    max_new_tokens: Annotated[int, "longer answers are cut"] = 256
     select: Annotated[
         Literal["last", "dev_loss", "rouge_l"],
         "whose weights final/ holds: the last step's, or those of the lowest dev loss, or the highest ROUGE-L",
     ] = "last"
     sets: Annotated[dict | None, "test sets for the result, {NAME: JSONL file}; scores go to eval/"] = None
     seeds: Annotated[tuple[int, ...], "of the answers to test sets"] = SEEDS
-    no_repeat_ngram_size: Annotated[int, "no answer to a test set has so many tokens twice (0: it may)"] = 6
-    temperature: Annotated[float, "of the answers to test sets; 0: always the most likely token"] = 1.0
-    top_k: Annotated[int, "of them, too: only the most likely tokens (0: all)"] = 0
-    top_p: Annotated[float, "of them, too: only the most likely tokens of so much probability"] = 1.0
+    no_repeat_ngram_size: NgramSize = 6
     begin_token: Annotated[bool, "one before every prompt of a test set, as the papers' Llama models had"] = False
 
     def __post_init__(self) -> None:
-        counts = ("every_steps", "rouge_rows", "max_new_tokens")
-        check_range(self, **dict.fromkeys(counts, (1, math.inf)), no_repeat_ngram_size=(0, math.inf))
-        check_range(self, temperature=(0, math.inf), top_k=(0, math.inf), top_p=(0, 1))
+        super().__post_init__()
+        check_range(self, every_steps=(1, math.inf), rouge_rows=(1, math.inf), no_repeat_ngram_size=(0, math.inf))
         if self.select == "rouge_l" and self.rouge_rows is None:
             raise ConfigError("select is rouge_l, but rouge_rows is missing; give it, or select last", "select")
         for name, path in (self.sets or {}).items():

@@ -29,6 +29,7 @@ class Divergence:
     """Base class of the catalog. `str(divergence)` is its spelling, which `parse` reads."""
 
     family: ClassVar[Family]
+    title: ClassVar[str]  # the papers' name
 
     @property
     def parameters(self) -> list[float]:
@@ -68,6 +69,7 @@ class AlphaBeta(Divergence):
     alpha: float = 0.2
     beta: float = 0.7
     family: ClassVar[Family] = Family.ALPHA_BETA
+    title: ClassVar[str] = "ABKD"
 
     @property
     def parameters(self) -> list[float]:
@@ -80,6 +82,7 @@ class AlphaDivergence(Divergence):
 
     alpha: float = 0.5
     family: ClassVar[Family] = Family.ALPHA_BETA
+    title: ClassVar[str] = "Alpha"
 
     @property
     def parameters(self) -> list[float]:
@@ -91,6 +94,7 @@ class Hellinger(Divergence):
     """2 sum (sqrt p - sqrt q)^2, four times the squared Hellinger distance: `AlphaBeta(.5, .5)`."""
 
     family: ClassVar[Family] = Family.ALPHA_BETA
+    title: ClassVar[str] = "Hellinger"
 
     @property
     def parameters(self) -> list[float]:
@@ -109,6 +113,7 @@ class AlphaNet(Divergence):
     alpha2: float = 0.8
     per: str = "batch"
     family: ClassVar[Family] = Family.ALPHA_NET
+    title: ClassVar[str] = "AlphaNet"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -129,6 +134,7 @@ class ForwardKL(Divergence):
     """KL(p, q) = sum p log(p / q), word-level distillation (FKL, FKLD). TRL: `beta=0`."""
 
     family: ClassVar[Family] = Family.WEIGHTED_KL
+    title: ClassVar[str] = "FKLD"
 
     @property
     def parameters(self) -> list[float]:
@@ -140,6 +146,7 @@ class ReverseKL(Divergence):
     """KL(q, p) = sum q log(q / p) (RKL, RKLD). TRL: `beta=1`."""
 
     family: ClassVar[Family] = Family.WEIGHTED_KL
+    title: ClassVar[str] = "RKLD"
 
     @property
     def parameters(self) -> list[float]:
@@ -152,6 +159,7 @@ class WSD(Divergence):
 
     lam: float = 0.5
     family: ClassVar[Family] = Family.WEIGHTED_KL
+    title: ClassVar[str] = "WSD"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -173,6 +181,7 @@ class BDKD(Divergence):
     """
 
     family: ClassVar[Family] = Family.BALANCED_KL
+    title: ClassVar[str] = "BDKD"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,6 +195,7 @@ class AKL(Divergence):
 
     mu: float = 0.5
     family: ClassVar[Family] = Family.ADAPTIVE_KL
+    title: ClassVar[str] = "AKL"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -206,6 +216,7 @@ class JensenShannon(Divergence):
 
     lam: float = 0.1
     family: ClassVar[Family] = Family.MIXTURE
+    title: ClassVar[str] = "JSD"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -222,6 +233,7 @@ class SkewForwardKL(Divergence):
 
     lam: float = 0.1
     family: ClassVar[Family] = Family.MIXTURE
+    title: ClassVar[str] = "SFKL"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -238,6 +250,7 @@ class SkewReverseKL(Divergence):
 
     lam: float = 0.1
     family: ClassVar[Family] = Family.MIXTURE
+    title: ClassVar[str] = "SRKL"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -253,6 +266,7 @@ class TotalVariation(Divergence):
     """Half of sum |p - q| (TVD)."""
 
     family: ClassVar[Family] = Family.TOTAL_VARIATION
+    title: ClassVar[str] = "TVD"
 
 
 @dataclasses.dataclass(frozen=True)

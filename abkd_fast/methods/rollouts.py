@@ -37,13 +37,9 @@ class Rollouts:
         """precision: makes the context that the models run in."""
         self.config, self.train_set = config, train_set
         self.student, self.teacher, self.precision = student, teacher, precision
-        sampling = config.sampling
-        self.settings = SamplingParams(
-            max_new_tokens=sampling.max_new_tokens,
+        self.settings = SamplingParams.from_options(
+            config.sampling,
             max_length=config.data.max_length,
-            temperature=sampling.temperature,
-            top_k=sampling.top_k,
-            top_p=sampling.top_p,
             eos_token_ids=(tokenizer.eos_token_id,),
             # Vocabularies may be padded to different sizes, and both models read what is written.
             vocabulary=shared_vocabulary(*(len(model.head.weight) for model in (student, teacher))),

@@ -11,7 +11,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..files import file_digest, replace_file
+from .. import distributed
+from ..config.schema import ModelConfig
+from ..files import cache_folder, file_digest, replace_file
+from . import lora
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -30,18 +33,24 @@ def hash_tensors(tensors: dict[str, Tensor]) -> str:
 
 
 def hash_weights(
-    path: str, config: PretrainedConfig, folder: pathlib.Path, adapter: pathlib.Path | None = None
+    spec: ModelConfig, hf_config: PretrainedConfig, key: str, folder: pathlib.Path | None = None
 ) -> dict[str, str]:
     """Identifies a model's weights: by a hash of each file, or by the commit of a model from the Hub.
 
     The files of an adapter that is merged into them count, too: its settings say how much of it is added.
-    Hashes are remembered in `folder`, each with its file's size, times and inode: hashing runs at some 1.5 GB/s.
+    Hashes are remembered in `folder` (default: the cache folder), each with its file's size, times and inode: hashing
+    runs at some 1.5 GB/s. Rank 0 does it for all. `key` names the model in a ConfigError.
     """
+    adapter = lora.find_adapter(spec.adapter, key) if spec.adapter else None
+    return distributed.run_on_rank0(lambda: _hash(spec.path, hf_config, adapter, folder or cache_folder()))
+
+
+def _hash(path: str, hf_config: PretrainedConfig, adapter: pathlib.Path | None, folder: pathlib.Path) -> dict[str, str]:
     weights = pathlib.Path(path)
     if weights.is_dir():
         hashes = _hash_files(sorted(weights.glob("*.safetensors")) or sorted(weights.glob("*.bin")), folder)
     else:
-        hashes = {path: config._commit_hash}
+        hashes = {path: hf_config._commit_hash}
     if adapter is not None:
         files = _hash_files(sorted(adapter.glob("adapter_*")), folder)
         hashes |= {f"adapter/{name}": digest for name, digest in files.items()}

@@ -22,7 +22,6 @@ from ..data.batches import pack
 from ..device import free_memory
 from ..errors import ConfigError
 from ..files import cache_folder
-from ..models import lora
 from ..models.identity import describe_model, hash_tensors, hash_weights
 from ..models.loading import DROPOUT, MetaModel
 from ..models.packed import PackedCausalLM
@@ -59,9 +58,7 @@ class TeacherCache:
             return
         weights = None  # random weights are known only after they are drawn
         if self.spec.path is not None:
-            adapter = None if self.spec.adapter is None else lora.find_adapter(self.spec.adapter, "teacher")
-            hashes = functools.partial(hash_weights, self.spec.path, teacher.config, self.root, adapter)
-            weights = distributed.run_on_rank0(hashes)
+            weights = hash_weights(self.spec, teacher.config, "teacher", self.root)
         self._identify(weights)
         problem = self.file.problem()
         if self.mode == "disk" and problem and not self.file.is_recorded:
