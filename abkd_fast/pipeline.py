@@ -26,7 +26,7 @@ from .evaluation import tables
 from .evaluation.evaluator import Evaluation
 from .evaluation.runs import read_runs
 from .evaluation.test_sets import Protocol, TestSet, read_sets
-from .files import LOCK, check_folder
+from .files import LOCK, check_folder, leftovers
 from .generation import answers
 from .generation.sampling import SamplingParams
 from .models import loading
@@ -261,7 +261,8 @@ def _is_finished(config: Config, resume: bool) -> bool:
     if not folder.exists():
         return False
     if not (folder / "config.json").exists():
-        is_begun = folder.is_dir() and {path.name for path in folder.iterdir()} <= {"config.json.tmp", LOCK}
+        begun = {folder / LOCK, *leftovers(folder / "config.json")}
+        is_begun = folder.is_dir() and {*folder.iterdir()} <= begun
         check_folder(folder, resume and is_begun)
         return False
     finished = (folder / "final").exists()

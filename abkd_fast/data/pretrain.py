@@ -16,7 +16,7 @@ from datasets.table import MemoryMappedTable
 from ..config.schema import PretrainConfig
 from ..console import console
 from ..errors import ConfigError
-from ..files import atomic_file, file_digest
+from ..files import atomic_file, file_digest, leftovers
 from . import indexed_dataset
 from .rows import TRAIN, read_jsonl
 from .tokenize import SAMPLE, arrow_file, fingerprint
@@ -52,6 +52,8 @@ def load_blocks(spec: PretrainConfig, tokenizer: PreTrainedTokenizerBase, max_le
             with filelock.FileLock(f"{path}.lock"):  # another run that starts now waits, and finds it
                 if not path.exists():
                     console.print(f"plain text: tokenizing {spec.path}; later runs find the result in {path.parent}")
+                    for left in leftovers(path):  # of a killed process: the lock is this one's
+                        left.unlink()
                     with atomic_file(path) as temporary:
                         _write(temporary, _cut(_token_ids(files, tokenizer, spec.rows), max_length))
         except OSError as error:

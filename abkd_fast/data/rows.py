@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import datasets
 
 from ..errors import ConfigError
+from ..files import is_local_path
 from . import indexed_dataset, quickstart
 from .formats import check_row, outputs_in, without_output
 
@@ -70,7 +71,7 @@ def _raw_rows(source: str) -> Iterator[tuple[str, object]]:
             yield from read_jsonl(file)
     elif path.is_file():
         yield from read_jsonl(path)
-    elif path.suffix or path.is_absolute() or source.startswith(".") or source.count("/") != 1:
+    elif path.suffix or is_local_path(source) or "/" not in source:
         raise ConfigError(f"{source}: no such file or folder")
     else:
         try:

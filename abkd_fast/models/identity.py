@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..files import file_digest, replace_file
+from ..files import atomic_write, file_digest
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -68,7 +68,7 @@ def _hash_files(files: list[pathlib.Path], folder: pathlib.Path) -> dict[str, st
     if found:
         with contextlib.suppress(OSError):  # a read-only folder: they are hashed again next time
             folder.mkdir(parents=True, exist_ok=True)
-            replace_file(memo, json.dumps(known | found, indent=1).encode())
+            atomic_write(memo, json.dumps(known | found, indent=1))
     return hashes
 
 

@@ -115,6 +115,10 @@ def test_half_written_result_is_never_used(write_jsonl, monkeypatch, error, rais
     folder = pathlib.Path(datasets.config.HF_DATASETS_CACHE)
     assert not [*folder.rglob("*.arrow"), *folder.rglob("*.tmp")]
     assert blocks(path) == expected(TEXTS[:9])
+    (arrow,) = folder.rglob("*.arrow")
+    arrow.rename(f"{arrow}.4242.tmp")  # as a killed process leaves it
+    assert blocks(path) == expected(TEXTS[:9])
+    assert not [*folder.rglob("*.tmp")]
 
 
 BAD = {
