@@ -1,4 +1,4 @@
-"""What all commands share: exit statuses, error lines, and the command that continues."""
+"""All commands share this: exit statuses, error lines, and the command that continues a run."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: try again
 
 
 def failed(error: Exception | str, status: int) -> int:
-    """Prints an error, once though several processes may have it; returns the exit status."""
+    """Prints an error, once even if several processes have it. Returns the exit status."""
     _print(f"error: {error}")
     return status
 
 
 def interrupted(reason: str, command: str, arguments: list[str]) -> int:
-    """Prints the command that continues; returns the exit status."""
+    """Prints the command that continues the run. Returns the exit status."""
     start = ["torchrun", "--nproc-per-node", os.environ.get("LOCAL_WORLD_SIZE", "1")]
     if "RANK" not in os.environ:
         start = [sys.executable]
@@ -25,7 +25,7 @@ def interrupted(reason: str, command: str, arguments: list[str]) -> int:
 
 
 def leave(status: int) -> None:
-    """Ends the process; one of several at once, since threads of torch.distributed may abort an orderly end."""
+    """Ends the process. One of several ends at once: threads of torch.distributed may abort an orderly exit."""
     if "RANK" in os.environ:
         sys.stdout.flush()
         sys.stderr.flush()
