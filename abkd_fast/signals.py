@@ -41,4 +41,4 @@ class StopSignals:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         self.received, self.since = signal.Signals(number).name, time.monotonic()
-        console.print(f"{self.received}: the step is finished and saved; once more to leave at once")
+        console.print(f"{self.received}: the step is finished and saved; a second signal ends the run at once")
