@@ -98,7 +98,7 @@ class Ranks:
 def context():
     """Processes from a server that has imported everything once, so that a run begins at once."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["abkd_fast.pipeline", "torch.utils.tensorboard", "test_parallel"])
+    context.set_forkserver_preload(["abkd_fast.pipeline", "torch.utils.tensorboard", "test_distributed"])
     return context
 
 
