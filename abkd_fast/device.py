@@ -14,10 +14,7 @@ from .errors import ConfigError
 
 
 def choose_device(wish: str, section: str = "") -> torch.device:
-    """The device for "auto", "cpu" or "cuda".
-
-    Raises ConfigError if there is no such device, with `section` ("train." in recipes) before the key's name.
-    """
+    """The device for "auto", "cpu" or "cuda". Raises ConfigError, with `section` before the key, if there is none."""
     if wish == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"{section}device is cuda, but PyTorch sees no GPU; use auto or cpu")
     device = torch.device("cuda" if wish != "cpu" and torch.cuda.is_available() else "cpu")

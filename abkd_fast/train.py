@@ -20,12 +20,11 @@ A null removes a key, a section or a stage of the base.
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs a recipe in the processes that torchrun has started, or in this one. Returns the exit status:
+    """Runs a recipe in the processes that torchrun has started, or in this one.
 
-    - 0: done;
-    - 1: the loss or a gradient is not finite, or another process is lost;
-    - 2: invalid input;
-    - 75 (temporary failure): interrupted. The printed command continues, from the start if nothing was trained yet.
+    Returns the exit status: 0 if done, 1 if the loss or a gradient is not finite or another process is lost, 2 for
+    invalid input, 75 (temporary failure) if interrupted. The printed command continues the run, or starts it again if
+    nothing was trained.
     """
     parser = argparse.ArgumentParser(
         prog="python -m abkd_fast.train",

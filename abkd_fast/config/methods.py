@@ -30,8 +30,7 @@ class OnPolicyConfig:
     threshold: Annotated[float, "distillm: share of such steps at the start"] = 0.0
     loss_margin: Annotated[float, "distillm: that share grows by 0.1 when the dev loss has risen by this"] = 0.1
     schedule: Annotated[
-        Literal["decreasing", "constant", "increasing"],
-        "distillm: how many of such steps generate new responses, over the run",
+        Literal["decreasing", "constant", "increasing"], "distillm: how many such steps use new responses, over time"
     ] = "decreasing"
 
     def __post_init__(self) -> None:

@@ -70,10 +70,7 @@ class ModelConfig:
     path: Annotated[str | None, 'folder or Hub name; "stage:NAME" means the result of an earlier stage'] = None
     config: Annotated[dict | None, "a transformers configuration instead of a path: the weights are random"] = None
     dropout: Annotated[float | None, "every dropout rate of the model and the adapter (default: their own)"] = None
-    adapter: Annotated[
-        str | None,
-        "LoRA adapter: folder, Hub name or stage:NAME; the student trains it further, the teacher merges it",
-    ] = None
+    adapter: Annotated[str | None, "LoRA adapter, given as path is: a student trains it, a teacher merges it"] = None
     lora: Annotated[LoraConfig | None, "trains a new LoRA adapter instead of all weights"] = None
 
     def __post_init__(self) -> None:
@@ -202,15 +199,13 @@ class TrainConfig:
     batch_size: Annotated[int, "samples of one optimizer step"] = 32
     max_tokens: Annotated[int, "tokens of a micro-batch, at most; packed without padding"] = 8192
     dtype: Annotated[
-        Literal["auto", "float32", "bfloat16", "float64"],
-        "type of the computation; auto: bfloat16 on a GPU, else float32",
+        Literal["auto", "float32", "bfloat16", "float64"], "type to compute in; auto: bfloat16 on a GPU, else float32"
     ] = "auto"
     device: Annotated[Literal["auto", "cpu", "cuda"], "where to train; auto: the GPU if there is one"] = "auto"
     gradient_checkpointing: Annotated[bool, "compute the student's layers again in the backward pass"] = False
     compile: Annotated[Literal["auto", "off"], "auto: uses torch.compile on a GPU"] = "auto"
     on_nonfinite: Annotated[
-        Literal["stop", "skip"],
-        "if the loss or gradient of a step is not finite: end the run, or change no weight",
+        Literal["stop", "skip"], "if the loss or gradient of a step is not finite: end the run, or change no weight"
     ] = "stop"
     parallel: Annotated[
         Literal["auto", "ddp", "fsdp"],

@@ -1,14 +1,9 @@
 """The indexed binary files of MiniLLM, DistiLLM and ABKD (Megatron's format): sequences of token ids.
 
-An .idx file has these parts, little-endian and without gaps:
-
-- the magic MMIDIDX and two zero bytes;
-- the version, 1 (8 bytes);
-- the code of the ids' type (1 byte);
-- the number of items and the number of documents (8 bytes each);
-- the length of each item, in ids (int32);
-- the start of each item in the .bin file, in bytes (int64);
-- the first item of each document (int64), which is not needed here.
+An .idx file has these parts, little-endian and without gaps: the magic MMIDIDX and two zero bytes; the version, 1 (8
+bytes); the code of the ids' type (1 byte); the number of items and that of documents (8 bytes each); the length of each
+item, in ids (int32); the start of each item in the .bin file, in bytes (int64); the first item of each document
+(int64), which is not needed here.
 """
 
 from __future__ import annotations

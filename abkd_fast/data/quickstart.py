@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from ..errors import ConfigError
@@ -90,15 +90,7 @@ def _describe(generator: random.Random) -> tuple[str, str, list[str]]:
     return "Write a sentence with the two words.", f"{word}, {color}", wordings
 
 
-TASKS: tuple[Callable[[random.Random], tuple[str, str, list[str]]], ...] = (
-    _add,
-    _compare,
-    _first,
-    _sort,
-    _repeat,
-    _sound,
-    _describe,
-)
+TASKS = (_add, _compare, _first, _sort, _repeat, _sound, _describe)
 
 
 @functools.cache

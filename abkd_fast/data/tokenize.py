@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 SAMPLE = datasets.Features(
     {"input_ids": datasets.List(datasets.Value("int32")), "prompt_length": datasets.Value("int32")}
 )
-
-
 ROW = datasets.Features({**SAMPLE, "row": datasets.Value("int64"), "row_length": datasets.Value("int32")})
 
 
@@ -143,17 +141,14 @@ def arrow_file(key: str) -> pathlib.Path:
 
 
 def _encode(
-    rows: list[dict],
-    numbers: list[int],
-    tokenizer: PreTrainedTokenizerBase,
-    max_length: int,
-    max_prompt_length: int | None,
+    rows: list[dict], numbers: list[int], tokenizer: PreTrainedTokenizerBase, max_length: int, max_prompt: int | None
 ) -> dict[str, list]:
+    """The columns of ROW for the rows with these numbers."""
     columns = {name: [] for name in ROW}
-    binary = "prompt_ids" in rows[0]  # then all are
+    binary = "prompt_ids" in rows[0]  # then all rows are
     pairs = [(row["prompt_ids"], row["output_ids"]) for row in rows] if binary else _token_ids(rows, tokenizer)
     for number, (prompt, response) in zip(numbers, pairs, strict=True):
-        if max_prompt_length is None or len(prompt) <= max_prompt_length:
+        if max_prompt is None or len(prompt) <= max_prompt:
             whole = prompt + response
             sample = whole[:max_length], len(prompt), number, len(whole)
             for column, value in zip(columns.values(), sample, strict=True):
