@@ -182,7 +182,7 @@ def _check(config: Config, earlier: dict[str, Config], read: ReadRows) -> Prepar
     _check_rows(config, earlier, prepared, read)
     if config.eval.sets and config.method != "generate":
         prepared.test_sets = _read_test_sets(config, earlier)
-    if config.data.adds_text:
+    if config.data.uses_pretrain:
         pretrain.check_source(config.data.pretrain.path)
     return prepared
 

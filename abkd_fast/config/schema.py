@@ -139,7 +139,7 @@ class DataConfig:
         return self.train.removeprefix("stage:") if self.train.startswith("stage:") else None
 
     @property
-    def adds_text(self) -> bool:
+    def uses_pretrain(self) -> bool:
         return self.pretrain is not None and self.pretrain.weight > 0
 
 
