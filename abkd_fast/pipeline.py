@@ -27,7 +27,7 @@ from .evaluation import tables
 from .evaluation.evaluator import Evaluation
 from .evaluation.runs import read_runs
 from .evaluation.test_sets import Protocol, TestSet, read_sets
-from .files import LOCK, check_folder
+from .files import LOCK, check_folder, leftovers
 from .generation import answers
 from .models import loading
 from .training.dry_run import describe
@@ -180,7 +180,7 @@ def _check(config: Config, earlier: dict[str, Config], read: ReadRows) -> Prepar
     _check_rows(config, earlier, prepared, read)
     if config.eval.sets and config.method != "generate":
         prepared.test_sets = _read_test_sets(config, earlier)
-    if config.data.adds_text:
+    if config.data.uses_pretrain:
         pretrain.check_source(config.data.pretrain.path)
     return prepared
 
@@ -259,7 +259,8 @@ def _is_finished(config: Config, resume: bool) -> bool:
     if not folder.exists():
         return False
     if not (folder / "config.json").exists():
-        is_begun = folder.is_dir() and {path.name for path in folder.iterdir()} <= {"config.json.tmp", LOCK}
+        begun = {folder / LOCK, *leftovers(folder / "config.json")}
+        is_begun = folder.is_dir() and {*folder.iterdir()} <= begun
         check_folder(folder, resume and is_begun)
         return False
     finished = (folder / "final").exists()

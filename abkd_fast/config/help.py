@@ -14,7 +14,7 @@ REFUSED = ("teacher.lora",)  # a key of models that the teacher must not have
 
 
 def describe(cls: type = Config, prefix: str = "") -> Iterator[str]:
-    """Every key with its meaning, its default and what else it may be, section by section, a line each."""
+    """Lines of text: every section, and every key with its meaning, its default and its other values."""
     yield f"{prefix.rstrip('.') or 'top level'}: {cls.__doc__}"
     hints, notes = typing.get_type_hints(cls), typing.get_type_hints(cls, include_extras=True)
     sections = {}

@@ -1,4 +1,4 @@
-"""The methods: their names, which of them need no teacher, and the sections that only some of them read."""
+"""The methods: their names, those without a teacher, and the sections that only some methods read."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ..errors import ConfigError, check_range
 
 METHODS = ("sft", "ab", "kd", "seqkd", "imitkd", "gkd", "distillm", "minillm")
 WITHOUT_TEACHER = ("sft", "seqkd")
-ON_POLICY_READERS = {  # the methods that read each key of on_policy
+ON_POLICY_READERS = {  # by key of on_policy: the methods that read it
     "fraction": ("gkd",),
     "replay_rows": ("imitkd", "gkd", "distillm"),
     "threshold": ("distillm",),
@@ -21,23 +21,23 @@ ON_POLICY_READERS = {  # the methods that read each key of on_policy
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OnPolicyConfig:
-    """When imitkd, gkd and distillm train on responses that the student writes, and how those are replayed."""
+    """How often imitkd, gkd and distillm train on responses of the student, and how they replay them."""
 
-    fraction: Annotated[float, "gkd: share of the steps"] = 0.5
+    fraction: Annotated[float, "gkd: share of the steps that train on responses of the student"] = 0.5
     replay_rows: Annotated[
-        int, "imitkd, gkd, distillm: responses that are kept for replay (imitkd, gkd: 0, only new ones are used)"
+        int, "size of the replay buffer, in responses (imitkd, gkd: 0 means that only new responses are used)"
     ] = 1000
-    threshold: Annotated[float, "distillm: share of the steps, at first"] = 0.0
-    loss_margin: Annotated[float, "distillm: that share grows by .1 where the dev loss has risen by so much"] = 0.1
+    threshold: Annotated[float, "distillm: share of such steps at the start"] = 0.0
+    loss_margin: Annotated[float, "distillm: that share grows by 0.1 when the dev loss has risen by this"] = 0.1
     schedule: Annotated[
-        Literal["decreasing", "constant", "increasing"], "distillm: how many of those steps generate anew, over the run"
+        Literal["decreasing", "constant", "increasing"], "distillm: how many such steps use new responses, over time"
     ] = "decreasing"
 
     def __post_init__(self) -> None:
         check_range(self, fraction=(0, 1), threshold=(0, 1), loss_margin=(0, math.inf), replay_rows=(0, math.inf))
 
     def check_method(self, method: str) -> None:
-        """Raises ConfigError for values that would change nothing, since the method reads no such key."""
+        """Raises ConfigError for a value that would have no effect because the method doesn't read its key."""
         for field in dataclasses.fields(self):
             value, readers = getattr(self, field.name), ON_POLICY_READERS[field.name]
             if value != field.default and method not in readers:
@@ -50,16 +50,16 @@ class OnPolicyConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MiniLLMConfig:
-    """Of minillm: policy gradient on rollouts. The defaults are the paper's; `loss` has to be rkl."""
+    """Policy gradient of minillm. The defaults are those of the paper. `loss` must be rkl."""
 
-    rollouts: Annotated[int, "prompts of a round of generation"] = 256
-    inner_epochs: Annotated[int, "passes over the rollouts of a round"] = 4
-    teacher_weight: Annotated[float, "of the teacher in the mixture that writes"] = 0.2
+    rollouts: Annotated[int, "responses that one round generates"] = 256
+    inner_epochs: Annotated[int, "passes over the responses of a round"] = 4
+    teacher_weight: Annotated[float, "weight of the teacher in the mixture that generates"] = 0.2
     gamma: Annotated[float, "discount of later rewards"] = 0.95
-    reward_scale: Annotated[float, "rewards are divided by it"] = 0.5
-    clip_reward: Annotated[float, "rewards beyond are cut"] = 100.0
+    reward_scale: Annotated[float, "rewards are divided by this"] = 0.5
+    clip_reward: Annotated[float, "limit of a reward's absolute value"] = 100.0
     clip_ratio: Annotated[float, "how far the ratio of probabilities may move from 1"] = 0.2
-    text_kd: Annotated[float, "w in (1 - w) cross-entropy + w divergence to the teacher, on data.pretrain"] = 0.5
+    text_kd: Annotated[float, "w in (1 - w) cross-entropy + w divergence to the teacher on data.pretrain"] = 0.5
 
     def __post_init__(self) -> None:
         check_range(self, rollouts=(1, math.inf), inner_epochs=(1, math.inf), teacher_weight=(0, 1), gamma=(0, 1))

@@ -1,4 +1,4 @@
-"""Configurations: what can be said in a recipe, as frozen dataclasses that check their own values."""
+"""The configuration of a run: all keys of a recipe, as frozen dataclasses that check their own values."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from ..losses.divergences import parse
 from .methods import METHODS, WITHOUT_TEACHER, MiniLLMConfig, OnPolicyConfig
 from .sampling import NgramSize, SamplingKeys
 
-SEEDS = (10, 20, 30, 40, 50)  # the papers' for evaluations
+SEEDS = (10, 20, 30, 40, 50)  # the papers evaluate with these
 
 
 def _check_folder_name(section: object, name: str) -> None:
-    """Raises ConfigError for what is not one folder's name: it would end up elsewhere."""
+    """Raises ConfigError for a value that is not the name of one folder: the run would end up elsewhere."""
     value = getattr(section, name)
     good = value == pathlib.PurePath(value).name and value.strip(". ") and value.isprintable() and ":" not in value
     if not good or len(value.encode()) > 200:
@@ -26,11 +26,11 @@ def _check_folder_name(section: object, name: str) -> None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """Where results go. A run's folder is DIR/NAME, or DIR/NAME/STAGE for a stage of a recipe."""
+    """Where results go. The folder of a run is DIR/NAME, or DIR/NAME/STAGE for a stage of a recipe."""
 
     name: Annotated[str, "name of the run"]
-    stage: Annotated[str | None, "name of the stage; set by recipes with stages"] = None
-    dir: Annotated[str, "folder of all runs"] = "runs"
+    stage: Annotated[str | None, "name of the stage; recipes with stages set it"] = None
+    dir: Annotated[str, "folder that holds all runs"] = "runs"
     seed: Annotated[int, "seeds weights, dropout and the order of the data"] = 10
 
     def __post_init__(self) -> None:
@@ -50,12 +50,12 @@ class RunConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoraConfig:
-    """A new low-rank adapter: only it is trained. The defaults are the papers'."""
+    """A new LoRA adapter. Only the adapter is trained. The defaults are those of the papers."""
 
-    rank: Annotated[int, "width of the two factors"] = 16
+    rank: Annotated[int, "rank of the product of the two factors"] = 16
     alpha: Annotated[float, "the product of the factors is scaled by alpha / rank"] = 64.0
-    dropout: Annotated[float, "on the adapter's input"] = 0.1
-    targets: Annotated[tuple[str, ...], "names of the projections that get one"] = ("q_proj", "v_proj")
+    dropout: Annotated[float, "dropout rate of the adapter's input"] = 0.1
+    targets: Annotated[tuple[str, ...], "names of the linear layers that get an adapter"] = ("q_proj", "v_proj")
 
     def __post_init__(self) -> None:
         check_range(self, rank=(1, math.inf), alpha=(0, math.inf), dropout=(0, 1))
@@ -66,16 +66,13 @@ class LoraConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """A Hugging Face causal language model, as student or teacher."""
+    """A causal language model of Hugging Face, as student or teacher."""
 
-    path: Annotated[str | None, 'folder or Hub name; "stage:NAME" is the result of an earlier stage'] = None
-    config: Annotated[dict | None, "instead of path: a transformers configuration, for random weights"] = None
-    dropout: Annotated[float | None, "sets every dropout rate of model and adapter (default: their own)"] = None
-    adapter: Annotated[
-        str | None,
-        "folder or Hub name of a LoRA adapter (or stage:NAME): a student goes on with it, a teacher merges it",
-    ] = None
-    lora: Annotated[LoraConfig | None, "train a new LoRA adapter instead of all weights"] = None
+    path: Annotated[str | None, 'folder or Hub name; "stage:NAME" means the result of an earlier stage'] = None
+    config: Annotated[dict | None, "a transformers configuration instead of a path: the weights are random"] = None
+    dropout: Annotated[float | None, "every dropout rate of the model and the adapter (default: their own)"] = None
+    adapter: Annotated[str | None, "LoRA adapter, given as path is: a student trains it, a teacher merges it"] = None
+    lora: Annotated[LoraConfig | None, "trains a new LoRA adapter instead of all weights"] = None
 
     def __post_init__(self) -> None:
         if self.path is None and self.config is None:
@@ -94,12 +91,12 @@ class ModelConfig:
 
     @property
     def stages(self) -> dict[str, str]:
-        """The names of the stages that path and adapter refer to."""
+        """The names of the stages that `path` and `adapter` refer to, by these keys."""
         values = {key: getattr(self, key) or "" for key in ("path", "adapter")}
         return {key: value.removeprefix("stage:") for key, value in values.items() if value.startswith("stage:")}
 
     def saved_in(self, folder: pathlib.Path) -> ModelConfig:
-        """The same model with the weights that training it left in a folder: the adapter's alone, where it has one."""
+        """The same model after training: `folder` has its weights, or those of its adapter if it has one."""
         if self.has_adapter:
             return dataclasses.replace(self, adapter=str(folder), lora=None)
         return dataclasses.replace(self, path=str(folder), config=None)
@@ -107,11 +104,11 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PretrainConfig:
-    """Plain text whose language-modeling loss is added in every step, as the papers do: one block a sample."""
+    """Plain text. Every step adds its language-modeling loss, one block for each sample, as the papers do."""
 
-    path: Annotated[str, "JSONL file or folder of them with text, plain .txt, or the papers' .bin and .idx files"]
-    weight: Annotated[float, "factor of its mean cross-entropy; 0 leaves the text unread"] = 1.0
-    rows: Annotated[int | None, "use only the first documents (of binary files: items)"] = None
+    path: Annotated[str, "JSONL file with 'text', .txt file, the papers' .bin and .idx files, or a folder of these"]
+    weight: Annotated[float, "factor of its mean cross-entropy; 0: the text is not read"] = 1.0
+    rows: Annotated[int | None, "use only so many documents (items of binary files), the first ones"] = None
 
     def __post_init__(self) -> None:
         check_range(self, weight=(0, math.inf), rows=(1, math.inf))
@@ -123,15 +120,15 @@ class DataConfig:
 
     train: Annotated[
         str,
-        'training rows; JSONL or .bin file, folder or Hub name; "quickstart:train" are generated tasks, "stage:NAME" '
-        "what an earlier stage with method generate has written",
+        'training rows: JSONL or .bin file, folder or Hub name; "quickstart:train" means generated tasks, "stage:NAME" '
+        "the responses of an earlier stage with method generate",
     ]
-    dev: Annotated[str | None, "rows whose loss is reported during training"] = None
-    train_rows: Annotated[int | None, "use only the first rows"] = None
-    dev_rows: Annotated[int | None, "use only the first rows"] = None
+    dev: Annotated[str | None, "rows for evaluation during training"] = None
+    train_rows: Annotated[int | None, "use only so many rows, the first ones"] = None
+    dev_rows: Annotated[int | None, "use only so many rows, the first ones"] = None
     max_length: Annotated[int, "tokens of prompt and response together; longer responses are cut"] = 512
-    max_prompt_length: Annotated[int | None, "rows with longer prompts, in tokens, are left out (null: none is)"] = 256
-    pretrain: Annotated[PretrainConfig | None, "plain text, for an additional language-modeling loss"] = None
+    max_prompt_length: Annotated[int | None, "tokens of a prompt; longer ones are left out (null: no limit)"] = 256
+    pretrain: Annotated[PretrainConfig | None, "plain text for an additional language-modeling loss"] = None
 
     def __post_init__(self) -> None:
         check_range(self, train_rows=(1, math.inf), dev_rows=(1, math.inf), max_length=(2, math.inf))
@@ -139,11 +136,11 @@ class DataConfig:
 
     @property
     def stage(self) -> str | None:
-        """The name of the stage that writes the training rows."""
+        """The name of the stage that writes the training rows; None if they are there already."""
         return self.train.removeprefix("stage:") if self.train.startswith("stage:") else None
 
     @property
-    def adds_text(self) -> bool:
+    def uses_pretrain(self) -> bool:
         return self.pretrain is not None and self.pretrain.weight > 0
 
 
@@ -160,28 +157,28 @@ class SamplingConfig(SamplingKeys):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CacheConfig:
-    """The teacher's final hidden states at the response tokens, computed once instead of once an epoch; exact."""
+    """The teacher's final hidden states at the response tokens: computed once, not in every epoch. Exact."""
 
     mode: Annotated[
         Literal["off", "auto", "memory", "disk"],
-        "off: the teacher runs in every step; disk: a mapped file; memory: the file, if it can be written, is also "
-        "loaded into device memory; auto: what fits",
+        "off: the teacher runs in every step; disk: a mapped file; memory: also loaded into device memory (and kept in "
+        "a file if one can be written); auto: what fits",
     ] = "auto"
     dir: Annotated[str | None, "folder of all caches (default: $ABKD_CACHE, or abkd_fast in the user's caches)"] = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """AdamW; weights of one dimension (biases, norms) don't decay, except a LoRA adapter's."""
+    """AdamW. Weights of one dimension (biases, norms) don't decay, except those of a LoRA adapter."""
 
     lr: Annotated[float, "peak learning rate"] = 5e-4
-    min_lr: Annotated[float, "learning rate that the cosine ends at"] = 1e-7
-    schedule: Annotated[Literal["cosine", "constant"], "after the warm-up"] = "cosine"
-    warmup_steps: Annotated[int, "steps from 0 to lr"] = 0
+    min_lr: Annotated[float, "learning rate at the end of the cosine"] = 1e-7
+    schedule: Annotated[Literal["cosine", "constant"], "learning rate after the warm-up"] = "cosine"
+    warmup_steps: Annotated[int, "steps in which the learning rate rises from 0 to lr"] = 0
     weight_decay: Annotated[float, "decoupled weight decay"] = 0.01
-    betas: Annotated[tuple[float, float], "moment decay rates"] = (0.9, 0.999)
-    eps: Annotated[float, "added to the root of the second moment"] = 1e-8
-    clip_norm: Annotated[float, "gradients of a larger norm are scaled down to it"] = 1.0
+    betas: Annotated[tuple[float, float], "decay rates of the two moments"] = (0.9, 0.999)
+    eps: Annotated[float, "added to the square root of the second moment"] = 1e-8
+    clip_norm: Annotated[float, "a gradient with a larger norm is scaled down to this norm"] = 1.0
 
     def __post_init__(self) -> None:
         check_positive(self, "lr", "clip_norm", "eps")
@@ -192,26 +189,26 @@ class OptimConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """The loop. A step is always batch_size samples; max_tokens only decides how many go through at once."""
+    """The training loop. A step takes batch_size samples; max_tokens only decides how many are computed at once."""
 
     epochs: Annotated[int, "passes over the training rows"] = 10
-    steps: Annotated[int | None, "stop after so many steps, whatever epochs says"] = None
-    batch_size: Annotated[int, "samples of an optimizer step"] = 32
-    max_tokens: Annotated[int, "tokens of a micro-batch, packed without padding"] = 8192
+    steps: Annotated[int | None, "number of steps; it replaces epochs"] = None
+    batch_size: Annotated[int, "samples of one optimizer step"] = 32
+    max_tokens: Annotated[int, "tokens of a micro-batch, at most; packed without padding"] = 8192
     dtype: Annotated[
-        Literal["auto", "float32", "bfloat16", "float64"], "of the computation; auto: bfloat16 on a GPU, else float32"
+        Literal["auto", "float32", "bfloat16", "float64"], "type to compute in; auto: bfloat16 on a GPU, else float32"
     ] = "auto"
-    device: Annotated[Literal["auto", "cpu", "cuda"], "auto: the GPU if there is one"] = "auto"
-    gradient_checkpointing: Annotated[bool, "compute the student's layers twice instead of keeping them"] = False
-    compile: Annotated[Literal["auto", "off"], "auto: torch.compile on a GPU"] = "auto"
+    device: Annotated[Literal["auto", "cpu", "cuda"], "where to train; auto: the GPU if there is one"] = "auto"
+    gradient_checkpointing: Annotated[bool, "compute the student's layers again in the backward pass"] = False
+    compile: Annotated[Literal["auto", "off"], "auto: uses torch.compile on a GPU"] = "auto"
     on_nonfinite: Annotated[
-        Literal["stop", "skip"], "a step whose loss or gradient is not finite ends the run, or changes no weight"
+        Literal["stop", "skip"], "if the loss or gradient of a step is not finite: end the run, or change no weight"
     ] = "stop"
     parallel: Annotated[
         Literal["auto", "ddp", "fsdp"],
-        "of several processes each holds all weights (ddp), or a part of them, the teacher's too (fsdp); auto: ddp",
+        "with several processes: each holds all weights (ddp), or a part of those of both models (fsdp); auto: ddp",
     ] = "auto"
-    timeout_minutes: Annotated[float, "a process that waits so long for the others ends the run"] = 30.0
+    timeout_minutes: Annotated[float, "a process that waits longer for the others ends the run"] = 30.0
 
     def __post_init__(self) -> None:
         check_range(self, timeout_minutes=(0.01, math.inf))
@@ -223,17 +220,17 @@ class EvalConfig(SamplingKeys):
     """During training: loss and ROUGE-L on data.dev (sampled with max_new_tokens alone). After it: test sets."""
 
     every_steps: Annotated[
-        int | None, "how often, besides before the first and after the last step (default: once an epoch)"
+        int | None, "steps between evaluations (default: an epoch); also before the first and after the last step"
     ] = None
-    rouge_rows: Annotated[int | None, "so many dev rows are also answered, for ROUGE-L (null: none)"] = None
+    rouge_rows: Annotated[int | None, "dev rows that the student also answers, for ROUGE-L (null: none)"] = None
     select: Annotated[
         Literal["last", "dev_loss", "rouge_l"],
-        "whose weights final/ holds: the last step's, or those of the lowest dev loss, or the highest ROUGE-L",
+        "step whose weights go to final/: the last one, that of the lowest dev loss, or that of the highest ROUGE-L",
     ] = "last"
-    sets: Annotated[dict | None, "test sets for the result, {NAME: JSONL file}; scores go to eval/"] = None
-    seeds: Annotated[tuple[int, ...], "of the answers to test sets"] = SEEDS
+    sets: Annotated[dict | None, "test sets {NAME: JSONL file} for the result; scores go to eval/"] = None
+    seeds: Annotated[tuple[int, ...], "seeds of the answers to test sets"] = SEEDS
     no_repeat_ngram_size: NgramSize = 6
-    begin_token: Annotated[bool, "one before every prompt of a test set, as the papers' Llama models had"] = False
+    begin_token: Annotated[bool, "put a begin token before each prompt of a test set, as for the papers' Llama"] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -251,10 +248,10 @@ class EvalConfig(SamplingKeys):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LogConfig:
-    """metrics.jsonl, TensorBoard and the terminal."""
+    """Logs: metrics.jsonl, TensorBoard and the terminal."""
 
-    every_steps: Annotated[int, "steps that one logged point sums up"] = 10
-    wandb: Annotated[str | None, "a project of Weights & Biases that gets the points too (needs wandb)"] = None
+    every_steps: Annotated[int, "steps that one logged point summarizes"] = 10
+    wandb: Annotated[str | None, "project of Weights & Biases that also gets the points (needs wandb)"] = None
 
     def __post_init__(self) -> None:
         check_range(self, every_steps=(1, math.inf))
@@ -262,10 +259,10 @@ class LogConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """Checkpoints for --resume, each with a model folder's files. SIGTERM and Ctrl-C save one and end the run."""
+    """Checkpoints for --resume; each is also a model folder. SIGTERM and Ctrl-C save one and end the run."""
 
-    every_steps: Annotated[int | None, "how often, besides at every best one (default: once an epoch)"] = None
-    keep: Annotated[int, "the newest so many stay, and the best one"] = 2
+    every_steps: Annotated[int | None, "steps between checkpoints (default: an epoch); best steps are saved too"] = None
+    keep: Annotated[int, "number of newest checkpoints to keep, besides the best one"] = 2
 
     def __post_init__(self) -> None:
         check_range(self, every_steps=(1, math.inf), keep=(1, math.inf))
@@ -273,20 +270,20 @@ class CheckpointConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """One run: a student, a way to train it, and data."""
+    """One run: a student, how to train it, and data."""
 
     method: Annotated[
         str,
-        "sft (no teacher); ab or kd (divergence to a teacher on the data's responses); imitkd, gkd or distillm (also "
-        "on the student's own); minillm (policy gradient); seqkd (sft on what a stage with method generate wrote); "
-        "generate (no training: the student, here mostly a teacher, answers data.train)",
+        "sft: cross-entropy, no teacher; ab, kd: divergence to a teacher on the responses of the data; imitkd, gkd, "
+        "distillm: also on responses of the student; minillm: policy gradient; seqkd: sft on responses of an earlier "
+        "stage; generate: no training, the model given as student (mostly a teacher) answers data.train",
     ] = "ab"
     loss: Annotated[
         str,
         "the divergence: ab:ALPHA,BETA, fkl, rkl, wsd:LAM, bdkd, jsd:LAM, akl:MU, tvd, sfkl:LAM, srkl:LAM, "
         "alphanet:ALPHA1,ALPHA2[,token], hellinger or alpha:ALPHA",
     ] = "ab:0.2,0.7"
-    temperature: Annotated[float, "divides both models' logits in the divergence"] = 1.0
+    temperature: Annotated[float, "divides the logits of both models in the divergence"] = 1.0
     hard_weight: Annotated[float, "w in (1 - w) divergence + w cross-entropy"] = 0.0
     tokenizer: Annotated[str | None, "folder or Hub name (default: the student's)"] = None
     run: RunConfig

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import distributed
 from ..config.schema import ModelConfig
-from ..files import cache_folder, file_digest, replace_file
+from ..files import atomic_write, cache_folder, file_digest
 from . import lora
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def _hash_files(files: list[pathlib.Path], folder: pathlib.Path) -> dict[str, st
     if found:
         with contextlib.suppress(OSError):  # a read-only folder: they are hashed again next time
             folder.mkdir(parents=True, exist_ok=True)
-            replace_file(memo, json.dumps(known | found, indent=1).encode())
+            atomic_write(memo, json.dumps(known | found, indent=1))
     return hashes
 
 

@@ -155,7 +155,7 @@ def read_tokenizer(path: str, key: str) -> PreTrainedTokenizerBase:
     if folder.is_dir() and not any([*folder.glob(f"{kind}*")] for kind in ("tokenizer", "vocab", "spiece")):
         raise ConfigError(f"{key}: {path} is a folder without a tokenizer; name another as tokenizer")
     try:
-        if not folder.exists() and (folder.is_absolute() or path.startswith(".") or path.count("/") > 1):
+        if not folder.exists() and is_local_path(path):
             raise OSError("no such folder")
         tokenizer = AutoTokenizer.from_pretrained(path)
     except Exception as error:  # of many kinds: a broken file, no network, a missing package

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from ..console import console
-from ..files import replace_file
+from ..files import atomic_write
 from ..models.identity import tensor_bytes
 
 if TYPE_CHECKING:
@@ -129,7 +129,7 @@ class HiddenStateStore:
 
     def _write_index(self) -> None:
         values = {"identity": self.identity, "seconds": self.seconds, "head": self.head, "blocks": self.checksums}
-        replace_file(self.folder / "index.json", json.dumps(values).encode())
+        atomic_write(self.folder / "index.json", json.dumps(values), flush=False)
 
     def problem(self) -> str | None:
         """Why rows can't be written here; None where they can."""
@@ -218,7 +218,7 @@ class HiddenStateStore:
         """Writes the output projection [V, width] and its bias [V]. Raises OSError."""
         tensors = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
         content = safetensors.torch.save({name: t.detach().cpu().contiguous() for name, t in tensors.items()})
-        replace_file(self.folder / "head.safetensors", content)
+        atomic_write(self.folder / "head.safetensors", content, flush=False)
         self.head = zlib.crc32(content)
         self._write_index()
 

@@ -101,7 +101,7 @@ def read_train_data(
         dev = DevEvaluator(config, rows, dev_set, tokenizer)
     steps_per_epoch = _steps_per_epoch(config, len(train_set))
     method.check_rows(len(train_set))
-    pretrain_set = _read_pretrain_set(config, tokenizer) if data.adds_text else None
+    pretrain_set = _read_pretrain_set(config, tokenizer) if data.uses_pretrain else None
     steps = config.train.steps or config.train.epochs * steps_per_epoch
     return TrainData(train_set, where, dev, pretrain_set, long_rows, steps_per_epoch, steps)
 

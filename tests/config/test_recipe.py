@@ -1,4 +1,4 @@
-"""Recipes: files, bases, stages and overrides on top of each other; the packaged ones. Errors: test_bad_input.py."""
+"""Recipes: bases, stages and overrides on top of each other, and the packaged recipes. Errors: test_bad_input.py."""
 
 import json
 import re

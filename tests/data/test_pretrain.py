@@ -115,6 +115,10 @@ def test_half_written_result_is_never_used(write_jsonl, monkeypatch, error, rais
     folder = pathlib.Path(datasets.config.HF_DATASETS_CACHE)
     assert not [*folder.rglob("*.arrow"), *folder.rglob("*.tmp")]
     assert blocks(path) == expected(TEXTS[:9])
+    (arrow,) = folder.rglob("*.arrow")
+    arrow.rename(f"{arrow}.4242.tmp")  # as a killed process leaves it
+    assert blocks(path) == expected(TEXTS[:9])
+    assert not [*folder.rglob("*.tmp")]
 
 
 BAD = {
@@ -179,7 +183,7 @@ def text(write_jsonl):
 
 
 def padded_loss(model, sequences, first_labels):
-    """Logits and labels where there is a loss, of right-padded rows with a mask, by transformers itself."""
+    """Logits and labels of the tokens with a loss, by transformers itself, on right-padded rows with a mask."""
     longest = max(map(len, sequences))
     ids = torch.tensor([[*ids, *[END] * (longest - len(ids))] for ids in sequences])
     mask = torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids in sequences])
@@ -192,7 +196,7 @@ def padded_loss(model, sequences, first_labels):
 
 @pytest.mark.parametrize("method", ["sft", "kd"])
 def test_loss_and_gradient(tmp_path, text, method):
-    """Several micro-batches of samples and of blocks: a step's gradient is that of both means' sum, padded."""
+    """Several micro-batches of samples and of blocks: the gradient is that of the sum of both means, on padded rows."""
     config = {**GPT2, "vocab_size": 1024, "resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0}
     torch.manual_seed(0)
     teacher = AutoModelForCausalLM.from_config(AutoConfig.for_model(**{**config, "initializer_range": 0.5}))
@@ -241,7 +245,7 @@ def test_loss_and_gradient(tmp_path, text, method):
 
 
 def test_run_resumes_to_the_same_bits(tmp_path, monkeypatch, text, capsys):
-    """Crashed in the middle of a window and of the blocks' second epoch; the log's parts sum up to its loss."""
+    """Crashes within a window and within the second epoch of blocks. The parts of the logged loss sum up to it."""
     overrides = [f"data.pretrain.path={text}", "data.pretrain.weight=0.5"]
     undisturbed, run = (Run(tmp_path / name, *overrides) for name in ("undisturbed", "run"))
     assert undisturbed() == 0

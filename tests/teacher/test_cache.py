@@ -436,7 +436,7 @@ def test_complete_cache_in_a_read_only_folder(recipe, cache_folder, monkeypatch)
     access = os.access
     monkeypatch.setattr(os, "access", lambda p, mode: not str(p).startswith(str(cache_folder)) and access(p, mode))
     monkeypatch.setattr(store.filelock.FileLock, "acquire", refuse)
-    monkeypatch.setattr(store, "replace_file", refuse)
+    monkeypatch.setattr(store, "atomic_write", refuse)
     trainer = loaded(path, "cache.mode=disk")
     assert "found" in trainer.teacher.note
     assert losses(trainer) == expected
