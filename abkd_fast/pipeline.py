@@ -69,8 +69,12 @@ def run(stages: list[Config], resume: bool = False) -> list[dict]:
 
 def _run_stage(config: Config, resume: bool, prepared: Prepared) -> dict:
     if config.method == "generate":  # a kind of stage, not a training method
-        return answers.write_stage(config)
+        return answers.write_stage(config, _take_prompts(config, prepared))
     return Trainer(config, resume, prepared).train()
+
+
+def _take_prompts(config: Config, prepared: Prepared) -> list[Row]:
+    return prepared.take_rows(config.data.train, config.data.train_rows, TRAIN, True)
 
 
 def _free_memory() -> None:
@@ -104,7 +108,7 @@ def _conclude(stages: list[Config], summaries: list[dict]) -> None:
 def _evaluate(config: Config, prepared: Prepared) -> Evaluation:
     """Scores a stage's result on its test sets. Scores that are there already stay."""
     evaluated, folder = config.eval, config.run.folder
-    arguments = str(folder / "final"), evaluated.sets, folder / "eval", evaluated.seeds, protocol(config)
+    arguments = str(folder / "final"), prepared.test_sets, folder / "eval", evaluated.seeds, protocol(config)
     evaluation = Evaluation(*arguments, device=config.train.device, dtype=config.train.dtype)
     evaluation.run()
     return evaluation
@@ -137,7 +141,7 @@ def plan(stages: list[Config], resume: bool = False) -> None:
             console.print(f"  {config.data.train} is not written yet: these are the rows whose prompts it answers")
             specs["data"] = dataclasses.replace(config.data, train=prompts[config.data.stage])
         if config.method == "generate":
-            lines = answers.describe(config)
+            lines = answers.describe(config, _take_prompts(config, known))
         else:
             lines = describe(Trainer(dataclasses.replace(config, **specs), resume, known))
         for line in lines:
@@ -179,7 +183,7 @@ def _check(config: Config, earlier: dict[str, Config], read: ReadRows) -> Prepar
             prepared.models[role] = loading.read_meta_model(spec, role)
     _check_rows(config, earlier, prepared, read)
     if config.eval.sets and config.method != "generate":
-        prepared.test_sets = _read_test_sets(config, earlier)
+        prepared.test_sets = _read_test_sets(config, earlier, read)
     if config.data.uses_pretrain:
         pretrain.check_source(config.data.pretrain.path)
     return prepared
@@ -201,7 +205,7 @@ def _check_rows(config: Config, earlier: dict[str, Config], prepared: Prepared, 
                 raise ConfigError(f"data.{key}: {error}") from None
 
 
-def _read_test_sets(config: Config, earlier: dict[str, Config]) -> list[TestSet]:
+def _read_test_sets(config: Config, earlier: dict[str, Config], read: ReadRows) -> list[TestSet]:
     """The test sets of a stage, tokenized. Raises ConfigError for those that its result could not answer."""
     chain = [config]  # back to the first stage whose student is not the result of another
     while "path" in chain[-1].student.stages:
@@ -212,7 +216,7 @@ def _read_test_sets(config: Config, earlier: dict[str, Config]) -> list[TestSet]
     student = loading.read_hf_config(dataclasses.replace(chain[-1].student, adapter=None, lora=None), "student")
     loading.check_length(student, "student", config.data.max_length)  # which prompts are cut to
     try:
-        return read_sets(config.eval.sets, tokenizer, student, protocol(config))
+        return read_sets(config.eval.sets, tokenizer, student, protocol(config), read=read)
     except ConfigError as error:
         raise ConfigError(f"eval.sets.{error}") from None
 

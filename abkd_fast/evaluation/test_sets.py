@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import pathlib
+from collections.abc import Callable
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
@@ -69,6 +70,7 @@ def read_sets(
     hf_config: PretrainedConfig,
     protocol: Protocol,
     rows: int | None = None,
+    read: Callable[..., list[Row]] = read_rows,
 ) -> list[TestSet]:
     """Reads and tokenizes test sets; their names are the papers'.
 
@@ -76,24 +78,25 @@ def read_sets(
         sets: by name, JSONL files or folders of the papers' .bin and .idx files.
         hf_config: the configuration of the model that is to answer.
         rows: use only the first ones of each set.
+        read: reads rows; it may remember those that recipes' stages share.
 
     Raises ConfigError for a set, a name, or a row that can't be used.
     """
-    read: dict[str, TestSet] = {}
+    found: dict[str, TestSet] = {}
     for key, source in sets.items():
         name = NAMES.get(key.lower(), key)
         if not name.strip(". ") or "/" in name or not name.isprintable() or len(name.encode()) > 200:
             raise ConfigError(f"\"{key[:60]}\" can't be a set's name: its files are called by it")
-        if name in read:
+        if name in found:
             raise ConfigError(f"{key}: there are two sets called {name}")
         try:
             _check_source(source)
-            chosen = read_rows(source, rows, DEV, prompts_only=True)
+            chosen = read(source, rows, DEV, True)
             prompts, cut = _encode(chosen, tokenizer, hf_config, protocol)
-            read[name] = TestSet(name, source, prompts, references(chosen, tokenizer), cut)
+            found[name] = TestSet(name, source, prompts, references(chosen, tokenizer), cut)
         except ConfigError as error:
             raise ConfigError(f"{key}: {error}") from None
-    return [*read.values()]
+    return [*found.values()]
 
 
 def _check_source(source: str) -> None:

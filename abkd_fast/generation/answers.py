@@ -22,7 +22,7 @@ from .. import distributed
 from ..config.sampling import SamplingParams
 from ..config.schema import Config, ModelConfig, RunConfig, SamplingConfig
 from ..console import console
-from ..data.rows import read_rows
+from ..data.rows import Row, read_rows
 from ..data.tokenize import encode_prompts
 from ..device import choose_device, choose_dtype
 from ..errors import ConfigError, Interrupted, check_number
@@ -39,7 +39,7 @@ class Generation:
     def __init__(
         self,
         spec: ModelConfig,
-        data: str,
+        data: str | list[Row],
         out: pathlib.Path,
         sampling: SamplingParams,
         *,
@@ -54,9 +54,9 @@ class Generation:
         """Checks all that can be checked without weights, and finds responses that are there already. Writes nothing.
 
         Args:
-            data: JSONL file, folder or Hub name; outputs are not read.
+            data: JSONL file, folder or Hub name, whose outputs are not read; or the rows that `read_rows` returned.
             out: the JSONL file of responses.
-            rows: use only the first ones.
+            rows: use only the first ones of a file.
             max_prompt_length: rows with longer prompts, in tokens, are left out.
             seed: a response depends on it, its row's number and its prompt.
             tokenizer: folder or Hub name; the model's by default.
@@ -74,7 +74,7 @@ class Generation:
         loading.check_vocabularies(self.tokenizer, self.hf_config, None, None)
         self.end = self.tokenizer.eos_token_id
         self.sampling = dataclasses.replace(sampling, eos_token_ids=(self.end,))
-        self.rows = read_rows(data, rows, prompts_only=True)
+        self.rows = data if isinstance(data, list) else read_rows(data, rows, prompts_only=True)
         self.prompts = encode_prompts(self.rows, self.tokenizer)
         longest = math.inf if max_prompt_length is None else max_prompt_length
         self.used = [index for index, prompt in enumerate(self.prompts) if len(prompt) <= longest]
@@ -163,8 +163,8 @@ def _as_row(values: dict, output: str) -> dict:
     return {"prompt": values["prompt"], "output": output}
 
 
-def write_stage(config: Config) -> dict:
-    """Runs a stage with method generate: its student answers data.train. Returns the stage's summary.
+def write_stage(config: Config, rows: list[Row]) -> dict:
+    """Runs a stage with method generate: its student answers `rows`, those of data.train. Returns the stage's summary.
 
     The folder `final`, with one file of all responses, is written last. Raises ConfigError and Interrupted.
     """
@@ -176,10 +176,9 @@ def write_stage(config: Config) -> dict:
         )
         generation = Generation(
             config.student,
-            config.data.train,
+            rows,
             growing,
             SamplingParams.from_options(config.sampling, max_length=config.data.max_length),
-            rows=config.data.train_rows,
             max_prompt_length=config.data.max_prompt_length,
             seed=config.run.seed,
             batch_size=config.sampling.batch_size,
@@ -210,9 +209,9 @@ def write_stage(config: Config) -> dict:
     return summary
 
 
-def describe(config: Config) -> Iterator[str]:
-    """Lines that say what `write_stage` would do. Loads no weights; raises ConfigError."""
-    rows, sampling = read_rows(config.data.train, config.data.train_rows, prompts_only=True), config.sampling
+def describe(config: Config, rows: list[Row]) -> Iterator[str]:
+    """Lines that say what `write_stage` would do."""
+    sampling = config.sampling
     yield json.dumps(config.to_dict(), indent=2)
     yield (
         f"  answers    to {len(rows)} prompts, by {config.student.path}, each of at most {sampling.max_new_tokens} "

@@ -41,9 +41,9 @@ class Prepared:
         """Reads rows and keeps them. `read` may remember rows that stages share. Raises ConfigError."""
         self.rows[arguments] = read(*arguments)
 
-    def take_rows(self, source: str, limit: int | None, splits: tuple[str, ...]) -> list[Row]:
-        """Rows to train on. They are not kept any longer, because they may fill much memory. Raises ConfigError."""
-        return self.rows.pop((source, limit, splits, False), None) or read_rows(source, limit, splits)
+    def take_rows(self, *arguments: object) -> list[Row]:
+        """The rows. They are not kept any longer, because they may fill much memory. Raises ConfigError."""
+        return self.rows.pop(arguments, None) or read_rows(*arguments)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,12 +90,12 @@ def read_train_data(
     """Reads and tokenizes the data of a run. Raises ConfigError where they don't fit the configuration."""
     data = config.data
     limits = data.max_length, data.max_prompt_length
-    rows = prepared.take_rows(data.train, data.train_rows, TRAIN)
+    rows = prepared.take_rows(data.train, data.train_rows, TRAIN, False)
     train_set = tokenize(rows, tokenizer, *limits)
     where, long_rows = [row.where for row in rows], {"train": describe_long_rows(rows, train_set, *limits)}
     dev = None
     if data.dev is not None:
-        rows = prepared.take_rows(data.dev, data.dev_rows, DEV)
+        rows = prepared.take_rows(data.dev, data.dev_rows, DEV, False)
         dev_set = tokenize(rows, tokenizer, *limits)
         long_rows["dev"] = describe_long_rows(rows, dev_set, *limits)
         dev = DevEvaluator(config, rows, dev_set, tokenizer)
