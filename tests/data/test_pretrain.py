@@ -16,7 +16,7 @@ from abkd_fast.data import pretrain, quickstart
 from abkd_fast.data.batches import step_samples
 from abkd_fast.data.rows import read_rows
 from abkd_fast.errors import ConfigError
-from abkd_fast.training import trainer
+from abkd_fast.methods.base import Method
 from abkd_fast.training.trainer import Trainer
 from conftest import GPT2
 from runs import Killed, Run, assert_same, at_step, crash, poison
@@ -300,8 +300,8 @@ def test_run_checks_text_first(tmp_path, text, capsys):
 
 
 def test_non_finite_text_loss_stops_the_run(tmp_path, monkeypatch, text, capsys):
-    finite = trainer.cross_entropy
-    monkeypatch.setattr(trainer, "cross_entropy", lambda *arguments, batch: np.inf * finite(*arguments, batch))
+    finite = Method.pretrain_loss
+    monkeypatch.setattr(Method, "pretrain_loss", lambda *args, **kwargs: np.inf * finite(*args, **kwargs))
     assert Run(tmp_path, f"data.pretrain.path={text}", "data.dev=null")() == 1
     assert "error: step 1: loss inf" in capsys.readouterr().err
 
