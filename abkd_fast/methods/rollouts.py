@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import time
 from collections.abc import Callable, Sequence
@@ -44,7 +45,7 @@ class Rollouts:
             # Vocabularies may be padded to different sizes, and both models read what is written.
             vocabulary=shared_vocabulary(*(len(model.head.weight) for model in (student, teacher))),
         )
-        self.counts = _no_counts()
+        self.counts = collections.Counter()  # since the last call of `metrics`
 
     def prompts(self, count: int, turn: int) -> list[dict]:
         """The samples of the data whose prompts a round answers: `count` at a time, epoch after epoch, from turn 0."""
@@ -74,7 +75,7 @@ class Rollouts:
 
     def metrics(self, steps: int) -> dict[str, float]:
         """Values for the log since the last call: what was generated, and the share of the `steps` that generated."""
-        counts, self.counts = self.counts, _no_counts()
+        counts, self.counts = self.counts, collections.Counter()
         numbers = {"generating_share": counts["calls"] / steps}
         if counts["sequences"]:
             numbers["generated_tokens_per_second"] = counts["tokens"] / counts["seconds"]
@@ -86,12 +87,8 @@ class Rollouts:
         prompts = [_prompt(sample) for sample in samples]
         first = (self.config.run.seed << 40) + (step << 20)
         seeds = [first + place for place in range(len(samples))]
-        return (
-            distributed.local_shard(prompts),
-            self.settings,
-            distributed.local_shard(seeds),
-            self.config.sampling.batch_size,
-        )
+        prompts, seeds = map(distributed.local_shard, (prompts, seeds))
+        return prompts, self.settings, seeds, self.config.sampling.batch_size
 
     def _now(self) -> float:
         """The time, once the device has done the work queued before, which is not generation."""
@@ -100,10 +97,8 @@ class Rollouts:
         return time.perf_counter()
 
     def _with_responses(self, samples: list[dict], responses: Sequence[list[int]], started: float) -> list[dict]:
-        self.counts["calls"] += 1
-        self.counts["sequences"] += len(responses)
-        self.counts["tokens"] += sum(map(len, responses))
-        self.counts["seconds"] += time.perf_counter() - started
+        tokens, seconds = sum(map(len, responses)), time.perf_counter() - started
+        self.counts.update(calls=1, sequences=len(responses), tokens=tokens, seconds=seconds)
         return [
             {"input_ids": _prompt(sample) + response, "prompt_length": sample["prompt_length"], "row": sample["row"]}
             for sample, response in zip(samples, responses, strict=True)
@@ -112,7 +107,3 @@ class Rollouts:
 
 def _prompt(sample: dict) -> list[int]:
     return sample["input_ids"][: sample["prompt_length"]]
-
-
-def _no_counts() -> dict[str, float]:
-    return {"calls": 0, "sequences": 0, "tokens": 0, "seconds": 0.0}

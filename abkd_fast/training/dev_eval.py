@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import contextlib
+import statistics
 
 import datasets
 import torch
@@ -12,12 +13,13 @@ from .. import distributed
 from ..config.schema import Config
 from ..data.batches import make_step_batch
 from ..data.rows import Row
+from ..data.tokenize import references
+from ..errors import Interrupted
+from ..evaluation.rouge import response_seeds, score_response
+from ..generation.sampling import SamplingParams, sample
 from ..methods.base import cross_entropy
 from ..models.packed import PackedCausalLM
 from ..signals import StopSignals
-
-if TYPE_CHECKING:
-    from .dev_rouge import DevRouge
 
 
 class DevEvaluator:
@@ -30,8 +32,6 @@ class DevEvaluator:
         self.dev_set, self.every_steps, self.max_tokens = dev_set, config.eval.every_steps, config.train.max_tokens
         self.rouge: DevRouge | None = None
         if config.eval.rouge_rows is not None:
-            from .dev_rouge import DevRouge  # its import takes half a second, and most runs don't need it
-
             self.rouge = DevRouge(config, rows, dev_set, tokenizer)
 
     def is_due(self, step: int, steps: int, steps_per_epoch: int) -> bool:
@@ -50,3 +50,36 @@ class DevEvaluator:
                 break
         student.train()
         return None if signals.of_any_rank() else distributed.all_reduce_sum(total).item() / batch.num_labels
+
+
+class DevRouge:
+    """ROUGE-L on the first development rows, in one sampled pass with the run's seed. No n-gram is banned."""
+
+    def __init__(
+        self, config: Config, rows: list[Row], dev_set: datasets.Dataset, tokenizer: PreTrainedTokenizerBase
+    ) -> None:
+        """Takes the checked rows, and the same rows tokenized."""
+        count = min(config.eval.rouge_rows, len(dev_set))
+        samples = dev_set[:count]
+        pairs = zip(samples["input_ids"], samples["prompt_length"], strict=True)
+        self.prompts = [ids[:length] for ids, length in pairs]
+        self.references = references([rows[number] for number in samples["row"]], tokenizer)
+        self.seeds = response_seeds((config.run.seed, row) for row in range(count))
+        self.tokenizer = tokenizer
+        self.settings = SamplingParams(
+            max_new_tokens=config.eval.max_new_tokens, eos_token_ids=(tokenizer.eos_token_id,)
+        )
+
+    def measure(self, student: PackedCausalLM, signals: StopSignals) -> float | None:
+        """The mean over the rows; None after a signal. Ranks share the rows. Collective."""
+        prompts, outputs, seeds = map(distributed.local_shard, (self.prompts, self.references, self.seeds))
+        scores = [0.0] * len(prompts)
+
+        def on_response(row: int, response: list[int]) -> None:
+            scores[row] = score_response(self.tokenizer, response, outputs[row])["rouge_l"]
+            if signals.received:
+                raise Interrupted(signals.received)
+
+        with contextlib.suppress(Interrupted):
+            sample(student, prompts, self.settings, seeds, 64, on_response)
+        return None if signals.of_any_rank() else statistics.fmean(distributed.gather_shards(scores))

@@ -115,35 +115,16 @@ class RunLog:
     def advance(self, step: int) -> None:
         self.bar.update(self.task, completed=step)
 
-    def train(
-        self,
-        step: int,
-        samples: int,
-        tokens: int,
-        real_tokens: int,
-        flops: int,
-        loss: float | None,
-        parts: dict[str, float | None],
-        lr: float,
-        grad_norm: float | None,
-        skipped_steps: int,
-    ) -> None:
+    def train(self, step: int, values: dict[str, float | None], counts: dict[str, int]) -> None:
         """Writes one point over the steps since the last one. Synchronize the device before.
 
-        Args:
-            tokens, real_tokens: all tokens computed, and those of samples.
-            flops: operations of these steps.
-            loss, parts, grad_norm: None where every step was skipped.
+        counts: samples, tokens computed, tokens of samples ("real_tokens") and operations ("flops") of these steps.
         """
         now = time.perf_counter()
         seconds, self.last = now - self.last, now
         left = (now - self.started) / (step - max(self.done, 0)) * (self.steps - step)
-        values = {
-            "loss": loss,
-            **parts,
-            "lr": lr,
-            "grad_norm": grad_norm,
-            "skipped_steps": skipped_steps,
+        samples, tokens, real_tokens, flops = (counts[n] for n in ("samples", "tokens", "real_tokens", "flops"))
+        values = values | {
             "samples_per_second": samples / seconds,
             "seconds_per_sample": seconds / samples,
             "tokens_per_second": real_tokens / seconds,
@@ -153,7 +134,7 @@ class RunLog:
             "peak_memory_bytes": peak_memory(self.device),
         }
         self._write("train", step, values)
-        mean = "-" if loss is None else f"{loss:.4f}"
+        mean = "-" if values["loss"] is None else f"{values['loss']:.4f}"
         text = (
             f"loss {mean} {samples / seconds:.1f} samples/s {seconds / samples:.4f} s/sample "
             f"{real_tokens / seconds:.0f} tokens/s {values['peak_memory_bytes'] / 2**30:.1f} GiB"
@@ -161,8 +142,9 @@ class RunLog:
         self.bar.update(self.task, completed=step, numbers=text)
         if not console.is_terminal:
             minutes, rest = divmod(round(left), 60)
-            named = "".join(f"  {name} {part:.5g}" for name, part in parts.items() if part is not None)
-            console.print(f"step {step}/{self.steps}  {text}{named}  lr {lr:.1e}  left {minutes}m{rest:02d}s")
+            names = [*values][1 : [*values].index("lr")]  # parts of the loss, and the method's own values
+            named = "".join(f"  {name} {values[name]:.5g}" for name in names if values[name] is not None)
+            console.print(f"step {step}/{self.steps}  {text}{named}  lr {values['lr']:.1e}  left {minutes}m{rest:02d}s")
 
     def evaluation(self, step: int, dev_loss: float, rouge_l: float | None) -> None:
         self._write("dev", step, {"loss": dev_loss} | ({} if rouge_l is None else {"rouge_l": rouge_l}))
@@ -211,13 +193,7 @@ class MetricsWindow:
         self.tokens = self.flops = 0  # this rank's alone
 
     def add(
-        self,
-        step: int,
-        loss: Tensor,
-        norm: Tensor,
-        parts: dict[str, Tensor],
-        batch: StepBatch,
-        flops: int,
+        self, step: int, loss: Tensor, norm: Tensor, parts: dict[str, Tensor], batch: StepBatch, flops: int
     ) -> None:
         finite = is_finite(loss, norm)
         self.loss += torch.where(finite, loss, 0.0)
@@ -240,22 +216,24 @@ class MetricsWindow:
         """Logs a point, with the method's own `numbers`. Returns how many steps were skipped. Collective."""
         skipped = int(self.skipped)
         finite = self.steps - skipped
-        loss, norm = (self.loss.item() / finite, self.norm.item()) if finite else (None, None)
-        parts = {name: part.item() / finite if finite else None for name, part in self.parts.items()}
+        means = {
+            name: sum_.item() / finite if finite else None for name, sum_ in {"loss": self.loss, **self.parts}.items()
+        }
+        norm = self.norm.item() if finite else None
         if distributed.world_size() > 1:  # how much more than the mean the busiest rank had
             numbers = numbers | {"imbalance": self.max_rank_tokens * distributed.world_size() / self.real_tokens - 1}
-        _, samples, real_tokens, _, tokens, flops = self.counts()
-        log.train(step, samples, tokens, real_tokens, flops, loss, parts | numbers, lr, norm, skipped)
+        log.train(step, {**means, **numbers, "lr": lr, "grad_norm": norm, "skipped_steps": skipped}, self.counts())
         return skipped
 
-    def counts(self) -> list[int]:
+    def counts(self) -> dict[str, int]:
         """The counters, summed over all ranks. Collective."""
-        own = distributed.all_reduce_count(self.tokens), distributed.all_reduce_count(self.flops)
-        return [self.steps, self.samples, self.real_tokens, self.max_rank_tokens, *own]
+        own = {name: distributed.all_reduce_count(getattr(self, name)) for name in ("tokens", "flops")}
+        shared = ("steps", "samples", "real_tokens", "max_rank_tokens")
+        return {name: getattr(self, name) for name in shared} | own
 
     def tensors(self) -> dict[str, Tensor]:
         """The window for a checkpoint, summed over all ranks. Collective."""
-        counts, rows = torch.tensor(self.counts()), torch.tensor(self.rows, dtype=torch.int64)
+        counts, rows = torch.tensor([*self.counts().values()]), torch.tensor(self.rows, dtype=torch.int64)
         sums = {"loss": self.loss, "norm": self.norm, "skipped": self.skipped, "first_nonfinite": self.first_nonfinite}
         sums |= {f"parts.{name}": part for name, part in self.parts.items()}
         return {"counts": counts, "rows": rows} | {name: value.cpu() for name, value in sums.items()}

@@ -30,9 +30,3 @@ def build_scheduler(optimizer: AdamW, optim: OptimConfig, steps: int) -> LRSched
         num_training_steps=steps,
         scheduler_specific_kwargs={"min_lr": optim.min_lr} if cosine else None,
     )
-
-
-def restore_learning_rate(optimizer: AdamW, scheduler: LRScheduler) -> None:
-    """Gives a restored scheduler's rate to its optimizer, whose groups are not part of a checkpoint."""
-    for group, rate in zip(optimizer.param_groups, scheduler.get_last_lr(), strict=True):
-        group["lr"] = rate

@@ -60,10 +60,9 @@ class TrainData:
 
 
 def read_tokenizer(config: Config) -> PreTrainedTokenizerBase:
-    """The tokenizer of a run: its own key's, or the student's. Raises ConfigError."""
-    return loading.read_tokenizer(
-        config.tokenizer or config.student.path, "tokenizer" if config.tokenizer else "student.path"
-    )
+    """The tokenizer of a run: that of its key, or the student's. Raises ConfigError."""
+    source, key = (config.tokenizer, "tokenizer") if config.tokenizer else (config.student.path, "student.path")
+    return loading.read_tokenizer(source, key)
 
 
 def check_models(

@@ -14,7 +14,6 @@ from ..console import console
 from ..device import device_name
 from ..errors import ConfigError
 from . import checkpoint
-from .optim import restore_learning_rate
 
 if TYPE_CHECKING:
     from .trainer import Trainer
@@ -83,10 +82,11 @@ def load_state_dict(trainer: Trainer, tensors: dict[str, Tensor], values: dict) 
     trainer.window.load(groups["window"])
     trainer.state = TrainState(**values["progress"])
     trainer.scheduler.load_state_dict(values["scheduler"])
-    restore_learning_rate(trainer.optimizer, trainer.scheduler)
+    for group, lr in zip(trainer.optimizer.param_groups, trainer.scheduler.get_last_lr(), strict=True):
+        group["lr"] = lr
     trainer.method.load_state_dict(values.get("method") or {})
     if trainer.rollouts:
-        trainer.rollouts.counts = values["rollouts"]
+        trainer.rollouts.counts.update(values["rollouts"])
     # Last, because loading models draws from the generators.
     checkpoint.set_random_state(checkpoint.of_rank(groups["random"]), values)
 
@@ -98,8 +98,5 @@ def _fingerprints(trainer: Trainer) -> dict[str, str]:
 
 
 def _environment(trainer: Trainer) -> dict[str, str | int]:
-    return {
-        "PyTorch": torch.__version__,
-        "device": device_name(trainer.device),
-        "processes": distributed.world_size(),
-    }
+    device, processes = device_name(trainer.device), distributed.world_size()
+    return {"PyTorch": torch.__version__, "device": device, "processes": processes}

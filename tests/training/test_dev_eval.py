@@ -13,7 +13,7 @@ from abkd_fast.data import quickstart
 from abkd_fast.data.rows import read_rows
 from abkd_fast.data.tokenize import encode_prompts
 from abkd_fast.generation.sampling import SamplingParams, sample
-from abkd_fast.training import dev_rouge
+from abkd_fast.training import dev_eval
 from scoring import lines_of, rouge_by_hand, write_recipe
 
 
@@ -55,7 +55,7 @@ def test_training_is_the_same_with_and_without(recipe, tmp_path):
 def made_up_scores(monkeypatch, scores):
     """ROUGE-L of each evaluation, in their order."""
     values = iter(scores)
-    monkeypatch.setattr("abkd_fast.training.dev_rouge.DevRouge.measure", lambda *_: next(values))
+    monkeypatch.setattr("abkd_fast.training.dev_eval.DevRouge.measure", lambda *_: next(values))
 
 
 def test_highest_rouge_l_is_selected(recipe, tmp_path, monkeypatch, capsys):
@@ -74,7 +74,7 @@ def test_signal_during_the_answers_and_resume(recipe, tmp_path, monkeypatch):
     assert train.main(recipe("run.name=undisturbed", sets=None)) == 0
     undisturbed = tmp_path / "runs" / "undisturbed"
     with monkeypatch.context() as patch:
-        score, count = dev_rouge.score_response, 0
+        score, count = dev_eval.score_response, 0
 
         def score_and_be_stopped(*arguments):
             nonlocal count
@@ -83,7 +83,7 @@ def test_signal_during_the_answers_and_resume(recipe, tmp_path, monkeypatch):
                 signal.raise_signal(signal.SIGTERM)
             return score(*arguments)
 
-        patch.setattr(dev_rouge, "score_response", score_and_be_stopped)
+        patch.setattr(dev_eval, "score_response", score_and_be_stopped)
         assert train.main(recipe(sets=None)) == 75
     assert [step for step, *_ in dev_points(tmp_path)] == [0]
     assert train.main([*recipe(sets=None), "--resume"]) == 0
