@@ -29,12 +29,13 @@ class Divergence:
     name: ClassVar[str] = ""  # as `parse` reads it; empty if it does not
     title: ClassVar[str]  # the papers' name
     family: ClassVar[Family]
+    per: ClassVar[str] = "token"  # "batch" if the gradient of a row is known only when all rows are measured
     excluded: ClassVar[str] = ""  # why 0 and 1 are excluded, if the numbers must be between them
 
     @property
     def parameters(self) -> list[float]:
-        """The numbers that the kernel of `family` takes: the fields in their order, if a class says nothing else."""
-        return [float(value) for value in vars(self).values()]
+        """The numbers that the kernel of `family` takes. By default they are the fields that are numbers, in order."""
+        return [float(value) for value in vars(self).values() if not isinstance(value, str)]
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -193,10 +194,6 @@ class AlphaNet(Divergence):
         super().__post_init__()
         if self.per not in ("batch", "token"):
             raise ValueError(f'per is "{self.per}", expected "batch" or "token"')
-
-    @property
-    def parameters(self) -> list[float]:
-        return [float(self.alpha1), float(self.alpha2)]
 
     @property
     def branches(self) -> "tuple[AlphaDivergence, AlphaDivergence]":
