@@ -23,7 +23,7 @@ from torch import Tensor
 
 from abkd_fast import AlphaBeta, divergence_loss, fused_linear_divergence
 from abkd_fast.losses import reference, row_ops
-from abkd_fast.losses.arguments import LossSpec
+from abkd_fast.losses.arguments import LossSpec, Rows
 from abkd_fast.losses.chunks import choose_chunk_tokens
 from abkd_fast.losses.divergences import BY_NAME, AlphaNet
 from harness import MIB, Report, at_least, at_most, available_memory, measure, peak_memory, spread
@@ -125,7 +125,7 @@ class Benchmark:
             candidates = {
                 f"copy, {short(dtype)}": lambda out=gradient, source=teacher: out.copy_(source),
                 f"row kernel, {short(dtype)}": lambda s=student, t=teacher, out=gradient: row_ops.row_losses(
-                    s, t, None, LossSpec(DIVERGENCE), gradient=out
+                    Rows(s, t, None, LossSpec(DIVERGENCE)), gradient=out
                 ),
             }
             times = measure(candidates, self.options.repeats)
@@ -260,8 +260,8 @@ class Benchmark:
         exact = {}
         for kind in kinds:
             gradient = torch.empty_like(student, dtype=torch.float64)
-            rows = student.double(), teacher.double(), None, LossSpec(kind)
-            exact[str(kind)] = reference.row_losses(*rows, gradient), gradient
+            rows = Rows(student.double(), teacher.double(), None, LossSpec(kind))
+            exact[str(kind)] = reference.row_losses(rows, gradient), gradient
 
         def errors(name: str, kind: str, losses: Tensor, gradient: Tensor) -> dict:
             """The worst row's, relative: of the loss, and of the gradient in the Euclidean norm."""
@@ -273,7 +273,7 @@ class Benchmark:
         rows = []
         for kind in kinds:
             gradient = torch.empty_like(student)
-            losses = row_ops.row_losses(student, teacher, None, LossSpec(kind), gradient=gradient)
+            losses = row_ops.row_losses(Rows(student, teacher, None, LossSpec(kind)), gradient=gradient)
             rows.append(errors(str(kind), str(kind), losses, gradient))
         leaf = student.clone().requires_grad_()
         losses = torch.stack([published(z[None], y[None]) for z, y in zip(leaf, teacher, strict=True)])

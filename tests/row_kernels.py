@@ -5,7 +5,7 @@ import torch
 
 from abkd_fast import divergence_loss, parse
 from abkd_fast.losses import reference, row_ops
-from abkd_fast.losses.arguments import LossSpec
+from abkd_fast.losses.arguments import LossSpec, Rows
 from oracle import ALPHA_BETA, FAMILIES, relative_errors
 
 ALL = [*ALPHA_BETA, *FAMILIES]
@@ -29,7 +29,7 @@ def kernel(student, teacher, divergence, **options):
 
 def by_reference(student, teacher, divergence):
     gradient = torch.empty_like(student)
-    return reference.row_losses(student, teacher, None, LossSpec(divergence), gradient), gradient
+    return reference.row_losses(Rows(student, teacher, None, LossSpec(divergence)), gradient), gradient
 
 
 def assert_close(got, expected, bound):

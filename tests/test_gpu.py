@@ -11,7 +11,7 @@ from abkd_fast import (
     parse,
 )
 from abkd_fast.losses import row_ops
-from abkd_fast.losses.arguments import LossSpec
+from abkd_fast.losses.arguments import LossSpec, Rows
 from abkd_fast.losses.divergences import BY_NAME
 
 pytestmark = [
@@ -31,7 +31,7 @@ def assert_close_to_oracle(student, teacher, alpha, beta, labels=None, **numbers
     gradient = torch.empty_like(student)
     labels_there = None if labels is None else labels.cuda()
     spec = LossSpec(AlphaBeta(alpha, beta), **numbers)
-    losses = row_ops.row_losses(student, teacher, labels_there, spec, gradient=gradient)
+    losses = row_ops.row_losses(Rows(student, teacher, labels_there, spec), gradient=gradient)
     kept = slice(None) if labels is None else labels != -100
     bound = FLOAT32_UNWEIGHTED if abs(alpha + beta) < 0.1 else FLOAT32
     assert oracle.relative_errors(losses.cpu()[kept], expected[0][kept]).max() < bound
@@ -74,12 +74,12 @@ def test_every_divergence_agrees_with_oracle(spelling, vocab, dtype):
 def test_gradients_from_statistics(spelling, dtype):
     divergence = parse(spelling)
     student, teacher = (x.to(dtype).cuda() for x in oracle.gpt2_like_logits(3, 5003))
-    rows = student, teacher, torch.tensor([1, -100, 5002]).cuda(), LossSpec(divergence, 2.0, 0.3)
+    rows = Rows(student, teacher, torch.tensor([1, -100, 5002]).cuda(), LossSpec(divergence, 2.0, 0.3))
     upstream = torch.tensor([0.5, 3.0, -2.0], device="cuda")
     statistics = torch.zeros(3, row_ops.STATISTICS, dtype=torch.float64, device="cuda")
     expected, gradient = torch.empty_like(student), torch.empty_like(student)
-    row_ops.row_losses(*rows, gradient=expected, statistics=statistics, upstream=upstream)
-    row_ops.row_gradients(*rows, statistics, upstream, gradient)
+    row_ops.row_losses(rows, gradient=expected, statistics=statistics, upstream=upstream)
+    row_ops.row_gradients(rows, statistics, upstream, gradient)
     assert torch.equal(gradient, expected)
 
 
@@ -88,14 +88,14 @@ def test_gradients_from_statistics(spelling, dtype):
 def test_labels_temperature_hard_weight_and_in_place_gradient(vocab, dtype):
     student, teacher = (x.to(dtype).cuda() for x in oracle.gpt2_like_logits(4, vocab))
     labels = torch.tensor([0, -100, vocab - 1, vocab // 2])
-    rows = teacher, labels.cuda(), LossSpec(AlphaBeta(), 2.0, 0.3)
+    rows = Rows(student, teacher, labels.cuda(), LossSpec(AlphaBeta(), 2.0, 0.3))
     gradient = torch.empty_like(student)
-    losses = row_ops.row_losses(student, *rows, gradient=gradient)
+    losses = row_ops.row_losses(rows, gradient=gradient)
     if vocab > 3:
         assert_close_to_oracle(student, teacher, 0.2, 0.7, labels, temperature=2.0, hard_weight=0.3)
     assert losses[1] == 0
     assert gradient[1].eq(0).all()
-    assert torch.equal(row_ops.row_losses(student, *rows, gradient=student), losses)
+    assert torch.equal(row_ops.row_losses(rows, gradient=student), losses)
     assert torch.equal(student, gradient)
 
 

@@ -1,7 +1,5 @@
 """The arguments of the losses: their bundles, and the checks of them."""
 
-from __future__ import annotations
-
 import math
 from typing import NamedTuple
 
@@ -27,6 +25,15 @@ class LossSpec(NamedTuple):
     divergence: Divergence
     temperature: float = 1.0
     hard_weight: float = 0.0
+
+
+class Rows(NamedTuple):
+    """The logits and labels of N tokens, and their loss: `struct Rows` in csrc/row_call.h."""
+
+    student: Tensor  # [N, V]
+    teacher: Tensor | None  # [N, V]; None for the cross-entropy alone
+    labels: Tensor | None  # [N], int64; -100 for a row that doesn't count
+    spec: LossSpec
 
 
 def loss_dtype(logits: Tensor) -> torch.dtype:

@@ -5,20 +5,15 @@ products turn that into the gradients of hidden states and projection (`HeadGrad
 number of tokens.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from .arguments import LinearHead, loss_dtype
+from .arguments import LinearHead, LossSpec, Rows, loss_dtype
 from .row_ops import new_large
-
-if TYPE_CHECKING:
-    from .vocab_parallel import Shard
+from .vocab_parallel import Shard
 
 CHUNK_BYTES = {"cpu": 128 << 20, "cuda": 1 << 30}  # logits of one chunk, student's and teacher's together
 TILE = {"cpu": 16, "cuda": 128}  # a chunk has a multiple of this number of rows, as matrix products work in tiles
@@ -77,16 +72,16 @@ class Chunks:
         student: LinearHead,
         teacher: LinearHead | None,
         labels: Tensor | None,
+        spec: LossSpec,
         chunk_tokens: int,
         logits_dtype: torch.dtype,
         shard: Shard | None = None,
     ) -> None:
         """`chunk_tokens` 0 leaves the size to `choose_chunk_tokens`. `shard` says which part of the vocabulary the
         projections have; None is all of it."""
-        self.dtype = loss_dtype(student.hidden)
+        self.spec, self.dtype = spec, loss_dtype(student.hidden)
         self.heads = [_operands(head, self.dtype) for head in (student, teacher) if head is not None]
         hidden, self.vocab = student.hidden, len(student.weight)
-        self.tokens = len(hidden)
         self.kept = None  # indices of the rows that count, or None if all do
         if labels is not None:
             # Found on the labels' own device: labels that stayed on the CPU need no synchronization with the GPU.
@@ -95,35 +90,31 @@ class Chunks:
             labels = labels.to(hidden.device, non_blocking=True)
             labels = labels if shard is None else shard.local_labels(labels, self.vocab)
         self.labels = labels
-        self.count = self.tokens if self.kept is None else len(self.kept)
+        self.count = len(hidden) if self.kept is None else len(self.kept)
         sizes = self.count, self.vocab if shard is None else shard.widest, len(self.heads)
         self.step = chunk_tokens or choose_chunk_tokens(*sizes, logits_dtype, hidden.device)
         shape = len(self.heads), min(self.step, self.count), _round_up(self.vocab, ROW_ALIGNMENT)
         self.buffer = new_large(hidden, *shape, dtype=logits_dtype)
         self.held = None  # the start of the chunk whose logits are in the buffer
 
-    def __iter__(self) -> Iterator[tuple[slice | Tensor, Tensor, Tensor | None, Tensor | None]]:
-        """Rows, student logits and teacher logits [n, V] and labels [n] of each chunk.
+    def __iter__(self) -> Iterator[tuple[slice | Tensor, Rows]]:
+        """For each chunk an index of the hidden states, and their rows.
 
-        Rows are an index of the hidden states. The student's logits may be overwritten; `held` must then become None.
+        The student's logits may be overwritten; `held` must then become None.
         """
         for start in range(0, self.count, self.step):
             size = min(self.step, self.count - start)
-            rows = slice(start, start + size)
-            rows = rows if self.kept is None else self.kept[rows]
+            index = slice(start, start + size)
+            index = index if self.kept is None else self.kept[index]
             logits = [buffer[:size, : self.vocab] for buffer in self.buffer]
             if self.held != start:
                 for (hidden, weight, bias), out in zip(self.heads, logits, strict=True):
-                    _product(hidden[rows], weight.T, out)
+                    _product(hidden[index], weight.T, out)
                     if bias is not None:
                         out += bias
             self.held = start
-            labels = None if self.labels is None else self.labels[rows]
-            yield rows, logits[0], logits[1] if len(logits) > 1 else None, labels
-
-    def new_losses(self) -> Tensor:
-        """Zeros [N] in the type of the losses."""
-        return self.heads[0].hidden.new_zeros(self.tokens, dtype=self.dtype)
+            labels = None if self.labels is None else self.labels[index]
+            yield index, Rows(logits[0], logits[1] if len(logits) > 1 else None, labels, self.spec)
 
 
 class HeadGradients:
@@ -142,15 +133,15 @@ class HeadGradients:
         if chunks.count == 0:
             self.weight.zero_()
 
-    def add(self, rows: slice | Tensor, gradient: Tensor) -> None:
+    def add(self, index: slice | Tensor, gradient: Tensor) -> None:
         """Adds the gradients of a chunk, from `gradient` by its logits [n, V], which has taken the place of these."""
         hidden, weight, _ = self.chunks.heads[0]
         if self.need[0]:
             chunk_gradient = hidden.new_empty(len(gradient), hidden.shape[1], dtype=self.chunks.dtype)  # [n, H]
             _product(gradient, weight, chunk_gradient)
-            self.hidden[rows] = chunk_gradient
+            self.hidden[index] = chunk_gradient
         if self.need[1]:
-            _product(gradient.T, hidden[rows], self.weight, self.accumulate)
+            _product(gradient.T, hidden[index], self.weight, self.accumulate)
             self.accumulate = True
         if self.need[2]:
             self.bias += gradient.sum(0, dtype=self.chunks.dtype)

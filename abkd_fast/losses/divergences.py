@@ -3,8 +3,6 @@
 All are true divergences, 0 if p = q: forward terms are KL(p, q), not the cross-entropy that some codes report.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import difflib
 import enum
@@ -28,29 +26,28 @@ class Family(enum.IntEnum):
 class Divergence:
     """Base class of the catalog. `str(divergence)` is its spelling, which `parse` reads."""
 
-    family: ClassVar[Family]
+    name: ClassVar[str] = ""  # as `parse` reads it; empty if it does not
     title: ClassVar[str]  # the papers' name
+    family: ClassVar[Family]
+    per: ClassVar[str] = "token"  # "batch" if the gradient of a row is known only when all rows are measured
+    excluded: ClassVar[str] = ""  # why 0 and 1 are excluded, if the numbers must be between them
 
     @property
     def parameters(self) -> list[float]:
-        """The numbers that the kernel of `family` takes."""
-        return []
+        """The numbers that the kernel of `family` takes. By default they are the fields that are numbers, in order."""
+        return [float(value) for value in vars(self).values() if not isinstance(value, str)]
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
+        for name, value in vars(self).items():
             if isinstance(value, float | int) and not math.isfinite(value):
-                raise ValueError(f"{field.name} is {value}, expected a finite number")
+                raise ValueError(f"{name} is {value}, expected a finite number")
+            if self.excluded and not 0 < value < 1:
+                ends = f"both excluded ({self.excluded})"
+                raise ValueError(f"{name} is {value}, expected a number between 0 and 1, {ends}")
 
     def __str__(self) -> str:
-        name = next(name for name, divergence in BY_NAME.items() if divergence is type(self))
-        values = [getattr(self, field.name) for field in dataclasses.fields(self)]
-        return name + ":" * bool(values) + ",".join(str(value).removesuffix(".0") for value in values)
-
-
-def _check_inside(name: str, value: float, ends: str) -> None:
-    if not 0 < value < 1:
-        raise ValueError(f"{name} is {value}, expected a number between 0 and 1, both excluded ({ends})")
+        values = ",".join(str(value).removesuffix(".0") for value in vars(self).values())
+        return f"{self.name}:{values}" if values else self.name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,89 +65,23 @@ class AlphaBeta(Divergence):
 
     alpha: float = 0.2
     beta: float = 0.7
-    family: ClassVar[Family] = Family.ALPHA_BETA
-    title: ClassVar[str] = "ABKD"
-
-    @property
-    def parameters(self) -> list[float]:
-        return [float(self.alpha), float(self.beta)]
-
-
-@dataclasses.dataclass(frozen=True)
-class AlphaDivergence(Divergence):
-    """(1 - sum p^alpha q^(1 - alpha)) / (alpha (1 - alpha)): `AlphaBeta(alpha, 1 - alpha)`."""
-
-    alpha: float = 0.5
-    family: ClassVar[Family] = Family.ALPHA_BETA
-    title: ClassVar[str] = "Alpha"
-
-    @property
-    def parameters(self) -> list[float]:
-        return [float(self.alpha), 1.0 - self.alpha]
-
-
-@dataclasses.dataclass(frozen=True)
-class Hellinger(Divergence):
-    """2 sum (sqrt p - sqrt q)^2, four times the squared Hellinger distance: `AlphaBeta(.5, .5)`."""
-
-    family: ClassVar[Family] = Family.ALPHA_BETA
-    title: ClassVar[str] = "Hellinger"
-
-    @property
-    def parameters(self) -> list[float]:
-        return [0.5, 0.5]
-
-
-@dataclasses.dataclass(frozen=True)
-class AlphaNet(Divergence):
-    """The larger of two alpha-divergences (AlphaNet). Only the larger one has a gradient.
-
-    `per="batch"` compares the means over all rows of a call, which is one micro-batch, as the published code of ABKD
-    does. `per="token"` compares the divergences row by row.
-    """
-
-    alpha1: float = 0.2
-    alpha2: float = 0.8
-    per: str = "batch"
-    family: ClassVar[Family] = Family.ALPHA_NET
-    title: ClassVar[str] = "AlphaNet"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.per not in ("batch", "token"):
-            raise ValueError(f'per is "{self.per}", expected "batch" or "token"')
-
-    @property
-    def parameters(self) -> list[float]:
-        return [float(self.alpha1), float(self.alpha2)]
-
-    @property
-    def branches(self) -> tuple[AlphaDivergence, AlphaDivergence]:
-        return AlphaDivergence(self.alpha1), AlphaDivergence(self.alpha2)
+    name, title, family = "ab", "ABKD", Family.ALPHA_BETA
 
 
 @dataclasses.dataclass(frozen=True)
 class ForwardKL(Divergence):
     """KL(p, q) = sum p log(p / q), word-level distillation (FKL, FKLD). TRL: `beta=0`."""
 
-    family: ClassVar[Family] = Family.WEIGHTED_KL
-    title: ClassVar[str] = "FKLD"
-
-    @property
-    def parameters(self) -> list[float]:
-        return [1.0, 0.0]
+    name, title, family = "fkl", "FKLD", Family.WEIGHTED_KL
+    parameters: ClassVar[list[float]] = [1.0, 0.0]
 
 
 @dataclasses.dataclass(frozen=True)
 class ReverseKL(Divergence):
     """KL(q, p) = sum q log(q / p) (RKL, RKLD). TRL: `beta=1`."""
 
-    family: ClassVar[Family] = Family.WEIGHTED_KL
-    title: ClassVar[str] = "RKLD"
-
-    @property
-    def parameters(self) -> list[float]:
-        return [0.0, 1.0]
+    name, title, family = "rkl", "RKLD", Family.WEIGHTED_KL
+    parameters: ClassVar[list[float]] = [0.0, 1.0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,8 +89,7 @@ class WSD(Divergence):
     """Weighted sum of both directions: (1 - lam) KL(p, q) + lam KL(q, p). `lam` weights the reverse one."""
 
     lam: float = 0.5
-    family: ClassVar[Family] = Family.WEIGHTED_KL
-    title: ClassVar[str] = "WSD"
+    name, title, family = "wsd", "WSD", Family.WEIGHTED_KL
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -180,8 +110,24 @@ class BDKD(Divergence):
     gradient.
     """
 
-    family: ClassVar[Family] = Family.BALANCED_KL
-    title: ClassVar[str] = "BDKD"
+    name, title, family = "bdkd", "BDKD", Family.BALANCED_KL
+
+
+@dataclasses.dataclass(frozen=True)
+class JensenShannon(Divergence):
+    """lam KL(q, m) + (1 - lam) KL(p, m) with m = (1 - lam) p + lam q: `lam` is the student's share.
+
+    TRL's `beta` is the teacher's share: `lam = 1 - beta`. (In TRL beta 0 and 1 mean forward and reverse KL. Here the
+    limits would be 0, and are excluded.) The default .1 is that of the ABKD paper; DistiLLM's scripts have .9.
+    """
+
+    lam: float = 0.1
+    name, title, family = "jsd", "JSD", Family.MIXTURE
+    excluded = "the divergence vanishes there: take fkl or rkl"
+
+    @property
+    def parameters(self) -> list[float]:
+        return [float(self.lam), float(self.lam), 1.0 - self.lam]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,37 +140,15 @@ class AKL(Divergence):
     """
 
     mu: float = 0.5
-    family: ClassVar[Family] = Family.ADAPTIVE_KL
-    title: ClassVar[str] = "AKL"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check_inside("mu", self.mu, "the probability of the head")
-
-    @property
-    def parameters(self) -> list[float]:
-        return [float(self.mu)]
+    name, title, family = "akl", "AKL", Family.ADAPTIVE_KL
+    excluded = "the probability of the head"
 
 
 @dataclasses.dataclass(frozen=True)
-class JensenShannon(Divergence):
-    """lam KL(q, m) + (1 - lam) KL(p, m) with m = (1 - lam) p + lam q: `lam` is the student's share.
+class TotalVariation(Divergence):
+    """Half of sum |p - q| (TVD)."""
 
-    TRL's `beta` is the teacher's share: `lam = 1 - beta`. (In TRL beta 0 and 1 mean forward and reverse KL. Here the
-    limits would be 0, and are excluded.) The default .1 is that of the ABKD paper; DistiLLM's scripts have .9.
-    """
-
-    lam: float = 0.1
-    family: ClassVar[Family] = Family.MIXTURE
-    title: ClassVar[str] = "JSD"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check_inside("lam", self.lam, "the divergence vanishes there: take fkl or rkl")
-
-    @property
-    def parameters(self) -> list[float]:
-        return [float(self.lam), float(self.lam), 1.0 - self.lam]
+    name, title, family = "tvd", "TVD", Family.TOTAL_VARIATION
 
 
 @dataclasses.dataclass(frozen=True)
@@ -232,12 +156,8 @@ class SkewForwardKL(Divergence):
     """KL(p, m) with m = lam p + (1 - lam) q (DistiLLM's SKL): `lam` is the teacher's share."""
 
     lam: float = 0.1
-    family: ClassVar[Family] = Family.MIXTURE
-    title: ClassVar[str] = "SFKL"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check_inside("lam", self.lam, "0 is fkl, 1 is nothing")
+    name, title, family = "sfkl", "SFKL", Family.MIXTURE
+    excluded = "0 is fkl, 1 is nothing"
 
     @property
     def parameters(self) -> list[float]:
@@ -249,12 +169,8 @@ class SkewReverseKL(Divergence):
     """KL(q, m) with m = (1 - lam) p + lam q (DistiLLM's SRKL): `lam` is the student's share."""
 
     lam: float = 0.1
-    family: ClassVar[Family] = Family.MIXTURE
-    title: ClassVar[str] = "SRKL"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check_inside("lam", self.lam, "0 is rkl, 1 is nothing")
+    name, title, family = "srkl", "SRKL", Family.MIXTURE
+    excluded = "0 is rkl, 1 is nothing"
 
     @property
     def parameters(self) -> list[float]:
@@ -262,35 +178,56 @@ class SkewReverseKL(Divergence):
 
 
 @dataclasses.dataclass(frozen=True)
-class TotalVariation(Divergence):
-    """Half of sum |p - q| (TVD)."""
+class AlphaNet(Divergence):
+    """The larger of two alpha-divergences (AlphaNet). Only the larger one has a gradient.
 
-    family: ClassVar[Family] = Family.TOTAL_VARIATION
-    title: ClassVar[str] = "TVD"
+    `per="batch"` compares the means over all rows of a call, which is one micro-batch, as the published code of ABKD
+    does. `per="token"` compares the divergences row by row.
+    """
+
+    alpha1: float = 0.2
+    alpha2: float = 0.8
+    per: str = "batch"
+    name, title, family = "alphanet", "AlphaNet", Family.ALPHA_NET
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.per not in ("batch", "token"):
+            raise ValueError(f'per is "{self.per}", expected "batch" or "token"')
+
+    @property
+    def branches(self) -> "tuple[AlphaDivergence, AlphaDivergence]":
+        return AlphaDivergence(self.alpha1), AlphaDivergence(self.alpha2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Hellinger(Divergence):
+    """2 sum (sqrt p - sqrt q)^2, four times the squared Hellinger distance: `AlphaBeta(.5, .5)`."""
+
+    name, title, family = "hellinger", "Hellinger", Family.ALPHA_BETA
+    parameters: ClassVar[list[float]] = [0.5, 0.5]
+
+
+@dataclasses.dataclass(frozen=True)
+class AlphaDivergence(Divergence):
+    """(1 - sum p^alpha q^(1 - alpha)) / (alpha (1 - alpha)): `AlphaBeta(alpha, 1 - alpha)`."""
+
+    alpha: float = 0.5
+    name, title, family = "alpha", "Alpha", Family.ALPHA_BETA
+
+    @property
+    def parameters(self) -> list[float]:
+        return [float(self.alpha), 1.0 - self.alpha]
 
 
 @dataclasses.dataclass(frozen=True)
 class CrossEntropy(Divergence):
     """No teacher: only the cross-entropy with the labels (supervised fine-tuning). `parse` does not read it."""
 
-    family: ClassVar[Family] = Family.CROSS_ENTROPY
+    family = Family.CROSS_ENTROPY
 
 
-BY_NAME: dict[str, type[Divergence]] = {
-    "ab": AlphaBeta,
-    "fkl": ForwardKL,
-    "rkl": ReverseKL,
-    "wsd": WSD,
-    "bdkd": BDKD,
-    "jsd": JensenShannon,
-    "akl": AKL,
-    "tvd": TotalVariation,
-    "sfkl": SkewForwardKL,
-    "srkl": SkewReverseKL,
-    "alphanet": AlphaNet,
-    "hellinger": Hellinger,
-    "alpha": AlphaDivergence,
-}
+BY_NAME: dict[str, type[Divergence]] = {kind.name: kind for kind in Divergence.__subclasses__() if kind.name}
 
 
 def parse(text: str) -> Divergence:

@@ -6,85 +6,25 @@ No probability is stored. No logit is computed twice, except for `reduction="non
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING
-
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from . import row_ops
 from .arguments import LinearHead, LossSpec, check_head, check_loss, count_kept, loss_dtype, shared_vocabulary
 from .chunks import Chunks, HeadGradients
 from .divergences import CrossEntropy, Divergence, parse
-from .row_ops import (
-    STATISTICS,
-    choose_branch,
-    decides_per_batch,
-    measure_rows,
-    refuse_second_derivative,
-    row_gradients,
-    row_losses,
-    scaled,
-)
 from .vocab_parallel import Shard, divide_vocabulary, local_parts
 
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
 
-
-def _losses_and_gradients(
-    student: LinearHead,
-    teacher: LinearHead | None,
-    labels: Tensor | None,
-    spec: LossSpec,
-    chunk_tokens: int,
-    logits_dtype: torch.dtype,
-    shard: Shard | None,
-    need: list[bool],
-    upstream: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Losses [N], and the gradients of their sum by hidden states, projection and bias where `need` says so.
-
-    With `upstream` [N] the gradients are those of the sum of upstream times losses. They are float32 (float64 for
-    float64 hidden states), and not divided by the number of rows. `shard` is the part of the vocabulary that the
-    projections have; None is all of it.
-    """
-    with torch.autocast(student.hidden.device.type, enabled=False):
-        chunks = Chunks(student, teacher, labels, chunk_tokens, logits_dtype, shard)
-        gradients = HeadGradients(chunks, need)
-        losses, statistics = chunks.new_losses(), None
-        measure = measure_rows if shard is None else shard.measure_rows
-        if decides_per_batch(spec.divergence):
-            losses, statistics = _measure_branches(chunks, spec, measure)
-            if not any(need):
-                return losses, *gradients
-        for rows, *logits_and_labels in chunks:
-            operands = *logits_and_labels, spec
-            gradient = logits_and_labels[0] if any(need) else None
-            factors = None if upstream is None else upstream[rows].contiguous()
-            if statistics is None and shard is None:
-                losses[rows] = row_losses(*operands, gradient=gradient, upstream=factors)
-            else:
-                if statistics is None:
-                    losses[rows], measured = measure(*operands)
-                else:
-                    measured = statistics[rows]
-                if gradient is not None:
-                    factors = losses.new_ones(len(gradient)) if factors is None else factors
-                    row_gradients(*operands, measured, factors, gradient)
-            if gradient is not None:
-                gradients.add(rows, gradient)
-        if shard is not None and need[0]:
-            shard.sum(gradients.hidden)
-    return losses, *gradients
-
-
-def _measure_branches(chunks: Chunks, spec: LossSpec, measure: Callable) -> tuple[Tensor, Tensor]:
+def _measure_branches(chunks: Chunks, losses: Tensor, shard: Shard | None) -> tuple[Tensor, Tensor]:
     """AlphaNet per batch: measures all chunks, then takes one branch for all rows. Losses [N] and statistics [N, 6]."""
-    losses = chunks.new_losses().repeat(2, 1)
-    statistics = losses.new_zeros(*losses.shape, STATISTICS, dtype=torch.float64)
-    for rows, *logits_and_labels in chunks:
-        losses[:, rows], statistics[:, rows] = measure(*logits_and_labels, spec)
-    return choose_branch(losses, statistics)
+    measure = row_ops.measure_rows if shard is None else shard.measure_rows
+    losses = losses.repeat(2, 1)
+    statistics = losses.new_zeros(*losses.shape, row_ops.STATISTICS, dtype=torch.float64)
+    for index, rows in chunks:
+        losses[:, index], statistics[:, index] = measure(rows)
+    return row_ops.choose_branch(losses, statistics)
 
 
 @torch.library.custom_op("abkd_fast::fused_linear", mutates_args=())
@@ -107,36 +47,49 @@ def _fused_linear(
     need: list[bool],
     upstream: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The sum of the losses, the losses [N], and the gradients of the sum by hidden states, projection and bias.
+    """The sum of the losses, the losses [N], and its gradients by hidden states, projection and bias.
 
-    `divergence` is empty for the cross-entropy alone. `group`, `first` and `widest` are a `Shard`; `group` is empty if
-    the projections are whole.
+    The gradients that `need` doesn't ask for have no elements. With `upstream` [N] they are those of the sum of
+    upstream times losses. They are float32 (float64 for float64 hidden states). `divergence` is empty for the
+    cross-entropy alone. `group`, `first` and `widest` are a `Shard`; `group` is empty if the projections are whole.
     """
-    losses, *gradients = _losses_and_gradients(
-        LinearHead(student_hidden, student_weight, student_bias),
-        None if teacher_hidden is None else LinearHead(teacher_hidden, teacher_weight, teacher_bias),
-        labels,
-        LossSpec(parse(divergence) if divergence else CrossEntropy(), temperature, hard_weight),
-        chunk_tokens,
-        logits_dtype,
-        Shard(group, first, widest) if group else None,
-        need,
-        upstream,
-    )
+    student = LinearHead(student_hidden, student_weight, student_bias)
+    teacher = None if teacher_hidden is None else LinearHead(teacher_hidden, teacher_weight, teacher_bias)
+    spec = LossSpec(CrossEntropy() if teacher is None else parse(divergence), temperature, hard_weight)
+    shard = Shard(group, first, widest) if group else None
+    with torch.autocast(student_hidden.device.type, enabled=False):
+        chunks = Chunks(student, teacher, labels, spec, chunk_tokens, logits_dtype, shard)
+        gradients = HeadGradients(chunks, need)
+        losses, statistics = student_hidden.new_zeros(len(student_hidden), dtype=chunks.dtype), None
+        if spec.divergence.per == "batch":
+            losses, statistics = _measure_branches(chunks, losses, shard)
+            if not any(need):
+                return losses.sum(), losses, *gradients
+        for index, rows in chunks:
+            gradient = rows.student if any(need) else None
+            factors = None if upstream is None else upstream[index].contiguous()
+            if statistics is not None:
+                measured = statistics[index]
+            elif shard is not None:
+                losses[index], measured = shard.measure_rows(rows)
+            else:
+                losses[index], measured = row_ops.row_losses(rows, gradient, upstream=factors), None
+            if gradient is not None:
+                if measured is not None:
+                    factors = losses.new_ones(len(gradient)) if factors is None else factors
+                    row_ops.row_gradients(rows, measured, factors, gradient)
+                gradients.add(index, gradient)
+        if shard is not None and need[0]:
+            shard.sum(gradients.hidden)
     return losses.sum(), losses, *gradients
 
 
 @_fused_linear.register_fake
 def _(student_hidden, student_weight, *arguments):  # noqa: ANN001
-    (*_, need, _) = arguments
-    dtype = loss_dtype(student_hidden)
-
-    def like(needed: bool, *shape: int) -> Tensor:
-        return student_hidden.new_empty(shape if needed else (0,), dtype=dtype)
-
-    tokens, vocab = student_hidden.shape[0], student_weight.shape[0]
-    gradients = like(need[0], *student_hidden.shape), like(need[1], *student_weight.shape), like(need[2], vocab)
-    return student_hidden.new_empty((), dtype=dtype), like(True, tokens), *gradients
+    need, dtype = arguments[-2], loss_dtype(student_hidden)
+    gradients = zip(need, (student_hidden.shape, student_weight.shape, student_weight.shape[:1]), strict=True)
+    shapes = (), student_hidden.shape[:1], *(shape if needed else (0,) for needed, shape in gradients)
+    return tuple(student_hidden.new_empty(shape, dtype=dtype) for shape in shapes)
 
 
 def _save(ctx, inputs, output) -> None:  # noqa: ANN001
@@ -152,9 +105,9 @@ def _backward(ctx, upstream: Tensor, *_: Tensor) -> tuple:  # noqa: ANN001
 
 def saved_gradients(ctx, upstream: Tensor | None) -> list[Tensor | None]:  # noqa: ANN001
     """In backward: the gradients by hidden states, projection and bias, from those that the forward pass has saved."""
-    refuse_second_derivative()
+    row_ops.refuse_second_derivative()
     return [
-        scaled(gradient, upstream).to(dtype) if needed and upstream is not None else None
+        row_ops.scaled(gradient, upstream).to(dtype) if needed and upstream is not None else None
         for gradient, dtype, needed in zip(ctx.saved_tensors, ctx.dtypes, ctx.need, strict=True)
     ]
 
@@ -173,14 +126,11 @@ class _LossPerRow(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, upstream: Tensor) -> tuple:  # noqa: ANN001
-        refuse_second_derivative()
+        row_ops.refuse_second_derivative()
         tensors = ctx.saved_tensors
         gradients = _fused_linear(*tensors, *ctx.numbers, ctx.need, upstream)[2:]
-        cast = [
-            gradient.to(x.dtype) if needed else None
-            for gradient, x, needed in zip(gradients, tensors, ctx.need, strict=False)
-        ]
-        return None, None, *cast, *[None] * 4
+        triples = zip(gradients, tensors, ctx.need, strict=False)
+        return None, None, *(x.to(like.dtype) if needed else None for x, like, needed in triples), *[None] * 4
 
 
 def need_gradients(head: LinearHead) -> list[bool]:
@@ -194,7 +144,7 @@ def _prefix(rows: Tensor | None, count: int) -> Tensor | None:
 
 
 def pair_heads(
-    student: LinearHead, teacher: LinearHead, group: ProcessGroup | None = None
+    student: LinearHead, teacher: LinearHead, group: dist.ProcessGroup | None = None
 ) -> tuple[LinearHead, LinearHead, Shard | None]:
     """Both heads over their shared vocabulary, or over this rank's part of it. The teacher's is detached.
 
@@ -207,9 +157,7 @@ def pair_heads(
         vocab = shared_vocabulary(*sizes)
     else:
         vocab, shard = divide_vocabulary(student.hidden, *sizes, group)
-    student, teacher = (
-        LinearHead(x.hidden, _prefix(x.weight, vocab), _prefix(x.bias, vocab)) for x in (student, teacher)
-    )
+    student, teacher = (LinearHead(x.hidden, *(_prefix(y, vocab) for y in x[1:])) for x in (student, teacher))
     check_head("student", student)  # after the exchange, so that no rank waits for one that raises
     check_head("teacher", teacher)
     return student, LinearHead(*(None if x is None else x.detach() for x in teacher)), shard
@@ -233,9 +181,7 @@ def _loss(
     if logits_dtype is not None and logits_dtype not in allowed:
         names = " or ".join(map(str, allowed))
         raise ValueError(f"logits_dtype is {logits_dtype}, expected {names} for {student.hidden.dtype} hidden states")
-    divergence, temperature, hard_weight = spec
-    spelling = "" if teacher is None else str(divergence)
-    numbers = (spelling, temperature, hard_weight, chunk_tokens or 0, logits_dtype or accumulate)
+    numbers = (str(spec.divergence), *spec[1:], chunk_tokens or 0, logits_dtype or accumulate)
     numbers += shard or Shard("", 0, 0)
     tensors = (*student, *(teacher or (None, None, None)), labels)
     need = need_gradients(student)
@@ -260,7 +206,7 @@ def fused_linear_divergence(
     reduction: str = "mean",
     chunk_tokens: int | None = None,
     logits_dtype: torch.dtype | None = None,
-    group: ProcessGroup | None = None,
+    group: dist.ProcessGroup | None = None,
 ) -> Tensor:
     """`divergence_loss` from hidden states and output projections, without holding the logits as a whole.
 
@@ -308,7 +254,7 @@ def fused_linear_cross_entropy(
     reduction: str = "mean",
     chunk_tokens: int | None = None,
     logits_dtype: torch.dtype | None = None,
-    group: ProcessGroup | None = None,
+    group: dist.ProcessGroup | None = None,
 ) -> Tensor:
     """The cross-entropy of labels [N] (-100 is ignored) for hidden states [N, H] and an output projection [V, H].
 

@@ -1,22 +1,11 @@
 """The divergence between logits, with its autograd."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 
-from .arguments import LossSpec, check_loss, count_kept, loss_dtype, shared_vocabulary
+from . import row_ops
+from .arguments import LossSpec, Rows, check_loss, count_kept, loss_dtype, shared_vocabulary
 from .divergences import Divergence, parse
-from .row_ops import (
-    choose_branch,
-    decides_per_batch,
-    measure_rows,
-    new_large,
-    refuse_second_derivative,
-    row_gradients,
-    row_losses,
-    scaled,
-)
 
 
 @torch.library.custom_op("abkd_fast::divergence", mutates_args=())
@@ -31,15 +20,14 @@ def _divergence(
     need_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The sum of losses times factors [N], the losses [N], and the gradient [N, V] of the sum."""
-    spec = LossSpec(parse(divergence), temperature, hard_weight)
-    rows = student, teacher, labels, spec
-    gradient = new_large(student, *student.shape, dtype=student.dtype) if need_gradient else None
-    if decides_per_batch(spec.divergence):
-        losses, statistics = choose_branch(*measure_rows(*rows))
+    rows = Rows(student, teacher, labels, LossSpec(parse(divergence), temperature, hard_weight))
+    gradient = row_ops.new_large(student, *student.shape, dtype=student.dtype) if need_gradient else None
+    if rows.spec.divergence.per == "batch":
+        losses, statistics = row_ops.choose_branch(*row_ops.measure_rows(rows))
         if gradient is not None:
-            row_gradients(*rows, statistics, torch.ones_like(losses) if factors is None else factors, gradient)
+            row_ops.row_gradients(rows, statistics, torch.ones_like(losses) if factors is None else factors, gradient)
     else:
-        losses = row_losses(*rows, gradient=gradient, upstream=factors)
+        losses = row_ops.row_losses(rows, gradient, upstream=factors)
     total = losses.sum() if factors is None else losses @ factors
     return total, losses, student.new_empty(0) if gradient is None else gradient
 
@@ -57,9 +45,9 @@ def _save(ctx, inputs, output) -> None:  # noqa: ANN001
 
 
 def _backward(ctx, of_total: Tensor, of_losses: Tensor, _: Tensor) -> tuple:  # noqa: ANN001
-    refuse_second_derivative()
+    row_ops.refuse_second_derivative()
     upstream = of_total if of_losses is None else of_losses[:, None]
-    gradient = None if upstream is None else scaled(ctx.saved_tensors[0], upstream)
+    gradient = None if upstream is None else row_ops.scaled(ctx.saved_tensors[0], upstream)
     return gradient, *[None] * 7
 
 

@@ -1,44 +1,38 @@
 """MiniLLM's loss: a clipped policy gradient and the reverse KL divergence, from one set of logits."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 
-from .arguments import LinearHead, LossSpec, check_labels, loss_dtype
+from .arguments import LinearHead, LossSpec, Rows, check_labels, loss_dtype
 from .chunks import Chunks, HeadGradients
 from .divergences import ReverseKL
 from .fused_linear import need_gradients, pair_heads, saved_gradients
 from .reference import SLOPE, STUDENT_LSE
 from .row_ops import measure_rows, row_gradients
 
+REVERSE_KL = LossSpec(ReverseKL())
+
 
 def policy_rows(
-    student: Tensor,
-    teacher: Tensor,
-    labels: Tensor,
-    advantages: Tensor,
-    log_probs: Tensor,
-    clip_ratio: float,
-    gradient: Tensor | None = None,
+    rows: Rows, advantages: Tensor, log_probs: Tensor, clip_ratio: float, gradient: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """KL(q, p) [N] of logits [N, V], and the ratios r = q(label) / e^log_probs [N], both in the type of the losses.
+    """KL(q, p) [N] of rows with the spec `REVERSE_KL`, and the ratios r = q(label) / e^log_probs [N].
 
-    `gradient` [N, V], which may be `student`, receives the derivative of each row's KL(q, p) + `clipped_surrogate` by
-    the student's logits. Advantages and log_probs are [N], in the type of the losses. Every label is a token. No
-    autograd.
+    Both have the type of the losses, as advantages and log_probs [N] must. `gradient` [N, V], which may be
+    `rows.student`, receives the derivative of each row's KL(q, p) + `clipped_surrogate` by the student's logits. Every
+    label is a token. No autograd.
     """
-    rows = student, teacher, labels, LossSpec(ReverseKL())
-    divergences, statistics = measure_rows(*rows)
-    log_q = student.gather(1, labels[:, None])[:, 0] - statistics[:, STUDENT_LSE]
+    labels = rows.labels[:, None]
+    divergences, statistics = measure_rows(rows)
+    log_q = rows.student.gather(1, labels)[:, 0] - statistics[:, STUDENT_LSE]
     ratios = (log_q - log_probs).exp().to(divergences.dtype)
     if gradient is not None:
         # The derivative is u - q slope + w q - w onehot, with w from the surrogate. The kernel makes all but the last
         # term.
         weights = torch.where(is_clipped(ratios, advantages, clip_ratio), 0.0, advantages * ratios)
         statistics[:, SLOPE] -= weights
-        row_gradients(*rows, statistics, torch.ones_like(divergences), gradient)
-        gradient.scatter_add_(1, labels[:, None], -weights[:, None].to(gradient.dtype))
+        row_gradients(rows, statistics, torch.ones_like(divergences), gradient)
+        gradient.scatter_add_(1, labels, -weights[:, None].to(gradient.dtype))
     return divergences, ratios
 
 
@@ -73,15 +67,15 @@ class _PolicyGradient(torch.autograd.Function):
         dtype = loss_dtype(student.hidden)
         advantages, log_probs = advantages.to(dtype), log_probs.to(dtype)
         with torch.autocast(student.hidden.device.type, enabled=False):
-            chunks = Chunks(student, teacher, labels, 0, dtype)
+            chunks = Chunks(student, teacher, labels, REVERSE_KL, 0, dtype)
             gradients = HeadGradients(chunks, need)
-            divergences, ratios = chunks.new_losses(), torch.zeros_like(advantages)
-            for rows, *logits_and_labels in chunks:
-                gradient = logits_and_labels[0] if any(need) else None
-                numbers = advantages[rows], log_probs[rows], clip_ratio
-                divergences[rows], ratios[rows] = policy_rows(*logits_and_labels, *numbers, gradient)
+            divergences, ratios = (torch.zeros_like(advantages) for _ in range(2))
+            for index, rows in chunks:
+                gradient = rows.student if any(need) else None
+                policy = advantages[index], log_probs[index], clip_ratio
+                divergences[index], ratios[index] = policy_rows(rows, *policy, gradient)
                 if gradient is not None:
-                    gradients.add(rows, gradient)
+                    gradients.add(index, gradient)
         ctx.need, ctx.dtypes = need, [None if x is None else x.dtype for x in student]
         ctx.save_for_backward(*gradients)
         ctx.mark_non_differentiable(divergences, ratios)

@@ -3,14 +3,13 @@
 It replaces the extension if that is missing, in chunks of rows, and is one of the two oracles of the tests.
 """
 
-from __future__ import annotations
-
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from .arguments import LossSpec
+from .arguments import Rows, loss_dtype
 from .divergences import Divergence, Family
 
 LOG_FLOOR = -1e30  # two masked logits (-inf) then differ by exactly 0
@@ -23,74 +22,58 @@ STATISTICS = 6
 
 
 def row_losses(
-    student: Tensor,
-    teacher: Tensor | None,
-    labels: Tensor | None,
-    spec: LossSpec,
-    gradient: Tensor | None,
-    statistics: Tensor | None = None,
-    upstream: Tensor | None = None,
+    rows: Rows, gradient: Tensor | None = None, statistics: Tensor | None = None, upstream: Tensor | None = None
 ) -> Tensor:
     """`row_ops.row_losses` in plain PyTorch."""
-    losses = student.new_zeros(len(student), dtype=torch.promote_types(student.dtype, torch.float32))  # [N]
-    for rows in _chunks(student):
-        chunk = [None if x is None else x[rows] for x in (student, teacher, labels)]
-        loss, slope, measured = _rows(*chunk, spec, None)
-        losses[rows] = loss.to(losses.dtype)
+    losses = rows.student.new_zeros(len(rows.student), dtype=loss_dtype(rows.student))
+    for part, chunk in _chunks(rows):
+        loss, slope, measured = _measure(chunk)
+        losses[part] = loss.to(losses.dtype)
         if gradient is not None:
-            gradient[rows] = (slope if upstream is None else slope * upstream[rows, None]).to(gradient.dtype)
+            gradient[part] = (slope if upstream is None else slope * upstream[part, None]).to(gradient.dtype)
         if statistics is not None:
-            statistics[rows] = measured.to(statistics.dtype)
+            statistics[part] = measured.to(statistics.dtype)
     return losses
 
 
-def row_gradients(
-    student: Tensor,
-    teacher: Tensor | None,
-    labels: Tensor | None,
-    spec: LossSpec,
-    statistics: Tensor,
-    upstream: Tensor,
-    gradient: Tensor,
-) -> None:
+def row_gradients(rows: Rows, statistics: Tensor, upstream: Tensor, gradient: Tensor) -> None:
     """`row_ops.row_gradients` in plain PyTorch."""
-    for rows in _chunks(student):
-        chunk = [None if x is None else x[rows] for x in (student, teacher, labels)]
-        gradient[rows] = (_rows(*chunk, spec, statistics[rows])[1] * upstream[rows, None]).to(gradient.dtype)
+    for part, chunk in _chunks(rows):
+        gradient[part] = (_measure(chunk, statistics[part])[1] * upstream[part, None]).to(gradient.dtype)
 
 
-def row_normalizers(student: Tensor, teacher: Tensor | None, spec: LossSpec, statistics: Tensor) -> None:
+def row_normalizers(rows: Rows, statistics: Tensor) -> None:
     """`row_ops.row_normalizers` in plain PyTorch, written to `statistics`."""
-    for rows in _chunks(student):
-        z, y = (None if x is None else _wide(x[rows]) for x in (student, teacher))
-        statistics[rows] = _normalizers(z, y, spec).to(statistics.dtype)
+    for part, chunk in _chunks(rows):
+        statistics[part] = _normalizers(chunk).to(statistics.dtype)
 
 
-def row_sums(student: Tensor, teacher: Tensor, spec: LossSpec, statistics: Tensor) -> Tensor:
+def row_sums(rows: Rows, statistics: Tensor) -> Tensor:
     """`row_ops.row_sums` in plain PyTorch."""
-    values = student.new_zeros(len(student), dtype=torch.promote_types(student.dtype, torch.float32))  # [N]
-    for rows in _chunks(student):
-        a, b = log_probs(student[rows], teacher[rows], spec.temperature, statistics[rows])
-        value, slope, _ = terms(a, b, spec.divergence, statistics[rows, STATE:].to(a.dtype))
-        values[rows], statistics[rows, SLOPE] = value.sum(1).to(values.dtype), slope.sum(1).to(statistics.dtype)
+    values = rows.student.new_zeros(len(rows.student), dtype=loss_dtype(rows.student))
+    for part, chunk in _chunks(rows):
+        a, b = log_probs(chunk, statistics[part])
+        value, slope, _ = terms(a, b, rows.spec.divergence, statistics[part, STATE:].to(a.dtype))
+        values[part], statistics[part, SLOPE] = value.sum(1).to(values.dtype), slope.sum(1).to(statistics.dtype)
     return values
 
 
-def _chunks(logits: Tensor) -> list[slice]:
-    step = max(1, CHUNK_ELEMENTS // max(1, logits.shape[1]))
-    return [slice(start, start + step) for start in range(0, len(logits), step)]
+def _chunks(rows: Rows) -> Iterator[tuple[slice, Rows]]:
+    """Parts of the rows, with logits in float64."""
+    student, teacher, labels, spec = rows
+    step = max(1, CHUNK_ELEMENTS // max(1, student.shape[1]))
+    for part in (slice(start, start + step) for start in range(0, len(student), step)):
+        z, y = (None if x is None else _wide(x[part]) for x in (student, teacher))
+        yield part, Rows(z, y, None if labels is None else labels[part], spec)
 
 
-def _rows(
-    student: Tensor, teacher: Tensor | None, labels: Tensor | None, spec: LossSpec, given: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
+def _measure(rows: Rows, given: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Losses [n] (meaningless if statistics are given), their gradient [n, V], and the statistics [n, 6]."""
-    divergence, temperature, hard_weight = spec
-    z, y = (None if x is None else _wide(x) for x in (student, teacher))  # [n, V]
-    statistics = _normalizers(z, y, spec) if given is None else given.to(z.dtype)
+    z, y, labels, (divergence, temperature, hard_weight) = rows
+    statistics = _normalizers(rows) if given is None else given.to(z.dtype)
     losses, gradient = z.new_zeros(len(z)), torch.zeros_like(z)
     if y is not None:
-        a, b = log_probs(z, y, temperature, statistics)
+        a, b = log_probs(rows, statistics)
         value, slope, state = terms(a, b, divergence, None if given is None else statistics[:, STATE:])
         if given is None:
             statistics[:, SLOPE], statistics[:, STATE:] = slope.sum(1), state
@@ -115,14 +98,14 @@ def _wide(logits: Tensor) -> Tensor:
     return logits.to(torch.float32 if logits.device.type == "mps" else torch.float64)
 
 
-def _normalizers(z: Tensor, y: Tensor | None, spec: LossSpec) -> Tensor:
+def _normalizers(rows: Rows) -> Tensor:
     """Statistics [n, 6] with nothing but the log-normalizers."""
-    statistics = z.new_zeros(len(z), STATISTICS)
-    if y is not None:
-        statistics[:, STUDENT_LSE] = _log_sum_exp(z / spec.temperature)
-        statistics[:, TEACHER_LSE] = _log_sum_exp(y / spec.temperature)
-    if spec.hard_weight:
-        statistics[:, PLAIN_LSE] = _log_sum_exp(z)
+    statistics = rows.student.new_zeros(len(rows.student), STATISTICS)
+    if rows.teacher is not None:
+        statistics[:, STUDENT_LSE] = _log_sum_exp(rows.student / rows.spec.temperature)
+        statistics[:, TEACHER_LSE] = _log_sum_exp(rows.teacher / rows.spec.temperature)
+    if rows.spec.hard_weight:
+        statistics[:, PLAIN_LSE] = _log_sum_exp(rows.student)
     return statistics
 
 
@@ -134,9 +117,9 @@ def _log_probs(logits: Tensor, normalizer: Tensor) -> Tensor:
     return (logits.clamp(min=LOG_FLOOR) - normalizer[:, None]).clamp(min=LOG_FLOOR)
 
 
-def log_probs(student: Tensor, teacher: Tensor, temperature: float, statistics: Tensor) -> tuple[Tensor, Tensor]:
+def log_probs(rows: Rows, statistics: Tensor) -> tuple[Tensor, Tensor]:
     """log p and log q [n, V] in float64, of logits whose log-normalizers are in `statistics`."""
-    a, b = (_wide(x) / temperature for x in (teacher, student))
+    a, b = (_wide(x) / rows.spec.temperature for x in (rows.teacher, rows.student))
     return _log_probs(a, statistics[:, TEACHER_LSE].to(a)), _log_probs(b, statistics[:, STUDENT_LSE].to(b))
 
 

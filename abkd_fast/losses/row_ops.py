@@ -4,16 +4,14 @@ If no compiled kernel fits (the extension is missing, or logits are float64 on a
 `reference.py`.
 """
 
-from __future__ import annotations
-
+import importlib.util
 import warnings
 
 import torch
 from torch import Tensor
 
 from . import reference
-from .arguments import LossSpec, loss_dtype
-from .divergences import AlphaNet, Divergence
+from .arguments import Rows, loss_dtype
 from .reference import STATE, STATISTICS
 
 try:
@@ -22,25 +20,15 @@ except ImportError as error:
     _C, _MISSING = None, str(error)
 else:
     if torch.version.cuda and _C.build_info()["cuda"]:
-        import importlib.util
-
         torch.ops.load_library(importlib.util.find_spec("abkd_fast.losses._cuda").origin)
 
-    @torch.library.register_fake("abkd_fast::row_losses")
-    def _row_losses_fake(student, *_):  # noqa: ANN001
+    def _losses_fake(student, *_):  # noqa: ANN001
         return student.new_empty(student.shape[0], dtype=loss_dtype(student))
 
-    @torch.library.register_fake("abkd_fast::row_gradients")
-    def _row_gradients_fake(*_):
-        return None
-
-    @torch.library.register_fake("abkd_fast::row_normalizers")
-    def _row_normalizers_fake(*_):
-        return None
-
-    @torch.library.register_fake("abkd_fast::row_sums")
-    def _row_sums_fake(student, *_):  # noqa: ANN001
-        return student.new_empty(student.shape[0], dtype=loss_dtype(student))
+    for _name in ("row_losses", "row_sums"):
+        torch.library.register_fake(f"abkd_fast::{_name}", _losses_fake)
+    for _name in ("row_gradients", "row_normalizers"):
+        torch.library.register_fake(f"abkd_fast::{_name}", lambda *_: None)
 
 
 def build_info() -> dict:
@@ -73,95 +61,70 @@ def _compiled(logits: Tensor) -> bool:
     return False
 
 
-def row_losses(
-    student: Tensor,
-    teacher: Tensor | None,
-    labels: Tensor | None,
-    spec: LossSpec,
-    gradient: Tensor | None = None,
-    statistics: Tensor | None = None,
-    upstream: Tensor | None = None,
-) -> Tensor:
-    """Losses [N] (float32; float64 for float64 logits) of logits [N, V]; `csrc/row_call.h` has the formula.
+def _operands(rows: Rows) -> tuple:
+    """The rows as the compiled operators take them."""
+    divergence, temperature, hard_weight = rows.spec
+    return *rows[:3], divergence.family, divergence.parameters, temperature, hard_weight
 
-    `gradient` [N, V], which may be `student` itself, receives the derivative of each row's loss by its student logits,
+
+def row_losses(
+    rows: Rows, gradient: Tensor | None = None, statistics: Tensor | None = None, upstream: Tensor | None = None
+) -> Tensor:
+    """Losses [N] (float32; float64 for float64 logits); `csrc/row_call.h` has the formula.
+
+    `gradient` [N, V], which may be `rows.student`, receives the derivative of each row's loss by its student logits,
     times `upstream` [N] (in the type of the losses) if that is given. `statistics` [N, 6] (float64) receive what
     `row_gradients` needs to make the gradient later. Rows with label -100 get loss and gradient 0. AlphaNet compares
     its branches row by row here, for any `per`. No autograd.
     """
-    if not _compiled(student):
-        return reference.row_losses(student, teacher, labels, spec, gradient, statistics, upstream)
-    operands = student, teacher, labels, *_numbers(spec)
-    return torch.ops.abkd_fast.row_losses(*operands, gradient, statistics, upstream)
+    if not _compiled(rows.student):
+        return reference.row_losses(rows, gradient, statistics, upstream)
+    return torch.ops.abkd_fast.row_losses(*_operands(rows), gradient, statistics, upstream)
 
 
-def row_gradients(
-    student: Tensor,
-    teacher: Tensor | None,
-    labels: Tensor | None,
-    spec: LossSpec,
-    statistics: Tensor,
-    upstream: Tensor,
-    gradient: Tensor,
-) -> None:
+def row_gradients(rows: Rows, statistics: Tensor, upstream: Tensor, gradient: Tensor) -> None:
     """Writes the derivative of each row's loss by its student logits, times `upstream` [N] (in the type of the losses),
-    to `gradient` [N, V], which may be `student`.
+    to `gradient` [N, V], which may be `rows.student`.
 
     `statistics` come from `row_losses` of the same logits, or are merged from `row_normalizers` and `row_sums` of all
     shards. A label that another shard has is -1. No autograd.
     """
-    if not _compiled(student):
-        return reference.row_gradients(student, teacher, labels, spec, statistics, upstream, gradient)
-    operands = student, teacher, labels, *_numbers(spec)
-    return torch.ops.abkd_fast.row_gradients(*operands, statistics, upstream, gradient)
+    if not _compiled(rows.student):
+        return reference.row_gradients(rows, statistics, upstream, gradient)
+    return torch.ops.abkd_fast.row_gradients(*_operands(rows), statistics, upstream, gradient)
 
 
-def row_normalizers(student: Tensor, teacher: Tensor | None, spec: LossSpec) -> Tensor:
-    """Statistics [N, 6] (float64) of logits [N, V] with nothing but the log-normalizers: those at the temperature if
-    there is a teacher, and the student's own if there is a hard_weight. No autograd."""
-    statistics = student.new_zeros(len(student), STATISTICS, dtype=torch.float64)
-    if _compiled(student):
-        torch.ops.abkd_fast.row_normalizers(student, teacher, spec.temperature, spec.hard_weight, statistics)
+def row_normalizers(rows: Rows) -> Tensor:
+    """Statistics [N, 6] (float64) with nothing but the log-normalizers: those at the temperature if there is a
+    teacher, and the student's own if there is a hard_weight. No autograd."""
+    statistics = rows.student.new_zeros(len(rows.student), STATISTICS, dtype=torch.float64)
+    if _compiled(rows.student):
+        torch.ops.abkd_fast.row_normalizers(rows.student, rows.teacher, *rows.spec[1:], statistics)
     else:
-        reference.row_normalizers(student, teacher, spec, statistics)
+        reference.row_normalizers(rows, statistics)
     return statistics
 
 
-def row_sums(student: Tensor, teacher: Tensor, spec: LossSpec, statistics: Tensor) -> Tensor:
-    """The divergence's terms of logits [N, V], summed over V: [N] in the type of the losses.
+def row_sums(rows: Rows, statistics: Tensor) -> Tensor:
+    """The divergence's terms, summed over the vocabulary: [N] in the type of the losses.
 
     `statistics` [N, 6] must have the log-normalizers, of these logits or of all shards, and what the divergence has
     decided for each row. They receive the sum of slopes. No autograd.
     """
-    if not _compiled(student):
-        return reference.row_sums(student, teacher, spec, statistics)
-    family, parameters, temperature, _ = _numbers(spec)
-    return torch.ops.abkd_fast.row_sums(student, teacher, family, parameters, temperature, statistics)
+    if not _compiled(rows.student):
+        return reference.row_sums(rows, statistics)
+    student, teacher, _, *loss, _ = _operands(rows)
+    return torch.ops.abkd_fast.row_sums(student, teacher, *loss, statistics)
 
 
-def _numbers(spec: LossSpec) -> tuple[int, list[float], float, float]:
-    """The loss as the compiled operators take it."""
-    divergence, temperature, hard_weight = spec
-    return divergence.family, divergence.parameters, temperature, hard_weight
-
-
-def measure_rows(student: Tensor, teacher: Tensor, labels: Tensor | None, spec: LossSpec) -> tuple[Tensor, Tensor]:
+def measure_rows(rows: Rows) -> tuple[Tensor, Tensor]:
     """Losses [N] and statistics [N, 6]. For AlphaNet per batch they are [2, N] and [2, N, 6], one for each branch."""
-
-    def measure(divergence: Divergence) -> tuple[Tensor, Tensor]:
-        statistics = student.new_zeros(len(student), STATISTICS, dtype=torch.float64)
-        branch = spec._replace(divergence=divergence)
-        return row_losses(student, teacher, labels, branch, statistics=statistics), statistics
-
-    if not decides_per_batch(spec.divergence):
-        return measure(spec.divergence)
-    first, second = (measure(branch) for branch in spec.divergence.branches)
-    return torch.stack((first[0], second[0])), torch.stack((first[1], second[1]))
-
-
-def decides_per_batch(divergence: Divergence) -> bool:
-    """Whether the gradient of a row is known only when all rows are measured."""
-    return isinstance(divergence, AlphaNet) and divergence.per == "batch"
+    if rows.spec.divergence.per == "batch":
+        branches = [rows._replace(spec=rows.spec._replace(divergence=x)) for x in rows.spec.divergence.branches]
+        losses, statistics = zip(*map(measure_rows, branches), strict=True)
+        return torch.stack(losses), torch.stack(statistics)
+    statistics = rows.student.new_zeros(len(rows.student), STATISTICS, dtype=torch.float64)
+    return row_losses(rows, statistics=statistics), statistics
 
 
 def choose_branch(losses: Tensor, statistics: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -17,13 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import reference
-from .arguments import LinearHead, LossSpec, loss_dtype, shared_vocabulary
+from .arguments import LinearHead, Rows, loss_dtype, shared_vocabulary
 from .divergences import AlphaNet, Family
 from .reference import PLAIN_LSE, SLOPE, STATE
-from .row_ops import decides_per_batch, row_normalizers, row_sums
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
+from .row_ops import row_normalizers, row_sums
 
 DECIDING_ELEMENTS = 1 << 22  # logits from which BDKD and AKL decide at once, at about 40 bytes each
 DIGIT = 4  # bits of AKL's threshold that one all-reduce finds
@@ -36,7 +33,7 @@ class Shard(NamedTuple):
     first: int  # the first row of the vocabulary that this rank has
     widest: int  # rows of the largest part: it sets the sizes of chunks, which must be the same on all ranks
 
-    def _group(self) -> ProcessGroup:
+    def _group(self) -> dist.ProcessGroup:
         return dist.distributed_c10d._resolve_process_group(self.group)
 
     def sum(self, numbers: Tensor) -> Tensor:
@@ -49,27 +46,27 @@ class Shard(NamedTuple):
         local = labels - self.first
         return torch.where((local >= 0) & (local < vocab), local, -1)
 
-    def measure_rows(
-        self, student: Tensor, teacher: Tensor | None, labels: Tensor | None, spec: LossSpec
-    ) -> tuple[Tensor, Tensor]:
+    def measure_rows(self, rows: Rows) -> tuple[Tensor, Tensor]:
         """`row_ops.measure_rows` of the whole vocabulary, from this rank's logits [N, V] and `local_labels`."""
-        divergence, _, hard_weight = spec
-        statistics, hard = self._normalize(student, teacher, labels, spec)
+        student, teacher, _, (divergence, _, hard_weight) = rows
+        statistics, hard = self._normalize(rows)
         dtype = loss_dtype(student)
         if teacher is None:
             return (hard_weight * hard).to(dtype), statistics
         if divergence.family in (Family.BALANCED_KL, Family.ADAPTIVE_KL):
             step = max(1, DECIDING_ELEMENTS // max(1, self.widest))
-            for parts in zip(*(x.split(step) for x in (student, teacher, statistics)), strict=True):
-                parts[2][:, STATE:] = self._decide(*parts, spec)
+            for z, y, part in zip(*(x.split(step) for x in (student, teacher, statistics)), strict=True):
+                part[:, STATE:] = self._decide(Rows(z, y, None, rows.spec), part)
         branches = divergence.branches if isinstance(divergence, AlphaNet) else (divergence,)
-        specs = [spec._replace(divergence=branch) for branch in branches]
-        sums = torch.stack([x for branch in specs for x in _sums(student, teacher, branch, statistics)])
-        values, slopes = self.sum(sums).unflatten(0, (-1, 2)).unbind(1)  # [branches, N] each
+        sums = []
+        for branch in branches:
+            values = row_sums(rows._replace(spec=rows.spec._replace(divergence=branch)), statistics)
+            sums += values.to(statistics.dtype), statistics[:, SLOPE].clone()
+        values, slopes = self.sum(torch.stack(sums)).unflatten(0, (-1, 2)).unbind(1)  # [branches, N] each
         losses = ((1 - hard_weight) * values + hard_weight * hard).to(dtype)
         statistics = statistics.repeat(len(branches), 1, 1)  # [branches, N, 6]
         statistics[..., SLOPE] = slopes
-        if decides_per_batch(divergence):
+        if divergence.per == "batch":
             return losses, statistics
         if isinstance(divergence, AlphaNet):
             statistics[1, :, STATE] = 1
@@ -77,11 +74,10 @@ class Shard(NamedTuple):
             return losses[chosen], statistics[chosen]
         return losses[0], statistics[0]
 
-    def _normalize(
-        self, student: Tensor, teacher: Tensor | None, labels: Tensor | None, spec: LossSpec
-    ) -> tuple[Tensor, Tensor]:
+    def _normalize(self, rows: Rows) -> tuple[Tensor, Tensor]:
         """Statistics [N, 6] with the log-normalizers of whole rows, and cross-entropies [N], 0 without hard_weight."""
-        statistics = row_normalizers(student, teacher, spec)
+        student, _, labels, spec = rows
+        statistics = row_normalizers(rows)
         numbers = statistics[:, :SLOPE]
         if spec.hard_weight:
             # -inf adds nothing to a log sum exp: the result is the logit on the one rank that has the label.
@@ -95,12 +91,12 @@ class Shard(NamedTuple):
         hard = merged[:, PLAIN_LSE] - merged[:, -1] if spec.hard_weight else torch.zeros_like(merged[:, 0])
         return statistics, hard
 
-    def _decide(self, student: Tensor, teacher: Tensor, statistics: Tensor, spec: LossSpec) -> Tensor:
+    def _decide(self, rows: Rows, statistics: Tensor) -> Tensor:
         """The weights [n, 2] of both directions, for BDKD and AKL."""
-        a, b = reference.log_probs(student, teacher, spec.temperature, statistics)  # [n, V]
-        if spec.divergence.family == Family.BALANCED_KL:
+        a, b = reference.log_probs(rows, statistics)  # [n, V]
+        if rows.spec.divergence.family == Family.BALANCED_KL:
             return reference.entropy_weights(self.sum(reference.entropies(a, b)))
-        head = self._head((-a).to(loss_dtype(student)), *spec.divergence.parameters)
+        head = self._head((-a).to(loss_dtype(rows.student)), *rows.spec.divergence.parameters)
         return reference.gap_weights(self.sum(reference.gaps(a, b, head)))
 
     def _head(self, surprisal: Tensor, mu: float) -> Tensor:
@@ -126,13 +122,7 @@ class Shard(NamedTuple):
         return ((surprisal <= limit.view(dtype)) | (surprisal == likeliest))[:, :-1]
 
 
-def _sums(student: Tensor, teacher: Tensor, spec: LossSpec, statistics: Tensor) -> tuple[Tensor, Tensor]:
-    """The sums of values and slopes over this rank's tokens, [N] each in float64."""
-    values = row_sums(student, teacher, spec, statistics)
-    return values.to(statistics.dtype), statistics[:, SLOPE].clone()
-
-
-def _gather(numbers: Tensor, group: ProcessGroup) -> Tensor:
+def _gather(numbers: Tensor, group: dist.ProcessGroup) -> Tensor:
     """The numbers of all ranks, stacked in a new first dimension."""
     parts = numbers.new_empty(group.size(), *numbers.shape)
     dist.all_gather(list(parts), numbers, group=group)
@@ -140,27 +130,24 @@ def _gather(numbers: Tensor, group: ProcessGroup) -> Tensor:
 
 
 def local_parts(
-    student: LinearHead, teacher: LinearHead | None, group: ProcessGroup | None
-) -> tuple[LinearHead, LinearHead | None, ProcessGroup | None]:
+    student: LinearHead, teacher: LinearHead | None, group: dist.ProcessGroup | None
+) -> tuple[LinearHead, LinearHead | None, dist.ProcessGroup | None]:
     """Both heads with the rows of this rank, and the group that has all rows: `group`, or that of the DTensors.
 
     Raises ValueError for DTensors that are not sharded by vocabulary, or are sharded over different groups.
     """
     heads = []
     for name, head in (("student", student), ("teacher", teacher)):
-        if head is None:
-            heads.append(None)
-            continue
-        hidden, *projection = head
-        if _is_distributed(hidden):
+        if head is not None and _is_distributed(head.hidden):
             raise ValueError(
                 f"{name}_hidden is a DTensor, expected a plain tensor, whole on every rank: {name}_hidden.full_tensor()"
             )
-        for i, tensor in enumerate(projection):
+        for field in ("weight", "bias"):
+            tensor = getattr(head, field, None)
             if _is_distributed(tensor):
-                group = _common_group(f"{name}_{('weight', 'bias')[i]}", tensor, group)
-                projection[i] = tensor.to_local()
-        heads.append(LinearHead(hidden, *projection))
+                group = _common_group(f"{name}_{field}", tensor, group)
+                head = head._replace(**{field: tensor.to_local()})
+        heads.append(head)
     return *heads, group
 
 
@@ -169,7 +156,7 @@ def _is_distributed(tensor: Tensor | None) -> bool:
     return hasattr(tensor, "device_mesh")
 
 
-def _common_group(name: str, tensor: Tensor, group: ProcessGroup | None) -> ProcessGroup:
+def _common_group(name: str, tensor: Tensor, group: dist.ProcessGroup | None) -> dist.ProcessGroup:
     mesh, placements = tensor.device_mesh, tensor.placements
     if mesh.ndim != 1 or not placements[0].is_shard(0):
         raise ValueError(
@@ -182,7 +169,7 @@ def _common_group(name: str, tensor: Tensor, group: ProcessGroup | None) -> Proc
     return group or mesh.get_group()
 
 
-def divide_vocabulary(hidden: Tensor, student: int, teacher: int, group: ProcessGroup) -> tuple[int, Shard]:
+def divide_vocabulary(hidden: Tensor, student: int, teacher: int, group: dist.ProcessGroup) -> tuple[int, Shard]:
     """The number of this rank's rows that are in the common vocabulary, and their place in it.
 
     `student` and `teacher` are the numbers of rows that this rank has. Raises ValueError on all ranks if their numbers

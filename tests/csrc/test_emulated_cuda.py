@@ -30,7 +30,7 @@ from emulated_kernel import (
 )
 
 from abkd_fast.losses import divergences, reference
-from abkd_fast.losses.arguments import LossSpec
+from abkd_fast.losses.arguments import LossSpec, Rows
 
 KERNEL = (SOURCES / "rows.cuh").read_text()
 
@@ -108,8 +108,8 @@ def expected_of(launch):
     teacher = None if launch.teacher is None else launch.teacher.double()
     upstream = None if launch.upstream is None else launch.upstream.double()
     spec = LossSpec(launch.divergence, launch.temperature, launch.hard_weight)
-    rows = launch.student.double(), teacher, launch.labels, spec
-    return reference.row_losses(*rows, gradient, upstream=upstream), gradient
+    rows = Rows(launch.student.double(), teacher, launch.labels, spec)
+    return reference.row_losses(rows, gradient, upstream=upstream), gradient
 
 
 def assert_close(result, launch):

@@ -24,7 +24,7 @@ from abkd_fast import (
     parse,
 )
 from abkd_fast.losses import row_ops
-from abkd_fast.losses.arguments import LossSpec
+from abkd_fast.losses.arguments import LossSpec, Rows
 from oracle import ALPHA_BETA, FAMILIES, gpt2_like_logits, mild_logits, relative_errors
 from row_kernels import ALL, FLOAT32, FLOAT64, assert_close, by_reference, kernel
 
@@ -201,7 +201,7 @@ def test_rows_do_not_depend_on_their_neighbors(divergence):
 def share_of_the_head(student, teacher, mu):
     """The weight of KL(p, q) that the kernel has decided for each row."""
     statistics = torch.zeros(len(student), row_ops.STATISTICS, dtype=torch.float64)
-    row_ops.row_losses(student, teacher, None, LossSpec(parse(f"akl:{mu}")), statistics=statistics)
+    row_ops.row_losses(Rows(student, teacher, None, LossSpec(parse(f"akl:{mu}"))), statistics=statistics)
     return statistics[:, 4]
 
 

@@ -13,7 +13,7 @@ from torch.autograd.gradcheck import GradcheckError
 import abkd_fast
 from abkd_fast import AlphaBeta, divergence_loss, fused_linear_divergence, parse
 from abkd_fast.losses import reference, row_ops
-from abkd_fast.losses.arguments import LossSpec
+from abkd_fast.losses.arguments import LossSpec, Rows
 from oracle import ALPHA_BETA, FAMILIES, SMOOTH, gpt2_like_logits, mild_logits, relative_errors
 from row_kernels import ALL, COMPILED, FLOAT32, FLOAT64, kernel
 
@@ -32,36 +32,36 @@ def spec_of(divergence):
 @pytest.mark.parametrize("divergence", ALL)
 def test_statistics_are_all_that_the_gradient_needs(divergence, dtype):
     student, teacher = mild_logits(5, 2050, dtype)
-    rows = teacher, torch.tensor([3, -100, 0, 49, 1]), spec_of(divergence)
+    rows = Rows(student, teacher, torch.tensor([3, -100, 0, 49, 1]), spec_of(divergence))
     upstream = torch.tensor([0.5, 7.0, -2.0, 0.0, 3.0], dtype=torch.float64 if dtype == torch.float64 else None)
     gradient, scaled, later = (torch.empty_like(student) for _ in range(3))
-    losses = row_ops.row_losses(student, *rows, gradient=gradient)
+    losses = row_ops.row_losses(rows, gradient=gradient)
     statistics = torch.full((5, row_ops.STATISTICS), torch.nan, dtype=torch.float64)
     if row_ops._C is None:
         statistics.zero_()
     for options in ({}, {"gradient": scaled, "upstream": upstream}):
-        assert torch.equal(row_ops.row_losses(student, *rows, statistics=statistics, **options), losses)
-    row_ops.row_gradients(student, *rows, statistics, upstream, later)
+        assert torch.equal(row_ops.row_losses(rows, statistics=statistics, **options), losses)
+    row_ops.row_gradients(rows, statistics, upstream, later)
     # Each element, and the few products that it is made of, are rounded once more or once less.
     bound, kept = 4 * torch.finfo(dtype).eps, [0, 2, 4]
     assert relative_errors(scaled[kept], gradient[kept].double() * upstream[kept, None]).max() < bound
     assert relative_errors(later[kept], scaled[kept]).max() < bound
     assert scaled[[1, 3]].eq(0).all()
     assert later[[1, 3]].eq(0).all()
-    row_ops.row_gradients(student, *rows, statistics, upstream, student)
+    row_ops.row_gradients(rows, statistics, upstream, student)
     assert torch.equal(student, later)
 
 
 @pytest.mark.parametrize("divergence", [x for x in ALL if x != "alphanet"])
 def test_reference_has_the_same_doors(divergence):
     student, teacher = mild_logits(5, 50, torch.float64)
-    rows = teacher, torch.tensor([3, -100, 0, 49, 1]), spec_of(divergence)
+    rows = Rows(student, teacher, torch.tensor([3, -100, 0, 49, 1]), spec_of(divergence))
     upstream = torch.randn(5, dtype=torch.float64)
     results = []
     for module in (row_ops, reference):
         statistics, gradient, later = torch.zeros(5, 6).double(), torch.empty_like(student), torch.empty_like(student)
-        losses = module.row_losses(student, *rows, gradient, statistics, upstream)
-        module.row_gradients(student, *rows, statistics, upstream, later)
+        losses = module.row_losses(rows, gradient, statistics, upstream)
+        module.row_gradients(rows, statistics, upstream, later)
         results.append((losses, gradient, later))
     for mine, slow in zip(*results, strict=True):
         torch.testing.assert_close(mine, slow, rtol=FLOAT64, atol=1e-14)  # elements of 1e-3, made from terms of .1
@@ -79,13 +79,14 @@ def test_passes_one_by_one_over_parts_of_the_vocabulary(monkeypatch, divergence,
         rows = mild_logits(4, 50, dtype)
         gradient, upstream = torch.empty_like(rows[0]), torch.tensor([0.5, 7.0, -2.0, 3.0], dtype=dtype)
         whole = torch.zeros(4, row_ops.STATISTICS, dtype=torch.float64)
-        losses = row_ops.row_losses(*rows, labels, spec, gradient, whole, upstream)
+        losses = row_ops.row_losses(Rows(*rows, labels, spec), gradient, whole, upstream)
         parts = [[x[:, cut].contiguous() for x in rows] for cut in cuts]
         merged = whole.clone()  # its last two columns are the decisions for whole rows
-        merged[:, :3] = torch.stack([row_ops.row_normalizers(*x, spec) for x in parts])[:, :, :3].logsumexp(0)
+        normalizers = torch.stack([row_ops.row_normalizers(Rows(*x, None, spec)) for x in parts])
+        merged[:, :3] = normalizers[:, :, :3].logsumexp(0)
         values, slopes = 0, 0
         for student, teacher in parts:
-            values = values + row_ops.row_sums(student, teacher, spec, merged)
+            values = values + row_ops.row_sums(Rows(student, teacher, None, spec), merged)
             slopes = slopes + merged[:, reference.SLOPE]
         merged[:, reference.SLOPE] = slopes
         assert relative_errors(merged[:, :3].T, whole[:, :3].T).max() < bound
@@ -93,26 +94,26 @@ def test_passes_one_by_one_over_parts_of_the_vocabulary(monkeypatch, divergence,
         assert relative_errors((1 - spec.hard_weight) * values + spec.hard_weight * hard, losses).max() < bound
         for (student, teacher), cut in zip(parts, cuts, strict=True):
             local = torch.where((labels >= cut.start) & (labels < cut.stop), labels - cut.start, -1)
-            row_ops.row_gradients(student, teacher, local, spec, merged, upstream, student)
+            row_ops.row_gradients(Rows(student, teacher, local, spec), merged, upstream, student)
         assert relative_errors(torch.cat([x for x, _ in parts], 1), gradient).max() < bound
 
 
 @COMPILED
 def test_a_label_elsewhere_is_for_gradients_alone():
     student, teacher = mild_logits(3, 9)
-    rows = student, teacher, torch.tensor([0, -2, -1]), spec_of("ab")
+    rows = Rows(student, teacher, torch.tensor([0, -2, -1]), spec_of("ab"))
     with pytest.raises(RuntimeError, match=r"labels\[1\] is -2, expected -100 or 0 to 8"):
-        row_ops.row_gradients(*rows, torch.zeros(3, 6).double(), torch.ones(3), student)
+        row_ops.row_gradients(rows, torch.zeros(3, 6).double(), torch.ones(3), student)
 
 
 @pytest.mark.parametrize("divergence", ALL)
 def test_gradient_may_overwrite_the_student(divergence):
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
         student, teacher = mild_logits(5, 2050, dtype)
-        rows = teacher, torch.tensor([3, -100, 0, 49, 1]), spec_of(divergence)
+        rows = Rows(student, teacher, torch.tensor([3, -100, 0, 49, 1]), spec_of(divergence))
         gradient = torch.empty_like(student)
-        expected = row_ops.row_losses(student, *rows, gradient=gradient)
-        assert torch.equal(row_ops.row_losses(student, *rows, gradient=student), expected)
+        expected = row_ops.row_losses(rows, gradient=gradient)
+        assert torch.equal(row_ops.row_losses(rows, gradient=student), expected)
         assert torch.equal(student, gradient)
 
 
@@ -265,7 +266,7 @@ def test_opcheck_row_operators(divergence):
         torch.library.opcheck(torch.ops.abkd_fast.row_losses, (student, teacher, LABELS, *rows, *written))
     written = (torch.empty_like(student), statistics, upstream)
     torch.library.opcheck(torch.ops.abkd_fast.row_losses, (student, teacher, LABELS, *rows, *written))
-    row_ops.row_losses(student, teacher, LABELS, spec_of(divergence), statistics=statistics)
+    row_ops.row_losses(Rows(student, teacher, LABELS, spec_of(divergence)), statistics=statistics)
     later = (statistics, upstream, torch.empty_like(student))
     torch.library.opcheck(torch.ops.abkd_fast.row_gradients, (student, teacher, LABELS, *rows, *later))
     torch.library.opcheck(torch.ops.abkd_fast.row_normalizers, (student, teacher, *ROW_OPTIONS, statistics))
@@ -393,7 +394,7 @@ def test_reference_takes_over_where_the_extension_is_missing(divergence, request
     in_place = student.clone()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        row_ops.row_losses(in_place, teacher, labels, spec_of(divergence), gradient=in_place)
+        row_ops.row_losses(Rows(in_place, teacher, labels, spec_of(divergence)), gradient=in_place)
     assert torch.equal(in_place, gradient)
 
 

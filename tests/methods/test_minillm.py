@@ -15,7 +15,7 @@ from abkd_fast.config.recipe import load
 from abkd_fast.data import quickstart
 from abkd_fast.data.batches import pack
 from abkd_fast.losses import chunks, policy_gradient, row_ops
-from abkd_fast.losses.arguments import LinearHead
+from abkd_fast.losses.arguments import LinearHead, Rows
 from abkd_fast.methods.minillm import MiniLLM
 from abkd_fast.teacher.teacher import Teacher
 from conftest import GPT2, LLAMA
@@ -95,7 +95,8 @@ def test_gradient_by_logits_is_the_published_formula(tensors):
     student, teacher, labels, advantages, log_probs = tensors
     logits, theirs = F.linear(*student), F.linear(*teacher)[:, :VOCAB].contiguous()
     gradient = torch.empty_like(logits)
-    divergence, rho = policy_gradient.policy_rows(logits, theirs, labels, advantages, log_probs, CLIP, gradient)
+    rows = Rows(logits, theirs, labels, policy_gradient.REVERSE_KL)
+    divergence, rho = policy_gradient.policy_rows(rows, advantages, log_probs, CLIP, gradient)
     q = logits.softmax(1)
     d = logits.log_softmax(1) - theirs.log_softmax(1)
     active = ((advantages >= 0) & (rho <= 1 + CLIP)) | ((advantages < 0) & (rho >= 1 - CLIP))
