@@ -1,7 +1,5 @@
 """The device that models run on, and the type that they compute in."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import resource
