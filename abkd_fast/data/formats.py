@@ -1,7 +1,5 @@
 """The formats of rows that people bring: checked, and converted to one shape."""
 
-from __future__ import annotations
-
 import json
 
 from ..errors import ConfigError

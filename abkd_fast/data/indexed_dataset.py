@@ -6,8 +6,6 @@ item, in ids (int32); the start of each item in the .bin file, in bytes (int64);
 (int64), which is not needed here.
 """
 
-from __future__ import annotations
-
 import itertools
 import pathlib
 import struct

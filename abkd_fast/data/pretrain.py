@@ -1,17 +1,15 @@
 """Plain text for the language-modeling loss: documents become tokens, and these become blocks of one length."""
 
-from __future__ import annotations
-
 import itertools
 import pathlib
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import datasets
 import filelock
 import numpy as np
 import pyarrow
 from datasets.table import MemoryMappedTable
+from transformers import PreTrainedTokenizerBase
 
 from ..config.schema import PretrainConfig
 from ..console import console
@@ -20,9 +18,6 @@ from ..files import atomic_file, file_digest, leftovers
 from . import indexed_dataset
 from .rows import TRAIN, read_jsonl
 from .tokenize import SAMPLE, arrow_file, fingerprint
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 NEWLINE = "<@x(x!>"  # MiniLLM's data.txt has this for a line end within a document
 PIECE = 1 << 20  # about so many characters are tokenized at once

@@ -1,7 +1,5 @@
 """Rows of instruction data: read from files, the Hub, or the quickstart, and checked."""
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import json

@@ -1,23 +1,17 @@
 """Tokenization of checked rows. The result is stored on the disk."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import pathlib
-from typing import TYPE_CHECKING
 
 import datasets
 import numpy as np
+from transformers import PreTrainedTokenizerBase
 
 from ..errors import ConfigError
 from . import indexed_dataset
 from .chat import render_prompt
 from .rows import Row
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
 
 # Columns of tokenized data: of a sample, and of a sample that comes from a row.
 SAMPLE = datasets.Features(
@@ -76,23 +70,18 @@ def tokenize(
     return dataset
 
 
-def outputs_of(row: Row) -> list[str]:
-    """All outputs of a row of JSON. Raises ConfigError if there is none, or if one is not text."""
+def references(row: Row, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The texts that a response is compared with: all outputs of a row.
+
+    Raises ConfigError for a row of JSON that has none, or one that is not text.
+    """
+    if "output_ids" in row.values:
+        return [tokenizer.decode(row.values["output_ids"], skip_special_tokens=True)]
     outputs = row.outputs if isinstance(row.outputs, list) else [row.outputs]
     if not outputs or not all(isinstance(text, str) for text in outputs):
         got = json.dumps(row.outputs)[:60]
         raise ConfigError(f'{row.where}: "output" must be a text or a list of texts to compare with, got {got}')
     return outputs
-
-
-def references(rows: list[Row], tokenizer: PreTrainedTokenizerBase) -> list[list[str]]:
-    """For each row the texts that a response is compared with: all its outputs. Raises as `outputs_of`."""
-    return [
-        [tokenizer.decode(row.values["output_ids"], skip_special_tokens=True)]
-        if "output_ids" in row.values
-        else outputs_of(row)
-        for row in rows
-    ]
 
 
 def encode_prompts(rows: list[Row], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
@@ -144,16 +133,14 @@ def _encode(
     rows: list[dict], numbers: list[int], tokenizer: PreTrainedTokenizerBase, max_length: int, max_prompt: int | None
 ) -> dict[str, list]:
     """The columns of ROW for the rows with these numbers."""
-    columns = {name: [] for name in ROW}
     binary = "prompt_ids" in rows[0]  # then all rows are
     pairs = [(row["prompt_ids"], row["output_ids"]) for row in rows] if binary else _token_ids(rows, tokenizer)
-    for number, (prompt, response) in zip(numbers, pairs, strict=True):
-        if max_prompt is None or len(prompt) <= max_prompt:
-            whole = prompt + response
-            sample = whole[:max_length], len(prompt), number, len(whole)
-            for column, value in zip(columns.values(), sample, strict=True):
-                column.append(value)
-    return columns
+    samples = [
+        ((prompt + response)[:max_length], len(prompt), number, len(prompt) + len(response))
+        for number, (prompt, response) in zip(numbers, pairs, strict=True)
+        if max_prompt is None or len(prompt) <= max_prompt
+    ]
+    return {name: [sample[place] for sample in samples] for place, name in enumerate(ROW)}
 
 
 def _token_ids(rows: list[dict], tokenizer: PreTrainedTokenizerBase) -> list[tuple[list[int], list[int]]]:

@@ -93,7 +93,7 @@ def read_sets(
             _check_source(source)
             chosen = read(source, rows, DEV, True)
             prompts, cut = _encode(chosen, tokenizer, hf_config, protocol)
-            found[name] = TestSet(name, source, prompts, references(chosen, tokenizer), cut)
+            found[name] = TestSet(name, source, prompts, [references(row, tokenizer) for row in chosen], cut)
         except ConfigError as error:
             raise ConfigError(f"{key}: {error}") from None
     return [*found.values()]

@@ -30,7 +30,7 @@ class DevRouge:
         samples = dev_set[:count]
         pairs = zip(samples["input_ids"], samples["prompt_length"], strict=True)
         self.prompts = [ids[:length] for ids, length in pairs]
-        self.references = references([rows[number] for number in samples["row"]], tokenizer)
+        self.references = [references(rows[number], tokenizer) for number in samples["row"]]
         self.seeds = response_seeds((config.run.seed, row) for row in range(count))
         self.tokenizer = tokenizer
         self.settings = SamplingParams(
