@@ -1,9 +1,9 @@
 """All commands share this: exit statuses, error lines, and the line that says how to continue."""
 
-import argparse
 import os
 import shlex
 import sys
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 
 from .errors import ConfigError, Interrupted
@@ -11,15 +11,8 @@ from .errors import ConfigError, Interrupted
 INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: try again
 
 
-def run(
-    command: str,
-    parser: argparse.ArgumentParser,
-    work: Callable[[argparse.Namespace], object],
-    arguments: list[str] | None = None,
-) -> int:
-    """Parses the arguments of a command, does its work with the options, and returns the exit status.
-
-    If the work ends early, prints the reason in one line.
+def run(command: str, parser: ArgumentParser, work: Callable[[Namespace], None], arguments: list[str] | None) -> int:
+    """Parses a command's arguments, does its work, and returns the exit status. Prints in one line why it ends early.
 
     - 0: all is done.
     - 1: the loss or a gradient is not finite, or another process is lost.

@@ -36,11 +36,9 @@ class OnPolicyConfig(Section):
         for field in dataclasses.fields(self):
             value, readers = getattr(self, field.name), ON_POLICY_READERS[field.name]
             if value != field.default and method not in readers:
-                raise ConfigError(
-                    f'on_policy.{field.name} is {value}, but method "{method}" has no such choice, only '
-                    f"{', '.join(readers)}: leave it out",
-                    f"on_policy.{field.name}",
-                )
+                key = f"on_policy.{field.name}"
+                problem = f'{key} is {value}, but method "{method}" has no such choice'
+                raise ConfigError(f"{problem}, only {', '.join(readers)}: leave it out", key)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -14,14 +14,6 @@ from .section import Section
 SEEDS = (10, 20, 30, 40, 50)  # the papers evaluate with these
 
 
-def _check_folder_name(section: object, name: str) -> None:
-    """Raises ConfigError for a value that is not the name of one folder: the run would end up elsewhere."""
-    value = getattr(section, name)
-    good = value == pathlib.PurePath(value).name and value.strip(". ") and value.isprintable() and ":" not in value
-    if not good or len(value.encode()) > 200:
-        raise ConfigError(f'{name} is "{value[:60]}", expected the name of a folder, without "/" or ":"', name)
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunConfig(Section):
     """Where results go. The folder of a run is DIR/NAME, or DIR/NAME/STAGE for a stage of a recipe."""
@@ -33,9 +25,11 @@ class RunConfig(Section):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_folder_name(self, "name")
-        if self.stage is not None:
-            _check_folder_name(self, "stage")
+        names = {"name": self.name, "stage": self.name if self.stage is None else self.stage}
+        for key, name in names.items():  # with any other name the run would end up elsewhere
+            good = name == pathlib.PurePath(name).name and name.strip(". ") and name.isprintable() and ":" not in name
+            if not good or len(name.encode()) > 200:
+                raise ConfigError(f'{key} is "{name[:60]}", expected the name of a folder, without "/" or ":"', key)
 
     @property
     def root(self) -> pathlib.Path:
@@ -303,16 +297,14 @@ class Config(Section):
         if self.tokenizer is None and self.student.path is None:
             raise ConfigError("tokenizer: missing, and a student with random weights brings none")
         if self.eval.select != "last" and self.data.dev is None:
-            raise ConfigError(
-                f"eval.select is {self.eval.select}, but data.dev is missing; give it, or select last", "eval.select"
-            )
+            problem = f"eval.select is {self.eval.select}, but data.dev is missing"
+            raise ConfigError(f"{problem}; give it, or select last", "eval.select")
         if self.eval.rouge_rows is not None and self.data.dev is None:
             raise ConfigError("eval.rouge_rows: there is no data.dev whose rows could be answered", "eval.rouge_rows")
         if self.train.max_tokens < self.data.max_length:
-            raise ConfigError(
-                f"train.max_tokens is {self.train.max_tokens}, but one sample may have data.max_length = "
-                f"{self.data.max_length} tokens; raise the first or lower the second"
-            )
+            longest = f"data.max_length = {self.data.max_length} tokens"
+            problem = f"train.max_tokens is {self.train.max_tokens}, but one sample may have {longest}"
+            raise ConfigError(f"{problem}; raise the first or lower the second")
         self._check_generation()
 
     def _check_generation(self) -> None:
@@ -320,10 +312,8 @@ class Config(Section):
         capacity, batch_size = self.on_policy.replay_rows, self.train.batch_size
         replays = self.method == "distillm" or (self.method in ("imitkd", "gkd") and capacity > 0)
         if replays and capacity < batch_size:
-            raise ConfigError(
-                f"on_policy.replay_rows is {capacity}, fewer than train.batch_size = {batch_size}, what a step takes",
-                "on_policy.replay_rows",
-            )
+            problem = f"is {capacity}, fewer than train.batch_size = {batch_size}, what a step takes"
+            raise ConfigError(f"on_policy.replay_rows {problem}", "on_policy.replay_rows")
         if self.method == "distillm" and self.data.dev is None:
             raise ConfigError("data.dev: missing, and method distillm follows its loss", "data.dev")
         if self.method == "generate" and (self.student.path is None or self.student.lora is not None):

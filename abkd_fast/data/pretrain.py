@@ -52,9 +52,8 @@ def load_blocks(spec: PretrainConfig, tokenizer: PreTrainedTokenizerBase, max_le
                     with atomic_file(path) as temporary:
                         _write(temporary, _cut(_token_ids(files, tokenizer, spec.rows), max_length))
         except OSError as error:
-            raise ConfigError(
-                f"data.pretrain: {path}: can't be written ({error}); HF_DATASETS_CACHE moves it"
-            ) from None
+            problem = f"data.pretrain: {path}: can't be written ({error})"
+            raise ConfigError(f"{problem}; HF_DATASETS_CACHE moves it") from None
     dataset = datasets.Dataset(MemoryMappedTable.from_file(str(path)), fingerprint=key)
     if not len(dataset):
         raise ConfigError(f"data.pretrain: {spec.path}: is too short for one block of data.max_length = {max_length}")
@@ -62,7 +61,6 @@ def load_blocks(spec: PretrainConfig, tokenizer: PreTrainedTokenizerBase, max_le
 
 
 def _identity(file: pathlib.Path) -> list[str]:
-    """The suffix of the file, and hashes of its content."""
     parts = [file, file.with_suffix(".idx")] if file.suffix == ".bin" else [file]
     try:
         return [file.suffix, *map(file_digest, parts)]
@@ -71,17 +69,13 @@ def _identity(file: pathlib.Path) -> list[str]:
 
 
 def _find_files(source: str) -> list[pathlib.Path]:
-    """The files of a source: the file itself, a folder's binary files, or else its .jsonl and .txt files by name.
-
-    Raises ConfigError if there are none.
-    """
+    """The source itself, or a folder's binary files, or else its .jsonl and .txt files by name; or ConfigError."""
     path = pathlib.Path(source)
     if not path.exists():
         raise ConfigError(f"data.pretrain: {source}: no such file or folder")
     files = indexed_dataset.find(source, TRAIN)
-    if not files:
-        there = path.iterdir() if path.is_dir() else [path]
-        files = sorted(file for file in there if file.suffix in (".jsonl", ".txt"))
+    there = path.iterdir() if path.is_dir() else [path]
+    files = files or sorted(file for file in there if file.suffix in (".jsonl", ".txt"))
     if not files:
         raise ConfigError(f"data.pretrain: {source}: expected a .jsonl, .txt or .bin file, or a folder with some")
     return files
@@ -97,11 +91,10 @@ def _read_documents(path: pathlib.Path) -> Iterator[Iterator[str]]:
     """
     if path.suffix == ".jsonl":
         for where, values in read_jsonl(path):
-            text = values.get("text") if isinstance(values, dict) else None
-            if not isinstance(text, str):
+            if not isinstance(values, dict) or not isinstance(values.get("text"), str):
                 raise ConfigError(f'{where}: expected a JSON object with "text"')
-            if text.strip():
-                yield iter([text])
+            if values["text"].strip():
+                yield iter([values["text"]])
         return
     pieces = _read_pieces(path)
     first = next(pieces, "")
@@ -114,7 +107,6 @@ def _read_documents(path: pathlib.Path) -> Iterator[Iterator[str]]:
 
 
 def _read_pieces(path: pathlib.Path) -> Iterator[str]:
-    """Yields the text of a file in pieces of whole lines."""
     try:
         with path.open(encoding="utf-8") as file:
             while lines := file.readlines(PIECE):

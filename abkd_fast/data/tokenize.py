@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import pathlib
 
 import datasets
@@ -40,10 +41,9 @@ def tokenize(
     content = [json.dumps(row.values, default=np.ndarray.tolist) for row in rows]
     limits = max_length, max_prompt_length
     key = fingerprint(content, tokenizer, limits)
-    raw = datasets.Dataset.from_dict({"row": content})
     progress = datasets.utils.logging.is_progress_bar_enabled()
     datasets.disable_progress_bar()
-    dataset = raw.map(
+    dataset = datasets.Dataset.from_dict({"row": content}).map(
         lambda batch, numbers: _encode([json.loads(row) for row in batch["row"]], numbers, tokenizer, *limits),
         batched=True,
         with_indices=True,
@@ -55,18 +55,10 @@ def tokenize(
     if progress:
         datasets.enable_progress_bar()
     if not len(dataset):
-        raise ConfigError(
-            f"{rows[0].where} and all others: the prompts exceed {max_prompt_length} tokens, so no row is left; raise "
-            "data.max_prompt_length"
-        )
+        reason = f"the prompts exceed {max_prompt_length} tokens, so no row is left; raise data.max_prompt_length"
+        raise ConfigError(f"{rows[0].where} and all others: {reason}")
     for number, length in zip(dataset["row"][:], dataset["prompt_length"][:], strict=True):
-        where = rows[number].where
-        _check_prompt(where, length)
-        if length >= max_length:
-            raise ConfigError(
-                f"{where}: the prompt has {length} tokens and fills all {max_length}: nothing to learn; "
-                "raise data.max_length, or lower data.max_prompt_length"
-            )
+        _check_prompt(rows[number].where, length, max_length)
     return dataset
 
 
@@ -109,9 +101,12 @@ def _check_rows(rows: list[Row], tokenizer: PreTrainedTokenizerBase) -> None:
             indexed_dataset.check_ids(row.where, ids, len(tokenizer))
 
 
-def _check_prompt(where: str, length: int) -> None:
+def _check_prompt(where: str, length: int, max_length: float = math.inf) -> None:
     if length == 0:
         raise ConfigError(f"{where}: the prompt is empty: nothing predicts the first token of the response")
+    if length >= max_length:
+        reason = f"the prompt has {length} tokens and fills all {max_length}: nothing to learn"
+        raise ConfigError(f"{where}: {reason}; raise data.max_length, or lower data.max_prompt_length")
 
 
 def fingerprint(content: list, tokenizer: PreTrainedTokenizerBase, limits: tuple[int | None, ...]) -> str:
@@ -156,9 +151,7 @@ def _token_ids(rows: list[dict], tokenizer: PreTrainedTokenizerBase) -> list[tup
     ]
 
 
-def describe_long_rows(
-    rows: list[Row], dataset: datasets.Dataset, max_length: int, max_prompt_length: int | None
-) -> str:
+def describe_long_rows(rows: list[Row], dataset: datasets.Dataset, max_length: int, max_prompt: int | None) -> str:
     """A text for people about rows that `tokenize` has cut or left out; empty if there are none."""
     kept = set(dataset["row"][:])
     left_out = [row.where for number, row in enumerate(rows) if number not in kept]
@@ -168,5 +161,5 @@ def describe_long_rows(
         notes.append(f"{cut} of {len(rows)} rows exceed {max_length} tokens and are cut")
     if left_out:
         first = left_out[0] + ", …" * (len(left_out) > 1)
-        notes.append(f"{len(left_out)} rows are left out: their prompts exceed {max_prompt_length} tokens ({first})")
+        notes.append(f"{len(left_out)} rows are left out: their prompts exceed {max_prompt} tokens ({first})")
     return "; ".join(notes)
