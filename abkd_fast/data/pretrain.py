@@ -74,8 +74,9 @@ def _find_files(source: str) -> list[pathlib.Path]:
     if not path.exists():
         raise ConfigError(f"data.pretrain: {source}: no such file or folder")
     files = indexed_dataset.find(source, TRAIN)
-    there = path.iterdir() if path.is_dir() else [path]
-    files = files or sorted(file for file in there if file.suffix in (".jsonl", ".txt"))
+    if not files:
+        there = path.iterdir() if path.is_dir() else [path]
+        files = sorted(file for file in there if file.suffix in (".jsonl", ".txt"))
     if not files:
         raise ConfigError(f"data.pretrain: {source}: expected a .jsonl, .txt or .bin file, or a folder with some")
     return files
@@ -107,6 +108,7 @@ def _read_documents(path: pathlib.Path) -> Iterator[Iterator[str]]:
 
 
 def _read_pieces(path: pathlib.Path) -> Iterator[str]:
+    """Yields the text of a file in pieces of whole lines."""
     try:
         with path.open(encoding="utf-8") as file:
             while lines := file.readlines(PIECE):

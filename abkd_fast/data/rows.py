@@ -60,9 +60,9 @@ def _rows(source: str, splits: tuple[str, ...], prompts_only: bool) -> Iterator[
 
 def _raw_rows(source: str) -> Iterator[tuple[str, object]]:
     path = pathlib.Path(source)
-    files, unnamed = [], []
+    files, numbered = [], []
     if source.startswith("quickstart:"):
-        unnamed = quickstart.rows(source.removeprefix("quickstart:"))
+        numbered = quickstart.rows(source.removeprefix("quickstart:"))
     elif path.is_dir():
         if not (files := sorted(path.glob("*.jsonl"))):
             raise ConfigError(f"{source}: a folder without .jsonl files")
@@ -72,13 +72,13 @@ def _raw_rows(source: str) -> Iterator[tuple[str, object]]:
         raise ConfigError(f"{source}: no such file or folder")
     else:
         try:
-            unnamed = datasets.load_dataset(source, split="train")
+            numbered = datasets.load_dataset(source, split="train")
         except Exception as error:
             reason = str(error).splitlines()[0]
             raise ConfigError(f"{source}: no such file, and no data set of that name on the Hub ({reason})") from None
     for file in files:
         yield from read_jsonl(file)
-    for number, values in enumerate(unnamed, 1):
+    for number, values in enumerate(numbered, 1):
         yield f"{source} row {number}", values
 
 
