@@ -1,10 +1,9 @@
 """All commands share this: exit statuses, error lines, and the line that says how to continue."""
 
-from __future__ import annotations
-
 import os
 import shlex
 import sys
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 
 from .errors import ConfigError, Interrupted
@@ -12,8 +11,8 @@ from .errors import ConfigError, Interrupted
 INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: try again
 
 
-def run(command: str, continuing: list[str], work: Callable[[], object]) -> int:
-    """Does a command's work and returns the exit status. If it ends early, prints the reason in one line.
+def run(command: str, parser: ArgumentParser, work: Callable[[Namespace], None], arguments: list[str] | None) -> int:
+    """Parses a command's arguments, does its work, and returns the exit status. Prints in one line why it ends early.
 
     - 0: all is done.
     - 1: the loss or a gradient is not finite, or another process is lost.
@@ -23,34 +22,25 @@ def run(command: str, continuing: list[str], work: Callable[[], object]) -> int:
 
     Args:
         command: the module's name in the package.
-        continuing: the arguments with which the same command continues.
+        arguments: those of the command line (None: `sys.argv`).
     """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options = parser.parse_args(arguments)
     try:
-        work()
-    except Interrupted as interruption:
-        return _interrupted(str(interruption), command, continuing)
-    except KeyboardInterrupt:  # while models load, above all; training and sampling handle signals themselves
-        return _interrupted("interrupted", command, continuing)
-    except ConfigError as error:
-        return _failed(error, 2)
-    except (FloatingPointError, ConnectionError) as error:
-        return _failed(error, 1)
+        work(options)
+    except (Interrupted, KeyboardInterrupt) as error:  # training and sampling handle signals themselves
+        start = ["torchrun", "--nproc-per-node", os.environ.get("LOCAL_WORLD_SIZE", "1")]
+        if "RANK" not in os.environ:
+            start = [sys.executable]
+        again = [*start, "-m", f"abkd_fast.{command}", *arguments]
+        if not getattr(options, "resume", True):
+            again.append("--resume")
+        _print(f"{str(error) or 'interrupted'}; continue with:\n{shlex.join(again)}", "interrupted")
+        return INTERRUPTED
+    except (ConfigError, FloatingPointError, ConnectionError) as error:
+        _print(f"error: {error}")
+        return 2 if isinstance(error, ConfigError) else 1
     return 0
-
-
-def _failed(error: Exception, status: int) -> int:
-    _print(f"error: {error}")
-    return status
-
-
-def _interrupted(reason: str, command: str, continuing: list[str]) -> int:
-    start = ["torchrun", "--nproc-per-node", os.environ.get("LOCAL_WORLD_SIZE", "1")]
-    if "RANK" not in os.environ:
-        start = [sys.executable]
-    _print(
-        f"{reason}; continue with:\n{shlex.join([*start, '-m', f'abkd_fast.{command}', *continuing])}", "interrupted"
-    )
-    return INTERRUPTED
 
 
 def leave(status: int) -> None:

@@ -1,7 +1,5 @@
 """The device that models run on, and the type that they compute in."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import resource
@@ -20,10 +18,8 @@ def choose_device(wish: str, section: str = "") -> torch.device:
     device = torch.device("cuda" if wish != "cpu" and torch.cuda.is_available() else "cpu")
     number, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
     if device.type == "cuda" and number >= count:
-        raise ConfigError(
-            f"{section}device is {wish}, but process {number} of this machine has no GPU of its own, of {count}: "
-            "start as many processes, or use cpu"
-        )
+        problem = f"process {number} of this machine has no GPU of its own, of {count}"
+        raise ConfigError(f"{section}device is {wish}, but {problem}: start as many processes, or use cpu")
     return device
 
 

@@ -1,7 +1,5 @@
 """Several processes, one for each GPU: a run's use of torch.distributed. A single process communicates nothing."""
 
-from __future__ import annotations
-
 import contextlib
 import datetime
 import functools
@@ -223,10 +221,7 @@ def seed_per_rank(seed: int) -> None:
 
 
 def replicate(model: nn.Module) -> nn.Module:
-    """The model to call in training. Its gradients are summed over ranks, not averaged.
-
-    The loss of each rank is a part of one mean over all ranks.
-    """
+    """The model to call in training. Sums its gradients over ranks: each rank's loss is a part of one mean over all."""
     if world_size() == 1 or is_sharded(model):
         return model
     if next(model.parameters()).is_cuda:
@@ -236,13 +231,13 @@ def replicate(model: nn.Module) -> nn.Module:
     return replica
 
 
-def _sum(state, bucket):  # noqa: ANN001 - torch refuses annotations that are text
+def _sum(state: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
     work = dist.all_reduce(bucket.buffer(), async_op=True)
     return work.get_future().then(lambda future: future.value()[0])
 
 
 def grad_sync(model: nn.Module, when: bool) -> contextlib.AbstractContextManager:
-    """A context for one micro-batch's passes. If `when` is true, they sum the gradients over ranks, else they don't.
+    """A context for one micro-batch's passes, which sum the gradients over ranks if `when` is true.
 
     The gradients of a sharded model are summed every time: no rank has memory for all of them.
     """

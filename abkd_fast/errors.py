@@ -1,7 +1,5 @@
 """Errors that end a command with one line."""
 
-from __future__ import annotations
-
 import difflib
 import math
 import typing
@@ -35,19 +33,6 @@ def check_number(name: str, value: float | None, low: float, high: float = math.
     if value is not None and not low <= value <= high:
         limit = "" if high == math.inf else f" and at most {high:g}"
         raise ConfigError(f"{name} is {value}, expected at least {low}{limit}", name)
-
-
-def check_range(section: object, **ranges: tuple[float, float]) -> None:
-    """Raises ConfigError for an attribute below or above its range. None is always in range."""
-    for name, (low, high) in ranges.items():
-        check_number(name, getattr(section, name), low, high)
-
-
-def check_positive(section: object, *names: str) -> None:
-    """Raises ConfigError for an attribute that is not above 0."""
-    for name in names:
-        if not getattr(section, name) > 0:
-            raise ConfigError(f"{name} is {getattr(section, name)}, expected above 0", name)
 
 
 class Interrupted(Exception):

@@ -1,10 +1,7 @@
 """`python -m abkd_fast.evaluate --model DIR --data dolly=FILE …`: a model's scores by the papers' protocol."""
 
-from __future__ import annotations
-
 import argparse
 import pathlib
-import sys
 
 from .cli import leave, run
 from .config.options import add_model_options, add_options
@@ -15,9 +12,7 @@ from .errors import ConfigError
 
 def main(arguments: list[str] | None = None) -> int:
     """Answers and scores test sets; returns the exit status (see `cli.run`)."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    options = _parser().parse_args(arguments)
-    return run("evaluate", arguments, lambda: _evaluate(options))
+    return run("evaluate", _parser(), _evaluate, arguments)
 
 
 def _evaluate(options: argparse.Namespace) -> None:
@@ -69,27 +64,17 @@ def _parser() -> argparse.ArgumentParser:
         "of several references) and exact match, mean and standard deviation over seeds. The defaults are the papers' "
         "protocol. After an interruption the same command continues.",
     )
-    parser.add_argument("--model", required=True, metavar="DIR", help="folder or Hub name, or a LoRA adapter's folder")
-    parser.add_argument(
-        "--data",
-        required=True,
-        nargs="+",
-        metavar="NAME=FILE",
-        help="test sets; dolly, self-inst, vicuna, sinst and uinst get the papers' names",
-    )
-    parser.add_argument(
-        "--out", metavar="DIR", type=pathlib.Path, help="where scores go (default: RUN/eval of RUN/final)"
-    )
-    seeds = " ".join(map(str, SEEDS))
-    parser.add_argument(
-        "--seeds", nargs="+", default=list(map(str, SEEDS)), metavar="N", help=f"seeds of sampling [{seeds}]"
-    )
-    parser.add_argument("--rows", metavar="N", type=int, help="use only the first rows of each set")
-    parser.add_argument(
-        "--bos", action="store_true", help="a begin token before every prompt, as the papers' Llama had"
-    )
+    add = parser.add_argument
+    add("--model", required=True, metavar="DIR", help="folder or Hub name, or a LoRA adapter's folder")
+    text = "test sets; dolly, self-inst, vicuna, sinst and uinst get the papers' names"
+    add("--data", required=True, nargs="+", metavar="NAME=FILE", help=text)
+    add("--out", metavar="DIR", type=pathlib.Path, help="where scores go (default: RUN/eval of RUN/final)")
+    seeds = list(map(str, SEEDS))
+    add("--seeds", nargs="+", default=seeds, metavar="N", help=f"seeds of sampling [{' '.join(seeds)}]")
+    add("--rows", metavar="N", type=int, help="use only the first rows of each set")
+    add("--bos", action="store_true", help="a begin token before every prompt, as the papers' Llama had")
     text = "longer prompts are cut to their first tokens [256]"
-    parser.add_argument("--max-prompt-length", metavar="N", type=int, default=256, help=text)
+    add("--max-prompt-length", metavar="N", type=int, default=256, help=text)
     names = [name for name in OPTIONS if name not in ("max_length", "min_new_tokens")]
     add_options(parser, SamplingParams, *names, no_repeat_ngram_size=EvalConfig.no_repeat_ngram_size)
     add_model_options(parser)

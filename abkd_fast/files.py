@@ -1,7 +1,5 @@
 """Files and folders: checks, locks, atomic writes, hashes."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import os
@@ -41,15 +39,12 @@ def check_writable(key: str, folder: pathlib.Path) -> None:
 @contextlib.contextmanager
 def exclusive(path: pathlib.Path, otherwise: str) -> Iterator[None]:
     """Holds the lock file `path`. Raises ConfigError with the message `otherwise` if another process holds it."""
-    lock = filelock.FileLock(path)
     try:
-        lock.acquire(timeout=0)
+        held = filelock.FileLock(path).acquire(timeout=0)
     except filelock.Timeout:
         raise ConfigError(otherwise) from None
-    try:
+    with held:
         yield
-    finally:
-        lock.release()
 
 
 @contextlib.contextmanager

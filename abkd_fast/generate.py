@@ -1,10 +1,7 @@
 """`python -m abkd_fast.generate --model DIR --data FILE --out FILE.jsonl`: a model's responses, as training data."""
 
-from __future__ import annotations
-
 import argparse
 import pathlib
-import sys
 
 from .cli import leave, run
 from .config.options import add_model_options, add_options
@@ -14,9 +11,7 @@ from .config.schema import RunConfig
 
 def main(arguments: list[str] | None = None) -> int:
     """Answers the prompts of a data set; returns the exit status (see `cli.run`)."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    options = _parser().parse_args(arguments)
-    return run("generate", arguments, lambda: _generate(options))
+    return run("generate", _parser(), _generate, arguments)
 
 
 def _generate(options: argparse.Namespace) -> None:

@@ -1,11 +1,9 @@
 """`python -m abkd_fast.report RUN [RUN …]`: the papers' tables and figures, of finished runs."""
 
-from __future__ import annotations
-
 import argparse
+import functools
 import os
 import pathlib
-import sys
 
 from .cli import leave, run
 from .errors import ConfigError
@@ -13,9 +11,7 @@ from .errors import ConfigError
 
 def main(arguments: list[str] | None = None) -> int:
     """Writes tables and figures; returns the exit status: 0, or 2 for a mistake in the input."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    options = _parser().parse_args(arguments)
-    return run("report", arguments, lambda: _report(options))
+    return run("report", _parser(), _report, arguments)
 
 
 def _report(options: argparse.Namespace) -> None:
@@ -45,18 +41,11 @@ def _parser() -> argparse.ArgumentParser:
         "set) in Markdown and CSV. A figure of ROUGE-L on dev rows over training, in PNG and SVG. In each run's "
         "folder: report.md with curves of loss, speed and memory. Needs matplotlib.",
     )
-    parser.add_argument(
-        "runs", nargs="+", metavar="RUN", type=pathlib.Path, help="folder of a run, or of a recipe's stages"
-    )
-    parser.add_argument(
-        "--out", metavar="DIR", type=pathlib.Path, help="where tables go [the folder of all these runs]"
-    )
-    parser.add_argument(
-        "--paper",
-        metavar="FILE",
-        type=pathlib.Path,
-        help="published scores to show beside ours: a CSV file like scores.csv, with columns row, SET mean, SET std",
-    )
+    add = functools.partial(parser.add_argument, type=pathlib.Path)
+    add("runs", nargs="+", metavar="RUN", help="folder of a run, or of a recipe's stages")
+    add("--out", metavar="DIR", help="where tables go [the folder of all these runs]")
+    text = "published scores to show beside ours: a CSV file like scores.csv, with columns row, SET mean, SET std"
+    add("--paper", metavar="FILE", help=text)
     return parser
 
 

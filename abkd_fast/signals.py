@@ -1,7 +1,5 @@
 """Signals that stop a run."""
 
-from __future__ import annotations
-
 import os
 import signal
 import threading
@@ -17,7 +15,7 @@ class StopSignals:
 
     received: str | None = None
 
-    def __enter__(self) -> StopSignals:
+    def __enter__(self) -> "StopSignals":
         self.previous = {}
         if threading.current_thread() is threading.main_thread():  # Python allows handlers in this thread alone
             for number in (signal.SIGTERM, signal.SIGINT):

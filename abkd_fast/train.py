@@ -1,12 +1,9 @@
 """Trains: `python -m abkd_fast.train --config RECIPE [--set key=value …] [--resume]`."""
 
-from __future__ import annotations
-
 import argparse
-import sys
 
 from .cli import leave, run
-from .config.help import describe
+from .config.options import describe
 from .config.recipe import load
 
 RECIPE_KEYS = """\
@@ -20,10 +17,7 @@ A null removes a key, a section or a stage of the base.
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs a recipe in the processes that torchrun started, or in this one; returns the exit status (see `cli.run`)."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    options = _parser().parse_args(arguments)
-    continuing = arguments if options.resume else [*arguments, "--resume"]
-    return run("train", continuing, lambda: _train(options))
+    return run("train", _parser(), _train, arguments)
 
 
 def _train(options: argparse.Namespace) -> None:
@@ -42,26 +36,17 @@ def _parser() -> argparse.ArgumentParser:
         epilog="\n".join([RECIPE_KEYS, "keys of a configuration, with [defaults]:\n", *describe()]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--config", required=True, metavar="RECIPE", help="a JSON file or a packaged recipe's name")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        dest="overrides",
-        help="override a value, for example optim.lr=1e-4; abkd:train.steps=50 changes only the stage abkd, and also "
-        "values that the stage sets itself",
+    add = parser.add_argument
+    add("--config", required=True, metavar="RECIPE", help="a JSON file or a packaged recipe's name")
+    text = (
+        "override a value, for example optim.lr=1e-4; abkd:train.steps=50 changes only the stage abkd, and also "
+        "values that the stage sets itself"
     )
-    parser.add_argument(
-        "--resume",
-        action="store_true",
-        help="continue an interrupted run from its newest checkpoint; the result is the same to the bit",
-    )
-    parser.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="print configuration, data, steps, memory and cache of each stage, and train nothing",
-    )
+    add("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help=text)
+    text = "continue an interrupted run from its newest checkpoint; the result is the same to the bit"
+    add("--resume", action="store_true", help=text)
+    text = "print configuration, data, steps, memory and cache of each stage, and train nothing"
+    add("--dry-run", action="store_true", help=text)
     return parser
 
 

@@ -1,11 +1,15 @@
-"""Command-line options made from the fields of configuration sections. Imports no PyTorch."""
+"""The command line's view of configuration sections: options made from fields, and `--help` about the keys of a recipe.
 
-from __future__ import annotations
+Imports no PyTorch.
+"""
 
 import argparse
+import dataclasses
+import json
 import typing
+from collections.abc import Iterator
 
-from .schema import SamplingConfig, TrainConfig
+from .schema import Config, SamplingConfig, TrainConfig
 
 
 def add_options(parser: argparse.ArgumentParser, section: type, *names: str, **defaults: object) -> None:
@@ -25,3 +29,25 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokenizer", metavar="DIR", help="folder or Hub name (default: the model's)")
     add_options(parser, SamplingConfig, "batch_size")
     add_options(parser, TrainConfig, "device", "dtype")
+
+
+def describe(cls: type = Config, prefix: str = "") -> Iterator[str]:
+    """Lines of text: every section, and every key with its meaning, its default and its other values."""
+    yield f"{prefix.rstrip('.') or 'top level'}: {cls.__doc__}"
+    hints, sections = typing.get_type_hints(cls), {}
+    for field in dataclasses.fields(cls):
+        name, hint = prefix + field.name, hints[field.name]
+        if name == "teacher.lora":  # a key of models that the teacher must not have
+            continue
+        sections |= {
+            f"{name}.": option for option in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(option)
+        }
+        if hasattr(field.type, "__metadata__"):
+            default = "required" if field.default is dataclasses.MISSING else json.dumps(field.default)
+            if typing.get_origin(hint) is typing.Literal:
+                others = {*typing.get_args(hint)} - {field.default}
+                default = f"{default}, or {', '.join(sorted(map(json.dumps, others)))}"
+            yield f"  {name:22} {field.type.__metadata__[0]} [{default}]"
+    yield ""
+    for name, section in sections.items():
+        yield from describe(section, name)

@@ -1,7 +1,5 @@
 """Recipes: JSON files with bases and stages, and values from the command line, become configurations."""
 
-from __future__ import annotations
-
 import dataclasses
 import difflib
 import functools
@@ -39,24 +37,20 @@ def load(name_or_path: str, overrides: list[str] = ()) -> list[Config]:
 
     Raises ConfigError, which names the file (or override), the key and the value.
     """
-    files = _read_with_bases(name_or_path)
-    stages = _stages(files)
-    shared = [Layer(place, {key: values[key] for key in values if key != "stages"}) for place, values in files]
-    changes: dict[str, list[Layer]] = {"": [], **{name: [] for name in stages or {}}}
+    shared = _read_with_bases(name_or_path)
+    stages = _take_stages(shared)
+    places = {name: f"{name_or_path} stage {name}" for name in stages}
+    for name, layers in stages.items():
+        layers.append(Layer(places[name], {"run": {"stage": name}}))
     for override in overrides:
         stage, layer = _parse_override(override, stages)
-        changes[stage].append(layer)
-    shared += changes[""]
-    if stages is None:
+        (stages[stage] if stage else shared).append(layer)
+    if not stages:
         return [_configure(shared, name_or_path)]
-    places = {name: f"{name_or_path} stage {name}" for name in stages}
-    layers = {
-        name: [*own, Layer(places[name], {"run": {"stage": name}}), *changes[name]] for name, own in stages.items()
-    }
-    methods = {name: _merged([*shared, *own]).get("method") or Config.method for name, own in layers.items()}
+    methods = {name: _merged([*shared, *own]).get("method") or Config.method for name, own in stages.items()}
     return [
         _configure([*_for_method(shared, methods[name], methods.values()), *own], places[name])
-        for name, own in layers.items()
+        for name, own in stages.items()
     ]
 
 
@@ -70,8 +64,7 @@ def _for_method(shared: list[Layer], method: str, methods: Iterable[str]) -> lis
     layers = []
     for place, values in shared:
         if isinstance(section := values.get("on_policy"), dict):
-            own = {key: value for key, value in section.items() if key not in foreign}
-            values = {**values, "on_policy": own}
+            values = {**values, "on_policy": {key: section[key] for key in section if key not in foreign}}
         layers.append(Layer(place, values))
     return layers
 
@@ -102,9 +95,9 @@ def _find(name: str, folder: pathlib.Path, where: str) -> pathlib.Path:
     """The path of a file in `folder`, or of a packaged recipe. Raises ConfigError, which begins with `where`."""
     path = folder / name
     try:
-        if path.exists() and not path.is_dir():
-            return path
         is_folder = path.is_dir()
+        if path.exists() and not is_folder:
+            return path
     except OSError as error:
         raise ConfigError(f"{where}{name}: can't be read ({error.strerror})") from None
     packaged, stem = packaged_recipes(), name.removesuffix(".json")
@@ -142,23 +135,20 @@ def _read(path: pathlib.Path, place: str) -> dict:
     if not isinstance(values, dict):
         raise ConfigError(f"{place}: expected a JSON object")
     stages = {} if values.get("stages") is None else values["stages"]
-    good = isinstance(stages, dict) and all(name and isinstance(own, dict | None) for name, own in stages.items())
-    if not good:
+    if not isinstance(stages, dict) or not all(name and isinstance(own, dict | None) for name, own in stages.items()):
         raise ConfigError(f'{place}: stages: expected an object of objects, {{"NAME": {{…}}, …}}')
     return values
 
 
-def _stages(files: list[Layer]) -> dict[str, list[Layer]] | None:
-    """The layers of each stage, by its name; None for a recipe without stages. A null removes a base's stage."""
+def _take_stages(files: list[Layer]) -> dict[str, list[Layer]]:
+    """Removes `stages` from the files. Returns the layers of each stage by its name. A null removes a base's stage."""
     stages = None
     for place, values in files:
         if "stages" not in values:
             continue
-        if values["stages"] is None:
-            stages = None
-            continue
-        stages = stages or {}
-        for name, own in values["stages"].items():
+        here = values.pop("stages")
+        stages = None if here is None else stages or {}
+        for name, own in (here or {}).items():
             if own is not None:
                 stages.setdefault(name, []).append(Layer(f"{place} stage {name}", own))
             elif name in stages:
@@ -167,21 +157,21 @@ def _stages(files: list[Layer]) -> dict[str, list[Layer]] | None:
                 raise ConfigError(f"{place}: stages.{name} is null, but no base has it{_known(name, stages)}")
     if stages == {}:
         raise ConfigError(f"{files[-1].place}: stages: none is left; null instead of all of them means no stages")
-    return stages
+    return stages or {}
 
 
 def _known(name: str, stages: dict) -> str:
     return nearest(name, stages) if stages else "; there are no stages"
 
 
-def _parse_override(override: str, stages: dict | None) -> tuple[str, Layer]:
+def _parse_override(override: str, stages: dict) -> tuple[str, Layer]:
     """The stage ("" means all) and the layer of "STAGE:key.key=value"."""
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise ConfigError(f'--set {override}: expected key=value, for example "optim.lr=1e-4"')
     stage, colon, rest = key.rpartition(":")
-    if colon and stage not in (stages or {}):
-        raise ConfigError(f'--set {override}: no stage "{stage}"{_known(stage, stages or {})}')
+    if colon and stage not in stages:
+        raise ConfigError(f'--set {override}: no stage "{stage}"{_known(stage, stages)}')
     keys = rest.split(".")
     if keys[0] in ("base", "stages"):
         raise ConfigError(f'--set {override}: {keys[0]} is the file\'s; a stage is changed by "STAGE:key=value"')
@@ -267,14 +257,10 @@ def _convert(hint: Any, value: Any, name: str) -> Any:
         raise ConfigError(f"{name} is too large: {_show(value)}", name)
     if value == "":
         raise ConfigError(f"{name} is empty: give a text, or leave it out", name)
-    if hint is str and not _may_be_path(value):
+    parts = value.encode("utf-8", "surrogatepass").split(b"/") if hint is str else [b""]
+    if hint is str and ("\0" in value or len(value) >= 4096 or max(map(len, parts)) >= 256):
         raise ConfigError(f"{name} has a NUL character or is too long, for a name or path: {_show(value)}", name)
     return value
-
-
-def _may_be_path(text: str) -> bool:
-    parts = text.encode("utf-8", "surrogatepass").split(b"/")
-    return "\0" not in text and len(text) < 4096 and max(map(len, parts)) < 256
 
 
 def _convert_list(hint: Any, value: Any, name: str) -> tuple:
@@ -282,9 +268,8 @@ def _convert_list(hint: Any, value: Any, name: str) -> tuple:
     item, *rest = typing.get_args(hint)
     length = None if rest == [...] else 1 + len(rest)
     if not isinstance(value, list) or (length is not None and len(value) != length):
-        items = "texts" if item is str else "numbers"
-        expected = f"a list of {items}" if length is None else f"a list of {length} numbers"
-        raise ConfigError(f"{name} must be {expected}, got {_show(value)}", name)
+        items = "texts" if item is str else "numbers" if length is None else f"{length} numbers"
+        raise ConfigError(f"{name} must be a list of {items}, got {_show(value)}", name)
     return tuple(_convert(item, part, name) for part in value)
 
 

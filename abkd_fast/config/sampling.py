@@ -1,30 +1,25 @@
 """Settings of sampling: meaning, defaults and ranges, for recipes, commands and `sample`. Imports no PyTorch."""
 
-from __future__ import annotations
-
 import dataclasses
-import math
 from typing import Annotated
 
-from ..errors import check_range
+from ..errors import check_number
+from .section import Section
 
 # The settings that a response depends on, in the order in which files and commands list them.
 OPTIONS = ("max_new_tokens", "max_length", "min_new_tokens", "temperature", "top_k", "top_p", "no_repeat_ngram_size")
 
-NgramSize = Annotated[int, "no n-gram of so many tokens occurs twice, prompt included (0: no ban)"]
+NgramSize = Annotated[int, "no n-gram of so many tokens occurs twice, prompt included (0: no ban)", 0]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SamplingKeys:
+class SamplingKeys(Section):
     """The settings that every recipe section about sampling has as keys."""
 
-    max_new_tokens: Annotated[int, "tokens of a response, at most"] = 256
-    temperature: Annotated[float, "divides the logits; 0: always the most likely token"] = 1.0
-    top_k: Annotated[int, "sample only from this number of the most likely tokens (0: all)"] = 0
-    top_p: Annotated[float, "sample only from the most likely tokens that have this probability together"] = 1.0
-
-    def __post_init__(self) -> None:
-        check_range(self, max_new_tokens=(1, math.inf), temperature=(0, 1e3), top_k=(0, math.inf), top_p=(0, 1))
+    max_new_tokens: Annotated[int, "tokens of a response, at most", 1] = 256
+    temperature: Annotated[float, "divides the logits; 0: always the most likely token", 0, 1e3] = 1.0
+    top_k: Annotated[int, "sample only from this number of the most likely tokens (0: all)", 0] = 0
+    top_p: Annotated[float, "sample only from the most likely tokens that have this probability together", 0, 1] = 1.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,10 +37,10 @@ class SamplingParams(SamplingKeys):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_range(self, min_new_tokens=(0, self.max_new_tokens), no_repeat_ngram_size=(0, math.inf))
+        check_number("min_new_tokens", self.min_new_tokens, 0, self.max_new_tokens)
 
     @classmethod
-    def from_options(cls, options: object, **others: object) -> SamplingParams:
+    def from_options(cls, options: object, **others: object) -> "SamplingParams":
         """The settings that a recipe section or a command's options have, and others."""
         names = [field.name for field in dataclasses.fields(cls) if hasattr(options, field.name)]
         return cls(**{name: getattr(options, name) for name in names}, **others)

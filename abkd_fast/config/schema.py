@@ -1,43 +1,35 @@
 """The configuration of a run: all keys of a recipe, as frozen dataclasses that check their own values."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
-import math
 import pathlib
 from typing import Annotated, Literal
 
-from ..errors import ConfigError, check_positive, check_range, nearest
+from ..errors import ConfigError, check_number, nearest
 from ..losses.divergences import parse
 from .methods import METHODS, WITHOUT_TEACHER, MiniLLMConfig, OnPolicyConfig
 from .sampling import NgramSize, SamplingKeys
+from .section import Section
 
 SEEDS = (10, 20, 30, 40, 50)  # the papers evaluate with these
 
 
-def _check_folder_name(section: object, name: str) -> None:
-    """Raises ConfigError for a value that is not the name of one folder: the run would end up elsewhere."""
-    value = getattr(section, name)
-    good = value == pathlib.PurePath(value).name and value.strip(". ") and value.isprintable() and ":" not in value
-    if not good or len(value.encode()) > 200:
-        raise ConfigError(f'{name} is "{value[:60]}", expected the name of a folder, without "/" or ":"', name)
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RunConfig:
+class RunConfig(Section):
     """Where results go. The folder of a run is DIR/NAME, or DIR/NAME/STAGE for a stage of a recipe."""
 
     name: Annotated[str, "name of the run"]
     stage: Annotated[str | None, "name of the stage; recipes with stages set it"] = None
     dir: Annotated[str, "folder that holds all runs"] = "runs"
-    seed: Annotated[int, "seeds weights, dropout and the order of the data"] = 10
+    seed: Annotated[int, "seeds weights, dropout and the order of the data", 0, 2**32 - 1] = 10
 
     def __post_init__(self) -> None:
-        check_range(self, seed=(0, 2**32 - 1))
-        _check_folder_name(self, "name")
-        if self.stage is not None:
-            _check_folder_name(self, "stage")
+        super().__post_init__()
+        names = {"name": self.name, "stage": self.name if self.stage is None else self.stage}
+        for key, name in names.items():  # with any other name the run would end up elsewhere
+            good = name == pathlib.PurePath(name).name and name.strip(". ") and name.isprintable() and ":" not in name
+            if not good or len(name.encode()) > 200:
+                raise ConfigError(f'{key} is "{name[:60]}", expected the name of a folder, without "/" or ":"', key)
 
     @property
     def root(self) -> pathlib.Path:
@@ -49,28 +41,30 @@ class RunConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LoraConfig:
+class LoraConfig(Section):
     """A new LoRA adapter. Only the adapter is trained. The defaults are those of the papers."""
 
-    rank: Annotated[int, "rank of the product of the two factors"] = 16
-    alpha: Annotated[float, "the product of the factors is scaled by alpha / rank"] = 64.0
-    dropout: Annotated[float, "dropout rate of the adapter's input"] = 0.1
+    rank: Annotated[int, "rank of the product of the two factors", 1] = 16
+    alpha: Annotated[float, "the product of the factors is scaled by alpha / rank", 0] = 64.0
+    dropout: Annotated[float, "dropout rate of the adapter's input", 0, 1] = 0.1
     targets: Annotated[tuple[str, ...], "names of the linear layers that get an adapter"] = ("q_proj", "v_proj")
 
     def __post_init__(self) -> None:
-        check_range(self, rank=(1, math.inf), alpha=(0, math.inf), dropout=(0, 1))
+        super().__post_init__()
         if not self.targets:
             example = '["q_proj", "v_proj"]'
             raise ConfigError(f"targets is empty, expected names of projections, for example {example}", "targets")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ModelConfig:
+class ModelConfig(Section):
     """A causal language model of Hugging Face, as student or teacher."""
 
     path: Annotated[str | None, 'folder or Hub name; "stage:NAME" means the result of an earlier stage'] = None
     config: Annotated[dict | None, "a transformers configuration instead of a path: the weights are random"] = None
-    dropout: Annotated[float | None, "every dropout rate of the model and the adapter (default: their own)"] = None
+    dropout: Annotated[float | None, "every dropout rate of the model and the adapter (default: their own)", 0, 1] = (
+        None
+    )
     adapter: Annotated[str | None, "LoRA adapter, given as path is: a student trains it, a teacher merges it"] = None
     lora: Annotated[LoraConfig | None, "trains a new LoRA adapter instead of all weights"] = None
 
@@ -83,7 +77,7 @@ class ModelConfig:
             raise ConfigError('config needs "model_type", for example "gpt2" or "llama"', "config")
         if self.adapter is not None and self.lora is not None:
             raise ConfigError("give either adapter, to go on with one, or lora, for a new one")
-        check_range(self, dropout=(0, 1))
+        super().__post_init__()
 
     @property
     def has_adapter(self) -> bool:
@@ -95,7 +89,7 @@ class ModelConfig:
         values = {key: getattr(self, key) or "" for key in ("path", "adapter")}
         return {key: value.removeprefix("stage:") for key, value in values.items() if value.startswith("stage:")}
 
-    def saved_in(self, folder: pathlib.Path) -> ModelConfig:
+    def saved_in(self, folder: pathlib.Path) -> "ModelConfig":
         """The same model after training: `folder` has its weights, or those of its adapter if it has one."""
         if self.has_adapter:
             return dataclasses.replace(self, adapter=str(folder), lora=None)
@@ -103,19 +97,16 @@ class ModelConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PretrainConfig:
+class PretrainConfig(Section):
     """Plain text. Every step adds its language-modeling loss, one block for each sample, as the papers do."""
 
     path: Annotated[str, "JSONL file with 'text', .txt file, the papers' .bin and .idx files, or a folder of these"]
-    weight: Annotated[float, "factor of its mean cross-entropy; 0: the text is not read"] = 1.0
-    rows: Annotated[int | None, "use only so many documents (items of binary files), the first ones"] = None
-
-    def __post_init__(self) -> None:
-        check_range(self, weight=(0, math.inf), rows=(1, math.inf))
+    weight: Annotated[float, "factor of its mean cross-entropy; 0: the text is not read", 0] = 1.0
+    rows: Annotated[int | None, "use only so many documents (items of binary files), the first ones", 1] = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DataConfig:
+class DataConfig(Section):
     """Rows with instruction, input and output, prompt and output, or messages; or the papers' .bin and .idx files."""
 
     train: Annotated[
@@ -124,15 +115,11 @@ class DataConfig:
         "the responses of an earlier stage with method generate",
     ]
     dev: Annotated[str | None, "rows for evaluation during training"] = None
-    train_rows: Annotated[int | None, "use only so many rows, the first ones"] = None
-    dev_rows: Annotated[int | None, "use only so many rows, the first ones"] = None
-    max_length: Annotated[int, "tokens of prompt and response together; longer responses are cut"] = 512
-    max_prompt_length: Annotated[int | None, "tokens of a prompt; longer ones are left out (null: no limit)"] = 256
+    train_rows: Annotated[int | None, "use only so many rows, the first ones", 1] = None
+    dev_rows: Annotated[int | None, "use only so many rows, the first ones", 1] = None
+    max_length: Annotated[int, "tokens of prompt and response together; longer responses are cut", 2] = 512
+    max_prompt_length: Annotated[int | None, "tokens of a prompt; longer ones are left out (null: no limit)", 1] = 256
     pretrain: Annotated[PretrainConfig | None, "plain text for an additional language-modeling loss"] = None
-
-    def __post_init__(self) -> None:
-        check_range(self, train_rows=(1, math.inf), dev_rows=(1, math.inf), max_length=(2, math.inf))
-        check_range(self, max_prompt_length=(1, math.inf))
 
     @property
     def stage(self) -> str | None:
@@ -148,10 +135,10 @@ class DataConfig:
 class SamplingConfig(SamplingKeys):
     """How on-policy methods and stages with method generate sample; data.max_length also limits responses."""
 
-    batch_size: Annotated[int, "responses in progress at a time; no response depends on it"] = 64
+    batch_size: Annotated[int, "responses in progress at a time; no response depends on it", 1] = 64
 
     def __post_init__(self) -> None:
-        check_range(self, temperature=(1e-3, 1e3), batch_size=(1, math.inf))
+        check_number("temperature", self.temperature, 1e-3, 1e3)
         super().__post_init__()
 
 
@@ -168,33 +155,36 @@ class CacheConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class OptimConfig:
+class OptimConfig(Section):
     """AdamW. Weights of one dimension (biases, norms) don't decay, except those of a LoRA adapter."""
 
     lr: Annotated[float, "peak learning rate"] = 5e-4
     min_lr: Annotated[float, "learning rate at the end of the cosine"] = 1e-7
     schedule: Annotated[Literal["cosine", "constant"], "learning rate after the warm-up"] = "cosine"
-    warmup_steps: Annotated[int, "steps in which the learning rate rises from 0 to lr"] = 0
-    weight_decay: Annotated[float, "decoupled weight decay"] = 0.01
+    warmup_steps: Annotated[int, "steps in which the learning rate rises from 0 to lr", 0] = 0
+    weight_decay: Annotated[float, "decoupled weight decay", 0] = 0.01
     betas: Annotated[tuple[float, float], "decay rates of the two moments"] = (0.9, 0.999)
     eps: Annotated[float, "added to the square root of the second moment"] = 1e-8
     clip_norm: Annotated[float, "a gradient with a larger norm is scaled down to this norm"] = 1.0
 
     def __post_init__(self) -> None:
-        check_positive(self, "lr", "clip_norm", "eps")
-        check_range(self, min_lr=(0, self.lr), warmup_steps=(0, math.inf), weight_decay=(0, math.inf))
+        for name in ("lr", "clip_norm", "eps"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name} is {getattr(self, name)}, expected above 0", name)
+        check_number("min_lr", self.min_lr, 0, self.lr)
+        super().__post_init__()
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ConfigError(f"betas are {list(self.betas)}, expected two numbers from 0 up to 1", "betas")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainConfig:
+class TrainConfig(Section):
     """The training loop. A step takes batch_size samples; max_tokens only decides how many are computed at once."""
 
-    epochs: Annotated[int, "passes over the training rows"] = 10
-    steps: Annotated[int | None, "number of steps; it replaces epochs"] = None
-    batch_size: Annotated[int, "samples of one optimizer step"] = 32
-    max_tokens: Annotated[int, "tokens of a micro-batch, at most; packed without padding"] = 8192
+    epochs: Annotated[int, "passes over the training rows", 1] = 10
+    steps: Annotated[int | None, "number of steps; it replaces epochs", 1] = None
+    batch_size: Annotated[int, "samples of one optimizer step", 1] = 32
+    max_tokens: Annotated[int, "tokens of a micro-batch, at most; packed without padding", 1] = 8192
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float64"], "type to compute in; auto: bfloat16 on a GPU, else float32"
     ] = "auto"
@@ -208,11 +198,7 @@ class TrainConfig:
         Literal["auto", "ddp", "fsdp"],
         "with several processes: each holds all weights (ddp), or a part of those of both models (fsdp); auto: ddp",
     ] = "auto"
-    timeout_minutes: Annotated[float, "a process that waits longer for the others ends the run"] = 30.0
-
-    def __post_init__(self) -> None:
-        check_range(self, timeout_minutes=(0.01, math.inf))
-        check_range(self, **dict.fromkeys(("epochs", "steps", "batch_size", "max_tokens"), (1, math.inf)))
+    timeout_minutes: Annotated[float, "a process that waits longer for the others ends the run", 0.01] = 30.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -220,9 +206,9 @@ class EvalConfig(SamplingKeys):
     """During training: loss and ROUGE-L on data.dev (sampled with max_new_tokens alone). After it: test sets."""
 
     every_steps: Annotated[
-        int | None, "steps between evaluations (default: an epoch); also before the first and after the last step"
+        int | None, "steps between evaluations (default: an epoch); also before the first and after the last step", 1
     ] = None
-    rouge_rows: Annotated[int | None, "dev rows that the student also answers, for ROUGE-L (null: none)"] = None
+    rouge_rows: Annotated[int | None, "dev rows that the student also answers, for ROUGE-L (null: none)", 1] = None
     select: Annotated[
         Literal["last", "dev_loss", "rouge_l"],
         "step whose weights go to final/: the last one, that of the lowest dev loss, or that of the highest ROUGE-L",
@@ -234,7 +220,6 @@ class EvalConfig(SamplingKeys):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_range(self, every_steps=(1, math.inf), rouge_rows=(1, math.inf), no_repeat_ngram_size=(0, math.inf))
         if self.select == "rouge_l" and self.rouge_rows is None:
             raise ConfigError("select is rouge_l, but rouge_rows is missing; give it, or select last", "select")
         for name, path in (self.sets or {}).items():
@@ -247,29 +232,25 @@ class EvalConfig(SamplingKeys):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LogConfig:
+class LogConfig(Section):
     """Logs: metrics.jsonl, TensorBoard and the terminal."""
 
-    every_steps: Annotated[int, "steps that one logged point summarizes"] = 10
+    every_steps: Annotated[int, "steps that one logged point summarizes", 1] = 10
     wandb: Annotated[str | None, "project of Weights & Biases that also gets the points (needs wandb)"] = None
 
-    def __post_init__(self) -> None:
-        check_range(self, every_steps=(1, math.inf))
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CheckpointConfig:
+class CheckpointConfig(Section):
     """Checkpoints for --resume; each is also a model folder. SIGTERM and Ctrl-C save one and end the run."""
 
-    every_steps: Annotated[int | None, "steps between checkpoints (default: an epoch); best steps are saved too"] = None
-    keep: Annotated[int, "number of newest checkpoints to keep, besides the best one"] = 2
-
-    def __post_init__(self) -> None:
-        check_range(self, every_steps=(1, math.inf), keep=(1, math.inf))
+    every_steps: Annotated[int | None, "steps between checkpoints (default: an epoch); best steps are saved too", 1] = (
+        None
+    )
+    keep: Annotated[int, "number of newest checkpoints to keep, besides the best one", 1] = 2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(Section):
     """One run: a student, how to train it, and data."""
 
     method: Annotated[
@@ -283,8 +264,8 @@ class Config:
         "the divergence: ab:ALPHA,BETA, fkl, rkl, wsd:LAM, bdkd, jsd:LAM, akl:MU, tvd, sfkl:LAM, srkl:LAM, "
         "alphanet:ALPHA1,ALPHA2[,token], hellinger or alpha:ALPHA",
     ] = "ab:0.2,0.7"
-    temperature: Annotated[float, "divides the logits of both models in the divergence"] = 1.0
-    hard_weight: Annotated[float, "w in (1 - w) divergence + w cross-entropy"] = 0.0
+    temperature: Annotated[float, "divides the logits of both models in the divergence", 1e-3, 1e3] = 1.0
+    hard_weight: Annotated[float, "w in (1 - w) divergence + w cross-entropy", 0, 1] = 0.0
     tokenizer: Annotated[str | None, "folder or Hub name (default: the student's)"] = None
     run: RunConfig
     student: ModelConfig
@@ -308,7 +289,7 @@ class Config:
             parse(self.loss)
         except ValueError as error:
             raise ConfigError(str(error), "loss") from None
-        check_range(self, hard_weight=(0, 1), temperature=(1e-3, 1e3))
+        super().__post_init__()
         if self.method not in (*WITHOUT_TEACHER, "generate") and self.teacher is None:
             raise ConfigError(f'teacher: missing, and method "{self.method}" needs one; give teacher.path')
         if self.teacher is not None and self.teacher.lora is not None:
@@ -316,16 +297,14 @@ class Config:
         if self.tokenizer is None and self.student.path is None:
             raise ConfigError("tokenizer: missing, and a student with random weights brings none")
         if self.eval.select != "last" and self.data.dev is None:
-            raise ConfigError(
-                f"eval.select is {self.eval.select}, but data.dev is missing; give it, or select last", "eval.select"
-            )
+            problem = f"eval.select is {self.eval.select}, but data.dev is missing"
+            raise ConfigError(f"{problem}; give it, or select last", "eval.select")
         if self.eval.rouge_rows is not None and self.data.dev is None:
             raise ConfigError("eval.rouge_rows: there is no data.dev whose rows could be answered", "eval.rouge_rows")
         if self.train.max_tokens < self.data.max_length:
-            raise ConfigError(
-                f"train.max_tokens is {self.train.max_tokens}, but one sample may have data.max_length = "
-                f"{self.data.max_length} tokens; raise the first or lower the second"
-            )
+            longest = f"data.max_length = {self.data.max_length} tokens"
+            problem = f"train.max_tokens is {self.train.max_tokens}, but one sample may have {longest}"
+            raise ConfigError(f"{problem}; raise the first or lower the second")
         self._check_generation()
 
     def _check_generation(self) -> None:
@@ -333,10 +312,8 @@ class Config:
         capacity, batch_size = self.on_policy.replay_rows, self.train.batch_size
         replays = self.method == "distillm" or (self.method in ("imitkd", "gkd") and capacity > 0)
         if replays and capacity < batch_size:
-            raise ConfigError(
-                f"on_policy.replay_rows is {capacity}, fewer than train.batch_size = {batch_size}, what a step takes",
-                "on_policy.replay_rows",
-            )
+            problem = f"is {capacity}, fewer than train.batch_size = {batch_size}, what a step takes"
+            raise ConfigError(f"on_policy.replay_rows {problem}", "on_policy.replay_rows")
         if self.method == "distillm" and self.data.dev is None:
             raise ConfigError("data.dev: missing, and method distillm follows its loss", "data.dev")
         if self.method == "generate" and (self.student.path is None or self.student.lora is not None):

@@ -55,25 +55,18 @@ class StepBatch:
 
     @property
     def num_labels(self) -> int:
-        return _count_labels(self.samples)
+        return sum(len(sample["input_ids"]) - sample["prompt_length"] for sample in self.samples)
 
     @property
     def num_pretrain_labels(self) -> int:
-        return _count_labels(self.pretrain_blocks)
+        return sum(len(block["input_ids"]) - block["prompt_length"] for block in self.pretrain_blocks)
 
     def pin(self) -> StepBatch:
         return dataclasses.replace(self, micro_batches=[micro_batch.pin() for micro_batch in self.micro_batches])
 
 
-def _count_labels(samples: list[dict]) -> int:
-    return sum(len(sample["input_ids"]) - sample["prompt_length"] for sample in samples)
-
-
 def make_step_batch(samples: list[dict], pretrain_blocks: list[dict], max_tokens: int) -> StepBatch:
-    """Distributes the samples and blocks of a step over the ranks, and packs those of this rank.
-
-    All ranks get the same number of micro-batches, if there are enough samples.
-    """
+    """Distributes a step over the ranks, and packs this rank's part: equally many micro-batches on all, if possible."""
     micro_batches, loads = [], [0] * distributed.world_size()
     for items, is_pretrain in ((samples, False), (pretrain_blocks, True)):
         lengths = [len(item["input_ids"]) for item in items]
@@ -92,20 +85,19 @@ def pack(samples: list[dict], max_tokens: int) -> list[Batch]:
 
 def fill_micro_batches(samples: list[dict], max_tokens: int) -> list[list[dict]]:
     """Groups samples in their order: at most max_tokens tokens, or one longer sample, in each group."""
-    groups, used = [], 0
+    groups, room = [], -1
     for sample in samples:
-        length = len(sample["input_ids"])
-        if not groups or used + length > max_tokens:
+        room -= len(sample["input_ids"])
+        if not groups or room < 0:
             groups.append([])
-            used = 0
+            room = max_tokens - len(sample["input_ids"])
         groups[-1].append(sample)
-        used += length
     return groups
 
 
 def split_largest(groups: list[list[dict]], count: int) -> list[list[dict]]:
     """Halves the groups with the most samples until there are `count` groups, if possible."""
-    groups = list(groups)
+    groups = [*groups]
     while len(groups) < count and groups and len(most := max(groups, key=len)) > 1:
         place, half = groups.index(most), len(most) // 2
         groups[place : place + 1] = most[:half], most[half:]
@@ -117,12 +109,8 @@ def collate(samples: list[dict]) -> Batch:
     lengths = [len(sample["input_ids"]) for sample in samples]
     starts = [0, *torch.tensor(lengths).cumsum(0).tolist()]
     # The last token of a prompt predicts the first one of the response. The last token of a sequence predicts nothing.
-    positions = torch.cat(
-        [
-            torch.arange(start + sample["prompt_length"] - 1, start + length - 1)
-            for start, length, sample in zip(starts, lengths, samples, strict=False)
-        ]
-    )
+    firsts = [start + sample["prompt_length"] - 1 for start, sample in zip(starts[:-1], samples, strict=True)]
+    positions = torch.cat([torch.arange(first, end - 1) for first, end in zip(firsts, starts[1:], strict=True)])
     input_ids = torch.tensor([token for sample in samples for token in sample["input_ids"]])
     return Batch(
         input_ids=input_ids[None],
@@ -159,11 +147,10 @@ Item = TypeVar("Item")
 
 def prefetch(items: Iterator[Item]) -> Iterator[Item]:
     """Yields the same items. A thread makes the next item while the caller works with the last one."""
-    end = object()
-    start = None
+    end, use_gpu = object(), None
     if torch.cuda.is_initialized():  # a new thread would use the first GPU
-        start = functools.partial(torch.cuda.set_device, torch.cuda.current_device())
-    with ThreadPoolExecutor(1, "prefetch", start) as thread:
+        use_gpu = functools.partial(torch.cuda.set_device, torch.cuda.current_device())
+    with ThreadPoolExecutor(1, "prefetch", use_gpu) as thread:
         coming = thread.submit(next, items, end)
         while (item := coming.result()) is not end:
             coming = thread.submit(next, items, end)

@@ -1,11 +1,6 @@
 """Chat templates: from a checked row to the text of its prompt."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 
 def render_prompt(row: dict, tokenizer: PreTrainedTokenizerBase) -> str:

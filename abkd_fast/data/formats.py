@@ -1,7 +1,5 @@
 """The formats of rows that people bring: checked, and converted to one shape."""
 
-from __future__ import annotations
-
 import json
 
 from ..errors import ConfigError
@@ -51,8 +49,8 @@ def check_row(values: object, where: str, empty_output: bool = False) -> dict:
     if "messages" in values:
         messages = values["messages"]
         good = isinstance(messages, list) and all(
-            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
-            for m in messages
+            isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))
+            for message in messages
         )
         if not good or len(messages) < 2 or messages[-1]["role"] != "assistant":
             raise ConfigError(f'{where}: "messages" must be objects with role and content, the last by the assistant')
@@ -73,8 +71,5 @@ def check_row(values: object, where: str, empty_output: bool = False) -> dict:
     extra = values.get("input") or ""
     if not isinstance(extra, str):
         raise ConfigError(f'{where}: "input" must be text, got {json.dumps(extra)[:60]}')
-    if prompt_key == "prompt":
-        return {"prompt": values["prompt"], "output": values["output"], **ended}
-    template = PROMPT_WITH_INPUT if extra else PROMPT
-    prompt = template.format(instruction=values["instruction"], input=extra)
-    return {"prompt": prompt, "output": values["output"], **ended}
+    template = "{prompt}" if prompt_key == "prompt" else PROMPT_WITH_INPUT if extra else PROMPT
+    return {"prompt": template.format_map({**values, "input": extra}), "output": values["output"], **ended}

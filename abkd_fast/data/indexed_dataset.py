@@ -6,8 +6,6 @@ item, in ids (int32); the start of each item in the .bin file, in bytes (int64);
 (int64), which is not needed here.
 """
 
-from __future__ import annotations
-
 import itertools
 import pathlib
 import struct
@@ -36,9 +34,8 @@ def find(source: str, splits: tuple[str, ...]) -> list[pathlib.Path]:
         if found := list(itertools.takewhile(pathlib.Path.exists, parts)):
             return found
     if others := sorted(path.glob("*_0.bin")):
-        raise ConfigError(
-            f"{source}: has {others[0].name}, but no {' or '.join(f'{split}_0.bin' for split in splits)}; name a file"
-        )
+        expected = " or ".join(f"{split}_0.bin" for split in splits)
+        raise ConfigError(f"{source}: has {others[0].name}, but no {expected}; name a file")
     return []
 
 
@@ -57,10 +54,8 @@ def read_items(path: pathlib.Path) -> Iterator[tuple[str, np.ndarray]]:
     outside = (sizes < 0) | (starts < 0) | (starts > length) | (ends > length)
     if outside.any():
         number = int(outside.argmax())
-        raise ConfigError(
-            f"{path} item {number + 1}: is bytes {starts[number]} to {ends[number]}, but the file has {length}: "
-            "it is truncated, or the .idx is another file's"
-        )
+        extent = f"is bytes {starts[number]} to {ends[number]}, but the file has {length}"
+        raise ConfigError(f"{path} item {number + 1}: {extent}: it is truncated, or the .idx is another file's")
     for number, (start, end) in enumerate(zip(starts.tolist(), ends.tolist(), strict=True), 1):
         yield f"{path} item {number}", content[start:end].view(dtype)
 
@@ -76,9 +71,8 @@ def _read_index(path: pathlib.Path) -> tuple[np.dtype, np.ndarray, np.ndarray]:
     if version != 1:
         raise ConfigError(f"{path}: has version {version} of its format, expected 1")
     if code not in DTYPES:
-        raise ConfigError(
-            f"{path}: has type code {code}, expected that of whole numbers: {', '.join(map(str, DTYPES))}"
-        )
+        codes = ", ".join(map(str, DTYPES))
+        raise ConfigError(f"{path}: has type code {code}, expected that of whole numbers: {codes}")
     expected = HEADER.size + 12 * items + 8 * documents
     if len(content) != expected:
         raise ConfigError(f"{path}: has {len(content)} bytes, but its {items} items ask for {expected}: it is damaged")
@@ -108,6 +102,5 @@ def check_ids(where: str, ids: np.ndarray, vocabulary: int) -> None:
         raise ConfigError(f"{where}: {ids.dtype} has no room for the tokenizer's {vocabulary} tokens and a separator")
     wrong = ids[(ids < 0) | (ids >= vocabulary)]
     if len(wrong):
-        raise ConfigError(
-            f"{where}: has token id {wrong[0]}, but the tokenizer has {vocabulary} tokens: another one made the file"
-        )
+        known = f"the tokenizer has {vocabulary} tokens"
+        raise ConfigError(f"{where}: has token id {wrong[0]}, but {known}: another one made the file")

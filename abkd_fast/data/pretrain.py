@@ -1,17 +1,15 @@
 """Plain text for the language-modeling loss: documents become tokens, and these become blocks of one length."""
 
-from __future__ import annotations
-
 import itertools
 import pathlib
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import datasets
 import filelock
 import numpy as np
 import pyarrow
 from datasets.table import MemoryMappedTable
+from transformers import PreTrainedTokenizerBase
 
 from ..config.schema import PretrainConfig
 from ..console import console
@@ -20,9 +18,6 @@ from ..files import atomic_file, file_digest, leftovers
 from . import indexed_dataset
 from .rows import TRAIN, read_jsonl
 from .tokenize import SAMPLE, arrow_file, fingerprint
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 NEWLINE = "<@x(x!>"  # MiniLLM's data.txt has this for a line end within a document
 PIECE = 1 << 20  # about so many characters are tokenized at once
@@ -57,9 +52,8 @@ def load_blocks(spec: PretrainConfig, tokenizer: PreTrainedTokenizerBase, max_le
                     with atomic_file(path) as temporary:
                         _write(temporary, _cut(_token_ids(files, tokenizer, spec.rows), max_length))
         except OSError as error:
-            raise ConfigError(
-                f"data.pretrain: {path}: can't be written ({error}); HF_DATASETS_CACHE moves it"
-            ) from None
+            problem = f"data.pretrain: {path}: can't be written ({error})"
+            raise ConfigError(f"{problem}; HF_DATASETS_CACHE moves it") from None
     dataset = datasets.Dataset(MemoryMappedTable.from_file(str(path)), fingerprint=key)
     if not len(dataset):
         raise ConfigError(f"data.pretrain: {spec.path}: is too short for one block of data.max_length = {max_length}")
@@ -67,7 +61,6 @@ def load_blocks(spec: PretrainConfig, tokenizer: PreTrainedTokenizerBase, max_le
 
 
 def _identity(file: pathlib.Path) -> list[str]:
-    """The suffix of the file, and hashes of its content."""
     parts = [file, file.with_suffix(".idx")] if file.suffix == ".bin" else [file]
     try:
         return [file.suffix, *map(file_digest, parts)]
@@ -76,10 +69,7 @@ def _identity(file: pathlib.Path) -> list[str]:
 
 
 def _find_files(source: str) -> list[pathlib.Path]:
-    """The files of a source: the file itself, a folder's binary files, or else its .jsonl and .txt files by name.
-
-    Raises ConfigError if there are none.
-    """
+    """The source itself, or a folder's binary files, or else its .jsonl and .txt files by name; or ConfigError."""
     path = pathlib.Path(source)
     if not path.exists():
         raise ConfigError(f"data.pretrain: {source}: no such file or folder")
@@ -102,11 +92,10 @@ def _read_documents(path: pathlib.Path) -> Iterator[Iterator[str]]:
     """
     if path.suffix == ".jsonl":
         for where, values in read_jsonl(path):
-            text = values.get("text") if isinstance(values, dict) else None
-            if not isinstance(text, str):
+            if not isinstance(values, dict) or not isinstance(values.get("text"), str):
                 raise ConfigError(f'{where}: expected a JSON object with "text"')
-            if text.strip():
-                yield iter([text])
+            if values["text"].strip():
+                yield iter([values["text"]])
         return
     pieces = _read_pieces(path)
     first = next(pieces, "")

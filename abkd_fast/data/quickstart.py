@@ -4,19 +4,17 @@ Each answer has several wordings, chosen at random, as people do. A teacher know
 single row doesn't.
 """
 
-from __future__ import annotations
-
 import functools
 import random
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from ..errors import ConfigError
 from .formats import PROMPT, PROMPT_WITH_INPUT
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
+TASKS = ("add", "compare", "first", "sort", "repeat", "sound", "describe")
 WORDS = (
     *("apple", "bridge", "candle", "desert", "engine", "forest", "garden", "hammer", "island", "jacket", "kettle"),
     *("lantern", "market", "needle", "ocean", "pencil", "quartz", "river", "silver", "tunnel", "umbrella", "valley"),
@@ -38,74 +36,55 @@ def rows(split: str) -> Iterator[dict[str, str | list[str]]]:
         raise ConfigError(f"quickstart:{split}: no such split; valid are {', '.join(SIZES)}")
     generator = random.Random(SEEDS.get(split, 0))
     for _ in range(SIZES[split]):
-        instruction, extra, wordings = generator.choice(TASKS)(generator)
+        instruction, extra, wordings = _task(generator)
         output = wordings if split == "test" else generator.choice(wordings)
         yield {"instruction": instruction, "input": extra, "output": output}
 
 
-def _sentences(subject: str, answer: str) -> list[str]:
-    return [f"{answer}.", f"The answer is {answer}.", f"It is {answer}.", f"{subject} is {answer}.", f"Sure: {answer}."]
+def _task(generator: random.Random) -> tuple[str, str, list[str]]:
+    """The instruction and the input of a random task, and all wordings of its answer."""
 
+    def sentences(subject: str, answer: object) -> list[str]:
+        starts = ("", "The answer is ", "It is ", f"{subject} is ", "Sure: ")
+        return [f"{start}{answer}." for start in starts]
 
-def _add(generator: random.Random) -> tuple[str, str, list[str]]:
-    a, b = generator.randint(0, 20), generator.randint(0, 20)
-    question = generator.choice(("Add {a} and {b}.", "What is {a} plus {b}?", "Find the sum of {a} and {b}."))
-    return question.format(a=a, b=b), "", _sentences("The sum", str(a + b))
-
-
-def _compare(generator: random.Random) -> tuple[str, str, list[str]]:
-    a, b = generator.sample(range(100), 2)
-    return f"Which number is larger, {a} or {b}?", "", _sentences("The larger number", str(max(a, b)))
-
-
-def _first(generator: random.Random) -> tuple[str, str, list[str]]:
-    words = generator.sample(WORDS, 4)
-    which = generator.choice(("first", "last"))
-    answer = words[0] if which == "first" else words[-1]
-    return f"Give the {which} word of the list.", ", ".join(words), _sentences(f"The {which} word", answer)
-
-
-def _sort(generator: random.Random) -> tuple[str, str, list[str]]:
-    words = generator.sample(WORDS, 3)
-    question = generator.choice(("Sort the words alphabetically.", "Put these words into alphabetical order."))
-    answer = ", ".join(sorted(words))
-    return question, ", ".join(words), [answer, f"Sorted: {answer}", f"Here they are: {answer}"]
-
-
-def _repeat(generator: random.Random) -> tuple[str, str, list[str]]:
-    word, times = generator.choice(WORDS), generator.randint(2, 4)
-    question = generator.choice(("Write the word {word} {times} times.", "Repeat {word} {times} times."))
-    return question.format(word=word, times=times), "", [separator.join([word] * times) for separator in (" ", ", ")]
-
-
-def _sound(generator: random.Random) -> tuple[str, str, list[str]]:
-    animal, sound = generator.choice(list(ANIMALS.items()))
-    wordings = [f"A {animal} {sound}.", f"It {sound}.", f"The {animal} {sound}, as every child knows."]
-    return f"What sound does a {animal} make?", "", wordings
-
-
-def _describe(generator: random.Random) -> tuple[str, str, list[str]]:
+    task = generator.choice(TASKS)
+    if task == "add":
+        a, b = generator.randint(0, 20), generator.randint(0, 20)
+        question = generator.choice((f"Add {a} and {b}.", f"What is {a} plus {b}?", f"Find the sum of {a} and {b}."))
+        return question, "", sentences("The sum", a + b)
+    if task == "compare":
+        a, b = generator.sample(range(100), 2)
+        return f"Which number is larger, {a} or {b}?", "", sentences("The larger number", max(a, b))
+    if task == "first":
+        words, which = generator.sample(WORDS, 4), generator.choice(("first", "last"))
+        answer = words[0] if which == "first" else words[-1]
+        return f"Give the {which} word of the list.", ", ".join(words), sentences(f"The {which} word", answer)
+    if task == "sort":
+        words = generator.sample(WORDS, 3)
+        question = generator.choice(("Sort the words alphabetically.", "Put these words into alphabetical order."))
+        answer = ", ".join(sorted(words))
+        return question, ", ".join(words), [answer, f"Sorted: {answer}", f"Here they are: {answer}"]
+    if task == "repeat":
+        word, times = generator.choice(WORDS), generator.randint(2, 4)
+        question = generator.choice((f"Write the word {word} {times} times.", f"Repeat {word} {times} times."))
+        return question, "", [" ".join([word] * times), ", ".join([word] * times)]
+    if task == "sound":
+        animal, sound = generator.choice(list(ANIMALS.items()))
+        wordings = [f"A {animal} {sound}.", f"It {sound}.", f"The {animal} {sound}, as every child knows."]
+        return f"What sound does a {animal} make?", "", wordings
     word, color = generator.choice(WORDS), generator.choice(COLORS)
     wordings = [f"The {word} is {color}.", f"There is a {color} {word}.", f"I see a {color} {word}."]
     return "Write a sentence with the two words.", f"{word}, {color}", wordings
 
 
-TASKS = (_add, _compare, _first, _sort, _repeat, _sound, _describe)
-
-
 @functools.cache
 def tokenizer() -> PreTrainedTokenizerBase:
     """A byte-level BPE tokenizer, trained on the tasks. Training takes a second."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
     texts = ((PROMPT_WITH_INPUT if row["input"] else PROMPT).format(**row) + row["output"] for row in rows("train"))
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(
-        vocab_size=1024, special_tokens=["<end>"], initial_alphabet=alphabet, show_progress=False
-    )
-    bpe.train_from_iterator(texts, trainer)
+    options = {"special_tokens": ["<end>"], "initial_alphabet": sorted(pre_tokenizers.ByteLevel.alphabet())}
+    bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=1024, show_progress=False, **options))
     return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<end>", pad_token="<end>")

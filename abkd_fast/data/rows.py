@@ -1,7 +1,5 @@
 """Rows of instruction data: read from files, the Hub, or the quickstart, and checked."""
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import json
@@ -62,27 +60,26 @@ def _rows(source: str, splits: tuple[str, ...], prompts_only: bool) -> Iterator[
 
 def _raw_rows(source: str) -> Iterator[tuple[str, object]]:
     path = pathlib.Path(source)
+    files, numbered = [], []
     if source.startswith("quickstart:"):
-        for number, values in enumerate(quickstart.rows(source.partition(":")[2]), 1):
-            yield f"{source} row {number}", values
+        numbered = quickstart.rows(source.removeprefix("quickstart:"))
     elif path.is_dir():
-        files = sorted(path.glob("*.jsonl"))
-        if not files:
+        if not (files := sorted(path.glob("*.jsonl"))):
             raise ConfigError(f"{source}: a folder without .jsonl files")
-        for file in files:
-            yield from read_jsonl(file)
     elif path.is_file():
-        yield from read_jsonl(path)
+        files = [path]
     elif path.suffix or is_local_path(source) or "/" not in source:
         raise ConfigError(f"{source}: no such file or folder")
     else:
         try:
-            loaded = datasets.load_dataset(source, split="train")
+            numbered = datasets.load_dataset(source, split="train")
         except Exception as error:
             reason = str(error).splitlines()[0]
             raise ConfigError(f"{source}: no such file, and no data set of that name on the Hub ({reason})") from None
-        for number, values in enumerate(loaded, 1):
-            yield f"{source} row {number}", values
+    for file in files:
+        yield from read_jsonl(file)
+    for number, values in enumerate(numbered, 1):
+        yield f"{source} row {number}", values
 
 
 def read_jsonl(path: pathlib.Path) -> Iterator[tuple[str, object]]:

@@ -1,23 +1,18 @@
 """Tokenization of checked rows. The result is stored on the disk."""
 
-from __future__ import annotations
-
 import hashlib
 import json
+import math
 import pathlib
-from typing import TYPE_CHECKING
 
 import datasets
 import numpy as np
+from transformers import PreTrainedTokenizerBase
 
 from ..errors import ConfigError
 from . import indexed_dataset
 from .chat import render_prompt
 from .rows import Row
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
 
 # Columns of tokenized data: of a sample, and of a sample that comes from a row.
 SAMPLE = datasets.Features(
@@ -46,10 +41,9 @@ def tokenize(
     content = [json.dumps(row.values, default=np.ndarray.tolist) for row in rows]
     limits = max_length, max_prompt_length
     key = fingerprint(content, tokenizer, limits)
-    raw = datasets.Dataset.from_dict({"row": content})
     progress = datasets.utils.logging.is_progress_bar_enabled()
     datasets.disable_progress_bar()
-    dataset = raw.map(
+    dataset = datasets.Dataset.from_dict({"row": content}).map(
         lambda batch, numbers: _encode([json.loads(row) for row in batch["row"]], numbers, tokenizer, *limits),
         batched=True,
         with_indices=True,
@@ -61,38 +55,25 @@ def tokenize(
     if progress:
         datasets.enable_progress_bar()
     if not len(dataset):
-        raise ConfigError(
-            f"{rows[0].where} and all others: the prompts exceed {max_prompt_length} tokens, so no row is left; raise "
-            "data.max_prompt_length"
-        )
+        reason = f"the prompts exceed {max_prompt_length} tokens, so no row is left; raise data.max_prompt_length"
+        raise ConfigError(f"{rows[0].where} and all others: {reason}")
     for number, length in zip(dataset["row"][:], dataset["prompt_length"][:], strict=True):
-        where = rows[number].where
-        _check_prompt(where, length)
-        if length >= max_length:
-            raise ConfigError(
-                f"{where}: the prompt has {length} tokens and fills all {max_length}: nothing to learn; "
-                "raise data.max_length, or lower data.max_prompt_length"
-            )
+        _check_prompt(rows[number].where, length, max_length)
     return dataset
 
 
-def outputs_of(row: Row) -> list[str]:
-    """All outputs of a row of JSON. Raises ConfigError if there is none, or if one is not text."""
+def references(row: Row, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The texts that a response is compared with: all outputs of a row.
+
+    Raises ConfigError for a row of JSON that has none, or one that is not text.
+    """
+    if "output_ids" in row.values:
+        return [tokenizer.decode(row.values["output_ids"], skip_special_tokens=True)]
     outputs = row.outputs if isinstance(row.outputs, list) else [row.outputs]
     if not outputs or not all(isinstance(text, str) for text in outputs):
         got = json.dumps(row.outputs)[:60]
         raise ConfigError(f'{row.where}: "output" must be a text or a list of texts to compare with, got {got}')
     return outputs
-
-
-def references(rows: list[Row], tokenizer: PreTrainedTokenizerBase) -> list[list[str]]:
-    """For each row the texts that a response is compared with: all its outputs. Raises as `outputs_of`."""
-    return [
-        [tokenizer.decode(row.values["output_ids"], skip_special_tokens=True)]
-        if "output_ids" in row.values
-        else outputs_of(row)
-        for row in rows
-    ]
 
 
 def encode_prompts(rows: list[Row], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
@@ -120,9 +101,12 @@ def _check_rows(rows: list[Row], tokenizer: PreTrainedTokenizerBase) -> None:
             indexed_dataset.check_ids(row.where, ids, len(tokenizer))
 
 
-def _check_prompt(where: str, length: int) -> None:
+def _check_prompt(where: str, length: int, max_length: float = math.inf) -> None:
     if length == 0:
         raise ConfigError(f"{where}: the prompt is empty: nothing predicts the first token of the response")
+    if length >= max_length:
+        reason = f"the prompt has {length} tokens and fills all {max_length}: nothing to learn"
+        raise ConfigError(f"{where}: {reason}; raise data.max_length, or lower data.max_prompt_length")
 
 
 def fingerprint(content: list, tokenizer: PreTrainedTokenizerBase, limits: tuple[int | None, ...]) -> str:
@@ -144,16 +128,14 @@ def _encode(
     rows: list[dict], numbers: list[int], tokenizer: PreTrainedTokenizerBase, max_length: int, max_prompt: int | None
 ) -> dict[str, list]:
     """The columns of ROW for the rows with these numbers."""
-    columns = {name: [] for name in ROW}
     binary = "prompt_ids" in rows[0]  # then all rows are
     pairs = [(row["prompt_ids"], row["output_ids"]) for row in rows] if binary else _token_ids(rows, tokenizer)
-    for number, (prompt, response) in zip(numbers, pairs, strict=True):
-        if max_prompt is None or len(prompt) <= max_prompt:
-            whole = prompt + response
-            sample = whole[:max_length], len(prompt), number, len(whole)
-            for column, value in zip(columns.values(), sample, strict=True):
-                column.append(value)
-    return columns
+    samples = [
+        ((prompt + response)[:max_length], len(prompt), number, len(prompt) + len(response))
+        for number, (prompt, response) in zip(numbers, pairs, strict=True)
+        if max_prompt is None or len(prompt) <= max_prompt
+    ]
+    return {name: [sample[place] for sample in samples] for place, name in enumerate(ROW)}
 
 
 def _token_ids(rows: list[dict], tokenizer: PreTrainedTokenizerBase) -> list[tuple[list[int], list[int]]]:
@@ -169,9 +151,7 @@ def _token_ids(rows: list[dict], tokenizer: PreTrainedTokenizerBase) -> list[tup
     ]
 
 
-def describe_long_rows(
-    rows: list[Row], dataset: datasets.Dataset, max_length: int, max_prompt_length: int | None
-) -> str:
+def describe_long_rows(rows: list[Row], dataset: datasets.Dataset, max_length: int, max_prompt: int | None) -> str:
     """A text for people about rows that `tokenize` has cut or left out; empty if there are none."""
     kept = set(dataset["row"][:])
     left_out = [row.where for number, row in enumerate(rows) if number not in kept]
@@ -181,5 +161,5 @@ def describe_long_rows(
         notes.append(f"{cut} of {len(rows)} rows exceed {max_length} tokens and are cut")
     if left_out:
         first = left_out[0] + ", …" * (len(left_out) > 1)
-        notes.append(f"{len(left_out)} rows are left out: their prompts exceed {max_prompt_length} tokens ({first})")
+        notes.append(f"{len(left_out)} rows are left out: their prompts exceed {max_prompt} tokens ({first})")
     return "; ".join(notes)

@@ -16,7 +16,7 @@ from ..config.schema import EvalConfig
 from ..data import indexed_dataset
 from ..data.rows import DEV, Row, read_rows
 from ..data.tokenize import encode_prompts, references
-from ..errors import ConfigError, check_range
+from ..errors import ConfigError, check_number
 
 NAMES = {
     "dolly": "Dolly",
@@ -41,7 +41,7 @@ class Protocol:
     begin_token: bool = False  # before every prompt; the papers' Llama models had one here, but not in training
 
     def __post_init__(self) -> None:
-        check_range(self, max_prompt_length=(1, math.inf))
+        check_number("max_prompt_length", self.max_prompt_length, 1)
 
     def to_dict(self) -> dict:
         """The settings of scores.json."""
@@ -93,7 +93,7 @@ def read_sets(
             _check_source(source)
             chosen = read(source, rows, DEV, True)
             prompts, cut = _encode(chosen, tokenizer, hf_config, protocol)
-            found[name] = TestSet(name, source, prompts, references(chosen, tokenizer), cut)
+            found[name] = TestSet(name, source, prompts, [references(row, tokenizer) for row in chosen], cut)
         except ConfigError as error:
             raise ConfigError(f"{key}: {error}") from None
     return [*found.values()]
