@@ -1,7 +1,5 @@
 """Finished runs, read from their folders."""
 
-from __future__ import annotations
-
 import collections
 import dataclasses
 import json
@@ -43,11 +41,11 @@ class Run:
     def is_teacher(self) -> bool:
         return self.label.startswith(TEACHER)
 
-    def begins_with(self, other: Run) -> bool:
+    def begins_with(self, other: "Run") -> bool:
         """Whether the student starts as the other run's result."""
         return _is_result(self.config["student"], other)
 
-    def learns_from(self, other: Run) -> bool:
+    def learns_from(self, other: "Run") -> bool:
         """Whether the other run's result is the teacher. A teacher that the method doesn't use does not count."""
         return self.config["method"] not in WITHOUT_TEACHER and _is_result(self.config["teacher"], other)
 

@@ -1,7 +1,5 @@
 """A model that reads prompts and continues them: slots of keys and values, attention over them, fast CPU products."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import itertools

@@ -56,9 +56,7 @@ def check_adapter(model: PreTrainedModel, spec: ModelConfig, key: str) -> int:
         _check_targets(model, spec, key)
     try:
         ours = meta_adapter(model, spec, key)
-        theirs = (
-            ours if spec.adapter is None else peft.load_peft_weights(str(find_adapter(spec.adapter, key)), device="cpu")
-        )
+        theirs = peft.load_peft_weights(str(find_adapter(spec.adapter, key)), "cpu") if spec.adapter else ours
     except ConfigError:
         raise
     except Exception as error:  # of many kinds: broken or foreign files, names of modules that aren't there

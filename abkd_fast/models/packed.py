@@ -1,7 +1,5 @@
 """A causal language model on packed batches, cut between its body and its output projection."""
 
-from __future__ import annotations
-
 import contextlib
 import pathlib
 from collections.abc import Callable, Iterator
@@ -151,9 +149,8 @@ class PackedCausalLM(nn.Module):
 
     def _padded_logits(self, rows: list[Tensor], device: torch.device) -> Tensor:
         """The model's own logits at the positions that `pack` keeps, from a right-padded batch with a mask."""
-        longest = max(map(len, rows))
-        input_ids = torch.stack([nn.functional.pad(row, (0, longest - len(row))) for row in rows]).to(device)
-        mask = torch.stack([torch.arange(longest) < len(row) for row in rows]).long().to(device)
+        input_ids = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)
+        mask = nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True).to(device)
         self.causal_lm.set_attn_implementation("sdpa")
         try:
             logits = self.model(input_ids=input_ids, attention_mask=mask, use_cache=False).logits  # [2, longest, V]

@@ -13,8 +13,8 @@ from ..config.schema import Config
 from ..data.rows import Row
 from ..data.tokenize import references
 from ..errors import Interrupted
-from ..evaluation.rouge import response_seeds, score_response
-from ..generation.sampling import SamplingParams, sample
+from ..evaluation.rouge import score_response
+from ..generation.sampling import SamplingParams, response_seeds, sample
 from ..models.packed import PackedCausalLM
 from ..signals import StopSignals
 
