@@ -196,17 +196,16 @@ def _is_complete(scores: object) -> bool:
         return False
 
 
-def spread(summary: dict) -> str:
-    """The mean and, with several seeds, the standard deviation in brackets: "25.1 (0.3)"."""
+def spread(summary: dict | None) -> str:
+    """The mean and, with several seeds, the standard deviation in brackets: "25.1 (0.3)"; "-" without scores."""
+    if summary is None:
+        return "-"
     deviation = "" if summary["std"] is None else f" ({summary['std']:.1f})"
     return f"{summary['mean']:.1f}{deviation}"
 
 
 def summarize(seeds: dict[str, float]) -> dict:
     """The mean and the sample standard deviation of scores by seed."""
-    values = list(seeds.values())
-    return {
-        "mean": statistics.fmean(values) if values else None,
-        "std": statistics.stdev(values) if len(values) > 1 else None,
-        "seeds": seeds,
-    }
+    values = seeds.values()
+    std = statistics.stdev(values) if len(values) > 1 else None
+    return {"mean": statistics.fmean(values) if values else None, "std": std, "seeds": seeds}

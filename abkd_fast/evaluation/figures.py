@@ -1,12 +1,10 @@
 """Figures in print quality, PNG and SVG: ROUGE-L over training, and the curves of one run. Needs matplotlib."""
 
 import contextlib
-import importlib.util
 import pathlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from ..errors import ConfigError
 from .runs import Run
 
 if TYPE_CHECKING:
@@ -29,12 +27,6 @@ STYLE = {
     "svg.fonttype": "none",
     "savefig.dpi": 300,
 }
-
-
-def check() -> None:
-    """Raises ConfigError if matplotlib is not installed."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ConfigError("matplotlib is not installed: pip install matplotlib")
 
 
 def rouge_curves(runs: list[Run], stem: pathlib.Path) -> list[pathlib.Path]:

@@ -55,10 +55,7 @@ def exact_match(response: str, references: Sequence[str]) -> bool:
 
 
 def _bare(text: str) -> str:
-    return " ".join(text.lower().translate(_NO_PUNCTUATION).split())
-
-
-_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
+    return " ".join(text.lower().translate(str.maketrans("", "", string.punctuation)).split())
 
 
 def score_response(tokenizer: PreTrainedTokenizerBase, response: list[int], outputs: list[str]) -> dict:

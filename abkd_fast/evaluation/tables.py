@@ -3,6 +3,7 @@
 import collections
 import csv
 import dataclasses
+import importlib.util
 import io
 import pathlib
 import statistics
@@ -40,7 +41,7 @@ class ScoreTable:
         """The table for the terminal."""
         table = Table("ROUGE-L", *map(escape, self.columns), caption=Text("\n".join(self.notes)))
         for label, _, cells in self.rows:
-            table.add_row(escape(label), *map(_text, cells))
+            table.add_row(escape(label), *map(spread, cells))
         return table
 
     def markdown(self) -> str:
@@ -51,7 +52,7 @@ class ScoreTable:
         lines = [["", *self.columns], ["---", *["---:"] * len(self.columns)]]
         for label, run, cells in self.rows:
             pairs = zip(cells, best if run and not run.is_teacher else [None] * len(best), strict=True)
-            texts = [f"**{_text(cell)}**" if cell and cell["mean"] == top else _text(cell) for cell, top in pairs]
+            texts = [f"**{spread(cell)}**" if cell and cell["mean"] == top else spread(cell) for cell, top in pairs]
             lines.append([label, *texts])
         return "".join([*(f"| {' | '.join(line)} |\n" for line in lines), *(f"\n{note}\n" for note in self.notes)])
 
@@ -63,10 +64,6 @@ class ScoreTable:
             numbers = [value for cell in cells for value in ((cell["mean"], cell["std"]) if cell else (None, None))]
             writer.writerow([label, run and run.folder, *numbers])
         return text.getvalue()
-
-
-def _text(cell: dict | None) -> str:
-    return "-" if cell is None else spread(cell)
 
 
 def _read_published(path: pathlib.Path, columns: list[str]) -> list[TableRow]:
@@ -150,15 +147,10 @@ def gain(runs: list[Run]) -> str | None:
     for student in scored:
         teacher = next((run for run in scored if student.learns_from(run)), None)
         plain = [run for run in scored if run.config["method"] == "sft" and run not in (student, teacher)]
-        alone = next((run for run in plain if _same_start(run, student)), None)
+        alone = next((run for run in plain if run.start == student.start and student.start[0] is not None), None)
         if teacher and alone:
             return _compare(student, alone, teacher, scores, table.columns[-1])
     return None
-
-
-def _same_start(first: Run, second: Run) -> bool:
-    starts = [[run.config["student"][key] for key in ("path", "adapter", "lora")] for run in (first, second)]
-    return starts[0][0] is not None and starts[0] == starts[1]
 
 
 def _compare(student: Run, alone: Run, teacher: Run, scores: dict[pathlib.Path, dict], name: str) -> str:
@@ -178,9 +170,8 @@ def _compare(student: Run, alone: Run, teacher: Run, scores: dict[pathlib.Path, 
 def write_report(runs: list[Run], out: pathlib.Path, table: ScoreTable | None = None) -> list[pathlib.Path]:
     """Writes the table and Figure 1 into `out`, and `report.md` with curves into each run's folder. Returns the paths.
 
-    table: the runs' table, if it is known already.
-
-    Raises ConfigError if matplotlib is not installed (the table is written before), and if a folder can't be written.
+    table: the runs' table, if it is known already. Raises ConfigError if matplotlib is not installed (the table is
+    written before), and if a folder can't be written.
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -190,7 +181,8 @@ def write_report(runs: list[Run], out: pathlib.Path, table: ScoreTable | None = 
             atomic_write(out / "scores.md", table.markdown() + (f"\n{sentence}\n" if sentence else ""))
             atomic_write(out / "scores.csv", table.csv())
             paths += [out / "scores.md", out / "scores.csv"]
-        figures.check()
+        if importlib.util.find_spec("matplotlib") is None:
+            raise ConfigError("matplotlib is not installed: pip install matplotlib")
         paths += figures.rouge_curves(runs, out / "rouge_l")
         for run in runs:
             figures.run_curves(run, run.folder / "curves")

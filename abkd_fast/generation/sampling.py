@@ -136,11 +136,10 @@ def _run(
         raise ConfigError(f"batch_size is {batch_size}, expected at least 1")
     with contextlib.ExitStack() as stack:
         models = [stack.enter_context(prepared(model)) for model in models]
-        limits = [_limit(models, prompt, settings, index) for index, prompt in enumerate(prompts)]
-        sequences = [
-            _Sequence(index, *values, settings.no_repeat_ngram_size)
-            for index, values in enumerate(zip(prompts, seeds, limits, strict=True))
-        ]
+        sequences = []
+        for index, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
+            limit = _limit(models, prompt, settings, index)
+            sequences.append(_Sequence(index, prompt, seed, limit, settings.no_repeat_ngram_size))
         slots = min(batch_size, len(prompts))
         capacity = max((len(sequence.tokens) + sequence.limit for sequence in sequences), default=0)
         decoders = [Decoder(model, slots, capacity) for model in models]

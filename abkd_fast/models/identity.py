@@ -1,4 +1,4 @@
-"""What identifies a model: hashes of its weights and the deciding part of its configuration."""
+"""What identifies a model: hashes of its weights and the deciding part of its configuration. Finds its adapter."""
 
 import contextlib
 import hashlib
@@ -11,9 +11,10 @@ from transformers import PretrainedConfig
 
 from .. import distributed
 from ..config.schema import ModelConfig
-from ..files import atomic_write, cache_folder, file_digest
-from . import lora
+from ..errors import ConfigError, first_line
+from ..files import atomic_write, cache_folder, file_digest, is_local_path
 
+ADAPTER_SETTINGS = "adapter_config.json"
 # Keys of a configuration that don't change what the model computes.
 NOT_THE_MODEL = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache")
 
@@ -26,6 +27,27 @@ def hash_tensors(tensors: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
+def find_adapter(adapter: str, key: str) -> pathlib.Path:
+    """An adapter's folder; one from the Hub is downloaded. Raises ConfigError where there is none."""
+    folder = pathlib.Path(adapter)
+    if not folder.is_dir():
+        if is_local_path(adapter):
+            raise ConfigError(f"{key}.adapter: {adapter}: no such adapter folder")
+        from huggingface_hub import snapshot_download
+
+        try:
+            folder = pathlib.Path(snapshot_download(adapter, allow_patterns="adapter_*"))
+        except Exception as error:  # of many kinds: no such name, no network
+            missing = "no such folder, and no such adapter on the Hub"
+            raise ConfigError(f"{key}.adapter: {adapter}: {missing} ({first_line(error)})") from None
+    if not (folder / ADAPTER_SETTINGS).exists():
+        hint = f"; it holds a whole model: give it as {key}.path" if (folder / "config.json").exists() else ""
+        raise ConfigError(
+            f"{key}.adapter: {adapter} has no {ADAPTER_SETTINGS}, expected a LoRA adapter as peft saves it{hint}"
+        )
+    return folder
+
+
 def hash_weights(
     spec: ModelConfig, hf_config: PretrainedConfig, key: str, folder: pathlib.Path | None = None
 ) -> dict[str, str]:
@@ -35,7 +57,7 @@ def hash_weights(
     Hashes are remembered in `folder` (default: the cache folder), each with its file's size, times and inode: hashing
     runs at some 1.5 GB/s. Rank 0 does it for all. `key` names the model in a ConfigError.
     """
-    adapter = lora.find_adapter(spec.adapter, key) if spec.adapter else None
+    adapter = find_adapter(spec.adapter, key) if spec.adapter else None
     weights, memo = pathlib.Path(spec.path), (folder or cache_folder()) / "weights.json"
 
     def hash_all() -> dict[str, str]:

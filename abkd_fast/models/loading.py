@@ -20,7 +20,8 @@ from ..data import quickstart
 from ..errors import ConfigError, first_line
 from ..files import is_local_path
 from ..losses.arguments import shared_vocabulary
-from . import attention, lora
+from . import attention
+from .identity import ADAPTER_SETTINGS
 from .packed import PackedCausalLM
 
 transformers.utils.logging.disable_progress_bar()  # the run shows its own
@@ -35,7 +36,7 @@ def check_path(path: str, key: str) -> None:
     """Raises ConfigError for a local folder that holds no model."""
     folder = pathlib.Path(path)
     if folder.exists():
-        if (folder / lora.SETTINGS).exists():
+        if (folder / ADAPTER_SETTINGS).exists():
             role = key.partition(".")[0]
             raise ConfigError(f"{key}: {path} holds a LoRA adapter: give it as {role}.adapter, and its base as {key}")
         if not (folder / "config.json").exists():
@@ -68,7 +69,7 @@ def _check_weights(folder: pathlib.Path, key: str) -> None:
 
 def model_spec(path: str) -> ModelConfig:
     """The model at a path: a folder or Hub name, or the folder of a LoRA adapter, which is merged into its base."""
-    settings = pathlib.Path(path, lora.SETTINGS)
+    settings = pathlib.Path(path, ADAPTER_SETTINGS)
     if not settings.exists():
         return ModelConfig(path=path)
     try:
@@ -104,7 +105,11 @@ def read_meta_model(spec: ModelConfig, key: str) -> MetaModel:
         raise ConfigError(f"{what} ({first_line(error)})") from None
     if spec.dropout is not None:
         config.update({name: spec.dropout for name in DROPOUT if hasattr(config, name)})
-    adapter_size = lora.check_adapter(meta_model(config), spec, key) if spec.has_adapter else None
+    adapter_size = None
+    if spec.has_adapter:
+        from . import lora
+
+        adapter_size = lora.check_adapter(meta_model(config), spec, key)
     return MetaModel(spec, config, model, adapter_size)
 
 
@@ -217,6 +222,9 @@ def load(
     if spec.path is None:
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     else:
+        if spec.has_adapter:
+            from . import lora
+
         merges = key != "student" and spec.adapter is not None
         read_dtype = torch.promote_types(dtype, torch.float32) if merges else dtype
         if in_parts and not spec.has_adapter:
