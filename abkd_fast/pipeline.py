@@ -213,7 +213,8 @@ def _read_test_sets(config: Config, earlier: dict[str, Config], read: ReadRows) 
     named = next((stage for stage in chain if stage.tokenizer), chain[-1])
     source, key = (named.tokenizer, "tokenizer") if named.tokenizer else (named.student.path, "student.path")
     tokenizer = loading.read_tokenizer(source, key)
-    student = loading.read_hf_config(dataclasses.replace(chain[-1].student, adapter=None, lora=None), "student")
+    base = dataclasses.replace(chain[-1].student, adapter=None, lora=None)
+    student = loading.read_meta_model(base, "student").config
     loading.check_length(student, "student", config.data.max_length)  # which prompts are cut to
     try:
         return read_sets(config.eval.sets, tokenizer, student, protocol(config), read=read)

@@ -4,33 +4,28 @@ The papers' protocol: plain sampling, no 6-gram twice, at most 256 new tokens, t
 the mean over five seeds.
 """
 
-from __future__ import annotations
-
 import contextlib
-import dataclasses
 import functools
 import json
 import pathlib
 import statistics
 from collections.abc import Iterable
 
-import torch
 from rich.markup import escape
 from rich.table import Table
 
 from .. import distributed
 from ..config.schema import SEEDS, SamplingConfig
 from ..console import console
-from ..device import choose_device, choose_dtype
-from ..errors import ConfigError, Interrupted, check_number
-from ..files import WRITE_ERRORS, atomic_write, check_writable, locked
-from ..generation.answers import GrowingFile, generate
-from ..models import identity, loading
-from ..models.packed import PackedCausalLM
+from ..errors import ConfigError, check_number
+from ..files import atomic_write, check_writable, locked
+from ..generation.answers import Generator, GrowingFile
+from ..generation.sampling import response_seeds
+from ..models import loading
 from . import rouge
 from .test_sets import Protocol, TestSet, read_sets
 
-METRICS = ("rouge_l", "exact_match")
+METRICS = {"rouge_l": 1, "exact_match": 100}  # factors: exact match is a percentage
 SCORES = "scores.json"
 
 
@@ -63,27 +58,21 @@ class Evaluation:
 
         Raises ConfigError.
         """
-        self.model, self.out, self.seeds, self.batch_size = model, out, list(seeds), batch_size
+        self.name, self.out, self.seeds, self.protocol = model, out, list(seeds), protocol
         if len({*self.seeds}) < len(self.seeds):
             raise ConfigError(f"seeds are {self.seeds}: one is given twice")
         if protocol.sampling.temperature == 0:
             del self.seeds[1:]
-        for name, value in {"rows": rows, "batch_size": batch_size}.items():
-            check_number(name, value, 1)
-        self.device = choose_device(device)
-        self.dtype = choose_dtype(dtype, self.device)
-        self.spec = loading.model_spec(model)
-        self.hf_config = loading.read_hf_config(self.spec, "model")
-        self.tokenizer = loading.read_tokenizer(tokenizer or model, "tokenizer" if tokenizer else "model")
-        loading.check_vocabularies(self.tokenizer, self.hf_config, None, None)
-        self.protocol = protocol
-        self.sampling = dataclasses.replace(protocol.sampling, eos_token_ids=(self.tokenizer.eos_token_id,))
+        check_number("rows", rows, 1)
+        named = (tokenizer, "tokenizer") if tokenizer else (model, "model")
+        self.model = Generator(loading.model_spec(model), named, protocol.sampling, batch_size, device, dtype)
+        self.tokenizer = self.model.tokenizer
         is_read = isinstance(sets, list)
-        self.sets = sets if is_read else read_sets(sets, self.tokenizer, self.hf_config, protocol, rows)
+        self.sets = sets if is_read else read_sets(sets, self.tokenizer, self.model.hf_config, protocol, rows)
         self.scores = {
             "model": model,
-            "weights": identity.hash_weights(self.spec, self.hf_config, "model"),
-            "settings": {**protocol.to_dict(), "dtype": str(self.dtype).removeprefix("torch.")},
+            "weights": self.model.hash_weights(),
+            "settings": {**protocol.to_dict(), "dtype": self.model.dtype_name},
             "sets": {},
         }
         self._take_over()
@@ -123,31 +112,20 @@ class Evaluation:
         if self._todo():
             with distributed.rank0_context(locked(self.out)):
                 self._take_over()  # again: another process may have added scores meanwhile
-                self._score_all()
+                with self.model.loaded(self.out):
+                    for test, seeds in self._todo():
+                        self._score(test, seeds)
         return self.scores
-
-    def _score_all(self) -> None:
-        model = loading.load(self.spec, self.hf_config, "model", self.dtype, self.device)
-        try:
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
-                model.check()
-                for test, seeds in self._todo():
-                    self._score(model, test, seeds)
-        except WRITE_ERRORS as error:
-            raise Interrupted(f"{self.out} can't be written ({error}): make room") from None
 
     def _todo(self) -> list[tuple[TestSet, list[int]]]:
         """The sets that lack scores of some seeds, and those seeds."""
-        todo = [(test, [seed for seed in self.seeds if not self._is_scored(test, seed)]) for test in self.sets]
+        scored = {(name, seed) for name, scores in self.scores["sets"].items() for seed in scores["rouge_l"]["seeds"]}
+        todo = [(test, [seed for seed in self.seeds if (test.name, str(seed)) not in scored]) for test in self.sets]
         return [(test, seeds) for test, seeds in todo if seeds]
-
-    def _is_scored(self, test: TestSet, seed: int) -> bool:
-        scores = self.scores["sets"].get(test.name)
-        return scores is not None and str(seed) in scores["rouge_l"]["seeds"]
 
     def _describe(self) -> Iterable[str]:
         settings = ", ".join(f"{name} {value}" for name, value in self.scores["settings"].items())
-        yield f"{self.model}: {settings}; on {self.device}"
+        yield f"{self.name}: {settings}; on {self.model.device}"
         for test in self.sets:
             cut = f", {test.cut} prompts cut to {self.protocol.max_prompt_length} tokens" if test.cut else ""
             yield f"  {test.name}: {len(test.prompts)} rows of {test.source}{cut}"
@@ -156,7 +134,7 @@ class Evaluation:
             begin = self.tokenizer.bos_token
             yield f"  prompts have no {begin}, as in training; the papers' test prompts had one: --bos"
 
-    def _score(self, model: PackedCausalLM, test: TestSet, seeds: list[int]) -> None:
+    def _score(self, test: TestSet, seeds: list[int]) -> None:
         """Answers a set with all seeds in one stream, so that the batch stays full to the end, and scores it."""
         scores = self.scores["sets"].setdefault(
             test.name, {"source": test.source, **test.identity(), **{metric: summarize({}) for metric in METRICS}}
@@ -172,13 +150,12 @@ class Evaluation:
                 files[seed].add(row, values | rouge.score_response(self.tokenizer, response, test.references[row]))
 
             prompts = [test.prompts[row] for _, row in todo]
-            numbers = rouge.response_seeds(todo)
-            generate(model, prompts, self.sampling, numbers, self.batch_size, keep, f"answers to {test.name}")
+            self.model.generate(prompts, response_seeds(todo), keep, f"answers to {test.name}")
         for seed in seeds:
             answers = files[seed].sort()
-            for metric in METRICS:
-                values = scores[metric]["seeds"] | {str(seed): _mean(answers, metric)}
-                scores[metric] = summarize(values)
+            for metric, scale in METRICS.items():
+                mean = scale * statistics.fmean(values[metric] for values in answers)
+                scores[metric] = summarize(scores[metric]["seeds"] | {str(seed): mean})
         self._write()
 
     def _write(self) -> None:
@@ -200,10 +177,10 @@ def read_scores(path: pathlib.Path) -> dict:
     """The content of a `scores.json`. Raises ConfigError if it can't be read."""
     try:
         scores = json.loads(path.read_text(encoding="utf-8"))
+        if not _is_complete(scores):
+            raise ValueError("it is no evaluation's")
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path} can't be read ({error}): move it aside") from None
-    if not _is_complete(scores):
-        raise ConfigError(f"{path} can't be read (it is no evaluation's): move it aside")
     return scores
 
 
@@ -219,23 +196,16 @@ def _is_complete(scores: object) -> bool:
         return False
 
 
-def spread(summary: dict) -> str:
-    """The mean and, with several seeds, the standard deviation in brackets: "25.1 (0.3)"."""
+def spread(summary: dict | None) -> str:
+    """The mean and, with several seeds, the standard deviation in brackets: "25.1 (0.3)"; "-" without scores."""
+    if summary is None:
+        return "-"
     deviation = "" if summary["std"] is None else f" ({summary['std']:.1f})"
     return f"{summary['mean']:.1f}{deviation}"
 
 
 def summarize(seeds: dict[str, float]) -> dict:
     """The mean and the sample standard deviation of scores by seed."""
-    values = list(seeds.values())
-    return {
-        "mean": statistics.fmean(values) if values else None,
-        "std": statistics.stdev(values) if len(values) > 1 else None,
-        "seeds": seeds,
-    }
-
-
-def _mean(answers: list[dict], metric: str) -> float:
-    """The mean over responses; for exact match, the percentage."""
-    scale = 100 if metric == "exact_match" else 1
-    return scale * statistics.fmean(values[metric] for values in answers)
+    values = seeds.values()
+    std = statistics.stdev(values) if len(values) > 1 else None
+    return {"mean": statistics.fmean(values) if values else None, "std": std, "seeds": seeds}

@@ -1,19 +1,14 @@
 """Figures in print quality, PNG and SVG: ROUGE-L over training, and the curves of one run. Needs matplotlib."""
 
-from __future__ import annotations
-
 import contextlib
-import importlib.util
 import pathlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from ..errors import ConfigError
+from .runs import Run
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-    from .runs import Run
 
 # Okabe and Ito's palette: readers with any color vision can tell the colors apart. In gray the markers differ.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
@@ -32,12 +27,6 @@ STYLE = {
     "svg.fonttype": "none",
     "savefig.dpi": 300,
 }
-
-
-def check() -> None:
-    """Raises ConfigError if matplotlib is not installed."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ConfigError("matplotlib is not installed: pip install matplotlib")
 
 
 def rouge_curves(runs: list[Run], stem: pathlib.Path) -> list[pathlib.Path]:
@@ -64,32 +53,29 @@ def rouge_curves(runs: list[Run], stem: pathlib.Path) -> list[pathlib.Path]:
     return _paths(stem)
 
 
-def run_curves(run: Run, stem: pathlib.Path) -> list[pathlib.Path]:
-    """Draws one run's loss, speed and memory over its steps. Returns the paths."""
+def run_curves(run: Run, stem: pathlib.Path) -> None:
+    """Draws one run's loss, speed and memory over its steps."""
     own = "training" if run.config["method"] == "sft" else "training, the method's"
-    with _figure(3, (9.0, 2.6), stem) as (loss, speed, memory):
+    with _figure(3, (9.0, 2.6), stem) as panels:
+        loss, speed, memory = panels
         loss.plot(*run.curve("train", "loss"), color=COLORS[0], label=own)
         steps, values = run.curve("dev", "loss")
         if steps:
             loss.plot(steps, values, color=COLORS[1], marker=MARKERS[0], label="dev, cross-entropy", clip_on=False)
-        loss.set(ylabel="Loss a token")
         loss.legend()
         speed.plot(*run.curve("train", "samples_per_second"), color=COLORS[0])
-        speed.set(ylabel="Samples a second")
         steps, values = run.curve("train", "peak_memory_bytes")
         memory.plot(steps, [value / 1e9 for value in values], color=COLORS[0])
-        memory.set(ylabel="Peak memory (GB)")
-        for panel in (loss, speed, memory):
-            panel.set(xlabel="Training step")
+        for panel, label in zip(panels, ("Loss a token", "Samples a second", "Peak memory (GB)"), strict=True):
+            panel.set(xlabel="Training step", ylabel=label)
             panel.set_xlim(left=0)
             low, high = panel.dataLim.intervaly
             if low <= high:  # something is drawn
                 panel.set_ylim(min(0, 1.05 * low), max(0, 1.05 * high) or 1)
-    return _paths(stem)
 
 
 @contextlib.contextmanager
-def _figure(panels: int, size: tuple[float, float], stem: pathlib.Path) -> Iterator[list[Axes]]:
+def _figure(panels: int, size: tuple[float, float], stem: pathlib.Path) -> Iterator[list["Axes"]]:
     """Gives panels side by side, and saves them when the block ends. The size is in inches."""
     import matplotlib
     from matplotlib.figure import Figure

@@ -5,12 +5,10 @@ are faster here: every stem is computed once, and the longest common subsequence
 time, as the bits of one number. A response is scored in less than a millisecond, so no other process is needed.
 """
 
-from __future__ import annotations
-
 import collections
 import functools
 import string
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from nltk.stem.porter import PorterStemmer  # what rouge_score takes
 from rouge_score import scoring, tokenize
@@ -57,18 +55,10 @@ def exact_match(response: str, references: Sequence[str]) -> bool:
 
 
 def _bare(text: str) -> str:
-    return " ".join(text.lower().translate(_NO_PUNCTUATION).split())
-
-
-_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
+    return " ".join(text.lower().translate(str.maketrans("", "", string.punctuation)).split())
 
 
 def score_response(tokenizer: PreTrainedTokenizerBase, response: list[int], outputs: list[str]) -> dict:
     """The text of a response, given in tokens, and its scores."""
     text = tokenizer.decode(response, skip_special_tokens=True).strip()
     return {"response": text, "rouge_l": rouge_l(text, outputs), "exact_match": exact_match(text, outputs)}
-
-
-def response_seeds(questions: Iterable[tuple[int, int]]) -> list[int]:
-    """Sampling seeds for pairs (seed, row). A response depends on these two and its prompt, on nothing else."""
-    return [(seed << 32) + row for seed, row in questions]

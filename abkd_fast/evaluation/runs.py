@@ -1,7 +1,5 @@
 """Finished runs, read from their folders."""
 
-from __future__ import annotations
-
 import collections
 import dataclasses
 import json
@@ -15,14 +13,8 @@ from .evaluator import SCORES, read_scores
 
 TEACHER = "Teacher"
 WORD_LEVEL = ("ab", "kd")  # methods that differ by their loss alone
-METHODS = {  # the papers' names of the others
-    "sft": "SFT",
-    "seqkd": "SeqKD",
-    "imitkd": "ImitKD",
-    "gkd": "GKD",
-    "distillm": "DistiLLM",
-    "minillm": "MiniLLM",
-}
+# The papers' names of the other methods, unless it is the name in capitals.
+METHODS = {"seqkd": "SeqKD", "imitkd": "ImitKD", "distillm": "DistiLLM", "minillm": "MiniLLM"}
 NUMBERS = ("steps", "selected_step", "seconds_per_sample", "peak_memory_bytes")  # of a run's summary.json
 DEV_NUMBERS = ("dev_loss_before", "dev_loss", "dev_rouge_l_before", "dev_rouge_l")  # null without such an evaluation
 
@@ -43,11 +35,16 @@ class Run:
     def is_teacher(self) -> bool:
         return self.label.startswith(TEACHER)
 
-    def begins_with(self, other: Run) -> bool:
+    @property
+    def start(self) -> list:
+        """The path, adapter and LoRA settings that the student starts from."""
+        return [self.config["student"][key] for key in ("path", "adapter", "lora")]
+
+    def begins_with(self, other: "Run") -> bool:
         """Whether the student starts as the other run's result."""
         return _is_result(self.config["student"], other)
 
-    def learns_from(self, other: Run) -> bool:
+    def learns_from(self, other: "Run") -> bool:
         """Whether the other run's result is the teacher. A teacher that the method doesn't use does not count."""
         return self.config["method"] not in WITHOUT_TEACHER and _is_result(self.config["teacher"], other)
 
@@ -129,5 +126,5 @@ def _label(run: Run, runs: list[Run]) -> str:
         return "Initial student"
     method, loss = run.config["method"], run.config["loss"].partition(":")[0]
     if method not in WORD_LEVEL:
-        return METHODS.get(method, method)
+        return METHODS.get(method, method.upper())
     return BY_NAME[loss].title if loss in BY_NAME else loss

@@ -1,10 +1,9 @@
 """Results of runs: tables of ROUGE-L as the papers' Tables 2 and 3, the gain of distillation, and reports."""
 
-from __future__ import annotations
-
 import collections
 import csv
 import dataclasses
+import importlib.util
 import io
 import pathlib
 import statistics
@@ -22,61 +21,52 @@ from .evaluator import spread, summarize
 from .runs import Run
 from .test_sets import NAMES
 
+# A label, its run (None: published scores), and cells with mean and std (None: a set without a score).
+TableRow = tuple[str, Run | None, list[dict | None]]
+
 
 @dataclasses.dataclass(frozen=True)
 class ScoreTable:
     """ROUGE-L: one row a run, one column a test set, and an average column if there are several sets."""
 
     columns: list[str]
-    rows: list[tuple[Run, list[dict | None]]]  # cells with mean and std; None for a set without a score
+    rows: list[TableRow]
     notes: list[str]  # how the sets were answered, and what makes runs not comparable
-    published: dict[str, list[dict | None]] = dataclasses.field(default_factory=dict)  # label -> cells
 
-    def beside(self, path: pathlib.Path) -> ScoreTable:
+    def beside(self, path: pathlib.Path) -> "ScoreTable":
         """Returns this table with published scores, from a CSV file, added. Raises ConfigError for a bad file."""
-        return dataclasses.replace(self, published=_read_published(path, self.columns))
+        return dataclasses.replace(self, rows=self.rows + _read_published(path, self.columns))
 
     def table(self) -> Table:
         """The table for the terminal."""
         table = Table("ROUGE-L", *map(escape, self.columns), caption=Text("\n".join(self.notes)))
-        for label, cells in [*((run.label, cells) for run, cells in self.rows), *self.published.items()]:
-            table.add_row(escape(label), *map(_text, cells))
+        for label, _, cells in self.rows:
+            table.add_row(escape(label), *map(spread, cells))
         return table
 
     def markdown(self) -> str:
-        best = [self._best(column) for column in range(len(self.columns))]
+        """The best run of each column is bold. The teacher is none of them: it is the upper bound."""
+        students = [cells for _, run, cells in self.rows if run and not run.is_teacher]
+        columns = [[cells[column] for cells in students] for column in range(len(self.columns))]
+        best = [max((cell["mean"] for cell in column if cell), default=None) for column in columns]
         lines = [["", *self.columns], ["---", *["---:"] * len(self.columns)]]
-        for run, cells in self.rows:
-            texts = []
-            for cell, highest in zip(cells, best, strict=True):
-                text = _text(cell)
-                is_best = cell is not None and cell["mean"] == highest and not run.is_teacher
-                texts.append(f"**{text}**" if is_best else text)
-            lines.append([run.label, *texts])
-        lines += [[label, *map(_text, cells)] for label, cells in self.published.items()]
+        for label, run, cells in self.rows:
+            pairs = zip(cells, best if run and not run.is_teacher else [None] * len(best), strict=True)
+            texts = [f"**{spread(cell)}**" if cell and cell["mean"] == top else spread(cell) for cell, top in pairs]
+            lines.append([label, *texts])
         return "".join([*(f"| {' | '.join(line)} |\n" for line in lines), *(f"\n{note}\n" for note in self.notes)])
-
-    def _best(self, column: int) -> float | None:
-        """The highest mean of a column, without the teacher's: that is the upper bound."""
-        cells = [cells[column] for run, cells in self.rows if not run.is_teacher]
-        return max((cell["mean"] for cell in cells if cell is not None), default=None)
 
     def csv(self) -> str:
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(["row", "run", *(f"{name} {what}" for name in self.columns for what in ("mean", "std"))])
-        rows = [(run.label, run.folder, cells) for run, cells in self.rows]
-        for label, folder, cells in [*rows, *((label, None, cells) for label, cells in self.published.items())]:
+        for label, run, cells in self.rows:
             numbers = [value for cell in cells for value in ((cell["mean"], cell["std"]) if cell else (None, None))]
-            writer.writerow([label, folder, *numbers])
+            writer.writerow([label, run and run.folder, *numbers])
         return text.getvalue()
 
 
-def _text(cell: dict | None) -> str:
-    return "-" if cell is None else spread(cell)
-
-
-def _read_published(path: pathlib.Path, columns: list[str]) -> dict[str, list[dict | None]]:
+def _read_published(path: pathlib.Path, columns: list[str]) -> list[TableRow]:
     """The rows of a CSV file like `scores.csv`: "row", and for some of the columns "SET mean" and "SET std"."""
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
@@ -85,16 +75,16 @@ def _read_published(path: pathlib.Path, columns: list[str]) -> dict[str, list[di
             if "row" not in (table.fieldnames or ()) or not known:
                 expected = ", ".join(f'"{name} mean"' for name in columns)
                 raise ValueError(f'expected a first line with "row" and some of {expected}')
-            rows: dict[str, list[dict | None]] = {}
+            rows = {}
             for row in table:
                 label = f"{row['row']} ({path.stem})"
                 if label in rows:
                     raise ValueError(f"line {table.line_num}: a second {row['row']}")
                 try:
-                    rows[label] = [_read_cell(row, name) for name in columns]
+                    rows[label] = label, None, [_read_cell(row, name) for name in columns]
                 except ValueError as error:
                     raise ValueError(f"line {table.line_num}: {error}") from None
-            return rows
+            return [*rows.values()]
     except (OSError, ValueError) as error:
         raise ConfigError(f"paper: {path} can't be read ({error})") from None
 
@@ -114,7 +104,7 @@ def score_table(runs: list[Run]) -> ScoreTable | None:
     for run in scored:
         cells = [run.sets[name]["rouge_l"] if name in run.sets else None for name in names]
         cells = [None if cell is None or cell["mean"] is None else cell for cell in cells]
-        rows.append((run, [*cells, _average(cells)] if len(names) > 1 else cells))
+        rows.append((run.label, run, [*cells, _average(cells)] if len(names) > 1 else cells))
     columns = [*names, *(["Average"] if len(names) > 1 else [])]
     return ScoreTable(columns, rows, [*_notes(scored, names)]) if rows else None
 
@@ -152,20 +142,15 @@ def gain(runs: list[Run]) -> str | None:
     None unless two such runs and their teacher were scored on the same sets.
     """
     table = score_table(runs)
-    scores = {run.folder: cells[-1] for run, cells in table.rows} if table else {}
+    scores = {run.folder: cells[-1] for _, run, cells in table.rows} if table else {}
     scored = [run for run in runs if scores.get(run.folder)]
     for student in scored:
         teacher = next((run for run in scored if student.learns_from(run)), None)
         plain = [run for run in scored if run.config["method"] == "sft" and run not in (student, teacher)]
-        alone = next((run for run in plain if _same_start(run, student)), None)
+        alone = next((run for run in plain if run.start == student.start and student.start[0] is not None), None)
         if teacher and alone:
             return _compare(student, alone, teacher, scores, table.columns[-1])
     return None
-
-
-def _same_start(first: Run, second: Run) -> bool:
-    starts = [[run.config["student"][key] for key in ("path", "adapter", "lora")] for run in (first, second)]
-    return starts[0][0] is not None and starts[0] == starts[1]
 
 
 def _compare(student: Run, alone: Run, teacher: Run, scores: dict[pathlib.Path, dict], name: str) -> str:
@@ -185,9 +170,8 @@ def _compare(student: Run, alone: Run, teacher: Run, scores: dict[pathlib.Path, 
 def write_report(runs: list[Run], out: pathlib.Path, table: ScoreTable | None = None) -> list[pathlib.Path]:
     """Writes the table and Figure 1 into `out`, and `report.md` with curves into each run's folder. Returns the paths.
 
-    table: the runs' table, if it is known already.
-
-    Raises ConfigError if matplotlib is not installed (the table is written before), and if a folder can't be written.
+    table: the runs' table, if it is known already. Raises ConfigError if matplotlib is not installed (the table is
+    written before), and if a folder can't be written.
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -197,7 +181,8 @@ def write_report(runs: list[Run], out: pathlib.Path, table: ScoreTable | None = 
             atomic_write(out / "scores.md", table.markdown() + (f"\n{sentence}\n" if sentence else ""))
             atomic_write(out / "scores.csv", table.csv())
             paths += [out / "scores.md", out / "scores.csv"]
-        figures.check()
+        if importlib.util.find_spec("matplotlib") is None:
+            raise ConfigError("matplotlib is not installed: pip install matplotlib")
         paths += figures.rouge_curves(runs, out / "rouge_l")
         for run in runs:
             figures.run_curves(run, run.folder / "curves")

@@ -1,11 +1,8 @@
 """Test sets: read, tokenized, and cut as in the papers."""
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import json
-import math
 import pathlib
 from collections.abc import Callable
 
@@ -17,6 +14,7 @@ from ..data import indexed_dataset
 from ..data.rows import DEV, Row, read_rows
 from ..data.tokenize import encode_prompts, references
 from ..errors import ConfigError, check_number
+from ..models import loading
 
 NAMES = {
     "dolly": "Dolly",
@@ -27,8 +25,6 @@ NAMES = {
     "uinst": "Unnatural",
     "unni": "Unnatural",
 }
-
-
 PAPERS_SAMPLING = SamplingParams.from_options(EvalConfig())
 
 
@@ -119,11 +115,5 @@ def _encode(
     whole = [begin + prompt for prompt in encode_prompts(rows, tokenizer)]
     limit = protocol.max_prompt_length
     prompts = [prompt[:limit] for prompt in whole]
-    positions = getattr(hf_config, "max_position_embeddings", math.inf)
-    for row, prompt in zip(rows, prompts, strict=True):
-        if len(prompt) >= positions:
-            raise ConfigError(
-                f"{row.where}: the prompt has {len(prompt)} tokens, and the model {positions} positions: no room for "
-                "an answer; lower max_prompt_length"
-            )
+    loading.check_prompts(hf_config, zip((row.where for row in rows), prompts, strict=True))
     return prompts, sum(len(prompt) > limit for prompt in whole)

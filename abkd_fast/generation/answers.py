@@ -1,6 +1,4 @@
-"""A model's responses to the prompts of a data set, as data to train on. Their file grows response by response."""
-
-from __future__ import annotations
+"""A model's responses to prompts, in files that grow response by response; and such files as data to train on."""
 
 import contextlib
 import dataclasses
@@ -16,21 +14,86 @@ import time
 from collections.abc import Callable, Iterator
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from .. import distributed
 from ..config.sampling import SamplingParams
 from ..config.schema import Config, ModelConfig, RunConfig, SamplingConfig
-from ..console import console
+from ..console import console, progress_bar
 from ..data.rows import Row, read_rows
 from ..data.tokenize import encode_prompts
 from ..device import choose_device, choose_dtype
 from ..errors import ConfigError, Interrupted, check_number
 from ..files import WRITE_ERRORS, atomic_folder, atomic_write, exclusive, locked
 from ..models import identity, loading
-from ..models.packed import PackedCausalLM
 from ..signals import StopSignals
-from .sampling import sample
+from .sampling import response_seeds, sample
+
+
+class Generator:
+    """One model that answers prompts."""
+
+    def __init__(
+        self,
+        spec: ModelConfig,
+        tokenizer: tuple[str, str],
+        sampling: SamplingParams,
+        batch_size: int,
+        device: str,
+        dtype: str,
+    ) -> None:
+        """Checks all that can be checked without weights. Raises ConfigError.
+
+        tokenizer: folder or Hub name, and what to call it in messages.
+        """
+        check_number("batch_size", batch_size, 1)
+        self.spec, self.batch_size = spec, batch_size
+        self.device = choose_device(device)
+        self.dtype = choose_dtype(dtype, self.device)
+        self.dtype_name = str(self.dtype).removeprefix("torch.")
+        self.hf_config = loading.read_meta_model(spec, "model").config
+        self.tokenizer = loading.read_tokenizer(*tokenizer)
+        loading.check_vocabularies(self.tokenizer, self.hf_config)
+        self.sampling = dataclasses.replace(sampling, eos_token_ids=(self.tokenizer.eos_token_id,))
+
+    def hash_weights(self) -> dict[str, str]:
+        return identity.hash_weights(self.spec, self.hf_config, "model")
+
+    @contextlib.contextmanager
+    def loaded(self, out: pathlib.Path) -> Iterator[None]:
+        """A context in which `generate` can be called. Raises Interrupted where `out` can't be written to."""
+        self.model = loading.load(self.spec, self.hf_config, "model", self.dtype, self.device)
+        try:
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+                self.model.check()
+                yield
+        except WRITE_ERRORS as error:
+            raise Interrupted(f"{out} can't be written ({error}): make room") from None
+
+    def generate(
+        self, prompts: list[list[int]], seeds: list[int], keep: Callable[[int, list[int]], None], name: str
+    ) -> None:
+        """Samples a response to each prompt, with a progress bar called `name`. Ranks share the prompts.
+
+        Calls `keep(number, response)`, with the prompt's number, when a response ends. Raises Interrupted after a
+        signal, once the current response is kept.
+        """
+        numbers, prompts, seeds = map(distributed.local_shard, (range(len(prompts)), prompts, seeds))
+        bar, signals, done = progress_bar(name), StopSignals(), 0
+        task = bar.add_task(name, total=len(numbers))
+
+        def on_response(number: int, response: list[int]) -> None:
+            nonlocal done
+            keep(numbers[number], response)
+            done += 1
+            bar.advance(task)
+            if signals.received:
+                raise Interrupted(signals.received)
+
+        with signals, bar:
+            with contextlib.suppress(Interrupted):
+                sample(self.model, prompts, self.sampling, seeds, self.batch_size, on_response)
+            if stop := signals.of_any_rank():
+                raise Interrupted(f"{stop} after {done} of {len(numbers)} {name}, which are kept")
 
 
 class Generation:
@@ -63,41 +126,27 @@ class Generation:
 
         Raises ConfigError.
         """
-        for name, value in {"rows": rows, "batch_size": batch_size, "max_prompt_length": max_prompt_length}.items():
+        for name, value in {"rows": rows, "max_prompt_length": max_prompt_length}.items():
             check_number(name, value, 1)
-        self.spec, self.out, self.seed, self.batch_size = spec, out, seed, batch_size
-        self.max_prompt_length = max_prompt_length
-        self.device = choose_device(device)
-        self.dtype = choose_dtype(dtype, self.device)
-        self.hf_config = loading.read_hf_config(spec, "model")
-        self.tokenizer = loading.read_tokenizer(tokenizer or spec.path, "tokenizer")
-        loading.check_vocabularies(self.tokenizer, self.hf_config, None, None)
-        self.end = self.tokenizer.eos_token_id
-        self.sampling = dataclasses.replace(sampling, eos_token_ids=(self.end,))
+        self.out, self.seed, self.max_prompt_length = out, seed, max_prompt_length
+        self.model = Generator(spec, (tokenizer or spec.path, "tokenizer"), sampling, batch_size, device, dtype)
+        self.tokenizer = self.model.tokenizer
         self.rows = data if isinstance(data, list) else read_rows(data, rows, prompts_only=True)
         self.prompts = encode_prompts(self.rows, self.tokenizer)
         longest = math.inf if max_prompt_length is None else max_prompt_length
         self.used = [index for index, prompt in enumerate(self.prompts) if len(prompt) <= longest]
-        self._check_positions()
+        loading.check_prompts(self.model.hf_config, ((self.rows[i].where, self.prompts[i]) for i in self.used))
+        prompts = json.dumps([self.prompts, self.tokenizer.eos_token_id])
         self.identity = {
-            "weights": identity.hash_weights(spec, self.hf_config, "model"),
-            "prompts": hashlib.sha256(json.dumps([self.prompts, self.end]).encode()).hexdigest(),
+            "weights": self.model.hash_weights(),
+            "prompts": hashlib.sha256(prompts.encode()).hexdigest(),
             "max_prompt_length": max_prompt_length,
             "seed": seed,
-            "dtype": str(self.dtype).removeprefix("torch."),
+            "dtype": self.model.dtype_name,
             **sampling.to_dict(),
         }
         self.answers = Answers(out, self.identity)
         self.todo, self.tokens, self.seconds = [], 0, 0.0
-
-    def _check_positions(self) -> None:
-        positions = getattr(self.hf_config, "max_position_embeddings", math.inf)
-        for index in self.used:
-            if (length := len(self.prompts[index])) >= positions:
-                raise ConfigError(
-                    f"{self.rows[index].where}: the prompt has {length} tokens, and the model {positions} positions: "
-                    "no room for an answer; drop the row, or lower max_prompt_length"
-                )
 
     def run(self) -> None:
         """Answers the prompts that have no response yet.
@@ -109,28 +158,25 @@ class Generation:
         busy = f"out: another process is writing {self.out}: wait for it, or choose another"
         with contextlib.nullcontext() if self.answers.finished else distributed.rank0_context(exclusive(lock, busy)):
             self.answers = Answers(self.out, self.identity)  # another process may have added some meanwhile
-            self._answer_all()
+            if self.answers.finished:
+                console.print(f"{self.out} is finished already")
+            else:
+                self._answer_all()
             if distributed.is_rank0():
                 lock.unlink(missing_ok=True)  # nobody writes to a finished file
 
     def _answer_all(self) -> None:
-        answers = self.answers
-        if answers.finished:
-            console.print(f"{self.out} is finished already")
-            return
+        answers, model = self.answers, self.model
         self.todo = [index for index in self.used if index not in answers.rows]
-        dtype = self.identity["dtype"]
-        console.print(f"{len(self.todo)} of {len(self.rows)} prompts to answer, on {self.device}, in {dtype}")
-        model = loading.load(self.spec, self.hf_config, "model", self.dtype, self.device)
-        started = time.perf_counter()
-        try:
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16), answers:
-                model.check()
-                self._answer(model)
+        counts = f"{len(self.todo)} of {len(self.rows)} prompts"
+        console.print(f"{counts} to answer, on {model.device}, in {model.dtype_name}")
+        with model.loaded(self.out):
+            started = time.perf_counter()
+            with answers:
+                seeds = response_seeds((self.seed, index) for index in self.todo)
+                model.generate([self.prompts[index] for index in self.todo], seeds, self._keep, "answers")
                 answers.finish()
                 self.tokens = distributed.all_reduce_count(self.tokens)
-        except WRITE_ERRORS as error:
-            raise Interrupted(f"{self.out} can't be written ({error}): make room") from None
         self.seconds = time.perf_counter() - started
         left_out = f"{len(self.used) - len(answers.rows)} were empty and are left out"
         if long := len(self.rows) - len(self.used):
@@ -140,27 +186,18 @@ class Generation:
             f"{self.tokens / self.seconds:.0f} tokens/s"
         )
 
-    def _answer(self, model: PackedCausalLM) -> None:
-        def keep(number: int, response: list[int]) -> None:
-            index = self.todo[number]
-            text = self.tokenizer.decode(response, skip_special_tokens=True)
-            values = self.rows[index].values
-            if "prompt_ids" in values:
-                values = {"prompt": self.tokenizer.decode(self.prompts[index])}
-            if text.strip():  # an empty response teaches nothing
-                self.answers.add(index, {**_as_row(values, text), "ended": response[-1] == self.end})
-            self.tokens += len(response)
-
-        seeds = [(self.seed << 32) + index for index in self.todo]
-        prompts = [self.prompts[index] for index in self.todo]
-        generate(model, prompts, self.sampling, seeds, self.batch_size, keep, "answers")
-
-
-def _as_row(values: dict, output: str) -> dict:
-    """A checked row with this output."""
-    if "messages" in values:
-        return {"messages": [*values["messages"][:-1], {"role": "assistant", "content": output}]}
-    return {"prompt": values["prompt"], "output": output}
+    def _keep(self, number: int, response: list[int]) -> None:
+        index = self.todo[number]
+        text = self.tokenizer.decode(response, skip_special_tokens=True)
+        values = self.rows[index].values
+        if "messages" in values:
+            row = {"messages": [*values["messages"][:-1], {"role": "assistant", "content": text}]}
+        else:
+            prompt = self.tokenizer.decode(self.prompts[index]) if "prompt_ids" in values else values["prompt"]
+            row = {"prompt": prompt, "output": text}
+        if text.strip():  # an empty response teaches nothing
+            self.answers.add(index, {**row, "ended": response[-1] == self.tokenizer.eos_token_id})
+        self.tokens += len(response)
 
 
 def write_stage(config: Config, rows: list[Row]) -> dict:
@@ -219,48 +256,6 @@ def describe(config: Config, rows: list[Row]) -> Iterator[str]:
     )
 
 
-def generate(
-    model: PackedCausalLM,
-    prompts: list[list[int]],
-    sampling: SamplingParams,
-    seeds: list[int],
-    batch_size: int,
-    keep: Callable[[int, list[int]], None],
-    name: str,
-) -> None:
-    """Samples with a progress bar called `name`. Calls `keep(number, response)`, with the prompt's number, at each end.
-
-    Ranks share the prompts. Raises Interrupted after a signal, once the current response is kept.
-    """
-    numbers = distributed.local_shard(list(range(len(prompts))))
-    columns = BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(compact=True), TextColumn(name)
-    bar = Progress(*columns, console=console, disable=not console.is_terminal)
-    task = bar.add_task(name, total=len(numbers))
-    signals = StopSignals()
-    done = 0
-
-    def on_response(number: int, response: list[int]) -> None:
-        nonlocal done
-        keep(numbers[number], response)
-        done += 1
-        bar.advance(task)
-        if signals.received:
-            raise Interrupted(signals.received)
-
-    with signals, bar:
-        with contextlib.suppress(Interrupted):
-            sample(
-                model,
-                distributed.local_shard(prompts),
-                sampling,
-                distributed.local_shard(seeds),
-                batch_size,
-                on_response,
-            )
-        if stop := signals.of_any_rank():
-            raise Interrupted(f"{stop} after {done} of {len(numbers)} {name}, which are kept")
-
-
 class GrowingFile:
     """A file of JSON objects, one a line, that come in any order and are sorted by their "row" in the end.
 
@@ -277,17 +272,15 @@ class GrowingFile:
 
     def read(self) -> list[dict]:
         """The whole lines of all ranks. Damaged lines, and what a crash left of the last one, are skipped."""
-        lines = []
-        for path in filter(pathlib.Path.exists, (self.path, *self._others())):
-            lines += path.read_bytes().splitlines(keepends=True)
+        paths = filter(pathlib.Path.exists, (self.path, *self._others()))
         found = {}  # keyed by row: after a crash one may be in two files
-        for line in lines:
+        for line in (line for path in paths for line in path.read_bytes().splitlines()):
             with contextlib.suppress(ValueError, KeyError, TypeError):
                 values = json.loads(line)
                 found[int(values["row"])] = values
         return [*found.values()]
 
-    def __enter__(self) -> GrowingFile:
+    def __enter__(self) -> "GrowingFile":
         distributed.run_on_rank0(lambda: self._write(self.read()))
         own = self.path if distributed.is_rank0() else self.path.with_name(f"{self.path.name}.rank{distributed.rank()}")
         self.file = own.open("a", encoding="utf-8", buffering=1)
@@ -303,15 +296,15 @@ class GrowingFile:
     def sort(self) -> list[dict]:
         """Sorts the lines of all ranks by their rows, and returns them."""
         distributed.barrier()  # until all ranks have written theirs
-        lines = distributed.run_on_rank0(lambda: sorted(self.read(), key=lambda values: values["row"]))
-        distributed.run_on_rank0(lambda: self._write(lines))
+        lines = distributed.run_on_rank0(lambda: self._write(sorted(self.read(), key=lambda values: values["row"])))
         self.rows = {values["row"] for values in lines}
         return lines
 
-    def _write(self, lines: list[dict]) -> None:
+    def _write(self, lines: list[dict]) -> list[dict]:
         atomic_write(self.path, "".join(json.dumps(values, ensure_ascii=False) + "\n" for values in lines))
         for path in self._others():
             path.unlink()
+        return lines
 
 
 class Answers(GrowingFile):
@@ -322,26 +315,25 @@ class Answers(GrowingFile):
         self.identity, self.finished = identity, False
         self.record = path.with_name(path.name + ".settings.json")
         if path.exists():
-            self._compare(path)
+            try:
+                then = json.loads(self.record.read_text(encoding="utf-8"))
+            except (OSError, ValueError):
+                raise ConfigError(
+                    f"out: {path} exists, and not as the result of this command: choose another"
+                ) from None
+            self.finished = then["finished"]
+            changed = [key for key, value in identity.items() if then.get(key) != value]
+            if changed:
+                raise ConfigError(f"out: {path} was made with other {', '.join(changed)}: choose another, or delete it")
         if not self.finished and not (path.parent.is_dir() and os.access(path.parent, os.W_OK)):
             raise ConfigError(f"out: {path.parent} is not a folder that can be written to")
         super().__init__(path)
-
-    def _compare(self, path: pathlib.Path) -> None:
-        try:
-            then = json.loads(self.record.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            raise ConfigError(f"out: {path} exists, and not as the result of this command: choose another") from None
-        self.finished = then.pop("finished")
-        changed = [key for key, value in self.identity.items() if then.get(key) != value]
-        if changed:
-            raise ConfigError(f"out: {path} was made with other {', '.join(changed)}: choose another, or delete it")
 
     def _write_record(self, finished: bool) -> None:
         text = json.dumps({**self.identity, "finished": finished}, indent=2) + "\n"
         distributed.run_on_rank0(functools.partial(atomic_write, self.record, text))
 
-    def __enter__(self) -> Answers:
+    def __enter__(self) -> "Answers":
         self._write_record(finished=False)
         super().__enter__()
         return self

@@ -1,7 +1,5 @@
 """A model that reads prompts and continues them: slots of keys and values, attention over them, fast CPU products."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import itertools
@@ -78,16 +76,7 @@ class Decoder:
         boundaries: where packed prompts start and the last one ends; None for single tokens.
         """
         self.layer, self.where = 0, (inputs[0], inputs[2])
-        return self.model.causal_lm.base_model(
-            input_ids=inputs[1:2],
-            position_ids=inputs[2:],
-            use_cache=False,
-            cu_seq_lens_q=boundaries,
-            cu_seq_lens_k=boundaries,
-            max_length_q=longest,
-            max_length_k=longest,
-            decoder=self,
-        ).last_hidden_state[0]
+        return self.model.run_body(inputs[1:2], inputs[2:], boundaries, longest, decoder=self)[0]
 
     def _logits(self, hidden: Tensor) -> Tensor:
         head = self.model.head
@@ -186,16 +175,16 @@ def prepared(model: PackedCausalLM | PreTrainedModel) -> Iterator[PackedCausalLM
     inner = model.causal_lm if is_packed else model
     implementation, training = inner.config._attn_implementation, inner.training
     try:
-        packed = model if is_packed else PackedCausalLM(model, "model")
         if not is_packed:
-            packed.check()
+            model = PackedCausalLM(model, "model")
+            model.check()
         inner.eval()
         inner.set_attn_implementation(NAME)
         # Compiled layers would be compiled again for every step.
         is_compiled = any(module._compiled_call_impl for module in inner.modules())
         eager = torch.compiler.set_stance("force_eager") if is_compiled else contextlib.nullcontext()
         with _fast_products(inner), eager:
-            yield packed
+            yield model
     finally:
         inner.set_attn_implementation(implementation)
         inner.train(training)

@@ -4,12 +4,10 @@ transformers 5.24 has no equivalent. Its `generate` pads prompts and keeps finis
 static or compiled cache, too. Its `generate_batch` has one seed for all, no n-gram ban, and is slower on a CPU.
 """
 
-from __future__ import annotations
-
 import collections
 import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
@@ -87,13 +85,12 @@ class _Sequence:
 
     def __init__(self, index: int, prompt: list[int], seed: int, limit: int, ngram_size: int) -> None:
         self.index = index
-        self.tokens, self.prompt_length, self.seed, self.limit = list(prompt), len(prompt), seed, limit
+        self.tokens, self.prompt_length, self.seed, self.limit = [], len(prompt), seed, limit
         self.log_probs = [], []  # the student's and the teacher's; empty unless their mixture is sampled
         # The tokens that have followed each sequence of ngram_size - 1 tokens.
         self.ngram_size, self.followers = ngram_size, collections.defaultdict(list)
-        if ngram_size:
-            for end in range(ngram_size, len(prompt) + 1):
-                self._remember(end)
+        for token in prompt:
+            self.append(token)
 
     @property
     def response(self) -> list[int]:
@@ -106,11 +103,8 @@ class _Sequence:
     def append(self, token: int) -> None:
         self.tokens.append(token)
         if self.ngram_size and len(self.tokens) >= self.ngram_size:
-            self._remember(len(self.tokens))
-
-    def _remember(self, end: int) -> None:
-        *prefix, last = self.tokens[end - self.ngram_size : end]
-        self.followers[tuple(prefix)].append(last)
+            *prefix, last = self.tokens[-self.ngram_size :]
+            self.followers[tuple(prefix)].append(last)
 
     def has_ended(self, settings: SamplingParams) -> bool:
         return self.new_tokens == self.limit or self.tokens[-1] in settings.eos_token_ids
@@ -120,6 +114,11 @@ class _Sequence:
         if not self.ngram_size or len(self.tokens) < self.ngram_size - 1:
             return []
         return self.followers.get(tuple(self.tokens[len(self.tokens) - self.ngram_size + 1 :]), [])
+
+
+def response_seeds(questions: Iterable[tuple[int, int]]) -> list[int]:
+    """Sampling seeds for pairs (seed, row). A response depends on these two and its prompt, on nothing else."""
+    return [(seed << 32) + row for seed, row in questions]
 
 
 @torch.no_grad()
@@ -137,11 +136,10 @@ def _run(
         raise ConfigError(f"batch_size is {batch_size}, expected at least 1")
     with contextlib.ExitStack() as stack:
         models = [stack.enter_context(prepared(model)) for model in models]
-        limits = [_limit(models, prompt, settings, index) for index, prompt in enumerate(prompts)]
-        sequences = [
-            _Sequence(index, *values, settings.no_repeat_ngram_size)
-            for index, values in enumerate(zip(prompts, seeds, limits, strict=True))
-        ]
+        sequences = []
+        for index, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
+            limit = _limit(models, prompt, settings, index)
+            sequences.append(_Sequence(index, prompt, seed, limit, settings.no_repeat_ngram_size))
         slots = min(batch_size, len(prompts))
         capacity = max((len(sequence.tokens) + sequence.limit for sequence in sequences), default=0)
         decoders = [Decoder(model, slots, capacity) for model in models]
@@ -167,7 +165,8 @@ def _limit(models: list[PackedCausalLM], prompt: list[int], settings: SamplingPa
     if not prompt:
         raise ConfigError(f"prompt {index} is empty: nothing predicts the first token of the response")
     limit = settings.max_new_tokens
-    rooms = {f"the {m.key} {room} positions": room for m in models if (room := _positions(m)) is not None}
+    positions = [(m.key, getattr(m.causal_lm.config, "max_position_embeddings", None)) for m in models]
+    rooms = {f"the {key} {room} positions": room for key, room in positions if room is not None}
     if settings.max_length is not None:
         rooms[f"max_length is {settings.max_length}"] = settings.max_length
     for what, room in rooms.items():
@@ -175,10 +174,6 @@ def _limit(models: list[PackedCausalLM], prompt: list[int], settings: SamplingPa
         if limit < 1:
             raise ConfigError(f"prompt {index} has {len(prompt)} tokens, and {what}: no room for a response")
     return limit
-
-
-def _positions(model: PackedCausalLM) -> int | None:
-    return getattr(model.causal_lm.config, "max_position_embeddings", None)
 
 
 def _enter(waiting: collections.deque[_Sequence], free: list[int]) -> dict[int, _Sequence]:

@@ -1,7 +1,5 @@
 """Padding-free causal attention over sequences packed end to end: one function, registered with transformers."""
 
-from __future__ import annotations
-
 import functools
 import importlib.util
 import inspect
@@ -66,22 +64,17 @@ def packed_attention(
         q, k, v = (x[0].transpose(0, 1).to(dtype) for x in (query, key, value))  # [T, heads, dim]
         return _variable_length()(q, k, v, cu_seq_lens_q, max_length_q, scale, window, dropout)[None], None
     outputs = []
-    boundaries = cu_seq_lens_q.tolist()
-    for start, end in itertools.pairwise(boundaries):
+    for start, end in itertools.pairwise(cu_seq_lens_q.tolist()):
         q, k, v = (x[:, :, start:end] for x in (query, key, value))
         outputs.append(_one_sequence(q, k, v, scale, window, dropout))
     return torch.cat(outputs, dim=2).transpose(1, 2), None
 
 
 def _one_sequence(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int, dropout: float) -> Tensor:
-    length = q.shape[2]
-    mask = None
+    length, mask, grouped = q.shape[2], None, q.shape[1] != k.shape[1]
     if 0 <= window < length - 1:
         mask = torch.ones(length, length, dtype=torch.bool, device=q.device).tril().triu(-window)
-    grouped = q.shape[1] != k.shape[1]
-    return F.scaled_dot_product_attention(
-        q, k, v, mask, dropout, is_causal=mask is None, scale=scale, enable_gqa=grouped
-    )
+    return F.scaled_dot_product_attention(q, k, v, mask, dropout, mask is None, scale=scale, enable_gqa=grouped)
 
 
 @functools.cache
@@ -90,14 +83,9 @@ def _variable_length() -> Callable[..., Tensor]:
     if importlib.util.find_spec("flash_attn"):
         from flash_attn import flash_attn_varlen_func
 
-        def flash(
-            q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int, scale: float, window: int, dropout: float
-        ) -> Tensor:
-            return flash_attn_varlen_func(
-                q, k, v, cu, cu, longest, longest, dropout, scale, causal=True, window_size=(window, 0)
-            )
-
-        return flash
+        return lambda q, k, v, cu, longest, scale, window, dropout: flash_attn_varlen_func(
+            q, k, v, cu, cu, longest, longest, dropout, scale, causal=True, window_size=(window, 0)
+        )
 
     from torch.nn.attention.varlen import varlen_attn
 

@@ -1,25 +1,20 @@
-"""What identifies a model: hashes of its weights and the deciding part of its configuration."""
-
-from __future__ import annotations
+"""What identifies a model: hashes of its weights and the deciding part of its configuration. Finds its adapter."""
 
 import contextlib
 import hashlib
 import json
 import pathlib
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from transformers import PretrainedConfig
 
 from .. import distributed
 from ..config.schema import ModelConfig
-from ..files import atomic_write, cache_folder, file_digest
-from . import lora
+from ..errors import ConfigError, first_line
+from ..files import atomic_write, cache_folder, file_digest, is_local_path
 
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
-
-
+ADAPTER_SETTINGS = "adapter_config.json"
 # Keys of a configuration that don't change what the model computes.
 NOT_THE_MODEL = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache")
 
@@ -32,6 +27,27 @@ def hash_tensors(tensors: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
+def find_adapter(adapter: str, key: str) -> pathlib.Path:
+    """An adapter's folder; one from the Hub is downloaded. Raises ConfigError where there is none."""
+    folder = pathlib.Path(adapter)
+    if not folder.is_dir():
+        if is_local_path(adapter):
+            raise ConfigError(f"{key}.adapter: {adapter}: no such adapter folder")
+        from huggingface_hub import snapshot_download
+
+        try:
+            folder = pathlib.Path(snapshot_download(adapter, allow_patterns="adapter_*"))
+        except Exception as error:  # of many kinds: no such name, no network
+            missing = "no such folder, and no such adapter on the Hub"
+            raise ConfigError(f"{key}.adapter: {adapter}: {missing} ({first_line(error)})") from None
+    if not (folder / ADAPTER_SETTINGS).exists():
+        hint = f"; it holds a whole model: give it as {key}.path" if (folder / "config.json").exists() else ""
+        raise ConfigError(
+            f"{key}.adapter: {adapter} has no {ADAPTER_SETTINGS}, expected a LoRA adapter as peft saves it{hint}"
+        )
+    return folder
+
+
 def hash_weights(
     spec: ModelConfig, hf_config: PretrainedConfig, key: str, folder: pathlib.Path | None = None
 ) -> dict[str, str]:
@@ -41,24 +57,21 @@ def hash_weights(
     Hashes are remembered in `folder` (default: the cache folder), each with its file's size, times and inode: hashing
     runs at some 1.5 GB/s. Rank 0 does it for all. `key` names the model in a ConfigError.
     """
-    adapter = lora.find_adapter(spec.adapter, key) if spec.adapter else None
-    return distributed.run_on_rank0(lambda: _hash(spec.path, hf_config, adapter, folder or cache_folder()))
+    adapter = find_adapter(spec.adapter, key) if spec.adapter else None
+    weights, memo = pathlib.Path(spec.path), (folder or cache_folder()) / "weights.json"
+
+    def hash_all() -> dict[str, str]:
+        if weights.is_dir():
+            hashes = _hash_files(sorted(weights.glob("*.safetensors")) or sorted(weights.glob("*.bin")), memo)
+        else:
+            hashes = {spec.path: hf_config._commit_hash}
+        files = _hash_files(sorted(adapter.glob("adapter_*")), memo) if adapter else {}
+        return hashes | {f"adapter/{name}": digest for name, digest in files.items()}
+
+    return distributed.run_on_rank0(hash_all)
 
 
-def _hash(path: str, hf_config: PretrainedConfig, adapter: pathlib.Path | None, folder: pathlib.Path) -> dict[str, str]:
-    weights = pathlib.Path(path)
-    if weights.is_dir():
-        hashes = _hash_files(sorted(weights.glob("*.safetensors")) or sorted(weights.glob("*.bin")), folder)
-    else:
-        hashes = {path: hf_config._commit_hash}
-    if adapter is not None:
-        files = _hash_files(sorted(adapter.glob("adapter_*")), folder)
-        hashes |= {f"adapter/{name}": digest for name, digest in files.items()}
-    return hashes
-
-
-def _hash_files(files: list[pathlib.Path], folder: pathlib.Path) -> dict[str, str]:
-    memo = folder / "weights.json"
+def _hash_files(files: list[pathlib.Path], memo: pathlib.Path) -> dict[str, str]:
     try:
         known = json.loads(memo.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -76,7 +89,7 @@ def _hash_files(files: list[pathlib.Path], folder: pathlib.Path) -> dict[str, st
                 found[str(file.resolve())] = [*stamp, hashes[file.name]]
     if found:
         with contextlib.suppress(OSError):  # a read-only folder: they are hashed again next time
-            folder.mkdir(parents=True, exist_ok=True)
+            memo.parent.mkdir(parents=True, exist_ok=True)
             atomic_write(memo, json.dumps(known | found, indent=1))
     return hashes
 

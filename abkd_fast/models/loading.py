@@ -1,37 +1,30 @@
 """Hugging Face causal language models: load, check, split into body and output projection, save."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import logging
+import math
 import pathlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import safetensors
 import torch
+import transformers
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.activations import NewGELUActivation
-from transformers.utils import logging as transformers_logging
 
 from ..config.schema import ModelConfig
 from ..data import quickstart
 from ..errors import ConfigError, first_line
 from ..files import is_local_path
 from ..losses.arguments import shared_vocabulary
-from . import attention, lora
+from . import attention
+from .identity import ADAPTER_SETTINGS
 from .packed import PackedCausalLM
 
-transformers_logging.disable_progress_bar()  # the run shows its own
+transformers.utils.logging.disable_progress_bar()  # the run shows its own
 # Newer versions of transformers renamed what peft and this module still call by the old name.
 warnings.filterwarnings("ignore", r".*gradient_checkpointing.* is deprecated", FutureWarning)
 
@@ -43,7 +36,7 @@ def check_path(path: str, key: str) -> None:
     """Raises ConfigError for a local folder that holds no model."""
     folder = pathlib.Path(path)
     if folder.exists():
-        if (folder / lora.SETTINGS).exists():
+        if (folder / ADAPTER_SETTINGS).exists():
             role = key.partition(".")[0]
             raise ConfigError(f"{key}: {path} holds a LoRA adapter: give it as {role}.adapter, and its base as {key}")
         if not (folder / "config.json").exists():
@@ -76,7 +69,7 @@ def _check_weights(folder: pathlib.Path, key: str) -> None:
 
 def model_spec(path: str) -> ModelConfig:
     """The model at a path: a folder or Hub name, or the folder of a LoRA adapter, which is merged into its base."""
-    settings = pathlib.Path(path, lora.SETTINGS)
+    settings = pathlib.Path(path, ADAPTER_SETTINGS)
     if not settings.exists():
         return ModelConfig(path=path)
     try:
@@ -101,31 +94,23 @@ def read_meta_model(spec: ModelConfig, key: str) -> MetaModel:
 
     Raises ConfigError where there is none, where its numbers don't fit together, and where the adapter doesn't fit it.
     """
+    what = f"{key}.config"
+    if spec.path is not None:
+        check_path(spec.path, f"{key}.path")
+        what = f"{key}.path: {spec.path}: no such folder, and no such model on the Hub"
     try:
-        if spec.path is not None:
-            check_path(spec.path, f"{key}.path")
-            config = AutoConfig.from_pretrained(spec.path)
-        else:
-            config = AutoConfig.for_model(**spec.config)
+        config = AutoConfig.for_model(**spec.config) if spec.path is None else AutoConfig.from_pretrained(spec.path)
         model = meta_model(config)  # fails where the configuration's numbers don't fit together
-    except ConfigError:
-        raise
     except Exception as error:  # transformers checks with many kinds of errors
-        what = (
-            f"{key}.path: {spec.path}: no such folder, and no such model on the Hub" if spec.path else f"{key}.config"
-        )
         raise ConfigError(f"{what} ({first_line(error)})") from None
     if spec.dropout is not None:
-        for name in DROPOUT:
-            if hasattr(config, name):
-                setattr(config, name, spec.dropout)
-    adapter_size = lora.check_adapter(meta_model(config), spec, key) if spec.has_adapter else None
+        config.update({name: spec.dropout for name in DROPOUT if hasattr(config, name)})
+    adapter_size = None
+    if spec.has_adapter:
+        from . import lora
+
+        adapter_size = lora.check_adapter(meta_model(config), spec, key)
     return MetaModel(spec, config, model, adapter_size)
-
-
-def read_hf_config(spec: ModelConfig, key: str) -> PretrainedConfig:
-    """The configuration alone. Raises what `read_meta_model` raises."""
-    return read_meta_model(spec, key).config
 
 
 def meta_model(config: PretrainedConfig) -> PreTrainedModel:
@@ -157,7 +142,7 @@ def read_tokenizer(path: str, key: str) -> PreTrainedTokenizerBase:
     try:
         if not folder.exists() and is_local_path(path):
             raise OSError("no such folder")
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path)
     except Exception as error:  # of many kinds: a broken file, no network, a missing package
         raise ConfigError(f"{key}: {path}: no tokenizer there ({first_line(error)})") from None
     if tokenizer.eos_token_id is None:
@@ -168,15 +153,14 @@ def read_tokenizer(path: str, key: str) -> PreTrainedTokenizerBase:
 def check_vocabularies(
     tokenizer: PreTrainedTokenizerBase,
     student: PretrainedConfig,
-    teacher: PretrainedConfig | None,
-    teacher_tokenizer: PreTrainedTokenizerBase | None,
+    teacher: PretrainedConfig | None = None,
+    teacher_tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> None:
     """Raises ConfigError unless student and teacher read the same tokens and have room for all of them."""
     needed = len(tokenizer)
     if teacher_tokenizer is not None:
-        ours, theirs = (
-            {index: token for token, index in t.get_vocab().items()} for t in (tokenizer, teacher_tokenizer)
-        )
+        vocabularies = tokenizer.get_vocab(), teacher_tokenizer.get_vocab()
+        ours, theirs = ({index: token for token, index in vocabulary.items()} for vocabulary in vocabularies)
         different = next((index for index in sorted({*ours, *theirs}) if ours.get(index) != theirs.get(index)), None)
         if different is not None:
             raise ConfigError(
@@ -200,6 +184,17 @@ def check_length(config: PretrainedConfig, key: str, max_length: int) -> None:
     positions = getattr(config, "max_position_embeddings", None)
     if positions is not None and max_length > positions:
         raise ConfigError(f"data.max_length is {max_length}, but the {key} has {positions} positions; lower it")
+
+
+def check_prompts(config: PretrainedConfig, prompts: Iterable[tuple[str, list[int]]]) -> None:
+    """Raises ConfigError where a prompt leaves no room for a response. Each is given with its place in the data."""
+    positions = getattr(config, "max_position_embeddings", math.inf)
+    for where, prompt in prompts:
+        if len(prompt) >= positions:
+            raise ConfigError(
+                f"{where}: the prompt has {len(prompt)} tokens, and the model {positions} positions: no room for an "
+                "answer; drop the row, or lower max_prompt_length"
+            )
 
 
 def load(
@@ -227,6 +222,9 @@ def load(
     if spec.path is None:
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     else:
+        if spec.has_adapter:
+            from . import lora
+
         merges = key != "student" and spec.adapter is not None
         read_dtype = torch.promote_types(dtype, torch.float32) if merges else dtype
         if in_parts and not spec.has_adapter:

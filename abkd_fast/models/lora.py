@@ -1,44 +1,21 @@
-"""LoRA adapters, through peft: find them, compare them with their model, attach or merge them."""
+"""LoRA adapters, through peft: compare them with their model, attach or merge them.
 
-from __future__ import annotations
+peft takes a second or two to import, and most runs don't need it. Import this module where an adapter is used.
+"""
 
 import logging
 import os
-import pathlib
-from typing import TYPE_CHECKING
 
+import peft
 import torch
-from torch import Tensor, nn
+from peft.tuners.lora import LoraLayer
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..config.schema import ModelConfig
 from ..errors import ConfigError, first_line
-from ..files import is_local_path
-
-if TYPE_CHECKING:  # peft takes a second or two to import and most runs don't need it, so functions import it
-    import peft
-
-SETTINGS = "adapter_config.json"
-
-
-def find_adapter(adapter: str, key: str) -> pathlib.Path:
-    """An adapter's folder; one from the Hub is downloaded. Raises ConfigError where there is none."""
-    folder = pathlib.Path(adapter)
-    if not folder.is_dir():
-        if is_local_path(adapter):
-            raise ConfigError(f"{key}.adapter: {adapter}: no such adapter folder")
-        from huggingface_hub import snapshot_download
-
-        try:
-            folder = pathlib.Path(snapshot_download(adapter, allow_patterns="adapter_*"))
-        except Exception as error:  # of many kinds: no such name, no network
-            missing = "no such folder, and no such adapter on the Hub"
-            raise ConfigError(f"{key}.adapter: {adapter}: {missing} ({first_line(error)})") from None
-    if not (folder / SETTINGS).exists():
-        hint = f"; it holds a whole model: give it as {key}.path" if (folder / "config.json").exists() else ""
-        raise ConfigError(f"{key}.adapter: {adapter} has no {SETTINGS}, expected a LoRA adapter as peft saves it{hint}")
-    return folder
+from .identity import find_adapter
 
 
 def check_adapter(model: PreTrainedModel, spec: ModelConfig, key: str) -> int:
@@ -47,18 +24,18 @@ def check_adapter(model: PreTrainedModel, spec: ModelConfig, key: str) -> int:
     The meta model is changed. Raises ConfigError where the adapter doesn't fit. An adapter of the output projection is
     refused: the losses read that as one frozen matrix.
     """
-    import peft
-
     source = f"{key}.adapter: {spec.adapter}" if spec.adapter else f"{key}.lora.targets: {', '.join(spec.lora.targets)}"
     head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
     tied = head.weight is embeddings.weight
     if spec.lora is not None:
         _check_targets(model, spec, key)
     try:
-        ours = meta_adapter(model, spec, key)
-        theirs = (
-            ours if spec.adapter is None else peft.load_peft_weights(str(find_adapter(spec.adapter, key)), device="cpu")
-        )
+        settings = _settings(model, spec, key)
+        if settings.peft_type != peft.PeftType.LORA:
+            raise ConfigError(f"{key}.adapter: {spec.adapter} is a {settings.peft_type.value} adapter, expected LORA")
+        with torch.device("meta"):
+            ours = peft.get_peft_model_state_dict(peft.PeftModel(model, settings), save_embedding_layers=False)
+        theirs = peft.load_peft_weights(str(find_adapter(spec.adapter, key)), "cpu") if spec.adapter else ours
     except ConfigError:
         raise
     except Exception as error:  # of many kinds: broken or foreign files, names of modules that aren't there
@@ -73,20 +50,6 @@ def check_adapter(model: PreTrainedModel, spec: ModelConfig, key: str) -> int:
     return sum(tensor.numel() for tensor in ours.values())
 
 
-def meta_adapter(model: PreTrainedModel, spec: ModelConfig, key: str) -> dict[str, Tensor]:
-    """An adapter's tensors by name on the meta device. The given meta model is changed.
-
-    Raises ConfigError for an adapter of another kind, and what peft raises.
-    """
-    import peft
-
-    settings = _settings(model, spec, key)
-    if settings.peft_type != peft.PeftType.LORA:
-        raise ConfigError(f"{key}.adapter: {spec.adapter} is a {settings.peft_type.value} adapter, expected LORA")
-    with torch.device("meta"):
-        return peft.get_peft_model_state_dict(peft.PeftModel(model, settings), save_embedding_layers=False)
-
-
 def _check_targets(model: PreTrainedModel, spec: ModelConfig, key: str) -> None:
     """Raises ConfigError for an unknown target. peft complains only if it finds none of them."""
     projections = {name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
@@ -98,8 +61,6 @@ def _check_targets(model: PreTrainedModel, spec: ModelConfig, key: str) -> None:
 
 
 def _settings(model: PreTrainedModel, spec: ModelConfig, key: str) -> peft.PeftConfig:
-    import peft
-
     if spec.adapter is not None:
         settings = peft.PeftConfig.from_pretrained(str(find_adapter(spec.adapter, key)))
         if spec.dropout is not None:
@@ -117,13 +78,11 @@ def _settings(model: PreTrainedModel, spec: ModelConfig, key: str) -> peft.PeftC
 
 def attach_adapter(model: PreTrainedModel, spec: ModelConfig, key: str) -> peft.PeftModel:
     """The frozen model with its trainable adapter, which is in at least float32."""
-    import peft
-    from peft.tuners.lora import LoraLayer
-
+    settings = _settings(model, spec, key)
     if spec.lora is not None:
-        adapted = peft.get_peft_model(model, _settings(model, spec, key))
+        adapted = peft.get_peft_model(model, settings)
     else:
-        folder, settings = str(find_adapter(spec.adapter, key)), _settings(model, spec, key)
+        folder = str(find_adapter(spec.adapter, key))
         adapted = peft.PeftModel.from_pretrained(model, folder, config=settings, is_trainable=True)
     settings = adapted.peft_config["default"]
     base = os.path.abspath(spec.path) if os.path.isdir(spec.path) else spec.path
@@ -140,8 +99,6 @@ def attach_adapter(model: PreTrainedModel, spec: ModelConfig, key: str) -> peft.
 
 def merge_adapter(model: PreTrainedModel, spec: ModelConfig, key: str, dtype: torch.dtype) -> PreTrainedModel:
     """The model with the adapter's product added to its float32 weights, converted to `dtype`."""
-    import peft
-
     try:
         adapted = peft.PeftModel.from_pretrained(model, str(find_adapter(spec.adapter, key)))
         merged = adapted.merge_and_unload(safe_merge=True)

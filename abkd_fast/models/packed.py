@@ -1,7 +1,5 @@
 """A causal language model on packed batches, cut between its body and its output projection."""
 
-from __future__ import annotations
-
 import contextlib
 import pathlib
 from collections.abc import Callable, Iterator
@@ -65,16 +63,17 @@ class PackedCausalLM(nn.Module):
 
     def hidden_states(self, batch: Batch) -> Tensor:
         """Final hidden states [N, H] at batch.positions."""
-        states = self.causal_lm.base_model(
-            input_ids=batch.input_ids,
-            position_ids=batch.position_ids,
-            use_cache=False,
-            cu_seq_lens_q=batch.cu_seqlens,
-            cu_seq_lens_k=batch.cu_seqlens,
-            max_length_q=batch.max_seqlen,
-            max_length_k=batch.max_seqlen,
-        ).last_hidden_state  # [1, T, H]
+        states = self.run_body(batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.max_seqlen)
         return states[0, batch.positions]
+
+    def run_body(
+        self, input_ids: Tensor, position_ids: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None, **options: Any
+    ) -> Tensor:
+        """Final hidden states [1, T, H] of packed tokens [1, T]. options: for the attention function."""
+        lengths = {"max_length_q": max_seqlen, "max_length_k": max_seqlen}
+        options |= {"cu_seq_lens_q": cu_seqlens, "cu_seq_lens_k": cu_seqlens, **lengths}
+        body = self.causal_lm.base_model
+        return body(input_ids=input_ids, position_ids=position_ids, use_cache=False, **options).last_hidden_state
 
     @property
     def layers(self) -> nn.ModuleList:
@@ -83,11 +82,7 @@ class PackedCausalLM(nn.Module):
         return next(stack for stack in stacks if len(stack) == count)
 
     def compile(self, **options: Any) -> None:
-        """Compiles the layers for any number of tokens. All layers share one piece of code.
-
-        Args:
-            options: passed to torch.compile.
-        """
+        """Compiles the layers for any number of tokens, with these options of torch.compile. They share one code."""
         for layer in self.layers:
             layer.compile(dynamic=True, **options)
 
@@ -128,32 +123,24 @@ class PackedCausalLM(nn.Module):
             calls = attention.calls - before
             packed = self.head(hidden.to(self.head.weight.dtype)).float()  # [12, V]
             padded = self._padded_logits(rows, device)
-        self.model.train(training)
-        layers = config.num_hidden_layers
-        reason = None
-        if calls != layers:
-            reason = (
-                f"{calls} of its {layers} layers use transformers' attention interface (recurrent or custom layers)"
-            )
-        elif packed.shape != padded.shape:
-            reason = f"its output projection gives {packed.shape[1]} logits, the model {padded.shape[1]}"
-        else:
+            self.model.train(training)
+            if calls != config.num_hidden_layers:
+                share = f"{calls} of its {config.num_hidden_layers} layers"
+                raise ValueError(f"{share} use transformers' attention interface (recurrent or custom layers)")
+            if packed.shape != padded.shape:
+                raise ValueError(f"its output projection gives {packed.shape[1]} logits, the model {padded.shape[1]}")
             worst = ((packed - padded).abs().max() / padded.abs().max().clamp(min=1e-3)).item()
             tolerance = 2e-3 if compute_dtype(hidden) in (torch.float32, torch.float64) else 5e-2
             if not worst < tolerance:
                 traits = ("final_logit_softcapping", "logit_scale", "logits_scaling", "attn_logit_softcapping")
                 named = [f"{name} = {value}" for name in traits if (value := getattr(config, name, None)) is not None]
-                reason = f"its logits differ from hidden states times output projection by {worst:.1e} relative" + (
-                    f" ({', '.join(named)})" if named else ""
-                )
-        if reason:
-            raise ConfigError(f"{self.key}: a {config.model_type} model can't be trained packed: {reason}")
+                text = f"its logits differ from hidden states times output projection by {worst:.1e} relative"
+                raise ValueError(f"{text} ({', '.join(named)})" if named else text)
 
     def _padded_logits(self, rows: list[Tensor], device: torch.device) -> Tensor:
         """The model's own logits at the positions that `pack` keeps, from a right-padded batch with a mask."""
-        longest = max(map(len, rows))
-        input_ids = torch.stack([nn.functional.pad(row, (0, longest - len(row))) for row in rows]).to(device)
-        mask = torch.stack([torch.arange(longest) < len(row) for row in rows]).long().to(device)
+        input_ids = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)
+        mask = nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True).to(device)
         self.causal_lm.set_attn_implementation("sdpa")
         try:
             logits = self.model(input_ids=input_ids, attention_mask=mask, use_cache=False).logits  # [2, longest, V]

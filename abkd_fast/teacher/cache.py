@@ -1,7 +1,5 @@
 """Decides whether the teacher's hidden states are cached, and builds the cache."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import gc
@@ -12,12 +10,11 @@ from collections.abc import Callable, Iterator
 
 import datasets
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from .. import distributed
 from ..config.schema import Config
-from ..console import console, format_bytes
+from ..console import console, format_bytes, progress_bar
 from ..data.batches import pack
 from ..device import free_memory
 from ..errors import ConfigError
@@ -74,10 +71,6 @@ class TeacherCache:
         }
         self.file = store.HiddenStateStore(self.root, identity, self.layout, self.width, self.dtype)
 
-    @property
-    def passes(self) -> float:
-        return self.samples / len(self.dataset)
-
     def choose(self, memory: int) -> tuple[bool, bool, str]:
         """Whether to use a file, whether to use memory, and why not. memory: free bytes of device memory.
 
@@ -87,7 +80,7 @@ class TeacherCache:
             return False, False, "cache.mode is off"
         found = self.file.is_recorded
         problem = None if found else self.file.problem()
-        if self.mode == "auto" and not found and self.passes <= 1:
+        if self.mode == "auto" and not found and self.samples <= len(self.dataset):
             return False, False, "no sample is seen twice"
         if self.mode == "memory":
             if self.bytes > memory:
@@ -124,39 +117,34 @@ class TeacherCache:
         on_disk, in_memory, reason = distributed.run_on_rank0(choose)
         if not on_disk and not in_memory:
             return Teacher(load(), f"runs in every step ({reason})")
-        model = None
+        self.load, self.precision, self.build_seconds = functools.cache(load), precision, 0.0
         if self.spec.path is None:
-            model = load()
-            weights = {name: distributed.full_tensor(tensor) for name, tensor in model.state_dict().items()}
-            self._identify(hash_tensors(weights))
-        builder = _Builder(self, load, model, precision)
+            tensors = self.load().state_dict().items()
+            self._identify(hash_tensors({name: distributed.full_tensor(tensor) for name, tensor in tensors}))
         if on_disk:
             try:
-                return self._from_file(builder, in_memory)
+                return self._from_file(in_memory)
             except OSError as error:
                 reason = f"{self.file.folder}: {error.strerror or error}"
                 if self.mode == "disk":
                     raise ConfigError(f"cache.dir: {reason}; choose another, or cache.mode=off") from None
                 if self.mode == "auto" and not in_memory:
-                    return Teacher(builder.model(), f"runs in every step ({reason})")
+                    return Teacher(self.load(), f"runs in every step ({reason})")
         rows = torch.zeros(self.layout.rows, self.width, dtype=self.dtype, device=self.device)
-        for number, block, _ in builder.blocks(range(len(self.layout.blocks))):
+        for number, block, _ in self._compute(range(len(self.layout.blocks))):
             rows[self.layout.block(number)] = block
         distributed.all_reduce_sum(rows)  # a rank has its own rows, and zeros elsewhere
-        where = f"in memory, not kept ({reason})"
-        return self._cached(builder, rows, builder.head(), where, builder.seconds)
+        return self._cached(rows, self._head(), f"in memory, not kept ({reason})", self.build_seconds)
 
-    def _from_file(self, builder: _Builder, in_memory: bool) -> CachedTeacher:
+    def _from_file(self, in_memory: bool) -> CachedTeacher:
         with distributed.rank0_context(self.file.locked()):
             started = time.perf_counter()
-            missing, is_whole = distributed.run_on_rank0(
-                lambda: (self.file.missing(), self.file.read_head() is not None)
-            )
+            missing, head = distributed.run_on_rank0(lambda: (self.file.missing(), self.file.read_head() is not None))
             checked = time.perf_counter() - started
-            if missing or not is_whole:
+            if missing or not head:
                 distributed.run_on_rank0(self.file.reserve)
-                distributed.run_on_rank0(functools.partial(self.file.write_head, *builder.head()))
-                self._fill(builder, missing)
+                distributed.run_on_rank0(functools.partial(self.file.write_head, *self._head()))
+                self._fill(missing)
             self.file.read_index()  # what rank 0 has written
             head = self.file.read_head()
         rows = self.file.read()
@@ -165,88 +153,58 @@ class TeacherCache:
             rows, where = rows.to(self.device, copy=True), f"in memory, kept in {self.file.folder}"
         if not missing:
             where += f", checked in {checked:.1f} s"
-        return self._cached(builder, rows, head, where, self.file.seconds)
+        return self._cached(rows, head, where, self.file.seconds)
 
-    def _fill(self, builder: _Builder, missing: list[int]) -> None:
+    def _fill(self, missing: list[int]) -> None:
         """Computes and writes blocks, one a rank at a time: an interruption loses no more. Raises OSError."""
-        mine = builder.blocks(missing)
+        mine = self._compute(missing)
 
         def write_next() -> list[tuple[int, int, float]]:
-            return [
-                (number, self.file.write(number, rows), seconds) for number, rows, seconds in itertools.islice(mine, 1)
-            ]
+            return [(n, self.file.write(n, rows), seconds) for n, rows, seconds in itertools.islice(mine, 1)]
 
         for _ in range(0, len(missing), distributed.world_size()):
             written = list(itertools.chain(*distributed.run_on_all_ranks(write_next)))
             distributed.run_on_rank0(functools.partial(self.file.record, written))
 
-    def _cached(
-        self, builder: _Builder, rows: Tensor, head: tuple[Tensor, Tensor | None], where: str, seconds: float
-    ) -> CachedTeacher:
+    def _cached(self, rows: Tensor, head: tuple[Tensor, Tensor | None], where: str, seconds: float) -> CachedTeacher:
         """The cached teacher; the body is freed. seconds: what one pass over the data takes."""
         head = tuple(None if tensor is None else tensor.detach().to(self.device) for tensor in head)
-        teacher = CachedTeacher(rows, self.layout, head, (seconds, builder.seconds))
-        built = f"built in {builder.seconds:.1f} s" if builder.seconds else "found"
+        teacher = CachedTeacher(rows, self.layout, head, (seconds, self.build_seconds))
+        built = f"built in {self.build_seconds:.1f} s" if self.build_seconds else "found"
         saved = max(0, teacher.seconds_saved(self.samples))
         teacher.note = f"states cached, {format_bytes(self.bytes)} {where}; {built}, will save about {saved:.1f} s"
-        builder.free()
+        self.load.cache_clear()
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
         return teacher
 
+    def _head(self) -> tuple[Tensor, Tensor | None]:
+        distributed.unshard_root(self.load())
+        return self.load().head.weight, self.load().head.bias
 
-class _Builder:
-    """Computes blocks of hidden states. It loads the model when it first needs it."""
-
-    def __init__(
-        self,
-        owner: TeacherCache,
-        load: Callable[[], PackedCausalLM],
-        model: PackedCausalLM | None,
-        precision: Callable[[], contextlib.AbstractContextManager],
-    ) -> None:
-        self.owner, self.load, self.loaded, self.precision = owner, load, model, precision
-        self.seconds = 0.0
-
-    def model(self) -> PackedCausalLM:
-        if self.loaded is None:
-            self.loaded = self.load()
-        return self.loaded
-
-    def head(self) -> tuple[Tensor, Tensor | None]:
-        distributed.unshard_root(self.model())
-        return self.model().head.weight, self.model().head.bias
-
-    def blocks(self, numbers: list[int] | range) -> Iterator[tuple[int, Tensor, float]]:
-        """This rank's share of the blocks: number, rows [n, H] and seconds of each."""
-        owner, teacher = self.owner, Teacher(self.model())
+    def _compute(self, numbers: list[int] | range) -> Iterator[tuple[int, Tensor, float]]:
+        """Computes this rank's share of the blocks: number, rows [n, H] and seconds of each."""
+        teacher = Teacher(self.load())
         if len(numbers):
-            total = len(owner.layout.blocks)
-            console.print(
-                f"teacher cache: computing {len(numbers)} of {total} blocks, {format_bytes(owner.bytes)} in all"
-            )
-        columns = BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(compact=True), TextColumn("teacher's states")
-        with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+            count = f"{len(numbers)} of {len(self.layout.blocks)} blocks"
+            console.print(f"teacher cache: computing {count}, {format_bytes(self.bytes)} in all")
+        with progress_bar("teacher's states") as bar:
             for first in bar.track(range(0, len(numbers), distributed.world_size())):
                 started = time.perf_counter()
                 place = first + distributed.rank()
                 number = numbers[min(place, len(numbers) - 1)]
-                samples = [owner.dataset[index] for index in owner.layout.blocks[number]]
-                batches = pack(samples, owner.max_tokens)
+                batches = pack([self.dataset[index] for index in self.layout.blocks[number]], self.max_tokens)
                 with self.precision():
-                    parts = [teacher.linear_head(batch.to(owner.device)).hidden for batch in batches]
+                    parts = [teacher.linear_head(batch.to(self.device)).hidden for batch in batches]
                     if distributed.is_sharded(teacher.model):  # no rank can compute without the others
                         for _ in range(int(distributed.all_reduce_max(len(batches))) - len(batches)):
-                            teacher.linear_head(batches[-1].to(owner.device))
+                            teacher.linear_head(batches[-1].to(self.device))
                 if place >= len(numbers):
                     return
                 rows = torch.cat(parts)
-                if owner.device.type == "cuda":
+                if self.device.type == "cuda":
                     torch.cuda.synchronize()
                 seconds = time.perf_counter() - started
-                self.seconds += seconds
+                self.build_seconds += seconds
                 yield number, rows, seconds
-
-    def free(self) -> None:
-        self.loaded = None
-        gc.collect()
-        if self.owner.device.type == "cuda":
-            torch.cuda.empty_cache()

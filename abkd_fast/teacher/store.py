@@ -6,8 +6,6 @@ A block counts when its bytes match its checksum, so an interrupted build and a 
 that don't match are computed again. Nothing depends on the order in which a dying machine wrote its pages.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json
@@ -16,7 +14,7 @@ import pathlib
 import shutil
 import zlib
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import BinaryIO
 
 import datasets
 import filelock
@@ -29,9 +27,6 @@ from torch import Tensor
 from ..console import console
 from ..files import atomic_write
 from ..models.identity import tensor_bytes
-
-if TYPE_CHECKING:
-    pass
 
 FORMAT = 1
 BLOCK_TOKENS = 8192  # prompt and response: enough to fill a GPU, and the most that an interruption loses
@@ -89,17 +84,13 @@ class HiddenStateStore:
     """Rows [layout.rows, width] of one teacher. The folder is named by a hash of `identity`."""
 
     def __init__(self, root: pathlib.Path, identity: dict, layout: Layout, width: int, dtype: torch.dtype) -> None:
-        identity = {"format": FORMAT, **identity}
-        self.key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
+        self.identity, self.layout, self.width, self.dtype = {"format": FORMAT, **identity}, layout, width, dtype
+        self.key = hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()[:32]
         self.folder = root / self.key
-        self.identity, self.layout, self.width, self.dtype = identity, layout, width, dtype
         self.row_bytes = width * dtype.itemsize
+        self.bytes = layout.rows * self.row_bytes
         self.path = self.folder / "states.bin"
         self.read_index()
-
-    @property
-    def bytes(self) -> int:
-        return self.layout.rows * self.row_bytes
 
     @property
     def is_recorded(self) -> bool:
@@ -173,18 +164,16 @@ class HiddenStateStore:
                     missing.append(number)
                     damaged += checksum is not None
         if damaged:
-            console.print(
-                f"teacher cache: {damaged} of {len(self.checksums)} blocks of {self.path} are damaged: computed again"
-            )
+            blocks = f"{damaged} of {len(self.checksums)} blocks of {self.path}"
+            console.print(f"teacher cache: {blocks} are damaged: computed again")
         return missing
 
-    def _checksum(self, file: object, number: int) -> int | None:
+    def _checksum(self, file: BinaryIO | None, number: int) -> int | None:
         if file is None:
             return None
         rows = self.layout.block(number)
         file.seek(rows.start * self.row_bytes)
-        size = (rows.stop - rows.start) * self.row_bytes
-        content = file.read(size)
+        content = file.read(size := (rows.stop - rows.start) * self.row_bytes)
         return zlib.crc32(content) if len(content) == size else None
 
     def reserve(self) -> None:

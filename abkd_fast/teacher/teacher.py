@@ -1,7 +1,5 @@
 """The teacher: frozen hidden states and the output projection that reads them, computed or from the cache."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -15,8 +15,8 @@ from ..data.batches import make_step_batch
 from ..data.rows import Row
 from ..data.tokenize import references
 from ..errors import Interrupted
-from ..evaluation.rouge import response_seeds, score_response
-from ..generation.sampling import SamplingParams, sample
+from ..evaluation.rouge import score_response
+from ..generation.sampling import SamplingParams, response_seeds, sample
 from ..methods.base import cross_entropy
 from ..models.packed import PackedCausalLM
 from ..signals import StopSignals
@@ -63,7 +63,7 @@ class DevRouge:
         samples = dev_set[:count]
         pairs = zip(samples["input_ids"], samples["prompt_length"], strict=True)
         self.prompts = [ids[:length] for ids, length in pairs]
-        self.references = references([rows[number] for number in samples["row"]], tokenizer)
+        self.references = [references(rows[number], tokenizer) for number in samples["row"]]
         self.seeds = response_seeds((config.run.seed, row) for row in range(count))
         self.tokenizer = tokenizer
         self.settings = SamplingParams(

@@ -12,12 +12,11 @@ import types
 from typing import Any
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from .. import distributed
 from ..config.schema import Config
-from ..console import console
+from ..console import console, progress_bar
 from ..data.batches import StepBatch
 from ..device import peak_memory
 from ..errors import ConfigError, first_line
@@ -44,14 +43,7 @@ class RunLog:
         self.done, self.elapsed = done, elapsed
         self.peak_flops = distributed.world_size() * (peak_flops(device) or 0)
         self.wandb = self.file = self.board = None
-        self.bar = Progress(
-            BarColumn(bar_width=6),  # everything then fits into 84 columns
-            MofNCompleteColumn(),
-            TimeRemainingColumn(compact=True),
-            TextColumn("{task.fields[numbers]}"),
-            console=console,
-            disable=not console.is_terminal,
-        )
+        self.bar = progress_bar("{task.fields[numbers]}", bar_width=6)  # everything then fits into 84 columns
         self.task = self.bar.add_task("training", total=steps, numbers="")
 
     def __enter__(self) -> RunLog:

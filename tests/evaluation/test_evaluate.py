@@ -187,12 +187,12 @@ def test_begin_token_only_when_asked_for(command, model_folder, tmp_path, monkey
     tokenizer.save_pretrained(model_folder)
     seen = []
 
-    def generate(model, prompts, sampling, seeds, batch_size, keep, name):
+    def generate(self, prompts, seeds, keep, name):
         seen.append(prompts)
         for number in range(len(prompts)):
             keep(number, [0])
 
-    monkeypatch.setattr(evaluator, "generate", generate)
+    monkeypatch.setattr(evaluator.Generator, "generate", generate)
     assert main(command(seeds=[10])) == 0
     assert "prompts have no <end>, as in training; the papers' test prompts had one: --bos" in capsys.readouterr().out
     assert main(command("--bos", "--out", str(tmp_path / "other"), seeds=[10])) == 0

@@ -62,7 +62,7 @@ def folders(request, tmp_path):
 
 def load_packed(key, dtype=torch.float64, **spec):
     spec = ModelConfig(**spec)
-    return loading.load(spec, loading.read_hf_config(spec, key), key, dtype, CPU)
+    return loading.load(spec, loading.read_meta_model(spec, key).config, key, dtype, CPU)
 
 
 def plain(folders, dtype=torch.float64):

@@ -158,7 +158,7 @@ def test_heads_in_multiples_of_8(dim):
 
 
 def test_dropout_setting_reaches_the_model():
-    config = loading.read_hf_config(ModelConfig(config=GPT2, dropout=0.25), "student")
+    config = loading.read_meta_model(ModelConfig(config=GPT2, dropout=0.25), "student").config
     assert (config.attn_pdrop, config.resid_pdrop, config.embd_pdrop) == (0.25, 0.25, 0.25)
 
 
@@ -166,7 +166,7 @@ def test_only_what_is_trained_loses_its_attention_dropout(monkeypatch, caplog):
     monkeypatch.setattr(attention, "supports_dropout", lambda device: False)
     spec = ModelConfig(config={**LLAMA, "attention_dropout": 0.1})
     for key, dropout, warnings in (("model", 0.1, 0), ("teacher", 0.1, 0), ("student", 0.0, 1)):
-        config = loading.read_hf_config(spec, key)
+        config = loading.read_meta_model(spec, key).config
         loading.load(spec, config, key, torch.float32, CPU)
         assert (config.attention_dropout, len(caplog.records)) == (dropout, warnings)
     assert "student: attention_dropout is 0.1, but" in caplog.text
@@ -187,7 +187,7 @@ def test_a_model_that_is_to_be_in_parts_stays_on_the_disk(tmp_path):
     config = AutoConfig.for_model(**{**LLAMA, "vocab_size": 400_000, "hidden_size": 64})  # 51 MB a projection
     AutoModelForCausalLM.from_config(config, dtype=torch.float16).save_pretrained(tmp_path)
     spec = ModelConfig(path=str(tmp_path))
-    config = loading.read_hf_config(spec, "student")
+    config = loading.read_meta_model(spec, "student").config
     config.dtype = torch.bfloat16  # not what the files have
     loading.load(spec, config, "student", torch.float32, CPU, in_parts=True)  # imports what loading needs
     before = anonymous_bytes()
