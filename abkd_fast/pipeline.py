@@ -1,7 +1,5 @@
 """A recipe's stages, one after the other. A finished stage runs no more; "stage:NAME" is its result in later ones."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import gc

@@ -4,8 +4,6 @@ For each chunk of tokens (`chunks.py`) one row kernel turns the logits into loss
 No probability is stored. No logit is computed twice, except for `reduction="none"` and for AlphaNet per batch.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.distributed as dist
 from torch import Tensor

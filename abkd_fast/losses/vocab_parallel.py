@@ -5,8 +5,6 @@ all-gather, sums by an all-reduce. Each rank then has all that the gradient by i
 projection stays on the rank; the gradient of the hidden states is added up over the ranks, once per call.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 from typing import NamedTuple

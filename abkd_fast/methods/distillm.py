@@ -1,7 +1,5 @@
 """DistiLLM (Ko et al. 2024): the dev loss decides how much of the student's text is used; most of it is replayed."""
 
-from __future__ import annotations
-
 from ..config.schema import Config
 from .base import OnPolicyMethod
 from .kd import WordLevelKD

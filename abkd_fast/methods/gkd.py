@@ -1,7 +1,5 @@
 """Word-level distillation on responses that the student writes: ImitKD (Lin et al. 2020), GKD (Agarwal et al. 2024)."""
 
-from __future__ import annotations
-
 from ..config.schema import Config
 from .base import OnPolicyMethod
 from .kd import WordLevelKD

@@ -1,7 +1,5 @@
 """Word-level distillation on the data's own responses, by any divergence: ABKD by the alpha-beta one."""
 
-from __future__ import annotations
-
 from torch import Tensor
 
 from ..config.schema import Config

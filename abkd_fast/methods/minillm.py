@@ -1,7 +1,5 @@
 """MiniLLM (Gu et al. 2024, arXiv 2306.08543): the reverse KL divergence of whole responses, by policy gradient."""
 
-from __future__ import annotations
-
 import itertools
 import math
 import operator

@@ -1,7 +1,5 @@
 """The replay buffer: responses of the student, kept to be trained on again."""
 
-from __future__ import annotations
-
 import collections
 import random
 

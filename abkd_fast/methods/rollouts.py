@@ -1,7 +1,5 @@
 """Rollouts: samples whose responses a model writes during training, for on-policy methods."""
 
-from __future__ import annotations
-
 import collections
 import contextlib
 import time

@@ -1,7 +1,5 @@
 """Supervised fine-tuning: the cross-entropy of the data's responses."""
 
-from __future__ import annotations
-
 from torch import Tensor
 
 from ..data.batches import Batch

@@ -1,7 +1,5 @@
 """Checkpoints: whole or not there at all, checked before use. The newest and the best stay."""
 
-from __future__ import annotations
-
 import json
 import pathlib
 import random

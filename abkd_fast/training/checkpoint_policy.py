@@ -1,7 +1,5 @@
 """When a run saves, and what a failed save means."""
 
-from __future__ import annotations
-
 import pathlib
 from collections.abc import Callable
 

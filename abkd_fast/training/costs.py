@@ -1,7 +1,5 @@
 """What a run costs, computed from shapes alone: floating-point operations of a step, and memory."""
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 from collections.abc import Iterator

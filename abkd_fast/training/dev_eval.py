@@ -1,7 +1,5 @@
 """Measurements on the development rows during training: the loss, and ROUGE-L of sampled answers."""
 
-from __future__ import annotations
-
 import contextlib
 import statistics
 

@@ -1,7 +1,5 @@
 """The optimizer and its learning-rate schedule."""
 
-from __future__ import annotations
-
 import torch
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LRScheduler

@@ -1,7 +1,5 @@
 """What a run reads before any weights load: rows, models' configurations, tokenizers, tokenized data."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable
 

@@ -1,7 +1,5 @@
 """The training loop. It knows no method by name: a method gives the loss of a student's hidden states."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import json
