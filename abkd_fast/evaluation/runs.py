@@ -13,8 +13,14 @@ from .evaluator import SCORES, read_scores
 
 TEACHER = "Teacher"
 WORD_LEVEL = ("ab", "kd")  # methods that differ by their loss alone
-# The papers' names of the other methods, unless it is the name in capitals.
-METHODS = {"seqkd": "SeqKD", "imitkd": "ImitKD", "distillm": "DistiLLM", "minillm": "MiniLLM"}
+METHODS = {  # the papers' names of the others
+    "sft": "SFT",
+    "seqkd": "SeqKD",
+    "imitkd": "ImitKD",
+    "gkd": "GKD",
+    "distillm": "DistiLLM",
+    "minillm": "MiniLLM",
+}
 NUMBERS = ("steps", "selected_step", "seconds_per_sample", "peak_memory_bytes")  # of a run's summary.json
 DEV_NUMBERS = ("dev_loss_before", "dev_loss", "dev_rouge_l_before", "dev_rouge_l")  # null without such an evaluation
 
@@ -126,5 +132,5 @@ def _label(run: Run, runs: list[Run]) -> str:
         return "Initial student"
     method, loss = run.config["method"], run.config["loss"].partition(":")[0]
     if method not in WORD_LEVEL:
-        return METHODS.get(method, method.upper())
+        return METHODS.get(method, method)
     return BY_NAME[loss].title if loss in BY_NAME else loss

@@ -181,10 +181,8 @@ class Generation:
         left_out = f"{len(self.used) - len(answers.rows)} were empty and are left out"
         if long := len(self.rows) - len(self.used):
             left_out += f", and so are {long} prompts of more than {self.max_prompt_length} tokens"
-        console.print(
-            f"{len(answers.rows)} answers in {self.out}; {left_out}; {self.tokens} tokens in {self.seconds:.1f} s, "
-            f"{self.tokens / self.seconds:.0f} tokens/s"
-        )
+        speed = f"{self.tokens} tokens in {self.seconds:.1f} s, {self.tokens / self.seconds:.0f} tokens/s"
+        console.print(f"{len(answers.rows)} answers in {self.out}; {left_out}; {speed}")
 
     def _keep(self, number: int, response: list[int]) -> None:
         index = self.todo[number]
@@ -208,9 +206,8 @@ def write_stage(config: Config, rows: list[Row]) -> dict:
     folder = config.run.folder
     growing = folder / "answers.jsonl"
     with distributed.rank0_context(locked(folder)):
-        console.print(
-            f"[bold]{folder}[/bold]  method {config.method}, by {config.student.adapter or config.student.path}"
-        )
+        model = config.student.adapter or config.student.path
+        console.print(f"[bold]{folder}[/bold]  method {config.method}, by {model}")
         generation = Generation(
             config.student,
             rows,
@@ -250,10 +247,8 @@ def describe(config: Config, rows: list[Row]) -> Iterator[str]:
     """Lines that say what `write_stage` would do."""
     sampling = config.sampling
     yield json.dumps(config.to_dict(), indent=2)
-    yield (
-        f"  answers    to {len(rows)} prompts, by {config.student.path}, each of at most {sampling.max_new_tokens} "
-        f"tokens at temperature {sampling.temperature:g}, {sampling.batch_size} at a time"
-    )
+    prompts = f"{len(rows)} prompts, by {config.student.path}, each of at most {sampling.max_new_tokens} tokens"
+    yield f"  answers    to {prompts} at temperature {sampling.temperature:g}, {sampling.batch_size} at a time"
 
 
 class GrowingFile:
@@ -333,10 +328,9 @@ class Answers(GrowingFile):
         text = json.dumps({**self.identity, "finished": finished}, indent=2) + "\n"
         distributed.run_on_rank0(functools.partial(atomic_write, self.record, text))
 
-    def __enter__(self) -> "Answers":
+    def __enter__(self) -> GrowingFile:
         self._write_record(finished=False)
-        super().__enter__()
-        return self
+        return super().__enter__()
 
     def finish(self) -> None:
         """Sorts the responses by their rows, and records that none is missing."""

@@ -113,8 +113,7 @@ class TeacherCache:
         Raises ConfigError where what the mode asks for can't be had.
         """
         least = -distributed.all_reduce_max(-free_memory(self.device))  # all ranks have to make the same choice
-        choose = functools.partial(self.choose, max(0, least - reserved))
-        on_disk, in_memory, reason = distributed.run_on_rank0(choose)
+        on_disk, in_memory, reason = distributed.run_on_rank0(lambda: self.choose(max(0, least - reserved)))
         if not on_disk and not in_memory:
             return Teacher(load(), f"runs in every step ({reason})")
         self.load, self.precision, self.build_seconds = functools.cache(load), precision, 0.0
