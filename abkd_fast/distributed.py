@@ -186,9 +186,9 @@ def _portable(error: Exception) -> Exception:
     return error
 
 
-def run_on_rank0(function: Callable[[], Item]) -> Item:
+def run_on_rank0(function: Callable[..., Item], *arguments: object) -> Item:
     """Calls a function on rank 0 alone. All ranks return its result, or raise its error."""
-    return run_on_all_ranks(function if is_rank0() else lambda: None)[0]
+    return run_on_all_ranks(lambda: function(*arguments) if is_rank0() else None)[0]
 
 
 @contextlib.contextmanager

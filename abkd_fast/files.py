@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import json
 import os
 import pathlib
 import shutil
@@ -109,6 +110,10 @@ def atomic_write(path: pathlib.Path, content: str | bytes, flush: bool = True) -
     """Writes a whole file, text as UTF-8. The rest is as in `atomic_file`."""
     with atomic_file(path, flush) as temporary:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def write_json(path: pathlib.Path, values: dict) -> None:
+    atomic_write(path, json.dumps(values, indent=2) + "\n")
 
 
 def leftovers(path: pathlib.Path) -> list[pathlib.Path]:

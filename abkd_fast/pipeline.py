@@ -45,11 +45,11 @@ def run(stages: list[Config], resume: bool = False) -> list[dict]:
     prepared = _check_all(stages)
     stages = [resolve(config) for config in stages]
     for config in stages:
-        distributed.run_on_rank0(functools.partial(_is_finished, config, resume))
+        distributed.run_on_rank0(_is_finished, config, resume)
     summaries = []
     for config in stages:
         known = prepared.pop(0)  # freed after its stage
-        if distributed.run_on_rank0(functools.partial(_is_finished, config, resume)):
+        if distributed.run_on_rank0(_is_finished, config, resume):
             console.print(f"[bold]{config.run.folder}[/bold]  is finished already: its result is used")
             summary = _read_summary(config.run.folder)
         else:
@@ -61,7 +61,7 @@ def run(stages: list[Config], resume: bool = False) -> list[dict]:
             evaluation = _evaluate(config, known)
             if len(stages) == 1:
                 console.print(evaluation.table())
-    distributed.run_on_rank0(functools.partial(_conclude, stages, summaries))
+    distributed.run_on_rank0(_conclude, stages, summaries)
     return summaries
 
 
@@ -198,7 +198,8 @@ def _check_rows(config: Config, earlier: dict[str, Config], prepared: Prepared, 
         source = getattr(data, key)
         if source is not None and (key == "dev" or not data.stage):
             try:
-                prepared.check_rows(source, getattr(data, f"{key}_rows"), split, prompts_only, read=read)
+                arguments = source, getattr(data, f"{key}_rows"), split, prompts_only
+                prepared.rows[arguments] = read(*arguments)
             except ConfigError as error:
                 raise ConfigError(f"data.{key}: {error}") from None
 

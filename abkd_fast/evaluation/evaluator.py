@@ -5,7 +5,6 @@ the mean over five seeds.
 """
 
 import contextlib
-import functools
 import json
 import pathlib
 import statistics
@@ -18,7 +17,7 @@ from .. import distributed
 from ..config.schema import SEEDS, SamplingConfig
 from ..console import console
 from ..errors import ConfigError, check_number
-from ..files import atomic_write, check_writable, locked
+from ..files import check_writable, locked, write_json
 from ..generation.answers import Generator, GrowingFile
 from ..generation.sampling import response_seeds
 from ..models import loading
@@ -159,8 +158,7 @@ class Evaluation:
         self._write()
 
     def _write(self) -> None:
-        text = json.dumps(self.scores, indent=2) + "\n"
-        distributed.run_on_rank0(functools.partial(atomic_write, self.out / SCORES, text))
+        distributed.run_on_rank0(write_json, self.out / SCORES, self.scores)
 
     def table(self) -> Table:
         """The scores of this evaluation's sets, for the terminal: over all seeds that `scores.json` has."""

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 import glob
 import hashlib
 import json
@@ -23,7 +22,7 @@ from ..data.rows import Row, read_rows
 from ..data.tokenize import encode_prompts
 from ..device import choose_device, choose_dtype
 from ..errors import ConfigError, Interrupted, check_number
-from ..files import WRITE_ERRORS, atomic_folder, atomic_write, exclusive, locked
+from ..files import WRITE_ERRORS, atomic_folder, atomic_write, exclusive, locked, write_json
 from ..models import identity, loading
 from ..signals import StopSignals
 from .sampling import response_seeds, sample
@@ -220,8 +219,7 @@ def write_stage(config: Config, rows: list[Row]) -> dict:
             device=config.train.device,
             dtype=config.train.dtype,
         )
-        text = json.dumps(config.to_dict(), indent=2) + "\n"
-        distributed.run_on_rank0(functools.partial(atomic_write, folder / "config.json", text))
+        distributed.run_on_rank0(write_json, folder / "config.json", config.to_dict())
         generation.run()
         summary = {
             "method": config.method,
@@ -232,7 +230,7 @@ def write_stage(config: Config, rows: list[Row]) -> dict:
         }
 
         def write() -> None:
-            atomic_write(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+            write_json(folder / "summary.json", summary)
             with atomic_folder(folder / "final") as final:
                 shutil.copy(growing, final)
 
@@ -325,8 +323,7 @@ class Answers(GrowingFile):
         super().__init__(path)
 
     def _write_record(self, finished: bool) -> None:
-        text = json.dumps({**self.identity, "finished": finished}, indent=2) + "\n"
-        distributed.run_on_rank0(functools.partial(atomic_write, self.record, text))
+        distributed.run_on_rank0(write_json, self.record, {**self.identity, "finished": finished})
 
     def __enter__(self) -> GrowingFile:
         self._write_record(finished=False)

@@ -142,7 +142,7 @@ class TeacherCache:
             checked = time.perf_counter() - started
             if missing or not head:
                 distributed.run_on_rank0(self.file.reserve)
-                distributed.run_on_rank0(functools.partial(self.file.write_head, *self._head()))
+                distributed.run_on_rank0(self.file.write_head, *self._head())
                 self._fill(missing)
             self.file.read_index()  # what rank 0 has written
             head = self.file.read_head()
@@ -163,7 +163,7 @@ class TeacherCache:
 
         for _ in range(0, len(missing), distributed.world_size()):
             written = list(itertools.chain(*distributed.run_on_all_ranks(write_next)))
-            distributed.run_on_rank0(functools.partial(self.file.record, written))
+            distributed.run_on_rank0(self.file.record, written)
 
     def _cached(self, rows: Tensor, head: tuple[Tensor, Tensor | None], where: str, seconds: float) -> CachedTeacher:
         """The cached teacher; the body is freed. seconds: what one pass over the data takes."""

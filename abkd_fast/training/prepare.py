@@ -1,7 +1,6 @@
 """What a run reads before any weights load: rows, models' configurations, tokenizers, tokenized data."""
 
 import dataclasses
-from collections.abc import Callable
 
 import datasets
 from transformers import PreTrainedTokenizerBase
@@ -34,10 +33,6 @@ class Prepared:
         """A model's configuration and shapes. Raises ConfigError."""
         known = self.models.get(role)
         return known if known and known.spec == spec else loading.read_meta_model(spec, role)
-
-    def check_rows(self, *arguments: object, read: Callable[..., list[Row]] = read_rows) -> None:
-        """Reads rows and keeps them. `read` may remember rows that stages share. Raises ConfigError."""
-        self.rows[arguments] = read(*arguments)
 
     def take_rows(self, *arguments: object) -> list[Row]:
         """The rows. They are not kept any longer, because they may fill much memory. Raises ConfigError."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import json
 import pathlib
 from typing import TYPE_CHECKING
 
@@ -11,7 +9,7 @@ from .. import distributed
 from ..console import console
 from ..device import peak_memory
 from ..errors import Interrupted
-from ..files import WRITE_ERRORS, atomic_write
+from ..files import WRITE_ERRORS, write_json
 from ..teacher.teacher import CachedTeacher
 from . import checkpoint
 
@@ -41,11 +39,11 @@ def write_result(trainer: Trainer) -> dict:
         "seconds_per_sample": state.seconds / state.samples,
         "peak_memory_bytes": peak_memory(trainer.device),
     }
-    text, final = json.dumps(summary, indent=2) + "\n", folder / "final"
+    final = folder / "final"
     try:
-        distributed.run_on_rank0(functools.partial(atomic_write, folder / "summary.json", text))
+        distributed.run_on_rank0(write_json, folder / "summary.json", summary)
         if saved:
-            distributed.run_on_rank0(functools.partial(checkpoint.copy_model, saved, final))
+            distributed.run_on_rank0(checkpoint.copy_model, saved, final)
         else:
             trainer.checkpoint_writer.save_model(final)
     except WRITE_ERRORS as error:
@@ -66,7 +64,7 @@ def _select(trainer: Trainer) -> tuple[int, float | None, float | None, pathlib.
     by_rouge = select == "rouge_l"
     virtue, value = ("highest dev ROUGE-L", f"{rouge_l:.2f}") if by_rouge else ("lowest dev loss", f"{loss:.4f}")
     saved = trainer.checkpoints.folder_of(step)
-    if reason := distributed.run_on_rank0(functools.partial(checkpoint.damage, saved)):
+    if reason := distributed.run_on_rank0(checkpoint.damage, saved):
         console.print(f"[bold red]damaged[/] {saved} ({reason}), of the {virtue}: the last step is taken")
         return last
     console.print(f"step {step} is taken, of the {virtue}, {value}")

@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import json
 import time
 from collections.abc import Iterator
 
@@ -16,7 +15,7 @@ from ..console import console
 from ..data.batches import Batch, StepBatch, make_step_batch, prefetch, step_samples
 from ..device import choose_device, choose_dtype
 from ..errors import Interrupted
-from ..files import WRITE_ERRORS, atomic_write, check_folder, locked
+from ..files import WRITE_ERRORS, check_folder, locked, write_json
 from ..losses.arguments import LinearHead
 from ..methods import METHODS
 from ..methods.base import OnPolicyMethod
@@ -53,7 +52,7 @@ class Trainer:
         self.method = METHODS[config.method](config)
         self.is_on_policy = isinstance(self.method, OnPolicyMethod)
         self.is_sharded = is_sharded(config)
-        distributed.run_on_rank0(functools.partial(check_folder, config.run.folder, resume))
+        distributed.run_on_rank0(check_folder, config.run.folder, resume)
         check_wandb(config.log.wandb)
         prepared = prepared or Prepared()
         self.student_meta = prepared.model("student", config.student)
@@ -148,9 +147,8 @@ class Trainer:
         folder = self.config.run.folder
         with distributed.rank0_context(locked(folder)):
             self.build()
-            text = json.dumps(self.config.to_dict(), indent=2) + "\n"
             try:
-                distributed.run_on_rank0(functools.partial(atomic_write, folder / "config.json", text))
+                distributed.run_on_rank0(write_json, folder / "config.json", self.config.to_dict())
             except WRITE_ERRORS as error:
                 raise Interrupted(f"{folder} can't be written to ({error}): make room") from None
             for line in dry_run.header(self):
