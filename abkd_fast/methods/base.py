@@ -1,18 +1,12 @@
 """What the trainer asks of a method. The defaults are those of distillation on the data's own responses."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
 from torch import Tensor
 
 from ..config.schema import Config
 from ..data.batches import Batch
 from ..losses.arguments import LinearHead
 from ..losses.fused_linear import fused_linear_cross_entropy
-
-if TYPE_CHECKING:
-    from .rollouts import Rollouts
+from .rollouts import Rollouts
 
 
 def cross_entropy(student: LinearHead, batch: Batch, teacher: LinearHead | None = None) -> Tensor:
@@ -77,6 +71,5 @@ class OnPolicyMethod(Method):
             step: counts from 0.
             progress: the share of all steps that is done after this one, in (0, 1].
             samples: the step's samples of the data.
-            rollouts: writes responses.
         """
         raise NotImplementedError

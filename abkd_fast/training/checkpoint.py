@@ -57,8 +57,7 @@ class Checkpoints:
             shutil.rmtree(unfinished)
         damaged = {}
         for path in reversed(self.all()):
-            reason = damage(path)
-            if reason is None:
+            if (reason := damage(path)) is None:
                 self._set_aside(damaged)
                 return path
             damaged[path] = reason
@@ -78,9 +77,7 @@ class Checkpoints:
         """Lets `write` fill a new checkpoint, then deletes old ones. Raises one of WRITE_ERRORS."""
         with atomic_folder(self.folder_of(step)) as folder:
             write(folder)
-            files = sorted(
-                path for path in folder.rglob("*") if path.is_file()
-            )  # chat templates have a folder of their own
+            files = sorted(path for path in folder.rglob("*") if path.is_file())  # chat templates may have a folder
             digests = {str(file.relative_to(folder)): file_digest(file) for file in files}
             (folder / MANIFEST).write_text(json.dumps(digests, indent=2) + "\n", encoding="utf-8")
         for old in self.all()[: -self.keep]:

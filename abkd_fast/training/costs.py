@@ -61,12 +61,7 @@ class ModelCost:
         self.keys_and_values = 2 * layers * (getattr(config, "num_key_value_heads", None) or heads) * head_dim
 
     def body_flops(self, tokens: int, squares: int) -> int:
-        """Operations of a forward pass with causal attention.
-
-        Args:
-            tokens: the sum of the sequences' lengths.
-            squares: the sum of their squares.
-        """
+        """Operations of a causal forward pass, by the sum of the sequences' lengths and the sum of their squares."""
         return 2 * self.body * tokens + 2 * self.attention * squares
 
     def head_flops(self, responses: int) -> int:

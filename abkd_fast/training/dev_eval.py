@@ -28,9 +28,8 @@ class DevEvaluator:
     ) -> None:
         """Takes the checked rows, and the same rows tokenized."""
         self.dev_set, self.every_steps, self.max_tokens = dev_set, config.eval.every_steps, config.train.max_tokens
-        self.rouge: DevRouge | None = None
-        if config.eval.rouge_rows is not None:
-            self.rouge = DevRouge(config, rows, dev_set, tokenizer)
+        measures_rouge = config.eval.rouge_rows is not None
+        self.rouge = DevRouge(config, rows, dev_set, tokenizer) if measures_rouge else None
 
     def is_due(self, step: int, steps: int, steps_per_epoch: int) -> bool:
         """Before the first step, after the last, and every eval.every_steps (by default once an epoch)."""
@@ -59,14 +58,11 @@ class DevRouge:
         """Takes the checked rows, and the same rows tokenized."""
         count = min(config.eval.rouge_rows, len(dev_set))
         samples = dev_set[:count]
-        pairs = zip(samples["input_ids"], samples["prompt_length"], strict=True)
-        self.prompts = [ids[:length] for ids, length in pairs]
+        self.prompts = [ids[:n] for ids, n in zip(samples["input_ids"], samples["prompt_length"], strict=True)]
         self.references = [references(rows[number], tokenizer) for number in samples["row"]]
         self.seeds = response_seeds((config.run.seed, row) for row in range(count))
-        self.tokenizer = tokenizer
-        self.settings = SamplingParams(
-            max_new_tokens=config.eval.max_new_tokens, eos_token_ids=(tokenizer.eos_token_id,)
-        )
+        self.tokenizer, ends = tokenizer, (tokenizer.eos_token_id,)
+        self.settings = SamplingParams(max_new_tokens=config.eval.max_new_tokens, eos_token_ids=ends)
 
     def measure(self, student: PackedCausalLM, signals: StopSignals) -> float | None:
         """The mean over the rows; None after a signal. Ranks share the rows. Collective."""

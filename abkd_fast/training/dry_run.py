@@ -33,11 +33,12 @@ def describe(trainer: Trainer) -> Iterator[str]:
         on_disk, in_memory, reason = trainer.cache.choose(free_memory(trainer.device))
     # An on-policy method keeps the teacher's body, which reads what is generated.
     yield from _memory(trainer, (on_disk or in_memory) and not trainer.is_on_policy)
-    if on_disk:
-        cached = "found" if trainer.cache.file.is_recorded else "to be computed"
-        yield f"  cache      {_cache_size(trainer)} in {trainer.cache.file.folder}, {cached}"
-    elif in_memory:
-        yield f"  cache      {_cache_size(trainer)} in memory, not kept ({reason})"
+    if on_disk or in_memory:
+        place = f"memory, not kept ({reason})"
+        if on_disk:
+            file = trainer.cache.file
+            place = f"{file.folder}, {'found' if file.is_recorded else 'to be computed'}"
+        yield f"  cache      {format_bytes(trainer.cache.bytes)} of teacher's states in {place}"
     elif trainer.cache:
         yield f"  cache      none: {reason}"
 
@@ -72,10 +73,6 @@ def header(trainer: Trainer) -> Iterator[str]:
 def _steps(trainer: Trainer) -> str:
     samples = trainer.config.train.batch_size
     return f"  steps      {trainer.data.steps} of {samples} samples, {trainer.data.steps_per_epoch} an epoch"
-
-
-def _cache_size(trainer: Trainer) -> str:
-    return f"{format_bytes(trainer.cache.bytes)} of teacher's states"
 
 
 def _models(trainer: Trainer) -> str:

@@ -32,12 +32,12 @@ def check_wandb(project: str | None) -> None:
 class RunLog:
     """A context manager that writes points to the run folder and shows them, on rank 0 alone."""
 
-    def __init__(self, config: Config, steps: int, device: torch.device, done: int = -1, elapsed: float = 0.0) -> None:
-        """Begins or continues the log of a run of so many steps.
+    def __init__(self, config: Config, steps: int, device: torch.device, done: int, elapsed: float) -> None:
+        """Begins the log of a run of so many steps, or continues it.
 
         Args:
             done: steps of a resumed run; later points are dropped. -1: not even the evaluation before the first.
-            elapsed: seconds since the last point that the resumed run had trained.
+            elapsed: seconds that the resumed run had trained since its last point.
         """
         self.config, self.folder, self.steps, self.device = config, config.run.folder, steps, device
         self.done, self.elapsed = done, elapsed

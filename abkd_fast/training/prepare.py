@@ -20,9 +20,8 @@ from .dev_eval import DevEvaluator
 
 @dataclasses.dataclass
 class Prepared:
-    """What the checks of a run have read already, for the run to use; what is missing here is read when it is needed.
-
-    The checks of a recipe come before its first stage. They can't read what an earlier stage still has to write.
+    """What the checks of a run have read, for the run to use. What an earlier stage still has to write is missing:
+    it is read when it is needed.
     """
 
     models: dict[str, MetaModel] = dataclasses.field(default_factory=dict)  # by role

@@ -78,7 +78,10 @@ class Trainer:
         self.teacher = self._build_teacher() if self.cache else None
         self.optimizer = build_optimizer(self.student, config.optim)
         self.scheduler = build_scheduler(self.optimizer, config.optim, self.data.steps)
-        self.rollouts = self._build_rollouts() if self.is_on_policy else None
+        self.rollouts = None
+        if self.is_on_policy:
+            models = self.student, self.teacher.live.model
+            self.rollouts = Rollouts(config, self.tokenizer, self.data.train_set, *models, self.precision)
         self.checkpoint_writer = CheckpointWriter(self.checkpoints, self.student, self.optimizer, self.tokenizer)
         distributed.seed_per_rank(config.run.seed)
         if self.resumed_from:
@@ -110,10 +113,6 @@ class Trainer:
             of_data = self.cache.open((lambda: live.model) if live else load, self.precision, optimizer_bytes)
         return OnPolicyTeacher(live, of_data) if live else of_data
 
-    def _build_rollouts(self) -> Rollouts:
-        models = self.student, self.teacher.live.model
-        return Rollouts(self.config, self.tokenizer, self.data.train_set, *models, self.precision)
-
     def _load(self, spec: ModelConfig, meta: MetaModel, role: str) -> PackedCausalLM:
         # Trained weights stay in float32; bfloat16 is then the type of the computation only.
         storage = torch.float64 if self.dtype == torch.float64 else torch.float32
@@ -135,8 +134,7 @@ class Trainer:
     def step_cost(self, cached: bool) -> costs.StepCost:
         """The cost of a step, with or without the teacher's cache."""
         teacher = costs.ModelCost(self.teacher_meta.model) if self.teacher_meta else None
-        student = costs.ModelCost(self.student_meta.model)
-        return costs.StepCost(student, self.student_meta.adapter_size, teacher, cached)
+        return costs.StepCost(costs.ModelCost(self.student_meta.model), self.student_meta.adapter_size, teacher, cached)
 
     def train(self) -> dict:
         """Trains, writes the run folder, and returns the summary.
