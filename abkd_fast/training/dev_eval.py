@@ -56,11 +56,10 @@ class DevRouge:
         self, config: Config, rows: list[Row], dev_set: datasets.Dataset, tokenizer: PreTrainedTokenizerBase
     ) -> None:
         """Takes the checked rows, and the same rows tokenized."""
-        count = min(config.eval.rouge_rows, len(dev_set))
-        samples = dev_set[:count]
+        samples = dev_set[: config.eval.rouge_rows]
         self.prompts = [ids[:n] for ids, n in zip(samples["input_ids"], samples["prompt_length"], strict=True)]
         self.references = [references(rows[number], tokenizer) for number in samples["row"]]
-        self.seeds = response_seeds((config.run.seed, row) for row in range(count))
+        self.seeds = response_seeds((config.run.seed, row) for row in range(len(self.prompts)))
         self.tokenizer, ends = tokenizer, (tokenizer.eos_token_id,)
         self.settings = SamplingParams(max_new_tokens=config.eval.max_new_tokens, eos_token_ids=ends)
 
