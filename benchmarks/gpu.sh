@@ -11,7 +11,7 @@
 # report says what), 2 it could not begin.
 set -euo pipefail
 
-BENCHMARKS=(kernels timing peers sampling evaluation)
+BENCHMARKS=(kernels timing peers generation)
 SANITIZED="unaligned_rows or in_place_gradient" # of tests/test_gpu.py: ends of rows, and every branch of the kernel
 
 source=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)

@@ -1,7 +1,9 @@
-"""What every benchmark here shares: timing, memory, the machine's description, and a report (terminal, JSON)."""
+"""What all benchmarks share: command line, timing, memory, the machine's description, and the report."""
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import datetime
 import json
 import os
@@ -12,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # read at import: the profiler would announce every start and stop
@@ -23,18 +25,41 @@ from rich.table import Table
 
 import abkd_fast
 
+FOLDER = pathlib.Path(__file__).parent
 MIB = 1 << 20
+TIME = {"ms": "ms|.2f", "range": "min..max"}  # columns of a row that `spread` or `compare` made
+
+
+def parser(
+    description: str, name: str, repeats: int | None = None, quick: bool = False
+) -> tuple[argparse.ArgumentParser, Callable]:
+    """A command line with --out, whose default is benchmarks/results/`name`, and its function `add_argument`.
+
+    Args:
+        repeats: default of --repeats; None leaves --repeats and --device out.
+        quick: adds --quick.
+    """
+    result = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    if repeats is not None:
+        result.add_argument("--repeats", type=int, default=repeats, help="timed rounds (default: %(default)s)")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        result.add_argument("--device", choices=("cpu", "cuda"), default=device, help="default: %(default)s")
+    if quick:
+        result.add_argument("--quick", action="store_true", help="tiny sizes: shows whether it runs, not how fast")
+    out = FOLDER / "results" / name
+    result.add_argument("--out", type=pathlib.Path, default=out, help="folder of the results (default: %(default)s)")
+    return result, result.add_argument
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
-    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    gpu, cpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None, cpu_name()
     return {
         "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         "commit": _commit(),
         "system": platform.platform(),
-        "cpu": _cpu_name(),
+        "cpu": cpu,
         "gpu": gpu,
-        "device": gpu or f"{_cpu_name()}, {torch.get_num_threads()} threads",
+        "device": gpu or f"{cpu}, {torch.get_num_threads()} threads",
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -43,7 +68,7 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
     }
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
     info = pathlib.Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -51,12 +76,11 @@ def _cpu_name() -> str:
 
 
 def _commit() -> str | None:
-    command = ["git", "describe", "--always", "--dirty"]
     try:
-        result = subprocess.run(command, cwd=pathlib.Path(__file__).parent, capture_output=True, text=True)
+        command = ["git", "describe", "--always", "--dirty"]
+        return subprocess.run(command, cwd=FOLDER, capture_output=True, text=True).stdout.strip() or None
     except FileNotFoundError:
         return None
-    return result.stdout.strip() or None
 
 
 def synchronize() -> None:
@@ -65,7 +89,7 @@ def synchronize() -> None:
 
 
 def measure(candidates: dict[str, Callable[[], None]], repeats: int, warm: bool = False) -> dict[str, list[float]]:
-    """Milliseconds of every candidate, run in turn, so that a drift of the machine touches all alike.
+    """Milliseconds of each candidate. They take turns, so a drift of the machine affects all alike.
 
     Unless they are `warm` already, one more round goes first and doesn't count.
     """
@@ -85,13 +109,19 @@ def spread(name: str, values: list[float], **more: Any) -> dict[str, Any]:
     return {"name": name, "ms": statistics.median(values), "min_ms": min(values), "max_ms": max(values), **more}
 
 
-def peak_memory(run: Callable[[], None], device: torch.device) -> int:
-    """Bytes of the tensors alive at once during `run`, at most, besides those that were there before.
+def compare(candidates: dict[str, Callable[[], None]], repeats: int, warm: bool = False) -> list[dict[str, Any]]:
+    """A row for each candidate: `spread`, and the ratio of its median to the first candidate's."""
+    rows = [spread(name, values) for name, values in measure(candidates, repeats, warm).items()]
+    return [row | {"ratio": row["ms"] / rows[0]["ms"]} for row in rows]
 
-    On the CPU the profiler logs what PyTorch's allocator gives and takes back, also inside custom operators, where a
-    dispatch mode sees nothing. The operating system's figure for the process would be noisier: it counts whole pages,
-    libraries, and memory that the allocator keeps. Left out, as on a GPU, is what never was a tensor: the scratch of
-    matrix products, and a few rows in each thread of the kernels.
+
+def peak_memory(run: Callable[[], None], device: torch.device) -> int:
+    """The most bytes of tensors alive at once during `run`, besides those that existed before.
+
+    On the CPU the profiler logs what PyTorch's allocator gives and takes back, also inside custom operators, which a
+    dispatch mode does not see. The operating system's figure for the process would be noisier: it counts whole pages,
+    libraries, and memory that the allocator keeps. As on a GPU, memory that never was a tensor does not count: the
+    scratch of matrix products, and a few rows in each thread of the kernels.
     """
     if device.type == "cuda":
         synchronize()
@@ -114,39 +144,16 @@ def peak_memory(run: Callable[[], None], device: torch.device) -> int:
     return peak
 
 
-def available_memory(device: torch.device) -> int:
-    """Bytes that a new tensor can take."""
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        return torch.cuda.mem_get_info(device)[0]
-    info = pathlib.Path("/proc/meminfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    kilobytes = [int(line.split()[1]) for line in lines if line.startswith("MemAvailable")]
-    return kilobytes[0] << 10 if kilobytes else 8 << 30
-
-
-def at_least(bound: float) -> dict[str, float]:
-    return {"at_least": bound}
-
-
-def at_most(bound: float) -> dict[str, float]:
-    return {"at_most": bound}
-
-
-def _met(value: float, target: dict[str, float]) -> bool:
-    return target.get("at_least", value) <= value <= target.get("at_most", value)
-
-
 class Report:
-    """Tables on the terminal as they come, and everything in one JSON file, and in Markdown, at the end.
+    """Prints tables as they come. `kept` writes all of them at the end, as JSON and as Markdown.
 
-    A row is a dictionary; where it has a `target`, that is a bound on its `ratio`.
+    A row is a dictionary. Its `target`, if there is one, is a bound on its `ratio`.
     """
 
     def __init__(self, device: torch.device, options: dict[str, Any], judge: bool = True) -> None:
-        """`judge=False`: sizes at which the targets mean nothing."""
-        self.judge = judge
-        # A file is not 80 columns wide, as rich would have it.
+        """Its folder is options["out"]. `judge=False` drops the targets, for sizes at which they mean nothing."""
+        self.judge, self.folder = judge, options.get("out")
+        # A file is not 80 columns wide, as rich would assume.
         self.console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
         self.content = {"machine": describe_machine(device), "options": options, "sections": {}, "notes": []}
         machine = self.content["machine"]
@@ -158,26 +165,27 @@ class Report:
         self.markdown.append(text)
         self.console.print(text, markup=False)
 
-    def table(self, section: str, title: str, rows: list[dict[str, Any]], columns: dict[str, tuple[str, str]]) -> None:
-        """`columns`: key of a row -> heading and format."""
+    def table(self, section: str, title: str, rows: list[dict[str, Any]], columns: dict[str, str]) -> None:
+        """`columns` gives "heading|format" for keys of the rows. A row's name comes first, unless they place it."""
         for row in rows:
             if not self.judge:
                 row.pop("target", None)
-            if "target" in row:
-                row["met"] = _met(row["ratio"], row["target"])
-        if any("target" in row for row in rows):
-            columns = {**columns, "target": ("target", "")}
+            if target := row.get("target"):
+                row["met"] = target.get("at_least", row["ratio"]) <= row["ratio"] <= target.get("at_most", row["ratio"])
+        columns = ({"name": ""} if "name" in rows[0] and "name" not in columns else {}) | columns
+        columns |= {"target": "target"} if any("target" in row for row in rows) else {}
         table = Table(title=title, title_justify="left", title_style="bold")
-        for key, (heading, _) in columns.items():
+        headings, formats = zip(*(column.partition("|")[::2] for column in columns.values()), strict=True)
+        for key, heading in zip(columns, headings, strict=True):
             left = key in ("name", "target")
             table.add_column(heading, justify="left" if left else "right", no_wrap=not left)
-        cells = [[self._cell(row, key, form) for key, (_, form) in columns.items()] for row in rows]
+        cells = [[self._cell(row, key, form) for key, form in zip(columns, formats, strict=True)] for row in rows]
         for row in cells:
             table.add_row(*row)
         self.console.print()
         self.console.print(table)
-        headings = [heading.replace("\n", " ") for heading, _ in columns.values()]
-        markdown = "\n".join(f"| {' | '.join(row)} |" for row in (headings, ["---"] * len(columns), *cells))
+        lines = [heading.replace("\n", " ") for heading in headings], ["---"] * len(columns), *cells
+        markdown = "\n".join(f"| {' | '.join(line)} |" for line in lines)
         self.markdown.append(f"**{title}**\n\n{markdown}")
         self.content["sections"].setdefault(section, []).append({"title": title, "rows": rows, "markdown": markdown})
 
@@ -189,13 +197,22 @@ class Report:
         if value is None:
             return ""
         if key == "target":
-            (relation, bound), *_ = value.items()
+            ((relation, bound),) = value.items()
             return f"{'>=' if relation == 'at_least' else '<='} {bound:.2f} {'met' if row['met'] else 'missed'}"
         return format(value, form)
 
     def note(self, text: str) -> None:
         self.content["notes"].append(text)
         self._say(text)
+
+    @contextlib.contextmanager
+    def kept(self, name: str) -> Iterator[None]:
+        """Saves the report as NAME.json and NAME.md in the end, also what came before a failure."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            yield
+        finally:
+            self.save(self.folder / f"{name}.json")
 
     def save(self, path: pathlib.Path) -> None:
         tables = [table for section in self.content["sections"].values() for table in section]

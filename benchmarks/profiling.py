@@ -1,26 +1,36 @@
-"""Where a step's time goes, by kind of work, as PyTorch's profiler sees it: timing.py's --profile."""
+"""Where a step's time goes, by kind of work: timing.py's --profile. What the loop itself takes: its --overhead."""
 
 from __future__ import annotations
 
 import collections
+import contextlib
+import cProfile
 import functools
+import inspect
+import pstats
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 from unittest import mock
 
 import torch
 from torch.profiler import ProfilerActivity, record_function
 
+from abkd_fast.config.schema import Config
+from abkd_fast.models.packed import PackedCausalLM
+from abkd_fast.teacher.teacher import CachedTeacher, Teacher
+from abkd_fast.training.metrics import MetricsWindow, RunLog
+from abkd_fast.training.trainer import Trainer
 from harness import Report, synchronize
 
 STEP, CLIPPING = "step", "clip_grad_norm_"  # ranges that the trace gets besides operators
-BACKWARD = "autograd::engine::evaluate_function: "  # that and a node's name are one event
+BACKWARD = "autograd::engine::evaluate_function: "  # together with a node's name it is one event
 OPERATORS = 12  # as many are listed
-Spent = tuple[str, str, float]  # an operator's path, its name, and milliseconds: of itself alone, without those within
+# An operator's path, its name, and its own milliseconds, without those of operators within.
+Spent = tuple[str, str, float]
 
 # Kinds of work, each with a pattern of paths: the names of operators from the outermost to the innermost, where the
-# time was spent. The first that is found counts. What runs in backward stands behind the operator that it derives.
+# time was spent. The first match counts. What runs in backward stands behind the operator whose derivative it is.
 LOSS = r"fused_linear|_PolicyGradient"
 VIEWS = r"view|slice|as_strided|transpose|t|expand|select|(un)?squeeze|split\w*|unbind|permute|reshape|detach|alias|to"
 KINDS = {
@@ -35,6 +45,17 @@ KINDS = {
     "Python, dispatch, waiting": rf"^/{STEP}$|{BACKWARD}[^/]*$|Backward\d*$|::({VIEWS})$",
     "activations, norms, dropout, and the rest": "",
 }
+# Functions of the loop: the model's and the loss's work, and the trainer's.
+WORK = {
+    "student and loss, forward": (PackedCausalLM.forward,),
+    "backward": (torch.Tensor.backward,),
+    "teacher's states": (Teacher.states, CachedTeacher.states),
+    "clipping and AdamW": (torch.nn.utils.clip_grad_norm_, torch.optim.AdamW.step),
+}
+CHORES = {
+    "reading and packing": (Trainer.batches,),
+    "sums, log, progress": (MetricsWindow.add, MetricsWindow.write, RunLog.advance),
+}
 
 
 def breakdown(traces: list[list[Spent]], title: str, report: Report) -> None:
@@ -45,24 +66,17 @@ def breakdown(traces: list[list[Spent]], title: str, report: Report) -> None:
             key = kind_of(path), name
             times[key] += milliseconds / len(traces)
             calls[key] += 1 / len(traces)
-    whole = sum(times.values())
-    kinds = collections.Counter()
+    whole, kinds = sum(times.values()), collections.Counter()
     for (kind, _), milliseconds in times.items():
         kinds[kind] += milliseconds
+    columns = {"ms": "ms a step|.2f", "ratio": "%|.2f"}
     rows = [{"name": kind, "ms": kinds[kind], "ratio": 100 * kinds[kind] / whole} for kind in KINDS]
-    columns = {"ms": ("ms a step", ".2f"), "ratio": ("%", ".2f")}
-    report.table("kinds", title, rows, {"name": ("", ""), **columns})
+    report.table("kinds", title, rows, columns)
     rows = [
-        {
-            "name": name,
-            "kind": kind,
-            "ms": milliseconds,
-            "ratio": 100 * milliseconds / whole,
-            "calls": calls[kind, name],
-        }
-        for (kind, name), milliseconds in times.most_common(OPERATORS)
+        {"name": name, "kind": kind, "ms": spent, "ratio": 100 * spent / whole, "calls": calls[kind, name]}
+        for (kind, name), spent in times.most_common(OPERATORS)
     ]
-    columns = {"name": ("", ""), "kind": ("a part of", ""), "calls": ("calls", ".0f"), **columns}
+    columns = {"kind": "a part of", "calls": "calls|.0f", **columns}
     report.table("operators", f"{title}: the {OPERATORS} operators that take most", rows, columns)
 
 
@@ -71,9 +85,9 @@ def kind_of(path: str) -> str:
 
 
 def profile(run: Callable[[], object], device: torch.device) -> list[Spent]:
-    """Everything that one run takes time for; a first one, outside, has warmed up. They add up to the run.
+    """Everything that takes time in one run, after a first one that has warmed up. It adds up to the whole run.
 
-    On the CPU these are operators, on a GPU kernels; Python, or the GPU's waiting, has what is left.
+    On the CPU these are operators, on a GPU kernels. What is left counts as Python, or as the GPU's waiting.
     """
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
     named = record_function(CLIPPING)(torch.nn.utils.clip_grad_norm_)
@@ -87,9 +101,9 @@ def profile(run: Callable[[], object], device: torch.device) -> list[Spent]:
 def spent(events: list, on_gpu: bool) -> Iterator[Spent]:
     path = paths(events)
     (step,) = (event for event in events if event.name == STEP and event.cpu_time_total)
-    left = step.cpu_time_total  # microseconds, as all of the profiler's
+    left = step.cpu_time_total  # microseconds, as in all of the profiler's events
     for event in events:
-        if on_gpu and not event.is_user_annotation:  # whose kernels are those of the operators within
+        if on_gpu and not event.is_user_annotation:  # an annotation's kernels are those of the operators within
             for kernel in event.kernels:
                 # A compiled layer's kernels are named by what they do, and no operator of their own launches them.
                 name = kernel.name if kernel.name.startswith("triton_") else event.name
@@ -102,9 +116,9 @@ def spent(events: list, on_gpu: bool) -> Iterator[Spent]:
 
 
 def paths(events: list) -> Callable[[Any], str]:
-    """Gives an event's path. A node of the backward pass has the sequence number of the operator that made it."""
+    """A function from an event to its path. A backward node has the sequence number of the operator that made it."""
     forward = {}
-    for event in sorted(events, key=lambda event: event.time_range.start):  # of those of one number, the last made it
+    for event in sorted(events, key=lambda event: event.time_range.start):  # the last one of a number made the node
         if event.sequence_nr >= 0 and not event.name.startswith(BACKWARD) and event.scope == 0:
             forward[event.sequence_nr] = event
 
@@ -116,3 +130,33 @@ def paths(events: list) -> Callable[[Any], str]:
         return f"{path(outer) if outer else ''}/{event.name}"
 
     return path
+
+
+def overhead(config: Config, title: str, report: Report) -> None:
+    """A table of where the time of a run's loop goes, by cProfile, which charges Python a little more than it takes."""
+    trainer, profile = Trainer(config), cProfile.Profile()
+    trainer.build()
+    trainer.config.run.folder.mkdir(parents=True)
+    with contextlib.redirect_stdout(None):
+        profile.runcall(trainer.train_loop)
+    title = f"{title}: {trainer.steps} steps of {config.train.batch_size} samples"
+    report.table("overhead", title, _rows(profile, trainer.steps), {"ms": "ms a step|.2f", "ratio": "%|.2f"})
+
+
+def _rows(profile: cProfile.Profile, steps: int) -> list[dict]:
+    """Milliseconds a step and percent of the loop: WORK, CHORES, the rest of the loop, and all that is not WORK."""
+    stats = pstats.Stats(profile).stats
+
+    def seconds(functions: Iterable[Callable]) -> float:
+        """Time in these functions and in what they call."""
+        codes = (inspect.unwrap(function).__code__ for function in functions)
+        keys = ((code.co_filename, code.co_firstlineno, code.co_name) for code in codes)
+        return sum(stats[key][3] for key in keys if key in stats)
+
+    whole = seconds([Trainer.train_loop])
+    times = {name: seconds(functions) for name, functions in (WORK | CHORES).items()}
+    times["the rest"] = whole - sum(times.values())
+    times["the trainer itself"] = whole - sum(times[name] for name in WORK)
+    rows = [{"name": name, "ms": 1e3 * value / steps, "ratio": 100 * value / whole} for name, value in times.items()]
+    rows[-1]["target"] = {"at_most": 3}
+    return rows
