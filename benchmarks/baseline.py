@@ -11,8 +11,6 @@ synchronizations (two a step, and one for every token of MiniLLM's rollouts), al
 every prompt that MiniLLM generates for its log.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 from typing import NamedTuple
@@ -25,8 +23,8 @@ from transformers.activations import ACT2FN
 
 from abkd_fast.config.schema import MiniLLMConfig, OptimConfig
 from abkd_fast.losses.divergences import AlphaBeta, AlphaNet, JensenShannon, SkewForwardKL
-from kernels import alpha_beta_rows
-from workload import NEW_TOKENS
+from kernels import alpha_beta_rows, softmaxes
+from workload import NEW_TOKENS, response_lengths
 
 PROMPT_LENGTH = 256  # prompts are padded to it before generation
 CHUNK = 16  # prompts that MiniLLM generates from at once
@@ -41,9 +39,9 @@ class PaddedBatch(NamedTuple):
 
 
 def pad(
-    rows: list[list[int]], length: int | None = None, left: bool = False, device: torch.device | str = "cpu"
+    rows: list[list[int]], length: int | None, device: torch.device | str, left: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Ids and attention mask, both [B, length], padded with 0; `length` is by default that of the longest row."""
+    """Ids and attention mask, both [B, length], padded with 0; None is the length of the longest row."""
     length = length or max(map(len, rows))
     ids = torch.zeros(len(rows), length, dtype=torch.int64)
     mask = torch.zeros_like(ids)
@@ -54,26 +52,25 @@ def pad(
 
 
 def pad_samples(samples: list[dict], length: int | None, device: torch.device) -> PaddedBatch:
-    """Samples of the trainer's data set, padded on the right to `length` tokens (None: to the longest sample)."""
-    ids, mask = pad([sample["input_ids"] for sample in samples], length)
+    """Samples of the trainer's data set, padded on the right."""
+    ids, mask = pad([sample["input_ids"] for sample in samples], length, "cpu")
     labels = torch.full_like(ids, -100)
     for row, sample in enumerate(samples):
         begin, end = sample["prompt_length"], len(sample["input_ids"])
         labels[row, begin - 1 : end - 1] = ids[row, begin:end]
-    return PaddedBatch(ids.to(device), mask.to(device), labels.to(device))
+    return PaddedBatch(*(x.to(device) for x in (ids, mask, labels)))
 
 
-def prompts_of(samples: list[dict]) -> list[list[int]]:
-    return [sample["input_ids"][: sample["prompt_length"]] for sample in samples]
-
-
-def responses_of(samples: list[dict]) -> list[list[int]]:
-    return [sample["input_ids"][sample["prompt_length"] :] for sample in samples]
+def split(samples: list[dict]) -> tuple[list[list[int]], list[list[int]]]:
+    """Prompts and responses of samples."""
+    pairs = ((sample["input_ids"], sample["prompt_length"]) for sample in samples)
+    prompts, responses = zip(*((ids[:prompt], ids[prompt:]) for ids, prompt in pairs), strict=True)
+    return [*prompts], [*responses]
 
 
 def generate(model: nn.Module, prompts: list[list[int]], length: int | None, new_tokens: int, **more: object) -> Tensor:
-    """Responses [B, R] of transformers' `generate` at temperature 1, to prompts padded on the left to `length`."""
-    ids, mask = pad(prompts, length, left=True, device=model.device)
+    """Responses [B, R] of transformers' `generate` at temperature 1, to prompts padded on the left."""
+    ids, mask = pad(prompts, length, model.device, left=True)
     sampling = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "max_new_tokens": new_tokens}
     return model.generate(input_ids=ids, attention_mask=mask, **sampling, **more)[:, ids.shape[1] :]
 
@@ -82,11 +79,6 @@ def _mean(rows: Tensor, labels: Tensor) -> Tensor:
     """The mean of [B, S] over the positions that have a label."""
     kept = labels != -100
     return (rows * kept).sum() / kept.sum()
-
-
-def _softmaxes(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """p of the teacher and q of the student."""
-    return teacher.softmax(-1, dtype=torch.float32), student.softmax(-1, dtype=torch.float32)
 
 
 def cross_entropy(student: Tensor, labels: Tensor) -> Tensor:
@@ -111,8 +103,7 @@ def alphanet(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
 
 
 def jensen_shannon(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
-    lam = JensenShannon().lam
-    p, q = _softmaxes(student, teacher)
+    lam, (p, q) = JensenShannon().lam, softmaxes(student, teacher)
     log_p, log_q = teacher.log_softmax(-1, dtype=torch.float32), student.log_softmax(-1, dtype=torch.float32)
     log_m = ((1 - lam) * p + lam * q).log()
     return _mean(lam * (q * (log_q - log_m)).sum(-1) + (1 - lam) * (p * (log_p - log_m)).sum(-1), labels)
@@ -120,8 +111,7 @@ def jensen_shannon(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
 
 def skew_forward_kl(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
     """The divergence plus the entropy of p, as released."""
-    lam = SkewForwardKL().lam
-    p, q = _softmaxes(student, teacher)
+    lam, (p, q) = SkewForwardKL().lam, softmaxes(student, teacher)
     return _mean(-(p * (lam * p + (1 - lam) * q).log()).sum(-1), labels)
 
 
@@ -144,16 +134,11 @@ class TeacherMix(LogitsProcessor):
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         mask = F.pad(self.attention_mask, (0, input_ids.shape[1] - self.attention_mask.shape[1]), value=1)
         new = slice(None) if self.cache is None else slice(-1, None)
-        out = self.teacher(
-            input_ids=input_ids[:, new],
-            attention_mask=mask,
-            position_ids=token_positions(mask)[:, new],
-            past_key_values=self.cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
+        cache = {"past_key_values": self.cache, "use_cache": True, "logits_to_keep": 1}
+        inputs = {"input_ids": input_ids[:, new], "attention_mask": mask, "position_ids": token_positions(mask)[:, new]}
+        out = self.teacher(**inputs, **cache)
         self.cache = out.past_key_values
-        p, q = _softmaxes(scores, out.logits[:, -1])
+        p, q = softmaxes(scores, out.logits[:, -1])
         return ((1 - self.weight) * q + self.weight * p).log()
 
 
@@ -178,8 +163,8 @@ class BaselineTrainer:
     def __init__(self, student: nn.Module, teacher: nn.Module, optim: OptimConfig, minillm: MiniLLMConfig) -> None:
         self.student, self.teacher, self.minillm = _twin(student), _twin(teacher), minillm
         groups = [
-            {"params": [p for p in student.parameters() if p.dim() > 1], "weight_decay": optim.weight_decay},
-            {"params": [p for p in student.parameters() if p.dim() <= 1], "weight_decay": 0.0},
+            {"params": [p for p in student.parameters() if (p.dim() > 1) == decays], "weight_decay": weight_decay}
+            for decays, weight_decay in ((True, optim.weight_decay), (False, 0.0))
         ]
         self.optimizer = torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps)
         self.clip_norm = optim.clip_norm
@@ -216,44 +201,40 @@ class BaselineTrainer:
         return norm
 
     @torch.no_grad()
-    def write(self, samples: list[dict], lengths: list[int], teacher_weight: float = 0.0) -> list[dict]:
-        """The samples with responses of these lengths, by the student or by its mixture with the teacher."""
-        prompts, device = prompts_of(samples), self.student.device
-        mask = pad(prompts, PROMPT_LENGTH, left=True, device=device)[1]
-        rules = {
-            "logits_processor": [TeacherMix(self.teacher, mask, teacher_weight)] if teacher_weight else [],
-            "stopping_criteria": [EachAtItsLength(lengths, device)],
-        }
-        training = self.student.training
+    def write(self, samples: list[dict], teacher_weight: float = 0.0) -> list[dict]:
+        """The samples with responses of their `response_lengths`, by the student or by its mixture with the teacher."""
+        lengths, prompts = response_lengths(samples), split(samples)[0]
+        device, training = self.student.device, self.student.training
+        mask = pad(prompts, PROMPT_LENGTH, device, left=True)[1]
+        mix = [TeacherMix(self.teacher, mask, teacher_weight)] if teacher_weight else []
+        rules = {"logits_processor": mix, "stopping_criteria": [EachAtItsLength(lengths, device)], "pad_token_id": 0}
         self.student.eval()
-        tokens = generate(self.student, prompts, PROMPT_LENGTH, NEW_TOKENS, pad_token_id=0, **rules).tolist()
+        tokens = generate(self.student, prompts, PROMPT_LENGTH, NEW_TOKENS, **rules).tolist()
         self.student.train(training)
         return [
             {"input_ids": prompt + response[:length], "prompt_length": len(prompt)}
             for prompt, response, length in zip(prompts, tokens, lengths, strict=True)
         ]
 
-    def roll_out(self, samples: list[dict], lengths: list[int]) -> RolloutBatch:
+    def roll_out(self, samples: list[dict]) -> RolloutBatch:
         """MiniLLM's rollouts, CHUNK prompts at a time."""
-        weight, places = self.minillm.teacher_weight, range(0, len(samples), CHUNK)
-        chunks = [self.score(self.write(samples[i : i + CHUNK], lengths[i : i + CHUNK], weight)) for i in places]
+        parts = (samples[start : start + CHUNK] for start in range(0, len(samples), CHUNK))
+        chunks = [self.score(self.write(part, self.minillm.teacher_weight)) for part in parts]
         return RolloutBatch(*map(torch.cat, zip(*chunks, strict=True)))
 
     @torch.no_grad()
     def score(self, samples: list[dict]) -> RolloutBatch:
         """What MiniLLM keeps of responses that the mixture has written."""
-        settings, device = self.minillm, self.student.device
-        prompts, prompt_mask = pad(prompts_of(samples), PROMPT_LENGTH, left=True, device=device)
-        responses, mask = pad(responses_of(samples), NEW_TOKENS, device=device)
+        settings, device, (prompts, responses) = self.minillm, self.student.device, split(samples)
+        prompts, prompt_mask = pad(prompts, PROMPT_LENGTH, device, left=True)
+        responses, mask = pad(responses, NEW_TOKENS, device)
         inputs = torch.cat([prompts, responses], 1), torch.cat([prompt_mask, mask], 1)
-        of_student, of_teacher = (
-            _gather(_response_log_probs(_logits(model, *inputs)), responses) for model in (self.student, self.teacher)
-        )
+        models = self.student, self.teacher
+        log_q, log_p = (_gather(_response_log_probs(_logits(model, *inputs)), responses) for model in models)
         weight = settings.teacher_weight
-        mixture = ((1 - weight) * of_student.exp() + weight * of_teacher.exp()).log()
-        rewards = (of_teacher - of_student) / settings.reward_scale
-        rewards = rewards.clamp(-settings.clip_reward, settings.clip_reward) * mask
-        return RolloutBatch(*inputs, of_student, (of_student - mixture).exp(), rewards)
+        mixture = ((1 - weight) * log_q.exp() + weight * log_p.exp()).log()
+        rewards = ((log_p - log_q) / settings.reward_scale).clamp(-settings.clip_reward, settings.clip_reward) * mask
+        return RolloutBatch(*inputs, log_q, (log_q - mixture).exp(), rewards)
 
     def policy_step(self, rollouts: RolloutBatch, text: PaddedBatch | None = None) -> tuple[Tensor, Tensor]:
         """One optimizer step of MiniLLM; plain text goes through the models together with the rollouts.

@@ -1,18 +1,16 @@
 """Generation and evaluation, against the papers' use of transformers' `generate`: `python benchmarks/generation.py`.
 
-full    `sample` with random weights and prompts as long as Dolly's, every response as long as allowed. The papers
-        generate in batches of 8, padded on the left to 256 tokens; padded to the longest of each batch is measured, too
+full    `sample`, prompts as long as Dolly's, every response as long as allowed. The papers generate in batches of 8,
+        padded on the left to 256 tokens; padded to the longest of each batch is measured, too
 ending  the same with responses of geometric length and Dolly's mean: as many end tokens as make one that likely
-scores  `abkd_fast.evaluate`, from a model's folder and a file of rows to one score, with one seed: time, score, and
-        scoring alone. The papers answer batches of 16, padded to 256 tokens, then score each pair with `rouge_score`
+scores  `abkd_fast.evaluate`, from a model's folder and a file of rows to one score, with one seed. The papers answer
+        batches of 16, padded to 256 tokens, then score each pair with `rouge_score`
 
---model and --data name a real model and its test set, for scores alone. Without them the model is GPT-2 with random
-weights, and the rows are words that are tokens. Tables go to the terminal, JSON and Markdown to --out.
+The model is GPT-2 with random weights, unless --model and --data name a real one and its test set, for scores alone.
 """
 
-from __future__ import annotations
-
 import argparse
+import functools
 import json
 import math
 import pathlib
@@ -24,9 +22,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from rouge_score import rouge_scorer
-from tokenizers import Tokenizer, pre_tokenizers
-from tokenizers.models import WordLevel
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import harness
 from abkd_fast.errors import ConfigError
@@ -36,23 +32,21 @@ from abkd_fast.evaluation.test_sets import Protocol
 from abkd_fast.generation.sampling import SamplingParams, sample
 from baseline import PROMPT_LENGTH, generate
 from harness import Report, compare
-from workload import MEAN_RESPONSE, PROMPTS, draw_lengths, random_gpt2, write_jsonl
+from workload import MEAN_RESPONSE, PROMPTS, draw_lengths, random_gpt2, random_text, write_rows, write_tokenizer
 
 SECTIONS = ("full", "ending", "scores")
 SEED, NGRAM = 10, 6
 PAIRS = 10_000  # scoring is stated for so many
 OURS, PUBLISHED = "abkd_fast.evaluate", f"generate, batch 16, padded to {PROMPT_LENGTH}, and rouge_score"
-FULL = {"prompts": 64, "rows": 500, "new_tokens": {"sample": 128, "evaluate": 256}}
-FULL |= {"batch_size": 64, "width": 768, "layers": 12, "vocab": 50257}
-QUICK = {"prompts": 6, "rows": 20, "new_tokens": {"sample": 8, "evaluate": 8}}
-QUICK |= {"batch_size": 4, "width": 32, "layers": 2, "vocab": 1009}
+SIZES = ("prompts", "rows", "sampled_tokens", "evaluated_tokens", "batch_size", "width", "layers", "vocab")
+FULL, QUICK = (64, 500, 128, 256, 64, 768, 12, 50257), (6, 20, 8, 8, 4, 32, 2, 1009)
 
 
 class Sampling:
     """`sample` against `generate`, by one model."""
 
     def __init__(self, options: argparse.Namespace, report: Report) -> None:
-        self.options, self.report, self.new_tokens = options, report, options.new_tokens["sample"]
+        self.options, self.report, self.new_tokens = options, report, options.sampled_tokens
         self.model = random_gpt2(options, end=None).to(options.device).eval()
         generator = np.random.default_rng(0)
         lengths = draw_lengths(PROMPTS, 1, options.prompts, generator)[0]
@@ -118,16 +112,11 @@ def write_stand_in(folder: pathlib.Path, options: argparse.Namespace) -> tuple[s
         embedding[0] = 0
         embedding[0, 0] = 1
     model.save_pretrained(folder)
-    words = Tokenizer(WordLevel({f"w{number}": number for number in range(options.vocab)}, unk_token="w0"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w0", unk_token="w0").save_pretrained(folder)
-    generator = np.random.default_rng(0)
-
-    def text(length: int) -> str:
-        return " ".join(f"w{token}" for token in generator.integers(1, options.vocab, size=length))
-
-    lengths, data = draw_lengths(PROMPTS, 1, options.rows, generator)[0], folder / "rows.jsonl"
-    write_jsonl(data, [{"prompt": text(length), "output": text(round(MEAN_RESPONSE))} for length in lengths])
+    write_tokenizer(folder, options.vocab, before="w", end="w0")
+    generator, data = np.random.default_rng(0), folder / "rows.jsonl"
+    text = functools.partial(random_text, generator, options.vocab, before=" w")
+    lengths = draw_lengths(PROMPTS, 1, options.rows, generator)[0]
+    write_rows(data, [{"prompt": text(length), "output": text(round(MEAN_RESPONSE))} for length in lengths])
     return str(folder), str(data)
 
 
@@ -136,8 +125,7 @@ class Scores:
 
     def __init__(self, options: argparse.Namespace, report: Report, folder: pathlib.Path) -> None:
         """`folder`: a temporary one."""
-        self.options, self.report, self.folder = options, report, folder
-        self.new_tokens = options.new_tokens["evaluate"]
+        self.options, self.report, self.folder, self.new_tokens = options, report, folder, options.evaluated_tokens
         self.model, self.data = (options.model, options.data) if options.model else write_stand_in(folder, options)
         self.test = self.evaluation("unused").sets[0]
 
@@ -225,7 +213,7 @@ def main() -> None:
     options = parser.parse_args()
     if bool(options.model) != bool(options.data):
         parser.error("--model and --data belong together")
-    vars(options).update(QUICK if options.quick else FULL)
+    vars(options).update(zip(SIZES, QUICK if options.quick else FULL, strict=True))
     sections = ["scores"] if options.model else options.only
     torch.manual_seed(0)
     report = Report(torch.device(options.device), vars(options), judge=not options.quick)

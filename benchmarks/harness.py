@@ -1,7 +1,5 @@
 """What all benchmarks share: command line, timing, memory, the machine's description, and the report."""
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import datetime
@@ -11,7 +9,6 @@ import pathlib
 import platform
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -20,8 +17,6 @@ from typing import Any
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # read at import: the profiler would announce every start and stop
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 import abkd_fast
 
@@ -30,41 +25,29 @@ MIB = 1 << 20
 TIME = {"ms": "ms|.2f", "range": "min..max"}  # columns of a row that `spread` or `compare` made
 
 
-def parser(
-    description: str, name: str, repeats: int | None = None, quick: bool = False
-) -> tuple[argparse.ArgumentParser, Callable]:
-    """A command line with --out, whose default is benchmarks/results/`name`, and its function `add_argument`.
-
-    Args:
-        repeats: default of --repeats; None leaves --repeats and --device out.
-        quick: adds --quick.
-    """
+def parser(description: str, name: str, repeats: int, quick: bool = False) -> tuple[argparse.ArgumentParser, Callable]:
+    """A command line with --out and, unless `repeats` is 0, --device and --repeats; and its `add_argument`."""
     result = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    if repeats is not None:
-        result.add_argument("--repeats", type=int, default=repeats, help="timed rounds (default: %(default)s)")
+    add, default = result.add_argument, "(default: %(default)s)"
+    add("--out", type=pathlib.Path, default=FOLDER / "results" / name, help=f"folder of the results {default}")
+    if repeats:
+        add("--repeats", type=int, default=repeats, help=f"timed rounds {default}")
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        result.add_argument("--device", choices=("cpu", "cuda"), default=device, help="default: %(default)s")
+        add("--device", choices=("cpu", "cuda"), default=device, help="default: %(default)s")
     if quick:
-        result.add_argument("--quick", action="store_true", help="tiny sizes: shows whether it runs, not how fast")
-    out = FOLDER / "results" / name
-    result.add_argument("--out", type=pathlib.Path, default=out, help="folder of the results (default: %(default)s)")
-    return result, result.add_argument
+        add("--quick", action="store_true", help="tiny sizes: shows whether it runs, not how fast")
+    return result, add
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
     gpu, cpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None, cpu_name()
+    commit = subprocess.run("git describe --always --dirty", shell=True, cwd=FOLDER, capture_output=True, text=True)
+    threads = torch.get_num_threads()
     return {
-        "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
-        "commit": _commit(),
-        "system": platform.platform(),
-        "cpu": cpu,
-        "gpu": gpu,
-        "device": gpu or f"{cpu}, {torch.get_num_threads()} threads",
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "build": abkd_fast.build_info(),
+        **{"date": datetime.datetime.now().astimezone().isoformat(timespec="seconds")},
+        **{"commit": commit.stdout.strip() or None, "system": platform.platform(), "cpu": cpu, "gpu": gpu},
+        **{"device": gpu or f"{cpu}, {threads} threads", "threads": threads, "python": platform.python_version()},
+        **{"torch": torch.__version__, "cuda": torch.version.cuda, "build": abkd_fast.build_info()},
     }
 
 
@@ -73,14 +56,6 @@ def cpu_name() -> str:
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
-
-
-def _commit() -> str | None:
-    try:
-        command = ["git", "describe", "--always", "--dirty"]
-        return subprocess.run(command, cwd=FOLDER, capture_output=True, text=True).stdout.strip() or None
-    except FileNotFoundError:
-        return None
 
 
 def synchronize() -> None:
@@ -118,10 +93,9 @@ def compare(candidates: dict[str, Callable[[], None]], repeats: int, warm: bool 
 def peak_memory(run: Callable[[], None], device: torch.device) -> int:
     """The most bytes of tensors alive at once during `run`, besides those that existed before.
 
-    On the CPU the profiler logs what PyTorch's allocator gives and takes back, also inside custom operators, which a
-    dispatch mode does not see. The operating system's figure for the process would be noisier: it counts whole pages,
-    libraries, and memory that the allocator keeps. As on a GPU, memory that never was a tensor does not count: the
-    scratch of matrix products, and a few rows in each thread of the kernels.
+    On the CPU the profiler logs what PyTorch's allocator gives and takes back, also inside custom operators. The
+    system's figure for the process would be noisier: it counts whole pages, libraries, and memory that the allocator
+    keeps. Memory that never was a tensor does not count: the scratch of products, a few rows in a kernel's threads.
     """
     if device.type == "cuda":
         synchronize()
@@ -132,10 +106,9 @@ def peak_memory(run: Callable[[], None], device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device) - before
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         run()
-    with tempfile.TemporaryDirectory() as folder:
-        trace = pathlib.Path(folder, "trace.json")
-        profile.export_chrome_trace(str(trace))
-        events = json.loads(trace.read_text())["traceEvents"]
+    with tempfile.NamedTemporaryFile(suffix=".json") as trace:
+        profile.export_chrome_trace(trace.name)
+        events = json.loads(pathlib.Path(trace.name).read_text())["traceEvents"]
     alive = peak = 0
     for event in events:
         if event["name"] == "[memory]":
@@ -145,65 +118,42 @@ def peak_memory(run: Callable[[], None], device: torch.device) -> int:
 
 
 class Report:
-    """Prints tables as they come. `kept` writes all of them at the end, as JSON and as Markdown.
+    """Prints tables, in Markdown, as they come. `kept` writes all of them at the end, as Markdown and as JSON.
 
-    A row is a dictionary. Its `target`, if there is one, is a bound on its `ratio`.
+    A row is a dictionary. Its `target`, if there is one, is a bound on its `ratio`: {"at_least": 4}, or "at_most".
     """
 
     def __init__(self, device: torch.device, options: dict[str, Any], judge: bool = True) -> None:
         """Its folder is options["out"]. `judge=False` drops the targets, for sizes at which they mean nothing."""
         self.judge, self.folder = judge, options.get("out")
-        # A file is not 80 columns wide, as rich would assume.
-        self.console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
-        self.content = {"machine": describe_machine(device), "options": options, "sections": {}, "notes": []}
-        machine = self.content["machine"]
-        self.markdown = []  # paragraphs
+        machine, self.markdown = describe_machine(device), []  # paragraphs
+        self.content = {"machine": machine, "options": options, "sections": {}, "notes": []}
         self._say(f"{machine['device']}, torch {machine['torch']}, commit {machine['commit']}")
         self._say(str(machine["build"]))
 
     def _say(self, text: str) -> None:
         self.markdown.append(text)
-        self.console.print(text, markup=False)
+        print(f"{text}\n", flush=True)
+
+    def note(self, text: str) -> None:
+        self.content["notes"].append(text)
+        self._say(text)
 
     def table(self, section: str, title: str, rows: list[dict[str, Any]], columns: dict[str, str]) -> None:
         """`columns` gives "heading|format" for keys of the rows. A row's name comes first, unless they place it."""
         for row in rows:
             if not self.judge:
                 row.pop("target", None)
-            if target := row.get("target"):
-                row["met"] = target.get("at_least", row["ratio"]) <= row["ratio"] <= target.get("at_most", row["ratio"])
+            if bound := row.get("target"):
+                row["met"] = bound.get("at_least", row["ratio"]) <= row["ratio"] <= bound.get("at_most", row["ratio"])
         columns = ({"name": ""} if "name" in rows[0] and "name" not in columns else {}) | columns
         columns |= {"target": "target"} if any("target" in row for row in rows) else {}
-        table = Table(title=title, title_justify="left", title_style="bold")
         headings, formats = zip(*(column.partition("|")[::2] for column in columns.values()), strict=True)
-        for key, heading in zip(columns, headings, strict=True):
-            left = key in ("name", "target")
-            table.add_column(heading, justify="left" if left else "right", no_wrap=not left)
-        cells = [[self._cell(row, key, form) for key, form in zip(columns, formats, strict=True)] for row in rows]
-        for row in cells:
-            table.add_row(*row)
-        self.console.print()
-        self.console.print(table)
-        lines = [heading.replace("\n", " ") for heading in headings], ["---"] * len(columns), *cells
+        lines = [[*headings], ["---"] * len(columns)]
+        lines += [[_cell(row, key, form) for key, form in zip(columns, formats, strict=True)] for row in rows]
         markdown = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-        self.markdown.append(f"**{title}**\n\n{markdown}")
+        self._say(f"**{title}**\n\n{markdown}")
         self.content["sections"].setdefault(section, []).append({"title": title, "rows": rows, "markdown": markdown})
-
-    @staticmethod
-    def _cell(row: dict[str, Any], key: str, form: str) -> str:
-        if key == "range":
-            return f"{row['min_ms']:.2f}..{row['max_ms']:.2f}"
-        value = row.get(key)
-        if value is None:
-            return ""
-        if key == "target":
-            ((relation, bound),) = value.items()
-            return f"{'>=' if relation == 'at_least' else '<='} {bound:.2f} {'met' if row['met'] else 'missed'}"
-        return format(value, form)
-
-    def note(self, text: str) -> None:
-        self.content["notes"].append(text)
-        self._say(text)
 
     @contextlib.contextmanager
     def kept(self, name: str) -> Iterator[None]:
@@ -221,4 +171,16 @@ class Report:
         path.write_text(json.dumps(self.content, indent=2, default=str) + "\n")
         path.with_suffix(".md").write_text("\n\n".join(self.markdown) + "\n")
         judged = f"{sum(met)} of {len(met)} targets met" if self.judge else "no target is meant for these sizes"
-        self.console.print(f"\n{judged}; everything is in {path}", markup=False)
+        print(f"{judged}; everything is in {path}")
+
+
+def _cell(row: dict[str, Any], key: str, form: str) -> str:
+    if key == "range":
+        return f"{row['min_ms']:.2f}..{row['max_ms']:.2f}"
+    value = row.get(key)
+    if value is None:
+        return ""
+    if key == "target":
+        ((relation, bound),) = value.items()
+        return f"{'>=' if relation == 'at_least' else '<='} {bound:.2f} {'met' if row['met'] else 'missed'}"
+    return format(value, form)

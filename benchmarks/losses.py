@@ -8,8 +8,6 @@ brackets their standard deviation. Teacher and initial student are one model eac
 seeds. What is finished already is used again.
 """
 
-from __future__ import annotations
-
 import argparse
 import concurrent.futures
 import contextlib
@@ -50,16 +48,10 @@ def _log(folder: pathlib.Path) -> Iterator[None]:
         yield
 
 
-def train(config: Config) -> dict[str, Any]:
-    """The summary of a run, which is trained if it isn't yet."""
-    with _log(config.run.root):
+def train(config: Config, may_diverge: bool = True) -> dict[str, Any] | None:
+    """The summary of a run, which is trained if it isn't yet; None if its loss did not stay finite."""
+    with _log(config.run.root), contextlib.suppress(*[FloatingPointError] * may_diverge):
         return pipeline.run([config], resume=True)[0]
-
-
-def try_rate(config: Config) -> dict[str, Any] | None:
-    """The summary of a run, None if its loss did not stay finite."""
-    with contextlib.suppress(FloatingPointError):
-        return train(config)
 
 
 def evaluate(model: str, out: pathlib.Path, template: Config, rows: int | None) -> dict[str, dict]:
@@ -72,7 +64,7 @@ def evaluate(model: str, out: pathlib.Path, template: Config, rows: int | None) 
 
 
 def train_and_evaluate(config: Config, template: Config, rows: int | None) -> tuple[dict[str, Any], dict[str, dict]]:
-    summary = train(config)
+    summary = train(config, may_diverge=False)
     return summary, evaluate(str(config.run.folder / "final"), config.run.folder / "eval", template, rows)
 
 
@@ -120,14 +112,11 @@ class Study:
         if kind == "search":
             steps = self.options.search_steps or steps
             answers = {"rouge_rows": None} if self.options.select == "dev_loss" else {}
-        config = replace(
-            self.template,
-            run={"dir": str(self.out / kind), "stage": None, "seed": seed}
-            | {"name": f"{loss.replace(':', '-')}-{rate:g}-seed{seed}"},
-            optim={"lr": rate, "min_lr": min(rate, optim.min_lr)},
-            train={"steps": steps},
-            eval={"sets": None, **answers},
-        )
+        name = f"{loss.replace(':', '-')}-{rate:g}-seed{seed}"
+        run = {"dir": str(self.out / kind), "stage": None, "seed": seed, "name": name}
+        rates = {"lr": rate, "min_lr": min(rate, optim.min_lr)}
+        answers["sets"] = None
+        config = replace(self.template, run=run, optim=rates, train={"steps": steps}, eval=answers)
         method = {"method": SFT} if loss == SFT else {"method": "ab", "loss": loss}
         return dataclasses.replace(config, **method)
 
@@ -138,9 +127,14 @@ class Study:
         os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // self.options.jobs))
         context = multiprocessing.get_context("spawn")
         with concurrent.futures.ProcessPoolExecutor(self.options.jobs, mp_context=context) as self.pool:
-            rates = self.search()
-            bounds = self.bounds()
-            results = self.final(rates)
+            rates, rest = self.search(), (self.template, self.options.rows)
+            jobs = {name: (spec.path, self.out / "eval" / name, *rest) for name, spec in self.models.items()}
+            bounds = self._map(evaluate, jobs, lambda name, sets: f"{name}: {_scores(sets)}")
+            places = [(loss, seed) for seed, loss in itertools.product(self.options.seeds, self.options.losses)]
+            jobs = {(loss, seed): (self.config("runs", loss, rates[loss], seed), *rest) for loss, seed in places}
+            results = self._map(
+                train_and_evaluate, jobs, lambda run, found: f"{run[0]}, seed {run[1]}: {_scores(found[1])}"
+            )
         self.tabulate(rates, bounds, results)
         # Figure 1, of the first training seed.
         runs = read_runs(self.config("runs", loss, rates[loss], self.options.seeds[0]).run.folder for loss in rates)
@@ -176,7 +170,7 @@ class Study:
             return f"{job[0]} at {job[1]:g}, seed {job[2]}: {key} {value(summary):.3f}"
 
         places = itertools.product(losses, self.rates, seeds)
-        found = self._map(try_rate, {place: (self.config("search", *place),) for place in places}, say)
+        found = self._map(train, {place: (self.config("search", *place),) for place in places}, say)
         rows, chosen = [], {}
         for loss in losses:
             values = {rate: statistics.fmean(value(found[loss, rate, seed]) for seed in seeds) for rate in self.rates}
@@ -188,21 +182,8 @@ class Study:
         self.report.table("search", title, rows, columns)
         return chosen
 
-    def bounds(self) -> dict[str, dict[str, dict]]:
-        """The scores of teacher and initial student."""
-        rest = self.template, self.options.rows
-        jobs = {name: (spec.path, self.out / "eval" / name, *rest) for name, spec in self.models.items()}
-        return self._map(evaluate, jobs, lambda name, sets: f"{name}: {_scores(sets)}")
-
-    def final(self, rates: dict[str, float]) -> dict[tuple[str, int], tuple[dict, dict]]:
-        """Summary and scores of every loss and training seed."""
-        jobs = {
-            (loss, seed): (self.config("runs", loss, rates[loss], seed), self.template, self.options.rows)
-            for seed, loss in itertools.product(self.options.seeds, self.options.losses)
-        }
-        return self._map(train_and_evaluate, jobs, lambda job, found: f"{job[0]}, seed {job[1]}: {_scores(found[1])}")
-
     def tabulate(self, rates: dict[str, float], bounds: dict[str, dict], results: dict[tuple, tuple]) -> None:
+        """Of teacher and initial student the scores; of every loss and training seed summary and scores."""
         rows, means = [], {}
         for name, sets in bounds.items():
             rows.append({"name": name} | {column: _cell(values) for column, values in _by_seed(sets).items()})
@@ -217,7 +198,7 @@ class Study:
             *_, last = cells[0]
             means[loss] = [cell[last] for cell in cells]
             rows.append(row | {"runs": means[loss]})
-        columns = {"name": "loss", "rate": "rate|g", "dev_loss": "dev loss|.3f", "dev_rouge_l": "dev\nROUGE-L|.1f"}
+        columns = {"name": "loss", "rate": "rate|g", "dev_loss": "dev loss|.3f", "dev_rouge_l": "dev ROUGE-L|.1f"}
         seeds = f"{len(self.options.seeds)} training seeds x {len(self.template.eval.seeds)} seeds of the answers"
         columns |= {name: name for name in cells[0]}
         self.report.table("losses", f"ROUGE-L on test sets: {seeds}", rows, columns)
@@ -277,7 +258,7 @@ def _end(number: int, frame: types.FrameType | None) -> None:
 
 
 def main() -> None:
-    parser, add = harness.parser(__doc__, "losses")
+    parser, add = harness.parser(__doc__, "losses", repeats=0)
     add("--config", default="quickstart", metavar="RECIPE", help="default: %(default)s")
     add("--stage", default="student-ab", help="the one that distills (default: %(default)s)")
     add("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help="as in train")

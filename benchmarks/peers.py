@@ -6,9 +6,8 @@ checkpointing, on batches padded to their longest sample. On a GPU so does Liger
 A note says what is missing and skipped. Tables go to the terminal, and as JSON and Markdown to --out.
 """
 
-from __future__ import annotations
-
 import dataclasses
+import functools
 import pathlib
 import statistics
 import tempfile
@@ -20,13 +19,12 @@ from torch import Tensor, nn
 
 from abkd_fast.config.schema import Config
 from abkd_fast.errors import first_line
-from baseline import PaddedBatch, pad, pad_samples, prompts_of, responses_of, token_positions
+from baseline import PaddedBatch, pad, pad_samples, split, token_positions
 from harness import TIME, spread
 from kernels import PEER_BETA, liger
 from steps import Numbers, Turn
 from timing import Benchmark, scaled_parser
 
-OURS = "ours"
 Step = Callable[[Turn], Numbers]
 
 
@@ -48,17 +46,14 @@ class PeerBenchmark(Benchmark):
     def peers(self) -> dict[str, Step]:
         """Our steps, the published way's, and those of every peer that runs with the same loss and gradient norm."""
         steps = {
-            OURS: self.ours.data("GKD", "ours"),
-            "ours, teacher's states cached": self.ours.data("GKD", "cached"),
-            "published way": self.baseline.data("GKD"),
+            "ours": functools.partial(self.ours.run, ("GKD", "ours", "data")),
+            "ours, teacher's states cached": functools.partial(self.ours.run, ("GKD", "cached", "data")),
+            "published way": functools.partial(self.baseline.run, ("GKD", "published", "data")),
         }
-        makers = {
-            "TRL, DistillationTrainer": self.distillation_trainer,
-            "TRL, GKDTrainer": self.gkd_trainer,
-            "Liger-Kernel's loss": lambda: self.liger_step,
-        }
+        makers = {"TRL, DistillationTrainer": self.distillation_trainer, "TRL, GKDTrainer": self.gkd_trainer}
+        makers["Liger-Kernel's loss"] = lambda: self.liger_step
         turn = self.turns[0]
-        expected = [value.item() for value in steps[OURS](turn)]
+        expected = [value.item() for value in steps["ours"](turn)]
         for name, make in makers.items():
             try:
                 step = make()
@@ -74,20 +69,12 @@ class PeerBenchmark(Benchmark):
 
     def trl_trainer(self, trainer: type, config: type, rows: dict, **more: object) -> object:
         """One of TRL's trainers; `more` of its configuration."""
-        arguments = config(
-            output_dir=str(self.folder / "trl"),
-            beta=PEER_BETA,
-            temperature=1.0,
-            per_device_train_batch_size=self.batch_size,
-            gradient_checkpointing=False,
-            learning_rate=1e-30,
-            bf16=self.trainer.dtype == torch.bfloat16,
-            use_cpu=self.device.type == "cpu",
-            report_to=[],
-            **more,
-        )
+        more |= {"output_dir": str(self.folder / "trl"), "beta": PEER_BETA, "temperature": 1.0, "report_to": []}
+        more |= {"per_device_train_batch_size": self.batch_size, "gradient_checkpointing": False}
+        more |= {"bf16": self.trainer.dtype == torch.bfloat16, "use_cpu": self.device.type == "cpu"}
         data = {"train_dataset": datasets.Dataset.from_dict(rows), "processing_class": self.trainer.tokenizer}
-        return trainer(model=self.student, teacher_model=self.teacher, args=arguments, **data)
+        models = {"model": self.student, "teacher_model": self.teacher}
+        return trainer(args=config(learning_rate=1e-30, **more), **models, **data)
 
     def distillation_trainer(self) -> Step:
         """On given responses: by itself this trainer writes its own."""
@@ -98,8 +85,8 @@ class PeerBenchmark(Benchmark):
         trainer.current_gradient_accumulation_steps = 1  # as its loop sets it
 
         def step(turn: Turn) -> Numbers:
-            prompts = pad(prompts_of(turn.samples), left=True, device=self.device)
-            responses = pad(responses_of(turn.samples), device=self.device)
+            prompts, responses = split(turn.samples)
+            prompts, responses = pad(prompts, None, self.device, left=True), pad(responses, None, self.device)
             names = "prompt_ids", "prompt_mask", "completion_ids", "completion_mask"
             inputs = dict(zip(names, (*prompts, *responses), strict=True))
             inputs["num_items_in_batch"] = responses[1].sum()
@@ -114,7 +101,7 @@ class PeerBenchmark(Benchmark):
         trainer = self.trl_trainer(GKDTrainer, GKDConfig, {"input_ids": [[1, 2]]}, **more)
 
         def step(turn: Turn) -> Numbers:
-            ids, mask = pad([sample["input_ids"] for sample in turn.samples], device=self.device)
+            ids, mask = pad([sample["input_ids"] for sample in turn.samples], None, self.device)
             labels = ids.masked_fill(mask == 0, -100)
             for row, sample in enumerate(turn.samples):
                 labels[row, : sample["prompt_length"]] = -100
@@ -134,11 +121,10 @@ class PeerBenchmark(Benchmark):
     def run(self) -> None:
         self.build()
         steps = self.peers()
-        rounds = [self.round(steps, turn) for turn in self.turns[1:]]
-        rows = []
+        rounds, rows = [self.round(steps, turn) for turn in self.turns[1:]], []
         for name in steps:
             values = [each[name] / self.batch_size for each in rounds]
-            ratio = statistics.median(each[name] / each[OURS] for each in rounds)
+            ratio = statistics.median(each[name] / each["ours"] for each in rounds)
             target = {"target": {"at_least": 3}} if name.startswith("TRL") else {}
             rows.append(spread(name, values, ratio=ratio, all_ms=values, **target))
         title = f"milliseconds/sample, medians of {self.options.repeats}"

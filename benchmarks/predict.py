@@ -7,13 +7,11 @@ stated share of its bandwidth. Many GPUs share a step's samples as the trainer d
 JSON and Markdown to --out.
 """
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import functools
 import itertools
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -40,24 +38,22 @@ BACKWARD_SHARE = 2 / 3  # of a student's forward and backward passes
 class Pair:
     """A student and its teacher, what a sample costs with them, and what their recipe's step takes."""
 
-    student_shape: dict
-    teacher_shape: dict
+    student: dict
+    teacher: dict
     times: int = 1  # how many times as long samples are
     adapter_rank: int | None = None  # of the q and v projections' adapters
     batch_size: int = 32
     max_tokens: int = 8192
 
     @functools.cached_property
-    def student(self) -> ModelCost:
-        return ModelCost(AutoConfig.for_model(**self.student_shape))
-
-    @functools.cached_property
-    def teacher(self) -> ModelCost:
-        return ModelCost(AutoConfig.for_model(**self.teacher_shape))
+    def models(self) -> tuple[ModelCost, ModelCost]:
+        """Student and teacher."""
+        return tuple(ModelCost(AutoConfig.for_model(**shape)) for shape in (self.student, self.teacher))
 
     def cost(self, cached: bool) -> StepCost:
-        adapter = self.adapter_rank and self.student.layers * 2 * self.adapter_rank * 2 * self.student.width
-        return StepCost(self.student, adapter, self.teacher, cached)
+        student, teacher = self.models
+        adapter = self.adapter_rank and student.layers * 2 * self.adapter_rank * 2 * student.width
+        return StepCost(student, adapter, teacher, cached)
 
     @functools.cached_property
     def samples(self) -> dict[str, list[dict]]:
@@ -70,36 +66,35 @@ class Pair:
 
     @functools.cached_property
     def tokens(self) -> tuple[float, float]:
-        """Of a sample, and of its response."""
+        """Mean tokens of a sample, and of its response."""
         lengths = np.array([(len(sample["input_ids"]), sample["prompt_length"]) for sample in self.samples["real"]])
         return lengths[:, 0].mean(), (lengths[:, 0] - lengths[:, 1]).mean()
 
     @functools.cached_property
     def ways(self) -> dict[str, dict[str, float]]:
         """Operations of a sample by part, for each way."""
-        real = self.samples["real"]
-        return {
-            "published": self.parts(self.samples["padded"]),
-            "unpadded": self.parts(self.samples["unpadded"]),
+        real, padded, unpadded = (self.samples[name] for name in ("real", "padded", "unpadded"))
+        ours = {
             "ours": self.parts(real),
             "cached": self.parts(real, cached=True),
             "sft": self.parts(real, taught=False),
         }
+        return {"published": self.parts(padded), "unpadded": self.parts(unpadded)} | ours
 
-    @functools.cached_property
+    @property
     def flops(self) -> dict[str, float]:
         return {way: sum(parts.values()) for way, parts in self.ways.items()}
 
     def parts(self, samples: list[dict], taught: bool = True, cached: bool = False) -> dict[str, float]:
-        lengths = np.array([len(sample["input_ids"]) for sample in samples])
+        (student, teacher), lengths = self.models, np.array([len(sample["input_ids"]) for sample in samples])
         tokens, squares = lengths.sum(), (lengths**2).sum()
         responses = tokens - sum(sample["prompt_length"] for sample in samples)
         passes = 2 if self.adapter_rank else 3  # an adapter's frozen weights have no gradient
         parts = {
-            "student's layers": passes * self.student.body_flops(tokens, squares),
-            "student's output projection": passes * self.student.head_flops(responses),
-            "teacher's layers": self.teacher.body_flops(tokens, squares) * (taught and not cached),
-            "teacher's output projection": self.teacher.head_flops(responses) * taught,
+            "student's layers": passes * student.body_flops(tokens, squares),
+            "student's output projection": passes * student.head_flops(responses),
+            "teacher's layers": teacher.body_flops(tokens, squares) * (taught and not cached),
+            "teacher's output projection": teacher.head_flops(responses) * taught,
         }
         return {name: flops / len(samples) for name, flops in parts.items()}
 
@@ -151,52 +146,48 @@ def published_traffic(tokens: int, vocab: int) -> int:
 
 def operations(pair: Pair, report: Report) -> None:
     """A table of operations by part. Each column adds one idea."""
-    rows = [{"name": name} | {way: parts[name] / 1e9 for way, parts in pair.ways.items()} for name in pair.ways["ours"]]
-    rows.append({"name": "all"} | {way: flops / 1e9 for way, flops in pair.flops.items()})
-    tokens, responses = pair.tokens
-    columns = {
-        "published": "padded,\nall logits|.1f",
-        "unpadded": "no\npadding|.1f",
-        "ours": "logits of\nresponses|.1f",
-    }
-    columns |= {"cached": "teacher's\nstates cached|.1f", "sft": "no teacher\n(SFT)|.1f"}
-    title = f"GFLOP a sample of {tokens:.0f} tokens, {responses:.0f} of the response"
+    ways = {way: parts | {"all": pair.flops[way]} for way, parts in pair.ways.items()}
+    rows = [{"name": name} | {way: parts[name] / 1e9 for way, parts in ways.items()} for name in ways["ours"]]
+    columns = {"published": "padded, all logits|.1f", "unpadded": "no padding|.1f"}
+    columns |= {"ours": "logits of responses|.1f", "cached": "teacher's states cached|.1f"}
+    columns |= {"sft": "no teacher (SFT)|.1f"}
+    title = f"GFLOP a sample of {pair.tokens[0]:.0f} tokens, {pair.tokens[1]:.0f} of the response"
     report.table("operations", title, rows, columns)
 
 
 def scaling(report: Report) -> None:
     rows = []
     for name, pair in PAIRS.items():
-        flops = pair.flops
+        flops, (student, teacher) = pair.flops, pair.models
         row = {"name": name} | {way: value / 1e9 for way, value in flops.items()}
-        row |= {"student": pair.student.parameters / 1e6, "teacher": pair.teacher.parameters / 1e6}
+        row |= {"student": student.parameters / 1e6, "teacher": teacher.parameters / 1e6}
         row |= {"saved": flops["published"] / flops["cached"], "over_sft": flops["cached"] / flops["sft"]}
-        rows.append(row | {"cache": pair.tokens[1] * pair.teacher.width * 2 / 1e3})
-    columns = {"student": "student,\nmillions|.0f", "teacher": "teacher|.0f", "published": "published\nway|.0f"}
-    columns |= {"ours": "ours|.0f", "cached": "cached|.0f", "sft": "SFT|.0f", "saved": "published\n/ cached|.1f"}
-    columns |= {"over_sft": "cached\n/ SFT|.2f", "cache": "KB of\ncache|.0f"}
+        rows.append(row | {"cache": pair.tokens[1] * teacher.width * 2 / 1e3})
+    columns = {"student": "student, millions|.0f", "teacher": "teacher|.0f", "published": "published way|.0f"}
+    columns |= {"ours": "ours|.0f", "cached": "cached|.0f", "sft": "SFT|.0f", "saved": "published / cached|.1f"}
+    columns |= {"over_sft": "cached / SFT|.2f", "cache": "KB of cache|.0f"}
     report.table("scaling", "GFLOP a sample, and its states in the cache, in bfloat16", rows, columns)
 
 
 def prediction(pair: Pair, options: argparse.Namespace, report: Report) -> None:
     peak, bandwidth = PEAK_FLOPS[options.gpu], BANDWIDTH[options.gpu] * 1e12 * options.bandwidth
-    vocab, optimizer = pair.student.vocab, OPTIMIZER_BYTES * pair.student.parameters / options.batch_size
+    student = pair.models[0]
+    vocab, optimizer = student.vocab, OPTIMIZER_BYTES * student.parameters / options.batch_size
     ours = LOGITS_PASSES * 4 * vocab * pair.tokens[1]
     logits = {"published": published_traffic(LENGTH, vocab), "ours": ours, "cached": ours, "sft": ours * 5 / 7}
     titles = {"published": "published way", "ours": "ABKD", "cached": "ABKD, states cached", "sft": "SFT"}
     rows = []
     for way, title in titles.items():
-        flops = pair.flops[way]
-        row = {"name": title, "gigabytes": logits[way] / 1e9, "products": flops / (peak * options.mfu)}
-        row |= {"logits": logits[way] / bandwidth, "optimizer": optimizer / bandwidth}
-        seconds = row["products"] + row["logits"] + row["optimizer"]
-        rows.append(row | {"seconds": seconds, "rate": 1 / seconds, "mfu": flops / seconds / peak})
-    for row in rows:
-        row["fewer"] = rows[0]["seconds"] / row["seconds"]
-        row |= {f"{key}_ms": 1e3 * row[key] for key in ("products", "logits", "optimizer", "seconds")}
-    columns = {"products_ms": "products|.3f", "gigabytes": "GB of\nlogits|.2f", "logits_ms": "their\ntime|.3f"}
-    columns |= {"optimizer_ms": "AdamW|.3f", "seconds_ms": "all|.3f", "rate": "samples\na second|.0f"}
-    columns |= {"mfu": "of the\npeak|.0%", "fewer": "times\nfewer|.1f"}
+        products = pair.flops[way] / (peak * options.mfu)
+        row = {"products": products, "logits": logits[way] / bandwidth, "optimizer": optimizer / bandwidth}
+        row["seconds"] = seconds = row["products"] + row["logits"] + row["optimizer"]
+        row |= {f"{key}_ms": 1e3 * value for key, value in row.items()}
+        row |= {"name": title, "gigabytes": logits[way] / 1e9, "rate": 1 / seconds}
+        rows.append(row | {"mfu": pair.flops[way] / seconds / peak})
+        rows[-1]["fewer"] = rows[0]["seconds"] / seconds
+    columns = {"products_ms": "products|.3f", "gigabytes": "GB of logits|.2f", "logits_ms": "their time|.3f"}
+    columns |= {"optimizer_ms": "AdamW|.3f", "seconds_ms": "all|.3f", "rate": "samples a second|.0f"}
+    columns |= {"mfu": "of the peak|.0%", "fewer": "times fewer|.1f"}
     title = (
         f"milliseconds/sample that one {options.gpu} would take: products at {options.mfu:.0%} of "
         f"{peak / 1e12:.0f} TFLOP/s, the rest at {options.bandwidth:.0%} of {BANDWIDTH[options.gpu]:g} TB/s, "
@@ -205,15 +196,13 @@ def prediction(pair: Pair, options: argparse.Namespace, report: Report) -> None:
     report.table("prediction", title, rows, columns)
 
 
-@dataclasses.dataclass(frozen=True)
-class Share:
-    """The longest rank's part of a step: operations, and bytes that it sends by mode."""
+class Share(NamedTuple):
+    """The longest rank's part of a step."""
 
     flops: float
     micro_batches: int
     imbalance: float
-    ddp: float
-    fsdp: float
+    sent: dict[str, float]  # bytes, by mode
 
 
 def share(pair: Pair, cost: StepCost, ranks: int, batch_size: int) -> Share:
@@ -230,13 +219,10 @@ def share(pair: Pair, cost: StepCost, ranks: int, batch_size: int) -> Share:
     trained = cost.student.parameters if cost.adapter is None else cost.adapter
     ring, read = (ranks - 1) / ranks, 0 if cost.cached else of_samples  # micro-batches that the teacher reads
     gathers = 2 * (2 * cost.student.parameters * micro_batches + cost.teacher.parameters * read)  # bfloat16, twice
-    return Share(
-        max(map(cost.flops, shares)) + text_flops,
-        micro_batches,
-        max(tokens) * ranks / sum(tokens) - 1,
-        ddp=ring * 2 * 4 * trained,  # a sum in float32 goes round twice
-        fsdp=ring * (gathers + 4 * trained * micro_batches),
-    )
+    # A sum in float32 goes round twice.
+    sent = {"ddp": ring * 2 * 4 * trained, "fsdp": ring * (gathers + 4 * trained * micro_batches)}
+    imbalance = max(tokens) * ranks / sum(tokens) - 1
+    return Share(max(map(cost.flops, shares)) + text_flops, micro_batches, imbalance, sent)
 
 
 def seconds(part: Share, mode: str, ranks: int, machine: argparse.Namespace) -> float:
@@ -245,12 +231,11 @@ def seconds(part: Share, mode: str, ranks: int, machine: argparse.Namespace) -> 
     if ranks == 1:
         return compute
     bandwidth = 1e9 * (machine.inside if ranks <= machine.node else machine.between)
-    latency = 1e-6 * machine.latency * np.log2(ranks)
+    latency, traffic = 1e-6 * machine.latency * np.log2(ranks), part.sent[mode] / bandwidth
     if mode == "ddp":
-        traffic = part.ddp / bandwidth + latency * max(1, part.ddp / 2 / BUCKET_BYTES)
+        traffic += latency * max(1, part.sent[mode] / 2 / BUCKET_BYTES)
         hidden = BACKWARD_SHARE * compute / part.micro_batches  # only the last one's gradients travel
         return compute + max(traffic - hidden, min(traffic, BUCKET_BYTES / bandwidth + latency))
-    traffic = part.fsdp / bandwidth
     return max(compute, traffic) + (1 - 0.9) * traffic / part.micro_batches + latency
 
 
@@ -264,15 +249,11 @@ def many_gpus(name: str, machine: argparse.Namespace, report: Report) -> None:
         part = share(pair, pair.cost(cached), ranks, batch_size)
         alone = seconds(share(pair, pair.cost(cached), 1, batch_size), "ddp", 1, machine)
         row = {"name": "cached" if cached else "in every step", "samples": batch_size, "ranks": ranks}
-        row |= {"imbalance": part.imbalance, "ddp_gb": part.ddp / 1e9, "fsdp_gb": part.fsdp / 1e9}
-        rows.append(row | {mode: alone / seconds(part, mode, ranks, machine) for mode in ("ddp", "fsdp")})
+        row |= {"imbalance": part.imbalance} | {f"{mode}_gb": size / 1e9 for mode, size in part.sent.items()}
+        rows.append(row | {mode: alone / seconds(part, mode, ranks, machine) for mode in part.sent})
     columns = {"name": "teacher", "samples": "samples a step|,", "ranks": "GPUs|d", "imbalance": "imbalance|.1%"}
-    columns |= {
-        "ddp_gb": "GB sent, ddp|.3g",
-        "fsdp_gb": "fsdp|.3g",
-        "ddp": "times one GPU, ddp|.1f",
-        "fsdp": "fsdp|.1f",
-    }
+    columns |= {"ddp_gb": "GB sent, ddp|.3g", "fsdp_gb": "fsdp|.3g"}
+    columns |= {"ddp": "times one GPU, ddp|.1f", "fsdp": "fsdp|.1f"}
     report.table("gpus", name, rows, columns)
     cost = pair.cost(cached=False)
     weights = cost.student.parameters
@@ -284,7 +265,7 @@ def many_gpus(name: str, machine: argparse.Namespace, report: Report) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser, add = harness.parser(__doc__, "predict")
+    parser, add = harness.parser(__doc__, "predict", repeats=0)
     add("--gpu", choices=BANDWIDTH, default="H100", help="default: %(default)s")
     numbers = {
         "--mfu": (0.4, "share of its peak that products reach"),

@@ -3,8 +3,6 @@
 Trains them in turn on the same samples, on a CPU that does nothing else, and prints medians of seconds/sample.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os
@@ -18,20 +16,15 @@ from harness import cpu_name
 from workload import SCALES, write_recipe
 
 LAUNCHER = ["-m", "torch.distributed.run", "--nproc-per-node", "2"]
-WAYS = {  # threads, launcher, train.parallel
-    "one process, two threads": (2, [], "auto"),
-    "two processes, ddp": (1, LAUNCHER, "ddp"),
-    "two processes, fsdp": (1, LAUNCHER, "fsdp"),
-}
-STEPS = 5
+WAYS = {"auto": "one process, two threads", "ddp": "two processes, ddp", "fsdp": "two processes, fsdp"}
 
 
 def train(way: str, recipe: pathlib.Path, name: str) -> float:
-    """Seconds/sample of a run, the median of its steps but the first."""
-    threads, launcher, mode = WAYS[way]
-    overrides = ["--set", f"run.name={name}", "--set", f"train.parallel={mode}"]
+    """Seconds/sample of a run, the median of its steps but the first. `way`: its train.parallel."""
+    overrides = ["--set", f"run.name={name}", "--set", f"train.parallel={way}"]
+    launcher, threads = ([], "2") if way == "auto" else (LAUNCHER, "1")
     command = [sys.executable, *launcher, "-m", "abkd_fast.train", "--config", str(recipe), *overrides]
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive"}
+    environment = os.environ | {"OMP_NUM_THREADS": threads, "OMP_WAIT_POLICY": "passive"}
     subprocess.run(command, env=environment, check=True, capture_output=True)
     lines = map(json.loads, (recipe.parent / name / "metrics.jsonl").read_text().splitlines())
     return statistics.median([line["seconds_per_sample"] for line in lines if line["kind"] == "train"][1:])
@@ -42,17 +35,17 @@ def main() -> None:
     parser.add_argument("--scale", choices=SCALES, default="paper", help="whose student is trained (default: paper)")
     parser.add_argument("--repeats", type=int, default=3, help="default: %(default)s")
     options = parser.parse_args()
-    settings = {"steps": STEPS, "batch_size": 16, "device": "cpu"}
+    settings = {"steps": 5, "batch_size": 16, "device": "cpu"}
     with tempfile.TemporaryDirectory() as folder:
-        more = {"run": {"name": "run", "dir": folder}, "method": "sft", "log": {"every_steps": 1}}
-        recipe = write_recipe(pathlib.Path(folder), SCALES[options.scale], STEPS, settings, **more)
-        rounds = [{way: train(way, recipe, f"{WAYS[way][2]}-{n}") for way in WAYS} for n in range(options.repeats)]
+        sections = {"run": {"name": "run", "dir": folder}, "method": "sft", "log": {"every_steps": 1}}
+        recipe = write_recipe(pathlib.Path(folder), SCALES[options.scale], settings["steps"], settings, sections)
+        rounds = [{way: train(way, recipe, f"{way}-{number}") for way in WAYS} for number in range(options.repeats)]
     print(cpu_name())
-    for way in WAYS:
+    for way, title in WAYS.items():
         values = [each[way] for each in rounds]
-        ratio = statistics.median(each[way] / each["one process, two threads"] for each in rounds)
+        ratio = statistics.median(each[way] / each["auto"] for each in rounds)
         spread = f"({min(values):.4f} to {max(values):.4f}), x {ratio:.3f}"
-        print(f"{way:26} {statistics.median(values):.4f} s/sample {spread}")
+        print(f"{title:26} {statistics.median(values):.4f} s/sample {spread}")
 
 
 if __name__ == "__main__":

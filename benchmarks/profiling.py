@@ -1,12 +1,11 @@
 """Where a step's time goes, by kind of work: timing.py's --profile. What the loop itself takes: its --overhead."""
 
-from __future__ import annotations
-
 import collections
 import contextlib
 import cProfile
 import functools
 import inspect
+import itertools
 import pstats
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -26,8 +25,7 @@ from harness import Report, synchronize
 STEP, CLIPPING = "step", "clip_grad_norm_"  # ranges that the trace gets besides operators
 BACKWARD = "autograd::engine::evaluate_function: "  # together with a node's name it is one event
 OPERATORS = 12  # as many are listed
-# An operator's path, its name, and its own milliseconds, without those of operators within.
-Spent = tuple[str, str, float]
+Spent = tuple[str, str, float]  # an operator's path, its name, and milliseconds without those of operators within
 
 # Kinds of work, each with a pattern of paths: the names of operators from the outermost to the innermost, where the
 # time was spent. The first match counts. What runs in backward stands behind the operator whose derivative it is.
@@ -52,23 +50,19 @@ WORK = {
     "teacher's states": (Teacher.states, CachedTeacher.states),
     "clipping and AdamW": (torch.nn.utils.clip_grad_norm_, torch.optim.AdamW.step),
 }
-CHORES = {
-    "reading and packing": (Trainer.batches,),
-    "sums, log, progress": (MetricsWindow.add, MetricsWindow.write, RunLog.advance),
-}
+CHORES = {"reading and packing": (Trainer.batches,)}
+CHORES["sums, log, progress"] = MetricsWindow.add, MetricsWindow.write, RunLog.advance
 
 
 def breakdown(traces: list[list[Spent]], title: str, report: Report) -> None:
     """Two tables of the mean of some traces: time by kind of work, and the operators that take most of it."""
-    times, calls = collections.Counter(), collections.Counter()  # by kind and operator
-    for trace in traces:
-        for path, name, milliseconds in trace:
-            key = kind_of(path), name
-            times[key] += milliseconds / len(traces)
-            calls[key] += 1 / len(traces)
-    whole, kinds = sum(times.values()), collections.Counter()
-    for (kind, _), milliseconds in times.items():
-        kinds[kind] += milliseconds
+    times, calls, kinds = collections.Counter(), collections.Counter(), collections.Counter()
+    for path, name, milliseconds in itertools.chain(*traces):
+        kind = kind_of(path)
+        times[kind, name] += milliseconds / len(traces)
+        calls[kind, name] += 1 / len(traces)
+        kinds[kind] += milliseconds / len(traces)
+    whole = sum(times.values())
     columns = {"ms": "ms a step|.2f", "ratio": "%|.2f"}
     rows = [{"name": kind, "ms": kinds[kind], "ratio": 100 * kinds[kind] / whole} for kind in KINDS]
     report.table("kinds", title, rows, columns)
@@ -76,8 +70,8 @@ def breakdown(traces: list[list[Spent]], title: str, report: Report) -> None:
         {"name": name, "kind": kind, "ms": spent, "ratio": 100 * spent / whole, "calls": calls[kind, name]}
         for (kind, name), spent in times.most_common(OPERATORS)
     ]
-    columns = {"kind": "a part of", "calls": "calls|.0f", **columns}
-    report.table("operators", f"{title}: the {OPERATORS} operators that take most", rows, columns)
+    title = f"{title}: the {OPERATORS} operators that take most"
+    report.table("operators", title, rows, {"kind": "a part of", "calls": "calls|.0f"} | columns)
 
 
 def kind_of(path: str) -> str:
@@ -90,8 +84,7 @@ def profile(run: Callable[[], object], device: torch.device) -> list[Spent]:
     On the CPU these are operators, on a GPU kernels. What is left counts as Python, or as the GPU's waiting.
     """
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
-    named = record_function(CLIPPING)(torch.nn.utils.clip_grad_norm_)
-    patch = mock.patch.object(torch.nn.utils, CLIPPING, named)
+    patch = mock.patch.object(torch.nn.utils, CLIPPING, record_function(CLIPPING)(torch.nn.utils.clip_grad_norm_))
     with patch, torch.profiler.profile(activities=activities) as trace, record_function(STEP):
         run()
         synchronize()
@@ -133,19 +126,16 @@ def paths(events: list) -> Callable[[Any], str]:
 
 
 def overhead(config: Config, title: str, report: Report) -> None:
-    """A table of where the time of a run's loop goes, by cProfile, which charges Python a little more than it takes."""
+    """A table of a run's loop, in milliseconds a step and percent: WORK, CHORES, the rest, and all that is not WORK.
+
+    The times are those of cProfile, which charges Python a little more than it takes.
+    """
     trainer, profile = Trainer(config), cProfile.Profile()
     trainer.build()
     trainer.config.run.folder.mkdir(parents=True)
     with contextlib.redirect_stdout(None):
         profile.runcall(trainer.train_loop)
-    title = f"{title}: {trainer.steps} steps of {config.train.batch_size} samples"
-    report.table("overhead", title, _rows(profile, trainer.steps), {"ms": "ms a step|.2f", "ratio": "%|.2f"})
-
-
-def _rows(profile: cProfile.Profile, steps: int) -> list[dict]:
-    """Milliseconds a step and percent of the loop: WORK, CHORES, the rest of the loop, and all that is not WORK."""
-    stats = pstats.Stats(profile).stats
+    stats, steps = pstats.Stats(profile).stats, trainer.steps
 
     def seconds(functions: Iterable[Callable]) -> float:
         """Time in these functions and in what they call."""
@@ -159,4 +149,5 @@ def _rows(profile: cProfile.Profile, steps: int) -> list[dict]:
     times["the trainer itself"] = whole - sum(times[name] for name in WORK)
     rows = [{"name": name, "ms": 1e3 * value / steps, "ratio": 100 * value / whole} for name, value in times.items()]
     rows[-1]["target"] = {"at_most": 3}
-    return rows
+    title = f"{title}: {steps} steps of {config.train.batch_size} samples"
+    report.table("overhead", title, rows, {"ms": "ms a step|.2f", "ratio": "%|.2f"})

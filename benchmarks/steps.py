@@ -1,9 +1,8 @@
 """The steps that timing.py times: every method's, by the trainer and in the published way, on the same weights."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from unittest import mock
 
@@ -22,12 +21,9 @@ from workload import LENGTH, response_lengths
 
 Numbers = tuple[Tensor, Tensor]  # a step's loss and gradient norm
 WAYS = {"published": "published way", "ours": "ours", "cached": "ours, teacher's states cached"}
-PARTS = {
-    "data": "trains on the data",
-    "rollout": "writes responses",
-    "new": "trains on new responses",
-    "again": "trains on old responses",
-}
+PARTS = {"data": "trains on the data", "rollout": "writes responses"}
+PARTS |= {"new": "trains on new responses", "again": "trains on old responses"}
+Key = tuple[str, str, str]  # method, way, part
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +32,7 @@ class Method:
 
     method: str  # as in a configuration, like the loss
     loss: str | None = None  # None without a teacher
-    baseline: baseline.Loss | None = None
+    baseline_loss: baseline.Loss | None = None
     has_entropy: bool = False  # the baseline's value contains the teacher's entropy besides the divergence
     # How much of each part there is for a sample trained on: prompts answered for "rollout", else a share of the steps.
     parts: dict[str, float] = dataclasses.field(default_factory=lambda: {"data": 1.0})
@@ -125,7 +121,7 @@ def _limits(samples: list[dict]) -> contextlib.AbstractContextManager:
 
 @contextlib.contextmanager
 def _mode(module: nn.Module, dropout: bool) -> Iterator[None]:
-    """Trains without dropout, as MiniLLM does, unless `dropout`."""
+    """Trains without dropout, as MiniLLM does on responses, unless `dropout`."""
     training = module.training
     module.train(training and dropout)
     yield
@@ -137,98 +133,70 @@ class Ours:
 
     def __init__(self, trainer: Trainer, live: Teacher, cached: CachedTeacher, config: Callable[[str], Config]) -> None:
         """`config` gives the configuration of a method."""
-        self.trainer, self.config = trainer, config
-        self.teachers = {"ours": live, "cached": cached}
+        self.trainer, self.teachers = trainer, {"ours": live, "cached": cached}
         data = trainer.config, trainer.tokenizer, trainer.train_set
         self.rollouts = Responses(*data, trainer.student, live.model, trainer.precision)
         self.written: dict[str, list[dict]] = {}
+        self.method = functools.cache(lambda name, part: methods.find(METHODS[name].method)(config(name)))
+        self.on_policy = functools.cache(lambda name: OnPolicyTeacher(live, live))
 
-    def data(self, name: str, way: str) -> Callable[[Turn], Numbers]:
-        method, teacher = self.method(name), self.teachers[way] if METHODS[name].loss else None
-        return lambda turn: self._step(method, teacher, turn.batch)
-
-    def rollout(self, name: str) -> Callable[[Turn], None]:
-        method = self.method(name)
-
-        def write(turn: Turn) -> None:
+    def run(self, key: Key, turn: Turn) -> Numbers | None:
+        """One step: writes responses, or trains. On responses the teacher's states are computed once, then kept."""
+        name, way, part = key
+        is_minillm, trainer = name == "MiniLLM", self.trainer
+        method, teacher = self.method(name, "new" if part == "again" else part), self.teachers[way]
+        if part == "rollout":
             self.rollouts.waiting = turn.prompts
             written = method.select_batch(0, 1.0, turn.samples, self.rollouts)
             # MiniLLM keeps a whole round. Its first responses answer the prompts of the samples.
-            self.written[name] = method.rollouts[: len(turn.samples)] if name == "MiniLLM" else written
-
-        return write
-
-    def text(self, name: str) -> Callable[[Turn], Numbers]:
-        """Trains on what has been written. The teacher's states are computed the first time, then kept with it."""
-        method, live = self.method(name), self.teachers["ours"]
-        teacher = OnPolicyTeacher(live, live)
-
-        def step(turn: Turn) -> Numbers:
-            samples = self.written[name]
-            with _mode(self.trainer.student, dropout=name != "MiniLLM"):
-                if name == "MiniLLM":
+            self.written[name] = method.rollouts[: len(turn.samples)] if is_minillm else written
+            return None
+        with _mode(trainer.student, dropout=not is_minillm):
+            batch = turn.batch
+            if part != "data":
+                samples, teacher = self.written[name], self.on_policy(name)
+                if is_minillm:
                     # In a round of these samples alone, step 1 is its second epoch, which writes nothing.
                     method.rollouts = samples
                     method.settings = dataclasses.replace(method.settings, rollouts=len(samples))
                     samples = method.select_batch(1, 1.0, turn.samples, self.rollouts)
-                batch = make_step_batch(samples, turn.text, self.trainer.config.train.max_tokens)
-                return self._step(method, teacher, batch)
-
-        return step
-
-    def method(self, name: str) -> object:
-        return methods.find(METHODS[name].method)(self.config(name))
-
-    def _step(self, method: object, teacher: object, batch: StepBatch) -> Numbers:
-        self.trainer.method, self.trainer.teacher = method, teacher
-        return self.trainer.train_step(batch)[:2]
+                batch = make_step_batch(samples, turn.text, trainer.config.train.max_tokens)
+            trainer.method, trainer.teacher = method, teacher if METHODS[name].loss else None
+            return trainer.train_step(batch)[:2]
 
 
 class Baseline:
     """The published way's steps. Samples are padded to LENGTH."""
 
     def __init__(self, trainer: Trainer, teacher: Teacher) -> None:
-        config = trainer.config
-        self.trainer = BaselineTrainer(trainer.student.model, teacher.model.model, config.optim, config.minillm)
-        self.precision, self.device = trainer.precision, trainer.device
+        models, config = (trainer.student.model, teacher.model.model), trainer.config
+        self.trainer, self.device = BaselineTrainer(*models, config.optim, config.minillm), trainer.device
+        self.precision = trainer.precision
         self.written: dict[str, list[dict] | RolloutBatch] = {}
 
     def pad(self, samples: list[dict]) -> PaddedBatch:
         return pad_samples(samples, LENGTH, self.device)
 
-    def data(self, name: str) -> Callable[[Turn], Numbers]:
-        def step(turn: Turn) -> Numbers:
-            with self.precision():
-                return self.trainer.step(turn.padded, METHODS[name].baseline, turn.padded_text)
-
-        return step
-
-    def rollout(self, name: str) -> Callable[[Turn], None]:
-        def write(turn: Turn) -> None:
-            samples = turn.prompts[: turn.baseline_rollouts] if name == "MiniLLM" else turn.samples
-            make = self.trainer.roll_out if name == "MiniLLM" else self.trainer.write
-            with self.precision():
-                self.written[name] = make(samples, response_lengths(samples))
-
-        return write
+    def run(self, key: Key, turn: Turn) -> Numbers | None:
+        """One step: writes responses, or trains."""
+        name, _, part = key
+        is_minillm, trainer = name == "MiniLLM", self.trainer
+        with self.precision():
+            if part == "rollout":
+                samples = turn.prompts[: turn.baseline_rollouts] if is_minillm else turn.samples
+                self.written[name] = (trainer.roll_out if is_minillm else trainer.write)(samples)
+                return None
+            if part != "data" and is_minillm:
+                rollouts = RolloutBatch(*(field[: len(turn.samples)] for field in self.written[name]))
+                with _mode(trainer.student, dropout=False):
+                    return trainer.policy_step(rollouts, turn.padded_text)
+            padded = turn.padded if part == "data" else self.pad(self.written[name])
+            return trainer.step(padded, METHODS[name].baseline_loss, turn.padded_text)
 
     def take(self, name: str, samples: list[dict]) -> None:
         """Replaces what was written by given responses."""
         with self.precision():
             self.written[name] = self.trainer.score(samples) if name == "MiniLLM" else samples
-
-    def text(self, name: str) -> Callable[[Turn], Numbers]:
-        """Trains on what has been written."""
-
-        def step(turn: Turn) -> Numbers:
-            written = self.written[name]
-            with self.precision(), _mode(self.trainer.student, dropout=name != "MiniLLM"):
-                if name == "MiniLLM":
-                    rollouts = RolloutBatch(*(field[: len(turn.samples)] for field in written))
-                    return self.trainer.policy_step(rollouts, turn.padded_text)
-                return self.trainer.step(self.pad(written), METHODS[name].baseline, turn.padded_text)
-
-        return step
 
     def entropy(self, name: str, part: str, turn: Turn) -> float:
         """The part of a loss's value that is not the divergence."""

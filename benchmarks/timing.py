@@ -10,8 +10,6 @@ method whose sides don't agree is marked as failed, gets no ratios, and makes th
 terminal, and with a chart, as JSON and Markdown, to --out.
 """
 
-from __future__ import annotations
-
 import argparse
 import functools
 import itertools
@@ -26,6 +24,7 @@ import numpy as np
 import torch
 
 import harness
+import profiling
 from abkd_fast.config.recipe import load
 from abkd_fast.config.schema import Config
 from abkd_fast.data.batches import make_step_batch
@@ -35,18 +34,22 @@ from abkd_fast.training.trainer import Trainer
 from baseline import CHUNK
 from chart import draw_bars
 from harness import TIME, Report, measure, peak_memory, spread
-from profiling import breakdown, overhead, profile
-from steps import METHODS, PARTS, WAYS, Baseline, Ours, Turn
-from workload import LENGTH, MEAN_PROMPT, MEAN_RESPONSE, NEW_TOKENS, SCALES, write_recipe, write_text
+from steps import METHODS, PARTS, WAYS, Baseline, Key, Ours, Turn
+from workload import LENGTH, MEAN_PROMPT, MEAN_RESPONSE, NEW_TOKENS, SCALES, write_recipe
 
-Key = tuple[str, str, str]  # method, way, part
-TARGETS = {  # for ABKD at the paper's scale: a ratio of the table, and its bound
+RATIOS = {  # of two ways' times, the second perhaps another method's; heading
+    "published_over_ours": ("published", "ours", "published / ours|.2f"),
+    "published_over_cached": ("published", "cached", "published / cached|.2f"),
+    "ours_over_sft": ("ours", "SFT", "ours / SFT|.2f"),
+    "cached_over_sft": ("cached", "SFT", "cached / SFT|.2f"),
+}
+TARGETS = {  # for ABKD at the paper's scale
     "published / ours": ("published_over_ours", {"at_least": 4}),
     "published / cached": ("published_over_cached", {"at_least": 12}),
     "cached / SFT": ("cached_over_sft", {"at_most": 1.25}),
 }
 EPOCHS = (10, 20)  # the papers' numbers of epochs, which share the cost of building the cache
-OVERHEAD_STEPS = 10
+STEPS = 10  # of --overhead's runs
 CPU_BATCH = 4  # most samples of a step: the published way's logits of more don't fit next to GPT-2 XL in 24 GB
 
 
@@ -60,43 +63,32 @@ class Benchmark:
         self.methods = {name: METHODS[name] for name in METHODS if name in ("SFT", *options.methods)}
         # Prompts that MiniLLM answers, of the 256 of a round; a GPU is hardly slower for more.
         self.rollouts = max(self.batch_size, 64 if options.device == "cuda" else CHUNK)
-        write_text(folder / "text.jsonl", (options.repeats + 1) * self.batch_size, self.scale.vocab)
         judge = options.scale == "paper" or (options.overhead and options.scale == "small")
         self.report = Report(torch.device(options.device), vars(options), judge)
 
     def config(self, name: str, cache: str = "off") -> Config:
-        method, data = METHODS[name], {}
+        method, folder, data = METHODS[name], self.folder, {}
         if self.options.pretrain:
-            data["pretrain"] = {"path": str(self.folder / "text.jsonl")}
+            data["pretrain"] = {"path": str(folder / "text.jsonl")}
         if name == "DISTILLM":
-            data["dev"] = str(self.folder / "rows.jsonl")  # it would follow this loss
-        recipe = write_recipe(
-            self.folder,
-            self.scale,
-            self.options.repeats + 1,
-            {"steps": OVERHEAD_STEPS, "batch_size": self.batch_size, "device": self.options.device},
-            method=method.method,
-            loss=method.loss or Config.loss,
-            run={"name": name, "dir": str(self.folder / "runs")},
-            teacher=self.scale.model(self.scale.teacher) if method.loss else None,
-            data=data,
-            sampling={"max_new_tokens": NEW_TOKENS},
-            minillm={"rollouts": self.rollouts},
-            cache={"mode": cache, "dir": str(self.folder / "cache")},
-            # Steps change no weight, so all methods and ways have the same ones all the time.
-            optim={"lr": 1e-30, "min_lr": 0, "schedule": "constant"},
-            **method.settings,
-        )
-        return load(str(recipe))[0]
+            data["dev"] = str(folder / "rows.jsonl")  # it would follow this loss
+        sections = {"method": method.method, "loss": method.loss or Config.loss, "data": data, **method.settings}
+        sections |= {"run": {"name": name, "dir": str(folder / "runs")}, "minillm": {"rollouts": self.rollouts}}
+        sections |= {"cache": {"mode": cache, "dir": str(folder / "cache")}, "sampling": {"max_new_tokens": NEW_TOKENS}}
+        sections["teacher"] = self.scale.model(self.scale.teacher) if method.loss else None
+        # Steps change no weight, so all methods and ways have the same ones all the time.
+        sections["optim"] = {"lr": 1e-30, "min_lr": 0, "schedule": "constant"}
+        train = {"steps": STEPS, "batch_size": self.batch_size, "device": self.options.device}
+        return load(str(write_recipe(folder, self.scale, self.options.repeats + 1, train, sections)))[0]
 
     def build(self) -> None:
         """Both sides, on the same weights. A method is to them only a loss, a teacher and samples."""
         self.trainer = trainer = Trainer(self.config("ABKD"))
         trainer.build()
-        live, samples = trainer.teacher, 2 * len(trainer.train_set)  # each is seen twice, so a cache pays
-        cache = self.config("ABKD", "auto"), trainer.teacher_config, trainer.train_set, samples
+        live, samples = trainer.teacher, list(trainer.train_set)
+        cache = self.config("ABKD", "auto"), trainer.teacher_config, trainer.train_set, 2 * len(samples)  # so it pays
         cached = TeacherCache(*cache, trainer.device, trainer.dtype).open(lambda: live.model, trainer.precision, 0)
-        self.build_seconds = cached.pass_seconds / len(trainer.train_set)
+        self.build_seconds = cached.pass_seconds / len(samples)
         self.ours, self.baseline = Ours(trainer, live, cached, self.config), Baseline(trainer, live)
         # Moments exist from here on, so that a first step takes the memory of any other.
         for optimizer in (trainer.optimizer, self.baseline.trainer.optimizer):
@@ -106,7 +98,6 @@ class Benchmark:
             optimizer.zero_grad()
         self.tolerance = 1e-4 if trainer.dtype == torch.float32 else 2e-2  # relative, of loss and gradient norm
         self.turns = [self.turn(number) for number in range(self.options.repeats + 1)]
-        samples = list(trainer.train_set)
         prompt = statistics.fmean(sample["prompt_length"] for sample in samples)
         response = statistics.fmean(len(sample["input_ids"]) for sample in samples) - prompt
         student, teacher = (sum(p.numel() for p in m.parameters()) / 1e6 for m in (trainer.student, live.model))
@@ -122,46 +113,43 @@ class Benchmark:
         trainer, size = self.trainer, self.batch_size
         samples = [sample | {"index": index} for index, sample in enumerate(trainer.train_set)]
         prompts = [*itertools.islice(itertools.cycle(samples), number * size, number * size + self.rollouts)]
-        samples, text = prompts[:size], []
-        if trainer.pretrain_set is not None:
-            text = [trainer.pretrain_set[row] for row in range(number * size, (number + 1) * size)]
+        samples, blocks = prompts[:size], trainer.pretrain_set
+        text = [blocks[row] for row in range(number * size, (number + 1) * size)] if blocks is not None else []
         batch = make_step_batch(samples, text, trainer.config.train.max_tokens)
         padded, padded_text = self.baseline.pad(samples), self.baseline.pad(text) if text else None
         return Turn(batch, samples, text, padded, padded_text, prompts)
 
     def describe_work(self) -> None:
         """Notes what the timed steps leave out, or have less of than the published ones."""
+        note, names = self.report.note, {name for name, method in self.methods.items() if method.is_on_policy}
         if self.batch_size < self.scale.batch_size:
-            self.report.note(f"A step has {self.batch_size} samples, not {self.scale.batch_size}: --batch-size")
-        if any(method.is_on_policy for method in self.methods.values()):
-            self.report.note(
+            note(f"A step has {self.batch_size} samples, not {self.scale.batch_size}: --batch-size")
+        if names:
+            note(
                 f"Generated responses end where those of the data do, or after {NEW_TOKENS} tokens. The published way "
                 "pads them as it pads the data: training on them takes it as long, and is not timed again."
             )
-        if "MiniLLM" in self.methods:
+        if "MiniLLM" in names:
             theirs = self.turns[0].baseline_rollouts
-            self.report.note(f"A round of MiniLLM answers {theirs} prompts, of ours {self.rollouts}; by default 256.")
+            note(f"A round of MiniLLM answers {theirs} prompts, of ours {self.rollouts}; by default 256.")
         for name, method in self.methods.items():
             if method.note:
-                self.report.note(f"{name}: {method.note}.")
+                note(f"{name}: {method.note}.")
 
     def steps(self) -> dict[Key, Callable[[Turn], object]]:
         """The step of each method, way and part. It takes a batch; one that trains returns loss and gradient norm.
 
         A step that writes comes before those that train on its responses.
         """
-        steps = {}
+        keys = []
         for name, method in self.methods.items():
             if "data" in method.parts:
-                steps[name, "published", "data"] = self.baseline.data(name)
-                for way in ("ours", "cached") if method.loss else ("ours",):
-                    steps[name, way, "data"] = self.ours.data(name, way)
+                keys += [(name, way, "data") for way in WAYS if way != "cached" or method.loss]
             if method.is_on_policy:
-                for way, side in (("published", self.baseline), ("ours", self.ours)):
-                    steps[name, way, "rollout"], steps[name, way, "new"] = side.rollout(name), side.text(name)
-                if "again" in method.parts:
-                    steps[name, "ours", "again"] = steps[name, "ours", "new"]
-        return steps
+                keys += [(name, way, part) for way in ("published", "ours") for part in ("rollout", "new")]
+                keys += [(name, "ours", "again")] if "again" in method.parts else []
+        sides = {"published": self.baseline, "ours": self.ours, "cached": self.ours}
+        return {key: functools.partial(sides[key[1]].run, key) for key in keys}
 
     def held(self, key: Key) -> int:
         """Bytes that stay in memory between steps: weights, moments, and the teacher's part."""
@@ -187,14 +175,12 @@ class Benchmark:
         for name in (name for name, method in self.methods.items() if method.is_on_policy):
             steps[name, "ours", "rollout"](turn)
             self.baseline.take(name, self.ours.written[name])
-        for key, step in steps.items():
-            name, way, part = key
-            if part == "rollout":
-                continue
+        for key in (key for key in steps if key[2] != "rollout"):
             values = []
-            peak = peak_memory(lambda step=step, out=values: out.extend(step(turn)), self.trainer.device)
+            peak = peak_memory(lambda key=key, out=values: out.extend(steps[key](turn)), self.trainer.device)
             self.bytes[key] = self.held(key) + peak
             loss, norm = (value.item() for value in values)
+            name, way, part = key
             if way == "published":
                 loss -= self.baseline.entropy(name, part, turn)
             self.numbers[key] = loss, norm
@@ -223,16 +209,15 @@ class Benchmark:
         self.describe_work()
         steps, rounds = self.steps(), []
         seconds = self.check(steps)  # of a round
-        timed = [key for key in steps if self.same_cost(key) == key]
+        timed = {key: step for key, step in steps.items() if self.same_cost(key) == key}
         for number, turn in enumerate(self.turns[1:], 1):
             started = time.perf_counter()
             if rounds and started + seconds > begun + 60 * minutes:
                 done = f"{len(rounds)} of {repeats} rounds"
                 self.report.note(f"{done}: the next would not end within {minutes:g} minutes")
                 break
-            left = seconds * (repeats - number + 1) / 60
-            print(f"round {number} of {repeats}, about {left:.1f} minutes left", flush=True)
-            rounds.append(self.round({key: steps[key] for key in timed}, turn))
+            print(f"round {number} of {repeats}, {seconds / 60:.1f} minutes each", flush=True)
+            rounds.append(self.round(timed, turn))
             seconds = time.perf_counter() - started
         return self.tables({key: [each[key] / self.samples_of(key) for each in rounds] for key in timed})
 
@@ -256,20 +241,20 @@ class Benchmark:
             return name, way, "data" if "data" in self.methods[name].parts else "new"
         return (name, "ours", part) if way == "cached" and part != "data" else key
 
+    def share(self, key: Key, way: str | None = None) -> float:
+        """How much of this step a sample takes that its method trains on, in the step's own way or in another."""
+        name, own, _ = key
+        parts = self.methods[name].parts.items()
+        return sum(share for part, share in parts if self.same_cost((name, way or own, part)) == key)
+
     def totals(self, parts: dict[Key, list[float]]) -> dict[tuple[str, str], list[float]]:
         """Milliseconds/sample of each method and way in every round: the sum of its parts, weighed by their shares."""
         totals = {}
         for name, way in itertools.product(self.methods, WAYS):
-            shares = {self.same_cost((name, way, part)): 0.0 for part in self.methods[name].parts}
-            if any((name, way) == key[:2] for key in shares) and all(key in parts for key in shares):
-                totals[name, way] = sum(np.multiply(self.share(key, way), parts[key]) for key in shares).tolist()
+            keys = dict.fromkeys(self.same_cost((name, way, part)) for part in self.methods[name].parts)
+            if any((name, way) == key[:2] for key in keys) and all(key in parts for key in keys):
+                totals[name, way] = sum(np.multiply(self.share(key, way), parts[key]) for key in keys).tolist()
         return totals
-
-    def share(self, key: Key, way: str | None = None) -> float:
-        """How much of this step a sample takes that its method trains on, in its own way or in another."""
-        name, own, _ = key
-        parts = self.methods[name].parts.items()
-        return sum(share for part, share in parts if self.same_cost((name, way or own, part)) == key)
 
     def tables(self, parts: dict[Key, list[float]]) -> bool:
         """`parts`: milliseconds/sample of each step in every round."""
@@ -280,26 +265,24 @@ class Benchmark:
             row = {"name": name, "difference": difference, "same": same}
             row["check"] = f"{'' if same else 'FAILED '}{difference:.0e}"
             row |= {way: statistics.median(times[name, way]) / 1e3 for way in WAYS if (name, way) in times}
-            if same:
-                row["published_over_ours"] = ratio(times, (name, "published"), (name, "ours"))
-                row["published_over_cached"] = ratio(times, (name, "published"), (name, "cached"))
-                row["ours_over_sft"] = ratio(times, (name, "ours"), ("SFT", "ours"))
-                row["cached_over_sft"] = ratio(times, (name, "cached"), ("SFT", "ours"))
+            for key, (over, under, _) in RATIOS.items():
+                pair = (name, over), ("SFT", "ours") if under == "SFT" else (name, under)
+                if same and all(place in times for place in pair):
+                    each = zip(*(times[place] for place in pair), strict=True)
+                    row[key] = statistics.median(x / y for x, y in each)  # of rounds with one batch for all
             if not method.is_on_policy:
                 row |= {f"{way}_mfu": self.mfu(times, name, way) for way in ("ours", "cached")}
             rows.append(row)
-        columns = {"published": "published\nway|.3g", "ours": "ours|.3g", "cached": "ours,\ncached|.3g"}
-        columns |= {"published_over_ours": "published\n/ ours|.2f", "published_over_cached": "published\n/ cached|.2f"}
-        columns |= {"ours_over_sft": "ours\n/ SFT|.2f", "cached_over_sft": "cached\n/ SFT|.2f"}
-        columns["check"] = "same loss\nand norm to"
+        columns = {"published": "published way|.3g", "ours": "ours|.3g", "cached": "ours, cached|.3g"}
+        columns |= {key: heading for key, (*_, heading) in RATIOS.items()} | {"check": "same loss and norm to"}
         if peak_flops(self.trainer.device):
-            columns |= {"ours_mfu": "MFU,\nours|.1%", "cached_mfu": "MFU,\ncached|.1%"}
+            columns |= {"ours_mfu": "MFU, ours|.1%", "cached_mfu": "MFU, cached|.1%"}
         rounds = len(next(iter(parts.values())))
         self.report.table("methods", f"seconds/sample, medians of {rounds}", rows, columns)
         self.spreads(parts)
         self.amortized(rows)
         abkd = next((row for row in rows if row["name"] == "ABKD" and row["same"]), None)
-        if abkd is not None and self.report.judge:
+        if abkd and self.report.judge:
             bounds = [{"name": name, "ratio": abkd[key], "target": bound} for name, (key, bound) in TARGETS.items()]
             self.report.table("targets", "ABKD", bounds, {"ratio": "|.2f"})
         draw_bars(rows, WAYS, f"{self.scale.title}, {self.report.content['machine']['device']}", self.report)
@@ -310,7 +293,7 @@ class Benchmark:
         peak = peak_flops(self.trainer.device)
         if peak is None or (name, way) not in times:
             return None
-        self.trainer.method = self.ours.method(name)
+        self.trainer.method = self.ours.method(name, "data")
         cost, shares = self.trainer.step_cost(way == "cached"), []
         for turn, milliseconds in zip(self.turns[1:], times[name, way], strict=False):  # there may be fewer rounds
             flops = cost.flops(turn.samples) + cost.flops(turn.text, taught=False)
@@ -320,25 +303,23 @@ class Benchmark:
     def spreads(self, parts: dict[Key, list[float]]) -> None:
         rows = []
         for key, values in parts.items():
-            row = spread(self.label(key), values, all_ms=values, share=self.share(key))
-            if key in self.bytes:
-                row |= {"bytes": self.bytes[key], "gib": self.bytes[key] / 2**30}
-            rows.append(row)
+            size = self.bytes.get(key)
+            memory = {} if size is None else {"bytes": size, "gib": size / 2**30}
+            rows.append(spread(self.label(key), values, all_ms=values, share=self.share(key), **memory))
         title = "milliseconds a sample, or a response, and tensors held at once: weights to gradients"
-        self.report.table("ways", title, rows, TIME | {"share": "how many\na sample|.2f", "gib": "GiB at most|.2f"})
+        self.report.table("ways", title, rows, TIME | {"share": "how many a sample|.2f", "gib": "GiB at most|.2f"})
 
     def amortized(self, rows: list[dict]) -> None:
         """A table of the cache's cost, spread over the epochs that share it."""
-        costs, columns = [], {"build": "building\nthe cache, once|.3g"}
-        for row in (row for row in rows if "cached" in row):
-            cost = {"name": row["name"], "build": self.build_seconds}
-            for epochs in EPOCHS:
-                seconds = cost[f"after_{epochs}"] = row["cached"] + self.build_seconds / epochs
-                cost[f"ratio_{epochs}"] = row["published"] / seconds if row["same"] else None
-            costs.append(cost)
+        costs, columns = [], {"build": "building the cache, once|.3g"}
         for epochs in EPOCHS:
-            columns[f"after_{epochs}"] = f"step and build\nover {epochs} epochs|.3g"
-            columns[f"ratio_{epochs}"] = "published\n/ this|.2f"
+            columns[f"after_{epochs}"] = f"step and build over {epochs} epochs|.3g"
+            columns[f"ratio_{epochs}"] = "published / this|.2f"
+        for row in (row for row in rows if "cached" in row):
+            costs.append({"name": row["name"], "build": self.build_seconds})
+            for epochs in EPOCHS:
+                seconds = costs[-1][f"after_{epochs}"] = row["cached"] + self.build_seconds / epochs
+                costs[-1][f"ratio_{epochs}"] = row["published"] / seconds if row["same"] else None
         if costs:
             self.report.table("cache", "seconds/sample, the teacher's cache included", costs, columns)
 
@@ -346,28 +327,21 @@ class Benchmark:
         for name, method in self.methods.items():
             if not method.is_on_policy:
                 title = f"{name}, teacher's states cached" if method.loss else name
-                overhead(self.config(name, "auto"), title, self.report)
+                profiling.overhead(self.config(name, "auto"), title, self.report)
 
     def profile(self) -> None:
         """Tables of our steps' time, the mean over the rounds; the first batch is the warm-up."""
         self.build()
         steps = {key: step for key, step in self.steps().items() if key[1] != "published"}
-        traces = {key: [] for key in steps}
         for step in steps.values():
             step(self.turns[0])
+        traces, repeats = {key: [] for key in steps}, self.options.repeats
         for number, turn in enumerate(self.turns[1:], 1):
-            print(f"round {number} of {self.options.repeats}", flush=True)
+            print(f"round {number} of {repeats}", flush=True)
             for key, step in steps.items():
-                traces[key].append(profile(functools.partial(step, turn), self.trainer.device))
+                traces[key].append(profiling.profile(functools.partial(step, turn), self.trainer.device))
         for key in steps:
-            breakdown(traces[key], self.label(key), self.report)
-
-
-def ratio(times: dict, over: tuple[str, str], under: tuple[str, str]) -> float | None:
-    """The median over rounds, each of one batch for all; None where one of the two does not exist."""
-    if over not in times or under not in times:
-        return None
-    return statistics.median(x / y for x, y in zip(times[over], times[under], strict=True))
+            profiling.breakdown(traces[key], self.label(key), self.report)
 
 
 def scaled_parser(description: str, name: str) -> tuple[argparse.ArgumentParser, Callable]:
@@ -379,12 +353,11 @@ def scaled_parser(description: str, name: str) -> tuple[argparse.ArgumentParser,
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    (parser, add), text = scaled_parser(__doc__, "timing"), "default: all; SFT, the yardstick, always"
+    parser, add = scaled_parser(__doc__, "timing")
+    text = "default: all; SFT, the yardstick, always"
     add("--methods", choices=METHODS, nargs="+", default=list(METHODS), help=text)
-    text = "no second round that would end later (default: %(default)s)"
-    add("--minutes", type=float, default=60, help=text)
-    text = "adds the papers' plain text to every step, on both sides"
-    add("--pretrain", action="store_true", help=text)
+    add("--minutes", type=float, default=60, help="no second round that would end later (default: %(default)s)")
+    add("--pretrain", action="store_true", help="adds the papers' plain text to every step, on both sides")
     text = "where the time of our steps goes, by kind of work; nothing is compared"
     add("--profile", action="store_true", help=text)
     text = "the trainer's own share of its loop, where nothing is generated; CPU only"
@@ -398,11 +371,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     what = "overhead" if options.overhead else "profile" if options.profile else "timing"
-    work = {"timing": Benchmark.time, "profile": Benchmark.profile, "overhead": Benchmark.overhead}[what]
     with tempfile.TemporaryDirectory() as folder:
         benchmark = Benchmark(options, pathlib.Path(folder))
+        work = {"timing": benchmark.time, "profile": benchmark.profile, "overhead": benchmark.overhead}[what]
         with benchmark.report.kept(what):
-            return 1 if work(benchmark) is False else 0
+            return int(work() is False)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,5 @@
 """What whole training steps are measured on: models of random weights, and samples as long as Dolly's."""
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import json
@@ -25,7 +23,7 @@ RESPONSES = (
     *(2, 4, 6, 9, 11, 13, 15, 17, 19, 22, 25, 27, 30, 33, 37, 41, 45),
     *(49, 54, 59, 65, 71, 78, 86, 95, 104, 116, 132, 151, 179, 224, 331, 512),
 )
-MEAN_PROMPT, MEAN_RESPONSE = 71.3, 74.3
+MEAN_PROMPT, MEAN_RESPONSE = 71.3, 74.3  # of rows cut at LENGTH
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,8 +38,9 @@ class Scale:
 
     def model(self, shape: dict) -> dict:
         """The model's section of a recipe."""
-        values = {"model_type": "gpt2", "vocab_size": self.vocab, "bos_token_id": 0, "eos_token_id": 0}
-        return {"config": values | shape}
+        return {
+            "config": {"model_type": "gpt2", "vocab_size": self.vocab, "bos_token_id": 0, "eos_token_id": 0} | shape
+        }
 
 
 TINY = {"n_layer": 2, "n_head": 2, "initializer_range": 0.2}
@@ -64,56 +63,42 @@ def draw_lengths(quantiles: Sequence[int], batches: int, batch_size: int, genera
 
 
 def draw_samples(batches: int, batch_size: int, generator: np.random.Generator) -> np.ndarray:
-    """Tokens of prompts and responses [2, batches * batch_size], batch after batch.
-
-    The two are independent: in Dolly their correlation is -0.06.
-    """
+    """Tokens of prompts and responses [2, samples], batch after batch. In Dolly, too, they hardly correlate (-0.06)."""
     return np.stack([draw_lengths(each, batches, batch_size, generator).ravel() for each in (PROMPTS, RESPONSES)])
 
 
-def write_jsonl(path: pathlib.Path, rows: Sequence[dict]) -> None:
+def random_text(generator: np.random.Generator, vocab: int, tokens: int, before: str = " ") -> str:
+    """Words that are numbers of tokens, each with a string before it."""
+    return "".join(f"{before}{token}" for token in generator.integers(1, vocab, size=tokens))
+
+
+def write_rows(path: pathlib.Path, rows: Sequence[dict]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def write_rows(path: pathlib.Path, batches: int, batch_size: int, vocab: int) -> None:
-    """Rows of random tokens for `write_tokenizer`, batch after batch."""
-    generator = np.random.default_rng(0)
-
-    def text(tokens: int) -> str:
-        return "".join(f" {token}" for token in generator.integers(1, vocab, size=tokens))
-
-    lengths = draw_samples(batches, batch_size, generator).T
-    write_jsonl(path, [{"prompt": text(prompt), "output": text(response - 1)} for prompt, response in lengths])
-
-
-def write_text(path: pathlib.Path, blocks: int, vocab: int) -> None:
-    """Documents of random tokens, each of which is a block of LENGTH with its end token."""
-    tokens = np.random.default_rng(1).integers(1, vocab, size=(blocks, LENGTH - 1))
-    write_jsonl(path, [{"text": " ".join(map(str, document))} for document in tokens])
-
-
-def write_tokenizer(folder: pathlib.Path, vocab: int) -> None:
-    """A tokenizer whose words are the numbers of its tokens; the end token is 0."""
-    words = Tokenizer(WordLevel({"<end>": 0} | {str(token): token for token in range(1, vocab)}))
-    words.pre_tokenizer = WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>").save_pretrained(folder)
-
-
-def write_recipe(folder: pathlib.Path, scale: Scale, batches: int, train: dict, **sections: object) -> pathlib.Path:
-    """Writes rows and tokenizer, unless they are there, and a recipe for them: one micro-batch a step, no checkpoint.
+def write_recipe(folder: pathlib.Path, scale: Scale, batches: int, train: dict, sections: dict) -> pathlib.Path:
+    """Writes a recipe with one micro-batch a step and no checkpoint, and what it reads, unless that is there.
 
     Args:
-        train: its section "train", with device, steps and batch_size.
+        batches: of samples, and of blocks of plain text, which the recipe names only if `sections` do.
+        train: the section "train", with device, steps and batch_size.
         sections: more of the recipe; "data" is added to what is said here.
     """
-    rows = folder / "rows.jsonl"
+    rows, size, vocab = folder / "rows.jsonl", train["batch_size"], scale.vocab
     if not rows.exists():
-        write_rows(rows, batches, train["batch_size"], scale.vocab)
-        write_tokenizer(folder / "tokenizer", scale.vocab)
+        generator = np.random.default_rng(0)
+        pairs = draw_samples(batches, size, generator).T
+        lengths = [(prompt, response - 1) for prompt, response in pairs]  # the end token is added
+        texts = [[random_text(generator, vocab, length) for length in pair] for pair in lengths]
+        write_rows(rows, [{"prompt": prompt, "output": output} for prompt, output in texts])
+        generator = np.random.default_rng(1)
+        blocks = (random_text(generator, vocab, LENGTH - 1)[1:] for _ in range(batches * size))
+        write_rows(folder / "text.jsonl", [{"text": text} for text in blocks])
+        write_tokenizer(folder / "tokenizer", vocab)
     recipe = {
         "tokenizer": str(folder / "tokenizer"),
         "student": scale.model(scale.student),
-        "train": {"max_tokens": train["batch_size"] * LENGTH, **train},
+        "train": {"max_tokens": size * LENGTH, **train},
         "checkpoint": {"every_steps": train["steps"]},
         **sections,
         "data": {"train": str(rows), "max_length": LENGTH, "max_prompt_length": None, **sections.get("data", {})},
@@ -121,6 +106,13 @@ def write_recipe(folder: pathlib.Path, scale: Scale, batches: int, train: dict, 
     path = folder / "recipe.json"
     path.write_text(json.dumps(recipe))
     return path
+
+
+def write_tokenizer(folder: pathlib.Path, vocab: int, before: str = "", end: str = "<end>") -> None:
+    """A tokenizer whose words are the numbers of its tokens, with a string before each; the end token is 0."""
+    words = Tokenizer(WordLevel({end: 0} | {f"{before}{token}": token for token in range(1, vocab)}, unk_token=end))
+    words.pre_tokenizer = WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token=end, unk_token=end).save_pretrained(folder)
 
 
 def response_lengths(samples: list[dict]) -> list[int]:

@@ -70,19 +70,19 @@ def test_predict(tmp_path):
     predict.main(["--batch-size", "16", "--mfu", "0.5", "--bandwidth", "1", "--out", str(tmp_path)])
     sections = json.loads((tmp_path / "predict.json").read_text())["sections"]
     pair = predict.PAIRS["GPT-2 XL to GPT-2"]
-    real, padded = pair.samples["real"], pair.samples["padded"]
-    for way, samples, teacher, cached in (
-        ("published", padded, pair.teacher, False),
-        ("ours", real, pair.teacher, False),
-        ("cached", real, pair.teacher, True),
+    real, padded, (student, teacher) = pair.samples["real"], pair.samples["padded"], pair.models
+    for way, samples, teaching, cached in (
+        ("published", padded, teacher, False),
+        ("ours", real, teacher, False),
+        ("cached", real, teacher, True),
         ("sft", real, None, False),
     ):
-        expected = costs.StepCost(pair.student, None, teacher, cached).flops(samples) / len(samples)
+        expected = costs.StepCost(student, None, teaching, cached).flops(samples) / len(samples)
         assert pair.flops[way] == pytest.approx(expected)
         assert sections["operations"][0]["rows"][-1][way] == pytest.approx(expected / 1e9)
     published, ours, _, _ = sections["prediction"][0]["rows"]
     assert published["products"] == pytest.approx(pair.flops["published"] / (0.5 * 989e12))
-    assert ours["optimizer"] == pytest.approx(40 * pair.student.parameters / 16 / 3.35e12)
+    assert ours["optimizer"] == pytest.approx(40 * student.parameters / 16 / 3.35e12)
     assert published["gigabytes"] > 10 * 512 * 50257 * 4 / 1e9  # of tensors in float32 that are written and read
 
 

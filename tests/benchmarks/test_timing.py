@@ -117,10 +117,10 @@ def test_timing_compares_every_part(benchmark, wrong):
 
 def test_timing_responses_are_as_long_as_the_datas(benchmark, workload):
     benchmark.build()
-    turn = benchmark.turns[1]
+    turn, sides = benchmark.turns[1], {"ours": benchmark.ours, "published": benchmark.baseline}
     for name in benchmark.methods:
-        for side in (benchmark.ours, benchmark.baseline) if benchmark.methods[name].is_on_policy else ():
-            side.rollout(name)(turn)
+        for way, side in sides.items() if benchmark.methods[name].is_on_policy else ():
+            side.run((name, way, "rollout"), turn)
             written = side.written[name]
             if name == "MiniLLM" and side is benchmark.baseline:
                 lengths, expected = written.mask.sum(1).tolist(), workload.response_lengths(turn.prompts[:16])
@@ -138,7 +138,7 @@ def test_published_mixture_is_of_student_and_teacher(benchmark, timing):
     baseline = importlib.import_module("baseline")
     student, teacher = benchmark.baseline.trainer.student.eval(), benchmark.baseline.trainer.teacher
     prompts = [[5, 6, 7], [8, 9, 10, 11, 12]]
-    ids, mask = baseline.pad(prompts, 256, left=True)
+    ids, mask = baseline.pad(prompts, 256, "cpu", left=True)
     mix = baseline.TeacherMix(teacher, mask, 0.2)
     with torch.no_grad():
         for new in ([], [[1], [2]], [[1, 3], [2, 4]]):  # the teacher's cache grows with the responses
@@ -167,7 +167,7 @@ def test_timing_mfu(timing, tmp_path, monkeypatch):
 @pytest.mark.parametrize("factor", [1.001, math.nan])
 def test_timing_marks_a_wrong_loss(timing, tmp_path, monkeypatch, factor):
     right = timing.METHODS["ABKD"]
-    wrong = dataclasses.replace(right, baseline=lambda *logits: factor * right.baseline(*logits))
+    wrong = dataclasses.replace(right, baseline_loss=lambda *logits: factor * right.baseline_loss(*logits))
     monkeypatch.setitem(timing.METHODS, "ABKD", wrong)
     options = ["--scale", "tiny", "--device", "cpu", "--methods", "ABKD", "--repeats", "1", "--out", str(tmp_path)]
     assert timing.main(options) == 1
@@ -316,8 +316,8 @@ def test_timing_batches_are_like_the_whole(workload):
 
 
 def test_timing_rows_have_the_lengths_drawn(workload, tmp_path):
-    workload.write_rows(tmp_path / "rows.jsonl", 5, 4, 1009)
-    workload.write_tokenizer(tmp_path / "tokenizer", 1009)
+    train = {"steps": 1, "batch_size": 4, "device": "cpu"}
+    workload.write_recipe(tmp_path, workload.SCALES["tiny"], 5, train, {})
     rows = read_rows(str(tmp_path / "rows.jsonl"))
     dataset = tokenize(rows, read_tokenizer(str(tmp_path / "tokenizer"), "tokenizer"), 512)
     for row, ids, prompt in zip(rows, dataset["input_ids"], dataset["prompt_length"], strict=True):
