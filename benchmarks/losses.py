@@ -2,10 +2,10 @@
 
 STAGE is the recipe's stage that distills. The stages it refers to (teacher, initial student) are trained first, once.
 Every loss gets the same initial student, rows, steps and settings, no plain-text term, and the learning rate of --rates
-that was best on the development rows, in runs with --search-seeds. Each is trained with every one of --seeds, and each
-result answers the test sets of the recipe's eval.sets with eval.seeds. A cell is the mean over training seeds, and in
-brackets their standard deviation. Teacher and initial student are one model each: their deviation is over the answers'
-seeds. What is finished already is used again.
+that was best on the development rows, with another seed. Each is trained with every one of --seeds, and each result
+answers the test sets of the recipe's eval.sets with eval.seeds. A cell is the mean over training seeds, and in brackets
+their standard deviation; for teacher and initial student, one model each, it is that over the answers' seeds. What is
+finished already is used again.
 """
 
 import argparse
@@ -36,7 +36,7 @@ from abkd_fast.evaluation.figures import rouge_curves
 from abkd_fast.evaluation.runs import LOSSES, read_runs
 from harness import Report
 
-SFT = "sft"
+SFT, SEARCH_SEED = "sft", 10
 TABLE_2 = (SFT, "fkl", "rkl", "wsd:0.5", "bdkd", "jsd:0.1", "akl:0.5", "alphanet:0.2,0.9", "ab:0.2,0.7")
 
 
@@ -100,22 +100,21 @@ class Study:
             raise ConfigError('eval.sets: missing; name the test sets: --set eval.sets=\'{"dolly": "FILE"}\'')
         if self.options.select == "rouge_l" and len(self.rates) > 1 and settings.rouge_rows is None:
             raise ConfigError("eval.rouge_rows: missing, and rates are chosen by it; give it, or --select dev_loss")
-        if shared := {*self.options.seeds} & {*self.options.search_seeds}:
-            raise ConfigError(f"seeds: {min(shared)} is one of the search, too: its luck would be counted twice")
+        if SEARCH_SEED in self.options.seeds:
+            raise ConfigError(f"seeds: {SEARCH_SEED} is that of the search, too: its luck would be counted twice")
         for name, spec in self.models.items():
             if spec is None or spec.path is None or spec.has_adapter:
                 raise ConfigError(f"{name.lower()}: expected the path of a whole model, which can be evaluated")
 
     def config(self, kind: str, loss: str, rate: float, seed: int) -> Config:
         """The configuration of one run. `kind`: "search" or "runs"."""
-        optim, answers, steps = self.template.optim, {}, self.template.train.steps
+        optim, answers, steps = self.template.optim, {"sets": None}, self.template.train.steps
         if kind == "search":
             steps = self.options.search_steps or steps
-            answers = {"rouge_rows": None} if self.options.select == "dev_loss" else {}
+            answers |= {"rouge_rows": None} if self.options.select == "dev_loss" else {}
         name = f"{loss.replace(':', '-')}-{rate:g}-seed{seed}"
         run = {"dir": str(self.out / kind), "stage": None, "seed": seed, "name": name}
         rates = {"lr": rate, "min_lr": min(rate, optim.min_lr)}
-        answers["sets"] = None
         config = replace(self.template, run=run, optim=rates, train={"steps": steps}, eval=answers)
         method = {"method": SFT} if loss == SFT else {"method": "ab", "loss": loss}
         return dataclasses.replace(config, **method)
@@ -158,7 +157,7 @@ class Study:
 
     def search(self) -> dict[str, float]:
         """The learning rate of each loss."""
-        losses, seeds, by_rouge = self.options.losses, self.options.search_seeds, self.options.select == "rouge_l"
+        losses, by_rouge = self.options.losses, self.options.select == "rouge_l"
         if len(self.rates) == 1:
             return dict.fromkeys(losses, self.rates[0])
         key, sign = ("dev_rouge_l", 1) if by_rouge else ("dev_loss", -1)
@@ -167,17 +166,17 @@ class Study:
             return -sign * math.inf if summary is None else summary[key]
 
         def say(job: tuple, summary: dict | None) -> str:
-            return f"{job[0]} at {job[1]:g}, seed {job[2]}: {key} {value(summary):.3f}"
+            return f"{job[0]} at {job[1]:g}: {key} {value(summary):.3f}"
 
-        places = itertools.product(losses, self.rates, seeds)
-        found = self._map(train, {place: (self.config("search", *place),) for place in places}, say)
+        places = itertools.product(losses, self.rates)
+        found = self._map(train, {place: (self.config("search", *place, SEARCH_SEED),) for place in places}, say)
         rows, chosen = [], {}
         for loss in losses:
-            values = {rate: statistics.fmean(value(found[loss, rate, seed]) for seed in seeds) for rate in self.rates}
+            values = {rate: value(found[loss, rate]) for rate in self.rates}
             chosen[loss] = max(values, key=lambda rate: sign * values[rate])
             rows.append({"name": label(loss), **{str(rate): value for rate, value in values.items()}})
         what, form = ("ROUGE-L", ".2f") if by_rouge else ("cross-entropy", ".4f")
-        title = f"learning rates: {what} on development rows at the end of a run, mean of {len(seeds)} seeds"
+        title = f"learning rates: {what} on development rows at the end of a run, seed {SEARCH_SEED}"
         columns = {"name": "loss"} | {str(rate): f"{rate:g}|{form}" for rate in self.rates}
         self.report.table("search", title, rows, columns)
         return chosen
@@ -213,13 +212,12 @@ class Study:
         The unit is the standard error of a difference, from the spread over training seeds of all losses together.
         """
         first, *others = sorted(means, key=lambda loss: -statistics.fmean(means[loss]))
-        count, error, measure = len(means[first]), 0.0, ""
+        count, error, measure, behind = len(means[first]), 0.0, "", []
         if count > 1:
             error = math.sqrt(statistics.fmean(map(statistics.variance, means.values())) * 2 / count)
         if error:
             freedom = f"{error:.2f} from {len(means) * (count - 1)} degrees of freedom"
             measure = f" (in standard errors of a difference, {freedom})"
-        behind = []
         for loss in others:
             gap = statistics.fmean(means[first]) - statistics.fmean(means[loss])
             behind.append(f"{label(loss)} {gap:.2f}" + (f" ({gap / error:.1f})" if error else ""))
@@ -266,7 +264,6 @@ def main() -> None:
     add("--rates", nargs="+", type=float, help="learning rates to search (default: 1/2, 1, 2 times the recipe's)")
     text = "what decides which rate is best (default: %(default)s)"
     add("--select", choices=("rouge_l", "dev_loss"), default="rouge_l", help=text)
-    add("--search-seeds", nargs="+", type=int, default=[10], help="seeds of the search (default: 10)")
     add("--search-steps", type=int, help="steps of the search's runs (default: the recipe's)")
     add("--seeds", nargs="+", type=int, default=[1, 2, 3], help="seeds of training (default: 1 2 3)")
     add("--rows", type=int, help="answers only the first rows of each test set")
