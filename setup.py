@@ -14,15 +14,15 @@ import sysconfig
 from setuptools import setup
 
 STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020a000000000000"]  # PyTorch 2.10
-# No -ffast-math: the kernels rely on the order of their additions, on infinities and on NaN. These two flags only
-# give up floating-point traps and errno, which nothing reads, and without them loops are not vectorized.
+# No -ffast-math: the kernels rely on the order of their additions, on infinities and on NaN. -fno-math-errno and
+# -fno-trapping-math give up only errno and floating-point traps, which nothing reads. Loops are not vectorized without.
 OPTIMIZE = ["-O3", "-std=c++20", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"]
 
 
 def find_cuda_home() -> str | None:
-    """Folder of a CUDA toolkit: CUDA_HOME, nvcc on PATH, or the nvidia-cuda-nvcc wheels."""
+    """The folder of a CUDA toolkit: CUDA_HOME, that of nvcc on PATH, or one of the nvidia-cuda-nvcc wheels."""
     candidates = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
-    if nvcc := shutil.which("nvcc"):  # perhaps a wrapper script: nvcc itself says where it lives
+    if nvcc := shutil.which("nvcc"):  # it may be a wrapper script: nvcc itself knows its folder
         dry_run = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True)
         candidates += [str(pathlib.Path(top).resolve()) for top in re.findall(r"TOP=(\S+)", dry_run.stderr)]
     candidates += sorted(map(str, pathlib.Path(sysconfig.get_paths()["purelib"]).glob("nvidia/cu*")), reverse=True)
@@ -35,13 +35,13 @@ def nvcc_version(cuda_home: str) -> str:
 
 
 def known_archs(cuda_home: str) -> list[str]:
-    """Of the default compute capabilities, those that this nvcc can compile for."""
+    """The default compute capabilities that this nvcc can compile for."""
     known = subprocess.check_output([f"{cuda_home}/bin/nvcc", "--list-gpu-code"], text=True).split()
     return [arch for arch in ("80", "90", "100") if f"sm_{arch}" in known]
 
 
 def decide_cuda() -> tuple[str | None, str]:
-    """The CUDA toolkit to build with, or None and the reason. Exits where ABKD_CUDA=1 can't be satisfied."""
+    """The CUDA toolkit to build with, or None and the reason. Exits if ABKD_CUDA=1 can't be satisfied."""
     import torch
 
     if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 10):
@@ -103,7 +103,7 @@ def extensions() -> tuple[list, type]:
     print(f"abkd_fast: building CPU kernels (AVX-512, AVX2, baseline) and {built}", flush=True)
 
     class BuildAndKeep(BuildExtension):
-        """Leaves the libraries in the source folder too: Python started there imports the package from there."""
+        """Leaves the libraries in the source folder too: Python started there imports the package from that folder."""
 
         def run(self) -> None:
             super().run()

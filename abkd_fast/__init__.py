@@ -10,7 +10,8 @@ _MODULES = {
     "losses.row_ops": "build_info",
     "losses.logits": "divergence_loss",
     "generation.sampling": "SamplingParams sample sample_mixture",
-    "losses.fused_linear": "fused_linear_cross_entropy fused_linear_divergence fused_linear_policy_gradient",
+    "losses.fused_linear": "fused_linear_cross_entropy fused_linear_divergence",
+    "losses.policy_gradient": "fused_linear_policy_gradient",
 }
 _RENAMED = {"SamplingSettings": "SamplingParams"}  # earlier names, which scripts may have
 _HOME = {name: module for module, names in _MODULES.items() for name in names.split()}

@@ -10,5 +10,5 @@ console = Console(soft_wrap=True, highlight=False, quiet=os.environ.get("RANK", 
 
 
 def format_bytes(number: float) -> str:
-    """Bytes, for people."""
+    """A number of bytes as text for people."""
     return f"{number / 1e9:.1f} GB" if number >= 1e9 else f"{number / 1e6:.1f} MB"

@@ -1,4 +1,4 @@
-"""Where models run, and in which type."""
+"""The device that models run on, and the type that they compute in."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .errors import ConfigError
 
 
 def choose_device(wish: str, section: str = "") -> torch.device:
-    """Raises ConfigError, whose key is `device` behind its section, "train." in recipes, where there is no such one."""
+    """The device for "auto", "cpu" or "cuda". Raises ConfigError, with `section` before the key, if there is none."""
     if wish == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"{section}device is cuda, but PyTorch sees no GPU; use auto or cpu")
     device = torch.device("cuda" if wish != "cpu" and torch.cuda.is_available() else "cpu")
@@ -28,7 +28,7 @@ def choose_device(wish: str, section: str = "") -> torch.device:
 
 
 def choose_dtype(wish: str, device: torch.device, section: str = "") -> torch.dtype:
-    """Raises ConfigError, likewise, for a type that the device doesn't compute in here."""
+    """The type for "auto" or a type's name. Raises ConfigError if models don't compute in it on this device."""
     if wish == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     if wish in ("float32", "float64") and device.type == "cuda":
@@ -41,7 +41,7 @@ def device_name(device: torch.device) -> str:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: the most the GPU allocated, or the most the process held; on the rank with the most."""
+    """Bytes that the GPU has allocated at most, or else the process; the largest of all ranks. Collective."""
     if device.type == "cuda":
         return int(distributed.all_reduce_max(torch.cuda.max_memory_allocated(device)))
     unit = 1 if sys.platform == "darwin" else 1024
@@ -49,7 +49,7 @@ def peak_memory(device: torch.device) -> int:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that the device could still allocate; 0 where the system doesn't say."""
+    """Bytes that the device could still allocate; 0 if the system doesn't say."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     with contextlib.suppress(OSError), open("/proc/meminfo", encoding="ascii") as file:

@@ -1,4 +1,4 @@
-"""Several processes, one a GPU: all of torch.distributed that a run uses. Alone, every function here does nothing."""
+"""Several processes, one for each GPU: a run's use of torch.distributed. A single process communicates nothing."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .errors import first_line
 
-# It gets another name, which older versions don't know.
+# The argument gets a new name, which older versions of torch don't know.
 warnings.filterwarnings("ignore", r".*broadcast_buffers. is deprecated", FutureWarning)
 
-GRACE = 5.0  # seconds that a rank has to say it stops, too, before others call it dead
-# In messages of torch.distributed's two backends, and of no other error.
+GRACE = 5.0  # seconds: a rank that doesn't say within this time that it stops counts as dead
+# Words in the messages of torch.distributed's two backends, and in those of no other error.
 LOST_CONNECTION = ("gloo", "nccl", "connection closed", "connection reset", "timed out")
 
 _store: dist.Store | None = None
@@ -46,21 +46,21 @@ def world_size() -> int:
 
 
 def is_rank0() -> bool:
-    """Whether this process is the one that writes and prints."""
+    """Whether this process is rank 0, which writes and prints."""
     return rank() == 0
 
 
 def is_restarted() -> bool:
-    """Whether torchrun has started the processes again, after a failure."""
+    """Whether torchrun has started the processes again after a failure."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
 
 
 @contextlib.contextmanager
 def process_group(timeout_minutes: float = 30.0) -> Iterator[None]:
-    """Joins the processes that torchrun started, by its environment variables: NCCL between GPUs, else gloo.
+    """Joins the processes that torchrun has started, by its environment variables: NCCL between GPUs, else gloo.
 
-    A process that waits for others longer than the timeout gives up. Raises ConnectionError, with the ranks that don't
-    answer, where another one is lost.
+    A process gives up if it waits for others longer than the timeout. Raises ConnectionError with the ranks that don't
+    answer if a process is lost.
     """
     global _store, _timeout
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
@@ -70,10 +70,10 @@ def process_group(timeout_minutes: float = 30.0) -> Iterator[None]:
     backend = "gloo"
     if (number := int(os.environ.get("LOCAL_RANK", 0))) < torch.cuda.device_count():
         backend = "cpu:gloo,cuda:nccl"
-        torch.cuda.set_device(number)  # from here on "cuda" means this one
+        torch.cuda.set_device(number)  # from here on "cuda" means this GPU
     _store, number, count = next(dist.rendezvous("env://", timeout=_timeout))
     dist.init_process_group(backend, store=_store, rank=number, world_size=count, timeout=_timeout)
-    if not is_rank0():  # they would repeat its warnings
+    if not is_rank0():  # the other ranks would repeat the warnings of rank 0
         warnings.simplefilter("ignore")
         logging.disable(logging.WARNING)
     try:
@@ -82,25 +82,25 @@ def process_group(timeout_minutes: float = 30.0) -> Iterator[None]:
         if reason := _lost_ranks(error):
             raise ConnectionError(reason) from error
         raise
-    dist.destroy_process_group()  # not after an error: others may wait in it
+    dist.destroy_process_group()  # not after an error: other ranks may wait in a collective
 
 
 def tag_with_rank(text: str, topic: str = "") -> str | None:
-    """A message of this rank, with its name; None where another rank has said the same, or all on its topic."""
-    if _store is None:  # what was wrong before the processes met is the same for all of a machine
+    """The message with this rank's number; None if another rank has said the same, or something on this topic."""
+    if _store is None:  # before the processes have met, all of one machine have the same errors
         return text if os.environ.get("LOCAL_RANK", "0") == "0" else None
-    with contextlib.suppress(RuntimeError):  # of a store whose process is gone
+    with contextlib.suppress(RuntimeError):  # the process of the store may be gone
         if _store.add(f"said/{topic or hashlib.sha256(text.encode()).hexdigest()}", 1) > 1:
             return None
     return f"rank {rank()} of {world_size()}: {text}"
 
 
 def _lost_ranks(error: RuntimeError) -> str | None:
-    """Which ranks don't answer, where that is what an error is about. Waits GRACE for those that stop as well."""
+    """The ranks that don't answer, as text; None for other errors. Waits GRACE for ranks that stop, too."""
     if world_size() == 1 or not any(word in str(error).lower() for word in LOST_CONNECTION):
         return None
     silent = set(range(world_size())) - {rank()}
-    with contextlib.suppress(RuntimeError):  # of a store whose process is gone
+    with contextlib.suppress(RuntimeError):  # the process of the store may be gone
         _store.set(f"stopped/{rank()}", "")
         end = time.monotonic() + GRACE
         while silent and time.monotonic() < end:
@@ -112,27 +112,27 @@ def _lost_ranks(error: RuntimeError) -> str | None:
 
 @functools.cache
 def background_group() -> dist.ProcessGroup:
-    """All processes, for a thread beside the one that trains, whose messages must not meet its own."""
+    """A group of all processes for a background thread, whose messages must not mix with those of training."""
     return dist.new_group(backend="gloo", timeout=_timeout)
 
 
-# Collectives. Every rank has to call them, in the same order.
+# Collectives: every rank has to call them, in the same order.
 
 
 def all_reduce_sum(tensor: Tensor) -> Tensor:
-    """The sum over all ranks, in place."""
+    """Sums a tensor over all ranks, in place."""
     if world_size() > 1:
         dist.all_reduce(tensor)
     return tensor
 
 
 def all_reduce_count(number: int) -> int:
-    """The sum over all ranks."""
+    """The sum of a number over all ranks."""
     return int(all_reduce_sum(torch.tensor(number)))
 
 
 def all_reduce_max(number: float) -> float:
-    """The largest over all ranks."""
+    """The largest number of all ranks."""
     if world_size() == 1:
         return number
     tensor = torch.tensor(number, dtype=torch.float64)
@@ -141,7 +141,7 @@ def all_reduce_max(number: float) -> float:
 
 
 def all_gather_object(item: Item) -> list[Item]:
-    """Every rank's, in order of the ranks."""
+    """The items of all ranks, in the order of the ranks."""
     if world_size() == 1:
         return [item]
     items = [None] * world_size()
@@ -150,23 +150,23 @@ def all_gather_object(item: Item) -> list[Item]:
 
 
 def barrier() -> None:
-    """Waits for all ranks."""
+    """Waits until all ranks have come here."""
     all_gather_object(None)
 
 
 def local_shard(items: list[Item]) -> list[Item]:
-    """This rank's of the items: every world-th."""
+    """This rank's part of the items: rank, rank + world_size, …"""
     return items[rank() :: world_size()]
 
 
 def gather_shards(items: list[Item]) -> list[Item]:
-    """The inverse: what each rank made of its share, all in the order of the whole."""
-    parts = all_gather_object(items)
-    return [parts[place % world_size()][place // world_size()] for place in range(sum(map(len, parts)))]
+    """The inverse of `local_shard`: the items of all ranks in the original order."""
+    shards = all_gather_object(items)
+    return [shards[index % world_size()][index // world_size()] for index in range(sum(map(len, shards)))]
 
 
 def run_on_all_ranks(function: Callable[[], Item]) -> list[Item]:
-    """What it returns on every rank; what it raises on one is raised on all."""
+    """Calls a function on every rank and returns all results. An error of one rank is raised on all of them."""
     if world_size() == 1:
         return [function()]
     try:
@@ -180,7 +180,7 @@ def run_on_all_ranks(function: Callable[[], Item]) -> list[Item]:
 
 
 def _portable(error: Exception) -> Exception:
-    """The error, or its text where it can't be sent."""
+    """The error, or a RuntimeError with its text if pickle can't send it."""
     try:
         pickle.dumps(error)
     except Exception:
@@ -189,13 +189,13 @@ def _portable(error: Exception) -> Exception:
 
 
 def run_on_rank0(function: Callable[[], Item]) -> Item:
-    """Calls it in the main process alone; what it returns, or raises, all get."""
+    """Calls a function on rank 0 alone. All ranks return its result, or raise its error."""
     return run_on_all_ranks(function if is_rank0() else lambda: None)[0]
 
 
 @contextlib.contextmanager
 def rank0_context(context: contextlib.AbstractContextManager) -> Iterator[None]:
-    """The context, entered by the main process for all."""
+    """Rank 0 enters the context for all ranks. An error in entering it is raised on all of them."""
     with contextlib.ExitStack() as stack:
         run_on_rank0(lambda: stack.enter_context(context) and None)
         yield
@@ -203,7 +203,7 @@ def rank0_context(context: contextlib.AbstractContextManager) -> Iterator[None]:
 
 @contextlib.contextmanager
 def rank0_first() -> Iterator[None]:
-    """The others wait until the main process is through, and find what it leaves on the disk."""
+    """Rank 0 runs the block first. The others wait for it, and find on the disk what it has written."""
     if not is_rank0():
         barrier()
     try:
@@ -213,37 +213,38 @@ def rank0_first() -> Iterator[None]:
             barrier()
 
 
-# A step on several ranks
+# A training step on several ranks.
 
 
 def seed_per_rank(seed: int) -> None:
-    """From here on ranks draw different numbers: other samples get another dropout."""
+    """Gives every rank its own random numbers from here on, so that dropout differs between ranks."""
     if rank():
-        torch.manual_seed(seed + 1_000_003 * rank())  # seeds next to `seed` are taken
+        torch.manual_seed(seed + 1_000_003 * rank())  # the run uses the seeds next to `seed` elsewhere
 
 
 def replicate(model: nn.Module) -> nn.Module:
-    """The model as it is to be called in training. Gradients are summed over ranks, not averaged: losses are shares
-    of one mean over all ranks.
+    """The model to call in training. Its gradients are summed over ranks, not averaged.
+
+    The loss of each rank is a part of one mean over all ranks.
     """
     if world_size() == 1 or is_sharded(model):
         return model
     if next(model.parameters()).is_cuda:
-        torch._dynamo.config.optimize_ddp = False  # it would cut compiled layers, which are small enough, into pieces
+        torch._dynamo.config.optimize_ddp = False  # it would split compiled layers, which are small enough
     replica = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
     replica.register_comm_hook(None, _sum)
     return replica
 
 
-def _sum(state, bucket):  # noqa: ANN001 - it is refused with annotations that are text
+def _sum(state, bucket):  # noqa: ANN001 - torch refuses annotations that are text
     work = dist.all_reduce(bucket.buffer(), async_op=True)
     return work.get_future().then(lambda future: future.value()[0])
 
 
 def grad_sync(model: nn.Module, when: bool) -> contextlib.AbstractContextManager:
-    """A micro-batch's passes, after which gradients are summed over ranks, or only collected.
+    """A context for one micro-batch's passes. If `when` is true, they sum the gradients over ranks, else they don't.
 
-    Those of a sharded model are summed every time: no rank has room for all of them.
+    The gradients of a sharded model are summed every time: no rank has memory for all of them.
     """
     return model.no_sync() if isinstance(model, DistributedDataParallel) and not when else contextlib.nullcontext()
 
@@ -251,12 +252,11 @@ def grad_sync(model: nn.Module, when: bool) -> contextlib.AbstractContextManager
 def shard(
     model: nn.Module, layers: Iterable[nn.Module], device: torch.device, storage: torch.dtype, dtype: torch.dtype
 ) -> None:
-    """Leaves each rank its part of every weight, on its device, in the type `storage`, of an adapter in its own.
+    """Shards a model in place: each rank keeps its part of every weight, on `device`, in the type `storage`.
 
-    A layer is whole while it computes, in `dtype`.
-
-    What is in no layer, the embeddings above all, is whole from a forward pass on to the end of the backward pass. Both
-    communicate: all ranks have to make the same ones.
+    The weights of an adapter keep their own type. A layer is gathered while it computes, in `dtype`. Weights outside of
+    the layers (above all the embeddings) stay gathered from a forward pass to the end of its backward pass. Both passes
+    communicate: all ranks have to make the same passes.
     """
     layers = list(layers)
     mesh = init_device_mesh(device.type, (world_size(),))
@@ -269,8 +269,8 @@ def shard(
         fully_shard(module, mesh=mesh, mp_policy=policy)
         module.set_gradient_divide_factor(1.0)  # a sum, as in `replicate`
         module.set_force_sum_reduction_for_comms(True)
-    # By itself FSDP2 fetches ahead what came before in its last forward passes, of which ranks may have made different
-    # ones while they had all weights: then they would wait for each other forever.
+    # By default FSDP2 prefetches by the order of its last forward passes. Ranks may have made different passes while
+    # they had all weights (see `unsharded`), and would wait for each other forever.
     for module, earlier in zip((*layers, model), (layers[0], *layers), strict=True):
         module.set_modules_to_backward_prefetch([earlier])
 
@@ -281,11 +281,11 @@ def is_sharded(model: nn.Module) -> bool:
 
 @contextlib.contextmanager
 def unsharded(*models: nn.Module) -> Iterator[None]:
-    """Within it every rank has all weights of sharded models, and may compute without the others."""
-    parts = [part for model in models for part in model.modules() if is_sharded(part)]
-    layers = [part for part in parts if part not in models]
-    for part in parts:
-        part.unshard()
+    """A context in which every rank has all weights of sharded models, and may compute without the others."""
+    modules = [module for model in models for module in model.modules() if is_sharded(module)]
+    layers = [module for module in modules if module not in models]
+    for module in modules:
+        module.unshard()
     for layer in layers:
         layer.set_reshard_after_forward(False, recurse=False)
     try:
@@ -293,21 +293,21 @@ def unsharded(*models: nn.Module) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.set_reshard_after_forward(True, recurse=False)
-        for part in parts:
-            part.reshard()
+        for module in modules:
+            module.reshard()
 
 
 def local_numel(tensor: Tensor) -> int:
-    """How many numbers of a tensor this rank has."""
+    """The number of elements of a tensor that this rank holds."""
     return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).numel()
 
 
 def unshard_root(model: nn.Module) -> None:
-    """Makes what is in no layer of a sharded model whole, as a forward pass leaves it."""
+    """Gathers the weights outside of a sharded model's layers, as a forward pass leaves them."""
     if is_sharded(model):
         model.unshard()
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """All of a tensor of which every rank may have a part. All ranks have to call it."""
+    """The whole of a tensor that may be sharded. Collective."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

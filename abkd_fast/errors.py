@@ -3,31 +3,52 @@
 from __future__ import annotations
 
 import difflib
+import math
 import typing
 
 
 class ConfigError(ValueError):
-    """Something the user wrote, or pointed to, can't be used. The message is one line and says what to do.
+    """A value or a file of the user can't be used. The message is one line and says what to do.
 
-    `key` is the dotted key at fault, where it is one key's.
+    `key` is the dotted key that is wrong, if it is one key.
     """
 
     def __init__(self, message: str, key: str = "") -> None:
-        # What users wrote may hold any character.
+        # Text of a user may hold any character, line ends too.
         super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in message))
         self.key = key
 
 
 def first_line(error: Exception) -> str:
-    """What a library's error says, for a ConfigError."""
+    """The first line of a library's error, for the message of a ConfigError."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 def nearest(name: str, valid: typing.Iterable[str]) -> str:
-    """A hint for a message: the valid name that was probably meant, or else all of them."""
+    """A hint for a message: the valid name that is most similar, or else all valid names."""
     near = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.5)
     return f"; did you mean {near[0]}?" if near else f"; valid are {', '.join(valid)}"
 
 
+def check_number(name: str, value: float | None, low: float, high: float = math.inf) -> None:
+    """Raises ConfigError for a number below or above its range. None is always in range."""
+    if value is not None and not low <= value <= high:
+        limit = "" if high == math.inf else f" and at most {high:g}"
+        raise ConfigError(f"{name} is {value}, expected at least {low}{limit}", name)
+
+
+def check_range(section: object, **ranges: tuple[float, float]) -> None:
+    """Raises ConfigError for an attribute below or above its range. None is always in range."""
+    for name, (low, high) in ranges.items():
+        check_number(name, getattr(section, name), low, high)
+
+
+def check_positive(section: object, *names: str) -> None:
+    """Raises ConfigError for an attribute that is not above 0."""
+    for name in names:
+        if not getattr(section, name) > 0:
+            raise ConfigError(f"{name} is {getattr(section, name)}, expected above 0", name)
+
+
 class Interrupted(Exception):
-    """The run ended before its last step, and can be resumed. The message is one line."""
+    """The run has ended before its last step and can be resumed. The message is one line."""

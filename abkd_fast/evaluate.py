@@ -1,4 +1,4 @@
-"""Evaluates: `python -m abkd_fast.evaluate --model DIR --data dolly=FILE …`, a model's scores on the papers' terms."""
+"""`python -m abkd_fast.evaluate --model DIR --data dolly=FILE …`: a model's scores by the papers' protocol."""
 
 from __future__ import annotations
 
@@ -6,52 +6,36 @@ import argparse
 import pathlib
 import sys
 
-from .cli import failed, interrupted, leave
-from .config.schema import SEEDS
+from .cli import leave, run
+from .config.options import add_model_options, add_options
+from .config.sampling import OPTIONS, SamplingParams
+from .config.schema import SEEDS, EvalConfig
 from .errors import ConfigError
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Answers and scores test sets; returns the exit status.
-
-    0; 2: a mistake in the input; 75 (temporary failure): interrupted, or no room for the answers: the same command
-    continues.
-    """
+    """Answers and scores test sets; returns the exit status (see `cli.run`)."""
     arguments = sys.argv[1:] if arguments is None else arguments
     options = _parser().parse_args(arguments)
-    try:
-        sets = _sets(options.data)
-        seeds = [_seed(text) for text in options.seeds]
-        out = options.out or _run_folder(options.model) / "eval"
-        from . import distributed  # after the options are known to be good: this loads PyTorch
-        from .console import console
-        from .errors import Interrupted
-        from .evaluation.evaluator import Evaluation
-        from .evaluation.test_sets import Protocol
-        from .generation.sampling import SamplingParams
+    return run("evaluate", arguments, lambda: _evaluate(options))
 
-        names = ("max_new_tokens", "temperature", "top_k", "top_p", "no_repeat_ngram_size")
-        protocol = Protocol(
-            sampling=SamplingParams(**{name: getattr(options, name) for name in names}),
-            max_prompt_length=options.max_prompt_length,
-            begin_token=options.bos,
-        )
-        own = {name: getattr(options, name) for name in ("rows", "tokenizer", "batch_size", "device", "dtype")}
-        try:
-            with distributed.process_group():
-                evaluation = Evaluation(options.model, sets, out, seeds, protocol, **own)
-                evaluation.run()
-        except Interrupted as interruption:
-            return interrupted(str(interruption), "evaluate", arguments)
-        console.print(evaluation.table())
-        console.print(f"scores and answers are in {out}", markup=False)
-    except KeyboardInterrupt:  # outside of sampling, which handles signals itself: while models load, above all
-        return interrupted("interrupted", "evaluate", arguments)
-    except ConfigError as error:
-        return failed(error, 2)
-    except ConnectionError as error:
-        return failed(error, 1)
-    return 0
+
+def _evaluate(options: argparse.Namespace) -> None:
+    sets, seeds = _sets(options.data), [_seed(text) for text in options.seeds]
+    out = options.out or _run_folder(options.model) / "eval"
+    sampling = SamplingParams.from_options(options)
+    from . import distributed  # not before the options are checked: this loads PyTorch
+    from .console import console
+    from .evaluation.evaluator import Evaluation
+    from .evaluation.test_sets import Protocol
+
+    protocol = Protocol(sampling=sampling, max_prompt_length=options.max_prompt_length, begin_token=options.bos)
+    others = {name: getattr(options, name) for name in ("rows", "tokenizer", "batch_size", "device", "dtype")}
+    with distributed.process_group():
+        evaluation = Evaluation(options.model, sets, out, seeds, protocol, **others)
+        evaluation.run()
+    console.print(evaluation.table())
+    console.print(f"scores and answers are in {out}", markup=False)
 
 
 def _sets(texts: list[str]) -> dict[str, str]:
@@ -83,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m abkd_fast.evaluate",
         description="Answer test sets with a model and score the answers: ROUGE-L (F1 with stemming, x 100, the best "
         "of several references) and exact match, mean and standard deviation over seeds. The defaults are the papers' "
-        "protocol. An interrupted command goes on where it was when it is given again.",
+        "protocol. After an interruption the same command continues.",
     )
     parser.add_argument("--model", required=True, metavar="DIR", help="folder or Hub name, or a LoRA adapter's folder")
     parser.add_argument(
@@ -91,36 +75,24 @@ def _parser() -> argparse.ArgumentParser:
         required=True,
         nargs="+",
         metavar="NAME=FILE",
-        help="test sets; dolly, self-inst, vicuna, sinst and uinst are called as in the papers",
+        help="test sets; dolly, self-inst, vicuna, sinst and uinst get the papers' names",
     )
     parser.add_argument(
         "--out", metavar="DIR", type=pathlib.Path, help="where scores go (default: RUN/eval of RUN/final)"
     )
     seeds = " ".join(map(str, SEEDS))
-    parser.add_argument("--seeds", nargs="+", default=list(map(str, SEEDS)), metavar="N", help=f"of sampling [{seeds}]")
-    parser.add_argument("--tokenizer", metavar="DIR", help="folder or Hub name (default: the model's)")
+    parser.add_argument(
+        "--seeds", nargs="+", default=list(map(str, SEEDS)), metavar="N", help=f"seeds of sampling [{seeds}]"
+    )
     parser.add_argument("--rows", metavar="N", type=int, help="use only the first rows of each set")
     parser.add_argument(
         "--bos", action="store_true", help="a begin token before every prompt, as the papers' Llama had"
     )
-    numbers = (
-        ("--max-new-tokens", 256, "longer answers are cut"),
-        ("--max-prompt-length", 256, "of longer prompts, in tokens, only the beginning is read"),
-        ("--temperature", 1.0, "0: always the most likely token"),
-        ("--top-k", 0, "only the so many most likely tokens (0: all)"),
-        ("--top-p", 1.0, "only the most likely tokens of this mass in all"),
-        ("--no-repeat-ngram-size", 6, "no sequence of so many tokens occurs twice (0: it may)"),
-        ("--batch-size", 64, "answers in progress at a time"),
-    )
-    for name, default, text in numbers:
-        parser.add_argument(name, type=type(default), metavar="N", default=default, help=f"{text} [{default}]")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: the GPU if any [auto]")
-    parser.add_argument(
-        "--dtype",
-        choices=("auto", "float32", "bfloat16", "float64"),
-        default="auto",
-        help="auto: bfloat16 on a GPU, else float32 [auto]",
-    )
+    text = "longer prompts are cut to their first tokens [256]"
+    parser.add_argument("--max-prompt-length", metavar="N", type=int, default=256, help=text)
+    names = [name for name in OPTIONS if name not in ("max_length", "min_new_tokens")]
+    add_options(parser, SamplingParams, *names, no_repeat_ngram_size=EvalConfig.no_repeat_ngram_size)
+    add_model_options(parser)
     return parser
 
 

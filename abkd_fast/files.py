@@ -1,4 +1,4 @@
-"""Files and folders: atomic writes, locks, checks."""
+"""Files and folders: checks, locks, atomic writes, hashes."""
 
 from __future__ import annotations
 
@@ -14,25 +14,24 @@ from safetensors import SafetensorError
 
 from .errors import ConfigError
 
+LOCK = "lock"  # the name of the lock in a run's folder
+WRITE_ERRORS = (OSError, SafetensorError)  # safetensors reports a full disk as an error of its own
+
 
 def is_local_path(path: str) -> bool:
     """Whether a text is meant as a path, not as a Hub name."""
     return os.path.isabs(path) or path.startswith(".") or path.count("/") > 1
 
 
-LOCK = "lock"
-WRITE_ERRORS = (OSError, SafetensorError)  # safetensors reports a full disk as an error of its own
-
-
 def check_folder(folder: pathlib.Path, resume: bool = False) -> None:
-    """Raises ConfigError where a run's folder exists (unless to resume it), or can't be made."""
+    """Raises ConfigError if a run's folder can't be made, or if it exists and the run is not to be resumed."""
     if folder.exists() and not resume:
         raise ConfigError(f"{folder} exists already: choose another run.name, or move it aside")
     check_writable("run.dir", folder)
 
 
 def check_writable(key: str, folder: pathlib.Path) -> None:
-    """Raises ConfigError, which names the key, where a folder can't be made or, if it is there, written to."""
+    """Raises ConfigError, which names the key, if a folder can't be made, or exists and can't be written to."""
     parent = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         way = "used" if parent == folder.absolute() else "made"
@@ -41,7 +40,7 @@ def check_writable(key: str, folder: pathlib.Path) -> None:
 
 @contextlib.contextmanager
 def exclusive(path: pathlib.Path, otherwise: str) -> Iterator[None]:
-    """Holds a lock, which is that file. Raises ConfigError, which says `otherwise`, where another process has it."""
+    """Holds the lock file `path`. Raises ConfigError with the message `otherwise` if another process holds it."""
     lock = filelock.FileLock(path)
     try:
         lock.acquire(timeout=0)
@@ -55,9 +54,10 @@ def exclusive(path: pathlib.Path, otherwise: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def locked(folder: pathlib.Path) -> Iterator[None]:
-    """Makes the folder of a run, and keeps other processes out; what nothing was written to is removed again.
+    """Makes the folder of a run and keeps other processes out of it.
 
-    Raises ConfigError where another process is there.
+    A folder that this made is removed at the end if nothing was written to it. Raises ConfigError if another process
+    uses the folder.
     """
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
@@ -68,14 +68,14 @@ def locked(folder: pathlib.Path) -> Iterator[None]:
         finally:
             if made and {path.name for path in folder.iterdir()} <= {LOCK}:
                 (folder / LOCK).unlink(missing_ok=True)
-                with contextlib.suppress(OSError):  # of a folder that others have begun to use
+                with contextlib.suppress(OSError):  # others may have begun to use the folders
                     for path in made:
                         path.rmdir()
 
 
 @contextlib.contextmanager
 def atomic_folder(folder: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A temporary folder that becomes `folder`, flushed to the disk, once the block ends without an error."""
+    """Gives a temporary folder, which becomes `folder` if the block ends without an error. All of it is flushed."""
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -91,22 +91,34 @@ def atomic_folder(folder: pathlib.Path) -> Iterator[pathlib.Path]:
 
 
 @contextlib.contextmanager
-def atomic_file(path: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A temporary file that replaces `path` once the block ends: a reader sees the old or the new one whole, always."""
-    temporary = path.with_name(path.name + ".tmp")
+def atomic_file(path: pathlib.Path, flush: bool = True) -> Iterator[pathlib.Path]:
+    """Gives a temporary file, which replaces `path` if the block ends without an error.
+
+    A reader always sees the old file or the new one, whole. With `flush` this also holds after a loss of power. A
+    killed process may leave a temporary file: see `leftovers`.
+    """
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # each process has its own
     try:
         yield temporary
-        _flush(temporary)
+        if flush:
+            _flush(temporary)
         temporary.replace(path)
-        _flush(path.parent)
+        if flush:
+            _flush(path.parent)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
 
 
-def atomic_write(path: pathlib.Path, text: str) -> None:
-    with atomic_file(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+def atomic_write(path: pathlib.Path, content: str | bytes, flush: bool = True) -> None:
+    """Writes a whole file, text as UTF-8. The rest is as in `atomic_file`."""
+    with atomic_file(path, flush) as temporary:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def leftovers(path: pathlib.Path) -> list[pathlib.Path]:
+    """The temporary files of `path`: of killed processes, and of those that write at this moment."""
+    return [other for other in path.parent.glob("*.tmp") if other.name.startswith(f"{path.name}.")]
 
 
 def _flush(path: pathlib.Path) -> None:
@@ -118,7 +130,7 @@ def _flush(path: pathlib.Path) -> None:
 
 
 def file_digest(path: pathlib.Path) -> str:
-    """SHA-256 of a file's content."""
+    """The SHA-256 of a file's content, in hexadecimal."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 24):
@@ -127,18 +139,8 @@ def file_digest(path: pathlib.Path) -> str:
 
 
 def cache_folder() -> pathlib.Path:
-    """$ABKD_CACHE, or abkd_fast in the user's cache folder."""
+    """$ABKD_CACHE, or else abkd_fast in the user's cache folder."""
     if os.environ.get("ABKD_CACHE"):
         return pathlib.Path(os.environ["ABKD_CACHE"])
     home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
     return pathlib.Path(home) / "abkd_fast"
-
-
-def replace_file(path: pathlib.Path, content: bytes) -> None:
-    """The whole content or the old file, whatever happens."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""A recipe's stages, one after the other; finished ones are used again, and by "stage:NAME" in later ones."""
+"""A recipe's stages, one after the other. A finished stage runs no more; "stage:NAME" is its result in later ones."""
 
 from __future__ import annotations
 
@@ -8,64 +8,77 @@ import gc
 import itertools
 import json
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from rich.table import Table
 
 from . import distributed
+from .config.methods import WITHOUT_TEACHER
 from .config.recipe import load
+from .config.sampling import OPTIONS, SamplingParams
 from .config.schema import Config, ModelConfig
 from .console import console
 from .data import pretrain
-from .data.rows import DEV, TRAIN, read_rows
+from .data.rows import DEV, TRAIN, Row, read_rows
 from .device import choose_device, choose_dtype
 from .errors import ConfigError
 from .evaluation import tables
 from .evaluation.evaluator import Evaluation
 from .evaluation.runs import read_runs
-from .evaluation.test_sets import Protocol, read_sets
-from .files import LOCK, check_folder
+from .evaluation.test_sets import Protocol, TestSet, read_sets
+from .files import LOCK, check_folder, leftovers
 from .generation import answers
-from .generation.sampling import SamplingParams
-from .methods import WITHOUT_TEACHER
 from .models import loading
 from .training.dry_run import describe
+from .training.prepare import Prepared
 from .training.trainer import Trainer
 
-TEST_SAMPLING = ("no_repeat_ngram_size", "temperature", "top_k", "top_p")  # keys of eval; dev rows have none of them
+ReadRows = Callable[..., list[Row]]
 
 
 def run(stages: list[Config], resume: bool = False) -> list[dict]:
-    """Trains what is not there yet and returns the summary of every stage; with `resume`, goes on with what is begun.
+    """Runs the stages that are not finished and returns the summary of every stage.
 
-    Raises ConfigError before any training; else what `Trainer.train` raises.
+    resume: continues a stage that was begun. Without it such a stage is an error.
+
+    Raises ConfigError before any training, and what `Trainer.train` raises.
     """
-    for index, config in enumerate(stages):
-        _check(config, {other.run.stage: other for other in stages[:index]})
+    prepared = _check_all(stages)
     stages = [resolve(config) for config in stages]
     for config in stages:
         distributed.run_on_rank0(functools.partial(_is_finished, config, resume))
     summaries = []
     for config in stages:
+        known = prepared.pop(0)  # freed after its stage
         if distributed.run_on_rank0(functools.partial(_is_finished, config, resume)):
             console.print(f"[bold]{config.run.folder}[/bold]  is finished already: its result is used")
             summary = _read_summary(config.run.folder)
         else:
-            summary = answers.write_stage(config) if config.method == "generate" else Trainer(config, resume).train()
+            summary = _run_stage(config, resume, known)
             console.print(f"saved {config.run.folder / 'final'}", markup=False)
             _free_memory()
         summaries.append(summary)
         if config.eval.sets and config.method != "generate":
-            evaluation = _evaluate(config)
+            evaluation = _evaluate(config, known)
             if len(stages) == 1:
                 console.print(evaluation.table())
     distributed.run_on_rank0(functools.partial(_conclude, stages, summaries))
     return summaries
 
 
+def _run_stage(config: Config, resume: bool, prepared: Prepared) -> dict:
+    if config.method == "generate":  # a kind of stage, not a training method
+        return answers.write_stage(config, _take_prompts(config, prepared))
+    return Trainer(config, resume, prepared).train()
+
+
+def _take_prompts(config: Config, prepared: Prepared) -> list[Row]:
+    return prepared.take_rows(config.data.train, config.data.train_rows, TRAIN, True)
+
+
 def _free_memory() -> None:
-    """Compiled layers refer to themselves: without this a stage's weights outlive it."""
+    """Frees a stage's weights. Compiled layers refer to themselves, so only the garbage collector finds them."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -73,7 +86,7 @@ def _free_memory() -> None:
 
 
 def _conclude(stages: list[Config], summaries: list[dict]) -> None:
-    """The end of a recipe: tables, and where results were scored, what distillation gained, and the figures."""
+    """Prints the tables of a recipe. Where results were scored it also says what distillation gained, and draws it."""
     if len(stages) > 1:
         console.print(_table(stages, summaries))
     trained = [config for config in stages if config.method != "generate"]
@@ -92,37 +105,34 @@ def _conclude(stages: list[Config], summaries: list[dict]) -> None:
         console.print(f"no figures: {error}", markup=False)
 
 
-def _evaluate(config: Config) -> Evaluation:
-    """Scores the result on test sets, with what the recipe leaves open as in the papers; what is there stays."""
+def _evaluate(config: Config, prepared: Prepared) -> Evaluation:
+    """Scores a stage's result on its test sets. Scores that are there already stay."""
     evaluated, folder = config.eval, config.run.folder
-    arguments = str(folder / "final"), evaluated.sets, folder / "eval", evaluated.seeds, protocol(config)
+    arguments = str(folder / "final"), prepared.test_sets, folder / "eval", evaluated.seeds, protocol(config)
     evaluation = Evaluation(*arguments, device=config.train.device, dtype=config.train.dtype)
     evaluation.run()
     return evaluation
 
 
 def protocol(config: Config) -> Protocol:
-    """How a result answers test sets: as in the papers, where the recipe says nothing else."""
+    """How a result answers test sets: the papers' protocol with the recipe's changes."""
     evaluated = config.eval
-    own = {name: getattr(evaluated, name) for name in TEST_SAMPLING}
     return Protocol(
-        sampling=SamplingParams(max_new_tokens=evaluated.max_new_tokens, **own),
+        sampling=SamplingParams.from_options(evaluated),
         max_prompt_length=min(256, config.data.max_length - 1),
         begin_token=evaluated.begin_token,
     )
 
 
 def plan(stages: list[Config], resume: bool = False) -> None:
-    """Prints what `run` would do; loads no weights and writes no run folder. Raises ConfigError as `run` does."""
-    for index, config in enumerate(stages):
-        _check(config, {other.run.stage: other for other in stages[:index]})
+    """Prints what `run` would do. Loads no weights, writes no run folder. Raises ConfigError as `run` does."""
     students: dict[str, ModelConfig] = {}  # by stage
-    prompts: dict[str, str] = {}  # likewise
-    for config in stages:
+    prompts: dict[str, str] = {}  # by stage, the rows that it answers
+    for config, known in zip(stages, _check_all(stages), strict=True):
         specs = {role: _as_begun(spec, students) for role, spec in _models(config).items()}
         students[config.run.stage], prompts[config.run.stage] = specs["student"], config.data.train
         if "teacher" in specs:
-            specs["teacher"] = dataclasses.replace(specs["teacher"], lora=None)  # merged
+            specs["teacher"] = dataclasses.replace(specs["teacher"], lora=None)  # it is merged
         console.print(f"[bold]{config.run.folder}[/bold]")
         if _is_finished(resolve(config), resume):
             console.print("  is finished already: its result would be used")
@@ -131,15 +141,15 @@ def plan(stages: list[Config], resume: bool = False) -> None:
             console.print(f"  {config.data.train} is not written yet: these are the rows whose prompts it answers")
             specs["data"] = dataclasses.replace(config.data, train=prompts[config.data.stage])
         if config.method == "generate":
-            lines = answers.describe(config)
+            lines = answers.describe(config, _take_prompts(config, known))
         else:
-            lines = describe(Trainer(dataclasses.replace(config, **specs), resume))
+            lines = describe(Trainer(dataclasses.replace(config, **specs), resume, known))
         for line in lines:
             console.print(line, markup=False)
 
 
 def _as_begun(spec: ModelConfig, students: dict[str, ModelConfig]) -> ModelConfig:
-    """The same model with what a stage will leave replaced by what that stage begins with: it has the same shapes."""
+    """The same model, with the result of a stage replaced by what that stage starts from. Shapes are the same."""
     begun = {key: students[name] for key, name in spec.stages.items()}
     if "path" in begun:
         spec = dataclasses.replace(spec, path=begun["path"].path, config=begun["path"].config)
@@ -148,8 +158,18 @@ def _as_begun(spec: ModelConfig, students: dict[str, ModelConfig]) -> ModelConfi
     return spec
 
 
-def _check(config: Config, earlier: dict[str, Config]) -> None:
-    """Raises ConfigError for what can't be used, before anything is trained: devices, models, references, rows."""
+def _check_all(stages: list[Config]) -> list[Prepared]:
+    """Checks every stage before the first one starts, and returns what was read. Raises ConfigError."""
+    read = functools.cache(read_rows)  # stages mostly share their rows: each source is read once
+    return [
+        _check(config, {other.run.stage: other for other in stages[:index]}, read)
+        for index, config in enumerate(stages)
+    ]
+
+
+def _check(config: Config, earlier: dict[str, Config], read: ReadRows) -> Prepared:
+    """Raises ConfigError for devices, models, references and rows that can't be used."""
+    prepared = Prepared()
     choose_dtype(config.train.dtype, choose_device(config.train.device, "train."), "train.")
     for role, spec in _models(config).items():
         if spec.has_adapter and spec.path is None:
@@ -159,16 +179,18 @@ def _check(config: Config, earlier: dict[str, Config]) -> None:
         for key, name in spec.stages.items():
             _check_reference(f"{role}.{key}: stage:{name}", key, name, spec, earlier)
         if "path" not in spec.stages:
-            loading.read_hf_config(dataclasses.replace(spec, adapter=None) if "adapter" in spec.stages else spec, role)
-    _check_rows(config, earlier)
+            spec = dataclasses.replace(spec, adapter=None) if "adapter" in spec.stages else spec
+            prepared.models[role] = loading.read_meta_model(spec, role)
+    _check_rows(config, earlier, prepared, read)
     if config.eval.sets and config.method != "generate":
-        _check_sets(config, earlier)
-    if config.data.adds_text:
+        prepared.test_sets = _read_test_sets(config, earlier, read)
+    if config.data.uses_pretrain:
         pretrain.check_source(config.data.pretrain.path)
+    return prepared
 
 
-def _check_rows(config: Config, earlier: dict[str, Config]) -> None:
-    data = config.data
+def _check_rows(config: Config, earlier: dict[str, Config], prepared: Prepared, read: ReadRows) -> None:
+    data, prompts_only = config.data, config.method == "generate"
     if data.stage:
         where = f"data.train: {data.train}"
         _check_earlier(where, data.stage, earlier)
@@ -178,14 +200,14 @@ def _check_rows(config: Config, earlier: dict[str, Config]) -> None:
         source = getattr(data, key)
         if source is not None and (key == "dev" or not data.stage):
             try:
-                read_rows(source, getattr(data, f"{key}_rows"), split, prompts_only=config.method == "generate")
+                prepared.check_rows(source, getattr(data, f"{key}_rows"), split, prompts_only, read=read)
             except ConfigError as error:
                 raise ConfigError(f"data.{key}: {error}") from None
 
 
-def _check_sets(config: Config, earlier: dict[str, Config]) -> None:
-    """Raises ConfigError for test sets that the result of this stage could not answer."""
-    chain = [config]  # back to the stage whose student is no other stage's result
+def _read_test_sets(config: Config, earlier: dict[str, Config], read: ReadRows) -> list[TestSet]:
+    """The test sets of a stage, tokenized. Raises ConfigError for those that its result could not answer."""
+    chain = [config]  # back to the first stage whose student is not the result of another
     while "path" in chain[-1].student.stages:
         chain.append(earlier[chain[-1].student.stages["path"]])
     named = next((stage for stage in chain if stage.tokenizer), chain[-1])
@@ -194,13 +216,13 @@ def _check_sets(config: Config, earlier: dict[str, Config]) -> None:
     student = loading.read_hf_config(dataclasses.replace(chain[-1].student, adapter=None, lora=None), "student")
     loading.check_length(student, "student", config.data.max_length)  # which prompts are cut to
     try:
-        read_sets(config.eval.sets, tokenizer, student, protocol(config))
+        return read_sets(config.eval.sets, tokenizer, student, protocol(config), read=read)
     except ConfigError as error:
         raise ConfigError(f"eval.sets.{error}") from None
 
 
 def _check_reference(where: str, key: str, name: str, spec: ModelConfig, earlier: dict[str, Config]) -> None:
-    """Raises ConfigError unless the stage is there, and leaves what the key wants: a model, or an adapter of it."""
+    """Raises ConfigError unless the stage exists and leaves what the key needs: a model, or an adapter of it."""
     _check_earlier(where, name, earlier)
     result = earlier[name].student
     if earlier[name].method == "generate":
@@ -224,7 +246,7 @@ def _models(config: Config) -> dict[str, ModelConfig]:
 
 
 def resolve(config: Config) -> Config:
-    """The same configuration with "stage:NAME" replaced by the folder of that stage's result."""
+    """The same configuration, with "stage:NAME" replaced by the folder of that stage's result."""
     resolved = {}
     for role, spec in _models(config).items():
         folders = {key: str(config.run.root / name / "final") for key, name in spec.stages.items()}
@@ -236,12 +258,13 @@ def resolve(config: Config) -> Config:
 
 
 def _is_finished(config: Config, resume: bool) -> bool:
-    """Whether this very run has its result. Raises ConfigError where its folder can't be used, or only to resume."""
+    """Whether this run has its result. Raises ConfigError where its folder can't be used, or needs --resume."""
     folder = config.run.folder
     if not folder.exists():
         return False
     if not (folder / "config.json").exists():
-        is_begun = folder.is_dir() and {path.name for path in folder.iterdir()} <= {"config.json.tmp", LOCK}
+        begun = {folder / LOCK, *leftovers(folder / "config.json")}
+        is_begun = folder.is_dir() and {*folder.iterdir()} <= begun
         check_folder(folder, resume and is_begun)
         return False
     finished = (folder / "final").exists()
@@ -266,16 +289,17 @@ def _read_summary(folder: pathlib.Path) -> dict:
 
 
 def _deciding(values: dict) -> dict:
-    """The part of a configuration that a run's weights depend on, wherever the folder of all runs is."""
+    """The values that a run's weights depend on. Paths within the folder of the runs become relative."""
     root = pathlib.Path(values["run"].pop("dir"), values["run"]["name"])
     references = [*itertools.product(("student", "teacher"), ("path", "adapter")), ("data", "train")]
     for section, key in references:
         path = (values.get(section) or {}).get(key)
         if path is not None and pathlib.Path(path).is_relative_to(root):
             values[section][key] = str(pathlib.Path(path).relative_to(root))
+    test_sampling = {*OPTIONS} - {"max_new_tokens"}  # responses to dev rows follow none of these
     for section, key in (
         *(("train", key) for key in ("on_nonfinite", "gradient_checkpointing", "parallel", "timeout_minutes")),
-        *(("eval", key) for key in ("sets", "seeds", "begin_token", *TEST_SAMPLING)),
+        *(("eval", key) for key in ("sets", "seeds", "begin_token", *test_sampling)),
     ):
         values[section].pop(key, None)
     return {key: value for key, value in values.items() if key not in ("log", "checkpoint", "cache")}
@@ -291,7 +315,7 @@ def _differences(then: dict, now: dict, prefix: str = "") -> Iterator[str]:
 
 
 def _table(stages: list[Config], summaries: list[dict]) -> Table:
-    """What every stage cost and came to; of answers, seconds for each."""
+    """A row for every stage: its losses and its seconds per sample (per answer, where it generates)."""
     table = Table("stage", "method", "loss", "dev loss before", "dev loss", "s/sample")
     losses_of = {"generate": "-"} | dict.fromkeys(WITHOUT_TEACHER, "cross-entropy")
     for config, summary in zip(stages, summaries, strict=True):

@@ -1,4 +1,4 @@
-"""Reports: `python -m abkd_fast.report RUN [RUN …]`, tables and figures of finished runs, as the papers have them."""
+"""`python -m abkd_fast.report RUN [RUN …]`: the papers' tables and figures, of finished runs."""
 
 from __future__ import annotations
 
@@ -7,16 +7,43 @@ import os
 import pathlib
 import sys
 
+from .cli import leave, run
 from .errors import ConfigError
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Writes tables and figures; returns the exit status: 0, or 2 for a mistake in the input."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options = _parser().parse_args(arguments)
+    return run("report", arguments, lambda: _report(options))
+
+
+def _report(options: argparse.Namespace) -> None:
+    from .console import console  # not before the options are checked: this loads PyTorch
+    from .evaluation.runs import read_runs
+    from .evaluation.tables import gain, score_table, write_report
+
+    runs = read_runs(options.runs)
+    out = options.out or pathlib.Path(os.path.commonpath([run.folder.absolute() for run in runs]))
+    table = score_table(runs)
+    if options.paper and not table:
+        raise ConfigError("paper: none of these runs has scores on test sets that it could be set beside")
+    if options.paper:
+        table = table.beside(options.paper)
+    if table:
+        console.print(table.table())
+    if sentence := gain(runs):
+        console.print(sentence, markup=False)
+    for path in write_report(runs, out, table):
+        console.print(path, markup=False)
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m abkd_fast.report",
-        description="A table of ROUGE-L (rows losses or methods, columns test sets) in Markdown and CSV; ROUGE-L on "
-        "the dev rows over training, a line a run, as PNG and SVG; and in each run's folder report.md with curves of "
-        "loss, speed and memory. Needs matplotlib.",
+        description="Report finished runs. A table of ROUGE-L (a row for each loss or method, a column for each test "
+        "set) in Markdown and CSV. A figure of ROUGE-L on dev rows over training, in PNG and SVG. In each run's "
+        "folder: report.md with curves of loss, speed and memory. Needs matplotlib.",
     )
     parser.add_argument(
         "runs", nargs="+", metavar="RUN", type=pathlib.Path, help="folder of a run, or of a recipe's stages"
@@ -28,32 +55,10 @@ def main(arguments: list[str] | None = None) -> int:
         "--paper",
         metavar="FILE",
         type=pathlib.Path,
-        help="published figures to set beside ours: a CSV file as scores.csv, with the columns row, SET mean, SET std",
+        help="published scores to show beside ours: a CSV file like scores.csv, with columns row, SET mean, SET std",
     )
-    options = parser.parse_args(arguments)
-    try:
-        from .console import console  # after the options are known to be good: this loads PyTorch
-        from .evaluation.runs import read_runs
-        from .evaluation.tables import gain, score_table, write_report
-
-        runs = read_runs(options.runs)
-        out = options.out or pathlib.Path(os.path.commonpath([run.folder.absolute() for run in runs]))
-        table = score_table(runs)
-        if options.paper and not table:
-            raise ConfigError("paper: none of these runs has scores on test sets that it could be set beside")
-        if options.paper:
-            table = table.beside(options.paper)
-        if table:
-            console.print(table.table())
-        if sentence := gain(runs):
-            console.print(sentence, markup=False)
-        for path in write_report(runs, out, table):
-            console.print(path, markup=False)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return parser
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -1,4 +1,4 @@
-"""Stop signals."""
+"""Signals that stop a run."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from .console import console
 
 
 class StopSignals:
-    """While entered, the first SIGTERM or SIGINT only sets `received`; a later one ends the process at once."""
+    """A context in which the first SIGTERM or SIGINT only sets `received`. A later one ends the process at once."""
 
     received: str | None = None
 
     def __enter__(self) -> StopSignals:
         self.previous = {}
-        if threading.current_thread() is threading.main_thread():  # Python allows handlers in no other
+        if threading.current_thread() is threading.main_thread():  # Python allows handlers in this thread alone
             for number in (signal.SIGTERM, signal.SIGINT):
-                if signal.getsignal(number) != signal.SIG_IGN:  # what a shell told its background jobs to ignore
+                if signal.getsignal(number) != signal.SIG_IGN:  # a shell lets its background jobs ignore SIGINT
                     self.previous[number] = signal.signal(number, self._handle)
         return self
 
@@ -30,15 +30,15 @@ class StopSignals:
             signal.signal(number, handler)
 
     def of_any_rank(self) -> str | None:
-        """What a rank has received, the same on all of them, which have to call this together."""
+        """The name of a signal that some rank has received, the same on all ranks; None if none has. Collective."""
         number = int(distributed.all_reduce_max(signal.Signals[self.received] if self.received else 0))
         return signal.Signals(number).name if number else None
 
     def _handle(self, number: int, frame: types.FrameType | None) -> None:
         if self.received and "RANK" in os.environ and time.monotonic() - self.since < distributed.GRACE:
-            return  # the first one again: a cluster signals all processes, and torchrun passes its own on
+            return  # the first one again: a cluster signals all processes, and torchrun passes its signal on to them
         if self.received:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         self.received, self.since = signal.Signals(number).name, time.monotonic()
-        console.print(f"{self.received}: the step is finished and saved; once more to leave at once")
+        console.print(f"{self.received}: the step is finished and saved; a second signal ends the run at once")

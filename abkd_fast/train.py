@@ -5,26 +5,37 @@ from __future__ import annotations
 import argparse
 import sys
 
-from .cli import failed, interrupted, leave
+from .cli import leave, run
+from .config.help import describe
 from .config.recipe import load
-from .config.schema import describe
-from .errors import ConfigError
 
 RECIPE_KEYS = """\
 A recipe is a JSON object with the keys of a configuration, and:
-  base       another recipe, a packaged one or a file beside this one, that this one only adds to or changes
-  stages     {NAME: {keys that differ in this stage}, ...}, trained one after the other
-  comment    for people
-A null takes away what the base has: a key, a section, or a stage.
+  base       a packaged recipe or a file beside this one; this recipe states only what is different
+  stages     {NAME: {keys that are different in this stage}, ...}; they run one after the other
+  comment    text for people
+A null removes a key, a section or a stage of the base.
 """
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs a recipe, in as many processes as torchrun started; returns the exit status.
+    """Runs a recipe in the processes that torchrun started, or in this one; returns the exit status (see `cli.run`)."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options = _parser().parse_args(arguments)
+    continuing = arguments if options.resume else [*arguments, "--resume"]
+    return run("train", continuing, lambda: _train(options))
 
-    0; 1: the loss or a gradient is not finite, or another process is lost; 2: a mistake in the input; 75 (temporary
-    failure): interrupted, and the printed command continues (from the start, where nothing had been trained).
-    """
+
+def _train(options: argparse.Namespace) -> None:
+    stages = load(options.config, options.overrides)
+    from . import distributed, pipeline  # not before the configuration is checked: this loads PyTorch
+
+    with distributed.process_group(stages[0].train.timeout_minutes):
+        work = pipeline.plan if options.dry_run else pipeline.run
+        work(stages, options.resume or distributed.is_restarted())
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m abkd_fast.train",
         description="Distill or fine-tune a language model.",
@@ -38,38 +49,20 @@ def main(arguments: list[str] | None = None) -> int:
         default=[],
         metavar="KEY=VALUE",
         dest="overrides",
-        help="override a value, for example optim.lr=1e-4; abkd:train.steps=50 changes the stage abkd alone, and "
-        "is the way to change what a stage sets itself",
+        help="override a value, for example optim.lr=1e-4; abkd:train.steps=50 changes only the stage abkd, and also "
+        "values that the stage sets itself",
     )
     parser.add_argument(
-        "--resume", action="store_true", help="continue an interrupted run from its newest checkpoint, to the same bits"
+        "--resume",
+        action="store_true",
+        help="continue an interrupted run from its newest checkpoint; the result is the same to the bit",
     )
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="print the configuration in force, the data in numbers, steps, memory and cache, and train nothing",
+        help="print configuration, data, steps, memory and cache of each stage, and train nothing",
     )
-    arguments = sys.argv[1:] if arguments is None else arguments
-    options = parser.parse_args(arguments)
-    continuing = arguments if options.resume else [*arguments, "--resume"]
-    try:
-        stages = load(options.config, options.overrides)
-        from . import distributed  # after the configuration is known to be good: this loads PyTorch
-        from .errors import Interrupted
-        from .pipeline import plan, run
-
-        try:
-            with distributed.process_group(stages[0].train.timeout_minutes):
-                (plan if options.dry_run else run)(stages, options.resume or distributed.is_restarted())
-        except Interrupted as interruption:
-            return interrupted(str(interruption), "train", continuing)
-    except KeyboardInterrupt:  # outside of the loop, which handles signals itself: while models load, above all
-        return interrupted("interrupted", "train", continuing)
-    except ConfigError as error:
-        return failed(error, 2)
-    except (FloatingPointError, ConnectionError) as error:
-        return failed(error, 1)
-    return 0
+    return parser
 
 
 if __name__ == "__main__":

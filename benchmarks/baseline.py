@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from transformers import LogitsProcessor, StoppingCriteria
 from transformers.activations import ACT2FN
 
-from abkd_fast.config.schema import MiniLLMConfig, OptimConfig
+from abkd_fast.config.methods import MiniLLMConfig
+from abkd_fast.config.schema import OptimConfig
 from abkd_fast.losses.divergences import AlphaBeta, AlphaNet, JensenShannon, SkewForwardKL
 from kernels import alpha_beta_rows, softmaxes
 from workload import NEW_TOKENS, response_lengths

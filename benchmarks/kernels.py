@@ -20,8 +20,9 @@ import harness
 from abkd_fast import AlphaBeta, divergence_loss, fused_linear_divergence
 from abkd_fast.device import free_memory
 from abkd_fast.losses import reference, row_ops
+from abkd_fast.losses.arguments import LossSpec
+from abkd_fast.losses.chunks import choose_chunk_tokens
 from abkd_fast.losses.divergences import BY_NAME, AlphaNet, JensenShannon
-from abkd_fast.losses.fused_linear import choose_chunk_tokens
 from chart import draw_lines
 from harness import MIB, TIME, Report, compare, peak_memory
 
@@ -178,7 +179,7 @@ class Benchmark:
         for dtype in (torch.float32, torch.bfloat16):
             student, teacher = (x.detach() for x in self.logits(self.options.tokens, dtype))
             out = torch.empty_like(student)
-            kernel = functools.partial(row_ops.row_losses, student, teacher, None, DIVERGENCE, gradient=out)
+            kernel = functools.partial(row_ops.row_losses, student, teacher, None, LossSpec(DIVERGENCE), gradient=out)
             copy = functools.partial(out.copy_, teacher)
             name = str(dtype).removeprefix("torch.")
             candidates = {f"copy, {name}": copy, f"row kernel, {name}": kernel}
@@ -274,8 +275,8 @@ class Benchmark:
         for kind in (AlphaNet(per="token") if kind is AlphaNet else kind() for kind in BY_NAME.values()):
             slope, gradient = torch.empty_like(student, dtype=torch.float64), torch.empty_like(student)
             logits = student.double(), teacher.double(), None
-            exact[str(kind)] = reference.row_losses(*logits, kind, 1.0, 0.0, slope), slope
-            losses = row_ops.row_losses(student, teacher, None, kind, gradient=gradient)
+            exact[str(kind)] = reference.row_losses(*logits, LossSpec(kind), slope), slope
+            losses = row_ops.row_losses(student, teacher, None, LossSpec(kind), gradient=gradient)
             add(str(kind), str(kind), losses, gradient)
         leaf = student.clone().requires_grad_()
         losses = torch.stack([published(z[None], y[None]) for z, y in zip(leaf, teacher, strict=True)])

@@ -33,7 +33,8 @@ from abkd_fast.config.schema import Config
 from abkd_fast.errors import ConfigError, Interrupted
 from abkd_fast.evaluation.evaluator import Evaluation
 from abkd_fast.evaluation.figures import rouge_curves
-from abkd_fast.evaluation.runs import LOSSES, read_runs
+from abkd_fast.evaluation.runs import read_runs
+from abkd_fast.losses.divergences import BY_NAME
 from harness import Report
 
 SFT, SEARCH_SEED = "sft", 10
@@ -70,7 +71,9 @@ def train_and_evaluate(config: Config, template: Config, rows: int | None) -> tu
 
 def label(loss: str) -> str:
     name, _, numbers = loss.partition(":")
-    return "SFT" if loss == SFT else f"{LOSSES[name]} ({numbers})" if numbers else LOSSES[name]
+    if loss == SFT:
+        return "SFT"
+    return f"{BY_NAME[name].title} ({numbers})" if numbers else BY_NAME[name].title
 
 
 def replace(config: Config, **sections: dict) -> Config:

@@ -22,6 +22,7 @@ from transformers import AutoConfig
 
 import harness
 from abkd_fast.data.batches import balance_by_tokens
+from abkd_fast.models.loading import meta_model
 from abkd_fast.training.costs import PEAK_FLOPS, ModelCost, StepCost
 from baseline import alpha_beta, cross_entropy
 from harness import Report
@@ -48,7 +49,7 @@ class Pair:
     @functools.cached_property
     def models(self) -> tuple[ModelCost, ModelCost]:
         """Student and teacher."""
-        return tuple(ModelCost(AutoConfig.for_model(**shape)) for shape in (self.student, self.teacher))
+        return tuple(ModelCost(meta_model(AutoConfig.for_model(**shape))) for shape in (self.student, self.teacher))
 
     def cost(self, cached: bool) -> StepCost:
         student, teacher = self.models

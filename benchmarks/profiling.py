@@ -47,7 +47,7 @@ KINDS = {
 WORK = {
     "student and loss, forward": (PackedCausalLM.forward,),
     "backward": (torch.Tensor.backward,),
-    "teacher's states": (Teacher.states, CachedTeacher.states),
+    "teacher's states": (Teacher.linear_head, CachedTeacher.linear_head),
     "clipping and AdamW": (torch.nn.utils.clip_grad_norm_, torch.optim.AdamW.step),
 }
 CHORES = {"reading and packing": (Trainer.batches,)}
@@ -135,7 +135,7 @@ def overhead(config: Config, title: str, report: Report) -> None:
     trainer.config.run.folder.mkdir(parents=True)
     with contextlib.redirect_stdout(None):
         profile.runcall(trainer.train_loop)
-    stats, steps = pstats.Stats(profile).stats, trainer.steps
+    stats, steps = pstats.Stats(profile).stats, trainer.data.steps
 
     def seconds(functions: Iterable[Callable]) -> float:
         """Time in these functions and in what they call."""

@@ -9,10 +9,10 @@ from unittest import mock
 from torch import Tensor, nn
 
 import baseline
-from abkd_fast import methods
 from abkd_fast.config.schema import Config
 from abkd_fast.data.batches import StepBatch, make_step_batch
 from abkd_fast.generation import sampling
+from abkd_fast.methods import METHODS as TRAINED
 from abkd_fast.methods.rollouts import Rollouts
 from abkd_fast.teacher.teacher import CachedTeacher, OnPolicyTeacher, Teacher
 from abkd_fast.training.trainer import Trainer
@@ -134,10 +134,10 @@ class Ours:
     def __init__(self, trainer: Trainer, live: Teacher, cached: CachedTeacher, config: Callable[[str], Config]) -> None:
         """`config` gives the configuration of a method."""
         self.trainer, self.teachers = trainer, {"ours": live, "cached": cached}
-        data = trainer.config, trainer.tokenizer, trainer.train_set
+        data = trainer.config, trainer.tokenizer, trainer.data.train_set
         self.rollouts = Responses(*data, trainer.student, live.model, trainer.precision)
         self.written: dict[str, list[dict]] = {}
-        self.method = functools.cache(lambda name, part: methods.find(METHODS[name].method)(config(name)))
+        self.method = functools.cache(lambda name, part: TRAINED[METHODS[name].method](config(name)))
         self.on_policy = functools.cache(lambda name: OnPolicyTeacher(live, live))
 
     def run(self, key: Key, turn: Turn) -> Numbers | None:

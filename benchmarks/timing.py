@@ -85,8 +85,13 @@ class Benchmark:
         """Both sides, on the same weights. A method is to them only a loss, a teacher and samples."""
         self.trainer = trainer = Trainer(self.config("ABKD"))
         trainer.build()
-        live, samples = trainer.teacher, list(trainer.train_set)
-        cache = self.config("ABKD", "auto"), trainer.teacher_config, trainer.train_set, 2 * len(samples)  # so it pays
+        live, samples = trainer.teacher, list(trainer.data.train_set)
+        cache = (
+            self.config("ABKD", "auto"),
+            trainer.teacher_meta,
+            trainer.data.train_set,
+            2 * len(samples),
+        )  # so it pays
         cached = TeacherCache(*cache, trainer.device, trainer.dtype).open(lambda: live.model, trainer.precision, 0)
         self.build_seconds = cached.pass_seconds / len(samples)
         self.ours, self.baseline = Ours(trainer, live, cached, self.config), Baseline(trainer, live)
@@ -111,9 +116,9 @@ class Benchmark:
     def turn(self, number: int) -> Turn:
         """The batch of that number, packed for the trainer and padded for the published way."""
         trainer, size = self.trainer, self.batch_size
-        samples = [sample | {"index": index} for index, sample in enumerate(trainer.train_set)]
+        samples = [sample | {"index": index} for index, sample in enumerate(trainer.data.train_set)]
         prompts = [*itertools.islice(itertools.cycle(samples), number * size, number * size + self.rollouts)]
-        samples, blocks = prompts[:size], trainer.pretrain_set
+        samples, blocks = prompts[:size], trainer.data.pretrain_set
         text = [blocks[row] for row in range(number * size, (number + 1) * size)] if blocks is not None else []
         batch = make_step_batch(samples, text, trainer.config.train.max_tokens)
         padded, padded_text = self.baseline.pad(samples), self.baseline.pad(text) if text else None

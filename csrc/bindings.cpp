@@ -1,6 +1,6 @@
-// The operator's schema, its CPU kernel, and the Python module that imports it and says how it was built.
+// The operators' schemas, the operators on CPU tensors, and the Python module, which says how it was built.
 //
-// Only the stable ABI of PyTorch (2.10 and later) is used for operators, so one build serves every later release.
+// The operators use only the stable ABI of PyTorch (2.10 and later), so one build serves every later release.
 #include <pybind11/pybind11.h>
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -8,14 +8,12 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include "cpu/rows.h"
-#include "pack.h"
+#include "cpu/launch.h"
+#include "ops.h"
 
 namespace {
 
-using torch::stable::Tensor;
-
-void drive(const abkd::Rows& rows) {
+void launch_on_threads(const abkd::Rows& rows, const torch::stable::Tensor&) {
   for (int64_t row = 0; rows.labels && rows.hard_weight != 0.0 && row < rows.count; ++row) {
     const int64_t label = rows.labels[row];
     STD_TORCH_CHECK(
@@ -24,44 +22,6 @@ void drive(const abkd::Rows& rows) {
   }
   static const auto choice = abkd::cpu::choose();
   torch::stable::parallel_for(0, rows.count, 1, [&](int64_t begin, int64_t end) { choice.drive(rows, begin, end); });
-}
-
-Tensor row_losses_cpu(const Tensor& student, std::optional<Tensor> teacher, std::optional<Tensor> labels,
-                      int64_t family, std::vector<double> parameters, double temperature, double hard_weight,
-                      std::optional<Tensor> gradient, std::optional<Tensor> statistics,
-                      std::optional<Tensor> upstream) {
-  auto losses = torch::stable::new_empty(student, {student.size(0)}, abkd::loss_type(student));
-  auto rows =
-      abkd::pack({student, teacher, labels, gradient, statistics}, {family, parameters, temperature, hard_weight});
-  rows.losses = losses.data_ptr();
-  rows.normalizes = true;
-  if (upstream) rows.upstream = abkd::pack_upstream(*upstream, student);
-  drive(rows);
-  return losses;
-}
-
-void row_gradients_cpu(const Tensor& student, std::optional<Tensor> teacher, std::optional<Tensor> labels,
-                       int64_t family, std::vector<double> parameters, double temperature, double hard_weight,
-                       const Tensor& statistics, const Tensor& upstream, const Tensor& gradient) {
-  auto rows =
-      abkd::pack({student, teacher, labels, gradient, statistics}, {family, parameters, temperature, hard_weight});
-  rows.upstream = abkd::pack_upstream(upstream, student);
-  drive(rows);
-}
-
-void row_normalizers_cpu(const Tensor& student, std::optional<Tensor> teacher, double temperature, double hard_weight,
-                         const Tensor& statistics) {
-  drive(abkd::pack_normalizers(student, teacher, temperature, hard_weight, statistics));
-}
-
-Tensor row_sums_cpu(const Tensor& student, const Tensor& teacher, int64_t family, std::vector<double> parameters,
-                    double temperature, const Tensor& statistics) {
-  auto values = torch::stable::new_empty(student, {student.size(0)}, abkd::loss_type(student));
-  auto rows =
-      abkd::pack({student, teacher, std::nullopt, std::nullopt, statistics}, {family, parameters, temperature, 0.0});
-  rows.losses = values.data_ptr();
-  drive(rows);
-  return values;
 }
 
 }  // namespace
@@ -81,12 +41,7 @@ STABLE_TORCH_LIBRARY(abkd_fast, library) {
       "Tensor(a!) statistics) -> Tensor");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(abkd_fast, CPU, library) {
-  library.impl("row_losses", TORCH_BOX(&row_losses_cpu));
-  library.impl("row_gradients", TORCH_BOX(&row_gradients_cpu));
-  library.impl("row_normalizers", TORCH_BOX(&row_normalizers_cpu));
-  library.impl("row_sums", TORCH_BOX(&row_sums_cpu));
-}
+STABLE_TORCH_LIBRARY_IMPL(abkd_fast, CPU, library) { abkd::RowOps<launch_on_threads>::implement(library); }
 
 PYBIND11_MODULE(_C, module) {
   // Fresh memory of many megabytes costs more time in page faults than in arithmetic.

@@ -1,4 +1,4 @@
-// From tensors to the plain description that the row drivers take.
+// Checks the tensors of a call, and packs them into the plain description that the drivers take.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "divergence/families.h"
-#include "rows.h"
+#include "row_call.h"
 
 namespace abkd {
 
@@ -29,7 +29,7 @@ inline DType dtype_of(const torch::stable::Tensor& tensor) {
   }
 }
 
-// The tensors of one call; what a call does not have is empty.
+// The tensors of one call. A tensor that the call does not have is empty.
 struct Operands {
   const torch::stable::Tensor& student;
   const std::optional<torch::stable::Tensor>& teacher;
@@ -44,8 +44,8 @@ struct Loss {
   double temperature, hard_weight;
 };
 
-// Raises unless teacher and gradient look like student [N, V] with unit column stride, labels are int64 [N], and
-// statistics float64 [N, 6]. `losses` and `upstream` are left to the caller.
+// Raises unless teacher and gradient have the shape [N, V] and the type of student, with unit column stride, labels are
+// int64 [N], and statistics are float64 [N, 6]. The caller sets `losses`, `upstream` and `normalizes`.
 inline Rows pack(const Operands& operands, const Loss& loss) {
   const auto& [student, teacher, labels, gradient, statistics] = operands;
   STD_TORCH_CHECK(student.dim() == 2, "logits must be [N, V], got ", student.dim(), " dimensions");
@@ -105,10 +105,10 @@ inline Rows pack(const Operands& operands, const Loss& loss) {
   return rows;
 }
 
-// A call that makes nothing but the log-normalizers.
+// Packs a call that makes only the log-normalizers.
 inline Rows pack_normalizers(const torch::stable::Tensor& student, const std::optional<torch::stable::Tensor>& teacher,
                              double temperature, double hard_weight, const torch::stable::Tensor& statistics) {
-  // Which divergence between two distributions this is for does not matter.
+  // Any divergence between two distributions will do: they all need the same log-normalizers.
   const Family family = teacher ? Family::total_variation : Family::cross_entropy;
   Rows rows = pack({student, teacher, std::nullopt, std::nullopt, statistics}, {int64_t(family), {}, temperature, 0.0});
   rows.hard_weight = hard_weight;
@@ -116,7 +116,7 @@ inline Rows pack_normalizers(const torch::stable::Tensor& student, const std::op
   return rows;
 }
 
-// The type of the losses, and of the factors of their gradients.
+// The type of the losses, and of the factors of the gradients.
 inline torch::headeronly::ScalarType loss_type(const torch::stable::Tensor& student) {
   using torch::headeronly::ScalarType;
   return student.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;

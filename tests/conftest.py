@@ -16,9 +16,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test asks the Hub
 import datasets
 import torch
 
-pytest.register_assert_rewrite("runs")  # its comparisons explain themselves, as those of tests do
+pytest.register_assert_rewrite("runs")  # failing assertions in it are explained, as in tests
 
-# A folder with real data and tokenizers beside the checkout; tests that want it skip where it is not.
+# A folder with real data and tokenizers beside the checkout. Tests that need it are skipped without it.
 SHARED = pathlib.Path(os.environ.get("ABKD_TEST_DATA", pathlib.Path(__file__).parents[2] / "shared"))
 
 
@@ -26,7 +26,7 @@ needs_proc = pytest.mark.skipif(not pathlib.Path("/proc/self/status").exists(), 
 
 
 def anonymous_bytes():
-    """Of this process's memory, what is no file's."""
+    """Bytes of this process's memory that belong to no file."""
     fields = pathlib.Path("/proc/self/status").read_text().split()
     return 1024 * int(fields[fields.index("RssAnon:") + 1])
 
@@ -46,7 +46,7 @@ def shared():
 
 @pytest.fixture(autouse=True)
 def cache_folder(tmp_path, tmp_path_factory, monkeypatch):
-    """No test leaves a teacher's states or tokenized data in the user's folders, or finds any there."""
+    """No test finds or leaves hidden states of a teacher or tokenized data in the user's folders."""
     folder = tmp_path / "cache"
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
     monkeypatch.setenv("ABKD_CACHE", str(folder))
@@ -55,7 +55,7 @@ def cache_folder(tmp_path, tmp_path_factory, monkeypatch):
 
 @pytest.fixture(scope="session")
 def undisturbed(tmp_path_factory):
-    """A small run that went through at once."""
+    """A small run that nothing has interrupted."""
     from runs import Run
 
     run = Run(tmp_path_factory.mktemp("undisturbed"))
@@ -75,7 +75,7 @@ def write_jsonl(tmp_path):
 
 @pytest.fixture
 def write_indexed(tmp_path):
-    """Writes Megatron's binary format, from its description: returns the .bin file's path."""
+    """Writes Megatron's binary format, by its description. Returns the path of the .bin file."""
     codes = {"uint8": 1, "int8": 2, "int16": 3, "int32": 4, "int64": 5, "uint16": 8, "uint32": 9}
 
     def write(items, name="train_0", dtype="uint16"):

@@ -10,7 +10,7 @@ import torch
 
 from abkd_fast.losses import divergences
 
-# 96 Gauss points integrate e^(rate t) over [0, d] to rounding while |rate d| < 100: any logits of these tests.
+# 96 Gauss points integrate e^(rate t) over [0, d] up to rounding if |rate d| < 100, as for all logits of these tests.
 NODES, WEIGHTS = (0.5 * x for x in np.polynomial.legendre.leggauss(96))
 NODES = NODES + 0.5
 
@@ -18,14 +18,14 @@ LIMITS = [(1.0, 0.0), (0.0, 1.0), (0.0, 0.0), (0.5, -0.5), (-0.3, 0.3)]
 REGULAR = [(0.2, 0.7), (0.5, 0.5), (1.0, 1.0), (2.0, -1.0)]
 GRID = LIMITS + REGULAR
 ALPHA_BETA = [f"ab:{alpha:g},{beta:g}" for alpha, beta in GRID]
-# One spelling at least of every other family; wsd and the mixtures with weights that aren't symmetric.
+# At least one spelling of every other family. The weights of wsd and of the mixtures are not symmetric.
 SMOOTH = ["fkl", "rkl", "wsd:0.3", "jsd:0.1", "jsd:0.7", "sfkl:0.1", "srkl:0.1", "hellinger", "alpha:0.3"]
 ADAPTIVE = ["bdkd", "akl", "akl:0.9", "alphanet", "alphanet:0.2,0.8,token"]
 FAMILIES = [*SMOOTH, *ADAPTIVE, "tvd"]
 
 
 def neighbors(delta):
-    """Points at a distance of about delta from where alpha, beta, their sum, or all of them are 0."""
+    """Points at a distance of about delta from those with alpha, beta, their sum, or all of them 0."""
     near_alpha = [(delta, 0.7), (-delta, 0.7), (delta, 1.0)]
     near_beta = [(0.7, delta), (0.7, -delta), (1.0, delta)]
     near_sum = [(0.5, -0.5 + delta), (-0.3, 0.3 - delta)]
@@ -44,7 +44,7 @@ def terms(a, b, alpha, beta):
     d = b - a
     value = torch.zeros_like(d)
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # hundreds of short operations: on a busy machine each would wait 8 ms for a second thread
+    torch.set_num_threads(1)  # on a busy machine each of hundreds of operations would wait 8 ms for a second thread
     for node, weight in zip(NODES.tolist(), WEIGHTS.tolist(), strict=True):
         value += weight * integrand(a, node * d, alpha, beta)
     torch.set_num_threads(threads)
@@ -54,7 +54,7 @@ def terms(a, b, alpha, beta):
 def row_losses(student, teacher, alpha, beta, labels=None, temperature=1.0, hard_weight=0.0, value=True):
     """Losses [N] and the gradient [N, V] of their sum, as `abkd_fast.divergence_loss` documents them.
 
-    value=False spares the quadrature, and so allows log-ratios of any size.
+    value=False leaves out the quadrature, and so allows log-ratios of any size.
     """
     z, y = student.detach().double(), teacher.detach().double()
     a, b = torch.log_softmax(y / temperature, 1), torch.log_softmax(z / temperature, 1)
@@ -95,7 +95,7 @@ def alpha_divergence(a, b, alpha):
 
 
 def definition(a, b, divergence):
-    """The divergence [N] of each row of log p = a from log q = b, as the literature writes it."""
+    """The divergence [N] of each row, from log p = a and log q = b, as the literature defines it."""
     p, q = a.exp(), b.exp()
     match divergence:
         case divergences.ForwardKL():
@@ -132,7 +132,7 @@ def definition(a, b, divergence):
 
 
 def head_share(p, q, mu):
-    """AKL's weight of KL(p, q), by a sort; p and q are lists of numbers of any kind."""
+    """AKL's weight of KL(p, q), by a sort. p and q are lists of numbers of any type."""
     order = sorted(p, reverse=True)
     mass, beyond = 0, order[-1]
     for x in order:
@@ -147,11 +147,11 @@ def head_share(p, q, mu):
 
 
 def exact(student, teacher, divergence):
-    """Value and gradient (floats) for one row of logits (lists), gaps of any size and -inf included, in 60 digits."""
+    """Value and gradient (floats) for one row of logits (lists), in 60 digits. Any gap, and -inf, is allowed."""
     with mpmath.workdps(60):
         p, q = softmax(teacher), softmax(student)
         weights = exact_weights(p, q, divergence)
-        step = mpmath.mpf(10) ** -20  # central differences then are good to 40 digits
+        step = mpmath.mpf(10) ** -20  # central differences are then good to 40 digits
         gradient = []
         for v, logit in enumerate(student):
             sides = [softmax([*student[:v], logit + h, *student[v + 1 :]]) for h in (step, -step)]
@@ -171,7 +171,7 @@ def exact_kl(p, q):
 
 
 def exact_weights(p, q, divergence):
-    """What the gradient takes as constant: the weights of KL(p, q) and KL(q, p), or AlphaNet's choice."""
+    """The constants of the gradient: the weights of KL(p, q) and KL(q, p), or AlphaNet's choice."""
     match divergence:
         case divergences.BDKD():
             teacher, student = (-sum(x * mpmath.log(x) for x in side if x) for side in (p, q))
@@ -216,7 +216,7 @@ def exact_value(p, q, divergence, weights):
 
 
 def gpt2_like_logits(rows, vocab, seed=0):
-    """Student and teacher logits, float32: Zipf's law under noise. At V=50257 log p reaches -35 and KL is about .5."""
+    """Student and teacher logits, float32: Zipf's law with noise. At V=50257 log p reaches -35, and KL is about .5."""
     generator = torch.Generator().manual_seed(seed)
     rank = torch.stack([torch.randperm(vocab, generator=generator) for _ in range(rows)]) if rows else torch.zeros(0, 1)
     noise = torch.randn(2, rows, vocab, generator=generator)
@@ -225,13 +225,13 @@ def gpt2_like_logits(rows, vocab, seed=0):
 
 
 def mild_logits(rows, vocab, dtype=torch.float32, seed=0):
-    """With few tokens a steep distribution leaves one probability near 1, and its logarithm no digits."""
+    """Logits for few tokens. A steep distribution would have one probability near 1, whose logarithm has no digits."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(2, rows, vocab, generator=generator, dtype=torch.float64).to(dtype).unbind()
 
 
 def relative_errors(got, expected):
-    """L2 error of each row of `got` over the L2 norm of the same row of `expected`."""
+    """The L2 error of each row of `got`, divided by the L2 norm of the same row of `expected`."""
     got, expected = got.detach().double(), expected.double()
     if got.dim() == 1:
         got, expected = got[:, None], expected[:, None]

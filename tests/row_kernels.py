@@ -1,24 +1,25 @@
-"""What the tests of the row kernels share."""
+"""Shared by the tests of the row kernels."""
 
 import pytest
 import torch
 
 from abkd_fast import divergence_loss, parse
 from abkd_fast.losses import reference, row_ops
+from abkd_fast.losses.arguments import LossSpec
 from oracle import ALPHA_BETA, FAMILIES, relative_errors
 
 ALL = [*ALPHA_BETA, *FAMILIES]
 
-# A log-probability near -35 is rounded by 35 * 2^-24 = 2e-6 and slopes are proportional to differences of two of them,
-# which are about 1 here: a few such roundings make 1e-5, and this leaves a factor of 3.
+# A log-probability near -35 has a rounding error of 35 * 2^-24 = 2e-6. Slopes are proportional to differences of two
+# log-probabilities, which are about 1 here. A few such errors make 1e-5, and the bound leaves a factor of 3.
 FLOAT32 = 3e-5
-# float64 has 2^-29 times that rounding; the oracle's quadrature adds its own.
+# Rounding errors of float64 are 2^-29 times as large; the oracle's quadrature adds its own error.
 FLOAT64 = 1e-10
 COMPILED = pytest.mark.skipif(row_ops._C is None, reason="the extension is missing")
 
 
 def kernel(student, teacher, divergence, **options):
-    """Losses of the rows and the gradient of their sum."""
+    """The losses of the rows, and the gradient of their sum."""
     kind = parse(divergence) if isinstance(divergence, str) else divergence
     student = student.detach().clone().requires_grad_()
     losses = divergence_loss(student, teacher, kind, reduction="none", **options)
@@ -28,7 +29,7 @@ def kernel(student, teacher, divergence, **options):
 
 def by_reference(student, teacher, divergence):
     gradient = torch.empty_like(student)
-    return reference.row_losses(student, teacher, None, divergence, 1.0, 0.0, gradient), gradient
+    return reference.row_losses(student, teacher, None, LossSpec(divergence), gradient), gradient
 
 
 def assert_close(got, expected, bound):

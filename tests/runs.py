@@ -94,7 +94,7 @@ def poison(patch, poisoned):
 
     def wrapped(self, samples):
         hook = None
-        if self.progress.step == poisoned:
+        if self.state.step == poisoned:
             hook = next(self.student.parameters()).register_hook(lambda gradient: gradient * torch.inf)
         result = step(self, samples)
         if hook:

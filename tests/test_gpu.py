@@ -11,6 +11,7 @@ from abkd_fast import (
     parse,
 )
 from abkd_fast.losses import row_ops
+from abkd_fast.losses.arguments import LossSpec
 from abkd_fast.losses.divergences import BY_NAME
 
 pytestmark = [
@@ -19,17 +20,18 @@ pytestmark = [
     pytest.mark.skipif(build_info()["cuda"] is None, reason="built without CUDA kernels"),
 ]
 
-# As on the processor (see test_divergence.py), with an exponential of 2 ulp in place of 1.5.
+# As on the CPU (see row_kernels.py). The exponential has an error of 2 ulp in place of 1.5.
 FLOAT32 = 3e-5
 FLOAT32_UNWEIGHTED = 4 * FLOAT32
 
 
 def assert_close_to_oracle(student, teacher, alpha, beta, labels=None, **numbers):
-    """`student` and `teacher` are on the GPU; its gradient is compared within the rounding of its type."""
+    """`student` and `teacher` are on the GPU. The gradient may have the rounding errors of its type."""
     expected = oracle.row_losses(student.cpu(), teacher.cpu(), alpha, beta, labels, **numbers)
     gradient = torch.empty_like(student)
     labels_there = None if labels is None else labels.cuda()
-    losses = row_ops.row_losses(student, teacher, labels_there, AlphaBeta(alpha, beta), gradient=gradient, **numbers)
+    spec = LossSpec(AlphaBeta(alpha, beta), **numbers)
+    losses = row_ops.row_losses(student, teacher, labels_there, spec, gradient=gradient)
     kept = slice(None) if labels is None else labels != -100
     bound = FLOAT32_UNWEIGHTED if abs(alpha + beta) < 0.1 else FLOAT32
     assert oracle.relative_errors(losses.cpu()[kept], expected[0][kept]).max() < bound
@@ -72,7 +74,7 @@ def test_every_divergence_agrees_with_oracle(spelling, vocab, dtype):
 def test_gradients_from_statistics(spelling, dtype):
     divergence = parse(spelling)
     student, teacher = (x.to(dtype).cuda() for x in oracle.gpt2_like_logits(3, 5003))
-    rows = (student, teacher, torch.tensor([1, -100, 5002]).cuda(), divergence, 2.0, 0.3)
+    rows = student, teacher, torch.tensor([1, -100, 5002]).cuda(), LossSpec(divergence, 2.0, 0.3)
     upstream = torch.tensor([0.5, 3.0, -2.0], device="cuda")
     statistics = torch.zeros(3, row_ops.STATISTICS, dtype=torch.float64, device="cuda")
     expected, gradient = torch.empty_like(student), torch.empty_like(student)
@@ -86,7 +88,7 @@ def test_gradients_from_statistics(spelling, dtype):
 def test_labels_temperature_hard_weight_and_in_place_gradient(vocab, dtype):
     student, teacher = (x.to(dtype).cuda() for x in oracle.gpt2_like_logits(4, vocab))
     labels = torch.tensor([0, -100, vocab - 1, vocab // 2])
-    rows = (teacher, labels.cuda(), AlphaBeta(), 2.0, 0.3)
+    rows = teacher, labels.cuda(), LossSpec(AlphaBeta(), 2.0, 0.3)
     gradient = torch.empty_like(student)
     losses = row_ops.row_losses(student, *rows, gradient=gradient)
     if vocab > 3:
@@ -128,12 +130,12 @@ def test_fused_linear_in_bfloat16(reduction, chunk_tokens):
     loss = fused_linear_divergence(z, w, y, v, AlphaBeta(), labels, chunk_tokens=chunk_tokens, **options)
     loss.sum().backward()
     torch.testing.assert_close(loss.cpu().double(), exact, rtol=1e-4, atol=1e-5)
-    # The gradient of the logits and the result are rounded to bfloat16: 2^-9 each, relative to an element.
+    # Both the gradient by the logits and the result are rounded to bfloat16: 2^-9 each, relative to an element.
     assert oracle.relative_errors(z.grad.cpu().flatten()[None], hidden.grad.flatten()[None]).max() < 2**-7
     assert oracle.relative_errors(w.grad.cpu().flatten()[None], weight.grad.flatten()[None]).max() < 2**-7
 
 
-def test_policy_gradient_equals_the_processors():
+def test_policy_gradient_equals_the_cpus():
     generator = torch.Generator().manual_seed(0)
     shapes = (300, 64), (5003, 64), (300, 96), (5003, 96)
     states = [torch.randn(shape, generator=generator).div(4) for shape in shapes]

@@ -1,4 +1,4 @@
-"""Recipes: JSON files, their bases and stages, and values from the command line, made into configurations."""
+"""Recipes: JSON files with bases and stages, and values from the command line, become configurations."""
 
 from __future__ import annotations
 
@@ -14,29 +14,30 @@ from collections.abc import Iterable
 from typing import Any, Literal
 
 from ..errors import ConfigError, nearest
-from .schema import ON_POLICY_READERS, Config
+from .methods import ON_POLICY_READERS
+from .schema import Config
 
 RECIPES = pathlib.Path(__file__).parents[1] / "recipes"
 
 
 class Layer(typing.NamedTuple):
-    """Some of a configuration's values, and what a message calls the place where the user finds them."""
+    """Some values of a configuration. `place` tells the user in a message where they come from."""
 
     place: str
     values: dict
 
 
 def load(name_or_path: str, overrides: list[str] = ()) -> list[Config]:
-    """The stages of a recipe (one, unless it lists several), on top of its bases, with overrides applied.
+    """Reads a recipe and its bases, applies the overrides, and returns the stages: one, unless the recipe lists more.
 
-    A key of `on_policy` that stages share is taken by those whose methods read it, and refused where none does.
+    A shared key of `on_policy` goes to the stages whose methods read it. It is refused if no method does.
 
     Args:
         name_or_path: a JSON file, or the name of a packaged recipe, with or without ".json".
-        overrides: "key=value" for what the stages share, or "STAGE:key=value" for one stage, which wins; keys dotted,
-            values JSON or else text.
+        overrides: "key=value" for all stages, or "STAGE:key=value" for one stage, which wins. Keys are dotted. A value
+            that is not JSON is text.
 
-    Raises ConfigError, naming file (or override), key and value.
+    Raises ConfigError, which names the file (or override), the key and the value.
     """
     files = _read_with_bases(name_or_path)
     stages = _stages(files)
@@ -60,7 +61,7 @@ def load(name_or_path: str, overrides: list[str] = ()) -> list[Config]:
 
 
 def _for_method(shared: list[Layer], method: str, methods: Iterable[str]) -> list[Layer]:
-    """What stages share, without keys of on_policy that another one of their methods reads, but not this one."""
+    """The shared layers for one method: without keys of `on_policy` that only other stages' methods read."""
     foreign = {
         key
         for key, readers in ON_POLICY_READERS.items()
@@ -81,7 +82,7 @@ def packaged_recipes() -> dict[str, pathlib.Path]:
 
 
 def _read_with_bases(name_or_path: str) -> list[Layer]:
-    """The contents of a recipe file and of its bases, the last base first."""
+    """The contents of a recipe file and its bases. The base of all others is first."""
     path = _find(name_or_path, pathlib.Path(), "")
     files, paths = [Layer(name_or_path, _read(path, name_or_path))], [path]
     while (base := files[0].values.pop("base", None)) is not None:
@@ -98,7 +99,7 @@ def _read_with_bases(name_or_path: str) -> list[Layer]:
 
 
 def _find(name: str, folder: pathlib.Path, where: str) -> pathlib.Path:
-    """A file beside `folder`'s others, or a packaged recipe. Raises ConfigError, which begins with `where`."""
+    """The path of a file in `folder`, or of a packaged recipe. Raises ConfigError, which begins with `where`."""
     path = folder / name
     try:
         if path.exists() and not path.is_dir():
@@ -119,7 +120,7 @@ def _find(name: str, folder: pathlib.Path, where: str) -> pathlib.Path:
 
 
 def _read(path: pathlib.Path, place: str) -> dict:
-    """A file's JSON object, with stages that are objects or null."""
+    """The JSON object of a file. Raises ConfigError if it is broken, or if `stages` has another shape."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict:
         values = dict(pairs)
@@ -148,7 +149,7 @@ def _read(path: pathlib.Path, place: str) -> dict:
 
 
 def _stages(files: list[Layer]) -> dict[str, list[Layer]] | None:
-    """What the files say about each stage, or None for a recipe without stages. Null removes what a base has."""
+    """The layers of each stage, by its name; None for a recipe without stages. A null removes a base's stage."""
     stages = None
     for place, values in files:
         if "stages" not in values:
@@ -174,7 +175,7 @@ def _known(name: str, stages: dict) -> str:
 
 
 def _parse_override(override: str, stages: dict | None) -> tuple[str, Layer]:
-    """The stage ("": all) and the value of "STAGE:key.key=value"."""
+    """The stage ("" means all) and the layer of "STAGE:key.key=value"."""
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise ConfigError(f'--set {override}: expected key=value, for example "optim.lr=1e-4"')
@@ -192,7 +193,7 @@ def _parse_override(override: str, stages: dict | None) -> tuple[str, Layer]:
 
 
 def _configure(layers: list[Layer], otherwise: str) -> Config:
-    """The layers on top of each other. A message names the one that has the key at fault, or `otherwise`."""
+    """Merges the layers. An error names the place of the layer with the wrong key, or else `otherwise`."""
     try:
         return _build(Config, _merged(layers))
     except ConfigError as error:
@@ -205,7 +206,7 @@ def _merged(layers: list[Layer]) -> dict:
 
 
 def _merge(base: dict, over: dict) -> dict:
-    """`over` on top of `base`, section by section."""
+    """`over` on top of `base`, merged section by section."""
     both = {key for key, value in over.items() if isinstance(value, dict) and isinstance(base.get(key), dict)}
     return {**base, **over, **{key: _merge(base[key], over[key]) for key in both}}
 
@@ -219,7 +220,7 @@ def _has(values: Any, key: str) -> bool:
 
 
 def _build(cls: type, values: Any, prefix: str = "") -> Any:
-    """A dataclass from a JSON object whose keys begin with `prefix`, which ends with a dot."""
+    """Builds a dataclass from a JSON object. `prefix` is its dotted name with a dot at the end, for messages."""
     if not isinstance(values, dict):
         section = prefix.removesuffix(".")
         raise ConfigError(f"{section}: expected an object, got {_show(values)}", section)
@@ -245,7 +246,7 @@ def _build(cls: type, values: Any, prefix: str = "") -> Any:
 
 
 def _convert(hint: Any, value: Any, name: str) -> Any:
-    """A JSON value as the type that a key wants."""
+    """Converts a JSON value to the type of its key."""
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         (option,) = (option for option in typing.get_args(hint) if option is not type(None))
         return None if value is None else _convert(option, value, name)
@@ -277,7 +278,7 @@ def _may_be_path(text: str) -> bool:
 
 
 def _convert_list(hint: Any, value: Any, name: str) -> tuple:
-    """A JSON list as tuple[str, ...] or a tuple of some numbers."""
+    """Converts a JSON list to a tuple of texts, or of a number of numbers."""
     item, *rest = typing.get_args(hint)
     length = None if rest == [...] else 1 + len(rest)
     if not isinstance(value, list) or (length is not None and len(value) != length):

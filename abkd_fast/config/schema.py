@@ -1,4 +1,4 @@
-"""Configurations: what can be said in a recipe, as frozen dataclasses that check their own values."""
+"""The configuration of a run: all keys of a recipe, as frozen dataclasses that check their own values."""
 
 from __future__ import annotations
 
@@ -6,49 +6,35 @@ import dataclasses
 import json
 import math
 import pathlib
-import typing
-from collections.abc import Iterator
 from typing import Annotated, Literal
 
-from ..errors import ConfigError, nearest
+from ..errors import ConfigError, check_positive, check_range, nearest
+from ..losses.divergences import parse
+from .methods import METHODS, WITHOUT_TEACHER, MiniLLMConfig, OnPolicyConfig
+from .sampling import NgramSize, SamplingKeys
 
-SEEDS = (10, 20, 30, 40, 50)  # the papers' for evaluations
-
-
-def _check_range(section: object, **ranges: tuple[float, float]) -> None:
-    """Raises ConfigError for a number outside its range; the 0 below lr, eps, clip_norm is excluded."""
-    for name, (low, high) in ranges.items():
-        value = getattr(section, name)
-        is_open = name in ("lr", "eps", "clip_norm")
-        if value is not None and not (low < value <= high if is_open else low <= value <= high):
-            bound = f"above {low}" if is_open else f"at least {low}"
-            limit = "" if high == math.inf else f" and at most {high:g}"
-            raise ConfigError(f"{name} is {value}, expected {bound}{limit}", name)
+SEEDS = (10, 20, 30, 40, 50)  # the papers evaluate with these
 
 
 def _check_folder_name(section: object, name: str) -> None:
-    """Raises ConfigError for what is not one folder's name: it would end up elsewhere."""
+    """Raises ConfigError for a value that is not the name of one folder: the run would end up elsewhere."""
     value = getattr(section, name)
     good = value == pathlib.PurePath(value).name and value.strip(". ") and value.isprintable() and ":" not in value
     if not good or len(value.encode()) > 200:
         raise ConfigError(f'{name} is "{value[:60]}", expected the name of a folder, without "/" or ":"', name)
 
 
-def _section(cls: type) -> type:
-    return dataclasses.dataclass(frozen=True, kw_only=True)(cls)
-
-
-@_section
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """Where results go. A run's folder is DIR/NAME, or DIR/NAME/STAGE for a stage of a recipe."""
+    """Where results go. The folder of a run is DIR/NAME, or DIR/NAME/STAGE for a stage of a recipe."""
 
     name: Annotated[str, "name of the run"]
-    stage: Annotated[str | None, "name of the stage; set by recipes with stages"] = None
-    dir: Annotated[str, "folder of all runs"] = "runs"
+    stage: Annotated[str | None, "name of the stage; recipes with stages set it"] = None
+    dir: Annotated[str, "folder that holds all runs"] = "runs"
     seed: Annotated[int, "seeds weights, dropout and the order of the data"] = 10
 
     def __post_init__(self) -> None:
-        _check_range(self, seed=(0, 2**32 - 1))
+        check_range(self, seed=(0, 2**32 - 1))
         _check_folder_name(self, "name")
         if self.stage is not None:
             _check_folder_name(self, "stage")
@@ -62,34 +48,31 @@ class RunConfig:
         return self.root / (self.stage or "")
 
 
-@_section
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class LoraConfig:
-    """A new low-rank adapter: only it is trained. The defaults are the papers'."""
+    """A new LoRA adapter. Only the adapter is trained. The defaults are those of the papers."""
 
-    rank: Annotated[int, "width of the two factors"] = 16
+    rank: Annotated[int, "rank of the product of the two factors"] = 16
     alpha: Annotated[float, "the product of the factors is scaled by alpha / rank"] = 64.0
-    dropout: Annotated[float, "on the adapter's input"] = 0.1
-    targets: Annotated[tuple[str, ...], "names of the projections that get one"] = ("q_proj", "v_proj")
+    dropout: Annotated[float, "dropout rate of the adapter's input"] = 0.1
+    targets: Annotated[tuple[str, ...], "names of the linear layers that get an adapter"] = ("q_proj", "v_proj")
 
     def __post_init__(self) -> None:
-        _check_range(self, rank=(1, math.inf), alpha=(0, math.inf), dropout=(0, 1))
+        check_range(self, rank=(1, math.inf), alpha=(0, math.inf), dropout=(0, 1))
         if not self.targets:
             example = '["q_proj", "v_proj"]'
             raise ConfigError(f"targets is empty, expected names of projections, for example {example}", "targets")
 
 
-@_section
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """A Hugging Face causal language model, as student or teacher."""
+    """A causal language model of Hugging Face, as student or teacher."""
 
-    path: Annotated[str | None, 'folder or Hub name; "stage:NAME" is the result of an earlier stage'] = None
-    config: Annotated[dict | None, "instead of path: a transformers configuration, for random weights"] = None
-    dropout: Annotated[float | None, "sets every dropout rate of model and adapter (default: their own)"] = None
-    adapter: Annotated[
-        str | None,
-        "folder or Hub name of a LoRA adapter (or stage:NAME): a student goes on with it, a teacher merges it",
-    ] = None
-    lora: Annotated[LoraConfig | None, "train a new LoRA adapter instead of all weights"] = None
+    path: Annotated[str | None, 'folder or Hub name; "stage:NAME" means the result of an earlier stage'] = None
+    config: Annotated[dict | None, "a transformers configuration instead of a path: the weights are random"] = None
+    dropout: Annotated[float | None, "every dropout rate of the model and the adapter (default: their own)"] = None
+    adapter: Annotated[str | None, "LoRA adapter, given as path is: a student trains it, a teacher merges it"] = None
+    lora: Annotated[LoraConfig | None, "trains a new LoRA adapter instead of all weights"] = None
 
     def __post_init__(self) -> None:
         if self.path is None and self.config is None:
@@ -100,7 +83,7 @@ class ModelConfig:
             raise ConfigError('config needs "model_type", for example "gpt2" or "llama"', "config")
         if self.adapter is not None and self.lora is not None:
             raise ConfigError("give either adapter, to go on with one, or lora, for a new one")
-        _check_range(self, dropout=(0, 1))
+        check_range(self, dropout=(0, 1))
 
     @property
     def has_adapter(self) -> bool:
@@ -108,215 +91,150 @@ class ModelConfig:
 
     @property
     def stages(self) -> dict[str, str]:
-        """The names of the stages that path and adapter refer to."""
+        """The names of the stages that `path` and `adapter` refer to, by these keys."""
         values = {key: getattr(self, key) or "" for key in ("path", "adapter")}
         return {key: value.removeprefix("stage:") for key, value in values.items() if value.startswith("stage:")}
 
     def saved_in(self, folder: pathlib.Path) -> ModelConfig:
-        """The same model with the weights that training it left in a folder: the adapter's alone, where it has one."""
+        """The same model after training: `folder` has its weights, or those of its adapter if it has one."""
         if self.has_adapter:
             return dataclasses.replace(self, adapter=str(folder), lora=None)
         return dataclasses.replace(self, path=str(folder), config=None)
 
 
-@_section
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class PretrainConfig:
-    """Plain text whose language-modeling loss is added in every step, as the papers do: one block a sample."""
+    """Plain text. Every step adds its language-modeling loss, one block for each sample, as the papers do."""
 
-    path: Annotated[str, "JSONL file or folder of them with text, plain .txt, or the papers' .bin and .idx files"]
-    weight: Annotated[float, "factor of its mean cross-entropy; 0 leaves the text unread"] = 1.0
-    rows: Annotated[int | None, "use only the first documents (of binary files: items)"] = None
+    path: Annotated[str, "JSONL file with 'text', .txt file, the papers' .bin and .idx files, or a folder of these"]
+    weight: Annotated[float, "factor of its mean cross-entropy; 0: the text is not read"] = 1.0
+    rows: Annotated[int | None, "use only so many documents (items of binary files), the first ones"] = None
 
     def __post_init__(self) -> None:
-        _check_range(self, weight=(0, math.inf), rows=(1, math.inf))
+        check_range(self, weight=(0, math.inf), rows=(1, math.inf))
 
 
-@_section
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Rows with instruction, input and output, prompt and output, or messages; or the papers' .bin and .idx files."""
 
     train: Annotated[
         str,
-        'training rows; JSONL or .bin file, folder or Hub name; "quickstart:train" are generated tasks, "stage:NAME" '
-        "what an earlier stage with method generate has written",
+        'training rows: JSONL or .bin file, folder or Hub name; "quickstart:train" means generated tasks, "stage:NAME" '
+        "the responses of an earlier stage with method generate",
     ]
-    dev: Annotated[str | None, "rows whose loss is reported during training"] = None
-    train_rows: Annotated[int | None, "use only the first rows"] = None
-    dev_rows: Annotated[int | None, "use only the first rows"] = None
+    dev: Annotated[str | None, "rows for evaluation during training"] = None
+    train_rows: Annotated[int | None, "use only so many rows, the first ones"] = None
+    dev_rows: Annotated[int | None, "use only so many rows, the first ones"] = None
     max_length: Annotated[int, "tokens of prompt and response together; longer responses are cut"] = 512
-    max_prompt_length: Annotated[int | None, "rows with longer prompts, in tokens, are left out (null: none is)"] = 256
-    pretrain: Annotated[PretrainConfig | None, "plain text, for an additional language-modeling loss"] = None
+    max_prompt_length: Annotated[int | None, "tokens of a prompt; longer ones are left out (null: no limit)"] = 256
+    pretrain: Annotated[PretrainConfig | None, "plain text for an additional language-modeling loss"] = None
 
     def __post_init__(self) -> None:
-        _check_range(self, train_rows=(1, math.inf), dev_rows=(1, math.inf), max_length=(2, math.inf))
-        _check_range(self, max_prompt_length=(1, math.inf))
+        check_range(self, train_rows=(1, math.inf), dev_rows=(1, math.inf), max_length=(2, math.inf))
+        check_range(self, max_prompt_length=(1, math.inf))
 
     @property
     def stage(self) -> str | None:
-        """The name of the stage that writes the training rows."""
+        """The name of the stage that writes the training rows; None if they are there already."""
         return self.train.removeprefix("stage:") if self.train.startswith("stage:") else None
 
     @property
-    def adds_text(self) -> bool:
+    def uses_pretrain(self) -> bool:
         return self.pretrain is not None and self.pretrain.weight > 0
 
 
-@_section
-class SamplingConfig:
-    """How on-policy methods, and stages with method generate, write responses."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SamplingConfig(SamplingKeys):
+    """How on-policy methods and stages with method generate sample; data.max_length also limits responses."""
 
-    max_new_tokens: Annotated[int, "longer responses are cut, and so are prompt and response at data.max_length"] = 256
-    temperature: Annotated[float, "divides the logits"] = 1.0
-    top_k: Annotated[int, "only the most likely tokens (0: all)"] = 0
-    top_p: Annotated[float, "only the most likely tokens of so much probability"] = 1.0
-    batch_size: Annotated[int, "sequences in progress at a time; no response depends on it"] = 64
+    batch_size: Annotated[int, "responses in progress at a time; no response depends on it"] = 64
 
     def __post_init__(self) -> None:
-        _check_range(self, max_new_tokens=(1, math.inf), temperature=(1e-3, 1e3), top_k=(0, math.inf))
-        _check_range(self, top_p=(0, 1), batch_size=(1, math.inf))
+        check_range(self, temperature=(1e-3, 1e3), batch_size=(1, math.inf))
+        super().__post_init__()
 
 
-ON_POLICY_READERS = {  # the methods that read each key of on_policy
-    "fraction": ("gkd",),
-    "replay_rows": ("imitkd", "gkd", "distillm"),
-    "threshold": ("distillm",),
-    "loss_margin": ("distillm",),
-    "schedule": ("distillm",),
-}
-
-
-@_section
-class OnPolicyConfig:
-    """When imitkd, gkd and distillm train on responses that the student writes, and how those are replayed."""
-
-    fraction: Annotated[float, "gkd: share of the steps"] = 0.5
-    replay_rows: Annotated[
-        int, "imitkd, gkd, distillm: responses that are kept for replay (imitkd, gkd: 0, only new ones are used)"
-    ] = 1000
-    threshold: Annotated[float, "distillm: share of the steps, at first"] = 0.0
-    loss_margin: Annotated[float, "distillm: that share grows by .1 where the dev loss has risen by so much"] = 0.1
-    schedule: Annotated[
-        Literal["decreasing", "constant", "increasing"], "distillm: how many of those steps generate anew, over the run"
-    ] = "decreasing"
-
-    def __post_init__(self) -> None:
-        _check_range(self, fraction=(0, 1), threshold=(0, 1), loss_margin=(0, math.inf), replay_rows=(0, math.inf))
-
-    def check_method(self, method: str) -> None:
-        """Raises ConfigError for values that would change nothing, since the method reads no such key."""
-        for field in dataclasses.fields(self):
-            value, readers = getattr(self, field.name), ON_POLICY_READERS[field.name]
-            if value != field.default and method not in readers:
-                raise ConfigError(
-                    f'on_policy.{field.name} is {value}, but method "{method}" has no such choice, only '
-                    f"{', '.join(readers)}: leave it out",
-                    f"on_policy.{field.name}",
-                )
-
-
-@_section
-class MiniLLMConfig:
-    """Of minillm: policy gradient on rollouts. The defaults are the paper's; `loss` has to be rkl."""
-
-    rollouts: Annotated[int, "prompts of a round of generation"] = 256
-    inner_epochs: Annotated[int, "passes over the rollouts of a round"] = 4
-    teacher_weight: Annotated[float, "of the teacher in the mixture that writes"] = 0.2
-    gamma: Annotated[float, "discount of later rewards"] = 0.95
-    reward_scale: Annotated[float, "rewards are divided by it"] = 0.5
-    clip_reward: Annotated[float, "rewards beyond are cut"] = 100.0
-    clip_ratio: Annotated[float, "how far the ratio of probabilities may move from 1"] = 0.2
-    text_kd: Annotated[float, "w in (1 - w) cross-entropy + w divergence to the teacher, on data.pretrain"] = 0.5
-
-    def __post_init__(self) -> None:
-        _check_range(self, rollouts=(1, math.inf), inner_epochs=(1, math.inf), teacher_weight=(0, 1), gamma=(0, 1))
-        _check_range(self, reward_scale=(1e-6, math.inf), clip_reward=(0, math.inf), clip_ratio=(0, 1), text_kd=(0, 1))
-
-
-@_section
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class CacheConfig:
-    """The teacher's final hidden states at the response tokens, computed once instead of once an epoch; exact."""
+    """The teacher's final hidden states at the response tokens: computed once, not in every epoch. Exact."""
 
     mode: Annotated[
         Literal["off", "auto", "memory", "disk"],
-        "off: the teacher runs in every step; disk: a mapped file; memory: the file, if it can be written, is also "
-        "loaded into device memory; auto: what fits",
+        "off: the teacher runs in every step; disk: a mapped file; memory: also loaded into device memory (and kept in "
+        "a file if one can be written); auto: what fits",
     ] = "auto"
     dir: Annotated[str | None, "folder of all caches (default: $ABKD_CACHE, or abkd_fast in the user's caches)"] = None
 
 
-@_section
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """AdamW; weights of one dimension (biases, norms) don't decay, except a LoRA adapter's."""
+    """AdamW. Weights of one dimension (biases, norms) don't decay, except those of a LoRA adapter."""
 
     lr: Annotated[float, "peak learning rate"] = 5e-4
-    min_lr: Annotated[float, "learning rate that the cosine ends at"] = 1e-7
-    schedule: Annotated[Literal["cosine", "constant"], "after the warm-up"] = "cosine"
-    warmup_steps: Annotated[int, "steps from 0 to lr"] = 0
+    min_lr: Annotated[float, "learning rate at the end of the cosine"] = 1e-7
+    schedule: Annotated[Literal["cosine", "constant"], "learning rate after the warm-up"] = "cosine"
+    warmup_steps: Annotated[int, "steps in which the learning rate rises from 0 to lr"] = 0
     weight_decay: Annotated[float, "decoupled weight decay"] = 0.01
-    betas: Annotated[tuple[float, float], "moment decay rates"] = (0.9, 0.999)
-    eps: Annotated[float, "added to the root of the second moment"] = 1e-8
-    clip_norm: Annotated[float, "gradients of a larger norm are scaled down to it"] = 1.0
+    betas: Annotated[tuple[float, float], "decay rates of the two moments"] = (0.9, 0.999)
+    eps: Annotated[float, "added to the square root of the second moment"] = 1e-8
+    clip_norm: Annotated[float, "a gradient with a larger norm is scaled down to this norm"] = 1.0
 
     def __post_init__(self) -> None:
-        rates = dict.fromkeys(("lr", "clip_norm", "eps"), (0, math.inf))
-        _check_range(self, **rates, min_lr=(0, self.lr), warmup_steps=(0, math.inf), weight_decay=(0, math.inf))
+        check_positive(self, "lr", "clip_norm", "eps")
+        check_range(self, min_lr=(0, self.lr), warmup_steps=(0, math.inf), weight_decay=(0, math.inf))
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ConfigError(f"betas are {list(self.betas)}, expected two numbers from 0 up to 1", "betas")
 
 
-@_section
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """The loop. A step is always batch_size samples; max_tokens only decides how many go through at once."""
+    """The training loop. A step takes batch_size samples; max_tokens only decides how many are computed at once."""
 
     epochs: Annotated[int, "passes over the training rows"] = 10
-    steps: Annotated[int | None, "stop after so many steps, whatever epochs says"] = None
-    batch_size: Annotated[int, "samples of an optimizer step"] = 32
-    max_tokens: Annotated[int, "tokens of a micro-batch, packed without padding"] = 8192
+    steps: Annotated[int | None, "number of steps; it replaces epochs"] = None
+    batch_size: Annotated[int, "samples of one optimizer step"] = 32
+    max_tokens: Annotated[int, "tokens of a micro-batch, at most; packed without padding"] = 8192
     dtype: Annotated[
-        Literal["auto", "float32", "bfloat16", "float64"], "of the computation; auto: bfloat16 on a GPU, else float32"
+        Literal["auto", "float32", "bfloat16", "float64"], "type to compute in; auto: bfloat16 on a GPU, else float32"
     ] = "auto"
-    device: Annotated[Literal["auto", "cpu", "cuda"], "auto: the GPU if there is one"] = "auto"
-    gradient_checkpointing: Annotated[bool, "compute the student's layers twice instead of keeping them"] = False
-    compile: Annotated[Literal["auto", "off"], "auto: torch.compile on a GPU"] = "auto"
+    device: Annotated[Literal["auto", "cpu", "cuda"], "where to train; auto: the GPU if there is one"] = "auto"
+    gradient_checkpointing: Annotated[bool, "compute the student's layers again in the backward pass"] = False
+    compile: Annotated[Literal["auto", "off"], "auto: uses torch.compile on a GPU"] = "auto"
     on_nonfinite: Annotated[
-        Literal["stop", "skip"], "a step whose loss or gradient is not finite ends the run, or changes no weight"
+        Literal["stop", "skip"], "if the loss or gradient of a step is not finite: end the run, or change no weight"
     ] = "stop"
     parallel: Annotated[
         Literal["auto", "ddp", "fsdp"],
-        "of several processes each holds all weights (ddp), or a part of them, the teacher's too (fsdp); auto: ddp",
+        "with several processes: each holds all weights (ddp), or a part of those of both models (fsdp); auto: ddp",
     ] = "auto"
-    timeout_minutes: Annotated[float, "a process that waits so long for the others ends the run"] = 30.0
+    timeout_minutes: Annotated[float, "a process that waits longer for the others ends the run"] = 30.0
 
     def __post_init__(self) -> None:
-        _check_range(self, timeout_minutes=(0.01, math.inf))
-        _check_range(self, **dict.fromkeys(("epochs", "steps", "batch_size", "max_tokens"), (1, math.inf)))
+        check_range(self, timeout_minutes=(0.01, math.inf))
+        check_range(self, **dict.fromkeys(("epochs", "steps", "batch_size", "max_tokens"), (1, math.inf)))
 
 
-@_section
-class EvalConfig:
-    """In training the loss on data.dev, cross-entropy of its responses, and ROUGE-L; after it scores on test sets."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvalConfig(SamplingKeys):
+    """During training: loss and ROUGE-L on data.dev (sampled with max_new_tokens alone). After it: test sets."""
 
     every_steps: Annotated[
-        int | None, "how often, besides before the first and after the last step (default: once an epoch)"
+        int | None, "steps between evaluations (default: an epoch); also before the first and after the last step"
     ] = None
-    rouge_rows: Annotated[int | None, "so many dev rows are also answered, for ROUGE-L (null: none)"] = None
-    max_new_tokens: Annotated[int, "longer answers are cut"] = 256
+    rouge_rows: Annotated[int | None, "dev rows that the student also answers, for ROUGE-L (null: none)"] = None
     select: Annotated[
         Literal["last", "dev_loss", "rouge_l"],
-        "whose weights final/ holds: the last step's, or those of the lowest dev loss, or the highest ROUGE-L",
+        "step whose weights go to final/: the last one, that of the lowest dev loss, or that of the highest ROUGE-L",
     ] = "last"
-    sets: Annotated[dict | None, "test sets for the result, {NAME: JSONL file}; scores go to eval/"] = None
-    seeds: Annotated[tuple[int, ...], "of the answers to test sets"] = SEEDS
-    no_repeat_ngram_size: Annotated[int, "no answer to a test set has so many tokens twice (0: it may)"] = 6
-    temperature: Annotated[float, "of the answers to test sets; 0: always the most likely token"] = 1.0
-    top_k: Annotated[int, "of them, too: only the most likely tokens (0: all)"] = 0
-    top_p: Annotated[float, "of them, too: only the most likely tokens of so much probability"] = 1.0
-    begin_token: Annotated[bool, "one before every prompt of a test set, as the papers' Llama models had"] = False
+    sets: Annotated[dict | None, "test sets {NAME: JSONL file} for the result; scores go to eval/"] = None
+    seeds: Annotated[tuple[int, ...], "seeds of the answers to test sets"] = SEEDS
+    no_repeat_ngram_size: NgramSize = 6
+    begin_token: Annotated[bool, "put a begin token before each prompt of a test set, as for the papers' Llama"] = False
 
     def __post_init__(self) -> None:
-        counts = ("every_steps", "rouge_rows", "max_new_tokens")
-        _check_range(self, **dict.fromkeys(counts, (1, math.inf)), no_repeat_ngram_size=(0, math.inf))
-        _check_range(self, temperature=(0, math.inf), top_k=(0, math.inf), top_p=(0, 1))
+        super().__post_init__()
+        check_range(self, every_steps=(1, math.inf), rouge_rows=(1, math.inf), no_repeat_ngram_size=(0, math.inf))
         if self.select == "rouge_l" and self.rouge_rows is None:
             raise ConfigError("select is rouge_l, but rouge_rows is missing; give it, or select last", "select")
         for name, path in (self.sets or {}).items():
@@ -328,44 +246,44 @@ class EvalConfig:
             raise ConfigError(f"seeds are {list(self.seeds)}: one is given twice", "seeds")
 
 
-@_section
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class LogConfig:
-    """metrics.jsonl, TensorBoard and the terminal."""
+    """Logs: metrics.jsonl, TensorBoard and the terminal."""
 
-    every_steps: Annotated[int, "steps that one logged point sums up"] = 10
-    wandb: Annotated[str | None, "a project of Weights & Biases that gets the points too (needs wandb)"] = None
+    every_steps: Annotated[int, "steps that one logged point summarizes"] = 10
+    wandb: Annotated[str | None, "project of Weights & Biases that also gets the points (needs wandb)"] = None
 
     def __post_init__(self) -> None:
-        _check_range(self, every_steps=(1, math.inf))
+        check_range(self, every_steps=(1, math.inf))
 
 
-@_section
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """Checkpoints for --resume, each with a model folder's files. SIGTERM and Ctrl-C save one and end the run."""
+    """Checkpoints for --resume; each is also a model folder. SIGTERM and Ctrl-C save one and end the run."""
 
-    every_steps: Annotated[int | None, "how often, besides at every best one (default: once an epoch)"] = None
-    keep: Annotated[int, "the newest so many stay, and the best one"] = 2
+    every_steps: Annotated[int | None, "steps between checkpoints (default: an epoch); best steps are saved too"] = None
+    keep: Annotated[int, "number of newest checkpoints to keep, besides the best one"] = 2
 
     def __post_init__(self) -> None:
-        _check_range(self, every_steps=(1, math.inf), keep=(1, math.inf))
+        check_range(self, every_steps=(1, math.inf), keep=(1, math.inf))
 
 
-@_section
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """One run: a student, a way to train it, and data."""
+    """One run: a student, how to train it, and data."""
 
     method: Annotated[
         str,
-        "sft (no teacher); ab or kd (divergence to a teacher on the data's responses); imitkd, gkd or distillm (also "
-        "on the student's own); minillm (policy gradient); seqkd (sft on what a stage with method generate wrote); "
-        "generate (no training: the student, here mostly a teacher, answers data.train)",
+        "sft: cross-entropy, no teacher; ab, kd: divergence to a teacher on the responses of the data; imitkd, gkd, "
+        "distillm: also on responses of the student; minillm: policy gradient; seqkd: sft on responses of an earlier "
+        "stage; generate: no training, the model given as student (mostly a teacher) answers data.train",
     ] = "ab"
     loss: Annotated[
         str,
         "the divergence: ab:ALPHA,BETA, fkl, rkl, wsd:LAM, bdkd, jsd:LAM, akl:MU, tvd, sfkl:LAM, srkl:LAM, "
         "alphanet:ALPHA1,ALPHA2[,token], hellinger or alpha:ALPHA",
     ] = "ab:0.2,0.7"
-    temperature: Annotated[float, "divides both models' logits in the divergence"] = 1.0
+    temperature: Annotated[float, "divides the logits of both models in the divergence"] = 1.0
     hard_weight: Annotated[float, "w in (1 - w) divergence + w cross-entropy"] = 0.0
     tokenizer: Annotated[str | None, "folder or Hub name (default: the student's)"] = None
     run: RunConfig
@@ -373,8 +291,8 @@ class Config:
     teacher: ModelConfig | None = None
     data: DataConfig
     sampling: SamplingConfig = SamplingConfig()
-    on_policy: OnPolicyConfig = OnPolicyConfig()
-    minillm: MiniLLMConfig = MiniLLMConfig()
+    on_policy: OnPolicyConfig = OnPolicyConfig()  # noqa: RUF009 - it is frozen
+    minillm: MiniLLMConfig = MiniLLMConfig()  # noqa: RUF009 - it is frozen
     cache: CacheConfig = CacheConfig()
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()
@@ -383,17 +301,14 @@ class Config:
     checkpoint: CheckpointConfig = CheckpointConfig()
 
     def __post_init__(self) -> None:
-        from ..losses.divergences import parse
-        from ..methods import NAMES, WITHOUT_TEACHER
-
-        names = (*NAMES, "generate")
+        names = (*METHODS, "generate")
         if self.method not in names:
             raise ConfigError(f'method: unknown method "{self.method}"{nearest(self.method, names)}', "method")
         try:
             parse(self.loss)
         except ValueError as error:
             raise ConfigError(str(error), "loss") from None
-        _check_range(self, hard_weight=(0, 1), temperature=(1e-3, 1e3))
+        check_range(self, hard_weight=(0, 1), temperature=(1e-3, 1e3))
         if self.method not in (*WITHOUT_TEACHER, "generate") and self.teacher is None:
             raise ConfigError(f'teacher: missing, and method "{self.method}" needs one; give teacher.path')
         if self.teacher is not None and self.teacher.lora is not None:
@@ -429,23 +344,3 @@ class Config:
 
     def to_dict(self) -> dict:
         return json.loads(json.dumps(dataclasses.asdict(self)))
-
-
-def describe(cls: type = Config, prefix: str = "") -> Iterator[str]:
-    """Every key with its meaning, its default and what else it may be, section by section, a line each."""
-    yield f"{prefix.rstrip('.') or 'top level'}: {cls.__doc__}"
-    hints, notes = typing.get_type_hints(cls), typing.get_type_hints(cls, include_extras=True)
-    sections = {}
-    for field in dataclasses.fields(cls):
-        name, options = prefix + field.name, (hints[field.name], *typing.get_args(hints[field.name]))
-        sections |= {f"{name}.": option for option in options if dataclasses.is_dataclass(option)}
-        if typing.get_origin(notes[field.name]) is Annotated:
-            required = field.default is dataclasses.MISSING
-            default = "required" if required else json.dumps(field.default)
-            if typing.get_origin(hints[field.name]) is Literal:
-                others = {*typing.get_args(hints[field.name])} - {field.default}
-                default = f"{default}, or {', '.join(sorted(map(json.dumps, others)))}"
-            yield f"  {name:22} {notes[field.name].__metadata__[0]} [{default}]"
-    yield ""
-    for name, section in sections.items():
-        yield from describe(section, name)

@@ -1,4 +1,4 @@
-"""From tokenized samples to the micro-batches of a step: order, balance, packing, prefetch."""
+"""The way from tokenized samples to the micro-batches of a step: order, balance, packing, prefetch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import functools
 import heapq
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import datasets
 import torch
@@ -15,85 +15,83 @@ from torch import Tensor
 
 from .. import distributed
 
-if TYPE_CHECKING:
-    pass
-
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """Whole sequences end to end, T tokens in all, N of them predicting a token of a response."""
+    """A micro-batch: whole sequences, one after the other, of T tokens. N of these predict a token of a response."""
 
     input_ids: Tensor  # [1, T]
-    position_ids: Tensor  # [1, T], restarting at 0 with every sequence
-    cu_seqlens: Tensor  # [sequences + 1], int32: where each begins, and T
+    position_ids: Tensor  # [1, T], from 0 in every sequence
+    cu_seqlens: Tensor  # [sequences + 1], int32: the start of each sequence, and T
     max_seqlen: int
-    positions: Tensor  # [N], indices into T whose next token is in the response
-    labels: Tensor  # [N], those next tokens; on the CPU
-    samples: list[dict]  # as packed
-    is_pretrain: bool = False  # blocks of plain text
+    positions: Tensor  # [N], indices into T: the next token belongs to a response
+    labels: Tensor  # [N], these next tokens; always on the CPU
+    samples: list[dict]  # in the order of the sequences
+    is_pretrain: bool = False  # whether the samples are blocks of plain text
 
     @property
     def tokens(self) -> int:
         return self.input_ids.shape[1]
 
     def to(self, device: torch.device) -> Batch:
-        """The same batch with everything but the labels on `device`."""
+        """The same batch with all tensors but the labels on `device`."""
         moved = ("input_ids", "position_ids", "cu_seqlens", "positions")
         return dataclasses.replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in moved})
 
     def pin(self) -> Batch:
-        """The same batch in page-locked memory, which a GPU copies from while the processor goes on."""
+        """The same batch in page-locked memory: a GPU copies from it while the CPU goes on."""
         pinned = ("input_ids", "position_ids", "cu_seqlens", "positions", "labels")
         return dataclasses.replace(self, **{name: getattr(self, name).pin_memory() for name in pinned})
 
 
 @dataclasses.dataclass(frozen=True)
 class StepBatch:
-    """What one step trains on, on all ranks together, and the micro-batches that are this rank's."""
+    """The samples and blocks of one step, of all ranks together, and the micro-batches of this rank."""
 
     samples: list[dict]
-    text: list[dict]  # blocks of plain text
-    parts: list[Batch]  # those of text come last
-    max_rank_tokens: int  # that a rank has
+    pretrain_blocks: list[dict]  # blocks of plain text; empty without data.pretrain
+    micro_batches: list[Batch]  # those of plain text come last
+    max_rank_tokens: int  # tokens of the rank that has the most
 
     @property
-    def labels(self) -> int:
+    def num_labels(self) -> int:
         return _count_labels(self.samples)
 
     @property
     def num_pretrain_labels(self) -> int:
-        return _count_labels(self.text)
+        return _count_labels(self.pretrain_blocks)
 
     def pin(self) -> StepBatch:
-        return dataclasses.replace(self, parts=[part.pin() for part in self.parts])
+        return dataclasses.replace(self, micro_batches=[micro_batch.pin() for micro_batch in self.micro_batches])
 
 
 def _count_labels(samples: list[dict]) -> int:
     return sum(len(sample["input_ids"]) - sample["prompt_length"] for sample in samples)
 
 
-def make_step_batch(samples: list[dict], text: list[dict], max_tokens: int) -> StepBatch:
-    """Deals a step's samples and blocks to the ranks, and packs this rank's.
+def make_step_batch(samples: list[dict], pretrain_blocks: list[dict], max_tokens: int) -> StepBatch:
+    """Distributes the samples and blocks of a step over the ranks, and packs those of this rank.
 
-    Every rank gets as many micro-batches as the others, where there are samples for that.
+    All ranks get the same number of micro-batches, if there are enough samples.
     """
-    parts, loads = [], [0] * distributed.world_size()
-    for items, is_pretrain in ((samples, False), (text, True)):
+    micro_batches, loads = [], [0] * distributed.world_size()
+    for items, is_pretrain in ((samples, False), (pretrain_blocks, True)):
         lengths = [len(item["input_ids"]) for item in items]
         shares = balance_by_tokens(lengths, distributed.world_size())
-        groups = [fill_micro_batches([items[place] for place in share], max_tokens) for share in shares]
+        groups = [fill_micro_batches([items[index] for index in share], max_tokens) for share in shares]
         own = split_largest(groups[distributed.rank()], max(map(len, groups)))
-        parts += [dataclasses.replace(collate(group), is_pretrain=is_pretrain) for group in own]
-        loads = [load + sum(lengths[place] for place in share) for load, share in zip(loads, shares, strict=True)]
-    return StepBatch(samples, text, parts, max(loads))
+        micro_batches += [dataclasses.replace(collate(group), is_pretrain=is_pretrain) for group in own]
+        loads = [load + sum(lengths[index] for index in share) for load, share in zip(loads, shares, strict=True)]
+    return StepBatch(samples, pretrain_blocks, micro_batches, max(loads))
 
 
 def pack(samples: list[dict], max_tokens: int) -> list[Batch]:
-    """Samples in order, in as many micro-batches as a budget of max_tokens asks for."""
+    """Packs samples, in their order, into micro-batches of at most max_tokens tokens."""
     return [collate(group) for group in fill_micro_batches(samples, max_tokens)]
 
 
 def fill_micro_batches(samples: list[dict], max_tokens: int) -> list[list[dict]]:
+    """Groups samples in their order: at most max_tokens tokens, or one longer sample, in each group."""
     groups, used = [], 0
     for sample in samples:
         length = len(sample["input_ids"])
@@ -106,7 +104,7 @@ def fill_micro_batches(samples: list[dict], max_tokens: int) -> list[list[dict]]
 
 
 def split_largest(groups: list[list[dict]], count: int) -> list[list[dict]]:
-    """So many groups: those with the most samples are halved."""
+    """Halves the groups with the most samples until there are `count` groups, if possible."""
     groups = list(groups)
     while len(groups) < count and groups and len(most := max(groups, key=len)) > 1:
         place, half = groups.index(most), len(most) // 2
@@ -115,9 +113,10 @@ def split_largest(groups: list[list[dict]], count: int) -> list[list[dict]]:
 
 
 def collate(samples: list[dict]) -> Batch:
+    """Packs samples into one micro-batch."""
     lengths = [len(sample["input_ids"]) for sample in samples]
     starts = [0, *torch.tensor(lengths).cumsum(0).tolist()]
-    # The last token of a prompt predicts the first of the response; the last of a sequence predicts nothing.
+    # The last token of a prompt predicts the first one of the response. The last token of a sequence predicts nothing.
     positions = torch.cat(
         [
             torch.arange(start + sample["prompt_length"] - 1, start + length - 1)
@@ -136,18 +135,18 @@ def collate(samples: list[dict]) -> Batch:
     )
 
 
-@functools.lru_cache(maxsize=4)  # an epoch of the rows, of the plain text, of prompts, and of rollouts
-def shuffled_batches(rows: int, batch_size: int, seed: int, epoch: int) -> list[list[int]]:
-    """The row numbers of an epoch's batches: they depend on these four alone; a last, incomplete batch is left out."""
+@functools.lru_cache(maxsize=4)  # one epoch each of rows, plain text, prompts and rollouts
+def shuffled_batches(num_samples: int, batch_size: int, seed: int, epoch: int) -> list[list[int]]:
+    """The sample indices of an epoch's batches, a function of the arguments alone. An incomplete batch is left out."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-    order = torch.randperm(rows, generator=generator).tolist()
-    return [order[start : start + batch_size] for start in range(0, rows - batch_size + 1, batch_size)]
+    order = torch.randperm(num_samples, generator=generator).tolist()
+    return [order[start : start + batch_size] for start in range(0, num_samples - batch_size + 1, batch_size)]
 
 
 def step_samples(dataset: datasets.Dataset, batch_size: int, seed: int, step: int) -> list[dict]:
-    """The samples of a step, counted from 0: epoch after epoch of `batch_rows`, and a function of these four alone.
+    """The samples of a step, counted from 0, a function of the arguments alone: epochs of `shuffled_batches`.
 
-    Samples carry their "index" in the data set: the teacher's cache finds them by it.
+    Each sample has its "index" in the data set, by which the teacher's cache finds it.
     """
     epoch, batch = divmod(step, len(dataset) // batch_size)
     indices = shuffled_batches(len(dataset), batch_size, seed, epoch)[batch]
@@ -159,12 +158,12 @@ Item = TypeVar("Item")
 
 
 def prefetch(items: Iterator[Item]) -> Iterator[Item]:
-    """The same items; a thread makes the next one while the caller is busy with the last."""
+    """Yields the same items. A thread makes the next item while the caller works with the last one."""
     end = object()
     start = None
-    if torch.cuda.is_initialized():  # a new thread begins with the first GPU
+    if torch.cuda.is_initialized():  # a new thread would use the first GPU
         start = functools.partial(torch.cuda.set_device, torch.cuda.current_device())
-    with ThreadPoolExecutor(1, "ahead", start) as thread:
+    with ThreadPoolExecutor(1, "prefetch", start) as thread:
         coming = thread.submit(next, items, end)
         while (item := coming.result()) is not end:
             coming = thread.submit(next, items, end)
@@ -172,16 +171,16 @@ def prefetch(items: Iterator[Item]) -> Iterator[Item]:
 
 
 def balance_by_tokens(lengths: list[int], ranks: int) -> list[list[int]]:
-    """The places of each rank's samples, in order: at most an equal share, rounded up, and about as many tokens.
+    """The sample indices of each rank, sorted: equal numbers of samples, rounded up, and about equal numbers of tokens.
 
-    The longest go first, each to the rank with the fewest tokens so far that still has room.
+    The longest samples are assigned first, each to the rank with the fewest tokens that still has room.
     """
     shares: list[list[int]] = [[] for _ in range(ranks)]
-    loads = [(0, number) for number in range(ranks)]
+    loads = [(0, rank) for rank in range(ranks)]
     room = -(-len(lengths) // ranks)
-    for place in sorted(range(len(lengths)), key=lambda place: -lengths[place]):
-        load, number = heapq.heappop(loads)
-        shares[number].append(place)
-        if len(shares[number]) < room:
-            heapq.heappush(loads, (load + lengths[place], number))
-    return [sorted(places) for places in shares]
+    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
+        load, rank = heapq.heappop(loads)
+        shares[rank].append(index)
+        if len(shares[rank]) < room:
+            heapq.heappush(loads, (load + lengths[index], rank))
+    return [sorted(share) for share in shares]

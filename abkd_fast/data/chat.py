@@ -1,4 +1,4 @@
-"""Messages and chat templates."""
+"""Chat templates: from a checked row to the text of its prompt."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ if TYPE_CHECKING:
 
 
 def render_prompt(row: dict, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The text of a row's prompt: all messages but the last one, by the tokenizer's chat template, or the prompt."""
     if "messages" in row:
         return tokenizer.apply_chat_template(row["messages"][:-1], tokenize=False, add_generation_prompt=True)
     return row["prompt"]

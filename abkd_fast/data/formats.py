@@ -1,15 +1,10 @@
-"""From the rows that people bring to one shape."""
+"""The formats of rows that people bring: checked, and converted to one shape."""
 
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
 
 from ..errors import ConfigError
-
-if TYPE_CHECKING:
-    pass
-
 
 # The prompt of the ABKD, DistiLLM and MiniLLM papers (Stanford Alpaca's).
 PROMPT = (
@@ -17,8 +12,6 @@ PROMPT = (
     "Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Response:\n"
 )
-
-
 PROMPT_WITH_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
     "Write a response that appropriately completes the request.\n\n"
@@ -27,7 +20,7 @@ PROMPT_WITH_INPUT = (
 
 
 def without_output(values: object) -> object:
-    """The same row with an empty output, or an empty last message by the assistant."""
+    """The same row with an empty output, or with an empty last message by the assistant."""
     if not isinstance(values, dict):
         return values
     messages = values.get("messages")
@@ -39,7 +32,7 @@ def without_output(values: object) -> object:
 
 
 def outputs_in(values: dict) -> object:
-    """What a checked row has as its output or outputs."""
+    """The output, or the list of outputs, of a row that `check_row` has accepted."""
     if "messages" not in values:
         return values.get("output")
     last = values["messages"][-1]
@@ -47,9 +40,14 @@ def outputs_in(values: dict) -> object:
 
 
 def check_row(values: object, where: str, empty_output: bool = False) -> dict:
+    """Converts a row to {"messages": [...]} or {"prompt": text, "output": text}, with "ended": False for a cut answer.
+
+    Raises ConfigError, which begins with `where`, for values that are missing, of a wrong type, or empty. An empty
+    output is accepted with `empty_output`.
+    """
     if not isinstance(values, dict):
         raise ConfigError(f"{where}: expected a JSON object with instruction, input and output")
-    ended = {"ended": False} if values.get("ended") is False else {}  # an answer that was cut teaches no end
+    ended = {"ended": False} if values.get("ended") is False else {}  # an answer that was cut has no end token
     if "messages" in values:
         messages = values["messages"]
         good = isinstance(messages, list) and all(
@@ -63,7 +61,7 @@ def check_row(values: object, where: str, empty_output: bool = False) -> dict:
         return {"messages": messages, **ended}
     prompt_key = "prompt" if "prompt" in values else "instruction"
     if isinstance(values.get("output"), list) and values["output"]:
-        values = {**values, "output": values["output"][0]}  # as the papers train on sets with several references
+        values = {**values, "output": values["output"][0]}  # the papers train on the first of several references
     for key in (prompt_key, "output"):
         if key not in values:
             keys = ", ".join(values) or "none"

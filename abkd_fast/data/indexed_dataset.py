@@ -1,8 +1,9 @@
 """The indexed binary files of MiniLLM, DistiLLM and ABKD (Megatron's format): sequences of token ids.
 
-An .idx file is, little-endian and without gaps, the magic MMIDIDX and two zero bytes, the version 1 (8 bytes), the
-code of the ids' type (1 byte), the numbers of items and of documents (8 bytes each), then the items' lengths (int32),
-where each begins in the .bin file, in bytes (int64), and the documents' first items (int64), which nothing here needs.
+An .idx file has these parts, little-endian and without gaps: the magic MMIDIDX and two zero bytes; the version, 1 (8
+bytes); the code of the ids' type (1 byte); the number of items and that of documents (8 bytes each); the length of each
+item, in ids (int32); the start of each item in the .bin file, in bytes (int64); the first item of each document
+(int64), which is not needed here.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ DTYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2", 9: "<u4"}
 
 
 def find(source: str, splits: tuple[str, ...]) -> list[pathlib.Path]:
-    """The .bin files that `source` names: itself (or its .idx), or the parts SPLIT_0.bin, SPLIT_1.bin, … of a folder.
+    """The .bin files of `source`: a .bin file (or its .idx), or a folder's SPLIT_0.bin, SPLIT_1.bin, …
 
-    The first split that is there counts. Empty where `source` is something else. Raises ConfigError for a folder
-    with the parts of other splits alone.
+    The first split that has files is taken. The result is empty for any other source. Raises ConfigError for a folder
+    that only has files of other splits.
     """
     path = pathlib.Path(source)
     if path.suffix in (".bin", ".idx"):
@@ -42,7 +43,7 @@ def find(source: str, splits: tuple[str, ...]) -> list[pathlib.Path]:
 
 
 def read_items(path: pathlib.Path) -> Iterator[tuple[str, np.ndarray]]:
-    """Every item of a .bin file: where it is, counted from 1, and its token ids, mapped.
+    """Yields every item of a .bin file: its place for messages, counted from 1, and its token ids, memory-mapped.
 
     Raises ConfigError for files that are missing, truncated, or of another format.
     """
@@ -65,7 +66,7 @@ def read_items(path: pathlib.Path) -> Iterator[tuple[str, np.ndarray]]:
 
 
 def _read_index(path: pathlib.Path) -> tuple[np.dtype, np.ndarray, np.ndarray]:
-    """The ids' type, and every item's length and first byte (int64 both)."""
+    """The type of the ids, the length of every item in ids, and its first byte (both [items], int64)."""
     content = path.read_bytes()
     if not content.startswith(MAGIC):
         raise ConfigError(f"{path}: is not the index of a binary file: it begins with {content[:9]}, not {MAGIC}")
@@ -87,9 +88,9 @@ def _read_index(path: pathlib.Path) -> tuple[np.dtype, np.ndarray, np.ndarray]:
 
 
 def split_item(where: str, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Prompt and response. Between them stands the largest number of the ids' type, or -1 where that has a sign.
+    """Splits an item into prompt and response at the separator: the largest number of the ids' type, or -1.
 
-    Raises ConfigError for an item without it, or with nothing after it.
+    Raises ConfigError for an item without a separator, or with an empty response.
     """
     largest = np.iinfo(ids.dtype).max
     (separators,) = ((ids == largest) | (ids == -1)).nonzero()
@@ -102,7 +103,7 @@ def split_item(where: str, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def check_ids(where: str, ids: np.ndarray, vocabulary: int) -> None:
-    """Raises ConfigError where ids can't be those of a tokenizer with so many tokens."""
+    """Raises ConfigError if a tokenizer with a vocabulary of this size can't have made the ids."""
     if vocabulary > np.iinfo(ids.dtype).max:
         raise ConfigError(f"{where}: {ids.dtype} has no room for the tokenizer's {vocabulary} tokens and a separator")
     wrong = ids[(ids < 0) | (ids >= vocabulary)]

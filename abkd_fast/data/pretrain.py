@@ -1,4 +1,4 @@
-"""Plain text for the language-modeling term: documents, tokenized and cut into blocks of one length."""
+"""Plain text for the language-modeling loss: documents become tokens, and these become blocks of one length."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from datasets.table import MemoryMappedTable
 from ..config.schema import PretrainConfig
 from ..console import console
 from ..errors import ConfigError
-from ..files import atomic_file, file_digest
+from ..files import atomic_file, file_digest, leftovers
 from . import indexed_dataset
 from .rows import TRAIN, read_jsonl
 from .tokenize import SAMPLE, arrow_file, fingerprint
@@ -24,23 +24,23 @@ from .tokenize import SAMPLE, arrow_file, fingerprint
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-NEWLINE = "<@x(x!>"  # stands for a line's end within a document in MiniLLM's data.txt
-PIECE = 1 << 20  # characters that are tokenized at once, about
-ITEMS = 1024  # of a binary file that are read at once
+NEWLINE = "<@x(x!>"  # MiniLLM's data.txt has this for a line end within a document
+PIECE = 1 << 20  # about so many characters are tokenized at once
+ITEMS = 1024  # so many items of a binary file are read at once
 
 
 def check_source(source: str) -> None:
-    """Raises ConfigError where there is no such text, or a file's first document can't be read."""
+    """Raises ConfigError if there is no such text, or if the first document of a file can't be read."""
     for file in _find_files(source):
         next(indexed_dataset.read_items(file) if file.suffix == ".bin" else _read_documents(file), None)
 
 
 def load_blocks(spec: PretrainConfig, tokenizer: PreTrainedTokenizerBase, max_length: int) -> datasets.Dataset:
-    """Columns input_ids, blocks of max_length tokens, and prompt_length, always 1: all but the first are predicted.
+    """Columns input_ids (blocks of max_length tokens) and prompt_length (always 1: the first token has no prediction).
 
-    Documents follow each other with an end token after each; a binary file's items do as they are. What is left at
-    the end makes no block. The result is kept beside tokenized rows, under a hash of files, tokenizer and limits, and
-    mapped; making it takes the same memory for any amount of text.
+    Documents follow each other, with an end token after each. Items of binary files are taken as they are. An
+    incomplete block at the end is dropped. The result is stored beside tokenized rows, under a hash of files, tokenizer
+    and limits, and memory-mapped. The memory that this takes doesn't depend on the amount of text.
 
     Raises ConfigError for files that can't be read, foreign token ids, and too little text for a block.
     """
@@ -49,9 +49,11 @@ def load_blocks(spec: PretrainConfig, tokenizer: PreTrainedTokenizerBase, max_le
     path = arrow_file(key)
     if not path.exists():
         try:
-            with filelock.FileLock(f"{path}.lock"):  # another run that starts now waits, and finds it
+            with filelock.FileLock(f"{path}.lock"):  # another run that starts now waits, and finds the file
                 if not path.exists():
                     console.print(f"plain text: tokenizing {spec.path}; later runs find the result in {path.parent}")
+                    for left in leftovers(path):  # of a killed process: no other one has the lock
+                        left.unlink()
                     with atomic_file(path) as temporary:
                         _write(temporary, _cut(_token_ids(files, tokenizer, spec.rows), max_length))
         except OSError as error:
@@ -65,7 +67,7 @@ def load_blocks(spec: PretrainConfig, tokenizer: PreTrainedTokenizerBase, max_le
 
 
 def _identity(file: pathlib.Path) -> list[str]:
-    """The file's kind and content."""
+    """The suffix of the file, and hashes of its content."""
     parts = [file, file.with_suffix(".idx")] if file.suffix == ".bin" else [file]
     try:
         return [file.suffix, *map(file_digest, parts)]
@@ -74,9 +76,9 @@ def _identity(file: pathlib.Path) -> list[str]:
 
 
 def _find_files(source: str) -> list[pathlib.Path]:
-    """The files that a source names: one, or a folder's binary ones, or else its .jsonl and .txt in order of names.
+    """The files of a source: the file itself, a folder's binary files, or else its .jsonl and .txt files by name.
 
-    Raises ConfigError where there are none.
+    Raises ConfigError if there are none.
     """
     path = pathlib.Path(source)
     if not path.exists():
@@ -91,12 +93,12 @@ def _find_files(source: str) -> list[pathlib.Path]:
 
 
 def _read_documents(path: pathlib.Path) -> Iterator[Iterator[str]]:
-    """The documents of a text file, each in pieces of about PIECE characters, to be read in order.
+    """Yields the documents of a text file, each in pieces of about PIECE characters, to be read in order.
 
-    A .jsonl file has one a line, in "text"; blank ones don't count. A .txt file is one document, except in
-    MiniLLM's format, which NEWLINE in its first piece gives away: there each line is one.
+    A .jsonl file has one document in each line, as "text"; blank ones are skipped. A .txt file is one document. In
+    MiniLLM's format, which has NEWLINE in its first piece, each line of a .txt file is one.
 
-    Raises ConfigError, naming file and line, for what can't be read.
+    Raises ConfigError, which names file and line, for a document that can't be read.
     """
     if path.suffix == ".jsonl":
         for where, values in read_jsonl(path):
@@ -117,7 +119,7 @@ def _read_documents(path: pathlib.Path) -> Iterator[Iterator[str]]:
 
 
 def _read_pieces(path: pathlib.Path) -> Iterator[str]:
-    """A file's text in pieces of whole lines."""
+    """Yields the text of a file in pieces of whole lines."""
     try:
         with path.open(encoding="utf-8") as file:
             while lines := file.readlines(PIECE):
@@ -131,7 +133,7 @@ def _read_pieces(path: pathlib.Path) -> Iterator[str]:
 def _token_ids(
     files: list[pathlib.Path], tokenizer: PreTrainedTokenizerBase, limit: int | None
 ) -> Iterator[np.ndarray]:
-    """All tokens in order, int32, some at a time; of the first `limit` documents or items where that is a number."""
+    """Yields all tokens in order, int32, some at a time. `limit` is the number of documents or items, None for all."""
     if files[0].suffix == ".bin":
         items = itertools.islice((item for file in files for item in indexed_dataset.read_items(file)), limit)
         while some := list(itertools.islice(items, ITEMS)):
@@ -140,7 +142,7 @@ def _token_ids(
             yield np.concatenate([ids for _, ids in some]).astype(np.int32)
         return
     documents = itertools.islice((document for file in files for document in _read_documents(file)), limit)
-    pieces = (piece for document in documents for piece in itertools.chain(document, [""]))  # "": its end
+    pieces = (piece for document in documents for piece in itertools.chain(document, [""]))  # "" marks its end
     for texts in _group(pieces):
         ids = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
         ids = (some if text else [tokenizer.eos_token_id] for text, some in zip(texts, ids, strict=True))
@@ -148,7 +150,7 @@ def _token_ids(
 
 
 def _group(pieces: Iterator[str]) -> Iterator[list[str]]:
-    """The same in lists of at least PIECE characters."""
+    """Yields the same pieces in lists of at least PIECE characters."""
     group, size = [], 0
     for piece in pieces:
         group.append(piece)
@@ -161,7 +163,7 @@ def _group(pieces: Iterator[str]) -> Iterator[list[str]]:
 
 
 def _cut(tokens: Iterator[np.ndarray], length: int) -> Iterator[np.ndarray]:
-    """The stream of tokens as blocks [n, length], some at a time."""
+    """Yields the stream of tokens as blocks [n, length], some at a time."""
     rest = np.empty(0, np.int32)
     for some in tokens:
         stream = np.concatenate([rest, some])
@@ -171,6 +173,7 @@ def _cut(tokens: Iterator[np.ndarray], length: int) -> Iterator[np.ndarray]:
 
 
 def _write(path: pathlib.Path, blocks: Iterator[np.ndarray]) -> None:
+    """Writes blocks [n, length] as an Arrow file with the columns of SAMPLE."""
     schema = SAMPLE.arrow_schema
     with pyarrow.ipc.new_stream(str(path), schema) as writer:
         for some in blocks:

@@ -1,14 +1,18 @@
-"""The quickstart's own data: short instruction tasks made from a seed, and a tokenizer made from them.
+"""The data of the quickstart: short instruction tasks, generated from a seed, and a tokenizer trained on them.
 
-The wordings of the answers vary at random, as people's do: a teacher knows how likely each is, a single row does not.
+Each answer has several wordings, chosen at random, as people do. A teacher knows the probability of each wording; a
+single row doesn't.
 """
 
 from __future__ import annotations
 
 import functools
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
+
+from ..errors import ConfigError
+from .formats import PROMPT, PROMPT_WITH_INPUT
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -21,17 +25,15 @@ WORDS = (
 COLORS = ("red", "green", "blue", "white", "black", "brown", "purple", "orange")
 ANIMALS = {"dog": "barks", "cat": "meows", "cow": "moos", "duck": "quacks", "lion": "roars", "sheep": "bleats"}
 SIZES = {"train": 6000, "small": 600, "dev": 200, "test": 400}
-SEEDS = {"dev": 1, "test": 2}  # of the others: 0
+SEEDS = {"dev": 1, "test": 2}  # the other splits have seed 0
 
 
 def rows(split: str) -> Iterator[dict[str, str | list[str]]]:
     """Rows with instruction, input and output. Splits: "train", "small" (the first rows of train), "dev", "test".
 
-    The output is one of the wordings of the answer; in "test" it is the list of them all: a model is right with any.
-    Raises ConfigError for another split.
+    The output is one wording of the answer. In "test" it is the list of all wordings: each of them is right. Raises
+    ConfigError for another split.
     """
-    from ..errors import ConfigError
-
     if split not in SIZES:
         raise ConfigError(f"quickstart:{split}: no such split; valid are {', '.join(SIZES)}")
     generator = random.Random(SEEDS.get(split, 0))
@@ -88,24 +90,14 @@ def _describe(generator: random.Random) -> tuple[str, str, list[str]]:
     return "Write a sentence with the two words.", f"{word}, {color}", wordings
 
 
-TASKS: tuple[Callable[[random.Random], tuple[str, str, list[str]]], ...] = (
-    _add,
-    _compare,
-    _first,
-    _sort,
-    _repeat,
-    _sound,
-    _describe,
-)
+TASKS = (_add, _compare, _first, _sort, _repeat, _sound, _describe)
 
 
 @functools.cache
 def tokenizer() -> PreTrainedTokenizerBase:
-    """A byte-level BPE tokenizer trained on the tasks, in a second."""
+    """A byte-level BPE tokenizer, trained on the tasks. Training takes a second."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
-
-    from .formats import PROMPT, PROMPT_WITH_INPUT
 
     texts = ((PROMPT_WITH_INPUT if row["input"] else PROMPT).format(**row) + row["output"] for row in rows("train"))
     bpe = Tokenizer(models.BPE())

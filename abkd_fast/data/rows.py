@@ -1,4 +1,4 @@
-"""Instruction data: read, check, tokenize, pack."""
+"""Rows of instruction data: read from files, the Hub, or the quickstart, and checked."""
 
 from __future__ import annotations
 
@@ -7,41 +7,40 @@ import itertools
 import json
 import pathlib
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import datasets
 
 from ..errors import ConfigError
+from ..files import is_local_path
 from . import indexed_dataset, quickstart
 from .formats import check_row, outputs_in, without_output
 
-if TYPE_CHECKING:
-    pass
-
-# Names of the indexed binary files that a folder may hold.
+# Splits: names of the indexed binary files in a folder. The first one that has files is read.
 TRAIN, DEV = ("train",), ("dev", "valid")
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One checked row. `where` names its file and line for messages."""
+    """One checked row."""
 
-    where: str
+    where: str  # file and line, for messages
     values: dict  # prompt and output, messages, or prompt_ids and output_ids
-    outputs: object = None  # of a row of JSON, unchecked: of several, `values` has the first
+    outputs: object = None  # all outputs of a row of JSON, unchecked; `values` has the first one
 
 
 def read_rows(
     source: str, limit: int | None = None, splits: tuple[str, ...] = TRAIN, prompts_only: bool = False
 ) -> list[Row]:
-    """Rows of a JSONL file, of all JSONL files of a folder, of a Hub data set's train split, or of the quickstart.
+    """Reads and checks rows. At most `limit` rows are read.
 
-    Indexed binary files are read, too. In a folder they come first, as the papers' tools leave the same rows, of all
-    splits, as JSONL beside them; `splits` says whose files they are. Of several outputs a row has the first.
+    Args:
+        source: a JSONL or .bin file, a folder, a data set of the Hub (its train split), or "quickstart:SPLIT". In a
+            folder, indexed binary files of `splits` are read, or else all JSONL files: the papers' tools leave the same
+            rows, of all splits, as JSONL beside the binary files.
+        prompts_only: outputs of JSON rows are not read; all are empty.
 
-    Raises ConfigError, naming file and line, for a missing or empty source, broken JSON, and rows without a prompt
-    or with an output that is missing, not text, or empty. With `prompts_only` outputs of JSON rows are not read: all
-    are empty.
+    Raises ConfigError, which names file and line, for a missing or empty source, broken JSON, and rows without a prompt
+    or with an output that is missing, not text, or empty.
     """
     rows = list(itertools.islice(_rows(source, splits, prompts_only), limit))
     if not rows:
@@ -74,7 +73,7 @@ def _raw_rows(source: str) -> Iterator[tuple[str, object]]:
             yield from read_jsonl(file)
     elif path.is_file():
         yield from read_jsonl(path)
-    elif path.suffix or path.is_absolute() or source.startswith(".") or source.count("/") != 1:
+    elif path.suffix or is_local_path(source) or "/" not in source:
         raise ConfigError(f"{source}: no such file or folder")
     else:
         try:
@@ -87,14 +86,14 @@ def _raw_rows(source: str) -> Iterator[tuple[str, object]]:
 
 
 def read_jsonl(path: pathlib.Path) -> Iterator[tuple[str, object]]:
-    """Where each line of a file is, and its JSON value. Raises ConfigError for what can't be read as that."""
+    """Yields file and line, for messages, and the JSON value of every line. Raises ConfigError for a broken line."""
     number = 0
     try:
         with path.open(encoding="utf-8") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
                     values = json.loads(line)
-                    if "\\u" in line:  # only an escape can make what no text has
+                    if "\\u" in line:  # only an escape can make half of a surrogate pair
                         json.dumps(values, ensure_ascii=False).encode()
                     yield f"{path} line {number}", values
     except json.JSONDecodeError as error:

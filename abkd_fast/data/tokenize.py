@@ -1,4 +1,4 @@
-"""From checked rows to tokens, kept on the disk."""
+"""Tokenization of checked rows. The result is stored on the disk."""
 
 from __future__ import annotations
 
@@ -19,26 +19,28 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-# Columns of tokenized data.
+# Columns of tokenized data: of a sample, and of a sample that comes from a row.
 SAMPLE = datasets.Features(
     {"input_ids": datasets.List(datasets.Value("int32")), "prompt_length": datasets.Value("int32")}
 )
-
-
 ROW = datasets.Features({**SAMPLE, "row": datasets.Value("int64"), "row_length": datasets.Value("int32")})
 
 
 def tokenize(
     rows: list[Row], tokenizer: PreTrainedTokenizerBase, max_length: int, max_prompt_length: int | None = None
 ) -> datasets.Dataset:
-    """Columns input_ids (prompt, response and the end token), prompt_length, row and row_length; lengths in tokens.
+    """Tokenizes rows into the columns of ROW, one sample for each row that is not left out; lengths are in tokens:
 
-    As in the papers, the prompt is tokenized alone and the response as the rest of both together, without a begin
-    token; rows whose prompt has more than max_prompt_length tokens are left out, and sequences cut to max_length.
-    `row` is a sample's place in `rows`, row_length its length before the cut. The result is kept in the `datasets`
-    cache under a hash of rows, tokenizer and limits.
+    - input_ids: prompt, response and end token, cut to max_length tokens;
+    - prompt_length: the number of tokens of the prompt;
+    - row: the index of the sample's row in `rows`;
+    - row_length: the length of the row before the cut.
 
-    Raises ConfigError where no row is left, where a prompt leaves no room for a response, and for foreign token ids.
+    As in the papers, the prompt is tokenized alone, and the response is the rest of prompt and response tokenized
+    together. There is no begin token. Rows whose prompt has more than max_prompt_length tokens are left out. The result
+    is stored in the cache of `datasets`, under a hash of rows, tokenizer and limits.
+
+    Raises ConfigError if no row is left, if a prompt leaves no room for a response, and for foreign token ids.
     """
     _check_rows(rows, tokenizer)
     content = [json.dumps(row.values, default=np.ndarray.tolist) for row in rows]
@@ -75,7 +77,7 @@ def tokenize(
 
 
 def outputs_of(row: Row) -> list[str]:
-    """All outputs of a row of JSON. Raises ConfigError where there is none, and for one that is not text."""
+    """All outputs of a row of JSON. Raises ConfigError if there is none, or if one is not text."""
     outputs = row.outputs if isinstance(row.outputs, list) else [row.outputs]
     if not outputs or not all(isinstance(text, str) for text in outputs):
         got = json.dumps(row.outputs)[:60]
@@ -84,7 +86,7 @@ def outputs_of(row: Row) -> list[str]:
 
 
 def references(rows: list[Row], tokenizer: PreTrainedTokenizerBase) -> list[list[str]]:
-    """The texts that a response to each row is compared with: all its outputs. Raises what `outputs_of` does."""
+    """For each row the texts that a response is compared with: all its outputs. Raises as `outputs_of`."""
     return [
         [tokenizer.decode(row.values["output_ids"], skip_special_tokens=True)]
         if "output_ids" in row.values
@@ -94,9 +96,9 @@ def references(rows: list[Row], tokenizer: PreTrainedTokenizerBase) -> list[list
 
 
 def encode_prompts(rows: list[Row], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """The prompts in tokens, as `tokenize` has them.
+    """The tokens of each prompt, as in `tokenize`.
 
-    Raises ConfigError for an empty one, foreign token ids, and messages where the tokenizer has no chat template.
+    Raises ConfigError for an empty prompt, foreign token ids, and messages without a chat template in the tokenizer.
     """
     _check_rows(rows, tokenizer)
     values = [row.values for row in rows]
@@ -124,7 +126,7 @@ def _check_prompt(where: str, length: int) -> None:
 
 
 def fingerprint(content: list, tokenizer: PreTrainedTokenizerBase, limits: tuple[int | None, ...]) -> str:
-    """A hash of all that tokenized data depend on; `content` is what JSON can hold."""
+    """A hash of everything that tokenized data depend on. `content` holds JSON values."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     state = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
     identity = [content, state, tokenizer.eos_token, getattr(tokenizer, "chat_template", None), limits]
@@ -132,24 +134,21 @@ def fingerprint(content: list, tokenizer: PreTrainedTokenizerBase, limits: tuple
 
 
 def arrow_file(key: str) -> pathlib.Path:
-    """Where tokenized data are kept."""
+    """The file for tokenized data with this fingerprint."""
     folder = pathlib.Path(datasets.config.HF_DATASETS_CACHE) / "abkd_fast"
     folder.mkdir(parents=True, exist_ok=True)
     return folder / f"{key}.arrow"
 
 
 def _encode(
-    rows: list[dict],
-    numbers: list[int],
-    tokenizer: PreTrainedTokenizerBase,
-    max_length: int,
-    max_prompt_length: int | None,
+    rows: list[dict], numbers: list[int], tokenizer: PreTrainedTokenizerBase, max_length: int, max_prompt: int | None
 ) -> dict[str, list]:
+    """The columns of ROW for the rows with these numbers."""
     columns = {name: [] for name in ROW}
-    binary = "prompt_ids" in rows[0]  # then all are
+    binary = "prompt_ids" in rows[0]  # then all rows are
     pairs = [(row["prompt_ids"], row["output_ids"]) for row in rows] if binary else _token_ids(rows, tokenizer)
     for number, (prompt, response) in zip(numbers, pairs, strict=True):
-        if max_prompt_length is None or len(prompt) <= max_prompt_length:
+        if max_prompt is None or len(prompt) <= max_prompt:
             whole = prompt + response
             sample = whole[:max_length], len(prompt), number, len(whole)
             for column, value in zip(columns.values(), sample, strict=True):
@@ -158,7 +157,7 @@ def _encode(
 
 
 def _token_ids(rows: list[dict], tokenizer: PreTrainedTokenizerBase) -> list[tuple[list[int], list[int]]]:
-    """The tokens of each row's prompt, and of its response and the end, unless it is said not to have ended."""
+    """The tokens of each row's prompt, and those of its response, with an end token unless the response was cut."""
     prompts = [render_prompt(row, tokenizer) for row in rows]
     outputs = [row["messages"][-1]["content"] if "messages" in row else row["output"] for row in rows]
     wholes = [prompt + output for prompt, output in zip(prompts, outputs, strict=True)]
@@ -173,7 +172,7 @@ def _token_ids(rows: list[dict], tokenizer: PreTrainedTokenizerBase) -> list[tup
 def describe_long_rows(
     rows: list[Row], dataset: datasets.Dataset, max_length: int, max_prompt_length: int | None
 ) -> str:
-    """What `tokenize` did to rows that are too long, for people; empty where there were none."""
+    """A text for people about rows that `tokenize` has cut or left out; empty if there are none."""
     kept = set(dataset["row"][:])
     left_out = [row.where for number, row in enumerate(rows) if number not in kept]
     cut = sum(length > max_length for length in dataset["row_length"][:])

@@ -1,4 +1,4 @@
-"""A model's answers to test sets, scored as in the papers, in files that grow answer by answer.
+"""Scores a model on test sets, as the papers do. The files of responses grow response by response.
 
 The papers' protocol: plain sampling, no 6-gram twice, at most 256 new tokens, the first 256 tokens of a prompt, and
 the mean over five seeds.
@@ -19,13 +19,13 @@ from rich.markup import escape
 from rich.table import Table
 
 from .. import distributed
-from ..config.schema import SEEDS
+from ..config.schema import SEEDS, SamplingConfig
 from ..console import console
 from ..device import choose_device, choose_dtype
-from ..errors import ConfigError, Interrupted
+from ..errors import ConfigError, Interrupted, check_number
 from ..files import WRITE_ERRORS, atomic_write, check_writable, locked
-from ..generation.answers import GrowingFile, generate, hash_weights
-from ..models import loading
+from ..generation.answers import GrowingFile, generate
+from ..models import identity, loading
 from ..models.packed import PackedCausalLM
 from . import rouge
 from .test_sets import Protocol, TestSet, read_sets
@@ -35,29 +35,31 @@ SCORES = "scores.json"
 
 
 class Evaluation:
-    """A model's scores on test sets, from their files to a folder with its answers and `scores.json`."""
+    """Scores one model on test sets. Its responses and `scores.json` go to one folder."""
 
     def __init__(
         self,
         model: str,
-        sets: dict[str, str],
+        sets: dict[str, str] | list[TestSet],
         out: pathlib.Path,
         seeds: Iterable[int] = SEEDS,
         protocol: Protocol = Protocol(),  # noqa: B008 - it is frozen
         *,
         rows: int | None = None,
         tokenizer: str | None = None,
-        batch_size: int = 64,
+        batch_size: int = SamplingConfig.batch_size,
         device: str = "auto",
         dtype: str = "auto",
     ) -> None:
-        """Checks all that can be checked without weights, and finds answers that are there already; writes nothing.
+        """Checks all that can be checked without weights, and finds responses that are there already. Writes nothing.
 
         Args:
             model: a folder or Hub name, or the folder of a LoRA adapter.
-            sets: JSONL files by name, or folders of the papers' .bin and .idx files.
-            seeds: at temperature 0, where they change nothing, the first one alone is used.
+            sets: by name, JSONL files or folders of the papers' .bin and .idx files; or what `read_sets` has read of
+                such, with this protocol and the model's tokenizer.
+            seeds: seeds of sampling; at temperature 0, where they change nothing, only the first one is used.
             rows: use only the first ones of each set.
+            tokenizer: folder or Hub name; the model's by default.
 
         Raises ConfigError.
         """
@@ -67,20 +69,20 @@ class Evaluation:
         if protocol.sampling.temperature == 0:
             del self.seeds[1:]
         for name, value in {"rows": rows, "batch_size": batch_size}.items():
-            if value is not None and value < 1:
-                raise ConfigError(f"{name} is {value}, expected at least 1")
+            check_number(name, value, 1)
         self.device = choose_device(device)
         self.dtype = choose_dtype(dtype, self.device)
         self.spec = loading.model_spec(model)
-        self.config = loading.read_hf_config(self.spec, "model")
+        self.hf_config = loading.read_hf_config(self.spec, "model")
         self.tokenizer = loading.read_tokenizer(tokenizer or model, "tokenizer" if tokenizer else "model")
-        loading.check_vocabularies(self.tokenizer, self.config, None, None)
+        loading.check_vocabularies(self.tokenizer, self.hf_config, None, None)
         self.protocol = protocol
-        self.settings = dataclasses.replace(protocol.sampling, eos_token_ids=(self.tokenizer.eos_token_id,))
-        self.sets = read_sets(sets, self.tokenizer, self.config, protocol, rows)
+        self.sampling = dataclasses.replace(protocol.sampling, eos_token_ids=(self.tokenizer.eos_token_id,))
+        is_read = isinstance(sets, list)
+        self.sets = sets if is_read else read_sets(sets, self.tokenizer, self.hf_config, protocol, rows)
         self.scores = {
             "model": model,
-            "weights": hash_weights(self.spec, self.config),
+            "weights": identity.hash_weights(self.spec, self.hf_config, "model"),
             "settings": {**protocol.to_dict(), "dtype": str(self.dtype).removeprefix("torch.")},
             "sets": {},
         }
@@ -92,7 +94,7 @@ class Evaluation:
         return self.out / f"{name}.seed{seed}.jsonl"
 
     def _take_over(self) -> None:
-        """Takes over the scores that are there. Raises ConfigError where they are of another model or setting."""
+        """Takes over the scores in the folder. Raises ConfigError if they are of another model, setting or set."""
         path, then = self.out / SCORES, {"sets": {}}
         if path.exists():
             then = read_scores(path)
@@ -111,21 +113,21 @@ class Evaluation:
         self.scores["sets"] = then["sets"]
 
     def run(self) -> dict:
-        """Says how it asks, answers what is not answered yet, and returns the content of `scores.json`.
+        """Prints the settings, scores what has no scores yet, and returns the content of `scores.json`.
 
-        Raises Interrupted after a signal, and where there is no room; ConfigError where another process is at work in
-        the same folder.
+        Raises Interrupted after a signal, and if there is no room on the disk. Raises ConfigError if another process
+        works in the same folder.
         """
         for line in self._describe():
             console.print(line, markup=False)
         if self._todo():
             with distributed.rank0_context(locked(self.out)):
-                self._take_over()  # what another process may have added since
+                self._take_over()  # again: another process may have added scores meanwhile
                 self._score_all()
         return self.scores
 
     def _score_all(self) -> None:
-        model = loading.load(self.spec, self.config, "model", self.dtype, self.device)
+        model = loading.load(self.spec, self.hf_config, "model", self.dtype, self.device)
         try:
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
                 model.check()
@@ -135,7 +137,7 @@ class Evaluation:
             raise Interrupted(f"{self.out} can't be written ({error}): make room") from None
 
     def _todo(self) -> list[tuple[TestSet, list[int]]]:
-        """The sets that have no scores yet with some seeds, and those seeds."""
+        """The sets that lack scores of some seeds, and those seeds."""
         todo = [(test, [seed for seed in self.seeds if not self._is_scored(test, seed)]) for test in self.sets]
         return [(test, seeds) for test, seeds in todo if seeds]
 
@@ -155,7 +157,7 @@ class Evaluation:
             yield f"  prompts have no {begin}, as in training; the papers' test prompts had one: --bos"
 
     def _score(self, model: PackedCausalLM, test: TestSet, seeds: list[int]) -> None:
-        """Answers a set with all seeds in one stream, so that the batch is full to the end."""
+        """Answers a set with all seeds in one stream, so that the batch stays full to the end, and scores it."""
         scores = self.scores["sets"].setdefault(
             test.name, {"source": test.source, **test.identity(), **{metric: summarize({}) for metric in METRICS}}
         )
@@ -171,7 +173,7 @@ class Evaluation:
 
             prompts = [test.prompts[row] for _, row in todo]
             numbers = rouge.response_seeds(todo)
-            generate(model, prompts, self.settings, numbers, self.batch_size, keep, f"answers to {test.name}")
+            generate(model, prompts, self.sampling, numbers, self.batch_size, keep, f"answers to {test.name}")
         for seed in seeds:
             answers = files[seed].sort()
             for metric in METRICS:
@@ -184,7 +186,7 @@ class Evaluation:
         distributed.run_on_rank0(functools.partial(atomic_write, self.out / SCORES, text))
 
     def table(self) -> Table:
-        """The sets of this evaluation, with all seeds that are in their files."""
+        """The scores of this evaluation's sets, for the terminal: over all seeds that `scores.json` has."""
         table = Table("set", "rows", "seeds", "ROUGE-L", "exact match")
         for test in self.sets:
             scores = self.scores["sets"][test.name]
@@ -195,7 +197,7 @@ class Evaluation:
 
 
 def read_scores(path: pathlib.Path) -> dict:
-    """The content of a `scores.json`. Raises ConfigError where it can't be read."""
+    """The content of a `scores.json`. Raises ConfigError if it can't be read."""
     try:
         scores = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -206,7 +208,7 @@ def read_scores(path: pathlib.Path) -> dict:
 
 
 def _is_complete(scores: object) -> bool:
-    """Whether all is there that is read of it."""
+    """Whether the content of a `scores.json` has everything that is read."""
     try:
         sets = [*scores["sets"].values()]
         summaries = [values[metric] for values in sets for metric in METRICS]
@@ -218,13 +220,13 @@ def _is_complete(scores: object) -> bool:
 
 
 def spread(summary: dict) -> str:
-    """A mean and, of several seeds, its standard deviation: "25.1 (0.3)"."""
+    """The mean and, with several seeds, the standard deviation in brackets: "25.1 (0.3)"."""
     deviation = "" if summary["std"] is None else f" ({summary['std']:.1f})"
     return f"{summary['mean']:.1f}{deviation}"
 
 
 def summarize(seeds: dict[str, float]) -> dict:
-    """Mean and sample standard deviation over seeds."""
+    """The mean and the sample standard deviation of scores by seed."""
     values = list(seeds.values())
     return {
         "mean": statistics.fmean(values) if values else None,
@@ -234,6 +236,6 @@ def summarize(seeds: dict[str, float]) -> dict:
 
 
 def _mean(answers: list[dict], metric: str) -> float:
-    """Over answers; of those that match exactly, the percentage."""
+    """The mean over responses; for exact match, the percentage."""
     scale = 100 if metric == "exact_match" else 1
     return scale * statistics.fmean(values[metric] for values in answers)

@@ -1,4 +1,4 @@
-"""Figures fit for a paper, as PNG and SVG: ROUGE-L over training, and one run's curves. Needs matplotlib."""
+"""Figures in print quality, PNG and SVG: ROUGE-L over training, and the curves of one run. Needs matplotlib."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
     from .runs import Run
 
-# Okabe and Ito's palette, told apart with any color vision; in gray, the markers do it.
+# Okabe and Ito's palette: readers with any color vision can tell the colors apart. In gray the markers differ.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
 MARKERS = "osD^vP*X"
-LINES = ("-", "-.", ":")  # of the first runs, of those that begin with the colors again, …
+LINES = ("-", "-.", ":")  # each time that the colors start again, the next one
 STYLE = {
     "font.size": 9,
     "axes.spines.top": False,
@@ -35,22 +35,22 @@ STYLE = {
 
 
 def check() -> None:
-    """Raises ConfigError without matplotlib."""
+    """Raises ConfigError if matplotlib is not installed."""
     if importlib.util.find_spec("matplotlib") is None:
         raise ConfigError("matplotlib is not installed: pip install matplotlib")
 
 
 def rouge_curves(runs: list[Run], stem: pathlib.Path) -> list[pathlib.Path]:
-    """The papers' Figure 1: ROUGE-L on development rows over training, a line a run, the teacher's result dashed.
+    """Draws the papers' Figure 1: ROUGE-L on dev rows over training, one line a run, the teacher's result dashed.
 
-    Runs that others begin with are left out. Returns the paths; nothing where no run has such points.
+    Runs whose results others start from are left out. Returns the paths; none if no run has such points.
     """
     shown = [run for run in runs if not any(other.begins_with(run) or other.learns_from(run) for other in runs)]
     shown = [run for run in shown or runs if run.curve("dev", "rouge_l")[0]]
     if not shown:
         return []
     teacher = next((run for run in runs if any(other.learns_from(run) for other in shown)), None)
-    with _figure(1, (4.5, max(2.8, 0.2 * len(shown))), stem) as (panel,):  # as high as the legend
+    with _figure(1, (4.5, max(2.8, 0.2 * len(shown))), stem) as (panel,):  # high enough for the legend
         for index, run in enumerate(shown):
             turn, place = divmod(index, len(COLORS))
             style = {"color": COLORS[place], "marker": MARKERS[(index + turn) % len(MARKERS)]}
@@ -65,7 +65,7 @@ def rouge_curves(runs: list[Run], stem: pathlib.Path) -> list[pathlib.Path]:
 
 
 def run_curves(run: Run, stem: pathlib.Path) -> list[pathlib.Path]:
-    """One run's loss, speed and memory over its steps."""
+    """Draws one run's loss, speed and memory over its steps. Returns the paths."""
     own = "training" if run.config["method"] == "sft" else "training, the method's"
     with _figure(3, (9.0, 2.6), stem) as (loss, speed, memory):
         loss.plot(*run.curve("train", "loss"), color=COLORS[0], label=own)
@@ -83,14 +83,14 @@ def run_curves(run: Run, stem: pathlib.Path) -> list[pathlib.Path]:
             panel.set(xlabel="Training step")
             panel.set_xlim(left=0)
             low, high = panel.dataLim.intervaly
-            if low <= high:  # else nothing is drawn
+            if low <= high:  # something is drawn
                 panel.set_ylim(min(0, 1.05 * low), max(0, 1.05 * high) or 1)
     return _paths(stem)
 
 
 @contextlib.contextmanager
 def _figure(panels: int, size: tuple[float, float], stem: pathlib.Path) -> Iterator[list[Axes]]:
-    """Panels side by side, saved when the block ends; size in inches."""
+    """Gives panels side by side, and saves them when the block ends. The size is in inches."""
     import matplotlib
     from matplotlib.figure import Figure
 

@@ -1,12 +1,13 @@
 """Scores of responses: ROUGE-L and exact match, as the papers compute them.
 
-ROUGE-L is that of the `rouge_score` package with its stemmer, bit for bit. The words are its own, with each stem
-remembered; the longest common subsequence comes from operations on whole rows of the table at once, as bits of one
-number. A response costs less than a millisecond, so it is scored where it ends, and no other processes are needed.
+ROUGE-L has the same bits as that of the `rouge_score` package with its stemmer, whose words and F1 it uses. Two things
+are faster here: every stem is computed once, and the longest common subsequence takes a whole row of the table at a
+time, as the bits of one number. A response is scored in less than a millisecond, so no other process is needed.
 """
 
 from __future__ import annotations
 
+import collections
 import functools
 import string
 from collections.abc import Iterable, Sequence
@@ -17,13 +18,13 @@ from transformers import PreTrainedTokenizerBase
 
 
 class _Stemmer:
-    """What rouge_score's tokenizer asks for stems, each computed once."""
+    """The stemmer that rouge_score's tokenizer asks for; remembers stems."""
 
     stem = staticmethod(functools.lru_cache(maxsize=1 << 16)(PorterStemmer().stem))
 
 
 def rouge_l(response: str, references: Sequence[str]) -> float:
-    """The F1 of ROUGE-L x 100, that of the best of at least one reference."""
+    """100 times the F1 of ROUGE-L, the best over one or more references."""
     words = tokenize.tokenize(response, _Stemmer)
     return 100 * max(_f1(tokenize.tokenize(reference, _Stemmer), words) for reference in references)
 
@@ -38,20 +39,20 @@ def _f1(reference: list[str], response: list[str]) -> float:
 def _common_length(first: list[str], second: list[str]) -> int:
     """The length of the longest common subsequence (Hyyrö 2004).
 
-    A row of the usual table grows by 0 or 1 from one column to the next: bit i is 0 where it grows at word i.
+    A row of the usual table grows by 0 or 1 from one column to the next. Bit i of `row` is 0 if it grows at word i.
     """
-    places: dict[str, int] = {}
+    places = collections.defaultdict(int)  # word -> the bits of its places in `first`
     for index, word in enumerate(first):
-        places[word] = places.get(word, 0) | 1 << index
+        places[word] |= 1 << index
     full = row = (1 << len(first)) - 1
     for word in second:
-        matches = row & places.get(word, 0)
+        matches = row & places[word]
         row = (row + matches | row - matches) & full
     return len(first) - row.bit_count()
 
 
 def exact_match(response: str, references: Sequence[str]) -> bool:
-    """Whether the response is one of the references, but for case, punctuation and white space."""
+    """Whether the response is one of the references, apart from case, punctuation and white space."""
     return _bare(response) in map(_bare, references)
 
 
@@ -63,15 +64,11 @@ _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def score_response(tokenizer: PreTrainedTokenizerBase, response: list[int], outputs: list[str]) -> dict:
-    """A response's text and scores."""
+    """The text of a response, given in tokens, and its scores."""
     text = tokenizer.decode(response, skip_special_tokens=True).strip()
-    return {
-        "response": text,
-        "rouge_l": rouge_l(text, outputs),
-        "exact_match": exact_match(text, outputs),
-    }
+    return {"response": text, "rouge_l": rouge_l(text, outputs), "exact_match": exact_match(text, outputs)}
 
 
 def response_seeds(questions: Iterable[tuple[int, int]]) -> list[int]:
-    """Of (seed, row) pairs: a response depends on the two and its prompt, on nothing else."""
+    """Sampling seeds for pairs (seed, row). A response depends on these two and its prompt, on nothing else."""
     return [(seed << 32) + row for seed, row in questions]

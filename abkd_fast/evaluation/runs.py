@@ -8,35 +8,14 @@ import json
 import pathlib
 from collections.abc import Iterable
 
+from ..config.methods import WITHOUT_TEACHER
 from ..errors import ConfigError
-from ..methods import WITHOUT_TEACHER
+from ..losses.divergences import BY_NAME
 from .evaluator import SCORES, read_scores
 
-# As the papers call the losses; a recipe's spelling up to the colon.
-LOSSES = {
-    "ab": "ABKD",
-    "fkl": "FKLD",
-    "rkl": "RKLD",
-    "wsd": "WSD",
-    "bdkd": "BDKD",
-    "jsd": "JSD",
-    "akl": "AKL",
-    "tvd": "TVD",
-    "sfkl": "SFKL",
-    "srkl": "SRKL",
-    "alphanet": "AlphaNet",
-    "hellinger": "Hellinger",
-    "alpha": "Alpha",
-}
-
-
 TEACHER = "Teacher"
-
-
 WORD_LEVEL = ("ab", "kd")  # methods that differ by their loss alone
-
-
-METHODS = {
+METHODS = {  # the papers' names of the others
     "sft": "SFT",
     "seqkd": "SeqKD",
     "imitkd": "ImitKD",
@@ -44,47 +23,50 @@ METHODS = {
     "distillm": "DistiLLM",
     "minillm": "MiniLLM",
 }
+NUMBERS = ("steps", "selected_step", "seconds_per_sample", "peak_memory_bytes")  # of a run's summary.json
+DEV_NUMBERS = ("dev_loss_before", "dev_loss", "dev_rouge_l_before", "dev_rouge_l")  # null without such an evaluation
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One finished run, from its folder."""
+    """One finished run, as its folder has it."""
 
     folder: pathlib.Path
     config: dict
     summary: dict
-    points: list[dict]  # of metrics.jsonl
-    sets: dict[str, dict]  # of eval/scores.json, by name; empty where it was not evaluated
-    settings: dict  # likewise, of the answers
-    label: str = ""  # "Teacher", or a method or loss
+    points: list[dict]  # the lines of metrics.jsonl
+    sets: dict[str, dict]  # of eval/scores.json, by name; empty without an evaluation
+    settings: dict  # how the sets were answered; from eval/scores.json, too
+    label: str = ""  # "Teacher", or the papers' name of a method or loss
 
     @property
     def is_teacher(self) -> bool:
         return self.label.startswith(TEACHER)
 
     def begins_with(self, other: Run) -> bool:
+        """Whether the student starts as the other run's result."""
         return _is_result(self.config["student"], other)
 
     def learns_from(self, other: Run) -> bool:
-        """A teacher that the method does not need may be in the configuration, and does not count."""
+        """Whether the other run's result is the teacher. A teacher that the method doesn't use does not count."""
         return self.config["method"] not in WITHOUT_TEACHER and _is_result(self.config["teacher"], other)
 
     def curve(self, kind: str, key: str) -> tuple[list[int], list[float]]:
-        """Steps and values of the points that have one."""
+        """The steps and values of the points of a kind ("train", "dev") that have this value."""
         pairs = [(p["step"], p[key]) for p in self.points if p["kind"] == kind and p.get(key) is not None]
         return [step for step, _ in pairs], [value for _, value in pairs]
 
 
 def _is_result(model: dict | None, run: Run) -> bool:
-    """Whether a model is the run's result (an adapter, where it has one), wherever the folder of all runs is now."""
+    """Whether a model, or its adapter, is the run's result. The folder of all runs may have moved since."""
     path = model and (model["adapter"] or model["path"])
     return path is not None and pathlib.Path(path).parts[-3:] == (run.folder.absolute() / "final").parts[-3:]
 
 
 def read_runs(folders: Iterable[pathlib.Path]) -> list[Run]:
-    """The runs of folders, each a run's or one of a recipe's stages; the teacher first.
+    """Reads finished runs, the teacher first. Each folder is a run's, or holds those of a recipe's stages.
 
-    Raises ConfigError where there is none, or what it left can't be read.
+    Raises ConfigError for a folder without a finished run, and for a run that can't be read.
     """
     found = []
     for folder in folders:
@@ -101,23 +83,33 @@ def _is_run(folder: pathlib.Path) -> bool:
 
 
 def _read(folder: pathlib.Path) -> Run:
-    from .tables import _report
-
     try:
         config, summary = (json.loads((folder / f"{name}.json").read_text("utf-8")) for name in ("config", "summary"))
         points = [json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]
         path = folder / "eval" / SCORES
         scores = read_scores(path) if path.exists() else {"sets": {}, "settings": {}}
-        run = Run(folder, config, summary, points, scores["sets"], scores["settings"])
-        _label(run, []), _report(run), run.curve("train", "loss")  # where something is missing, it is missed here
-        return run
+        _check(config, summary, points)
+        return Run(folder, config, summary, points, scores["sets"], scores["settings"])
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise ConfigError(f"{folder}: the run can't be read ({reason})") from None
 
 
+def _check(config: dict, summary: dict, points: list[dict]) -> None:
+    """Raises LookupError or TypeError if something is missing, or no number, that a report reads."""
+    models = [config[role] for role in ("student", "teacher") if config[role] is not None]
+    needed = [(config, ("method", "loss")), (config["train"], ("batch_size",)), (summary, (*NUMBERS, *DEV_NUMBERS))]
+    needed += [(model, ("path", "adapter", "lora")) for model in models]
+    needed += [(point, ("kind", "step")) for point in points]
+    if missing := {key for values, keys in needed for key in keys if key not in values}:
+        raise LookupError(f"no {', '.join(sorted(missing))}")
+    numbers = {key: summary[key] for key in (*NUMBERS, *DEV_NUMBERS) if key in NUMBERS or summary[key] is not None}
+    if wrong := [key for key, value in numbers.items() if not isinstance(value, float | int)]:
+        raise TypeError(f"no number: {', '.join(wrong)}")
+
+
 def _labels(runs: list[Run]) -> list[str]:
-    """The papers' names; where several runs have one, with what tells them apart: the loss's numbers, then folders."""
+    """The papers' names. Runs of one name also get the numbers of their losses; if that is not enough, folders."""
     names = [_label(run, runs) for run in runs]
     numbers = [run.config["loss"].partition(":")[2] for run in runs]
     for details in (numbers, [run.folder.name for run in runs]):
@@ -136,4 +128,6 @@ def _label(run: Run, runs: list[Run]) -> str:
     if any(other.begins_with(run) for other in runs):
         return "Initial student"
     method, loss = run.config["method"], run.config["loss"].partition(":")[0]
-    return LOSSES.get(loss, loss) if method in WORD_LEVEL else METHODS.get(method, method)
+    if method not in WORD_LEVEL:
+        return METHODS.get(method, method)
+    return BY_NAME[loss].title if loss in BY_NAME else loss

@@ -1,4 +1,4 @@
-"""What runs came to: tables of ROUGE-L in the layout of the papers' Tables 2 and 3, and what distillation gained."""
+"""Results of runs: tables of ROUGE-L as the papers' Tables 2 and 3, the gain of distillation, and reports."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ from .test_sets import NAMES
 
 @dataclasses.dataclass(frozen=True)
 class ScoreTable:
-    """ROUGE-L: a row a run, a column a test set, and their average where there are several."""
+    """ROUGE-L: one row a run, one column a test set, and an average column if there are several sets."""
 
     columns: list[str]
-    rows: list[tuple[Run, list[dict | None]]]  # means and deviations, None where a set was not scored
-    notes: list[str]  # how the sets were answered, and which runs' scores can't be compared
-    published: dict[str, list[dict | None]] = dataclasses.field(default_factory=dict)  # as rows, by label
+    rows: list[tuple[Run, list[dict | None]]]  # cells with mean and std; None for a set without a score
+    notes: list[str]  # how the sets were answered, and what makes runs not comparable
+    published: dict[str, list[dict | None]] = dataclasses.field(default_factory=dict)  # label -> cells
 
     def beside(self, path: pathlib.Path) -> ScoreTable:
-        """With the rows of another table beside the own ones. Raises ConfigError where it can't be read."""
+        """Returns this table with published scores, from a CSV file, added. Raises ConfigError for a bad file."""
         return dataclasses.replace(self, published=_read_published(path, self.columns))
 
     def table(self) -> Table:
-        """For the terminal."""
+        """The table for the terminal."""
         table = Table("ROUGE-L", *map(escape, self.columns), caption=Text("\n".join(self.notes)))
         for label, cells in [*((run.label, cells) for run, cells in self.rows), *self.published.items()]:
             table.add_row(escape(label), *map(_text, cells))
@@ -57,7 +57,7 @@ class ScoreTable:
         return "".join([*(f"| {' | '.join(line)} |\n" for line in lines), *(f"\n{note}\n" for note in self.notes)])
 
     def _best(self, column: int) -> float | None:
-        """The highest mean of a column; the teacher, the upper bound, is left out."""
+        """The highest mean of a column, without the teacher's: that is the upper bound."""
         cells = [cells[column] for run, cells in self.rows if not run.is_teacher]
         return max((cell["mean"] for cell in cells if cell is not None), default=None)
 
@@ -77,7 +77,7 @@ def _text(cell: dict | None) -> str:
 
 
 def _read_published(path: pathlib.Path, columns: list[str]) -> dict[str, list[dict | None]]:
-    """The rows of a CSV file in the layout of `scores.csv`: "row", and "SET mean", "SET std" of some of the columns."""
+    """The rows of a CSV file like `scores.csv`: "row", and for some of the columns "SET mean" and "SET std"."""
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             table = csv.DictReader(file)
@@ -105,7 +105,7 @@ def _read_cell(row: dict[str, str], column: str) -> dict | None:
 
 
 def score_table(runs: list[Run]) -> ScoreTable | None:
-    """The scores of the runs that have some, None where none has; sets in the papers' order, then by name."""
+    """The scores of the runs that have some; None if no run has. Sets are in the papers' order, then by name."""
     scored = [run for run in runs if run.sets]
     order = list(dict.fromkeys(NAMES.values()))
     names = {name for run in scored for name in run.sets}
@@ -120,7 +120,7 @@ def score_table(runs: list[Run]) -> ScoreTable | None:
 
 
 def _notes(runs: list[Run], names: list[str]) -> Iterator[str]:
-    """How the sets were answered, and in what of that the runs differ."""
+    """Says how the sets were answered, and in which of these settings the runs differ."""
     found = collections.defaultdict(set)
     for run in runs:
         for key, value in run.settings.items():
@@ -139,7 +139,7 @@ def _notes(runs: list[Run], names: list[str]) -> Iterator[str]:
 
 
 def _average(cells: list[dict | None]) -> dict | None:
-    """Over sets, seed by seed; None unless all sets were scored with the same seeds."""
+    """The average over sets, seed by seed. None unless all sets were scored with the same seeds."""
     seeds = [cell["seeds"] for cell in cells if cell is not None]
     if len(seeds) < len(cells) or any(other.keys() != seeds[0].keys() for other in seeds):
         return None
@@ -147,9 +147,9 @@ def _average(cells: list[dict | None]) -> dict | None:
 
 
 def gain(runs: list[Run]) -> str | None:
-    """One sentence on what distillation gained: a student with a teacher, and the same one fine-tuned without.
+    """One sentence on the gain of distillation: a distilled student against the same one fine-tuned without teacher.
 
-    None where no two such runs, and their teacher, were scored on the same sets.
+    None unless two such runs and their teacher were scored on the same sets.
     """
     table = score_table(runs)
     scores = {run.folder: cells[-1] for run, cells in table.rows} if table else {}
@@ -183,11 +183,11 @@ def _compare(student: Run, alone: Run, teacher: Run, scores: dict[pathlib.Path, 
 
 
 def write_report(runs: list[Run], out: pathlib.Path, table: ScoreTable | None = None) -> list[pathlib.Path]:
-    """Writes table and Figure 1 into a folder, and `report.md` with its curves into each run's; returns the paths.
+    """Writes the table and Figure 1 into `out`, and `report.md` with curves into each run's folder. Returns the paths.
 
-    table: that of the runs, where it is known.
+    table: the runs' table, if it is known already.
 
-    Raises ConfigError without matplotlib, once the table is written, and where a folder can't be written to.
+    Raises ConfigError if matplotlib is not installed (the table is written before), and if a folder can't be written.
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -209,7 +209,7 @@ def write_report(runs: list[Run], out: pathlib.Path, table: ScoreTable | None = 
 
 
 def _report(run: Run) -> str:
-    """One run in Markdown: what it was, what it came to, and its curves."""
+    """One run in Markdown: settings, results and curves."""
     config, summary = run.config, run.summary
     models = {role: config[role]["path"] or "random weights" for role in ("student", "teacher") if config[role]}
     facts = {

@@ -1,4 +1,4 @@
-"""Test sets: read, tokenized, cut as in the papers."""
+"""Test sets: read, tokenized, and cut as in the papers."""
 
 from __future__ import annotations
 
@@ -7,14 +7,16 @@ import hashlib
 import json
 import math
 import pathlib
+from collections.abc import Callable
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+from ..config.sampling import SamplingParams
+from ..config.schema import EvalConfig
 from ..data import indexed_dataset
 from ..data.rows import DEV, Row, read_rows
 from ..data.tokenize import encode_prompts, references
-from ..errors import ConfigError
-from ..generation.sampling import SamplingParams
+from ..errors import ConfigError, check_range
 
 NAMES = {
     "dolly": "Dolly",
@@ -27,33 +29,35 @@ NAMES = {
 }
 
 
+PAPERS_SAMPLING = SamplingParams.from_options(EvalConfig())
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Protocol:
-    """How models are asked; the defaults are the papers' for test sets. Raises ConfigError for values out of range."""
+    """How a model answers test sets; the defaults are the papers'. Raises ConfigError for values out of range."""
 
-    sampling: SamplingParams = dataclasses.field(default_factory=lambda: SamplingParams(no_repeat_ngram_size=6))
-    max_prompt_length: int = 256  # the first so many tokens are read
-    begin_token: bool = False  # before every prompt; the papers' Llama models got one here, though not in training
+    sampling: SamplingParams = PAPERS_SAMPLING
+    max_prompt_length: int = 256  # longer prompts are cut to their first tokens
+    begin_token: bool = False  # before every prompt; the papers' Llama models had one here, but not in training
 
     def __post_init__(self) -> None:
-        if self.max_prompt_length < 1:
-            raise ConfigError(f"max_prompt_length is {self.max_prompt_length}, expected at least 1")
+        check_range(self, max_prompt_length=(1, math.inf))
 
     def to_dict(self) -> dict:
-        settings = {**dataclasses.asdict(self.sampling), **dataclasses.asdict(self)}
-        left_out = ("sampling", "eos_token_ids")
-        return {key: value for key, value in settings.items() if key not in left_out and value is not None}
+        """The settings of scores.json."""
+        sampling = {key: value for key, value in self.sampling.to_dict().items() if value is not None}
+        return {**sampling, "max_prompt_length": self.max_prompt_length, "begin_token": self.begin_token}
 
 
 @dataclasses.dataclass(frozen=True)
 class TestSet:
-    """Prompts in tokens, and the texts that responses are compared with."""
+    """Prompts in tokens, and for each the texts that responses are compared with."""
 
     name: str
     source: str
     prompts: list[list[int]]
     references: list[list[str]]
-    cut: int  # prompts that were longer
+    cut: int  # how many prompts were longer than the protocol's max_prompt_length
 
     def identity(self) -> dict:
         content = json.dumps([self.prompts, self.references]).encode()
@@ -63,38 +67,40 @@ class TestSet:
 def read_sets(
     sets: dict[str, str],
     tokenizer: PreTrainedTokenizerBase,
-    config: PretrainedConfig,
+    hf_config: PretrainedConfig,
     protocol: Protocol,
     rows: int | None = None,
+    read: Callable[..., list[Row]] = read_rows,
 ) -> list[TestSet]:
-    """The sets, in tokens, under their names in the papers.
+    """Reads and tokenizes test sets; their names are the papers'.
 
     Args:
-        sets: JSONL files by name, or folders of the papers' .bin and .idx files.
-        config: of the model that is to answer.
+        sets: by name, JSONL files or folders of the papers' .bin and .idx files.
+        hf_config: the configuration of the model that is to answer.
         rows: use only the first ones of each set.
+        read: reads rows; it may remember those that recipes' stages share.
 
-    Raises ConfigError where a set, its name, or a row can't be used.
+    Raises ConfigError for a set, a name, or a row that can't be used.
     """
-    read: dict[str, TestSet] = {}
+    found: dict[str, TestSet] = {}
     for key, source in sets.items():
         name = NAMES.get(key.lower(), key)
         if not name.strip(". ") or "/" in name or not name.isprintable() or len(name.encode()) > 200:
             raise ConfigError(f"\"{key[:60]}\" can't be a set's name: its files are called by it")
-        if name in read:
+        if name in found:
             raise ConfigError(f"{key}: there are two sets called {name}")
         try:
             _check_source(source)
-            chosen = read_rows(source, rows, DEV, prompts_only=True)
-            prompts, cut = _encode(chosen, tokenizer, config, protocol)
-            read[name] = TestSet(name, source, prompts, references(chosen, tokenizer), cut)
+            chosen = read(source, rows, DEV, True)
+            prompts, cut = _encode(chosen, tokenizer, hf_config, protocol)
+            found[name] = TestSet(name, source, prompts, references(chosen, tokenizer), cut)
         except ConfigError as error:
             raise ConfigError(f"{key}: {error}") from None
-    return [*read.values()]
+    return [*found.values()]
 
 
 def _check_source(source: str) -> None:
-    """Raises ConfigError for what isn't one split: in training, folders are read whole, and Hub names' first split."""
+    """Raises ConfigError for a source that is not one split (training also takes whole folders, and Hub names)."""
     path = pathlib.Path(source)
     if source.startswith("quickstart:") or path.is_file() or indexed_dataset.find(source, DEV):
         return
@@ -104,16 +110,16 @@ def _check_source(source: str) -> None:
 
 
 def _encode(
-    rows: list[Row], tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, protocol: Protocol
+    rows: list[Row], tokenizer: PreTrainedTokenizerBase, hf_config: PretrainedConfig, protocol: Protocol
 ) -> tuple[list[list[int]], int]:
-    """Prompts in tokens, and how many of them are cut."""
+    """Returns the prompts in tokens, and how many of them are cut."""
     if protocol.begin_token and tokenizer.bos_token_id is None:
         raise ConfigError("a begin token is asked for, but the tokenizer has none")
     begin = [tokenizer.bos_token_id] if protocol.begin_token else []
     whole = [begin + prompt for prompt in encode_prompts(rows, tokenizer)]
     limit = protocol.max_prompt_length
     prompts = [prompt[:limit] for prompt in whole]
-    positions = getattr(config, "max_position_embeddings", math.inf)
+    positions = getattr(hf_config, "max_position_embeddings", math.inf)
     for row, prompt in zip(rows, prompts, strict=True):
         if len(prompt) >= positions:
             raise ConfigError(

@@ -1,8 +1,7 @@
-"""A model's answers to the prompts of a data set, as data to train on: a file that grows answer by answer."""
+"""A model's responses to the prompts of a data set, as data to train on. Their file grows response by response."""
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
 import functools
@@ -18,89 +17,111 @@ from collections.abc import Callable, Iterator
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from transformers import PretrainedConfig
 
 from .. import distributed
-from ..config.schema import Config, ModelConfig
+from ..config.sampling import SamplingParams
+from ..config.schema import Config, ModelConfig, RunConfig, SamplingConfig
 from ..console import console
-from ..data.rows import read_rows
+from ..data.rows import Row, read_rows
 from ..data.tokenize import encode_prompts
 from ..device import choose_device, choose_dtype
-from ..errors import ConfigError, Interrupted
-from ..files import WRITE_ERRORS, atomic_folder, atomic_write, cache_folder, exclusive, locked
-from ..models import identity, loading, lora
+from ..errors import ConfigError, Interrupted, check_number
+from ..files import WRITE_ERRORS, atomic_folder, atomic_write, exclusive, locked
+from ..models import identity, loading
 from ..models.packed import PackedCausalLM
 from ..signals import StopSignals
-from . import sampling
-from .sampling import SamplingParams
-
-SETTINGS = ("max_new_tokens", "max_length", "min_new_tokens", "temperature", "top_k", "top_p", "no_repeat_ngram_size")
+from .sampling import sample
 
 
 class Generation:
-    """One command, from its options (those of `generate.py`) to its file."""
+    """Responses of one model to the prompts of one data set, in one file."""
 
-    def __init__(self, options: argparse.Namespace, spec: ModelConfig) -> None:
-        """Checks all that can be checked without weights. Raises ConfigError; writes nothing."""
-        self.options, self.spec = options, spec
-        for name in ("rows", "batch_size", "max_prompt_length"):
-            value = getattr(options, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name} is {value}, expected at least 1")
-        chosen = {name: getattr(options, name) for name in SETTINGS}
-        self.device = choose_device(options.device)
-        self.dtype = choose_dtype(options.dtype, self.device)
-        self.config = loading.read_hf_config(self.spec, "model")
-        self.tokenizer = loading.read_tokenizer(options.tokenizer or spec.path, "tokenizer")
-        loading.check_vocabularies(self.tokenizer, self.config, None, None)
+    def __init__(
+        self,
+        spec: ModelConfig,
+        data: str | list[Row],
+        out: pathlib.Path,
+        sampling: SamplingParams,
+        *,
+        rows: int | None = None,
+        max_prompt_length: int | None = None,
+        seed: int = RunConfig.seed,
+        batch_size: int = SamplingConfig.batch_size,
+        tokenizer: str | None = None,
+        device: str = "auto",
+        dtype: str = "auto",
+    ) -> None:
+        """Checks all that can be checked without weights, and finds responses that are there already. Writes nothing.
+
+        Args:
+            data: JSONL file, folder or Hub name, whose outputs are not read; or the rows that `read_rows` returned.
+            out: the JSONL file of responses.
+            rows: use only the first ones of a file.
+            max_prompt_length: rows with longer prompts, in tokens, are left out.
+            seed: a response depends on it, its row's number and its prompt.
+            tokenizer: folder or Hub name; the model's by default.
+
+        Raises ConfigError.
+        """
+        for name, value in {"rows": rows, "batch_size": batch_size, "max_prompt_length": max_prompt_length}.items():
+            check_number(name, value, 1)
+        self.spec, self.out, self.seed, self.batch_size = spec, out, seed, batch_size
+        self.max_prompt_length = max_prompt_length
+        self.device = choose_device(device)
+        self.dtype = choose_dtype(dtype, self.device)
+        self.hf_config = loading.read_hf_config(spec, "model")
+        self.tokenizer = loading.read_tokenizer(tokenizer or spec.path, "tokenizer")
+        loading.check_vocabularies(self.tokenizer, self.hf_config, None, None)
         self.end = self.tokenizer.eos_token_id
-        self.settings = SamplingParams(**chosen, eos_token_ids=(self.end,))
-        self.rows = read_rows(options.data, options.rows, prompts_only=True)
+        self.sampling = dataclasses.replace(sampling, eos_token_ids=(self.end,))
+        self.rows = data if isinstance(data, list) else read_rows(data, rows, prompts_only=True)
         self.prompts = encode_prompts(self.rows, self.tokenizer)
-        longest = options.max_prompt_length or math.inf
-        self.short = [index for index, prompt in enumerate(self.prompts) if len(prompt) <= longest]
-        positions = getattr(self.config, "max_position_embeddings", math.inf)
-        for index in self.short:
+        longest = math.inf if max_prompt_length is None else max_prompt_length
+        self.used = [index for index, prompt in enumerate(self.prompts) if len(prompt) <= longest]
+        self._check_positions()
+        self.identity = {
+            "weights": identity.hash_weights(spec, self.hf_config, "model"),
+            "prompts": hashlib.sha256(json.dumps([self.prompts, self.end]).encode()).hexdigest(),
+            "max_prompt_length": max_prompt_length,
+            "seed": seed,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            **sampling.to_dict(),
+        }
+        self.answers = Answers(out, self.identity)
+        self.todo, self.tokens, self.seconds = [], 0, 0.0
+
+    def _check_positions(self) -> None:
+        positions = getattr(self.hf_config, "max_position_embeddings", math.inf)
+        for index in self.used:
             if (length := len(self.prompts[index])) >= positions:
                 raise ConfigError(
                     f"{self.rows[index].where}: the prompt has {length} tokens, and the model {positions} positions: "
                     "no room for an answer; drop the row, or lower max_prompt_length"
                 )
-        self.identity = {
-            "weights": hash_weights(self.spec, self.config),
-            "prompts": hashlib.sha256(json.dumps([self.prompts, self.end]).encode()).hexdigest(),
-            "max_prompt_length": options.max_prompt_length,
-            "seed": options.seed,
-            "dtype": str(self.dtype).removeprefix("torch."),
-            **chosen,
-        }
-        self.answers = Answers(options.out, self.identity)
-        self.todo, self.tokens, self.seconds = [], 0, 0.0
 
     def run(self) -> None:
-        """Answers what is not answered yet.
+        """Answers the prompts that have no response yet.
 
-        Raises Interrupted after a signal, and where there is no room; ConfigError where another process is at work on
-        the same file.
+        Raises Interrupted after a signal, and if there is no room on the disk. Raises ConfigError if another process
+        is writing the same file.
         """
-        path = self.options.out
-        lock = path.with_name(path.name + ".lock")
-        busy = f"out: another process is writing {path}: wait for it, or choose another"
+        lock = self.out.with_name(self.out.name + ".lock")
+        busy = f"out: another process is writing {self.out}: wait for it, or choose another"
         with contextlib.nullcontext() if self.answers.finished else distributed.rank0_context(exclusive(lock, busy)):
-            self.answers = Answers(path, self.identity)  # with what another process has added meanwhile
+            self.answers = Answers(self.out, self.identity)  # another process may have added some meanwhile
             self._answer_all()
             if distributed.is_rank0():
                 lock.unlink(missing_ok=True)  # nobody writes to a finished file
 
     def _answer_all(self) -> None:
-        path, answers = self.options.out, self.answers
+        answers = self.answers
         if answers.finished:
-            console.print(f"{path} is finished already")
+            console.print(f"{self.out} is finished already")
             return
-        self.todo = [index for index in self.short if index not in answers.rows]
-        dtype = str(self.dtype).removeprefix("torch.")
+        self.todo = [index for index in self.used if index not in answers.rows]
+        dtype = self.identity["dtype"]
         console.print(f"{len(self.todo)} of {len(self.rows)} prompts to answer, on {self.device}, in {dtype}")
-        model = loading.load(self.spec, self.config, "model", self.dtype, self.device)
+        model = loading.load(self.spec, self.hf_config, "model", self.dtype, self.device)
         started = time.perf_counter()
         try:
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16), answers:
@@ -109,13 +130,13 @@ class Generation:
                 answers.finish()
                 self.tokens = distributed.all_reduce_count(self.tokens)
         except WRITE_ERRORS as error:
-            raise Interrupted(f"{path} can't be written ({error}): make room") from None
+            raise Interrupted(f"{self.out} can't be written ({error}): make room") from None
         self.seconds = time.perf_counter() - started
-        left_out = f"{len(self.short) - len(answers.rows)} were empty and are left out"
-        if long := len(self.rows) - len(self.short):
-            left_out += f", and so are {long} prompts of more than {self.options.max_prompt_length} tokens"
+        left_out = f"{len(self.used) - len(answers.rows)} were empty and are left out"
+        if long := len(self.rows) - len(self.used):
+            left_out += f", and so are {long} prompts of more than {self.max_prompt_length} tokens"
         console.print(
-            f"{len(answers.rows)} answers in {path}; {left_out}; {self.tokens} tokens in {self.seconds:.1f} s, "
+            f"{len(answers.rows)} answers in {self.out}; {left_out}; {self.tokens} tokens in {self.seconds:.1f} s, "
             f"{self.tokens / self.seconds:.0f} tokens/s"
         )
 
@@ -126,13 +147,13 @@ class Generation:
             values = self.rows[index].values
             if "prompt_ids" in values:
                 values = {"prompt": self.tokenizer.decode(self.prompts[index])}
-            if text.strip():  # there is nothing to learn from an empty one
+            if text.strip():  # an empty response teaches nothing
                 self.answers.add(index, {**_as_row(values, text), "ended": response[-1] == self.end})
             self.tokens += len(response)
 
-        seeds = [(self.options.seed << 32) + index for index in self.todo]
+        seeds = [(self.seed << 32) + index for index in self.todo]
         prompts = [self.prompts[index] for index in self.todo]
-        generate(model, prompts, self.settings, seeds, self.options.batch_size, keep, "answers")
+        generate(model, prompts, self.sampling, seeds, self.batch_size, keep, "answers")
 
 
 def _as_row(values: dict, output: str) -> dict:
@@ -142,10 +163,10 @@ def _as_row(values: dict, output: str) -> dict:
     return {"prompt": values["prompt"], "output": output}
 
 
-def write_stage(config: Config) -> dict:
-    """Answers data.train's prompts with a stage's student, and returns the stage's summary.
+def write_stage(config: Config, rows: list[Row]) -> dict:
+    """Runs a stage with method generate: its student answers `rows`, those of data.train. Returns the stage's summary.
 
-    The folder `final`, which has the answers in one file, is written last. Raises ConfigError, and Interrupted.
+    The folder `final`, with one file of all responses, is written last. Raises ConfigError and Interrupted.
     """
     folder = config.run.folder
     growing = folder / "answers.jsonl"
@@ -153,7 +174,18 @@ def write_stage(config: Config) -> dict:
         console.print(
             f"[bold]{folder}[/bold]  method {config.method}, by {config.student.adapter or config.student.path}"
         )
-        generation = _of_stage(config, growing)
+        generation = Generation(
+            config.student,
+            rows,
+            growing,
+            SamplingParams.from_options(config.sampling, max_length=config.data.max_length),
+            max_prompt_length=config.data.max_prompt_length,
+            seed=config.run.seed,
+            batch_size=config.sampling.batch_size,
+            tokenizer=config.tokenizer,
+            device=config.train.device,
+            dtype=config.train.dtype,
+        )
         text = json.dumps(config.to_dict(), indent=2) + "\n"
         distributed.run_on_rank0(functools.partial(atomic_write, folder / "config.json", text))
         generation.run()
@@ -177,9 +209,9 @@ def write_stage(config: Config) -> dict:
     return summary
 
 
-def describe(config: Config) -> Iterator[str]:
-    """What `write_stage` would do. Loads no weights; raises ConfigError."""
-    rows, sampling = read_rows(config.data.train, config.data.train_rows, prompts_only=True), config.sampling
+def describe(config: Config, rows: list[Row]) -> Iterator[str]:
+    """Lines that say what `write_stage` would do."""
+    sampling = config.sampling
     yield json.dumps(config.to_dict(), indent=2)
     yield (
         f"  answers    to {len(rows)} prompts, by {config.student.path}, each of at most {sampling.max_new_tokens} "
@@ -187,46 +219,18 @@ def describe(config: Config) -> Iterator[str]:
     )
 
 
-def _of_stage(config: Config, out: pathlib.Path) -> Generation:
-    """The command that a stage with method generate stands for. Raises ConfigError."""
-    return Generation(
-        argparse.Namespace(
-            **dataclasses.asdict(config.sampling),
-            min_new_tokens=0,
-            no_repeat_ngram_size=0,
-            data=config.data.train,
-            rows=config.data.train_rows,
-            max_length=config.data.max_length,
-            max_prompt_length=config.data.max_prompt_length,
-            out=out,
-            tokenizer=config.tokenizer,
-            seed=config.run.seed,
-            device=config.train.device,
-            dtype=config.train.dtype,
-        ),
-        config.student,
-    )
-
-
-def hash_weights(spec: ModelConfig, config: PretrainedConfig) -> dict[str, str]:
-    """What identifies a model's weights, those of its adapter included."""
-    adapter = lora.find_adapter(spec.adapter, "model") if spec.adapter else None
-    hash_weights = functools.partial(identity.hash_weights, spec.path, config, cache_folder(), adapter)
-    return distributed.run_on_rank0(hash_weights)
-
-
 def generate(
     model: PackedCausalLM,
     prompts: list[list[int]],
-    settings: SamplingParams,
+    sampling: SamplingParams,
     seeds: list[int],
     batch_size: int,
     keep: Callable[[int, list[int]], None],
     name: str,
 ) -> None:
-    """Samples, with a progress bar of that name; each response goes to `keep` as it ends, after its prompt's number.
+    """Samples with a progress bar called `name`. Calls `keep(number, response)`, with the prompt's number, at each end.
 
-    Ranks share the prompts. Raises Interrupted after a signal, once the response at hand is kept.
+    Ranks share the prompts. Raises Interrupted after a signal, once the current response is kept.
     """
     numbers = distributed.local_shard(list(range(len(prompts))))
     columns = BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(compact=True), TextColumn(name)
@@ -245,10 +249,10 @@ def generate(
 
     with signals, bar:
         with contextlib.suppress(Interrupted):
-            sampling.sample(
+            sample(
                 model,
                 distributed.local_shard(prompts),
-                settings,
+                sampling,
                 distributed.local_shard(seeds),
                 batch_size,
                 on_response,
@@ -258,10 +262,10 @@ def generate(
 
 
 class GrowingFile:
-    """JSON objects, a line each, that come in any order, and are sorted by their "row" in the end.
+    """A file of JSON objects, one a line, that come in any order and are sorted by their "row" in the end.
 
-    A context manager: while it is entered the file is open for additions. A crash costs the last line at most. Other
-    ranks than the main one add to files of their own, NAME.rank1, …, which it joins to the first.
+    A context manager: additions are possible while it is entered. A crash costs the last line at most. Ranks other
+    than 0 write files of their own, NAME.rank1, …; `sort` joins them to the first.
     """
 
     def __init__(self, path: pathlib.Path) -> None:
@@ -272,11 +276,11 @@ class GrowingFile:
         return list(self.path.parent.glob(f"{glob.escape(self.path.name)}.rank*"))
 
     def read(self) -> list[dict]:
-        """Whole lines of all ranks; what is damaged, or what a crash left of the last one, does not count."""
+        """The whole lines of all ranks. Damaged lines, and what a crash left of the last one, are skipped."""
         lines = []
         for path in filter(pathlib.Path.exists, (self.path, *self._others())):
             lines += path.read_bytes().splitlines(keepends=True)
-        found = {}  # by row: a crash may have left some in two files
+        found = {}  # keyed by row: after a crash one may be in two files
         for line in lines:
             with contextlib.suppress(ValueError, KeyError, TypeError):
                 values = json.loads(line)
@@ -297,8 +301,8 @@ class GrowingFile:
         self.rows.add(row)
 
     def sort(self) -> list[dict]:
-        """Puts the lines of all ranks into the order of their rows, and returns them."""
-        distributed.barrier()  # all have written theirs
+        """Sorts the lines of all ranks by their rows, and returns them."""
+        distributed.barrier()  # until all ranks have written theirs
         lines = distributed.run_on_rank0(lambda: sorted(self.read(), key=lambda values: values["row"]))
         distributed.run_on_rank0(lambda: self._write(lines))
         self.rows = {values["row"] for values in lines}
@@ -311,10 +315,10 @@ class GrowingFile:
 
 
 class Answers(GrowingFile):
-    """A file of answers and, beside it, what they depend on."""
+    """A file of responses and, beside it, NAME.settings.json: what they depend on."""
 
     def __init__(self, path: pathlib.Path, identity: dict) -> None:
-        """Finds the numbers of the rows that are answered already. Raises ConfigError where the path can't be used."""
+        """Finds the rows that have responses already. Raises ConfigError for a path that can't be used."""
         self.identity, self.finished = identity, False
         self.record = path.with_name(path.name + ".settings.json")
         if path.exists():
@@ -343,6 +347,6 @@ class Answers(GrowingFile):
         return self
 
     def finish(self) -> None:
-        """Puts the answers into the order of their rows."""
+        """Sorts the responses by their rows, and records that none is missing."""
         self.sort()
         self._write_record(finished=True)

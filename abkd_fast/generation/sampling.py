@@ -1,14 +1,13 @@
 """Fast batched generation: which sequences are in the batch, and which token each of them gets next.
 
-What transformers 5.24 has of this does not give it: `generate` pads prompts and keeps finished sequences in the batch,
-also with its static or compiled cache; `generate_batch` has one seed for all, no n-gram ban, and is slower on a CPU.
+transformers 5.24 has no equivalent. Its `generate` pads prompts and keeps finished sequences in the batch, with its
+static or compiled cache, too. Its `generate_batch` has one seed for all, no n-gram ban, and is slower on a CPU.
 """
 
 from __future__ import annotations
 
 import collections
 import contextlib
-import dataclasses
 import math
 from collections.abc import Callable
 
@@ -17,45 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..config.sampling import SamplingParams
 from ..errors import ConfigError
 from ..losses.arguments import shared_vocabulary
 from ..models.packed import PackedCausalLM
 from .decoder import Decoder, prepared
 
-PREFILL_TOKENS = 4096  # prompts that enter together have at most so many tokens, unless it is a single one
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class SamplingParams:
-    """How a next token is chosen, with the meaning and order of transformers' logits processors.
-
-    Raises ConfigError for values out of range.
-    """
-
-    max_new_tokens: int = 256
-    max_length: int | None = None  # of prompt and response together
-    min_new_tokens: int = 0  # no end token before so many others
-    temperature: float = 1.0  # 0: the most likely token
-    top_k: int = 0  # 0: all tokens
-    top_p: float = 1.0
-    no_repeat_ngram_size: int = 0  # 0: no ban; n-grams of the prompt count too
-    eos_token_ids: tuple[int, ...] = ()
-    vocabulary: int | None = None  # only the first so many tokens (None: all that the model has)
-
-    def __post_init__(self) -> None:
-        bounds = {
-            "max_new_tokens": (1, math.inf),
-            "min_new_tokens": (0, self.max_new_tokens),
-            "temperature": (0, 1e3),
-            "top_k": (0, math.inf),
-            "top_p": (0, 1),
-            "no_repeat_ngram_size": (0, math.inf),
-        }
-        for name, (low, high) in bounds.items():
-            value = getattr(self, name)
-            if not low <= value <= high:
-                limit = "" if high == math.inf else f" and at most {high:g}"
-                raise ConfigError(f"{name} is {value}, expected at least {low}{limit}")
+PREFILL_TOKENS = 4096  # the most tokens of prompts that enter together; a single prompt may have more
 
 
 def sample(
@@ -66,23 +33,28 @@ def sample(
     batch_size: int = 32,
     on_response: Callable[[int, list[int]], None] | None = None,
 ) -> list[list[int]]:
-    """Responses to prompts, in tokens, in the prompts' order, the end token included where one came.
+    """Samples responses to prompts.
 
-    A response depends on its prompt and seed, not on the others or batch_size. On a CPU in float32 this is exact where
-    a model's widths are multiples of 32, as they usually are: logits are the same bits in any company. Elsewhere
-    products round differently with the number of rows, and two tokens within rounding of a tie may change places: as
-    seldom as rounding is small against 1, hardly ever in float32, now and then in bfloat16.
+    A response depends on its prompt and seed, not on other prompts or batch_size:
 
-    At most batch_size sequences are in progress; a response also ends where the model has no more positions.
+    - On a CPU in float32 this is exact if the model's widths are multiples of 32, as they usually are: the logits have
+      the same bits in any batch.
+    - Elsewhere products round differently with the number of sequences. Two tokens within rounding of a tie may then
+      change places: hardly ever in float32, now and then in bfloat16.
 
     Args:
-        model: is in eval mode meanwhile, and takes the memory of its weights once more on a CPU in float32.
-        prompts: tokens of each.
-        seeds: one a prompt, whole numbers that count modulo 2^64.
-        on_response: is called with each response as it ends, after its prompt's number.
+        model: a causal language model. It is in eval mode meanwhile. On a CPU in float32 sampling takes the memory of
+            its weights once more.
+        prompts: the tokens of each prompt.
+        seeds: one whole number for each prompt; numbers that are equal modulo 2^64 are the same seed.
+        batch_size: how many sequences are in progress at most.
+        on_response: is called with the prompt's number and the response when a response ends.
 
-    Raises ConfigError for an empty prompt, one without room for a response, a batch_size below 1, and a model that
-    packing can't do.
+    Returns the tokens of the responses, in the prompts' order. A response ends with an end token (included), at its
+    length limit, or where the model has no more positions.
+
+    Raises ConfigError for an empty prompt, a prompt that leaves no room for a response, a batch_size below 1, and a
+    model that can't take packed sequences.
     """
     return [sequence.response for sequence in _run([model], 0.0, prompts, settings, seeds, batch_size, on_response)]
 
@@ -97,11 +69,11 @@ def sample_mixture(
     batch_size: int = 32,
     on_response: Callable[[int, list[int]], None] | None = None,
 ) -> list[tuple[list[int], list[float], list[float]]]:
-    """As `sample`, from (1 - teacher_weight) q + teacher_weight p: MiniLLM's teacher-mixed sampling.
+    """Samples as `sample` does, from (1 - teacher_weight) q + teacher_weight p: MiniLLM's teacher-mixed sampling.
 
     q and p are the next-token probabilities of student and teacher, over the common prefix of their vocabularies.
-    Returns each response with log q and log p of its tokens, before temperature and bans. Raises ConfigError for a
-    weight that is not from 0 to 1, too.
+    Returns for each prompt (response, log q of its tokens, log p of its tokens), both before temperature and bans.
+    Raises ConfigError as `sample` does, and for a weight that is not from 0 to 1.
     """
     if not 0 <= teacher_weight <= 1:
         raise ConfigError(f"teacher_weight is {teacher_weight}, expected at least 0 and at most 1")
@@ -111,12 +83,13 @@ def sample_mixture(
 
 
 class _Sequence:
-    """One prompt and what has been generated for it."""
+    """One prompt and the response so far."""
 
     def __init__(self, index: int, prompt: list[int], seed: int, limit: int, ngram_size: int) -> None:
         self.index = index
         self.tokens, self.prompt_length, self.seed, self.limit = list(prompt), len(prompt), seed, limit
-        self.log_probs = [], []  # of a mixture: student's and teacher's
+        self.log_probs = [], []  # the student's and the teacher's; empty unless their mixture is sampled
+        # The tokens that have followed each sequence of ngram_size - 1 tokens.
         self.ngram_size, self.followers = ngram_size, collections.defaultdict(list)
         if ngram_size:
             for end in range(ngram_size, len(prompt) + 1):
@@ -159,7 +132,7 @@ def _run(
     batch_size: int,
     on_response: Callable[[int, list[int]], None] | None,
 ) -> list[_Sequence]:
-    """Continuous batching: whenever sequences have ended, waiting prompts take their slots."""
+    """Continuous batching: when sequences end, waiting prompts take their slots."""
     if batch_size < 1:
         raise ConfigError(f"batch_size is {batch_size}, expected at least 1")
     with contextlib.ExitStack() as stack:
@@ -180,7 +153,7 @@ def _run(
             tokens = {slot: sequence.tokens for slot, sequence in active.items()}
             logits = [decoder.prefill(tokens) if entering else decoder.decode(tokens) for decoder in decoders]
             _advance(list(active.values()), logits, teacher_weight, settings)
-            running = running | entering  # never in place: `active` may be the same dictionary
+            running = running | entering  # not in place: `active` may be the same dictionary
             for slot, sequence in active.items():
                 if sequence.has_ended(settings):
                     del running[slot]
@@ -190,7 +163,7 @@ def _run(
 
 
 def _limit(models: list[PackedCausalLM], prompt: list[int], settings: SamplingParams, index: int) -> int:
-    """How many new tokens a prompt may get."""
+    """How many new tokens a prompt may get. Raises ConfigError if it is none."""
     if not prompt:
         raise ConfigError(f"prompt {index} is empty: nothing predicts the first token of the response")
     limit = settings.max_new_tokens
@@ -209,7 +182,7 @@ def _positions(model: PackedCausalLM) -> int | None:
 
 
 def _enter(waiting: collections.deque[_Sequence], free: list[int]) -> dict[int, _Sequence]:
-    """Takes waiting sequences for free slots, as many as are read at once."""
+    """Takes as many waiting sequences as there are free slots, and as one prefill may read."""
     entering, tokens = {}, 0
     for slot in free:
         if not waiting or (entering and tokens + len(waiting[0].tokens) > PREFILL_TOKENS):
@@ -220,7 +193,7 @@ def _enter(waiting: collections.deque[_Sequence], free: list[int]) -> dict[int, 
 
 
 def _advance(sequences: list[_Sequence], logits: list[Tensor], teacher_weight: float, settings: SamplingParams) -> None:
-    """Gives B sequences their next tokens, from logits [B, V], or from those of student and teacher."""
+    """Appends the next token to B sequences, given logits [B, V] of the model, or of student and teacher."""
     scores = logits[0]
     if len(logits) > 1:
         vocabulary = shared_vocabulary(*(x.shape[1] for x in logits))
@@ -236,7 +209,10 @@ def _advance(sequences: list[_Sequence], logits: list[Tensor], teacher_weight: f
 
 
 def _choose(scores: Tensor, sequences: list[_Sequence], settings: SamplingParams) -> Tensor:
-    """The next token of each sequence, [B], from log-probabilities up to a constant [B, V], which it may overwrite."""
+    """Returns the next token of each sequence, [B].
+
+    scores: log-probabilities up to a constant, [B, V]; may be overwritten.
+    """
     scores = scores[:, : settings.vocabulary]
     for row, sequence in enumerate(sequences):
         banned = sequence.banned()
@@ -260,11 +236,11 @@ def _choose(scores: Tensor, sequences: list[_Sequence], settings: SamplingParams
 
 
 def _draw(probabilities: Tensor, seeds: Tensor, steps: Tensor) -> Tensor:
-    """A token of each row [B, V], by the random numbers of its seed and step: [B].
+    """Draws one token for each row of probabilities [B, V], with the random numbers of its seed and step: [B].
 
-    First a block of tokens, then one within it, each the winner of an exponential race (argmax of p / e): that needs
-    2 sqrt(V) random numbers, where a race of all tokens needs V, and unlike the inverse of a cumulative sum it is as
-    exact for rare tokens as for frequent ones.
+    Draws a block of tokens, then a token of that block. Each is the winner of an exponential race (argmax of p / e).
+    That takes 2 sqrt(V) random numbers; a race of all tokens takes V. It is as exact for rare tokens as for frequent
+    ones; the inverse of a cumulative sum is not.
     """
     rows, vocabulary = probabilities.shape
     width = math.isqrt(vocabulary - 1) + 1
@@ -276,7 +252,7 @@ def _draw(probabilities: Tensor, seeds: Tensor, steps: Tensor) -> Tensor:
 
 
 def _exponentials(seeds: Tensor, steps: Tensor, count: int) -> Tensor:
-    """Exponentially distributed numbers [B, count] in float64: functions of seed, step and column (SplitMix64)."""
+    """Exponentially distributed numbers [B, count], float64, that depend on seed, step and column (SplitMix64)."""
     key = _mix(_mix(seeds) + steps)
     columns = torch.arange(1, count + 1, device=seeds.device)
     bits = _mix(key[:, None] + columns * -0x61C8864680B583EB)  # 2^64 / golden ratio, as a signed number
@@ -284,12 +260,12 @@ def _exponentials(seeds: Tensor, steps: Tensor, count: int) -> Tensor:
 
 
 def _mix(x: Tensor) -> Tensor:
-    """SplitMix64's finalizer, on 64 bits; products wrap around."""
+    """SplitMix64's finalizer on 64-bit numbers. Products wrap around."""
     x = (x ^ _shift(x, 30)) * -0x40A7B892E31B1A47
     x = (x ^ _shift(x, 27)) * -0x6B2FB644ECCEEE15
     return x ^ _shift(x, 31)
 
 
 def _shift(x: Tensor, bits: int) -> Tensor:
-    """To the right, filling in zeros where >> copies the sign."""
+    """Shifts to the right and fills in zeros (>> copies the sign)."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)

@@ -1,4 +1,4 @@
-"""What the losses take, and the checks of it."""
+"""The arguments of the losses: their bundles, and the checks of them."""
 
 from __future__ import annotations
 
@@ -8,49 +8,69 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .divergences import Divergence
+
+MAX_PADDING = 1024
+
 
 class LinearHead(NamedTuple):
-    """A model's hidden states and the output projection that reads them: logits = hidden weight^T + bias."""
+    """The hidden states of a model and the output projection that reads them: logits = hidden weight^T + bias."""
 
     hidden: Tensor  # [N, H]
     weight: Tensor  # [V, H]
     bias: Tensor | None = None  # [V]
 
 
+class LossSpec(NamedTuple):
+    """The loss of a row: (1 - hard_weight) divergence at `temperature` + hard_weight cross-entropy at temperature 1."""
+
+    divergence: Divergence
+    temperature: float = 1.0
+    hard_weight: float = 0.0
+
+
 def loss_dtype(logits: Tensor) -> torch.dtype:
-    """Of losses, and of sums over the vocabulary or the tokens, from logits or hidden states."""
+    """The type of losses, and of sums over the vocabulary or the tokens, for logits or hidden states."""
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
-def check_labels(labels: Tensor | None, rows: int, hard_weight: float) -> Tensor | None:
-    """`labels` as contiguous int64 [rows]; raises ValueError where they are missing or have another shape."""
+def check_loss(spec: LossSpec, reduction: str, labels: Tensor | None, tokens: int) -> Tensor | None:
+    """Returns what `check_labels` returns. Raises ValueError also for a number out of range or an unknown reduction."""
+    if not 0 < spec.temperature < math.inf:
+        raise ValueError(f"temperature is {spec.temperature}, expected a positive number")
+    if not 0 <= spec.hard_weight <= 1:
+        raise ValueError(f"hard_weight is {spec.hard_weight}, expected 0 to 1")
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f'reduction is "{reduction}", expected "mean", "sum" or "none"')
+    return check_labels(labels, tokens, spec.hard_weight)
+
+
+def check_labels(labels: Tensor | None, tokens: int, hard_weight: float) -> Tensor | None:
+    """Returns `labels` as contiguous int64 [tokens]. Raises ValueError for missing labels or another shape."""
     if labels is None:
         if hard_weight:
             raise ValueError(f"hard_weight is {hard_weight}: the cross-entropy needs labels")
         return None
-    if labels.shape != (rows,):
-        raise ValueError(f"labels have shape {list(labels.shape)}, expected [{rows}], one for each row of logits")
+    if labels.shape != (tokens,):
+        raise ValueError(f"labels have shape {list(labels.shape)}, expected [{tokens}], one for each row of logits")
     return labels.long().contiguous()
 
 
-def check_numbers(temperature: float, hard_weight: float, reduction: str) -> None:
-    """Raises ValueError for a temperature, hard_weight or reduction that means nothing."""
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"temperature is {temperature}, expected a positive number")
-    if not 0 <= hard_weight <= 1:
-        raise ValueError(f"hard_weight is {hard_weight}, expected 0 to 1")
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f'reduction is "{reduction}", expected "mean", "sum" or "none"')
-
-
-MAX_PADDING = 1024
+def check_head(model: str, head: LinearHead) -> None:
+    """Raises ValueError if the shapes of hidden states, projection and bias don't fit together."""
+    hidden, weight, bias = head
+    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
+        shapes = f"{list(hidden.shape)} and {list(weight.shape)}"
+        raise ValueError(f"{model} hidden states and projection have shapes {shapes}, expected [N, H] and [V, H]")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"{model} bias has shape {list(bias.shape)}, expected [{len(weight)}]")
 
 
 def shared_vocabulary(student: int, teacher: int) -> int:
     """The length of the common prefix of two padded vocabularies.
 
-    One tokenizer's vocabulary is padded to different sizes in different models (Qwen: 151,936 and 152,064); the
-    distributions are then taken over the common prefix. Sizes further apart than any padding raise ValueError.
+    Different models pad the vocabulary of one tokenizer to different sizes (Qwen: 151,936 and 152,064). Distributions
+    are compared over the common prefix. Raises ValueError for sizes further apart than any padding.
     """
     if abs(student - teacher) > MAX_PADDING:
         raise ValueError(
@@ -61,7 +81,7 @@ def shared_vocabulary(student: int, teacher: int) -> int:
 
 
 def count_kept(labels: Tensor | None, rows: Tensor) -> Tensor:
-    """The number of `rows` [N, ...] that count, at least 1, as a scalar of their loss on their device."""
+    """The number of `rows` [N, ...] that count, at least 1: a scalar in the type of their loss, on their device."""
     dtype = loss_dtype(rows)
     if labels is None:
         return torch.tensor(max(1, rows.shape[0]), dtype=dtype, device=rows.device)

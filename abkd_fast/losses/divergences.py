@@ -1,6 +1,6 @@
 """The catalog of divergences between a teacher p and a student q: plain values that the kernels understand.
 
-All are divergences proper, 0 where p = q: the forward terms are KL(p, q), not the cross-entropy that some codes report.
+All are true divergences, 0 if p = q: forward terms are KL(p, q), not the cross-entropy that some codes report.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import ClassVar
 
 
 class Family(enum.IntEnum):
-    """What the kernels implement; the numbers are those in csrc/rows.h."""
+    """What the kernels implement. The numbers are the same as in csrc/row_call.h."""
 
     CROSS_ENTROPY = 0
     ALPHA_BETA = 1
@@ -26,9 +26,10 @@ class Family(enum.IntEnum):
 
 
 class Divergence:
-    """Base of the catalog: spelled `str(divergence)`, read back by `parse`."""
+    """Base class of the catalog. `str(divergence)` is its spelling, which `parse` reads."""
 
     family: ClassVar[Family]
+    title: ClassVar[str]  # the papers' name
 
     @property
     def parameters(self) -> list[float]:
@@ -59,15 +60,16 @@ class AlphaBeta(Divergence):
     D(p, q) = -1 / (alpha beta) sum_v [p^alpha q^beta - alpha / (alpha + beta) p^(alpha + beta)
     - beta / (alpha + beta) q^(alpha + beta)], and its limits where a denominator is 0: (1, 0) is the forward KL
     divergence, (0, 1) the reverse one, (.5, .5) four times the squared Hellinger distance, (1, 1) half the squared
-    distance. The limits carry 1 / alpha^2 (or 1 / beta^2), so D is continuous in alpha and beta; the published code
-    has 1 / alpha there, which is the same at (1, 0) and (0, 1).
+    distance. The limits have the factor 1 / alpha^2 (or 1 / beta^2), so D is continuous in alpha and beta. The
+    published code has 1 / alpha there, which is the same at (1, 0) and (0, 1).
 
-    The defaults are the paper's for GPT-2; for OpenLLaMA2 it takes (.1, .8).
+    The defaults are those of the paper for GPT-2. For OpenLLaMA2 it has (.1, .8).
     """
 
     alpha: float = 0.2
     beta: float = 0.7
     family: ClassVar[Family] = Family.ALPHA_BETA
+    title: ClassVar[str] = "ABKD"
 
     @property
     def parameters(self) -> list[float]:
@@ -80,6 +82,7 @@ class AlphaDivergence(Divergence):
 
     alpha: float = 0.5
     family: ClassVar[Family] = Family.ALPHA_BETA
+    title: ClassVar[str] = "Alpha"
 
     @property
     def parameters(self) -> list[float]:
@@ -91,6 +94,7 @@ class Hellinger(Divergence):
     """2 sum (sqrt p - sqrt q)^2, four times the squared Hellinger distance: `AlphaBeta(.5, .5)`."""
 
     family: ClassVar[Family] = Family.ALPHA_BETA
+    title: ClassVar[str] = "Hellinger"
 
     @property
     def parameters(self) -> list[float]:
@@ -99,16 +103,17 @@ class Hellinger(Divergence):
 
 @dataclasses.dataclass(frozen=True)
 class AlphaNet(Divergence):
-    """The larger of two alpha-divergences (AlphaNet); only the larger one has a gradient.
+    """The larger of two alpha-divergences (AlphaNet). Only the larger one has a gradient.
 
-    `per="batch"` compares the means over all rows of a call, as the published code of ABKD does (a call is one
-    micro-batch); `per="token"` compares them row by row.
+    `per="batch"` compares the means over all rows of a call, which is one micro-batch, as the published code of ABKD
+    does. `per="token"` compares the divergences row by row.
     """
 
     alpha1: float = 0.2
     alpha2: float = 0.8
     per: str = "batch"
     family: ClassVar[Family] = Family.ALPHA_NET
+    title: ClassVar[str] = "AlphaNet"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -129,6 +134,7 @@ class ForwardKL(Divergence):
     """KL(p, q) = sum p log(p / q), word-level distillation (FKL, FKLD). TRL: `beta=0`."""
 
     family: ClassVar[Family] = Family.WEIGHTED_KL
+    title: ClassVar[str] = "FKLD"
 
     @property
     def parameters(self) -> list[float]:
@@ -140,6 +146,7 @@ class ReverseKL(Divergence):
     """KL(q, p) = sum q log(q / p) (RKL, RKLD). TRL: `beta=1`."""
 
     family: ClassVar[Family] = Family.WEIGHTED_KL
+    title: ClassVar[str] = "RKLD"
 
     @property
     def parameters(self) -> list[float]:
@@ -152,6 +159,7 @@ class WSD(Divergence):
 
     lam: float = 0.5
     family: ClassVar[Family] = Family.WEIGHTED_KL
+    title: ClassVar[str] = "WSD"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -165,27 +173,29 @@ class WSD(Divergence):
 
 @dataclasses.dataclass(frozen=True)
 class BDKD(Divergence):
-    """Both directions, in each row three times the one that the entropies call for: wT KL(p, q) + wS KL(q, p).
+    """Both directions, weighted in each row by the entropies: wT KL(p, q) + wS KL(q, p).
 
-    wT is 3 where H(p) > H(q), else 1; wS is 3 where H(q) > H(p), else 1. The entropies are of the logits' full
-    precision (in the published code they are NaN in 16 bits, and every weight 1); the weights are constants for the
+    wT is 3 if H(p) > H(q), else 1; wS is 3 if H(q) > H(p), else 1. The entropies have the full precision of the
+    kernels. (In the published code they are NaN in 16 bits, and every weight is 1.) The weights are constants for the
     gradient.
     """
 
     family: ClassVar[Family] = Family.BALANCED_KL
+    title: ClassVar[str] = "BDKD"
 
 
 @dataclasses.dataclass(frozen=True)
 class AKL(Divergence):
     """Both directions, weighted row by row: h KL(p, q) + (1 - h) KL(q, p) (AKL, "Rethinking KL divergence in KD").
 
-    h is the share of sum |p - q| in the teacher's head: its likeliest tokens whose probabilities together stay within
-    `mu`, at least one. Tokens that tie with the first beyond the head are outside; h is .5 where p = q, and a constant
-    for the gradient.
+    h is the share of the teacher's head in sum |p - q|. The head has the teacher's likeliest tokens: as many as have
+    `mu` or less together, and at least one. Tokens that tie with the first one beyond the head are outside. h is .5 if
+    p = q, and a constant for the gradient.
     """
 
     mu: float = 0.5
     family: ClassVar[Family] = Family.ADAPTIVE_KL
+    title: ClassVar[str] = "AKL"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -200,12 +210,13 @@ class AKL(Divergence):
 class JensenShannon(Divergence):
     """lam KL(q, m) + (1 - lam) KL(p, m) with m = (1 - lam) p + lam q: `lam` is the student's share.
 
-    TRL's `beta` is the teacher's share: `lam = 1 - beta`. (There beta 0 and 1 mean forward and reverse KL; here the
-    limits are 0 and excluded.) The default .1 is that of the ABKD paper; DistiLLM's scripts have .9.
+    TRL's `beta` is the teacher's share: `lam = 1 - beta`. (In TRL beta 0 and 1 mean forward and reverse KL. Here the
+    limits would be 0, and are excluded.) The default .1 is that of the ABKD paper; DistiLLM's scripts have .9.
     """
 
     lam: float = 0.1
     family: ClassVar[Family] = Family.MIXTURE
+    title: ClassVar[str] = "JSD"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -222,6 +233,7 @@ class SkewForwardKL(Divergence):
 
     lam: float = 0.1
     family: ClassVar[Family] = Family.MIXTURE
+    title: ClassVar[str] = "SFKL"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -238,6 +250,7 @@ class SkewReverseKL(Divergence):
 
     lam: float = 0.1
     family: ClassVar[Family] = Family.MIXTURE
+    title: ClassVar[str] = "SRKL"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -253,11 +266,12 @@ class TotalVariation(Divergence):
     """Half of sum |p - q| (TVD)."""
 
     family: ClassVar[Family] = Family.TOTAL_VARIATION
+    title: ClassVar[str] = "TVD"
 
 
 @dataclasses.dataclass(frozen=True)
 class CrossEntropy(Divergence):
-    """No teacher: the cross-entropy with the labels alone (supervised fine-tuning). Not a divergence to `parse`."""
+    """No teacher: only the cross-entropy with the labels (supervised fine-tuning). `parse` does not read it."""
 
     family: ClassVar[Family] = Family.CROSS_ENTROPY
 
@@ -280,9 +294,9 @@ BY_NAME: dict[str, type[Divergence]] = {
 
 
 def parse(text: str) -> Divergence:
-    """A divergence from its spelling, "name" or "name:value,value": `parse("ab:0.2,0.7")`.
+    """The divergence with a spelling "name" or "name:value,value", as in `parse("ab:0.2,0.7")`.
 
-    Raises ValueError where the name is unknown, or the values are too many, of the wrong type or out of range.
+    Raises ValueError if the name is unknown, or if the values are too many, of the wrong type or out of range.
     """
     name, _, arguments = text.partition(":")
     if name not in BY_NAME:

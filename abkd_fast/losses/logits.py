@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .arguments import check_labels, check_numbers, count_kept, loss_dtype, shared_vocabulary
+from .arguments import LossSpec, check_loss, count_kept, loss_dtype, shared_vocabulary
 from .divergences import Divergence, parse
 from .row_ops import (
     choose_branch,
@@ -30,11 +30,11 @@ def _divergence(
     factors: Tensor | None,
     need_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The sum of losses times factors [N], the losses [N], and the gradient [N, V] of the former."""
-    kind = parse(divergence)
-    rows = (student, teacher, labels, kind, temperature, hard_weight)
+    """The sum of losses times factors [N], the losses [N], and the gradient [N, V] of the sum."""
+    spec = LossSpec(parse(divergence), temperature, hard_weight)
+    rows = student, teacher, labels, spec
     gradient = new_large(student, *student.shape, dtype=student.dtype) if need_gradient else None
-    if decides_per_batch(kind):
+    if decides_per_batch(spec.divergence):
         losses, statistics = choose_branch(*measure_rows(*rows))
         if gradient is not None:
             row_gradients(*rows, statistics, torch.ones_like(losses) if factors is None else factors, gradient)
@@ -76,32 +76,32 @@ def divergence_loss(
     hard_weight: float = 0.0,
     reduction: str = "mean",
 ) -> Tensor:
-    """The divergence between teacher and student distributions, given as logits, differentiable by the student's.
+    """The divergence between the distributions of teacher and student, from logits; differentiable by the student's.
 
     Args:
-        student_logits, teacher_logits: [N, V], float32, bfloat16, float16 (read as such, computed in float32) or
-            float64. Vocabularies that differ by padding are compared over their common prefix.
-        divergence: for example `AlphaBeta(0.2, 0.7)`; see `abkd_fast.divergences`.
-        labels: [N] integers; rows with -100 don't count. The others matter only with `hard_weight`.
-        temperature: divides both logits inside the divergence; the loss is not multiplied by its square.
-        hard_weight: w in (1 - w) divergence + w cross-entropy; the cross-entropy is at temperature 1.
+        student_logits, teacher_logits: [N, V], float32, float64, bfloat16 or float16 (16 bits are read as such, and
+            computed in float32). Vocabularies that differ by padding are compared over their common prefix.
+        divergence: for example `AlphaBeta(0.2, 0.7)`; `abkd_fast.losses.divergences` has them all.
+        labels: [N] integers. Rows with -100 don't count. Other labels matter only with `hard_weight`.
+        temperature: divides both logits inside the divergence. The loss is not multiplied by its square.
+        hard_weight: w in (1 - w) divergence + w cross-entropy. The cross-entropy is at temperature 1.
         reduction: "mean" over the rows that count, "sum", or "none" ([N], 0 for rows that don't).
 
     Returns: float32 (float64 for float64 logits).
 
     Raises ValueError for shapes, sizes or numbers that don't fit together.
 
-    The gradient [N, V] is made with the losses, in the type of the logits, and nothing else is kept for backward.
+    The forward pass makes the gradient [N, V] with the losses, in the type of the logits, and keeps nothing else for
+    backward.
 
-    Source: ABKD (arXiv 2505.04560), equation 5; the gradient is u - q sum(u), u = p^a q^b ((q / p)^a - 1) / a.
+    Source: ABKD (arXiv 2505.04560), equation 5. The gradient is u - q sum(u), u = p^a q^b ((q / p)^a - 1) / a.
     """
-    check_numbers(temperature, hard_weight, reduction)
     if student_logits.dim() != 2 or teacher_logits.dim() != 2 or len(student_logits) != len(teacher_logits):
         shapes = f"{list(student_logits.shape)} and {list(teacher_logits.shape)}"
         raise ValueError(f"student and teacher logits have shapes {shapes}, expected [N, V] with one N")
     if not student_logits.is_floating_point():
         raise ValueError(f"student logits are {student_logits.dtype}, expected a floating-point type")
-    labels = check_labels(labels, len(student_logits), hard_weight)
+    labels = check_loss(LossSpec(divergence, temperature, hard_weight), reduction, labels, len(student_logits))
     vocab = shared_vocabulary(student_logits.shape[1], teacher_logits.shape[1])
     student, teacher = student_logits[:, :vocab], teacher_logits[:, :vocab].detach().to(student_logits.dtype)
     student, teacher = (x if x.stride(1) == 1 else x.contiguous() for x in (student, teacher))

@@ -5,7 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .arguments import LinearHead, LossSpec, check_labels, loss_dtype
+from .chunks import Chunks, HeadGradients
 from .divergences import ReverseKL
+from .fused_linear import need_gradients, pair_heads, saved_gradients
 from .reference import SLOPE, STUDENT_LSE
 from .row_ops import measure_rows, row_gradients
 
@@ -19,18 +22,19 @@ def policy_rows(
     clip_ratio: float,
     gradient: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """KL(q, p) [N] of logits [N, V], and the ratios r [N] = q(label) / e^log_probs, both in the type of the losses.
+    """KL(q, p) [N] of logits [N, V], and the ratios r = q(label) / e^log_probs [N], both in the type of the losses.
 
-    `gradient` [N, V], which may be `student`, receives the derivative by the student's logits of each row's
-    KL(q, p) + `clipped_surrogate`. Advantages and log_probs are [N], in the type of the losses; every label is a
-    token. No autograd.
+    `gradient` [N, V], which may be `student`, receives the derivative of each row's KL(q, p) + `clipped_surrogate` by
+    the student's logits. Advantages and log_probs are [N], in the type of the losses. Every label is a token. No
+    autograd.
     """
-    rows = student, teacher, labels, ReverseKL(), 1.0, 0.0
+    rows = student, teacher, labels, LossSpec(ReverseKL())
     divergences, statistics = measure_rows(*rows)
     log_q = student.gather(1, labels[:, None])[:, 0] - statistics[:, STUDENT_LSE]
     ratios = (log_q - log_probs).exp().to(divergences.dtype)
     if gradient is not None:
-        # The divergence's derivative is u - q slope, the surrogate's w q - w onehot: the kernel makes all but the last.
+        # The derivative is u - q slope + w q - w onehot, with w from the surrogate. The kernel makes all but the last
+        # term.
         weights = torch.where(is_clipped(ratios, advantages, clip_ratio), 0.0, advantages * ratios)
         statistics[:, SLOPE] -= weights
         row_gradients(*rows, statistics, torch.ones_like(divergences), gradient)
@@ -44,5 +48,87 @@ def clipped_surrogate(ratios: Tensor, advantages: Tensor, clip_ratio: float) -> 
 
 
 def is_clipped(ratios: Tensor, advantages: Tensor, clip_ratio: float) -> Tensor:
-    """Where the surrogate has no gradient: the ratio is beyond, on the side that the advantage asks for."""
+    """Whether the surrogate has no gradient: the ratio is beyond the bound to which the advantage pulls it."""
     return torch.where(advantages >= 0, ratios > 1 + clip_ratio, ratios < 1 - clip_ratio)
+
+
+class _PolicyGradient(torch.autograd.Function):
+    """The sum of divergences and surrogates, the divergences [N] and the ratios [N].
+
+    The forward pass makes the gradients of the sum.
+    """
+
+    @staticmethod
+    def forward(
+        ctx,  # noqa: ANN001
+        need: list[bool],
+        labels: Tensor,
+        advantages: Tensor,
+        log_probs: Tensor,
+        clip_ratio: float,
+        teacher: LinearHead,
+        *student: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        student = LinearHead(*student)
+        dtype = loss_dtype(student.hidden)
+        advantages, log_probs = advantages.to(dtype), log_probs.to(dtype)
+        with torch.autocast(student.hidden.device.type, enabled=False):
+            chunks = Chunks(student, teacher, labels, 0, dtype)
+            gradients = HeadGradients(chunks, need)
+            divergences, ratios = chunks.new_losses(), torch.zeros_like(advantages)
+            for rows, *logits_and_labels in chunks:
+                gradient = logits_and_labels[0] if any(need) else None
+                numbers = advantages[rows], log_probs[rows], clip_ratio
+                divergences[rows], ratios[rows] = policy_rows(*logits_and_labels, *numbers, gradient)
+                if gradient is not None:
+                    gradients.add(rows, gradient)
+        ctx.need, ctx.dtypes = need, [None if x is None else x.dtype for x in student]
+        ctx.save_for_backward(*gradients)
+        ctx.mark_non_differentiable(divergences, ratios)
+        return (divergences + clipped_surrogate(ratios, advantages, clip_ratio)).sum(), divergences, ratios
+
+    @staticmethod
+    def backward(ctx, upstream: Tensor, *_: Tensor) -> tuple:  # noqa: ANN001
+        return *[None] * 6, *saved_gradients(ctx, upstream)
+
+
+def fused_linear_policy_gradient(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    labels: Tensor,
+    advantages: Tensor,
+    log_probs: Tensor,
+    clip_ratio: float,
+    *,
+    student_bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The sum over tokens of KL(q, p) + max(-A r, -A clip(r, 1 - clip_ratio, 1 + clip_ratio)), r = q(label) / b(label).
+
+    This is MiniLLM's loss: PPO's clipped policy gradient for samples of a policy b, and the exact divergence of the
+    next token. Both come from the same logits, so it costs hardly more than the divergence alone.
+
+    Args:
+        student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias: as in
+            `fused_linear_divergence`.
+        labels: [N], the tokens that the policy b chose; rows with -100 don't count. Labels may stay on the CPU.
+        advantages: [N], A. log_probs: [N], log b(label). Both on the student's device.
+
+    Returns: the sum, differentiable by student_hidden, student_weight and student_bias; then KL(q, p) [N] and r [N],
+        which have no gradients. All are float32 (float64 for float64 hidden states).
+
+    Raises ValueError for shapes and sizes that don't fit together.
+
+    Source: MiniLLM (arXiv 2306.08543), section 2.2. The gradient by the logits is q (d - KL(q, p)) with
+    d = log q - log p, plus -A r (onehot - q) if r is not clipped.
+    """
+    student = LinearHead(student_hidden, student_weight, student_bias)
+    teacher = LinearHead(teacher_hidden, teacher_weight, teacher_bias)
+    student, teacher, _ = pair_heads(student, teacher)
+    labels = check_labels(labels, len(student_hidden), 1.0)
+    for name, values in (("advantages", advantages), ("log_probs", log_probs)):
+        if values.shape != labels.shape:
+            raise ValueError(f"{name} have shape {list(values.shape)}, expected [{len(labels)}], one for each label")
+    return _PolicyGradient.apply(need_gradients(student), labels, advantages, log_probs, clip_ratio, teacher, *student)

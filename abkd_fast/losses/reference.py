@@ -1,6 +1,6 @@
 """The row kernel's mathematics in plain PyTorch: slow, memory-hungry, and obviously right.
 
-It takes over, in chunks, where the extension is missing, and is one of the two oracles of the tests.
+It replaces the extension if that is missing, in chunks of rows, and is one of the two oracles of the tests.
 """
 
 from __future__ import annotations
@@ -10,12 +10,13 @@ import math
 import torch
 from torch import Tensor
 
+from .arguments import LossSpec
 from .divergences import Divergence, Family
 
 LOG_FLOOR = -1e30  # two masked logits (-inf) then differ by exactly 0
-MAX_EXPONENT = {torch.float32: 64.0, torch.float64: 640.0}  # beyond e^this a term saturates
+MAX_EXPONENT = {torch.float32: 64.0, torch.float64: 640.0}  # a term saturates at e^this
 CHUNK_ELEMENTS = 1 << 24
-# All that a row's gradient needs besides its logits, as `struct Statistics` in csrc/rows.h: log sum exp of
+# What the gradient of a row needs besides the logits, as `struct Statistics` in csrc/row_call.h: log sum exp of
 # z / temperature, y / temperature and z, the sum of slopes, and two numbers that the divergence decided for the row.
 STUDENT_LSE, TEACHER_LSE, PLAIN_LSE, SLOPE, STATE = range(5)
 STATISTICS = 6
@@ -25,18 +26,16 @@ def row_losses(
     student: Tensor,
     teacher: Tensor | None,
     labels: Tensor | None,
-    divergence: Divergence,
-    temperature: float,
-    hard_weight: float,
+    spec: LossSpec,
     gradient: Tensor | None,
     statistics: Tensor | None = None,
     upstream: Tensor | None = None,
 ) -> Tensor:
-    """The losses of rows of logits [N, V], as `ops.row_losses`: writes `gradient` (which may be `student`)."""
+    """`row_ops.row_losses` in plain PyTorch."""
     losses = student.new_zeros(len(student), dtype=torch.promote_types(student.dtype, torch.float32))  # [N]
     for rows in _chunks(student):
         chunk = [None if x is None else x[rows] for x in (student, teacher, labels)]
-        loss, slope, measured = _rows(*chunk, divergence, temperature, hard_weight, None)
+        loss, slope, measured = _rows(*chunk, spec, None)
         losses[rows] = loss.to(losses.dtype)
         if gradient is not None:
             gradient[rows] = (slope if upstream is None else slope * upstream[rows, None]).to(gradient.dtype)
@@ -49,37 +48,30 @@ def row_gradients(
     student: Tensor,
     teacher: Tensor | None,
     labels: Tensor | None,
-    divergence: Divergence,
-    temperature: float,
-    hard_weight: float,
+    spec: LossSpec,
     statistics: Tensor,
     upstream: Tensor,
     gradient: Tensor,
 ) -> None:
-    """The gradients of `ops.row_gradients`."""
+    """`row_ops.row_gradients` in plain PyTorch."""
     for rows in _chunks(student):
         chunk = [None if x is None else x[rows] for x in (student, teacher, labels)]
-        options = divergence, temperature, hard_weight, statistics[rows]
-        gradient[rows] = (_rows(*chunk, *options)[1] * upstream[rows, None]).to(gradient.dtype)
+        gradient[rows] = (_rows(*chunk, spec, statistics[rows])[1] * upstream[rows, None]).to(gradient.dtype)
 
 
-def row_normalizers(
-    student: Tensor, teacher: Tensor | None, temperature: float, hard_weight: float, statistics: Tensor
-) -> None:
-    """The log-normalizers of `ops.row_normalizers`."""
+def row_normalizers(student: Tensor, teacher: Tensor | None, spec: LossSpec, statistics: Tensor) -> None:
+    """`row_ops.row_normalizers` in plain PyTorch, written to `statistics`."""
     for rows in _chunks(student):
         z, y = (None if x is None else _wide(x[rows]) for x in (student, teacher))
-        statistics[rows] = _normalizers(z, y, temperature, hard_weight).to(statistics.dtype)
+        statistics[rows] = _normalizers(z, y, spec).to(statistics.dtype)
 
 
-def row_sums(
-    student: Tensor, teacher: Tensor, divergence: Divergence, temperature: float, statistics: Tensor
-) -> Tensor:
-    """The sums of `ops.row_sums`."""
+def row_sums(student: Tensor, teacher: Tensor, spec: LossSpec, statistics: Tensor) -> Tensor:
+    """`row_ops.row_sums` in plain PyTorch."""
     values = student.new_zeros(len(student), dtype=torch.promote_types(student.dtype, torch.float32))  # [N]
     for rows in _chunks(student):
-        a, b = log_probs(student[rows], teacher[rows], temperature, statistics[rows])
-        value, slope, _ = terms(a, b, divergence, statistics[rows, STATE:].to(a.dtype))
+        a, b = log_probs(student[rows], teacher[rows], spec.temperature, statistics[rows])
+        value, slope, _ = terms(a, b, spec.divergence, statistics[rows, STATE:].to(a.dtype))
         values[rows], statistics[rows, SLOPE] = value.sum(1).to(values.dtype), slope.sum(1).to(statistics.dtype)
     return values
 
@@ -90,17 +82,12 @@ def _chunks(logits: Tensor) -> list[slice]:
 
 
 def _rows(
-    student: Tensor,
-    teacher: Tensor | None,
-    labels: Tensor | None,
-    divergence: Divergence,
-    temperature: float,
-    hard_weight: float,
-    given: Tensor | None,
+    student: Tensor, teacher: Tensor | None, labels: Tensor | None, spec: LossSpec, given: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Losses [n] (without meaning where statistics are given), their gradient [n, V], and the statistics [n, 6]."""
+    """Losses [n] (meaningless if statistics are given), their gradient [n, V], and the statistics [n, 6]."""
+    divergence, temperature, hard_weight = spec
     z, y = (None if x is None else _wide(x) for x in (student, teacher))  # [n, V]
-    statistics = _normalizers(z, y, temperature, hard_weight) if given is None else given.to(z.dtype)
+    statistics = _normalizers(z, y, spec) if given is None else given.to(z.dtype)
     losses, gradient = z.new_zeros(len(z)), torch.zeros_like(z)
     if y is not None:
         a, b = log_probs(z, y, temperature, statistics)
@@ -116,7 +103,7 @@ def _rows(
             b = _log_probs(z, statistics[:, PLAIN_LSE])
             if given is None:
                 losses -= hard_weight * b.gather(1, labels.clamp(min=0)[:, None])[:, 0]
-            is_label = labels[:, None] == torch.arange(z.shape[1], device=z.device)  # in no token if -1
+            is_label = labels[:, None] == torch.arange(z.shape[1], device=z.device)  # no token is, for -1
             gradient += hard_weight * (b.exp() - is_label.to(b.dtype))
         losses = torch.where(kept, losses, 0.0)
         gradient = torch.where(kept[:, None], gradient, 0.0)
@@ -124,17 +111,17 @@ def _rows(
 
 
 def _wide(logits: Tensor) -> Tensor:
-    """In float64, for plain formulas cancel where p is near q; Apple's devices have none."""
+    """In float64, because plain formulas cancel near p = q. Apple's devices have only float32."""
     return logits.to(torch.float32 if logits.device.type == "mps" else torch.float64)
 
 
-def _normalizers(z: Tensor, y: Tensor | None, temperature: float, hard_weight: float) -> Tensor:
-    """Statistics [n, 6] that have no more than the log-normalizers."""
+def _normalizers(z: Tensor, y: Tensor | None, spec: LossSpec) -> Tensor:
+    """Statistics [n, 6] with nothing but the log-normalizers."""
     statistics = z.new_zeros(len(z), STATISTICS)
     if y is not None:
-        statistics[:, STUDENT_LSE] = _log_sum_exp(z / temperature)
-        statistics[:, TEACHER_LSE] = _log_sum_exp(y / temperature)
-    if hard_weight:
+        statistics[:, STUDENT_LSE] = _log_sum_exp(z / spec.temperature)
+        statistics[:, TEACHER_LSE] = _log_sum_exp(y / spec.temperature)
+    if spec.hard_weight:
         statistics[:, PLAIN_LSE] = _log_sum_exp(z)
     return statistics
 
@@ -148,7 +135,7 @@ def _log_probs(logits: Tensor, normalizer: Tensor) -> Tensor:
 
 
 def log_probs(student: Tensor, teacher: Tensor, temperature: float, statistics: Tensor) -> tuple[Tensor, Tensor]:
-    """log p and log q [n, V] of logits whose log-normalizers are in `statistics`, in float64."""
+    """log p and log q [n, V] in float64, of logits whose log-normalizers are in `statistics`."""
     a, b = (_wide(x) / temperature for x in (teacher, student))
     return _log_probs(a, statistics[:, TEACHER_LSE].to(a)), _log_probs(b, statistics[:, STUDENT_LSE].to(b))
 
@@ -158,7 +145,8 @@ def terms(
 ) -> tuple[Tensor, Tensor, Tensor | float]:
     """Each token's share of the divergence and its derivative by log q, from a = log p and b = log q, all [n, V].
 
-    Also what the divergence decides for each row, [n, 2]: `state`, where that is given. 0 where there is nothing.
+    The third result is what the divergence decides for each row, [n, 2]: `state` if that is given, and 0 if the
+    divergence decides nothing.
     """
     match divergence.family:
         case Family.ALPHA_BETA:
@@ -187,13 +175,13 @@ def terms(
 
 
 def kl_terms(a: Tensor, b: Tensor, forward: float | Tensor, reverse: float | Tensor) -> tuple[Tensor, Tensor]:
-    """forward KL(p, q) + reverse KL(q, p), with sum (q - p) and sum (p - q), both 0, added: no term is negative."""
+    """forward KL(p, q) + reverse KL(q, p). With sum (q - p) and sum (p - q), both 0, added no term is negative."""
     p, q, d = a.exp(), b.exp(), b - a
     return forward * (q - p - p * d) + reverse * (p - q + q * d), forward * (q - p) + reverse * q * d
 
 
 def entropies(a: Tensor, b: Tensor) -> Tensor:
-    """Of teacher and student, [n, 2]."""
+    """The entropies of teacher and student, [n, 2]."""
     return torch.stack([-(x.exp() * x).sum(1) for x in (a, b)], 1)
 
 
@@ -206,19 +194,19 @@ def head(a: Tensor, mu: float) -> Tensor:
     """AKL: which tokens [n, V] are in the teacher's head."""
     ordered = a.sort(1, descending=True).values
     mass = ordered.exp().cumsum(1)
-    # The first token that no longer fits; what ties with it does not fit either.
+    # The first token that no longer fits. Tokens that tie with it do not fit either.
     beyond = ordered.gather(1, (mass <= mu).sum(1, keepdim=True).clamp(max=a.shape[1] - 1))
     return (a > beyond) | (a == ordered[:, :1])
 
 
 def gaps(a: Tensor, b: Tensor, head: Tensor) -> Tensor:
-    """AKL: sums of |p - q|, over the tokens of the head and over all, [n, 2]."""
+    """AKL: the sums of |p - q| over the tokens of the head and over all tokens, [n, 2]."""
     gap = (a.exp() - b.exp()).abs()
     return torch.stack(((gap * head).sum(1), gap.sum(1)), 1)
 
 
 def gap_weights(gaps: Tensor) -> Tensor:
-    """AKL: the weights [n, 2] of both directions, the shares of head and tail in the gaps."""
+    """AKL: the weights [n, 2] of both directions, which are the shares of head and tail in the gaps."""
     of_head, total = gaps.unbind(1)
     share = torch.where(total > 0, of_head / total, 0.5)
     return torch.stack((share, 1 - share), 1)
@@ -227,8 +215,9 @@ def gap_weights(gaps: Tensor) -> Tensor:
 def mixture_terms(
     a: Tensor, b: Tensor, weight: float, from_student: float, from_teacher: float
 ) -> tuple[Tensor, Tensor]:
-    """from_student KL(q, m) + from_teacher KL(p, m), m = (1 - weight) p + weight q, each sum with 0 = sum (m - q) or
-    sum (m - p) added."""
+    """from_student KL(q, m) + from_teacher KL(p, m), with m = (1 - weight) p + weight q.
+
+    sum (m - q) and sum (m - p), both 0, are added."""
     log_m = torch.logaddexp(a + math.log1p(-weight), b + math.log(weight))
     p, q, m = a.exp(), b.exp(), log_m.exp()
     student, teacher = b - log_m, a - log_m  # log-ratios
@@ -240,9 +229,9 @@ def mixture_terms(
 def alpha_beta_terms(a: Tensor, b: Tensor, alpha: float, beta: float) -> tuple[Tensor, Tensor]:
     """Each token's share of the alpha-beta divergence and its derivative by log q, from a = log p and b = log q.
 
-    With d = b - a and s = alpha + beta, the share is (W(s) - W(beta)) / alpha, where W(x) = p^s (e^(x d) - 1) / x is
-    anchored at the larger of its two powers. Where |beta| is larger the roles are swapped, and where both
-    exponents times d are small the power series of p^s Int_0^d e^(beta t) (e^(alpha t) - 1) / alpha dt takes over.
+    With d = b - a and s = alpha + beta, the share is (W(s) - W(beta)) / alpha. W(x) = p^s (e^(x d) - 1) / x is made
+    from the larger of its two powers. If |beta| is larger than |alpha|, the roles are swapped. If both exponents times
+    d are small, the power series of p^s Int_0^d e^(beta t) (e^(alpha t) - 1) / alpha dt takes over.
     """
     s, d = alpha + beta, b - a
     top = MAX_EXPONENT[a.dtype]

@@ -1,7 +1,7 @@
-"""The custom operators: the compiled row kernel, and the divergence between logits with its autograd.
+"""The compiled row kernels as functions of tensors, and what the losses around them share.
 
-`row_losses` is the one door to the kernels. Where no compiled kernel fits (the extension is missing, or float64
-on a GPU) it says so once and goes through `reference.py`.
+If no compiled kernel fits (the extension is missing, or logits are float64 on a GPU), the functions warn once and call
+`reference.py`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .arguments import loss_dtype
+from .arguments import LossSpec, loss_dtype
 from .divergences import AlphaNet, Divergence
 from .reference import STATE, STATISTICS
 
@@ -44,9 +44,9 @@ else:
 
 
 def build_info() -> dict:
-    """How the extension was built: `cuda` (version or None), `cuda_archs`, `simd` (what runs here), `compiler`.
+    """How the extension was built: `cuda` (version or None), `cuda_archs`, `simd` (in use on this CPU), `compiler`.
 
-    Without the extension every value is None and `missing` holds the reason.
+    Without the extension `cuda_archs` is empty, the other values are None, and `missing` holds the reason.
     """
     if _C is None:
         return {"cuda": None, "cuda_archs": [], "simd": None, "compiler": None, "missing": _MISSING}
@@ -77,100 +77,96 @@ def row_losses(
     student: Tensor,
     teacher: Tensor | None,
     labels: Tensor | None,
-    divergence: Divergence,
-    temperature: float = 1.0,
-    hard_weight: float = 0.0,
+    spec: LossSpec,
     gradient: Tensor | None = None,
     statistics: Tensor | None = None,
     upstream: Tensor | None = None,
 ) -> Tensor:
-    """Losses [N] (float32; float64 for float64 logits) of logits [N, V]; see `csrc/rows.h` for the formula.
+    """Losses [N] (float32; float64 for float64 logits) of logits [N, V]; `csrc/row_call.h` has the formula.
 
-    `gradient` [N, V], which may be `student` itself, receives the derivative of each row's loss by its student
-    logits, times `upstream` [N] (in the type of the losses) if that is given; `statistics` [N, 6] (float64) what
-    `row_gradients` needs to make it later. Rows with label -100 get loss and gradient 0. AlphaNet compares its
-    branches row by row here, whatever its `per`. No autograd.
+    `gradient` [N, V], which may be `student` itself, receives the derivative of each row's loss by its student logits,
+    times `upstream` [N] (in the type of the losses) if that is given. `statistics` [N, 6] (float64) receive what
+    `row_gradients` needs to make the gradient later. Rows with label -100 get loss and gradient 0. AlphaNet compares
+    its branches row by row here, for any `per`. No autograd.
     """
     if not _compiled(student):
-        rows = (student, teacher, labels, divergence, temperature, hard_weight)
-        return reference.row_losses(*rows, gradient, statistics, upstream)
-    options = divergence.family, divergence.parameters, temperature, hard_weight
-    return torch.ops.abkd_fast.row_losses(student, teacher, labels, *options, gradient, statistics, upstream)
+        return reference.row_losses(student, teacher, labels, spec, gradient, statistics, upstream)
+    operands = student, teacher, labels, *_numbers(spec)
+    return torch.ops.abkd_fast.row_losses(*operands, gradient, statistics, upstream)
 
 
 def row_gradients(
     student: Tensor,
     teacher: Tensor | None,
     labels: Tensor | None,
-    divergence: Divergence,
-    temperature: float,
-    hard_weight: float,
+    spec: LossSpec,
     statistics: Tensor,
     upstream: Tensor,
     gradient: Tensor,
 ) -> None:
-    """Writes upstream [N] (in the type of the losses) times the derivative of each row's loss to `gradient` [N, V],
-    which may be `student`. `statistics` come from `row_losses` of the same logits, or are merged from those that
-    `row_normalizers` and `row_sums` made of all shards; a label that another shard has is -1. No autograd."""
+    """Writes the derivative of each row's loss by its student logits, times `upstream` [N] (in the type of the losses),
+    to `gradient` [N, V], which may be `student`.
+
+    `statistics` come from `row_losses` of the same logits, or are merged from `row_normalizers` and `row_sums` of all
+    shards. A label that another shard has is -1. No autograd.
+    """
     if not _compiled(student):
-        rows = (student, teacher, labels, divergence, temperature, hard_weight)
-        return reference.row_gradients(*rows, statistics, upstream, gradient)
-    options = divergence.family, divergence.parameters, temperature, hard_weight
-    return torch.ops.abkd_fast.row_gradients(student, teacher, labels, *options, statistics, upstream, gradient)
+        return reference.row_gradients(student, teacher, labels, spec, statistics, upstream, gradient)
+    operands = student, teacher, labels, *_numbers(spec)
+    return torch.ops.abkd_fast.row_gradients(*operands, statistics, upstream, gradient)
 
 
-def row_normalizers(student: Tensor, teacher: Tensor | None, temperature: float, hard_weight: float) -> Tensor:
-    """Statistics [N, 6] (float64) of logits [N, V], of which only the log-normalizers are made: those at `temperature`
-    where there is a teacher, and the student's own where there is a `hard_weight`. No autograd."""
+def row_normalizers(student: Tensor, teacher: Tensor | None, spec: LossSpec) -> Tensor:
+    """Statistics [N, 6] (float64) of logits [N, V] with nothing but the log-normalizers: those at the temperature if
+    there is a teacher, and the student's own if there is a hard_weight. No autograd."""
     statistics = student.new_zeros(len(student), STATISTICS, dtype=torch.float64)
-    normalizers = torch.ops.abkd_fast.row_normalizers if _compiled(student) else reference.row_normalizers
-    normalizers(student, teacher, temperature, hard_weight, statistics)
+    if _compiled(student):
+        torch.ops.abkd_fast.row_normalizers(student, teacher, spec.temperature, spec.hard_weight, statistics)
+    else:
+        reference.row_normalizers(student, teacher, spec, statistics)
     return statistics
 
 
-def row_sums(
-    student: Tensor, teacher: Tensor, divergence: Divergence, temperature: float, statistics: Tensor
-) -> Tensor:
-    """The sums over V, [N] in the type of the losses, of the divergence's terms of logits [N, V].
+def row_sums(student: Tensor, teacher: Tensor, spec: LossSpec, statistics: Tensor) -> Tensor:
+    """The divergence's terms of logits [N, V], summed over V: [N] in the type of the losses.
 
-    `statistics` [N, 6] must have the log-normalizers, of these logits or of all shards', and what the divergence has
-    decided for each row; they receive the sum of slopes. No autograd.
+    `statistics` [N, 6] must have the log-normalizers, of these logits or of all shards, and what the divergence has
+    decided for each row. They receive the sum of slopes. No autograd.
     """
     if not _compiled(student):
-        return reference.row_sums(student, teacher, divergence, temperature, statistics)
-    kind = divergence.family, divergence.parameters
-    return torch.ops.abkd_fast.row_sums(student, teacher, *kind, temperature, statistics)
+        return reference.row_sums(student, teacher, spec, statistics)
+    family, parameters, temperature, _ = _numbers(spec)
+    return torch.ops.abkd_fast.row_sums(student, teacher, family, parameters, temperature, statistics)
 
 
-def measure_rows(
-    student: Tensor,
-    teacher: Tensor,
-    labels: Tensor | None,
-    divergence: Divergence,
-    temperature: float,
-    hard_weight: float,
-) -> tuple[Tensor, Tensor]:
-    """Losses [N] and statistics [N, 6], for AlphaNet per batch those [2, N] and [2, N, 6] of both branches."""
+def _numbers(spec: LossSpec) -> tuple[int, list[float], float, float]:
+    """The loss as the compiled operators take it."""
+    divergence, temperature, hard_weight = spec
+    return divergence.family, divergence.parameters, temperature, hard_weight
+
+
+def measure_rows(student: Tensor, teacher: Tensor, labels: Tensor | None, spec: LossSpec) -> tuple[Tensor, Tensor]:
+    """Losses [N] and statistics [N, 6]. For AlphaNet per batch they are [2, N] and [2, N, 6], one for each branch."""
 
     def measure(divergence: Divergence) -> tuple[Tensor, Tensor]:
         statistics = student.new_zeros(len(student), STATISTICS, dtype=torch.float64)
-        rows = (student, teacher, labels, divergence, temperature, hard_weight)
-        return row_losses(*rows, statistics=statistics), statistics
+        branch = spec._replace(divergence=divergence)
+        return row_losses(student, teacher, labels, branch, statistics=statistics), statistics
 
-    if not decides_per_batch(divergence):
-        return measure(divergence)
-    first, second = (measure(branch) for branch in divergence.branches)
+    if not decides_per_batch(spec.divergence):
+        return measure(spec.divergence)
+    first, second = (measure(branch) for branch in spec.divergence.branches)
     return torch.stack((first[0], second[0])), torch.stack((first[1], second[1]))
 
 
 def decides_per_batch(divergence: Divergence) -> bool:
-    """Whether no row's gradient is known before all rows are measured."""
+    """Whether the gradient of a row is known only when all rows are measured."""
     return isinstance(divergence, AlphaNet) and divergence.per == "batch"
 
 
 def choose_branch(losses: Tensor, statistics: Tensor) -> tuple[Tensor, Tensor]:
-    """AlphaNet per batch: losses [N] and statistics [N, 6] of the branch whose mean is larger, without asking the
-    device for it. Rows that don't count have loss 0 in both."""
+    """AlphaNet per batch: losses [N] and statistics [N, 6] of the branch with the larger mean, chosen without a
+    synchronization with the device. Rows that don't count have loss 0 in both branches."""
     branch = (losses[0].sum() < losses[1].sum()).long().view(1)
     chosen = statistics.index_select(0, branch)[0]
     chosen[:, STATE] = branch
@@ -178,7 +174,7 @@ def choose_branch(losses: Tensor, statistics: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def new_large(like: Tensor, *shape: int, dtype: torch.dtype) -> Tensor:
-    """`like.new_empty` for tensors of many megabytes: on the CPU in huge pages where the system has them."""
+    """`like.new_empty` for tensors of many megabytes: on the CPU they lie in huge pages, if the system has them."""
     tensor = like.new_empty(shape, dtype=dtype)
     if _C is not None and tensor.device.type == "cpu" and tensor.nbytes > 1 << 22:
         _C.advise_huge_pages(tensor.data_ptr(), tensor.nbytes)
@@ -187,15 +183,18 @@ def new_large(like: Tensor, *shape: int, dtype: torch.dtype) -> Tensor:
 
 @torch.library.custom_op("abkd_fast::scale_", mutates_args=("gradient",))
 def _scale_(gradient: Tensor, upstream: Tensor) -> None:
-    """gradient *= upstream, without touching it where that is known to be 1."""
+    """gradient *= upstream. Does nothing if `upstream` is known to be 1."""
     known = upstream.device.type == "cpu" and upstream.dim() == 0
     if not (known and upstream.item() == 1.0):
         gradient.mul_(upstream)
 
 
 def scaled(gradient: Tensor, upstream: Tensor) -> Tensor:
-    """`gradient`, saved in forward, times `upstream` in backward: in place, which spares memory and time, unless
-    retain_graph=True says that the saved one may be needed again, or torch.compile traces."""
+    """In backward: `gradient`, which forward has saved, times `upstream`.
+
+    The product is in place, which spares memory and time, except if retain_graph=True says that the saved gradient may
+    be needed again, or if torch.compile traces.
+    """
     if torch._C._autograd._get_current_graph_task_keep_graph() or type(gradient) is not Tensor:
         gradient = gradient.clone()
     _scale_(gradient, upstream)
@@ -203,7 +202,7 @@ def scaled(gradient: Tensor, upstream: Tensor) -> Tensor:
 
 
 def refuse_second_derivative() -> None:
-    """Called in backward passes. Raises RuntimeError under create_graph=True."""
+    """In backward: raises RuntimeError for create_graph=True."""
     if torch.is_grad_enabled():
         raise RuntimeError(
             "the gradients of abkd_fast have no derivatives themselves: call backward without create_graph=True"

@@ -1,8 +1,8 @@
-"""One vocabulary over the ranks of a process group: each has a part of the projections' rows, all have the same tokens.
+"""A vocabulary sharded over a process group: each rank has some rows of the projections, and all have the same tokens.
 
-A row's statistics are made of each rank's logits and merged, a few numbers a row: log-normalizers by one all-gather,
-sums by one all-reduce. What a gradient by logits needs besides is at hand then, so projections keep theirs to
-themselves; each rank's part of the hidden states' gradient is added up once a call.
+Each rank measures its own logits. The statistics of a row are merged, a few numbers per row: log-normalizers by an
+all-gather, sums by an all-reduce. Each rank then has all that the gradient by its logits needs. The gradient of the
+projection stays on the rank; the gradient of the hidden states is added up over the ranks, once per call.
 """
 
 from __future__ import annotations
@@ -17,25 +17,24 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import reference
-from .arguments import loss_dtype, shared_vocabulary
-from .divergences import AlphaNet, Divergence, Family
+from .arguments import LinearHead, LossSpec, loss_dtype, shared_vocabulary
+from .divergences import AlphaNet, Family
 from .reference import PLAIN_LSE, SLOPE, STATE
 from .row_ops import decides_per_batch, row_normalizers, row_sums
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-Model = tuple[Tensor | None, Tensor | None, Tensor | None]  # hidden states, projection, bias
-DECIDING_ELEMENTS = 1 << 22  # logits that BDKD and AKL look at at once, in some 40 bytes each
-DIGIT = 4  # bits of AKL's threshold that one all-reduce settles
+DECIDING_ELEMENTS = 1 << 22  # logits from which BDKD and AKL decide at once, at about 40 bytes each
+DIGIT = 4  # bits of AKL's threshold that one all-reduce finds
 
 
 class Shard(NamedTuple):
     """A rank's part of the vocabulary, as plain values that an operator takes."""
 
     group: str  # the name of the process group
-    first: int  # the first row that this rank has
-    widest: int  # rows of the largest part: what all ranks do in turns is cut by it
+    first: int  # the first row of the vocabulary that this rank has
+    widest: int  # rows of the largest part: it sets the sizes of chunks, which must be the same on all ranks
 
     def _group(self) -> ProcessGroup:
         return dist.distributed_c10d._resolve_process_group(self.group)
@@ -46,30 +45,26 @@ class Shard(NamedTuple):
         return numbers
 
     def local_labels(self, labels: Tensor, vocab: int) -> Tensor:
-        """Labels [N] counted from this rank's first row; -1 where another rank has them."""
+        """Labels [N] counted from this rank's first row. A label that another rank has becomes -1."""
         local = labels - self.first
         return torch.where((local >= 0) & (local < vocab), local, -1)
 
     def measure_rows(
-        self,
-        student: Tensor,
-        teacher: Tensor | None,
-        labels: Tensor | None,
-        divergence: Divergence,
-        temperature: float,
-        hard_weight: float,
+        self, student: Tensor, teacher: Tensor | None, labels: Tensor | None, spec: LossSpec
     ) -> tuple[Tensor, Tensor]:
-        """`ops.measure_rows` of logits [N, V] of which this is one rank's part, with `local_labels`."""
-        statistics, hard = self._normalize(student, teacher, labels, temperature, hard_weight)
+        """`row_ops.measure_rows` of the whole vocabulary, from this rank's logits [N, V] and `local_labels`."""
+        divergence, _, hard_weight = spec
+        statistics, hard = self._normalize(student, teacher, labels, spec)
         dtype = loss_dtype(student)
         if teacher is None:
             return (hard_weight * hard).to(dtype), statistics
         if divergence.family in (Family.BALANCED_KL, Family.ADAPTIVE_KL):
             step = max(1, DECIDING_ELEMENTS // max(1, self.widest))
             for parts in zip(*(x.split(step) for x in (student, teacher, statistics)), strict=True):
-                parts[2][:, STATE:] = self._decide(*parts, divergence, temperature)
+                parts[2][:, STATE:] = self._decide(*parts, spec)
         branches = divergence.branches if isinstance(divergence, AlphaNet) else (divergence,)
-        sums = torch.stack([x for kind in branches for x in _sums(student, teacher, kind, temperature, statistics)])
+        specs = [spec._replace(divergence=branch) for branch in branches]
+        sums = torch.stack([x for branch in specs for x in _sums(student, teacher, branch, statistics)])
         values, slopes = self.sum(sums).unflatten(0, (-1, 2)).unbind(1)  # [branches, N] each
         losses = ((1 - hard_weight) * values + hard_weight * hard).to(dtype)
         statistics = statistics.repeat(len(branches), 1, 1)  # [branches, N, 6]
@@ -83,13 +78,13 @@ class Shard(NamedTuple):
         return losses[0], statistics[0]
 
     def _normalize(
-        self, student: Tensor, teacher: Tensor | None, labels: Tensor | None, temperature: float, hard_weight: float
+        self, student: Tensor, teacher: Tensor | None, labels: Tensor | None, spec: LossSpec
     ) -> tuple[Tensor, Tensor]:
-        """Statistics [N, 6] with whole rows' log-normalizers, and cross-entropies [N], 0 without `hard_weight`."""
-        statistics = row_normalizers(student, teacher, temperature, hard_weight)
+        """Statistics [N, 6] with the log-normalizers of whole rows, and cross-entropies [N], 0 without hard_weight."""
+        statistics = row_normalizers(student, teacher, spec)
         numbers = statistics[:, :SLOPE]
-        if hard_weight:
-            # -inf adds nothing to a log sum exp: what comes out is the logit of the one rank that has the label.
+        if spec.hard_weight:
+            # -inf adds nothing to a log sum exp: the result is the logit on the one rank that has the label.
             target = torch.full_like(statistics[:, 0], -math.inf)
             if student.shape[1]:
                 own = student.gather(1, labels.clamp(min=0)[:, None])[:, 0]
@@ -97,27 +92,25 @@ class Shard(NamedTuple):
             numbers = torch.cat((numbers, target[:, None]), 1)
         merged = _gather(numbers.contiguous(), self._group()).logsumexp(0)  # [N, 3 or 4]
         statistics[:, :SLOPE] = merged[:, :SLOPE]
-        hard = merged[:, PLAIN_LSE] - merged[:, -1] if hard_weight else torch.zeros_like(merged[:, 0])
+        hard = merged[:, PLAIN_LSE] - merged[:, -1] if spec.hard_weight else torch.zeros_like(merged[:, 0])
         return statistics, hard
 
-    def _decide(
-        self, student: Tensor, teacher: Tensor, statistics: Tensor, divergence: Divergence, temperature: float
-    ) -> Tensor:
-        """BDKD's and AKL's weights [n, 2] of both directions."""
-        a, b = reference.log_probs(student, teacher, temperature, statistics)  # [n, V]
-        if divergence.family == Family.BALANCED_KL:
+    def _decide(self, student: Tensor, teacher: Tensor, statistics: Tensor, spec: LossSpec) -> Tensor:
+        """The weights [n, 2] of both directions, for BDKD and AKL."""
+        a, b = reference.log_probs(student, teacher, spec.temperature, statistics)  # [n, V]
+        if spec.divergence.family == Family.BALANCED_KL:
             return reference.entropy_weights(self.sum(reference.entropies(a, b)))
-        head = self._head((-a).to(loss_dtype(student)), *divergence.parameters)
+        head = self._head((-a).to(loss_dtype(student)), *spec.divergence.parameters)
         return reference.gap_weights(self.sum(reference.gaps(a, b, head)))
 
     def _head(self, surprisal: Tensor, mu: float) -> Tensor:
-        """Which of this rank's tokens are in AKL's head, from their -log p, all [n, V].
+        """Whether each of this rank's tokens is in AKL's head, from their -log p, all [n, V].
 
-        These are positive numbers, which are in the order of their bit patterns. The largest pattern up to which
-        tokens have `mu` together, at most, is found digit by digit.
+        These numbers are not negative, so they have the same order as their bit patterns. The search finds, digit by
+        digit, the largest pattern up to which tokens have at most `mu` together.
         """
         dtype = surprisal.dtype
-        # A token of probability 0, so that no rank has none.
+        # A token of probability 0 is added, so that every rank has at least one.
         surprisal = F.pad(surprisal.clamp(min=0), (0, 1), value=math.inf)
         ordered = surprisal.sort(1).values
         mass = F.pad(ordered.double().neg().exp().cumsum(1), (1, 0))  # [n, V + 2], of the likeliest k tokens
@@ -133,28 +126,32 @@ class Shard(NamedTuple):
         return ((surprisal <= limit.view(dtype)) | (surprisal == likeliest))[:, :-1]
 
 
-def _sums(
-    student: Tensor, teacher: Tensor, divergence: Divergence, temperature: float, statistics: Tensor
-) -> tuple[Tensor, Tensor]:
-    """This rank's sums of values and slopes, [N] in float64."""
-    values = row_sums(student, teacher, divergence, temperature, statistics)
+def _sums(student: Tensor, teacher: Tensor, spec: LossSpec, statistics: Tensor) -> tuple[Tensor, Tensor]:
+    """The sums of values and slopes over this rank's tokens, [N] each in float64."""
+    values = row_sums(student, teacher, spec, statistics)
     return values.to(statistics.dtype), statistics[:, SLOPE].clone()
 
 
 def _gather(numbers: Tensor, group: ProcessGroup) -> Tensor:
-    """Those of all ranks, in a new first dimension."""
+    """The numbers of all ranks, stacked in a new first dimension."""
     parts = numbers.new_empty(group.size(), *numbers.shape)
     dist.all_gather(list(parts), numbers, group=group)
     return parts
 
 
-def local_parts(student: Model, teacher: Model, group: ProcessGroup | None) -> tuple[Model, Model, ProcessGroup | None]:
-    """Both models with the rows that this rank has, and the group that has all: DTensors bring theirs.
+def local_parts(
+    student: LinearHead, teacher: LinearHead | None, group: ProcessGroup | None
+) -> tuple[LinearHead, LinearHead | None, ProcessGroup | None]:
+    """Both heads with the rows of this rank, and the group that has all rows: `group`, or that of the DTensors.
 
-    Raises ValueError for DTensors that are not sharded by vocabulary, or by different groups.
+    Raises ValueError for DTensors that are not sharded by vocabulary, or are sharded over different groups.
     """
-    models = []
-    for name, (hidden, *projection) in (("student", student), ("teacher", teacher)):
+    heads = []
+    for name, head in (("student", student), ("teacher", teacher)):
+        if head is None:
+            heads.append(None)
+            continue
+        hidden, *projection = head
         if _is_distributed(hidden):
             raise ValueError(
                 f"{name}_hidden is a DTensor, expected a plain tensor, whole on every rank: {name}_hidden.full_tensor()"
@@ -163,12 +160,12 @@ def local_parts(student: Model, teacher: Model, group: ProcessGroup | None) -> t
             if _is_distributed(tensor):
                 group = _common_group(f"{name}_{('weight', 'bias')[i]}", tensor, group)
                 projection[i] = tensor.to_local()
-        models.append((hidden, *projection))
-    return *models, group
+        heads.append(LinearHead(hidden, *projection))
+    return *heads, group
 
 
 def _is_distributed(tensor: Tensor | None) -> bool:
-    """Whether it is a DTensor, without the second that importing these takes."""
+    """Whether it is a DTensor. The import of that class would take a second."""
     return hasattr(tensor, "device_mesh")
 
 
@@ -186,9 +183,10 @@ def _common_group(name: str, tensor: Tensor, group: ProcessGroup | None) -> Proc
 
 
 def divide_vocabulary(hidden: Tensor, student: int, teacher: int, group: ProcessGroup) -> tuple[int, Shard]:
-    """How many rows of this rank's `student` and `teacher` are in the common vocabulary, and where they are in it.
+    """The number of this rank's rows that are in the common vocabulary, and their place in it.
 
-    Raises ValueError on all ranks where their tokens or the parts of both models don't fit together.
+    `student` and `teacher` are the numbers of rows that this rank has. Raises ValueError on all ranks if their numbers
+    of tokens differ, or if the parts of both models don't fit together.
     """
     own = torch.tensor([len(hidden), student, teacher], device=hidden.device)
     tokens, ours, theirs = _gather(own, group).T.tolist()

@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 from ..config.schema import Config
+from .base import OnPolicyMethod
 from .kd import WordLevelKD
 from .replay import ReplayBuffer
 from .rollouts import Rollouts
 
-GROWTH = 0.1  # of the threshold, whenever the dev loss has risen
+THRESHOLD_GROWTH = 0.1  # added whenever the dev loss has risen
 
 
-class DistiLLM(WordLevelKD):
+class DistiLLM(WordLevelKD, OnPolicyMethod):
     """About a share `threshold` of the steps trains on the student's responses, the others on the data's.
 
-    Some of the former generate anew, by on_policy.schedule fewer and fewer; the others replay, once the buffer is full.
-    The paper's losses are the skew divergences, sfkl:0.1 and srkl:0.1.
+    Some of the former write new responses: fewer and fewer by default (on_policy.schedule). The others replay old ones,
+    once the buffer is full. The paper's losses are the skew divergences, sfkl:0.1 and srkl:0.1.
     """
-
-    generators = ("student",)
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         settings, self.max_concurrent_responses = config.on_policy, config.train.batch_size
         self.threshold, self.margin, self.schedule = settings.threshold, settings.loss_margin, settings.schedule
-        self.off_policy_fraction = 1 - self.threshold  # at first
+        self.off_policy_fraction = 1 - self.threshold  # at the start
         self.reference_loss: float | None = None
         self.buffer = ReplayBuffer(settings.replay_rows, config.run.seed)
 
@@ -39,11 +38,11 @@ class DistiLLM(WordLevelKD):
         return written
 
     def on_eval(self, dev_loss: float) -> None:
-        """The threshold grows where the loss has risen by the margin since it last grew, or since before step 1."""
+        """Raises the threshold where the dev loss has risen by the margin since the last raise, or since the start."""
         if self.reference_loss is None:
             self.reference_loss = dev_loss
         elif dev_loss >= self.reference_loss + self.margin:
-            self.threshold = min(1.0, self.threshold + GROWTH)
+            self.threshold = min(1.0, self.threshold + THRESHOLD_GROWTH)
             self.reference_loss = dev_loss
 
     def metrics(self) -> dict[str, float]:

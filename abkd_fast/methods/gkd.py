@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from ..config.schema import Config
+from .base import OnPolicyMethod
 from .kd import WordLevelKD
 from .replay import ReplayBuffer
 from .rollouts import Rollouts
 
 
-class GKD(WordLevelKD):
+class GKD(WordLevelKD, OnPolicyMethod):
     """A share of the steps, on_policy.fraction, trains on the student's responses, the others on the data's.
 
-    As in the published code of ABKD and DistiLLM, new responses go through a replay buffer, and the step gets a random
-    batch of it; with on_policy.replay_rows = 0 it trains on the new ones, as the paper has it.
+    New responses go through a replay buffer, and the step trains on a random batch of it, as in the published code of
+    ABKD and DistiLLM. With on_policy.replay_rows = 0 the step trains on the new responses, as in the paper.
     """
-
-    generators = ("student",)
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
@@ -35,12 +34,6 @@ class GKD(WordLevelKD):
         self.buffer.add(written)
         return self.buffer.draw(len(samples))
 
-    def on_eval(self, dev_loss: float) -> None:
-        """Nothing depends on it."""
-
-    def metrics(self) -> dict[str, float]:
-        return {}
-
     def state_dict(self) -> dict:
         return self.buffer.state_dict()
 
@@ -49,7 +42,7 @@ class GKD(WordLevelKD):
 
 
 class ImitKD(GKD):
-    """Every step trains on the student's responses."""
+    """GKD in which every step trains on the student's responses."""
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)

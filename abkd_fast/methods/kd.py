@@ -1,4 +1,4 @@
-"""Word-level distillation on the data's own responses, by any divergence: ABKD with the alpha-beta divergence."""
+"""Word-level distillation on the data's own responses, by any divergence: ABKD by the alpha-beta one."""
 
 from __future__ import annotations
 
@@ -9,27 +9,26 @@ from ..data.batches import Batch
 from ..losses.arguments import LinearHead
 from ..losses.divergences import parse
 from ..losses.fused_linear import fused_linear_divergence
+from .base import Method
 
 
-class WordLevelKD:
-    needs_teacher = True
-    off_policy_fraction = 1.0
+class WordLevelKD(Method):
+    """The divergence between teacher and student at every response token."""
 
     def __init__(self, config: Config) -> None:
         self.divergence = parse(config.loss)
         self.temperature = config.temperature
         self.hard_weight = config.hard_weight
 
-    def loss(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, batch: Batch, teacher: LinearHead) -> Tensor:
-        """The summed loss of the response tokens, from their hidden states [N, H]."""
+    def loss(self, student: LinearHead, batch: Batch, teacher: LinearHead | None) -> Tensor:
         return fused_linear_divergence(
-            hidden,
-            weight,
+            student.hidden,
+            student.weight,
             teacher.hidden,
             teacher.weight,
             self.divergence,
             batch.labels,
-            student_bias=bias,
+            student_bias=student.bias,
             teacher_bias=teacher.bias,
             temperature=self.temperature,
             hard_weight=self.hard_weight,

@@ -16,11 +16,12 @@ from ..data.batches import Batch, shuffled_batches
 from ..errors import ConfigError
 from ..losses.arguments import LinearHead
 from ..losses.divergences import ForwardKL
-from ..losses.fused_linear import fused_linear_divergence, fused_linear_policy_gradient
-from ..losses.policy_gradient import is_clipped
+from ..losses.fused_linear import fused_linear_divergence
+from ..losses.policy_gradient import fused_linear_policy_gradient, is_clipped
+from .base import OnPolicyMethod
 from .rollouts import Rollouts
 
-# Rewards, importance weights and what is trained are the same probabilities, those that are sampled from.
+# Rewards, importance weights and the trained model have to be the very probabilities that are sampled from.
 NEEDED = {
     "loss": "rkl",
     "temperature": 1,
@@ -31,28 +32,31 @@ NEEDED = {
 }
 
 
-class MiniLLM:
-    """Rounds of rollouts, each trained on for a few epochs and then discarded.
+class MiniLLM(OnPolicyMethod):
+    """Rounds of rollouts. Each round is trained on for a few epochs, then discarded.
 
-    With teacher p, student q, and q_old the student that wrote: tokens y_t come from b = (1 - a) q_old + a p. Their
-    rewards are r_t = clip((log p - log q_old) / scale, -c, c), their returns R_t = sum_k>=t gamma^(k-t) r_k over the
-    number of tokens from t on, and a minibatch normalizes those to advantages A_t. A token's loss is
-    max(-A rho, -A clip(rho, 1 - eps, 1 + eps)) + KL(q, p), rho = w q / q_old with the importance weight w = q_old / b:
-    rho = q / b. The mean over the tokens of a minibatch is taken.
+    The teacher is p, the student q, and the student that wrote the rollouts q_old:
 
-    As in the published code, and unlike the paper's equations, R_t has the reward of its own token, and KL(q, p), the
-    single-step term, no importance weight. Unlike there, advantages are normalized over the tokens alone: the published
-    code counts the zeros of the padding too, so that mean and variance depend on how much of that there is.
+    - Tokens y_t are drawn from the mixture b = (1 - a) q_old + a p.
+    - Rewards are r_t = clip((log p - log q_old) / scale, -c, c).
+    - Returns are R_t = sum_k>=t gamma^(k-t) r_k, divided by the number of tokens from t on.
+    - Advantages A_t are the returns, normalized over a minibatch.
+    - A token's loss is max(-A rho, -A clip(rho, 1 - eps, 1 + eps)) + KL(q, p). Here rho = w q / q_old with the
+      importance weight w = q_old / b, so rho = q / b. The mean over the tokens of a minibatch is taken.
 
-    The published code trains without dropout, as q_old has none: set student.dropout to 0.
+    Two points follow the published code, not the paper's equations: R_t includes the reward of its own token, and
+    KL(q, p), the single-step term, has no importance weight. One point differs from the published code: advantages are
+    normalized over the tokens alone. The published code also counts the zeros of the padding, so its mean and variance
+    depend on the amount of padding.
+
+    The published code trains without dropout, because q_old has none: set student.dropout to 0.
     """
 
-    needs_teacher = True
-    off_policy_fraction = 0.0
+    pretrain_needs_teacher = True
     generators = ("student", "teacher")
 
     def __init__(self, config: Config) -> None:
-        """Raises ConfigError for rollouts that give no minibatch, and where another loss or sampling is asked for."""
+        """Raises ConfigError for fewer rollouts than a minibatch, and where another loss or sampling is asked for."""
         self.settings, self.batch_size, self.seed = config.minillm, config.train.batch_size, config.run.seed
         self.max_concurrent_responses = self.settings.rollouts
         if self.settings.rollouts < self.batch_size:
@@ -71,17 +75,17 @@ class MiniLLM:
 
     def _clear(self) -> None:
         self.tokens, self.reward = 0, 0.0
-        self.sums = torch.zeros(3, dtype=torch.float64)  # of KL(q, p), clipped tokens and all tokens, where finite
+        self.sums = torch.zeros(3, dtype=torch.float64)  # KL(q, p), clipped tokens, all tokens: of finite batches
 
-    def check_rows(self, rows: int) -> None:
+    def check_rows(self, num_rows: int) -> None:
         """Raises ConfigError where the data have fewer prompts than a round."""
-        if rows < self.settings.rollouts:
+        if num_rows < self.settings.rollouts:
             raise ConfigError(
-                f"minillm.rollouts is {self.settings.rollouts}, but data.train has {rows} rows that fit; lower it"
+                f"minillm.rollouts is {self.settings.rollouts}, but data.train has {num_rows} rows that fit; lower it"
             )
 
     def select_batch(self, step: int, progress: float, samples: list[dict], rollouts: Rollouts) -> list[dict]:
-        """The minibatch of a step, counted from 0, with its advantages; the first of a round generates."""
+        """The minibatch of a step, with its advantages. The first step of a round generates."""
         minibatches = self.settings.rollouts // self.batch_size
         epoch, place = divmod(step, minibatches)
         turn, inner_epoch = divmod(epoch, self.settings.inner_epochs)
@@ -100,9 +104,9 @@ class MiniLLM:
         return batch
 
     def _scored(self, rollout: dict) -> dict:
-        """A training sample: log b and return of each token, and the sum of the rewards.
+        """A training sample: log b and the return of each token, and the sum of the rewards.
 
-        On the host, where sampling leaves its numbers: that takes milliseconds a round.
+        This runs on the host, where sampling leaves its numbers. It takes milliseconds a round.
         """
         settings = self.settings
         rewards, log_probs = [], []
@@ -116,53 +120,48 @@ class MiniLLM:
         kept = {name: value for name, value in rollout.items() if not name.endswith("_log_probs")}
         return {**kept, "log_probs": log_probs, "returns": returns, "reward": sum(rewards)}
 
-    def loss(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, batch: Batch, teacher: LinearHead) -> Tensor:
-        """The summed loss of the response tokens, from their hidden states [N, H]."""
+    def loss(self, student: LinearHead, batch: Batch, teacher: LinearHead | None) -> Tensor:
+        device = student.hidden.device
         advantages, log_probs = (
             torch.tensor([x for sample in batch.samples for x in sample[name]], dtype=torch.float64).to(
-                hidden.device, non_blocking=True
+                device, non_blocking=True
             )
             for name in ("advantages", "log_probs")
         )  # [N] each
         total, divergences, ratios = fused_linear_policy_gradient(
-            hidden,
-            weight,
+            student.hidden,
+            student.weight,
             teacher.hidden,
             teacher.weight,
             batch.labels,
             advantages,
             log_probs,
             self.settings.clip_ratio,
-            student_bias=bias,
+            student_bias=student.bias,
             teacher_bias=teacher.bias,
         )
         clipped = is_clipped(ratios, advantages, self.settings.clip_ratio)
         counted = torch.stack([divergences, clipped, torch.ones_like(ratios)]).sum(1, dtype=torch.float64)
-        self.sums = self.sums.to(hidden.device) + torch.where(total.detach().isfinite(), counted, 0.0)
+        self.sums = self.sums.to(device) + torch.where(total.detach().isfinite(), counted, 0.0)
         return total
 
-    def pretrain_loss(
-        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, batch: Batch, teacher: LinearHead
-    ) -> Tensor:
+    def pretrain_loss(self, student: LinearHead, batch: Batch, teacher: LinearHead | None) -> Tensor:
         """(1 - text_kd) cross-entropy + text_kd KL(p, q), summed over the labels of plain text."""
         return fused_linear_divergence(
-            hidden,
-            weight,
+            student.hidden,
+            student.weight,
             teacher.hidden,
             teacher.weight,
             ForwardKL(),
             batch.labels,
-            student_bias=bias,
+            student_bias=student.bias,
             teacher_bias=teacher.bias,
             hard_weight=1 - self.settings.text_kd,
             reduction="sum",
         )
 
-    def on_eval(self, dev_loss: float) -> None:
-        """Nothing depends on it here."""
-
     def metrics(self) -> dict[str, float]:
-        """Means over the tokens trained on since the last call."""
+        """Means over the tokens trained on since the last call. Collective."""
         sums = distributed.all_reduce_sum(self.sums)
         divergence, clipped, _ = (sums / sums[2].clamp(min=1)).tolist()
         numbers = {"reward": self.reward / self.tokens, "reverse_kl": divergence, "clip_share": clipped}
@@ -170,16 +169,17 @@ class MiniLLM:
         return numbers
 
     def state_dict(self) -> dict:
-        """The rollouts of the round without the teacher's states, which are computed again, and the sums of a window.
+        """The round's rollouts and the sums for the log. Collective.
 
-        Where the round stands, and the order of its epochs, follow from the step.
+        The teacher's hidden states and the advantages are left out: they are computed again. The position in the round
+        and the order of its epochs follow from the step.
         """
-        made_again = ("states", "advantages")
-        rollouts = [{name: x for name, x in rollout.items() if name not in made_again} for rollout in self.rollouts]
+        computed = ("hidden_states", "advantages")
+        rollouts = [{name: x for name, x in rollout.items() if name not in computed} for rollout in self.rollouts]
         sums = distributed.all_reduce_sum(self.sums.clone()).tolist()
         return {"rollouts": rollouts, "tokens": self.tokens, "reward": self.reward, "sums": sums}
 
     def load_state_dict(self, state: dict) -> None:
         self.rollouts, self.tokens, self.reward = state["rollouts"], state["tokens"], state["reward"]
-        if distributed.is_rank0():  # they are those of all ranks
+        if distributed.is_rank0():  # the saved sums are those of all ranks
             self.sums = torch.tensor(state["sums"], dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""Responses of the student, kept to be trained on again."""
+"""The replay buffer: responses of the student, kept to be trained on again."""
 
 from __future__ import annotations
 
@@ -9,11 +9,10 @@ from ..errors import ConfigError
 
 
 class ReplayBuffer:
-    """The newest `capacity` samples, and the coin that says when they are used.
+    """The newest `capacity` samples, and the coin that decides when they are used.
 
-    Its generator gives the same numbers in every process of a run, so that all do the same in a step: where each had
-    its own coin, all would wait for the one that generates. A sample keeps the teacher's states once they are known,
-    so that no replay computes them.
+    Every process of a run draws the same numbers, so all do the same in a step. With a coin each, all would wait for
+    the one that generates. A sample keeps the teacher's hidden states once they are known, so no replay computes them.
     """
 
     def __init__(self, capacity: int, seed: int) -> None:
@@ -25,14 +24,14 @@ class ReplayBuffer:
         return len(self.samples) == self.capacity
 
     def coin(self) -> float:
-        """Uniform from 0 up to 1."""
+        """A number drawn uniformly from [0, 1)."""
         return self.random.random()
 
     def add(self, samples: list[dict]) -> None:
         self.samples.extend(samples)
 
     def draw(self, count: int) -> list[dict]:
-        """So many samples, none twice. Raises ConfigError where the buffer holds fewer."""
+        """`count` random samples, none twice. Raises ConfigError where the buffer holds fewer."""
         if count > len(self.samples):
             raise ConfigError(
                 f"on_policy.replay_rows: {count} samples are asked of a replay buffer that holds {len(self.samples)}"
@@ -40,7 +39,7 @@ class ReplayBuffer:
         return self.random.sample(list(self.samples), count)
 
     def state_dict(self) -> dict:
-        """For JSON. Without the teacher's states, which are computed again when they are first needed."""
+        """The state as JSON values, without the teacher's hidden states: they are computed again when needed."""
         columns = "input_ids", "prompt_length", "row"
         samples = [{name: sample[name] for name in columns} for sample in self.samples]
         return {"samples": samples, "random": self.random.getstate()}

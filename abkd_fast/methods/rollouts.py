@@ -1,7 +1,8 @@
-"""Training sequences that a model writes: samples whose responses are generated, for on-policy methods."""
+"""Rollouts: samples whose responses a model writes during training, for on-policy methods."""
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import time
 from collections.abc import Callable, Sequence
@@ -19,9 +20,10 @@ from ..models.packed import PackedCausalLM
 
 
 class Rollouts:
-    """Writes responses to the prompts of samples. Deterministic: seeds are a function of run.seed, step and place.
+    """Writes responses to the prompts of samples.
 
-    What it gives are samples again, the end token included where one came, and "row", that of the prompt.
+    It is deterministic: a seed is a function of run.seed, the step and the prompt's place in it. It returns samples
+    again. Their responses include the end token where one came; their "row" is that of the prompt.
     """
 
     def __init__(
@@ -33,37 +35,33 @@ class Rollouts:
         teacher: PackedCausalLM,
         precision: Callable[[], contextlib.AbstractContextManager],
     ) -> None:
-        """`precision`: the context that the models run in."""
+        """precision: makes the context that the models run in."""
         self.config, self.train_set = config, train_set
         self.student, self.teacher, self.precision = student, teacher, precision
-        sampling = config.sampling
-        self.settings = SamplingParams(
-            max_new_tokens=sampling.max_new_tokens,
+        self.settings = SamplingParams.from_options(
+            config.sampling,
             max_length=config.data.max_length,
-            temperature=sampling.temperature,
-            top_k=sampling.top_k,
-            top_p=sampling.top_p,
             eos_token_ids=(tokenizer.eos_token_id,),
-            # Vocabularies are padded to different sizes, and both models read what is written.
+            # Vocabularies may be padded to different sizes, and both models read what is written.
             vocabulary=shared_vocabulary(*(len(model.head.weight) for model in (student, teacher))),
         )
-        self.counts = _nothing()
+        self.counts = collections.Counter()  # since the last call of `metrics`
 
     def prompts(self, count: int, turn: int) -> list[dict]:
-        """Samples of the data, `count` at a time; turn 0 gives the first, epoch after epoch."""
+        """The samples of the data whose prompts a round answers: `count` at a time, epoch after epoch, from turn 0."""
         return step_samples(self.train_set, count, self.config.run.seed, turn)
 
     def write(self, samples: list[dict], step: int) -> list[dict]:
-        """The samples with responses by the student."""
+        """The samples with responses of the student in place of their own."""
         arguments, started = self._arguments(samples, step), self._now()
         with self.precision(), distributed.unsharded(self.student):
             responses = distributed.gather_shards(sample(self.student, *arguments))
         return self._with_responses(samples, responses, started)
 
     def write_mixed(self, samples: list[dict], step: int, teacher_weight: float) -> list[dict]:
-        """As `write`, by the mixture of student and teacher (MiniLLM).
+        """The same with responses of the mixture of student and teacher (MiniLLM).
 
-        "student_log_probs" and "teacher_log_probs" are lists of each model's own, of the tokens of the response.
+        "student_log_probs" and "teacher_log_probs" are lists of each model's own log-probabilities of the response.
         """
         arguments, started = self._arguments(samples, step), self._now()
         with self.precision(), distributed.unsharded(self.student, self.teacher):
@@ -76,8 +74,8 @@ class Rollouts:
         ]
 
     def metrics(self, steps: int) -> dict[str, float]:
-        """For the log: what was generated since the last call, and the share of the `steps` since then that did it."""
-        counts, self.counts = self.counts, _nothing()
+        """Values for the log since the last call: what was generated, and the share of the `steps` that generated."""
+        counts, self.counts = self.counts, collections.Counter()
         numbers = {"generating_share": counts["calls"] / steps}
         if counts["sequences"]:
             numbers["generated_tokens_per_second"] = counts["tokens"] / counts["seconds"]
@@ -85,28 +83,22 @@ class Rollouts:
         return numbers
 
     def _arguments(self, samples: list[dict], step: int) -> tuple[list[list[int]], SamplingParams, list[int], int]:
-        """Of sampling this rank's share of the responses."""
+        """The arguments of sampling for this rank's share of the responses."""
         prompts = [_prompt(sample) for sample in samples]
         first = (self.config.run.seed << 40) + (step << 20)
         seeds = [first + place for place in range(len(samples))]
-        return (
-            distributed.local_shard(prompts),
-            self.settings,
-            distributed.local_shard(seeds),
-            self.config.sampling.batch_size,
-        )
+        prompts, seeds = map(distributed.local_shard, (prompts, seeds))
+        return prompts, self.settings, seeds, self.config.sampling.batch_size
 
     def _now(self) -> float:
-        """The time, once the device has done what it was given before: none of that is generation."""
+        """The time, once the device has done the work queued before, which is not generation."""
         if self.student.head.weight.device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter()
 
     def _with_responses(self, samples: list[dict], responses: Sequence[list[int]], started: float) -> list[dict]:
-        self.counts["calls"] += 1
-        self.counts["sequences"] += len(responses)
-        self.counts["tokens"] += sum(map(len, responses))
-        self.counts["seconds"] += time.perf_counter() - started
+        tokens, seconds = sum(map(len, responses)), time.perf_counter() - started
+        self.counts.update(calls=1, sequences=len(responses), tokens=tokens, seconds=seconds)
         return [
             {"input_ids": _prompt(sample) + response, "prompt_length": sample["prompt_length"], "row": sample["row"]}
             for sample, response in zip(samples, responses, strict=True)
@@ -115,7 +107,3 @@ class Rollouts:
 
 def _prompt(sample: dict) -> list[int]:
     return sample["input_ids"][: sample["prompt_length"]]
-
-
-def _nothing() -> dict[str, float]:
-    return {"calls": 0, "sequences": 0, "tokens": 0, "seconds": 0.0}

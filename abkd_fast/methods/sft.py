@@ -1,23 +1,18 @@
-"""Supervised fine-tuning: the cross-entropy of the data's responses. The baseline, and the teacher's own training."""
+"""Supervised fine-tuning: the cross-entropy of the data's responses."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from ..config.schema import Config
 from ..data.batches import Batch
-from ..losses.fused_linear import fused_linear_cross_entropy
+from ..losses.arguments import LinearHead
+from .base import Method, cross_entropy
 
 
-def cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, batch: Batch, teacher: None = None) -> Tensor:
-    """The sum over the labels of a batch, from their hidden states [N, H]."""
-    return fused_linear_cross_entropy(hidden, weight, batch.labels, student_bias=bias, reduction="sum")
+class SupervisedFineTuning(Method):
+    """The baseline, and the training of teachers and initial students."""
 
-
-class SupervisedFineTuning:
     needs_teacher = False
-    off_policy_fraction = 1.0
-    loss = staticmethod(cross_entropy)
 
-    def __init__(self, config: Config) -> None:
-        del config  # nothing to choose
+    def loss(self, student: LinearHead, batch: Batch, teacher: LinearHead | None) -> Tensor:
+        return cross_entropy(student, batch)

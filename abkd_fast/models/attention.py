@@ -1,4 +1,4 @@
-"""Padding-free causal attention: one function, registered with transformers, over whole sequences packed end to end."""
+"""Padding-free causal attention over sequences packed end to end: one function, registered with transformers."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from torch import Tensor
 from transformers import AttentionInterface
 
 NAME = "abkd_packed"
-calls = 0  # how often the function ran: the start-up check wants one call a layer
+calls = 0  # how often the function ran; the start-up check expects one call a layer
 
 
 def backend(device: torch.device) -> str:
-    """What runs on this device: "flash-attn", "varlen_attn" (PyTorch's) or "sdpa loop" (processors)."""
+    """The attention that runs on this device: "flash-attn", "varlen_attn" (PyTorch's) or "sdpa loop" (CPUs)."""
     if device.type != "cuda":
         return "sdpa loop"
     return "flash-attn" if importlib.util.find_spec("flash_attn") else "varlen_attn"
 
 
 def supports_dropout(device: torch.device) -> bool:
-    """Whether attention dropout can be honoured; PyTorch's variable-length attention has none."""
+    """Whether attention has dropout here; PyTorch's variable-length attention has none."""
     return backend(device) != "varlen_attn"
 
 
@@ -52,7 +52,7 @@ def packed_attention(
     sequence boundaries (cu_seq_lens_q) on the way.
     """
     global calls
-    if not torch.compiler.is_compiling():  # a counter would be compiled in, and compiled anew at every value
+    if not torch.compiler.is_compiling():  # a compiled counter would be compiled again at every value
         calls += 1
     if softcap is not None or s_aux is not None:
         raise RuntimeError(f"{'soft-capping' if s_aux is None else 'sinks'} in its attention, which packing lacks")
@@ -61,7 +61,7 @@ def packed_attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     window = -1 if sliding_window is None else sliding_window - 1  # transformers counts the current token
     if query.device.type == "cuda":
-        # Rotary embeddings leave queries and keys of float32 weights in float32 under autocast; kernels want 16 bits.
+        # Under autocast rotary embeddings leave queries and keys in float32, but the kernels need 16 bits.
         dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else query.dtype
         q, k, v = (x[0].transpose(0, 1).to(dtype) for x in (query, key, value))  # [T, heads, dim]
         return _variable_length()(q, k, v, cu_seq_lens_q, max_length_q, scale, window, dropout)[None], None
@@ -117,7 +117,7 @@ def _variable_length() -> Callable[..., Tensor]:
 
 
 def _in_multiples_of_8(kernel: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> Tensor:
-    """A kernel's result for heads of any size; its scale must not depend on the size that it sees.
+    """Pads heads to a size that the kernel supports. The kernel's scale must not depend on that size.
 
     Zeros change no product (OpenLLaMA-3B has 100).
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import pathlib
@@ -30,8 +31,8 @@ from ..losses.arguments import shared_vocabulary
 from . import attention, lora
 from .packed import PackedCausalLM
 
-transformers_logging.disable_progress_bar()  # one bar on the terminal: the run's own
-# Newer versions of transformers rename what older ones, peft and this module know by these names.
+transformers_logging.disable_progress_bar()  # the run shows its own
+# Newer versions of transformers renamed what peft and this module still call by the old name.
 warnings.filterwarnings("ignore", r".*gradient_checkpointing.* is deprecated", FutureWarning)
 
 ATTENTION_DROPOUT = ("attn_pdrop", "attention_dropout")
@@ -74,7 +75,7 @@ def _check_weights(folder: pathlib.Path, key: str) -> None:
 
 
 def model_spec(path: str) -> ModelConfig:
-    """A model to read from: a folder or Hub name, or the folder of a LoRA adapter, merged into its own base."""
+    """The model at a path: a folder or Hub name, or the folder of a LoRA adapter, which is merged into its base."""
     settings = pathlib.Path(path, lora.SETTINGS)
     if not settings.exists():
         return ModelConfig(path=path)
@@ -85,10 +86,20 @@ def model_spec(path: str) -> ModelConfig:
         raise ConfigError(f"model: {settings} names no base model: the adapter can't be used alone") from None
 
 
-def read_hf_config(spec: ModelConfig, key: str) -> PretrainedConfig:
-    """A model's configuration, without its weights.
+@dataclasses.dataclass(frozen=True)
+class MetaModel:
+    """A model before its weights load."""
 
-    Raises ConfigError where there is none, and where the model's adapter doesn't fit it.
+    spec: ModelConfig
+    config: PretrainedConfig
+    model: PreTrainedModel  # on the meta device: shapes without memory
+    adapter_size: int | None  # weights of its LoRA adapter; None without one
+
+
+def read_meta_model(spec: ModelConfig, key: str) -> MetaModel:
+    """Reads a model's configuration, and its adapter's, without weights.
+
+    Raises ConfigError where there is none, where its numbers don't fit together, and where the adapter doesn't fit it.
     """
     try:
         if spec.path is not None:
@@ -96,7 +107,7 @@ def read_hf_config(spec: ModelConfig, key: str) -> PretrainedConfig:
             config = AutoConfig.from_pretrained(spec.path)
         else:
             config = AutoConfig.for_model(**spec.config)
-        model = meta_model(config)  # whether its numbers fit together
+        model = meta_model(config)  # fails where the configuration's numbers don't fit together
     except ConfigError:
         raise
     except Exception as error:  # transformers checks with many kinds of errors
@@ -108,26 +119,23 @@ def read_hf_config(spec: ModelConfig, key: str) -> PretrainedConfig:
         for name in DROPOUT:
             if hasattr(config, name):
                 setattr(config, name, spec.dropout)
-    if spec.has_adapter:
-        lora.check_adapter(model, spec, key)
-    return config
+    adapter_size = lora.check_adapter(meta_model(config), spec, key) if spec.has_adapter else None
+    return MetaModel(spec, config, model, adapter_size)
+
+
+def read_hf_config(spec: ModelConfig, key: str) -> PretrainedConfig:
+    """The configuration alone. Raises what `read_meta_model` raises."""
+    return read_meta_model(spec, key).config
 
 
 def meta_model(config: PretrainedConfig) -> PreTrainedModel:
-    """The model without memory for its weights: shapes alone."""
+    """The model on the meta device: shapes without memory for weights."""
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config)
 
 
-def adapter_size(spec: ModelConfig, config: PretrainedConfig, key: str) -> int | None:
-    """How many weights a model's adapter has; None where it has no adapter."""
-    if not spec.has_adapter:
-        return None
-    return sum(tensor.numel() for tensor in lora.meta_adapter(meta_model(config), spec, key).values())
-
-
 def describe(model: nn.Module) -> str:
-    """Size and kind, and what is trained where that is an adapter: "3431.8M (llama), LoRA rank 16: 5.3M trained"."""
+    """Size and kind of a model, and of its adapter: "3431.8M (llama), LoRA rank 16: 5.3M trained"."""
 
     def millions(parameters: Iterator[Tensor]) -> str:
         return f"{sum(p.numel() for p in parameters) / 1e6:.1f}M"
@@ -140,14 +148,14 @@ def describe(model: nn.Module) -> str:
 
 
 def read_tokenizer(path: str, key: str) -> PreTrainedTokenizerBase:
-    """A tokenizer; "quickstart" is the one made for the generated tasks. Raises ConfigError where there is none."""
+    """A tokenizer; "quickstart" is that of the generated tasks. Raises ConfigError where there is none."""
     if path == "quickstart":
         return quickstart.tokenizer()
     folder = pathlib.Path(path)
     if folder.is_dir() and not any([*folder.glob(f"{kind}*")] for kind in ("tokenizer", "vocab", "spiece")):
         raise ConfigError(f"{key}: {path} is a folder without a tokenizer; name another as tokenizer")
     try:
-        if not folder.exists() and (folder.is_absolute() or path.startswith(".") or path.count("/") > 1):
+        if not folder.exists() and is_local_path(path):
             raise OSError("no such folder")
         tokenizer = AutoTokenizer.from_pretrained(path)
     except Exception as error:  # of many kinds: a broken file, no network, a missing package
@@ -202,10 +210,12 @@ def load(
     device: torch.device,
     in_parts: bool = False,
 ) -> PackedCausalLM:
-    """The model with its weights in `dtype` (random ones from `config` where spec has no path), its activations fused.
+    """Loads a model with its weights in `dtype`; without a path they are random. Its activations are fused.
 
-    A student's adapter is attached, and it alone is trained; others are merged. What is to be in parts stays on the
-    disk, mapped, in the type of its files, where that is possible: memory gets no more than a process's part.
+    A student's adapter is attached, and it alone is trained. Other adapters are merged.
+
+    in_parts: the weights will be sharded over processes. They stay mapped from the disk in their files' type where
+        possible, so that memory never holds more than a process's part.
     """
     for name in ATTENTION_DROPOUT:
         if key == "student" and getattr(config, name, 0) and not attention.supports_dropout(device):
@@ -227,13 +237,13 @@ def load(
             )
         except Exception as error:  # of many kinds: missing, truncated or foreign files
             raise ConfigError(f"{key}.path: {spec.path}: its weights can't be read ({first_line(error)})") from None
-        if missing := sorted(found["missing_keys"]):  # transformers would go on with random ones
+        if missing := sorted(found["missing_keys"]):  # transformers would use random weights for these
             names = f"{missing[0]} and {len(missing) - 1} others" if missing[1:] else missing[0]
             raise ConfigError(f"{key}.path: {spec.path}: its weights don't fit its config.json: no {names}")
         if merges:
             model = lora.merge_adapter(model, spec, key, dtype)
         if not in_parts:
-            # Out of the mapped file: its alignment, other in every file, may change the last bit of a matrix product.
+            # Copied out of the mapped file: each file has its own alignment, which may change a product's last bit.
             for parameter in model.parameters():
                 parameter.data = parameter.data.clone()
         if key == "student" and spec.has_adapter:
@@ -243,7 +253,7 @@ def load(
 
 
 def _type_in_files(path: str, otherwise: torch.dtype) -> torch.dtype:
-    """Of a folder's weights, where all have the same: only what keeps its type can stay mapped."""
+    """The type of a folder's weights if all have one; only weights that keep their type can stay mapped."""
     types = set()
     for file in pathlib.Path(path).glob("*.safetensors"):
         with safetensors.safe_open(file, "pt") as tensors:
@@ -253,9 +263,9 @@ def _type_in_files(path: str, otherwise: torch.dtype) -> torch.dtype:
 
 
 def fuse_activations(model: nn.Module) -> None:
-    """GPT-2's GELU by PyTorch's kernel, which may round differently.
+    """Replaces GPT-2's GELU by PyTorch's kernel, which may round differently.
 
-    transformers writes its tanh approximation out: eight operators, most of whose results are kept for backward.
+    transformers writes the tanh approximation as eight operators and keeps most of their results for backward.
     """
     for module in list(model.modules()):
         for name, child in module.named_children():

@@ -1,4 +1,4 @@
-"""LoRA adapters, through peft: found, compared with the model that they go on, attached to it or merged into it."""
+"""LoRA adapters, through peft: find them, compare them with their model, attach or merge them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..config.schema import ModelConfig
 from ..errors import ConfigError, first_line
 from ..files import is_local_path
 
-if TYPE_CHECKING:  # peft takes a second or two to import, and most runs need none: each function imports it
+if TYPE_CHECKING:  # peft takes a second or two to import and most runs don't need it, so functions import it
     import peft
 
 SETTINGS = "adapter_config.json"
@@ -41,10 +41,11 @@ def find_adapter(adapter: str, key: str) -> pathlib.Path:
     return folder
 
 
-def check_adapter(model: PreTrainedModel, spec: ModelConfig, key: str) -> None:
-    """Raises ConfigError unless the adapter fits the model, given as an outline; the outline is changed.
+def check_adapter(model: PreTrainedModel, spec: ModelConfig, key: str) -> int:
+    """Compares an adapter with its model, given on the meta device; returns how many weights the adapter has.
 
-    An adapter of the output projection is refused: losses read that as one matrix, which stays frozen.
+    The meta model is changed. Raises ConfigError where the adapter doesn't fit. An adapter of the output projection is
+    refused: the losses read that as one frozen matrix.
     """
     import peft
 
@@ -69,10 +70,11 @@ def check_adapter(model: PreTrainedModel, spec: ModelConfig, key: str) -> None:
         there, here = (shapes.get(name, "missing") for shapes in sizes)
         if there != here:
             raise ConfigError(f"{source} doesn't fit {key}.path: {spec.path}: {name} is {there} there, {here} here")
+    return sum(tensor.numel() for tensor in ours.values())
 
 
 def meta_adapter(model: PreTrainedModel, spec: ModelConfig, key: str) -> dict[str, Tensor]:
-    """An adapter's tensors by name, without memory, from the outline of its model, which is changed.
+    """An adapter's tensors by name on the meta device. The given meta model is changed.
 
     Raises ConfigError for an adapter of another kind, and what peft raises.
     """
@@ -86,7 +88,7 @@ def meta_adapter(model: PreTrainedModel, spec: ModelConfig, key: str) -> dict[st
 
 
 def _check_targets(model: PreTrainedModel, spec: ModelConfig, key: str) -> None:
-    """peft minds only if none is there: a misspelled one among others would be left out in silence."""
+    """Raises ConfigError for an unknown target. peft complains only if it finds none of them."""
     projections = {name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
     for target in spec.lora.targets:
         if not any(f".{name}".endswith(f".{target}") for name in projections):
@@ -114,7 +116,7 @@ def _settings(model: PreTrainedModel, spec: ModelConfig, key: str) -> peft.PeftC
 
 
 def attach_adapter(model: PreTrainedModel, spec: ModelConfig, key: str) -> peft.PeftModel:
-    """The frozen model with its adapter, which is trained, in at least float32."""
+    """The frozen model with its trainable adapter, which is in at least float32."""
     import peft
     from peft.tuners.lora import LoraLayer
 
@@ -132,19 +134,19 @@ def attach_adapter(model: PreTrainedModel, spec: ModelConfig, key: str) -> peft.
     settings.base_model_name_or_path = base
     for module in adapted.modules():
         if isinstance(module, LoraLayer):
-            module.cast_input_dtype_enabled = False  # or autocast's 16 bits become 32 before the dropout
+            module.cast_input_dtype_enabled = False  # else autocast's 16 bits become 32 before the dropout
     return adapted
 
 
 def merge_adapter(model: PreTrainedModel, spec: ModelConfig, key: str, dtype: torch.dtype) -> PreTrainedModel:
-    """The model with the adapter's product added to its weights, which come in float32 and leave in `dtype`."""
+    """The model with the adapter's product added to its float32 weights, converted to `dtype`."""
     import peft
 
     try:
         adapted = peft.PeftModel.from_pretrained(model, str(find_adapter(spec.adapter, key)))
         merged = adapted.merge_and_unload(safe_merge=True)
-    except ValueError as error:  # what isn't finite
+    except ValueError as error:  # weights that aren't finite
         raise ConfigError(f"{key}.adapter: {spec.adapter} can't be merged ({first_line(error)})") from None
-    for parameter in merged.parameters():  # not buffers: rotary frequencies stay in float32
+    for parameter in merged.parameters():  # buffers keep float32: rotary frequencies need it
         parameter.data = parameter.data.to(dtype)
     return merged

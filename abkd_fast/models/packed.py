@@ -9,18 +9,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.batches import Batch, pack
 from ..errors import ConfigError, first_line
+from ..losses.arguments import LinearHead
 from . import attention
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """The type that a matrix product of `x` computes in here."""
+    """The type that a matrix product of `x` computes in, under the autocast that is in force."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
@@ -28,14 +26,14 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 class PackedCausalLM(nn.Module):
     """A causal language model on packed batches, cut between its body and its output projection.
 
-    Calling it computes a loss within its own forward pass, so that wrappers which gather or hook parameters
-    there see the output projection too.
+    A call computes the loss within the module's own forward pass. Wrappers that gather or hook parameters there (FSDP,
+    DDP) therefore see the output projection, too.
     """
 
     def __init__(self, model: nn.Module, key: str) -> None:
-        """Takes a transformers model, or peft's around one, and switches its attention.
+        """Takes a transformers model, or peft's wrapper around one, and replaces its attention.
 
-        Raises ConfigError, with the reason, for models whose attention or output can't be reproduced this way.
+        Raises ConfigError, with the reason, for models whose attention can't be replaced.
         """
         super().__init__()
         self.model = model
@@ -49,7 +47,7 @@ class PackedCausalLM(nn.Module):
 
     @property
     def causal_lm(self) -> PreTrainedModel:
-        """The transformers model. Where an adapter is attached, it is within the projections of this one."""
+        """The transformers model. An attached adapter lies within its projections."""
         return self.model.get_base_model() if self.has_adapter else self.model
 
     @property
@@ -57,12 +55,12 @@ class PackedCausalLM(nn.Module):
         return self.causal_lm.get_output_embeddings()
 
     def checkpoint_layers(self) -> None:
-        """From now on layers keep their inputs alone, and are computed again in backward, with the same dropout."""
+        """Makes layers keep their inputs alone; backward computes them again, with the same dropout."""
         if not self.causal_lm.supports_gradient_checkpointing:
             kind = self.causal_lm.config.model_type
             raise ConfigError(f"train.gradient_checkpointing: a {kind} model has none; set it to false")
         self.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
-        # It also made the embeddings ask for a gradient, which only the reentrant kind needs.
+        # The line above also made the embeddings require a gradient, which only the reentrant kind needs.
         self.causal_lm.disable_input_require_grads()
 
     def hidden_states(self, batch: Batch) -> Tensor:
@@ -85,19 +83,20 @@ class PackedCausalLM(nn.Module):
         return next(stack for stack in stacks if len(stack) == count)
 
     def compile(self, **options: Any) -> None:
-        """Compiles the layers, for any number of tokens; all of them share one piece of code.
+        """Compiles the layers for any number of tokens. All layers share one piece of code.
 
         Args:
-            options: of torch.compile.
+            options: passed to torch.compile.
         """
         for layer in self.layers:
             layer.compile(dynamic=True, **options)
 
-    def forward(self, batch: Batch, loss: Callable[..., Tensor]) -> Tensor:
+    def forward(self, batch: Batch, loss: Callable[[LinearHead], Tensor]) -> Tensor:
+        """`loss` of the hidden states at batch.positions and the output projection, all in the type of products."""
         hidden = self.hidden_states(batch)
         dtype = compute_dtype(hidden)
         weight, bias = self.head.weight.to(dtype), self.head.bias
-        return loss(hidden.to(dtype), weight, None if bias is None else bias.to(dtype))
+        return loss(LinearHead(hidden.to(dtype), weight, None if bias is None else bias.to(dtype)))
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:
@@ -111,8 +110,8 @@ class PackedCausalLM(nn.Module):
     def check(self) -> None:
         """Compares two short packed rows with the model's own padded forward pass.
 
-        Raises ConfigError where the logits differ, or attention was not called once a layer: a model with soft-capped
-        or scaled logits, recurrent state, or attention of its own is refused, never silently wrong.
+        Raises ConfigError where the logits differ, or where attention was not called once a layer. So a model with
+        soft-capped or scaled logits, recurrent state, or attention of its own is refused, never silently wrong.
         """
         config = self.causal_lm.config
         device = next(self.model.parameters()).device
@@ -125,7 +124,7 @@ class PackedCausalLM(nn.Module):
         self.model.eval()
         with self._explained():
             before = attention.calls
-            hidden = self(batch, lambda hidden, *projection: hidden)
+            hidden = self(batch, lambda student: student.hidden)
             calls = attention.calls - before
             packed = self.head(hidden.to(self.head.weight.dtype)).float()  # [12, V]
             padded = self._padded_logits(rows, device)
@@ -163,18 +162,18 @@ class PackedCausalLM(nn.Module):
         return torch.cat([logits[i, : len(row) - 1] for i, row in enumerate(rows)]).float()
 
     def weights(self) -> dict[str, Tensor]:
-        """All that is saved, by the model's own names: without what is tied or, beside an adapter, frozen."""
+        """The tensors to save, by the model's own names. Tied ones are left out; so are frozen ones with an adapter."""
         parameters = dict(self.model.named_parameters())
         tied = {name for name, _ in self.model.named_parameters(remove_duplicate=False)} - parameters.keys()
         frozen = {name for name, parameter in parameters.items() if self.has_adapter and not parameter.requires_grad}
         return {name: tensor for name, tensor in self.model.state_dict().items() if name not in tied | frozen}
 
     def save(self, folder: pathlib.Path, tokenizer: PreTrainedTokenizerBase, weights: dict[str, Tensor]) -> None:
-        """Writes weights, configuration and tokenizer in Hugging Face layout; of a LoRA model, those of the adapter.
+        """Writes weights, configuration and tokenizer in Hugging Face layout. A LoRA model writes its adapter alone.
 
-        weights: what `weights` gave, or a copy.
+        weights: the result of `weights`, or a copy of it.
         """
-        # Left to choose whether embeddings belong to an adapter, peft asks the Hub every time.
+        # Without this peft asks the Hub every time whether embeddings belong to the adapter.
         options = {"save_embedding_layers": False} if self.has_adapter else {}
         self.model.save_pretrained(folder, state_dict=weights, **options)
         tokenizer.save_pretrained(folder)

@@ -14,7 +14,6 @@ import datasets
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
-from transformers import PretrainedConfig
 
 from .. import distributed
 from ..config.schema import Config
@@ -23,45 +22,43 @@ from ..data.batches import pack
 from ..device import free_memory
 from ..errors import ConfigError
 from ..files import cache_folder
-from ..models import loading, lora
 from ..models.identity import describe_model, hash_tensors, hash_weights
+from ..models.loading import DROPOUT, MetaModel
 from ..models.packed import PackedCausalLM
 from . import store
 from .teacher import CachedTeacher, Teacher
 
-MEMORY_SHARE = 0.25  # of the free memory, that mode auto takes for the states
+MEMORY_SHARE = 0.25  # share of the free memory that mode auto uses for hidden states
 
 
 class TeacherCache:
-    """Decides how a run gets its teacher's states, and opens or builds the cache."""
+    """Decides how a run gets its teacher's hidden states, and opens or builds the cache."""
 
     def __init__(
         self,
         config: Config,
-        teacher: PretrainedConfig,
+        teacher: MetaModel,
         dataset: datasets.Dataset,
         samples: int,
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
-        """For a run that sees so many samples of `dataset`, counting repetitions.
+        """samples: how many samples of `dataset` the run will see, counting repetitions.
 
         Raises ConfigError for a folder that can't hold the cache, where mode insists on it.
         """
-        self.mode, self.spec, self.config = config.cache.mode, config.teacher, teacher
+        self.mode, self.spec, self.config = config.cache.mode, config.teacher, teacher.config
         self.root = pathlib.Path(config.cache.dir) if config.cache.dir else cache_folder()
         self.dataset, self.samples, self.device, self.dtype = dataset, samples, device, dtype
         self.max_tokens = config.train.max_tokens
         self.layout = store.Layout(dataset)
-        self.width = loading.meta_model(teacher).get_output_embeddings().weight.shape[1]
+        self.width = teacher.model.get_output_embeddings().weight.shape[1]
         self.bytes = self.layout.rows * self.width * dtype.itemsize
         if self.mode == "off":
             return
-        weights = None  # random ones are known only once they are drawn
+        weights = None  # random weights are known only after they are drawn
         if self.spec.path is not None:
-            adapter = None if self.spec.adapter is None else lora.find_adapter(self.spec.adapter, "teacher")
-            hashes = functools.partial(hash_weights, self.spec.path, teacher, self.root, adapter)
-            weights = distributed.run_on_rank0(hashes)
+            weights = hash_weights(self.spec, teacher.config, "teacher", self.root)
         self._identify(weights)
         problem = self.file.problem()
         if self.mode == "disk" and problem and not self.file.is_recorded:
@@ -70,7 +67,7 @@ class TeacherCache:
     def _identify(self, weights: dict | str | None) -> None:
         identity = {
             "weights": weights,
-            "model": describe_model(self.config, loading.DROPOUT),
+            "model": describe_model(self.config, DROPOUT),
             "samples": store.hash_samples(self.dataset),
             "dtype": str(self.dtype),
             "device": self.device.type,
@@ -82,7 +79,7 @@ class TeacherCache:
         return self.samples / len(self.dataset)
 
     def choose(self, memory: int) -> tuple[bool, bool, str]:
-        """Whether a file is used, whether memory is, and why not, given so many free bytes of device memory.
+        """Whether to use a file, whether to use memory, and why not. memory: free bytes of device memory.
 
         Raises ConfigError where mode asks for memory that isn't there.
         """
@@ -101,7 +98,7 @@ class TeacherCache:
             return problem is None, True, problem or ""
         fits = self.bytes <= MEMORY_SHARE * memory
         if self.mode == "disk" or problem is None:
-            # A processor's memory holds the pages of a mapped file anyway.
+            # On a CPU, memory holds the pages of a mapped file anyway.
             return True, self.mode == "auto" and fits and self.device.type == "cuda", ""
         if fits:
             return False, True, problem
@@ -113,7 +110,7 @@ class TeacherCache:
         precision: Callable[[], contextlib.AbstractContextManager],
         reserved: int,
     ) -> Teacher | CachedTeacher:
-        """The teacher: its states from the cache, built first where blocks are missing, or else running in every step.
+        """The cached teacher, whose missing blocks are computed first, or a live one. Collective.
 
         Args:
             load: gives the model; called only if something has to be computed (or the weights are random).
@@ -122,7 +119,7 @@ class TeacherCache:
 
         Raises ConfigError where what the mode asks for can't be had.
         """
-        least = -distributed.all_reduce_max(-free_memory(self.device))  # all ranks have to choose the same
+        least = -distributed.all_reduce_max(-free_memory(self.device))  # all ranks have to make the same choice
         choose = functools.partial(self.choose, max(0, least - reserved))
         on_disk, in_memory, reason = distributed.run_on_rank0(choose)
         if not on_disk and not in_memory:
@@ -145,7 +142,7 @@ class TeacherCache:
         rows = torch.zeros(self.layout.rows, self.width, dtype=self.dtype, device=self.device)
         for number, block, _ in builder.blocks(range(len(self.layout.blocks))):
             rows[self.layout.block(number)] = block
-        distributed.all_reduce_sum(rows)  # each has those of one rank, and zeros of the others
+        distributed.all_reduce_sum(rows)  # a rank has its own rows, and zeros elsewhere
         where = f"in memory, not kept ({reason})"
         return self._cached(builder, rows, builder.head(), where, builder.seconds)
 
@@ -160,7 +157,7 @@ class TeacherCache:
                 distributed.run_on_rank0(self.file.reserve)
                 distributed.run_on_rank0(functools.partial(self.file.write_head, *builder.head()))
                 self._fill(builder, missing)
-            self.file.read_index()  # what the main process has written
+            self.file.read_index()  # what rank 0 has written
             head = self.file.read_head()
         rows = self.file.read()
         where = f"mapped from {self.file.folder}"
@@ -171,7 +168,7 @@ class TeacherCache:
         return self._cached(builder, rows, head, where, self.file.seconds)
 
     def _fill(self, builder: _Builder, missing: list[int]) -> None:
-        """Computes blocks and writes them, each rank one at a time: an interruption costs no more. Raises OSError."""
+        """Computes and writes blocks, one a rank at a time: an interruption loses no more. Raises OSError."""
         mine = builder.blocks(missing)
 
         def write_next() -> list[tuple[int, int, float]]:
@@ -186,18 +183,18 @@ class TeacherCache:
     def _cached(
         self, builder: _Builder, rows: Tensor, head: tuple[Tensor, Tensor | None], where: str, seconds: float
     ) -> CachedTeacher:
-        """Without the teacher's body. One pass of the teacher over the data takes `seconds`."""
+        """The cached teacher; the body is freed. seconds: what one pass over the data takes."""
         head = tuple(None if tensor is None else tensor.detach().to(self.device) for tensor in head)
         teacher = CachedTeacher(rows, self.layout, head, (seconds, builder.seconds))
         built = f"built in {builder.seconds:.1f} s" if builder.seconds else "found"
-        saved = max(0, teacher.saved(self.samples))
+        saved = max(0, teacher.seconds_saved(self.samples))
         teacher.note = f"states cached, {format_bytes(self.bytes)} {where}; {built}, will save about {saved:.1f} s"
         builder.free()
         return teacher
 
 
 class _Builder:
-    """Loads the model when it is first needed, and computes blocks with it."""
+    """Computes blocks of hidden states. It loads the model when it first needs it."""
 
     def __init__(
         self,
@@ -219,7 +216,7 @@ class _Builder:
         return self.model().head.weight, self.model().head.bias
 
     def blocks(self, numbers: list[int] | range) -> Iterator[tuple[int, Tensor, float]]:
-        """This rank's share of the blocks: each one's number, its rows [n, H], and the seconds that they took."""
+        """This rank's share of the blocks: number, rows [n, H] and seconds of each."""
         owner, teacher = self.owner, Teacher(self.model())
         if len(numbers):
             total = len(owner.layout.blocks)
@@ -235,10 +232,10 @@ class _Builder:
                 samples = [owner.dataset[index] for index in owner.layout.blocks[number]]
                 batches = pack(samples, owner.max_tokens)
                 with self.precision():
-                    parts = [teacher.states(batch.to(owner.device)).hidden for batch in batches]
-                    if distributed.is_sharded(teacher.model):  # no rank computes without the others
+                    parts = [teacher.linear_head(batch.to(owner.device)).hidden for batch in batches]
+                    if distributed.is_sharded(teacher.model):  # no rank can compute without the others
                         for _ in range(int(distributed.all_reduce_max(len(batches))) - len(batches)):
-                            teacher.states(batches[-1].to(owner.device))
+                            teacher.linear_head(batches[-1].to(owner.device))
                 if place >= len(numbers):
                     return
                 rows = torch.cat(parts)

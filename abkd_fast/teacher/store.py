@@ -1,4 +1,4 @@
-"""A teacher's hidden states on disk: which rows lie where, what they were computed from, and whether they are whole.
+"""A teacher's hidden states on disk: where the rows are, what they depend on, and whether they are whole.
 
 A cache is a folder named by a fingerprint of all that its rows depend on. It holds `states.bin`, the rows, raw;
 `head.safetensors`, the output projection that reads them; `index.json`, a checksum of every block; and `lock`.
@@ -27,14 +27,14 @@ import torch
 from torch import Tensor
 
 from ..console import console
-from ..files import replace_file
+from ..files import atomic_write
 from ..models.identity import tensor_bytes
 
 if TYPE_CHECKING:
     pass
 
 FORMAT = 1
-BLOCK_TOKENS = 8192  # of prompt and response: enough to fill a GPU, and what an interruption loses at most
+BLOCK_TOKENS = 8192  # prompt and response: enough to fill a GPU, and the most that an interruption loses
 DISK_MARGIN = 1 << 30  # bytes that a cache leaves free on its disk
 
 
@@ -45,7 +45,7 @@ def table_of(dataset: datasets.Dataset) -> tuple[pyarrow.ListArray, pyarrow.Arra
 
 
 class Layout:
-    """Where the rows of every sample lie: samples from long to short, so that packs are even and the largest is first.
+    """The place of every sample's rows. Samples go from long to short, so packs are even and the largest is first.
 
     rows: the response tokens of all samples. blocks: sample indices, at most BLOCK_TOKENS tokens (or one sample) each.
     """
@@ -77,7 +77,7 @@ class Layout:
 
 
 def hash_samples(dataset: datasets.Dataset) -> str:
-    """Of the token ids and prompt lengths: tokenizer, template, rows and max_length act through these alone."""
+    """A hash of token ids and prompt lengths. Tokenizer, template, rows and max_length act through these alone."""
     ids, prompts = table_of(dataset)
     digest = hashlib.sha256()
     for column in (pyarrow.compute.list_flatten(ids), pyarrow.compute.list_value_length(ids), prompts):
@@ -86,7 +86,7 @@ def hash_samples(dataset: datasets.Dataset) -> str:
 
 
 class HiddenStateStore:
-    """Rows [layout.rows, width] of one teacher, in the folder that `identity` names."""
+    """Rows [layout.rows, width] of one teacher. The folder is named by a hash of `identity`."""
 
     def __init__(self, root: pathlib.Path, identity: dict, layout: Layout, width: int, dtype: torch.dtype) -> None:
         identity = {"format": FORMAT, **identity}
@@ -103,11 +103,11 @@ class HiddenStateStore:
 
     @property
     def is_recorded(self) -> bool:
-        """Whether a finished build left this cache, whole or not."""
+        """Whether a build has finished here; its files may be damaged since."""
         return self.head is not None and None not in self.checksums
 
     def read_index(self) -> bool:
-        """Checksums of blocks and head (None where there is none), and the seconds that computing them took.
+        """Reads the checksums of blocks and head (None where there is none), and the seconds of their computation.
 
         False where an index is there, but damaged.
         """
@@ -129,7 +129,7 @@ class HiddenStateStore:
 
     def _write_index(self) -> None:
         values = {"identity": self.identity, "seconds": self.seconds, "head": self.head, "blocks": self.checksums}
-        replace_file(self.folder / "index.json", json.dumps(values).encode())
+        atomic_write(self.folder / "index.json", json.dumps(values), flush=False)
 
     def problem(self) -> str | None:
         """Why rows can't be written here; None where they can."""
@@ -144,12 +144,12 @@ class HiddenStateStore:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """One process at a time looks for missing blocks and computes them. The lock dies with its holder.
+        """Lets one process at a time look for missing blocks and compute them. The lock dies with its holder.
 
         The index is read again: another process may have finished meanwhile.
         """
         lock = filelock.FileLock(self.folder / "lock")
-        with contextlib.suppress(OSError):  # a folder that can't be written to has no writers to fear
+        with contextlib.suppress(OSError):  # a read-only folder has no writers
             self.folder.mkdir(parents=True, exist_ok=True)
             try:
                 lock.acquire(timeout=0)
@@ -164,7 +164,7 @@ class HiddenStateStore:
             lock.release()
 
     def missing(self) -> list[int]:
-        """The blocks without a checksum, or whose bytes don't match it. Reads the whole file, at some 4 GB/s."""
+        """The blocks that have no checksum or don't match it. Reads the whole file, at about 4 GB/s."""
         missing, damaged = [], 0
         with contextlib.ExitStack() as stack:
             file = stack.enter_context(self.path.open("rb")) if self.path.exists() else None
@@ -188,14 +188,14 @@ class HiddenStateStore:
         return zlib.crc32(content) if len(content) == size else None
 
     def reserve(self) -> None:
-        """Makes room for all rows, so that a full disk shows before anything is computed. Raises OSError."""
+        """Allocates all rows, so a full disk shows before anything is computed. Raises OSError."""
         with self.path.open("ab") as file:
             if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(file.fileno(), 0, self.bytes)
             file.truncate(self.bytes)
 
     def write(self, number: int, rows: Tensor) -> int:
-        """Puts one block's rows into the file, and returns their checksum. Raises OSError."""
+        """Writes one block's rows and returns their checksum. Raises OSError."""
         content = tensor_bytes(rows)
         with self.path.open("r+b") as file:
             file.seek(self.layout.block(number).start * self.row_bytes)
@@ -203,32 +203,32 @@ class HiddenStateStore:
         return zlib.crc32(content)
 
     def record(self, blocks: list[tuple[int, int, float]]) -> None:
-        """Blocks that are written: their numbers, checksums, and the seconds each took to compute. Raises OSError."""
+        """Records written blocks: number, checksum and seconds of each. Raises OSError."""
         for number, checksum, seconds in blocks:
             self.checksums[number] = checksum
             self.seconds += seconds
         self._write_index()
 
     def read(self) -> Tensor:
-        """All rows [layout.rows, width], mapped: only what is used is read."""
+        """All rows [layout.rows, width], mapped: only the used ones are read."""
         size = self.layout.rows * self.width
         return torch.from_file(str(self.path), shared=False, size=size, dtype=self.dtype).view(-1, self.width)
 
     def write_head(self, weight: Tensor, bias: Tensor | None) -> None:
-        """The output projection [V, width] and its bias [V]. Raises OSError."""
+        """Writes the output projection [V, width] and its bias [V]. Raises OSError."""
         tensors = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
         content = safetensors.torch.save({name: t.detach().cpu().contiguous() for name, t in tensors.items()})
-        replace_file(self.folder / "head.safetensors", content)
+        atomic_write(self.folder / "head.safetensors", content, flush=False)
         self.head = zlib.crc32(content)
         self._write_index()
 
     def read_head(self) -> tuple[Tensor, Tensor | None] | None:
-        """What write_head wrote; None where it is missing or damaged."""
+        """The output projection that `write_head` wrote; None where it is missing or damaged."""
         path = self.folder / "head.safetensors"
         content = path.read_bytes() if path.exists() else b""
         if self.head is None or zlib.crc32(content) != self.head:
             return None
         tensors = safetensors.torch.load(content)
         bias = tensors.get("bias")
-        # Copies: tensors of a file begin anywhere, and a library may choose its kernel by alignment.
+        # Copied, because a file's tensors begin anywhere and a library may choose its kernel by alignment.
         return tensors["weight"].clone(), None if bias is None else bias.clone()

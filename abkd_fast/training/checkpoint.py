@@ -1,4 +1,4 @@
-"""Checkpoints: on the disk whole or not at all, checked before use, the newest and the best kept; and stop signals."""
+"""Checkpoints: whole or not there at all, checked before use. The newest and the best stay."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MANIFEST, STATE, TENSORS, OPTIMIZER = "manifest.json", "trainer.json", "trainer.
 
 
 def damage(folder: pathlib.Path) -> str | None:
-    """What is wrong with a checkpoint's files, or None where they are as they were written."""
+    """What is wrong with a checkpoint's files; None where they are as they were written."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         for name, digest in manifest.items():
@@ -35,7 +35,7 @@ def damage(folder: pathlib.Path) -> str | None:
 
 
 class Checkpoints:
-    """The checkpoints of one run: folders step-000120 of a model in Hugging Face layout and the trainer's state."""
+    """The checkpoints of one run: folders like step-000120 with a model in Hugging Face layout and the train state."""
 
     def __init__(self, folder: pathlib.Path, keep: int) -> None:
         self.folder, self.keep = folder, keep
@@ -44,14 +44,14 @@ class Checkpoints:
         return self.folder / f"step-{step:06d}"
 
     def all(self) -> list[pathlib.Path]:
-        """Whole ones, oldest first."""
+        """All whole checkpoints, oldest first."""
         return sorted(
             (path for path in self.folder.glob("step-*") if re.fullmatch(r"step-\d+", path.name)),
             key=lambda path: int(path.name.removeprefix("step-")),
         )
 
     def newest(self) -> pathlib.Path | None:
-        """The newest undamaged one; damaged ones are reported and moved aside, unfinished ones removed.
+        """The newest whole checkpoint. Damaged ones are reported and moved aside, unfinished ones removed.
 
         Raises ConfigError where all are damaged.
         """
@@ -77,45 +77,47 @@ class Checkpoints:
             console.print(f"[bold red]damaged[/] {path} ({reason}): moved to {aside.name}; an older one is used")
 
     def save(self, step: int, best_step: int | None, write: Callable[[pathlib.Path], None]) -> None:
-        """Has a checkpoint written, then deletes those that need not stay. Raises one of WRITE_ERRORS."""
+        """Lets `write` fill a new checkpoint, then deletes old ones. Raises one of WRITE_ERRORS."""
         with atomic_folder(self.folder_of(step)) as folder:
             write(folder)
-            files = sorted(path for path in folder.rglob("*") if path.is_file())  # chat templates have a folder
+            files = sorted(
+                path for path in folder.rglob("*") if path.is_file()
+            )  # chat templates have a folder of their own
             digests = {str(file.relative_to(folder)): file_digest(file) for file in files}
             (folder / MANIFEST).write_text(json.dumps(digests, indent=2) + "\n", encoding="utf-8")
         for old in self.all()[: -self.keep]:
             if best_step is None or old != self.folder_of(best_step):
-                # Half deleted, it must not look like a whole one.
+                # Renamed first, because a folder that is half deleted must not look whole.
                 leaving = old.rename(old.with_name(old.name + ".tmp"))
                 shutil.rmtree(leaving, ignore_errors=True)
 
 
 def copy_model(folder: pathlib.Path, target: pathlib.Path) -> None:
-    """Copies the files of a checkpoint's model, without the trainer's, into a new folder."""
+    """Copies the model files of a checkpoint, without the train state, into a new folder."""
     ignored = shutil.ignore_patterns(MANIFEST, STATE, TENSORS, OPTIMIZER)
     with atomic_folder(target) as temporary:
         shutil.copytree(folder, temporary, ignore=ignored, dirs_exist_ok=True)
 
 
 def load(folder: pathlib.Path) -> tuple[dict[str, Tensor], dict]:
-    """The trainer's own tensors and state."""
+    """The tensors and the JSON values of the train state."""
     return load_file(folder / TENSORS), json.loads((folder / STATE).read_text(encoding="utf-8"))
 
 
 def by_rank(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Every rank's tensors of these names, for one file. All ranks have to call this together."""
+    """The tensors of all ranks, named by rank, for one file. Collective."""
     own = enumerate(distributed.all_gather_object(tensors))
     return {f"{rank}.{name}": tensor for rank, tensors in own for name, tensor in tensors.items()}
 
 
 def of_rank(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """This rank's, of what `by_rank` gave; nothing where there were fewer ranks then."""
+    """This rank's tensors of what `by_rank` returned; none where there were fewer ranks then."""
     own = f"{distributed.rank()}."
     return {name.removeprefix(own): tensor for name, tensor in tensors.items() if name.startswith(own)}
 
 
 def random_state() -> tuple[dict[str, Tensor], dict]:
-    """The state of every generator that a run may draw from: PyTorch's as tensors, Python's and NumPy's for JSON."""
+    """The states of all random generators: PyTorch's as tensors, Python's and NumPy's as JSON values."""
     tensors = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_initialized():
         tensors["cuda"] = torch.cuda.get_rng_state()

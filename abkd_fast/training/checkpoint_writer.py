@@ -1,6 +1,6 @@
-"""Writes model and optimizer: checkpoints in a thread, of copies, while training goes on.
+"""Writes checkpoints of model and optimizer: a thread writes copies while training goes on.
 
-Where each process holds a part of every weight, it writes that part alone, by torch.distributed.checkpoint.
+Where each process holds a part of every weight, it writes that part, through torch.distributed.checkpoint.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from ..files import atomic_folder
 from ..models.packed import PackedCausalLM
 from .checkpoint import OPTIMIZER, STATE, TENSORS, Checkpoints
 
-# Meant: every process reads for itself alone.
+# Intended: every process reads on its own.
 warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized", UserWarning)
 
 MODEL = "model"
-FILE_BYTES = 1 << 30  # of a process's parts; while a file is put together, all of it is in memory once more
+FILE_BYTES = 1 << 30  # limit of one file of a process's parts; a file is assembled in memory
 AT_ONCE = StagingOptions(
     use_pinned_memory=False, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=False
 )
@@ -44,9 +44,9 @@ Tensors = dict[str, Tensor]
 
 
 class CheckpointWriter:
-    """Writes a run's checkpoints, one at a time, and its result. All ranks have to call its methods together.
+    """Writes a run's checkpoints, one at a time, and its result. All methods are collective.
 
-    Left, it waits for the checkpoint that is being written.
+    As a context manager it waits, on exit, for the checkpoint that is being written.
     """
 
     def __init__(
@@ -73,9 +73,9 @@ class CheckpointWriter:
         """Begins a checkpoint of model and optimizer as they are now. Raises one of WRITE_ERRORS.
 
         Args:
-            best_step: whose checkpoint stays.
-            tensors, state: the trainer's own, the latter for JSON; of the main process.
-            first: what the main process does before.
+            best_step: the step whose checkpoint stays.
+            tensors, state: rank 0's train state; `state` holds JSON values.
+            first: is called by rank 0 before the checkpoint is written.
         """
         copies, text = {}, json.dumps(state) + "\n"
         if self.group or distributed.is_rank0():
@@ -110,7 +110,7 @@ class CheckpointWriter:
         distributed.run_on_all_ranks(lambda: self._write(parts, {MODEL: self.model.weights()}, save))
 
     def _empty_parts(self, target: pathlib.Path) -> pathlib.Path:
-        """Where ranks put their parts of what is going to be in the target; nothing that others left is there."""
+        """An empty folder for the parts that ranks write before they are joined in `target`."""
         parts = target.with_name(target.name + ".parts.tmp")
         if self.group:
             distributed.run_on_rank0(lambda: shutil.rmtree(parts) if parts.exists() else None)
@@ -119,7 +119,7 @@ class CheckpointWriter:
     def _write(
         self, parts: pathlib.Path, tensors: dict[str, Tensors], save: Callable[[Callable[[pathlib.Path], None]], None]
     ) -> None:
-        """Has the main process `save`, given what writes model and optimizer into a folder."""
+        """Writes this rank's parts. Rank 0 then calls `save` with a function that fills a folder."""
         try:
             if self.group:
                 self._write_parts(parts, tensors)
@@ -130,7 +130,7 @@ class CheckpointWriter:
                 shutil.rmtree(parts, ignore_errors=True)
 
     def _write_parts(self, parts: pathlib.Path, tensors: dict[str, Tensors]) -> None:
-        """Every rank's; those of the model are joined, from file to file."""
+        """Writes the parts of every rank. The model's are joined from file to file."""
         for kind in (MODEL, OPTIMIZER):
             if kind in tensors:
                 writer = HuggingFaceStorageWriter(
@@ -143,15 +143,15 @@ class CheckpointWriter:
                     raise reason from error
 
     def _write_joined(self, parts: pathlib.Path, tensors: dict[str, Tensors], folder: pathlib.Path) -> None:
-        """From the ranks' files. transformers writes the model again: it knows the names and shapes in its files."""
+        """Fills a folder from the ranks' files. transformers writes the model again, for the names in its layout."""
         _check_parts(parts / MODEL / "sharded", tensors[MODEL])
         weights = {}
         for file in (parts / MODEL).glob("*.safetensors"):
-            weights |= load_file(file)  # mapped
+            weights |= load_file(file)  # mapped, not read
         dtype = next(iter(weights.values())).dtype
         self.model.save(folder, self.tokenizer, weights)
         settings = folder / "config.json"
-        if settings.exists():  # with the type of a weight of the moment, which FSDP2 exchanges while it computes
+        if settings.exists():  # its type may be wrong: FSDP2 replaces weights while it computes
             values = json.loads(settings.read_text(encoding="utf-8"))
             values["dtype"] = str(dtype).removeprefix("torch.")
             settings.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
@@ -160,7 +160,7 @@ class CheckpointWriter:
             (parts / OPTIMIZER).rename(folder / OPTIMIZER)
 
     def _write_whole(self, _: pathlib.Path, tensors: dict[str, Tensors], folder: pathlib.Path) -> None:
-        """From the tensors of this process, which are all."""
+        """Fills a folder from the tensors of this process, which has all."""
         self.model.save(folder, self.tokenizer, tensors[MODEL])
         if OPTIMIZER in tensors:
             (folder / OPTIMIZER).mkdir()
@@ -169,16 +169,16 @@ class CheckpointWriter:
 
 
 def _copied(tensors: dict[str, Tensors]) -> dict[str, Tensors]:
-    """In the processor's memory."""
+    """Copies in CPU memory."""
     stager = DefaultStager(AT_ONCE)
     try:
         return stager.stage(tensors)
     finally:
-        stager.close()  # or it keeps the copies as long as the originals live
+        stager.close()  # else it keeps the copies as long as the originals live
 
 
 def _files(tensors: Tensors) -> dict[str, int]:
-    """In which of its files, counted from 1, a rank puts its part of each tensor."""
+    """The number of the file, from 1, into which a rank puts its part of each tensor."""
     files, total = {}, 0
     for name, tensor in tensors.items():
         files[name] = 1 + total // (FILE_BYTES * distributed.world_size())
@@ -187,7 +187,7 @@ def _files(tensors: Tensors) -> dict[str, int]:
 
 
 def _check_parts(folder: pathlib.Path, tensors: Tensors) -> None:
-    """Raises OSError where some are missing, for which torch.distributed.checkpoint would put zeros."""
+    """Raises OSError where parts are missing. torch.distributed.checkpoint would put zeros there."""
     found = collections.Counter()
     for file in folder.glob("*.safetensors"):
         with safe_open(file, "pt") as parts:
@@ -198,7 +198,7 @@ def _check_parts(folder: pathlib.Path, tensors: Tensors) -> None:
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> Tensors:
-    """The optimizer's state, or this rank's parts of it, by the parameters' names: "exp_avg.model.embed.weight"."""
+    """The optimizer's state, or this rank's parts of it, by parameter: "exp_avg.model.embed.weight"."""
     return {
         f"{key}.{name}": value
         for name, parameter in model.named_parameters()
@@ -207,9 +207,9 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> Ten
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, folder: pathlib.Path) -> None:
-    """The inverse, from a checkpoint's files, however many processes wrote it; of this one's parts alone.
+    """Loads this rank's part of the optimizer's state from a checkpoint that any number of processes wrote.
 
-    Every tensor gets memory of its own: a mapped file's alignment could change a sum's last bit.
+    Every tensor gets memory of its own, because a mapped file's alignment could change the last bit of a sum.
     """
     reader = HuggingFaceStorageReader(str(folder / OPTIMIZER))
     parameters = dict(model.named_parameters())

@@ -1,4 +1,4 @@
-"""What a run costs, from shapes alone: floating-point operations of a step, and memory."""
+"""What a run costs, computed from shapes alone: floating-point operations of a step, and memory."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from ..config.schema import TrainConfig
 from ..data.batches import Batch
 from ..generation import decoder
-from ..losses.fused_linear import choose_chunk_tokens
+from ..losses.chunks import choose_chunk_tokens
 from ..models import loading
 from ..models.packed import PackedCausalLM
 
-# Dense bfloat16 products with float32 sums, in operations a second, as the makers state them.
+# Operations a second of dense bfloat16 products with float32 sums, as the makers state them.
 PEAK_FLOPS = {
     "B200": 2250e12,
     "H200": 989e12,
@@ -36,7 +36,7 @@ PEAK_FLOPS = {
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Operations a second that the GPU could do at most; None for a processor, or a card not in the table."""
+    """The most operations a second that the GPU can do; None for a CPU, and for a card that is not in the table."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
@@ -44,19 +44,18 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 class ModelCost:
-    """Sizes of one model that its work and memory depend on. Mixtures of experts count with all experts."""
+    """The sizes of one model that decide its work and memory. A mixture of experts counts with all experts."""
 
-    def __init__(self, config: PretrainedConfig) -> None:
-        outline = loading.meta_model(config)
-        head = outline.get_output_embeddings().weight
-        body = outline.base_model
+    def __init__(self, model: PreTrainedModel) -> None:
+        """model: on the meta device."""
+        config, head, body = model.config, model.get_output_embeddings().weight, model.base_model
         embeddings = [m.weight for m in body.modules() if isinstance(m, nn.Embedding)]
         lookups = {id(weight) for weight in embeddings}
-        self.parameters = sum(p.numel() for p in outline.parameters())
+        self.parameters = sum(p.numel() for p in model.parameters())
         self.body = sum(p.numel() for p in body.parameters() if p.dim() > 1 and id(p) not in lookups)
         self.vocab, self.width = head.shape
         self.head = head.numel()
-        self.projections = sum(module.weight.numel() for module in decoder.projections(outline))
+        self.projections = sum(module.weight.numel() for module in decoder.projections(model))
         heads, layers = config.num_attention_heads, config.num_hidden_layers
         self.layers = layers
         head_dim = getattr(config, "head_dim", None) or self.width // heads
@@ -64,7 +63,12 @@ class ModelCost:
         self.keys_and_values = 2 * layers * (getattr(config, "num_key_value_heads", None) or heads) * head_dim
 
     def body_flops(self, tokens: int, squares: int) -> int:
-        """A forward pass over sequences of so many tokens, and so many squares of lengths, in all; causal attention."""
+        """Operations of a forward pass with causal attention.
+
+        Args:
+            tokens: the sum of the sequences' lengths.
+            squares: the sum of their squares.
+        """
         return 2 * self.body * tokens + 2 * self.attention * squares
 
     def head_flops(self, responses: int) -> int:
@@ -73,19 +77,19 @@ class ModelCost:
 
 @dataclasses.dataclass(frozen=True)
 class StepCost:
-    """Of training `student`, all of it or an adapter of so many weights, under a teacher that may be cached."""
+    """The cost of training a student under a teacher."""
 
     student: ModelCost
-    adapter: int | None
+    adapter: int | None  # weights of the student's adapter; None where the whole student is trained
     teacher: ModelCost | None
-    cached: bool
+    cached: bool  # whether the teacher's hidden states come from the cache
 
     def flops(self, samples: list[dict], taught: bool = True, read: list[dict] | None = None) -> int:
-        """Of one step, as algorithms need them: recomputed layers don't count, nor does generation.
+        """Operations of one step that the algorithm needs. Recomputed layers and generation don't count.
 
         Args:
-            taught: whether the teacher has a part in the loss; on plain text it mostly has none.
-            read: the samples that its body reads (default: all, or none with the cache).
+            taught: whether the teacher takes part in the loss; on plain text it mostly doesn't.
+            read: the samples that the teacher's body reads (default: all, or none with the cache).
         """
         tokens, squares = _lengths(samples)
         responses = tokens - sum(sample["prompt_length"] for sample in samples)
@@ -99,15 +103,15 @@ class StepCost:
 
 
 def _lengths(samples: list[dict]) -> tuple[int, int]:
-    """The sums of the lengths of sequences, in tokens, and of their squares."""
+    """The sum of the samples' lengths in tokens, and the sum of their squares."""
     lengths = [len(sample["input_ids"]) for sample in samples]
     return sum(lengths), sum(length * length for length in lengths)
 
 
 def activation_bytes(config: PretrainedConfig, batch: Batch, dtype: torch.dtype, recompute: bool) -> int:
-    """What a forward pass of the model's body keeps for its backward pass, counted on tensors without memory.
+    """The bytes that a forward pass of the body keeps for its backward pass, counted on fake tensors.
 
-    `recompute`: of the layers only the inputs, and all of the one that is computed again.
+    recompute: layers keep their inputs alone; the one that is being recomputed keeps everything.
     """
     one, two = (_saved_bytes(config, layers, batch, dtype, False) for layers in (1, 2))
     layers = config.num_hidden_layers
@@ -122,7 +126,7 @@ def _saved_bytes(config: PretrainedConfig, layers: int, batch: Batch, dtype: tor
     config.num_hidden_layers = layers
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[:layers]
-    kept: dict[int, Tensor] = {}  # by storage, alive so that none is counted under the address of another
+    kept: dict[int, Tensor] = {}  # by storage; kept alive, so that no address is used twice
 
     def keep(tensor: Tensor) -> Tensor:
         kept[tensor.untyped_storage()._cdata] = tensor
@@ -145,7 +149,7 @@ def _saved_bytes(config: PretrainedConfig, layers: int, batch: Batch, dtype: tor
 def memory(
     cost: StepCost, config: PretrainedConfig, batch: Batch, train: TrainConfig, dtype: torch.dtype, device: torch.device
 ) -> Iterator[tuple[str, int]]:
-    """About how many bytes training on such micro-batches needs, by what they hold."""
+    """Yields about how many bytes training on such micro-batches needs, each with what it holds."""
     student, master = cost.student, 8 if dtype == torch.float64 else 4
     trained = student.parameters if cost.adapter is None else cost.adapter
     frozen = student.parameters if cost.adapter is not None else 0
@@ -164,21 +168,21 @@ def memory(
 
 
 def generation_memory(
-    writers: list[tuple[ModelCost, int | None]],
+    generators: list[tuple[ModelCost, int | None]],
     sequences: int,
     length: int,
     dtype: torch.dtype,
     device: torch.device,
 ) -> Iterator[tuple[str, int]]:
-    """How many bytes sampling takes besides its models, by what they hold.
+    """Yields how many bytes sampling takes besides its models, each with what it holds.
 
     Args:
-        writers: the models, each with the number of its adapter's weights (None: it has none, or a merged one).
-        sequences: in progress at a time.
-        length: of the longest prompt with its response, in tokens.
+        generators: the models that write, each with the size of its adapter (None: it has none, or it is merged).
+        sequences: how many are in progress at a time.
+        length: tokens of the longest prompt with its response.
     """
-    per_token = sum(cost.keys_and_values for cost, _ in writers)
+    per_token = sum(cost.keys_and_values for cost, _ in generators)
     yield f"keys and values of {sequences} sequences", sequences * length * per_token * dtype.itemsize
     if decoder.rearranges(device, dtype):
-        copied = sum(cost.projections + (adapter or 0) for cost, adapter in writers)
+        copied = sum(cost.projections + (adapter or 0) for cost, adapter in generators)
         yield "rearranged weights", copied * dtype.itemsize

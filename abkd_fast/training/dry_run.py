@@ -1,4 +1,4 @@
-"""What a run does and needs, in words: its first lines, and before any weights load `--dry-run`."""
+"""What a run will do and need, in words: `--dry-run`, and the first lines of a run."""
 
 from __future__ import annotations
 
@@ -23,31 +23,79 @@ if TYPE_CHECKING:
 
 
 def describe(trainer: Trainer) -> Iterator[str]:
-    """The configuration in force, the data in numbers, steps, memory and the teacher's cache."""
-    config = trainer.config
-    yield json.dumps(config.to_dict(), indent=2)
+    """The configuration in force, the data in numbers, steps, memory, and the teacher's cache."""
+    steps, steps_per_epoch = trainer.data.steps, trainer.data.steps_per_epoch
+    yield json.dumps(trainer.config.to_dict(), indent=2)
     yield from _data(trainer)
-    yield (
-        f"  steps      {trainer.steps} of {config.train.batch_size} samples, {trainer.steps_per_epoch} an epoch, "
-        f"{trainer.steps / trainer.steps_per_epoch:.1f} epochs"
-    )
-    on_disk, in_memory, reason = (
-        trainer.cache.choose(free_memory(trainer.device)) if trainer.cache else (False, False, "")
-    )
-    # The teacher reads what is generated, so that its body stays.
+    yield f"{_steps(trainer)}, {steps / steps_per_epoch:.1f} epochs"
+    on_disk, in_memory, reason = False, False, ""
+    if trainer.cache:
+        on_disk, in_memory, reason = trainer.cache.choose(free_memory(trainer.device))
+    # An on-policy method keeps the teacher's body, which reads what is generated.
     yield from _memory(trainer, (on_disk or in_memory) and not trainer.is_on_policy)
     if on_disk:
-        state = "found" if trainer.cache.file.is_recorded else "to be computed"
-        amount = format_bytes(trainer.cache.bytes)
-        yield f"  cache      {amount} of teacher's states in {trainer.cache.file.folder}, {state}"
+        cached = "found" if trainer.cache.file.is_recorded else "to be computed"
+        yield f"  cache      {_cache_size(trainer)} in {trainer.cache.file.folder}, {cached}"
     elif in_memory:
-        yield f"  cache      {format_bytes(trainer.cache.bytes)} of teacher's states in memory, not kept ({reason})"
+        yield f"  cache      {_cache_size(trainer)} in memory, not kept ({reason})"
     elif trainer.cache:
         yield f"  cache      none: {reason}"
 
 
+def header(trainer: Trainer) -> Iterator[str]:
+    """What was built and chosen, so that nobody trains on a slow path without knowing."""
+    config, data = trainer.config, trainer.data
+    lengths = torch.tensor(data.train_set["row_length"][:]).clamp(max=config.data.max_length)
+    loss = f"  loss {config.loss}" if trainer.teacher else ""
+    yield f"[bold]{config.run.folder}[/bold]  method {config.method}{loss}"
+    yield f"  models     {_models(trainer)}"
+    yield (
+        f"  data       {len(lengths)} rows, {lengths.float().mean():.0f} tokens each on average, "
+        f"the first {data.where[data.train_set['row'][0]]}"
+    )
+    yield from _notes(trainer)
+    yield f"  device     {device_name(trainer.device)}, {str(trainer.dtype).removeprefix('torch.')}"
+    yield f"  kernels    {_kernels(trainer)}; attention {attention.backend(trainer.device)}, packed and checked"
+    if trainer.teacher:
+        yield f"  teacher    {trainer.teacher.note}"
+    if distributed.world_size() > 1:
+        held = "a part of all weights" if trainer.is_sharded else "all weights"
+        yield f"  processes  {distributed.world_size()}, each with {held}; gradients are summed over them"
+    if trainer.device.type == "cuda":
+        yield f"  compile    {'the layers of the student' if config.train.compile == 'auto' else 'off'}"
+    yield _steps(trainer)
+    if trainer.resume:
+        start = f"from {trainer.resumed_from}" if trainer.resumed_from else "from the start: there is no checkpoint"
+        yield f"  resumed    {start}"
+
+
+def _steps(trainer: Trainer) -> str:
+    samples = trainer.config.train.batch_size
+    return f"  steps      {trainer.data.steps} of {samples} samples, {trainer.data.steps_per_epoch} an epoch"
+
+
+def _cache_size(trainer: Trainer) -> str:
+    return f"{format_bytes(trainer.cache.bytes)} of teacher's states"
+
+
+def _models(trainer: Trainer) -> str:
+    models = {"student": trainer.student.model}
+    if trainer.teacher:  # a cached teacher's body is not in memory
+        models["teacher"] = trainer.teacher_meta.model
+    sizes = ", ".join(f"{role} {loading.describe(model)}" for role, model in models.items())
+    adapter = trainer.config.teacher.adapter if trainer.teacher else None
+    return f"{sizes} with {adapter} merged" if adapter else sizes
+
+
+def _kernels(trainer: Trainer) -> str:
+    info = row_ops.build_info()
+    if trainer.device.type == "cuda" and info["cuda"]:
+        return f"CUDA {info['cuda']}"
+    return "PyTorch reference (extension missing)" if "missing" in info else f"CPU {info['simd']}"
+
+
 def _data(trainer: Trainer) -> Iterator[str]:
-    ids, prompts = table_of(trainer.train_set)
+    ids, prompts = table_of(trainer.data.train_set)
     lengths = pyarrow.compute.list_value_length(ids).to_numpy(zero_copy_only=False)
     prompts = prompts.to_numpy(zero_copy_only=False)
     yield f"  data       {len(lengths)} rows, {lengths.sum()} tokens an epoch"
@@ -60,80 +108,15 @@ def _data(trainer: Trainer) -> Iterator[str]:
     yield from _notes(trainer)
 
 
-def _memory(trainer: Trainer, cached: bool) -> Iterator[str]:
-    """About what training takes in its first step's largest micro-batch."""
-    step = next(trainer.batches())
-    batch = max(step.parts, key=lambda part: part.tokens)
-    cost = trainer.step_cost(cached)
-    parts = dict(costs.memory(cost, trainer.student_config, batch, trainer.config.train, trainer.dtype, trainer.device))
-    details, total = _list(parts), sum(parts.values())
-    if trainer.is_on_policy:
-        generation = dict(_generation_memory(trainer, cost))
-        *_, activations, logits = parts.values()
-        total += max(0, sum(generation.values()) - activations - logits)
-        details += f"; while it generates, instead of the last two, {_list(generation)}"
-    yield f"  memory     about {format_bytes(total)} with micro-batches of {batch.tokens} tokens: {details}"
-    work = (cost.flops(step.samples) + cost.flops(step.text, taught=False)) / trainer.config.train.batch_size
-    yield f"  work       {work / 1e9:.3g} GFLOP a sample"
-
-
-def _generation_memory(trainer: Trainer, cost: costs.StepCost) -> Iterator[tuple[str, int]]:
-    """Of the longest prompts, answered as long as may be."""
-    data, sampling, method = trainer.config.data, trainer.config.sampling, trainer.method
-    models = {"student": (cost.student, cost.adapter), "teacher": (cost.teacher, None)}
-    length = min(max(trainer.train_set["prompt_length"][:]) + sampling.max_new_tokens, data.max_length)
-    sequences = min(sampling.batch_size, method.max_concurrent_responses)
-    generators = [models[role] for role in method.generators]
-    return costs.generation_memory(generators, sequences, length, trainer.dtype, trainer.device)
-
-
-def _list(parts: dict[str, int]) -> str:
-    return ", ".join(f"{name} {format_bytes(number)}" for name, number in parts.items())
-
-
-def header(trainer: Trainer) -> Iterator[str]:
-    """What was built and chosen, so that nobody trains on a slow path unknowingly."""
-    config, info = trainer.config, row_ops.build_info()
-    kernels = "PyTorch reference (extension missing)" if "missing" in info else f"CPU {info['simd']}"
-    if trainer.device.type == "cuda" and info["cuda"]:
-        kernels = f"CUDA {info['cuda']}"
-    counts = {"student": trainer.student.model}
-    if trainer.teacher:  # whose body may be gone
-        counts["teacher"] = loading.meta_model(trainer.teacher_config)
-    sizes = ", ".join(f"{role} {loading.describe(model)}" for role, model in counts.items())
-    merged = f" with {config.teacher.adapter} merged" if trainer.teacher and config.teacher.adapter else ""
-    lengths = torch.tensor(trainer.train_set["row_length"][:]).clamp(max=config.data.max_length)
-    loss = f"  loss {config.loss}" if trainer.teacher else ""
-    yield f"[bold]{config.run.folder}[/bold]  method {config.method}{loss}"
-    yield f"  models     {sizes}{merged}"
-    yield (
-        f"  data       {len(lengths)} rows, {lengths.float().mean():.0f} tokens each on average, "
-        f"the first {trainer.where[trainer.train_set['row'][0]]}"
-    )
-    yield from _notes(trainer)
-    yield f"  device     {device_name(trainer.device)}, {str(trainer.dtype).removeprefix('torch.')}"
-    yield f"  kernels    {kernels}; attention {attention.backend(trainer.device)}, packed and checked"
-    if trainer.teacher:
-        yield f"  teacher    {trainer.teacher.note}"
-    if distributed.world_size() > 1:
-        held = "a part of all weights" if trainer.is_sharded else "all weights"
-        yield f"  processes  {distributed.world_size()}, each with {held}; gradients are summed over them"
-    if trainer.device.type == "cuda":
-        yield f"  compile    {'the layers of the student' if config.train.compile == 'auto' else 'off'}"
-    yield f"  steps      {trainer.steps} of {config.train.batch_size} samples, {trainer.steps_per_epoch} an epoch"
-    if trainer.resume:
-        yield f"  resumed    {f'from {trainer.saved}' if trainer.saved else 'from the start: there is no checkpoint'}"
-
-
 def _notes(trainer: Trainer) -> Iterator[str]:
-    """What rows that are too long came to, the plain text, and what is generated."""
-    for name, note in trainer.long_rows.items():
+    """Lines about long rows, plain text, and generation, where there are any."""
+    for name, note in trainer.data.long_rows.items():
         if note:
             yield f"  long rows  {name}: {note}"
-    if trainer.pretrain_set is not None:
+    if trainer.data.pretrain_set is not None:
         data = trainer.config.data
         yield (
-            f"  plain text {len(trainer.pretrain_set)} blocks of {data.max_length} tokens, one a sample; "
+            f"  plain text {len(trainer.data.pretrain_set)} blocks of {data.max_length} tokens, one a sample; "
             f"weight {data.pretrain.weight:g}"
         )
     if trainer.is_on_policy:
@@ -142,3 +125,36 @@ def _notes(trainer: Trainer) -> Iterator[str]:
             f"  generation up to {sampling.max_new_tokens} tokens a response at temperature "
             f"{sampling.temperature:g}, {sampling.batch_size} at a time"
         )
+
+
+def _memory(trainer: Trainer, cached: bool) -> Iterator[str]:
+    """An estimate of what training needs, for the largest micro-batch of the first step."""
+    train = trainer.config.train
+    step = next(trainer.batches())
+    batch = max(step.micro_batches, key=lambda part: part.tokens)
+    cost = trainer.step_cost(cached)
+    student = trainer.student_meta.config
+    parts = dict(costs.memory(cost, student, batch, train, trainer.dtype, trainer.device))
+    details, total = _list(parts), sum(parts.values())
+    if trainer.is_on_policy:
+        generation = dict(_generation_memory(trainer, cost))
+        *_, activations, logits = parts.values()
+        total += max(0, sum(generation.values()) - activations - logits)
+        details += f"; while it generates, instead of the last two, {_list(generation)}"
+    yield f"  memory     about {format_bytes(total)} with micro-batches of {batch.tokens} tokens: {details}"
+    work = (cost.flops(step.samples) + cost.flops(step.pretrain_blocks, taught=False)) / train.batch_size
+    yield f"  work       {work / 1e9:.3g} GFLOP a sample"
+
+
+def _generation_memory(trainer: Trainer, cost: costs.StepCost) -> Iterator[tuple[str, int]]:
+    """The same for generation: the longest prompts with the longest responses."""
+    data, sampling, method = trainer.config.data, trainer.config.sampling, trainer.method
+    models = {"student": (cost.student, cost.adapter), "teacher": (cost.teacher, None)}
+    length = min(max(trainer.data.train_set["prompt_length"][:]) + sampling.max_new_tokens, data.max_length)
+    sequences = min(sampling.batch_size, method.max_concurrent_responses)
+    generators = [models[role] for role in method.generators]
+    return costs.generation_memory(generators, sequences, length, trainer.dtype, trainer.device)
+
+
+def _list(parts: dict[str, int]) -> str:
+    return ", ".join(f"{name} {format_bytes(number)}" for name, number in parts.items())

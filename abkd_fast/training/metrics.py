@@ -1,4 +1,4 @@
-"""What a run tells while it goes: metrics.jsonl, TensorBoard, and a progress bar or lines on the terminal."""
+"""The metrics of a run: sums over the steps of a window, metrics.jsonl, TensorBoard, wandb and the terminal."""
 
 from __future__ import annotations
 
@@ -31,19 +31,21 @@ def check_wandb(project: str | None) -> None:
 
 
 class RunLog:
-    """A context manager: writes numbers to the run folder and shows them, in the main process alone.
-
-    A resumed run has `done` steps (-1: not even the evaluation before the first), and gets points after those; its
-    next one counts `elapsed` seconds from before.
-    """
+    """A context manager that writes points to the run folder and shows them, on rank 0 alone."""
 
     def __init__(self, config: Config, steps: int, device: torch.device, done: int = -1, elapsed: float = 0.0) -> None:
+        """Begins or continues the log of a run of so many steps.
+
+        Args:
+            done: steps of a resumed run; later points are dropped. -1: not even the evaluation before the first.
+            elapsed: seconds since the last point that the resumed run had trained.
+        """
         self.config, self.folder, self.steps, self.device = config, config.run.folder, steps, device
         self.done, self.elapsed = done, elapsed
         self.peak_flops = distributed.world_size() * (peak_flops(device) or 0)
         self.wandb = self.file = self.board = None
         self.bar = Progress(
-            BarColumn(bar_width=6),  # so that everything fits into 84 columns
+            BarColumn(bar_width=6),  # everything then fits into 84 columns
             MofNCompleteColumn(),
             TimeRemainingColumn(compact=True),
             TextColumn("{task.fields[numbers]}"),
@@ -71,13 +73,13 @@ class RunLog:
         self.bar.start()
 
     def _open_wandb(self) -> Any:
-        """Raises ConfigError where it can't be used, for example without a login."""
+        """Raises ConfigError where wandb can't be used, for example without a login."""
         import wandb
 
         name, values = str(self.folder), self.config.to_dict()
         try:
             return wandb.init(project=self.config.log.wandb, name=name, group=name, dir=name, config=values)
-        except Exception as error:  # of many kinds
+        except Exception as error:  # wandb raises many kinds
             raise ConfigError(f"log.wandb: {first_line(error)}; WANDB_MODE=offline does without a login") from None
 
     def __exit__(self, *error: types.TracebackType | None) -> None:
@@ -85,11 +87,11 @@ class RunLog:
         if self.wandb:
             self.wandb.finish()
         for log in filter(None, (self.board, self.file)):
-            with contextlib.suppress(OSError):  # of a full disk, reported when it was met
+            with contextlib.suppress(OSError):  # a full disk was reported before
                 log.close()
 
     def pause(self) -> None:
-        """Time from here to `resume` (an evaluation, a checkpoint) is not counted as training."""
+        """Stops the clock until `resume`, for an evaluation or a checkpoint."""
         self.paused = time.perf_counter()
 
     def resume(self) -> None:
@@ -99,46 +101,30 @@ class RunLog:
 
     @property
     def window_seconds(self) -> float:
-        """Since the last point, while paused."""
+        """Seconds of training since the last point; valid while paused."""
         return self.paused - self.last
 
     def flush(self) -> None:
-        """Puts all points onto the disk."""
+        """Flushes all points to the disk."""
         if self.file:
             self.file.flush()
             os.fsync(self.file.fileno())
-            with contextlib.suppress(OSError):  # TensorBoard's writer repeats its first error for ever
+            with contextlib.suppress(OSError):  # TensorBoard's writer repeats its first error forever
                 self.board.flush()
 
     def advance(self, step: int) -> None:
         self.bar.update(self.task, completed=step)
 
-    def train(
-        self,
-        step: int,
-        samples: int,
-        tokens: int,
-        real_tokens: int,
-        flops: int,
-        loss: float | None,
-        parts: dict[str, float | None],
-        lr: float,
-        grad_norm: float | None,
-        skipped_steps: int,
-    ) -> None:
-        """One point, over the steps since the last one: their samples, tokens (all, and those of samples), operations.
+    def train(self, step: int, values: dict[str, float | None], counts: dict[str, int]) -> None:
+        """Writes one point over the steps since the last one. Synchronize the device before.
 
-        Synchronize before. Loss, its parts and norm are None where every step was skipped.
+        counts: samples, tokens computed, tokens of samples ("real_tokens") and operations ("flops") of these steps.
         """
         now = time.perf_counter()
         seconds, self.last = now - self.last, now
         left = (now - self.started) / (step - max(self.done, 0)) * (self.steps - step)
-        values = {
-            "loss": loss,
-            **parts,
-            "lr": lr,
-            "grad_norm": grad_norm,
-            "skipped_steps": skipped_steps,
+        samples, tokens, real_tokens, flops = (counts[n] for n in ("samples", "tokens", "real_tokens", "flops"))
+        values = values | {
             "samples_per_second": samples / seconds,
             "seconds_per_sample": seconds / samples,
             "tokens_per_second": real_tokens / seconds,
@@ -148,7 +134,7 @@ class RunLog:
             "peak_memory_bytes": peak_memory(self.device),
         }
         self._write("train", step, values)
-        mean = "-" if loss is None else f"{loss:.4f}"
+        mean = "-" if values["loss"] is None else f"{values['loss']:.4f}"
         text = (
             f"loss {mean} {samples / seconds:.1f} samples/s {seconds / samples:.4f} s/sample "
             f"{real_tokens / seconds:.0f} tokens/s {values['peak_memory_bytes'] / 2**30:.1f} GiB"
@@ -156,8 +142,9 @@ class RunLog:
         self.bar.update(self.task, completed=step, numbers=text)
         if not console.is_terminal:
             minutes, rest = divmod(round(left), 60)
-            named = "".join(f"  {name} {part:.5g}" for name, part in parts.items() if part is not None)
-            console.print(f"step {step}/{self.steps}  {text}{named}  lr {lr:.1e}  left {minutes}m{rest:02d}s")
+            names = [*values][1 : [*values].index("lr")]  # parts of the loss, and the method's own values
+            named = "".join(f"  {name} {values[name]:.5g}" for name in names if values[name] is not None)
+            console.print(f"step {step}/{self.steps}  {text}{named}  lr {values['lr']:.1e}  left {minutes}m{rest:02d}s")
 
     def evaluation(self, step: int, dev_loss: float, rouge_l: float | None) -> None:
         self._write("dev", step, {"loss": dev_loss} | ({} if rouge_l is None else {"rouge_l": rouge_l}))
@@ -165,7 +152,7 @@ class RunLog:
         console.print(f"step {step}/{self.steps}  dev loss {dev_loss:.4f}{rouge}")
 
     def _write(self, kind: str, step: int, values: dict[str, float | None]) -> None:
-        """A full disk costs points, not the run."""
+        """Writes a point. On a full disk the point is lost, not the run."""
         if not self.file:
             return
         try:
@@ -180,10 +167,10 @@ class RunLog:
 
 
 def _drop_points(path: pathlib.Path, done: int) -> None:
-    """Cuts off the points after step `done`, and what a crash left unfinished behind them."""
+    """Cuts off the points after step `done`, and an unfinished line that a crash left."""
     kept = 0
     with path.open("r+b") as file:
-        with contextlib.suppress(ValueError):  # of a line that is no JSON
+        with contextlib.suppress(ValueError):  # a line that is not JSON
             for line in file:
                 if not line.endswith(b"\n") or json.loads(line)["step"] > done:
                     break
@@ -192,27 +179,21 @@ def _drop_points(path: pathlib.Path, done: int) -> None:
 
 
 class MetricsWindow:
-    """Sums since the last logged point. They stay on the device: reading them would wait for it."""
+    """Sums since the last logged point. They stay on the device, because reading them would wait for it."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.loss = torch.zeros((), device=device, dtype=torch.float64)  # of the finite steps
-        self.norm = torch.zeros((), device=device, dtype=torch.float64)  # of the last finite one
+        self.loss = torch.zeros((), device=device, dtype=torch.float64)  # sum over the finite steps
+        self.norm = torch.zeros((), device=device, dtype=torch.float64)  # gradient norm of the last finite step
         self.skipped = torch.zeros((), device=device, dtype=torch.int64)
-        self.first_nonfinite = torch.zeros(3, device=device, dtype=torch.float64)  # its step, loss and norm
-        self.parts: dict[str, Tensor] = {}  # of the loss, likewise
-        self.rows: list[list[int]] = []  # of the data, in each step: those that its samples, or their prompts, are
+        self.first_nonfinite = torch.zeros(3, device=device, dtype=torch.float64)  # step, loss and norm
+        self.parts: dict[str, Tensor] = {}  # parts of the loss, summed likewise
+        self.rows: list[list[int]] = []  # for each step the data rows behind its samples
         self.steps = self.samples = self.real_tokens = self.max_rank_tokens = 0
-        self.tokens = self.flops = 0  # of this rank
+        self.tokens = self.flops = 0  # this rank's alone
 
     def add(
-        self,
-        step: int,
-        loss: Tensor,
-        norm: Tensor,
-        parts: dict[str, Tensor],
-        batch: StepBatch,
-        flops: int,
+        self, step: int, loss: Tensor, norm: Tensor, parts: dict[str, Tensor], batch: StepBatch, flops: int
     ) -> None:
         finite = is_finite(loss, norm)
         self.loss += torch.where(finite, loss, 0.0)
@@ -226,31 +207,33 @@ class MetricsWindow:
         self.steps += 1
         self.rows.append([sample["row"] for sample in batch.samples])
         self.samples += len(self.rows[-1])
-        self.real_tokens += sum(len(sample["input_ids"]) for sample in (*batch.samples, *batch.text))
+        self.real_tokens += sum(len(sample["input_ids"]) for sample in (*batch.samples, *batch.pretrain_blocks))
         self.max_rank_tokens += batch.max_rank_tokens
-        self.tokens += sum(part.tokens for part in batch.parts)
+        self.tokens += sum(part.tokens for part in batch.micro_batches)
         self.flops += flops
 
     def write(self, log: RunLog, step: int, lr: float, numbers: dict[str, float]) -> int:
-        """Logs the point, with numbers of the method's own; returns how many steps were skipped."""
+        """Logs a point, with the method's own `numbers`. Returns how many steps were skipped. Collective."""
         skipped = int(self.skipped)
         finite = self.steps - skipped
-        loss, norm = (self.loss.item() / finite, self.norm.item()) if finite else (None, None)
-        parts = {name: part.item() / finite if finite else None for name, part in self.parts.items()}
-        if distributed.world_size() > 1:  # how much longer than the mean the longest share of a step was
+        means = {
+            name: sum_.item() / finite if finite else None for name, sum_ in {"loss": self.loss, **self.parts}.items()
+        }
+        norm = self.norm.item() if finite else None
+        if distributed.world_size() > 1:  # how much more than the mean the busiest rank had
             numbers = numbers | {"imbalance": self.max_rank_tokens * distributed.world_size() / self.real_tokens - 1}
-        _, samples, real_tokens, _, tokens, flops = self.counts()
-        log.train(step, samples, tokens, real_tokens, flops, loss, parts | numbers, lr, norm, skipped)
+        log.train(step, {**means, **numbers, "lr": lr, "grad_norm": norm, "skipped_steps": skipped}, self.counts())
         return skipped
 
-    def counts(self) -> list[int]:
-        """Of all ranks, which have to call this together."""
-        own = distributed.all_reduce_count(self.tokens), distributed.all_reduce_count(self.flops)
-        return [self.steps, self.samples, self.real_tokens, self.max_rank_tokens, *own]
+    def counts(self) -> dict[str, int]:
+        """The counters, summed over all ranks. Collective."""
+        own = {name: distributed.all_reduce_count(getattr(self, name)) for name in ("tokens", "flops")}
+        shared = ("steps", "samples", "real_tokens", "max_rank_tokens")
+        return {name: getattr(self, name) for name in shared} | own
 
     def tensors(self) -> dict[str, Tensor]:
-        """Of all ranks, which have to call this together."""
-        counts, rows = torch.tensor(self.counts()), torch.tensor(self.rows, dtype=torch.int64)
+        """The window for a checkpoint, summed over all ranks. Collective."""
+        counts, rows = torch.tensor([*self.counts().values()]), torch.tensor(self.rows, dtype=torch.int64)
         sums = {"loss": self.loss, "norm": self.norm, "skipped": self.skipped, "first_nonfinite": self.first_nonfinite}
         sums |= {f"parts.{name}": part for name, part in self.parts.items()}
         return {"counts": counts, "rows": rows} | {name: value.cpu() for name, value in sums.items()}

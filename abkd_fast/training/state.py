@@ -1,14 +1,27 @@
-"""How far a run is: its totals, and the sums since the last logged point."""
+"""The state of a run: its counters, and everything that a checkpoint keeps besides model and optimizer."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .. import distributed
+from ..console import console
+from ..device import device_name
+from ..errors import ConfigError
+from . import checkpoint
+
+if TYPE_CHECKING:
+    from .trainer import Trainer
 
 
 @dataclasses.dataclass
 class TrainState:
-    """How far a run is, and the totals of its summary."""
+    """How far a run is, and the totals for its summary."""
 
     step: int = 0
     samples: int = 0
@@ -20,17 +33,70 @@ class TrainState:
     first_dev_rouge_l: float | None = None
     dev_loss: float | None = None
     dev_rouge_l: float | None = None
-    # What is lowest at the best step after any (its loss, or ROUGE-L times -1), that step, its loss and its ROUGE-L.
+    # The best step: its value to minimize (dev loss, or minus ROUGE-L), the step, its dev loss, its ROUGE-L.
     best: tuple[float, int, float, float | None] | None = None
 
-    def evaluated(self, loss: float, rouge_l: float | None, by_rouge: bool) -> bool:
-        """Notes an evaluation; whether its loss is the lowest after any step, or its ROUGE-L the highest."""
+    def record_eval(self, loss: float, rouge_l: float | None, by_rouge: bool) -> bool:
+        """Records an evaluation after `step`. Returns whether it is the best so far, by dev loss or by ROUGE-L."""
         self.dev_loss, self.dev_rouge_l, self.evaluated_step = loss, rouge_l, self.step
         if self.step == 0:
             self.first_dev_loss, self.first_dev_rouge_l = loss, rouge_l
             return False
         value = -rouge_l if by_rouge else loss
-        improved = value < (self.best[0] if self.best else math.inf)  # never a loss that is no number
+        improved = value < (self.best[0] if self.best else math.inf)  # false for NaN
         if improved:
             self.best = value, self.step, loss, rouge_l
         return improved
+
+
+def state_dict(trainer: Trainer) -> tuple[dict[str, Tensor], dict]:
+    """Tensors, and JSON values, that decide the steps to come, the log and the summary. Collective."""
+    generators, values = checkpoint.random_state()
+    groups = {"random": checkpoint.by_rank(generators), "window": trainer.window.tensors()}
+    tensors = {f"{group}/{name}": value for group, entries in groups.items() for name, value in entries.items()}
+    values |= {
+        "progress": dataclasses.asdict(trainer.state),
+        "scheduler": trainer.scheduler.state_dict(),
+        "data": _fingerprints(trainer),
+        "environment": _environment(trainer),
+        "method": trainer.method.state_dict(),
+    }
+    if trainer.rollouts:
+        values["rollouts"] = trainer.rollouts.counts
+    return tensors, values
+
+
+def load_state_dict(trainer: Trainer, tensors: dict[str, Tensor], values: dict) -> None:
+    """The inverse, after model and optimizer are loaded. Raises ConfigError where the data have changed."""
+    for key, now in _fingerprints(trainer).items():
+        if values["data"][key] != now:
+            raise ConfigError(f"{key}: its text or the tokenizer has changed since {trainer.resumed_from} was saved")
+    for key, now in _environment(trainer).items():
+        then = values["environment"][key]
+        if then != now:
+            console.print(f"{key} was {then}, is {now}: the last bits of the result may differ")
+    groups = {"random": {}, "window": {}}
+    for key, value in tensors.items():
+        group, _, name = key.partition("/")
+        groups[group][name] = value
+    trainer.window.load(groups["window"])
+    trainer.state = TrainState(**values["progress"])
+    trainer.scheduler.load_state_dict(values["scheduler"])
+    for group, lr in zip(trainer.optimizer.param_groups, trainer.scheduler.get_last_lr(), strict=True):
+        group["lr"] = lr
+    trainer.method.load_state_dict(values.get("method") or {})
+    if trainer.rollouts:
+        trainer.rollouts.counts.update(values["rollouts"])
+    # Last, because loading models draws from the generators.
+    checkpoint.set_random_state(checkpoint.of_rank(groups["random"]), values)
+
+
+def _fingerprints(trainer: Trainer) -> dict[str, str]:
+    """A hash of the tokens of every source that the steps to come read."""
+    sources = {"data.train": trainer.data.train_set, "data.pretrain": trainer.data.pretrain_set}
+    return {key: source._fingerprint for key, source in sources.items() if source is not None}
+
+
+def _environment(trainer: Trainer) -> dict[str, str | int]:
+    device, processes = device_name(trainer.device), distributed.world_size()
+    return {"PyTorch": torch.__version__, "device": device, "processes": processes}

@@ -1,7 +1,7 @@
 #include <cstdlib>
 #include <string_view>
 
-#include "rows.h"
+#include "launch.h"
 
 namespace abkd::cpu {
 

@@ -1,10 +1,10 @@
-// Row driver for processors. A translation unit sets the instruction set, defines ABKD_ISA and includes this file; all
-// it defines lies in namespace abkd::cpu::ABKD_ISA.
+// The row driver for CPUs. A translation unit sets the instruction set, defines ABKD_ISA and includes this file. All
+// definitions lie in namespace abkd::cpu::ABKD_ISA.
 //
-// Three passes over a row, in blocks that stay in the first-level cache: (A) log-normalizers, (B) values and slopes,
-// (C) gradient. Where B and C are one call the slopes of one row are kept between them, so that no exponential is
-// computed twice. Sums over the vocabulary are in float64, but for those of values and slopes within a block: the
-// roundings of a log-normalizer are common to all tokens and would add up, theirs are not.
+// A row takes three passes, in blocks that stay in the first-level cache: (A) log-normalizers, (B) values and slopes,
+// (C) gradient. If one call makes B and C, it keeps the slopes of the row between them, and computes no exponential
+// twice. Sums over the vocabulary are in float64, except the sums of values and slopes within a block. All tokens share
+// the rounding error of a log-normalizer, so it would add up; the errors of values and slopes are independent.
 
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
@@ -12,14 +12,14 @@
 #include <vector>
 
 #include "../divergence/families.h"
-#include "rows.h"
+#include "launch.h"
 
 namespace abkd::cpu::ABKD_ISA {
 namespace {
 
 constexpr int64_t kBlock = 512;
 
-// log sum exp of scale * logits. A NaN logit does not show in the maximum, but in the sum.
+// log sum exp of scale * logits. A NaN logit does not change the maximum, but makes the sum NaN.
 template <typename T>
 double log_sum_exp(const T* logits, int64_t vocab, T scale) {
   T shift = T(kLogFloor);
@@ -43,7 +43,7 @@ double log_sum_exp(const T* logits, int64_t vocab, T scale) {
 
 template <typename T>
 struct LogSoftmax {
-  T scale, high, low;  // the log-normalizer as a number and the rest that it rounds away
+  T scale, high, low;  // the log-normalizer, and the rest that rounding to T takes from it
 
   LogSoftmax(T scale, double lse) : scale(scale), high(T(lse)), low(T(lse - double(high))) {}
   ABKD_INLINE_MEMBER T operator()(T logit) const { return logit * scale - high - low; }
@@ -84,9 +84,9 @@ struct Row {
         log_p(scale, statistics.teacher_lse),
         shift(T(statistics.student_lse - statistics.teacher_lse)) {}
 
-  // functor(log p, log q, log q - log p) of token v. The difference comes straight from the logits and is not rounded
-  // to the grid of log-probabilities near -35: where alpha + beta = 0 every token counts alike, and roundings that
-  // they share would add up. Two masked logits differ by 0.
+  // functor(log p, log q, log q - log p) for token v. The difference is made from the logits, because log-probabilities
+  // near -35 have few digits left: if alpha + beta = 0 every token counts the same, and the rounding errors that the
+  // tokens share would add up. Two masked logits differ by 0.
   template <typename Functor>
   ABKD_INLINE_MEMBER auto apply(const Functor& functor, int64_t v) const {
     const T z = lower(student[v] * log_q.scale, T(kLogFloor)), y = lower(teacher[v] * log_p.scale, T(kLogFloor));
@@ -94,7 +94,7 @@ struct Row {
     return functor(a, b, z + y == T(2 * kLogFloor) ? T(0) : z - y - shift);
   }
 
-  // Sums of the pairs that functor makes; `seconds` [vocab], if not null, receives the second of each.
+  // Sums the pairs that functor makes. With kKeep, `seconds` [vocab] receives the second number of each pair.
   template <bool kKeep = false, typename Functor>
   ABKD_INLINE_MEMBER Pair<double> sum(const Functor& functor, T* seconds = nullptr) const {
     Pair<double> total{};
@@ -121,7 +121,7 @@ struct Row {
     return max;
   }
 
-  // The log p of the tokens that have at least `least`: a few of all, gathered for sums that are made again and again.
+  // Gathers the log p that are at least `least`. They are few, and many sums over them follow.
   Likely<T> likely(T least) const {
     std::vector<T> gathered(vocab);
     int64_t count = 0;
@@ -133,7 +133,7 @@ struct Row {
   }
 };
 
-// What the divergence does on this row; `state` is written where it is measured, else read.
+// The divergence as it is on this row. `state` is written if `measure` is true, else read.
 template <typename T, typename Divergence>
 ABKD_INLINE auto adapt(const Divergence& divergence, const Row<T>& row, bool measure, double (&state)[2]) {
   if constexpr (Divergence::adapts) {
@@ -148,7 +148,7 @@ ABKD_INLINE auto adapt(const Divergence& divergence, const Row<T>& row, bool mea
   }
 }
 
-// Pass A.
+// Pass A: fills the log-normalizers of `statistics`.
 template <typename T, typename Divergence>
 void normalize(const Rows& rows, const T* student, const T* teacher, Statistics& statistics) {
   const bool hard = rows.hard_weight != 0.0;
@@ -161,7 +161,7 @@ void normalize(const Rows& rows, const T* student, const T* teacher, Statistics&
   }
 }
 
-// Pass B: returns the loss and fills the rest of `statistics`, and `slopes` [vocab] if that is not null.
+// Pass B: returns the loss, and fills the rest of `statistics` and, if not null, `slopes` [vocab].
 template <typename T, typename Divergence>
 double measure(const Rows& rows, const Divergence& divergence, const T* student, const T* teacher, int64_t label,
                Statistics& statistics, T* slopes) {
@@ -181,7 +181,7 @@ double measure(const Rows& rows, const Divergence& divergence, const T* student,
   return loss;
 }
 
-// Pass C. `slopes` [vocab] is what `measure` left, or null; `gradient` may be `student`.
+// Pass C: fills `gradient`, which may be `student`. `slopes` [vocab] come from `measure`, or are null.
 template <typename T, typename Divergence>
 void differentiate(const Rows& rows, const Divergence& divergence, const T* student, const T* teacher, int64_t label,
                    Statistics& statistics, const T* slopes, double upstream, T* gradient) {

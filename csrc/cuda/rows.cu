@@ -3,8 +3,8 @@
 #include <algorithm>
 #include <limits>
 
+#include "launch.h"
 #include "rows.cuh"
-#include "rows.h"
 
 namespace abkd::cuda {
 namespace {
@@ -14,7 +14,7 @@ cudaError_t launch_kernel(const Rows& rows, const Divergence& divergence, cudaSt
   int device = 0, limit = 0;
   if (auto error = cudaGetDevice(&device)) return error;
   if (auto error = cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device)) return error;
-  // Normalizers alone, and sums or a gradient made from statistics, are one pass: nothing to keep.
+  // A call that makes only normalizers, or reads statistics, takes one pass: it has nothing to keep.
   const int64_t bytes = row_bytes<Logit>(rows.vocab), room = limit - int64_t(sizeof(Scratch));
   const int wanted = rows.normalizes && rows.losses ? (Divergence::has_teacher ? 2 : 1) : 0;
   const int kept = bytes > room ? 0 : 2 * bytes > room ? std::min(wanted, 1) : wanted;

@@ -1,102 +1,30 @@
-// Device code of the row kernel: one block of 512 threads per token, up to three passes over the vocabulary: (A) the
-// log-normalizers of both rows, online, (B) sums of values and slopes, (C) the gradient. Rows that fit into shared
-// memory stay there between the passes (H100: both up to 58,000 logits of 16 bits or 29,000 of 32, one up to twice
-// that); the others are read again, from the second-level cache while 132 of them fit into it. No PyTorch header.
+// Device code of the row kernel. It includes no PyTorch header.
 //
-// Estimate for an H100 and the alpha-beta divergence, per logit, in ps: device memory at 3 TB/s, 6 or 12 bytes: 2.0 or
-// 4.0 (28 bytes, 9.3, for float32 rows of 151,936). Special functions, 2.5 + 1 + 2: 1.5. Issue slots, 37 + 104 + 60
-// instructions in the code for sm_90: 6.8, the limit; a decay takes as many as a polynomial as by ex2 with a series,
-// and keeps its digits. One block a processor (up to 128 registers a thread) has 16 KB of loads in flight, enough for 3
-// TB/s. A cluster would pay for float32 rows beyond 58,000 alone: 9.3 to 6.8, of about 29 for the products around the
-// kernel.
+// A block of 512 threads takes one token. It makes up to three passes over the vocabulary: (A) the log-normalizers of
+// both rows, online, (B) sums of values and slopes, (C) the gradient. Rows that fit into shared memory stay there
+// between the passes. On an H100 both rows fit up to 58,000 logits of 16 bits or 29,000 of 32 bits, one row up to twice
+// that. Other rows are read again, from the second-level cache as long as 132 of them fit into it.
+//
+// Estimated time for an H100 and the alpha-beta divergence, in ps per logit:
+//   - device memory at 3 TB/s: 2.0 for 6 bytes (16-bit logits), 4.0 for 12 bytes (float32), 9.3 for 28 bytes (float32
+//     rows of 151,936)
+//   - special functions: 1.5 for 2.5 + 1 + 2 in the three passes
+//   - issue slots: 6.8 for 37 + 104 + 60 instructions of the code for sm_90. This is the limit.
+// A decay by a polynomial takes as many instructions as ex2 with a series, and keeps its digits. One block per
+// multiprocessor (up to 128 registers a thread) has 16 KB of loads in flight, enough for 3 TB/s. A cluster would pay
+// only for float32 rows beyond 58,000: 6.8 in place of 9.3, where the products around the kernel take about 29.
 #pragma once
-
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
 
 #include <type_traits>
 
 #include "../divergence/families.h"
+#include "packs.cuh"
 
 namespace abkd::cuda {
 
-constexpr int kThreads = 512;
 constexpr int kWarps = kThreads / 32;
 
-__device__ __forceinline__ float to_float(float x) { return x; }
-__device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
-__device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
-
-template <typename Logit>
-__device__ __forceinline__ Logit from_float(float x);
-template <>
-__device__ __forceinline__ float from_float<float>(float x) {
-  return x;
-}
-template <>
-__device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
-  return __float2bfloat16_rn(x);
-}
-template <>
-__device__ __forceinline__ __half from_float<__half>(float x) {
-  return __float2half_rn(x);
-}
-
-// Up to 16 bytes of consecutive logits, moved in one instruction where the address allows it.
-template <typename Logit, int kWidth>
-struct alignas(sizeof(Logit) * kWidth) Pack {
-  Logit values[kWidth];
-
-  __device__ __forceinline__ static Pack load(const Logit* from, bool aligned) {
-    if (aligned) return *reinterpret_cast<const Pack*>(from);
-    Pack pack;
-#pragma unroll
-    for (int i = 0; i < kWidth; ++i) pack.values[i] = from[i];
-    return pack;
-  }
-
-  __device__ __forceinline__ void store(Logit* to, bool aligned) const {
-    if (aligned) {
-      *reinterpret_cast<Pack*>(to) = *this;
-    } else {
-#pragma unroll
-      for (int i = 0; i < kWidth; ++i) to[i] = values[i];
-    }
-  }
-};
-
-template <int n>
-struct Width {
-  static constexpr int value = n;
-};
-
-// How a row is cut: `head` single elements up to the student's first 16-byte boundary, whole packs, single elements.
-template <typename Logit>
-struct Cut {
-  static constexpr int kWidth = 16 / sizeof(Logit);
-  int vocab, head, packs;
-  bool teacher_aligned, gradient_aligned;  // whether their packs also start on 16-byte boundaries
-
-  __device__ Cut(const Logit* student, const Logit* teacher, const Logit* gradient, int64_t vocab) : vocab(int(vocab)) {
-    const int offset = int(reinterpret_cast<uintptr_t>(student) / sizeof(Logit) % kWidth);
-    head = (kWidth - offset) % kWidth;
-    if (head > this->vocab) head = this->vocab;
-    packs = (this->vocab - head) / kWidth;
-    teacher_aligned = reinterpret_cast<uintptr_t>(teacher + head) % 16 == 0;
-    gradient_aligned = reinterpret_cast<uintptr_t>(gradient + head) % 16 == 0;
-  }
-
-  // Calls body(width, index) so that the block's threads together cover [0, vocab) once; width is a type.
-  template <typename Body>
-  __device__ __forceinline__ void visit(Body body) const {
-    const int thread = int(threadIdx.x), tail = head + packs * kWidth;
-    for (int pack = thread; pack < packs; pack += kThreads) body(Width<kWidth>{}, head + pack * kWidth);
-    const int single = thread < head ? thread : tail + (thread - head);
-    if (single < vocab) body(Width<1>{}, single);
-  }
-};
-
-// Running maximum of x and sum of e^(x - max). Starts at the floor, so a row of nothing but -inf stays finite.
+// Running maximum of x, and sum of e^(x - max). It starts at the floor, so that a row of -inf alone stays finite.
 struct OnlineSum {
   float max = kLogFloor, sum = 0.0f;
 
@@ -129,20 +57,20 @@ __device__ __forceinline__ void add(OnlineSum& online, const Packed& logits, flo
 }
 
 struct LogSoftmax {
-  float scale, high, low;  // the log-normalizer as a number and the rest that it rounds away
+  float scale, high, low;  // the log-normalizer, and the rest that rounding to float takes from it
   __device__ LogSoftmax(float scale, double lse) : scale(scale), high(float(lse)), low(float(lse - double(high))) {}
   __device__ __forceinline__ float operator()(float logit) const { return logit * scale - high - low; }
 };
 
-// What a block's threads share; every reduction leaves it free again.
+// What the threads of a block share. After every reduction `warps` and `lse` are free again.
 struct Scratch {
   float2 warps[kWarps];
   double lse;
-  Statistics statistics;  // of the row; written by thread 0, as is
-  float target;           // the student's logit of the label
+  Statistics statistics;  // statistics of the row; thread 0 writes them
+  float target;           // the student's logit of the label; thread 0 writes it
 };
 
-// The maximum and log sum exp of the row, to all threads of the block.
+// The maximum and the log sum exp of the row, known to all threads of the block.
 struct Normalizer {
   float max;
   double lse;
@@ -157,7 +85,7 @@ __device__ __forceinline__ Normalizer reduce(OnlineSum online, Scratch& scratch)
   if (threadIdx.x == 0) {
     OnlineSum total;
     for (int warp = 0; warp < kWarps; ++warp) total.merge(scratch.warps[warp].x, scratch.warps[warp].y);
-    // In float64: an error of the log-normalizer is common to all tokens.
+    // In float64, because all tokens share the error of the log-normalizer.
     scratch.lse = double(total.max) + (total.sum == 0.0f ? 0.0 : log(double(total.sum)));
     scratch.warps[0].x = total.max;
   }
@@ -196,7 +124,7 @@ struct Row {
   Scratch& scratch;
   int vocab;
 
-  // functor(log p, log q, log q - log p); why the difference comes from the logits: see the CPU driver
+  // functor(log p, log q, log q - log p). The CPU driver says why the difference is made from the logits.
   template <typename Functor>
   __device__ __forceinline__ auto apply(const Functor& functor, float z, float y) const {
     z = lower(z * log_q.scale, kLogFloor);
@@ -232,7 +160,7 @@ struct Row {
 
   __device__ __forceinline__ float largest_log_p() const { return top; }
 
-  // Sums over log p alone; a block has nowhere to gather the likely tokens, and the others cost it a comparison.
+  // Sums over log p alone. A block has no memory to gather the likely tokens; each other token costs a comparison.
   struct Likely {
     const Row& row;
     template <typename Functor>
@@ -243,7 +171,7 @@ struct Row {
   __device__ __forceinline__ Likely likely(float) const { return {*this}; }
 };
 
-// What the divergence does on this row: by reference, to constant or shared memory, which spares registers.
+// The divergence as it is on this row, as a reference to constant or shared memory, which spares registers.
 template <typename Logit, typename Divergence>
 __device__ __forceinline__ decltype(auto) adapt(const Divergence& divergence, const Row<Logit>& row, bool measure,
                                                 double (&state)[2]) {
@@ -266,7 +194,7 @@ __device__ __forceinline__ decltype(auto) adapt(const Divergence& divergence, co
   }
 }
 
-// Shared memory that one row takes: room for its packs to start on a 16-byte boundary.
+// The shared memory of one row, with room for its packs to start on a 16-byte boundary.
 template <typename Logit>
 __host__ __device__ constexpr int64_t row_bytes(int64_t vocab) {
   return (vocab * int64_t(sizeof(Logit)) + 16 + 15) / 16 * 16;
@@ -284,13 +212,13 @@ __device__ __forceinline__ void ignore_row(const Cut<Logit>& cut, Logit* gradien
   });
 }
 
-// `kept` rows of a token stay in shared memory between the passes: none, the student's, or both.
+// `kept` is the number of rows that stay in shared memory between the passes: 0, 1 (the student's) or 2 (both).
 template <typename Logit, typename Divergence>
 __global__ void __launch_bounds__(kThreads, 1) row_kernel(Rows rows, Divergence divergence, int kept) {
   __shared__ Scratch scratch;
   extern __shared__ __align__(16) unsigned char shared_rows[];
 
-  // The last rows first: they are what the matrix product before this kernel left in the second-level cache.
+  // The last rows come first: the matrix product before this kernel left them in the second-level cache.
   const int64_t row = rows.count - 1 - int64_t(blockIdx.x);
   const auto* student = static_cast<const Logit*>(rows.student) + row * rows.student_stride;
   const auto* teacher = static_cast<const Logit*>(rows.teacher);
@@ -310,7 +238,8 @@ __global__ void __launch_bounds__(kThreads, 1) row_kernel(Rows rows, Divergence 
 
   const float scale = float(1.0 / rows.temperature);
   const bool hard = rows.hard_weight != 0.0;
-  // Read before any gradient is written: gradient may be student. An impossible label makes the loss NaN.
+  // The label's logit is read before any gradient is written, because gradient may be student. An impossible label
+  // makes the loss NaN.
   if (threadIdx.x == 0 && hard) {
     const bool valid = 0 <= label && label < rows.vocab;
     scratch.target = valid ? to_float(student[label]) : nanf("");
@@ -320,7 +249,7 @@ __global__ void __launch_bounds__(kThreads, 1) row_kernel(Rows rows, Divergence 
   double student_lse = 0.0, teacher_lse = 0.0;
   float top = 0.0f;
   if (rows.normalizes) {
-    // Shared copies are shifted so that their packs are aligned whatever the alignment of the rows themselves.
+    // The copies in shared memory are shifted, so that their packs are aligned for any alignment of the rows.
     const int64_t shift = (Cut<Logit>::kWidth - cut.head % Cut<Logit>::kWidth) % Cut<Logit>::kWidth;
     auto* kept_student = kept > 0 ? reinterpret_cast<Logit*>(shared_rows) + shift : nullptr;
     auto* kept_teacher =

@@ -1,13 +1,14 @@
-// The alpha-beta divergence of ABKD (ICML 2025) between the teacher p and the student q, for every real alpha, beta.
+// The alpha-beta divergence of ABKD (ICML 2025) between the teacher p and the student q, for all real alpha and beta.
 //
 // With a = log p, b = log q, d = b - a, the term of one token is an exact integral over the log-ratio,
 //     D = p^(alpha+beta) Int_0^d e^(beta t) (e^(alpha t) - 1) / alpha dt,
 // which is the second divided difference of x -> p^(alpha+beta) e^(x d) at the nodes 0, beta and alpha + beta. Its
 // derivative by log q is the first divided difference over (beta, alpha + beta):
 //     u = p^alpha q^beta (e^(alpha d) - 1) / alpha.
-// The nodes stand for P = p^(alpha+beta), M = p^alpha q^beta and Q = q^(alpha+beta). Sorted, the two gaps have one
-// sign, so all exponentials of gaps decay, the largest power is taken directly, and nothing overflows or cancels:
-// forward KL (1, 0), reverse KL (0, 1), alpha + beta = 0, (0, 0) and every neighbor of them are one code path.
+// The nodes stand for P = p^(alpha+beta), M = p^alpha q^beta and Q = q^(alpha+beta). If the nodes are sorted, the two
+// gaps have the same sign. All exponentials of gaps then decay, the largest power is taken directly, and nothing
+// overflows or cancels. Forward KL (1, 0), reverse KL (0, 1), alpha + beta = 0, (0, 0) and all points near them take
+// the same code path.
 #pragma once
 
 #include "math.h"
@@ -18,11 +19,11 @@ template <typename T>
 struct AlphaBeta {
   static constexpr bool has_teacher = true, adapts = false;
 
-  // The logarithms of the powers at both ends of the sorted chain first -> middle -> last are (alpha + beta) a +
-  // first_d d and (alpha + beta) b + last_d d.
+  // The powers at both ends of the sorted chain first -> middle -> last have the logarithms
+  // (alpha + beta) a + first_d d and (alpha + beta) b + last_d d.
   T first_d, last_d;
-  T gap1, gap;     // middle - first, last - first: of one sign, as is last - middle
-  T rate1, rate2;  // |middle - first|, |last - middle|, or so little that it makes no difference in place of 0
+  T gap1, gap;     // middle - first, last - first: they and last - middle have the same sign
+  T rate1, rate2;  // |middle - first|, |last - middle|; in place of 0 a number so small that it makes no difference
   T inverse_gap, inverse_rate1, inverse_rate2;
   T alpha, sum;  // sum = alpha + beta
   T inverse_alpha;
@@ -49,7 +50,7 @@ struct AlphaBeta {
     inverse_gap = absolute(gap) < Limits<T>::least_rate ? T(0) : T(1.0 / (x2 - x0));  // 0 is never used
     inverse_rate1 = T(1) / rate1;
     inverse_rate2 = T(1) / rate2;
-    // Only with P in the middle is (M, Q) the whole chain; elsewhere it is the second gap.
+    // (M, Q) is the whole chain if P is in the middle, else the second gap.
     const bool whole = order[1] == 0;
     slope_gap1 = whole ? T((x1 - x0) / (x2 - x0)) : T(0);
     slope_gap2 = whole ? T((x2 - x1) / (x2 - x0)) : T(1);
@@ -62,7 +63,7 @@ struct AlphaBeta {
     const T power = sum * (rising ? b : a) + (rising ? last_d : first_d) * d;
     const T top = exponential(upper(power, Limits<T>::max_exponent));
 
-    // First divided differences, each anchored at the larger of its two powers: top * Int_0^|d| e^(-rate t) dt.
+    // The first divided differences, each made from the larger of its two powers: top * Int_0^|d| e^(-rate t) dt.
     const T signed_top = d < T(0) ? -top : top;
     const T top1 = rising ? signed_top * decay2.decay : signed_top;
     const T top2 = rising ? signed_top : signed_top * decay1.decay;
@@ -77,9 +78,9 @@ struct AlphaBeta {
     return term;
   }
 
-  // The slope alone, from fewer exponentials: M and Q differ by the larger of them times (1 - e^-|alpha d|).
+  // The slope alone takes fewer exponentials: M and Q differ by the larger of them times (1 - e^-|alpha d|).
   ABKD_INLINE_MEMBER T slope(T a, T b, T d) const {
-    const T excess = lower(-alpha * d, T(0));  // log(M / Q) where M is larger
+    const T excess = lower(-alpha * d, T(0));  // log(M / Q) if M is larger, else 0
     const T top = exponential(upper(sum * b + excess, Limits<T>::max_exponent));
     const T size = top * decaying(rate_of(alpha) * absolute(d)).lost * inverse_alpha;
     return d < T(0) ? -size : size;
@@ -88,7 +89,7 @@ struct AlphaBeta {
  private:
   ABKD_INLINE_MEMBER static T rate_of(T gap) { return lower(absolute(gap), Limits<T>::least_rate); }
 
-  // d^2 sum_k h_k / (k + 2)!, where h_k is the complete homogeneous symmetric polynomial in gap1 d and gap d.
+  // d^2 sum_k h_k / (k + 2)!; h_k is the complete homogeneous symmetric polynomial in gap1 d and gap d.
   ABKD_INLINE_MEMBER T series(T d) const {
     const T x = gap1 * d, y = gap * d;
     T h = T(1), power = T(1), factorial = T(0.5);
@@ -104,7 +105,7 @@ struct AlphaBeta {
   }
 };
 
-// The larger, in each row, of two alpha-divergences, (alpha, 1 - alpha) and (beta, 1 - beta) (AlphaNet).
+// AlphaNet: in each row the larger of two alpha-divergences, (alpha, 1 - alpha) and (beta, 1 - beta).
 template <typename T>
 struct AlphaNet {
   static constexpr bool has_teacher = true, adapts = true;
@@ -112,10 +113,10 @@ struct AlphaNet {
 
   ABKD_INLINE_MEMBER AlphaNet(double alpha, double beta) : first(alpha, 1.0 - alpha), second(beta, 1.0 - beta) {}
 
-  // (0, 0) for the first branch, (1, 0) for the second
+  // (0, 0) for the first branch, (1, 0) for the second.
   template <typename Row>
   ABKD_INLINE_MEMBER Pair<double> state(const Row& row) const {
-    // One after the other: both at once would need more registers than a GPU's thread has.
+    // One branch after the other: both at once would need more registers than a GPU's thread has.
     const auto left = row.sum([x = first](T a, T b, T d) { return Pair<T>{x(a, b, d).value, T(0)}; });
     const auto right = row.sum([x = second](T a, T b, T d) { return Pair<T>{x(a, b, d).value, T(0)}; });
     return {left.first >= right.first ? 0.0 : 1.0, 0.0};

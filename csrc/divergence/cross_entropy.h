@@ -1,4 +1,4 @@
-// No teacher: the row drivers then compute only the cross-entropy with the labels.
+// No teacher: the drivers compute only the cross-entropy with the labels.
 #pragma once
 
 namespace abkd {

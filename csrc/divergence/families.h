@@ -1,7 +1,7 @@
-// The one list of divergences: from a call's family and parameters to the functor that the row drivers are made for.
+// The list of all divergences: turns the family and the parameters of a call into the functor that the drivers run.
 #pragma once
 
-#include "../rows.h"
+#include "../row_call.h"
 #include "alpha_beta.h"
 #include "cross_entropy.h"
 #include "kullback_leibler.h"
@@ -10,7 +10,7 @@
 
 namespace abkd {
 
-// How many of Rows::parameters a family has, or -1 if there is no such family.
+// The number of Rows::parameters that a family has, or -1 if there is no such family.
 static inline int parameter_count(Family family) {
   switch (family) {
     case Family::cross_entropy:
@@ -29,7 +29,7 @@ static inline int parameter_count(Family family) {
   return -1;
 }
 
-// Calls run(divergence), whose result is returned; T is the type of the arithmetic.
+// Returns run(divergence). T is the type of the arithmetic.
 template <typename T, typename Run>
 static auto with_divergence(const Rows& rows, Run run) {
   const double* x = rows.parameters;

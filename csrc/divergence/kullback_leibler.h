@@ -1,12 +1,13 @@
-// Forward and reverse Kullback-Leibler divergence, weighted: by constants (FKL, RKL, WSD), or row by row (BDKD, AKL).
+// Weighted forward and reverse Kullback-Leibler divergence. The weights are constants (FKL, RKL, WSD), or are decided
+// for each row (BDKD, AKL).
 #pragma once
 
 #include "math.h"
 
 namespace abkd {
 
-// forward KL(p, q) + reverse KL(q, p), each with the difference of the probabilities that makes its terms positive:
-// sum p log(p / q) - p + q, and the same with p and q exchanged.
+// forward KL(p, q) + reverse KL(q, p). Each direction has the difference of the probabilities added, which is 0 in sum
+// and makes every term positive: sum p log(p / q) - p + q, and the same with p and q exchanged.
 template <typename T>
 struct WeightedKL {
   static constexpr bool has_teacher = true, adapts = false;
@@ -31,7 +32,7 @@ template <typename T>
 struct BalancedKL {
   static constexpr bool has_teacher = true, adapts = true;
 
-  // The weights. KL(q, p), whose mean is over q, gains where the student is the less certain one.
+  // The weights of both directions. KL(q, p), a mean over q, gets the larger one if the student is less certain.
   template <typename Row>
   ABKD_INLINE_MEMBER Pair<double> state(const Row& row) const {
     const auto entropy = row.sum([](T a, T b, T) { return Pair<T>{-a * exponential(a), -b * exponential(b)}; });
@@ -41,9 +42,9 @@ struct BalancedKL {
   ABKD_INLINE_MEMBER WeightedKL<T> at(Pair<double> weights) const { return {weights.first, weights.second}; }
 };
 
-// AKL: the teacher's likely tokens (the head: the most whose probabilities sum to mu or less, and at least one) and the
-// others share the weights of KL(p, q) and KL(q, p) as they share sum |p - q|. Tokens as likely as the first that
-// would exceed mu are in the tail; the weights are constants for the gradient.
+// AKL: the weights of KL(p, q) and KL(q, p) are the shares of head and tail in sum |p - q|. The head holds the
+// teacher's likeliest tokens: as many as have mu or less together, and at least one. The first token that would exceed
+// mu is in the tail, with all tokens that are as likely. The weights are constants for the gradient.
 template <typename T>
 struct AdaptiveKL {
   static constexpr bool has_teacher = true, adapts = true;
@@ -66,17 +67,17 @@ struct AdaptiveKL {
   ABKD_INLINE_MEMBER WeightedKL<T> at(Pair<double> weights) const { return {weights.first, weights.second}; }
 
  private:
-  // The smallest log p of the head, by bisection: a few masked sums instead of a sort.
+  // Finds the smallest log p of the head by bisection: a few masked sums are faster than a sort.
   template <typename Row>
   ABKD_INLINE_MEMBER T threshold(const Row& row) const {
-    // All tokens below `low` together have less than 1 - mu. Invariant: the tokens from `high` on fit under mu,
-    // those from `low` on don't.
+    // All tokens below `low` have less than 1 - mu together. Invariant: the tokens from `high` up fit under mu, the
+    // tokens from `low` up do not.
     T low = logarithm((T(1) - mu) / T(row.vocab)), high = T(0.5);
     const auto likely = row.likely(low);
-    double between = double(row.vocab);  // at most this many tokens lie from low to high
+    double between = double(row.vocab);  // the most tokens that can lie between low and high
     while (between > 1) {
       const T middle = low + (high - low) * T(0.5);
-      if (middle <= low || middle >= high) break;  // neighbors: tokens between them are equally likely
+      if (middle <= low || middle >= high) break;  // neighboring numbers: all tokens between them are equally likely
       const auto above = likely.sum([middle, high](T a) {
         return Pair<T>{a >= middle ? exponential(a) : T(0), a >= middle && a < high ? T(1) : T(0)};
       });

@@ -1,4 +1,4 @@
-// Scalar building blocks that every divergence and every row driver share, on the host and on the device.
+// Scalar building blocks of all divergences and drivers, on the host and on the device.
 #pragma once
 
 #include <cmath>
@@ -11,22 +11,22 @@
 #define ABKD_UNROLL _Pragma("unroll")
 #else
 // Internal linkage matters: the CPU driver compiles these functions once per instruction set, and the linker must
-// never merge an AVX-512 copy into code that runs on an older processor.
+// never put an AVX-512 copy into code that runs on an older CPU.
 #define ABKD_INLINE static inline __attribute__((always_inline))
 #define ABKD_INLINE_MEMBER inline __attribute__((always_inline))
-// A loop with a short loop inside is not vectorized.
+// Unrolled, because a loop that contains a short loop is not vectorized.
 #define ABKD_UNROLL _Pragma("GCC unroll 16")
 #endif
 
 namespace abkd {
 
-// Log-probabilities are kept above this floor, so that a masked logit (-inf) stays a number: two masked logits then
+// Log-probabilities stay above this floor, so that a masked logit (-inf) becomes a number. Two masked logits then
 // differ by exactly 0 and contribute nothing.
 constexpr float kLogFloor = -1e30f;
 
 // One token's share of a divergence D between the teacher p and the student q. Every divergence is a functor that makes
-// it from a = log p, b = log q and d = b - a, and has a member `slope` that makes the slope alone. Shares are never
-// negative and are 0 where d is 0.
+// the share from a = log p, b = log q and d = b - a, and has a member `slope` that makes only the slope. Values are
+// never negative, and are 0 if d is 0.
 template <typename T>
 struct Term {
   T value;
@@ -43,7 +43,8 @@ struct Limits;
 
 template <>
 struct Limits<float> {
-  static constexpr float max_exponent = 64.0f;  // beyond e^64 a term saturates; a row's sum of them still fits in fp32
+  static constexpr float max_exponent =
+      64.0f;  // a term saturates at e^64, so that the sum over a row still fits into float32
   static constexpr float series_below = 0.25f;
   static constexpr float least_rate = 1e-20f;
   static constexpr int series_terms = 6;  // (k + 1) 0.25^k / (k + 2)! < 2^-24 for k = 6
@@ -57,7 +58,7 @@ struct Limits<double> {
   static constexpr int series_terms = 13;  // the same bound for 2^-53
 };
 
-// x, but not below (above) the bound. NaN passes through, so a NaN logit reaches the loss.
+// x, but not below (above) the bound. NaN passes through, so that a NaN logit reaches the loss.
 template <typename T>
 ABKD_INLINE T lower(T x, T bound) {
   return x < bound ? bound : x;
@@ -69,7 +70,7 @@ ABKD_INLINE T upper(T x, T bound) {
 }
 
 #if defined(__CUDA_ARCH__)
-// One instruction each; a comparison and a selection are two, a dozen times an element.
+// One instruction each. A comparison and a selection would be two, a dozen times per element.
 __device__ __forceinline__ float lower(float x, float bound) {
   float larger;
   asm("max.NaN.f32 %0, %1, %2;" : "=f"(larger) : "f"(x), "f"(bound));
@@ -86,10 +87,10 @@ __device__ __forceinline__ float upper(float x, float bound) {
 ABKD_INLINE float absolute(float x) { return ::fabsf(x); }
 ABKD_INLINE double absolute(double x) { return ::fabs(x); }
 
-// Where device code is compiled: by nvcc for a GPU, or by the tests' emulator, which brings its own power_of_2.
+// ABKD_DEVICE is defined if device code is compiled: by nvcc, or by the tests' emulator, which has its own power_of_2.
 #if defined(__CUDA_ARCH__)
 #define ABKD_DEVICE
-// One instruction of the special-function unit; subnormal results become 0.
+// One instruction of the special-function unit. Subnormal results become 0.
 __device__ __forceinline__ float power_of_2(float x) {
   float power;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
@@ -99,7 +100,7 @@ __device__ __forceinline__ float power_of_2(float x) {
 
 ABKD_INLINE double exponential(double x) { return ::exp(x); }
 
-// x = n ln 2 + rest with |rest| <= ln(2) / 2, and scale = 2^n, which is 0 for x below -88.03.
+// x = n ln 2 + rest with |rest| <= ln(2) / 2, and scale = 2^n. For x below -88.03 scale is 0.
 struct ReducedExponent {
   float rest, scale;
 };
@@ -119,7 +120,7 @@ ABKD_INLINE ReducedExponent reduce_exponent(float x) {
   return reduced;
 }
 
-// (e^r - 1 - r) / r^2 for |r| <= ln(2) / 2: a minimax fit, relative to e^r; error 3.6e-9.
+// (e^r - 1 - r) / r^2 for |r| <= ln(2) / 2: a minimax fit with an error of 3.6e-9, relative to e^r.
 ABKD_INLINE float exponential_series(float r) {
   float p = 1.38145e-3f;
   p = p * r + 8.36875e-3f;
@@ -128,12 +129,12 @@ ABKD_INLINE float exponential_series(float r) {
   return p * r + 4.9999994e-1f;
 }
 
-// e^x for x <= 88, flushed to 0 below -88; error under 1.5 ulp.
+// e^x for x <= 88, and 0 below -88. The error is under 1.5 ulp.
 ABKD_INLINE float exponential(float x) {
 #if defined(ABKD_DEVICE)
   constexpr float log2e = 1.44269504f;
   x = lower(x, -200.0f);  // e^-200 is 0, and -inf would leave inf - inf below
-  // The power of 2 is good to 2 ulp; the rounding of x * log2e, which would cost |x| ulp, is put back to first order.
+  // The power of 2 is good to 2 ulp. The rounding of x * log2e would cost |x| ulp; it is put back to first order.
   const float t = x * log2e;
   const float lost = fmaf(x, log2e, -t) + x * 1.92596303e-8f;
   return power_of_2(t) * fmaf(lost, 0.693147181f, 1.0f);
@@ -143,7 +144,7 @@ ABKD_INLINE float exponential(float x) {
 #endif
 }
 
-// e^-t and 1 - e^-t for t >= 0, both without cancellation.
+// decay = e^-t and lost = 1 - e^-t for t >= 0, both without cancellation.
 template <typename T>
 struct Decay {
   T decay, lost;
@@ -151,15 +152,15 @@ struct Decay {
 
 ABKD_INLINE Decay<double> decaying(double t) { return {::exp(-t), -::expm1(-t)}; }
 
-// The same polynomial on every device: it gives both numbers at once, and the special-function unit of a GPU has enough
-// to do with the other exponentials.
+// The same polynomial on every device: it gives both numbers at once, and a GPU's special-function unit is busy with
+// the other exponentials.
 ABKD_INLINE Decay<float> decaying(float t) {
   const ReducedExponent x = reduce_exponent(-t);
   const float rest = x.scale * (exponential_series(x.rest) * (x.rest * x.rest) + x.rest);
   return {x.scale + rest, (1.0f - x.scale) - rest};
 }
 
-// log x for normal positive x; error under 2^-23, relative where x is near 1.
+// log x for normal positive x. The error is under 2^-23, and relative to the result near x = 1.
 ABKD_INLINE float logarithm(float x) {
 #if defined(ABKD_DEVICE)
   return logf(x);
@@ -205,7 +206,7 @@ ABKD_INLINE T fall(T t, T lost, T decay) {
   return t < Limits<T>::series_below ? T(0.5) * t * t * series : lost - t * decay;
 }
 
-// p and q as multiples of the larger of them: nothing overflows, and their difference keeps its digits.
+// p and q as multiples of the larger of them, so that nothing overflows and their difference keeps its digits.
 template <typename T>
 struct Anchored {
   bool falling;   // q < p

@@ -22,7 +22,7 @@ struct Mixture {
     const T m = of_top + of_bottom * x.decay;  // the mixture over max(p, q), at most 1
     const T inverse = T(1) / m;
     const T short_of_1 = of_bottom * x.lost;  // 1 - m
-    // -log m; near m = 1 what the rounding of m lost is put back.
+    // -log m. Near m = 1 this puts back what the rounding of m lost.
     T to_top = -logarithm(m);
     to_top = m > T(0.5) ? to_top + (short_of_1 + (m - T(1))) : to_top;
     to_top = lower(to_top, T(0));

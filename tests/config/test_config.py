@@ -2,6 +2,8 @@ import subprocess
 import sys
 import time
 
+import pytest
+
 
 def test_help_is_fast_and_complete():
     times = []
@@ -14,3 +16,18 @@ def test_help_is_fast_and_complete():
     for key in ("run.name", "student.path", "teacher.config", "data.max_length", "optim.lr", "train.batch_size",
                 "eval.every_steps", "log.every_steps", "method", "loss"):  # fmt: skip
         assert f"  {key} " in text
+    assert "teacher.lora" not in text, "the teacher is not trained"
+    assert "student.lora.rank" in text
+
+
+@pytest.mark.parametrize("command", ["generate", "evaluate", "report"])
+def test_help_of_other_commands_loads_no_pytorch(command):
+    code = f"""
+import sys
+from abkd_fast import {command}
+try:
+    {command}.main(["--help"])
+finally:
+    assert "torch" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)

@@ -1,4 +1,4 @@
-"""Recipes: files, bases, stages and overrides on top of each other; the packaged ones. Errors: test_bad_input.py."""
+"""Recipes: bases, stages and overrides on top of each other, and the packaged recipes. Errors: test_bad_input.py."""
 
 import json
 import re
@@ -6,8 +6,8 @@ import re
 import pytest
 from transformers import AutoConfig
 
+from abkd_fast.config.methods import OnPolicyConfig
 from abkd_fast.config.recipe import load, packaged_recipes
-from abkd_fast.config.schema import OnPolicyConfig
 from abkd_fast.errors import ConfigError
 
 GOOD = {

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from abkd_fast.data import quickstart
-from abkd_fast.data.batches import pack, prefetch, step_samples
+from abkd_fast.data.batches import balance_by_tokens, pack, prefetch, step_samples
 from abkd_fast.data.rows import read_rows
 from abkd_fast.data.tokenize import describe_long_rows, tokenize
 from abkd_fast.errors import ConfigError
@@ -162,6 +162,18 @@ def test_rows_of_a_bad_step_are_named_rightly_where_others_are_left_out(write_js
     captured = capsys.readouterr()
     assert f"2 rows are left out: their prompts exceed 20 tokens ({path} line 1, …)" in captured.out
     assert f"samples {path} line 2, 3, 4, 5; " in captured.err
+
+
+@given(st.lists(st.integers(1, 512), min_size=1, max_size=70), st.integers(1, 9))
+def test_samples_are_dealt_evenly(lengths, world):
+    shares = balance_by_tokens(lengths, world)
+    assert sorted(place for share in shares for place in share) == list(range(len(lengths)))
+    assert all(share == sorted(share) for share in shares)
+    assert max(map(len, shares)) <= -(-len(lengths) // world)
+    loads = [sum(lengths[place] for place in share) for share in shares]
+    if len(lengths) % world == 0:
+        assert len({len(share) for share in shares}) == 1
+        assert max(loads) - min(loads) <= max(lengths)
 
 
 lengths = st.lists(st.tuples(st.integers(1, 12), st.integers(1, 12)), min_size=1, max_size=12)

@@ -122,7 +122,7 @@ def as_items(rows):
 
 
 def test_samples_are_those_of_the_same_rows_as_jsonl(write_indexed, write_jsonl, tmp_path):
-    """Beside the binary file lies JSONL of all splits, which is not read."""
+    """JSONL of all splits beside the binary file is not read."""
     tokenizer = quickstart.tokenizer()
     rows = read_rows("quickstart:small", 50)
     items = list(as_items(rows))

@@ -16,7 +16,7 @@ from abkd_fast.data import pretrain, quickstart
 from abkd_fast.data.batches import step_samples
 from abkd_fast.data.rows import read_rows
 from abkd_fast.errors import ConfigError
-from abkd_fast.training import trainer
+from abkd_fast.methods.base import Method
 from abkd_fast.training.trainer import Trainer
 from conftest import GPT2
 from runs import Killed, Run, assert_same, at_step, crash, poison
@@ -115,6 +115,10 @@ def test_half_written_result_is_never_used(write_jsonl, monkeypatch, error, rais
     folder = pathlib.Path(datasets.config.HF_DATASETS_CACHE)
     assert not [*folder.rglob("*.arrow"), *folder.rglob("*.tmp")]
     assert blocks(path) == expected(TEXTS[:9])
+    (arrow,) = folder.rglob("*.arrow")
+    arrow.rename(f"{arrow}.4242.tmp")  # as a killed process leaves it
+    assert blocks(path) == expected(TEXTS[:9])
+    assert not [*folder.rglob("*.tmp")]
 
 
 BAD = {
@@ -179,7 +183,7 @@ def text(write_jsonl):
 
 
 def padded_loss(model, sequences, first_labels):
-    """Logits and labels where there is a loss, of right-padded rows with a mask, by transformers itself."""
+    """Logits and labels of the tokens with a loss, by transformers itself, on right-padded rows with a mask."""
     longest = max(map(len, sequences))
     ids = torch.tensor([[*ids, *[END] * (longest - len(ids))] for ids in sequences])
     mask = torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids in sequences])
@@ -192,7 +196,7 @@ def padded_loss(model, sequences, first_labels):
 
 @pytest.mark.parametrize("method", ["sft", "kd"])
 def test_loss_and_gradient(tmp_path, text, method):
-    """Several micro-batches of samples and of blocks: a step's gradient is that of both means' sum, padded."""
+    """Several micro-batches of samples and of blocks: the gradient is that of the sum of both means, on padded rows."""
     config = {**GPT2, "vocab_size": 1024, "resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0}
     torch.manual_seed(0)
     teacher = AutoModelForCausalLM.from_config(AutoConfig.for_model(**{**config, "initializer_range": 0.5}))
@@ -209,8 +213,8 @@ def test_loss_and_gradient(tmp_path, text, method):
     run_trainer = Trainer(load(run.arguments[1], overrides)[0])
     run_trainer.build()
     batch = next(run_trainer.batches())
-    assert [part.is_pretrain for part in batch.parts] == [False, False, True, True, True, True]
-    samples, texts = batch.samples, batch.text
+    assert [part.is_pretrain for part in batch.micro_batches] == [False, False, True, True, True, True]
+    samples, texts = batch.samples, batch.pretrain_blocks
     assert [len(samples), len(texts), *{len(block["input_ids"]) for block in texts}] == [4, 4, 128]
     captured = {}
     run_trainer.optimizer.register_step_pre_hook(
@@ -241,7 +245,7 @@ def test_loss_and_gradient(tmp_path, text, method):
 
 
 def test_run_resumes_to_the_same_bits(tmp_path, monkeypatch, text, capsys):
-    """Crashed in the middle of a window and of the blocks' second epoch; the log's parts sum up to its loss."""
+    """Crashes within a window and within the second epoch of blocks. The parts of the logged loss sum up to it."""
     overrides = [f"data.pretrain.path={text}", "data.pretrain.weight=0.5"]
     undisturbed, run = (Run(tmp_path / name, *overrides) for name in ("undisturbed", "run"))
     assert undisturbed() == 0
@@ -271,8 +275,8 @@ def test_work_counts_text_and_samples_count_rows(tmp_path, text, capsys):
     assert run("--dry-run") == 0
     assert "blocks of 128 tokens, one a sample; weight 1" in capsys.readouterr().out
     assert run() == 0
-    _, *others = Trainer(load(run.arguments[1], [*run.arguments[3::2], "run.name=other"])[0])._batches()
-    tokens = sum(part.tokens for batch in others[2:5] for part in batch.parts)  # of the second point
+    _, *others = Trainer(load(run.arguments[1], [*run.arguments[3::2], "run.name=other"])[0]).batches()
+    tokens = sum(part.tokens for batch in others[2:5] for part in batch.micro_batches)  # of the second point
     assert tokens > 3 * 4 * 128
     point = json.loads((run.folder / "metrics.jsonl").read_text().splitlines()[1])
     assert point["tokens_per_second"] * point["seconds_per_sample"] == pytest.approx(tokens / 12)
@@ -296,8 +300,8 @@ def test_run_checks_text_first(tmp_path, text, capsys):
 
 
 def test_non_finite_text_loss_stops_the_run(tmp_path, monkeypatch, text, capsys):
-    finite = trainer.cross_entropy
-    monkeypatch.setattr(trainer, "cross_entropy", lambda *arguments, batch: np.inf * finite(*arguments, batch))
+    finite = Method.pretrain_loss
+    monkeypatch.setattr(Method, "pretrain_loss", lambda *args, **kwargs: np.inf * finite(*args, **kwargs))
     assert Run(tmp_path, f"data.pretrain.path={text}", "data.dev=null")() == 1
     assert "error: step 1: loss inf" in capsys.readouterr().err
 

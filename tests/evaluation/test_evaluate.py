@@ -1,4 +1,5 @@
 import copy
+import functools
 import json
 import shutil
 import signal
@@ -7,9 +8,6 @@ import statistics
 import peft
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from rouge_score import rouge_scorer
 from safetensors.torch import load_file, save_file
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -20,50 +18,12 @@ from abkd_fast.data.rows import read_rows
 from abkd_fast.data.tokenize import encode_prompts
 from abkd_fast.evaluate import main
 from abkd_fast.evaluation import evaluator, test_sets
-from abkd_fast.evaluation.rouge import exact_match, rouge_l
 from abkd_fast.files import locked
 from abkd_fast.generation.answers import GrowingFile
 from abkd_fast.generation.sampling import SamplingParams, sample
-from abkd_fast.training import dev_eval
-from conftest import LLAMA
+from scoring import ROWS, SMALL, lines_of, rouge_by_hand, write_recipe
 
-SMALL = {**LLAMA, "vocab_size": 1024, "intermediate_size": 64, "eos_token_id": 0, "bos_token_id": 0}
 SHORT = ["--max-new-tokens", "8", "--device", "cpu"]
-ROWS = [
-    {"instruction": "Say hello.", "output": ["Hello.", "Good morning to you!"]},
-    {"instruction": "Name an animal.", "input": "It barks.", "output": "A dog."},
-    {"prompt": "Count to three: " * 9, "output": "one, two, three"},
-]
-
-
-def by_hand(response, references):
-    scorer = rouge_scorer.RougeScorer(["rougeL"], use_stemmer=True)
-    return 100 * max(scorer.score(reference, response)["rougeL"].fmeasure for reference in references)
-
-
-# Few words, so that they repeat; words that a stemmer changes; what is no word.
-TEXTS = st.lists(
-    st.sampled_from(["a", "running", "runs", "cats", "Cat", "flies", "42", "-", "é", "don't"]), max_size=90
-)
-
-
-@settings(deadline=None, max_examples=60)
-@given(TEXTS.map(" ".join), st.lists(TEXTS.map(" ".join), min_size=1, max_size=3))
-def test_rouge_l_is_that_of_rouge_score(response, references):
-    assert rouge_l(response, references) == by_hand(response, references)
-
-
-def test_rouge_l_of_real_texts(shared):
-    rows = [json.loads(line) for line in (shared / "data/dolly/dev.jsonl").read_text().splitlines()[:60]]
-    outputs = [row["output"] for row in rows]
-    for response, first, second in zip(outputs, outputs[1:], outputs[2:], strict=False):
-        assert rouge_l(response, [first, second]) == by_hand(response, [first, second])
-
-
-def test_exact_match_is_blind_to_case_punctuation_and_spaces():
-    assert exact_match(" The  answer\nis: 42! ", ["no", "the answer is 42"])
-    assert not exact_match("the answer is 4 2", ["the answer is 42"])
-    assert exact_match("", ["..."])
 
 
 @pytest.fixture
@@ -88,10 +48,6 @@ def command(model_folder, write_jsonl, tmp_path):
     return make
 
 
-def lines_of(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
 def scores_of(tmp_path):
     return json.loads((tmp_path / "out" / "scores.json").read_text())
 
@@ -113,7 +69,7 @@ def test_scores_are_those_of_the_samples(command, model_folder, tmp_path, capsys
         assert [line["prompt"] for line in lines] == tokenizer.batch_decode(prompts)
         assert [line["output"] for line in lines] == references
         assert [line["response"] for line in lines] == texts
-        assert [line["rouge_l"] for line in lines] == list(map(by_hand, texts, references))
+        assert [line["rouge_l"] for line in lines] == list(map(rouge_by_hand, texts, references))
         assert not any(line["exact_match"] for line in lines)
         means.append(statistics.fmean(line["rouge_l"] for line in lines))
     scores = scores_of(tmp_path)
@@ -197,6 +153,15 @@ def test_scores_of_another_evaluation_are_kept(model_folder, write_jsonl, tmp_pa
     assert "another process is at work" in capsys.readouterr().err
 
 
+def test_sets_may_be_read_already(model_folder, write_jsonl, tmp_path):
+    def evaluation(sets):
+        return evaluator.Evaluation(str(model_folder), sets, tmp_path / "out", device="cpu")
+
+    by_name = evaluation({"dolly": write_jsonl(ROWS)})
+    assert evaluation(by_name.sets).sets is by_name.sets
+    assert [(test.name, len(test.prompts)) for test in by_name.sets] == [("Dolly", 3)]
+
+
 def test_other_model_settings_and_rows_are_refused(command, model_folder, write_jsonl, tmp_path, capsys):
     assert main(command()) == 0
     before = (tmp_path / "out" / "scores.json").read_bytes()
@@ -221,8 +186,13 @@ def test_begin_token_only_when_asked_for(command, model_folder, tmp_path, monkey
     tokenizer.backend_tokenizer.post_processor = begin  # as Llama's
     tokenizer.save_pretrained(model_folder)
     seen = []
-    monkeypatch.setattr(evaluator, "generate", lambda _, prompts, *rest: seen.append(prompts))
-    monkeypatch.setattr(evaluator, "_mean", lambda *_: 0.0)
+
+    def generate(model, prompts, sampling, seeds, batch_size, keep, name):
+        seen.append(prompts)
+        for number in range(len(prompts)):
+            keep(number, [0])
+
+    monkeypatch.setattr(evaluator, "generate", generate)
     assert main(command(seeds=[10])) == 0
     assert "prompts have no <end>, as in training; the papers' test prompts had one: --bos" in capsys.readouterr().out
     assert main(command("--bos", "--out", str(tmp_path / "other"), seeds=[10])) == 0
@@ -346,97 +316,8 @@ def test_bad_input_is_one_line_and_status_2(model_folder, write_jsonl, tmp_path,
 
 
 @pytest.fixture
-def recipe(tmp_path, write_jsonl):
-    """Writes a small recipe and returns the command's arguments."""
-    sets = {"dolly": write_jsonl(ROWS, "set.jsonl")}
-
-    def write(*overrides, **evaluated):
-        values = {
-            "run": {"name": "test", "dir": str(tmp_path / "runs")},
-            "method": "sft",
-            "tokenizer": "quickstart",
-            "student": {"config": {**SMALL, "tie_word_embeddings": True}},
-            "data": {"train": "quickstart:small", "dev": "quickstart:dev", "dev_rows": 20, "max_length": 128},
-            "optim": {"lr": 3e-3},
-            "train": {"steps": 12, "batch_size": 8, "max_tokens": 256, "device": "cpu"},
-            "eval": {"every_steps": 4, "rouge_rows": 6, "max_new_tokens": 8, "seeds": [1, 2], **evaluated},
-        }
-        values["eval"] = {"sets": sets, **values["eval"]} if "sets" not in evaluated else values["eval"]
-        path = tmp_path / "recipe.json"
-        path.write_text(json.dumps(values))
-        return ["--config", str(path), *(part for override in overrides for part in ("--set", override))]
-
-    return write
-
-
-def dev_points(tmp_path):
-    points = lines_of(tmp_path / "runs" / "test" / "metrics.jsonl")
-    return [(point["step"], point["loss"], point["rouge_l"]) for point in points if point["kind"] == "dev"]
-
-
-def test_rouge_l_of_dev_rows_during_training(recipe, tmp_path, capsys):
-    assert train.main(recipe(sets=None)) == 0
-    points = dev_points(tmp_path)
-    assert [step for step, *_ in points] == [0, 4, 8, 12]
-    folder, tokenizer = tmp_path / "runs" / "test", quickstart.tokenizer()
-    rows = read_rows("quickstart:dev", 6)
-    chosen = SamplingParams(max_new_tokens=8, eos_token_ids=(0,))
-    model = AutoModelForCausalLM.from_pretrained(folder / "final")
-    responses = sample(model, encode_prompts(rows, tokenizer), chosen, [(10 << 32) + row for row in range(6)])
-    texts = [tokenizer.decode(response, skip_special_tokens=True).strip() for response in responses]
-    expected = statistics.fmean(by_hand(text, [row.values["output"]]) for text, row in zip(texts, rows, strict=True))
-    assert points[-1][2] == pytest.approx(expected, rel=1e-12)
-    assert json.loads((folder / "summary.json").read_text())["dev_rouge_l"] == points[-1][2]
-    assert f"dev loss {points[-1][1]:.4f}  ROUGE-L {points[-1][2]:.2f}" in capsys.readouterr().out
-
-
-def test_training_is_the_same_with_and_without(recipe, tmp_path):
-    weights = []
-    for name, rows in (("with", "6"), ("without", "null")):
-        assert train.main(recipe(f"run.name={name}", f"eval.rouge_rows={rows}", sets=None)) == 0
-        weights.append((tmp_path / "runs" / name / "final" / "model.safetensors").read_bytes())
-    assert weights[0] == weights[1]
-
-
-def made_up_scores(monkeypatch, scores):
-    """ROUGE-L of each evaluation, in their order."""
-    values = iter(scores)
-    monkeypatch.setattr("abkd_fast.training.dev_eval.DevelopmentRouge.measure", lambda *_: next(values))
-
-
-def test_highest_rouge_l_is_selected(recipe, tmp_path, monkeypatch, capsys):
-    made_up_scores(monkeypatch, [90.0, 7.0, 9.0, 8.0])
-    assert train.main(recipe("eval.select=rouge_l", sets=None)) == 0
-    folder = tmp_path / "runs" / "test"
-    summary = json.loads((folder / "summary.json").read_text())
-    assert (summary["selected_step"], summary["dev_rouge_l"]) == (8, 9.0)
-    assert summary["dev_loss"] == dev_points(tmp_path)[2][1]
-    best = folder / "checkpoints" / "step-000008" / "model.safetensors"
-    assert (folder / "final" / "model.safetensors").read_bytes() == best.read_bytes()
-    assert "step 8 is taken, of the highest dev ROUGE-L, 9.00" in capsys.readouterr().out
-
-
-def test_signal_during_the_answers_and_resume(recipe, tmp_path, monkeypatch):
-    assert train.main(recipe("run.name=undisturbed", sets=None)) == 0
-    undisturbed = tmp_path / "runs" / "undisturbed"
-    with monkeypatch.context() as patch:
-        score, count = dev_eval.score_response, 0
-
-        def score_and_be_stopped(*arguments):
-            nonlocal count
-            count += 1
-            if count == 6 + 2:  # the second answer after step 4
-                signal.raise_signal(signal.SIGTERM)
-            return score(*arguments)
-
-        patch.setattr(dev_eval, "score_response", score_and_be_stopped)
-        assert train.main(recipe(sets=None)) == 75
-    assert [step for step, *_ in dev_points(tmp_path)] == [0]
-    assert train.main([*recipe(sets=None), "--resume"]) == 0
-    points = [p for p in lines_of(undisturbed / "metrics.jsonl") if p["kind"] == "dev"]
-    assert dev_points(tmp_path) == [(p["step"], p["loss"], p["rouge_l"]) for p in points]
-    weights = [path / "final" / "model.safetensors" for path in (undisturbed, tmp_path / "runs" / "test")]
-    assert weights[0].read_bytes() == weights[1].read_bytes()
+def recipe(tmp_path):
+    return functools.partial(write_recipe, tmp_path)
 
 
 def test_result_is_scored_once(recipe, tmp_path, monkeypatch, capsys):
@@ -516,11 +397,6 @@ def test_rows_of_test_sets_are_checked_before_the_first_stage(
     for more in ((), ("--dry-run",)):
         assert train.main([*arguments, *more]) == 2
         assert message in capsys.readouterr().err
-
-
-def test_selection_by_rouge_l_needs_it(recipe, capsys):
-    assert train.main(recipe("eval.rouge_rows=null", "eval.select=rouge_l")) == 2
-    assert "eval.select is rouge_l, but rouge_rows is missing" in capsys.readouterr().err
 
 
 def test_generated_test_rows_accept_every_wording():

@@ -5,7 +5,6 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from abkd_fast import generate
 from abkd_fast.cli import INTERRUPTED
 from abkd_fast.data import quickstart
 from abkd_fast.data.rows import read_rows
@@ -39,11 +38,6 @@ def command(model_folder, tmp_path):
         return [*arguments, "--max-new-tokens", "9", "--device", "cpu", *more]
 
     return make
-
-
-def generation(arguments):
-    options = generate._parser().parse_args(arguments)
-    return answers.Generation(options, model_spec(options.model))
 
 
 def answers_of(tmp_path):
@@ -103,9 +97,11 @@ def test_interrupted_command_continues_to_the_same_file(command, tmp_path, capsy
     assert path.read_bytes() == undisturbed
 
 
-def test_one_process_at_a_time(command, tmp_path, capsys, monkeypatch):
+def test_one_process_at_a_time(command, model_folder, tmp_path, capsys, monkeypatch):
     path = tmp_path / "answers.jsonl"
-    first = generation(command())  # it has looked at the file before the second one began
+    settings = SamplingParams(max_new_tokens=9)
+    # It looks at the file before the second one begins.
+    first = answers.Generation(model_spec(str(model_folder)), "quickstart:dev", path, settings, rows=12, device="cpu")
     with exclusive(tmp_path / "answers.jsonl.lock", "not busy"):
         assert main(command()) == 2
         assert capsys.readouterr().err == (
@@ -148,7 +144,7 @@ def test_empty_answers_are_left_out(command, tmp_path, capsys, monkeypatch):
         for index in range(len(prompts)):
             on_response(index, [*([5] if index % 2 else []), *settings.eos_token_ids])
 
-    monkeypatch.setattr("abkd_fast.generation.sampling.sample", empty)
+    monkeypatch.setattr("abkd_fast.generation.answers.sample", empty)
     assert main(command()) == 0
     assert [answer["row"] for answer in answers_of(tmp_path)] == [1, 3, 5, 7, 9, 11]
     assert all(answer["ended"] for answer in answers_of(tmp_path))

@@ -24,6 +24,7 @@ from abkd_fast import (
     parse,
 )
 from abkd_fast.losses import row_ops
+from abkd_fast.losses.arguments import LossSpec
 from oracle import ALPHA_BETA, FAMILIES, gpt2_like_logits, mild_logits, relative_errors
 from row_kernels import ALL, FLOAT32, FLOAT64, assert_close, by_reference, kernel
 
@@ -52,8 +53,9 @@ def test_kernel_agrees_with_oracle(rows, vocab, divergence):
     [*itertools.product(["ab:0.2,0.7", "ab:0,0", "ab:-0.3,0.3"], [32000, 50257]), ("ab:0,0", 151936)],
 )
 def test_kernel_agrees_on_many_long_rows(vocab, divergence):
-    # Where alpha + beta = 0 all tokens count alike, and in some of 64 rows the slopes all but cancel in their sum: it
-    # then shows the roundings that all tokens share. The quadrature takes minutes here, hence the reference.
+    # If alpha + beta = 0 all tokens count the same, and in some of 64 rows the slopes nearly cancel in their sum. It
+    # then shows the rounding errors that all tokens share. The reference stands in for the oracle, which would take
+    # minutes.
     student, teacher = gpt2_like_logits(64, vocab, seed=5)
     expected = by_reference(student.double(), teacher.double(), parse(divergence))
     assert_close(kernel(student, teacher, divergence), expected, FLOAT32)
@@ -80,7 +82,7 @@ def test_float64_kernel_and_reference_agree_with_oracle(divergence):
     kind = parse(divergence) if isinstance(divergence, str) else divergence
     student, teacher = (x.double() for x in gpt2_like_logits(2, 4001, seed=3))
     if kind == AlphaNet():
-        kind = AlphaNet(per="token")  # the reference's rows know no batch
+        kind = AlphaNet(per="token")  # the reference decides row by row
     expected = oracle.evaluate(student, teacher, kind)
     assert_close(kernel(student, teacher, kind), expected, FLOAT64)
     assert_close(by_reference(student, teacher, kind), expected, FLOAT64)
@@ -113,7 +115,7 @@ def test_equal_distributions(divergence):
     student, _ = gpt2_like_logits(3, 5000)
     for result in kernel(student, student, divergence):
         assert result.eq(0).all()
-    # Per token the shift leaves a rounding of 2^-24 * 35, which counts once in |p - q| and squared elsewhere.
+    # The shift leaves a rounding error of 2^-24 * 35 per token. It enters |p - q| once, and other divergences squared.
     shifted, _ = kernel(student + 1.0, student, divergence)
     assert 0 <= shifted.min() <= shifted.max() < (5e-6 if divergence == "tvd" else 1e-10)
 
@@ -183,7 +185,7 @@ def test_padded_vocabularies(student_vocab, teacher_vocab):
 
 
 @pytest.mark.parametrize("divergence", ALL)
-def test_rows_do_not_depend_on_their_neighbours(divergence):
+def test_rows_do_not_depend_on_their_neighbors(divergence):
     student, teacher = gpt2_like_logits(9, 2503)
     if divergence == "alphanet":
         pytest.skip("its rows decide together")
@@ -197,9 +199,9 @@ def test_rows_do_not_depend_on_their_neighbours(divergence):
 
 
 def share_of_the_head(student, teacher, mu):
-    """The weight of KL(p, q) in each row, as the kernel decided it."""
+    """The weight of KL(p, q) that the kernel has decided for each row."""
     statistics = torch.zeros(len(student), row_ops.STATISTICS, dtype=torch.float64)
-    row_ops.row_losses(student, teacher, None, parse(f"akl:{mu}"), statistics=statistics)
+    row_ops.row_losses(student, teacher, None, LossSpec(parse(f"akl:{mu}")), statistics=statistics)
     return statistics[:, 4]
 
 
@@ -214,7 +216,7 @@ def shares(student, teacher, head):
     [
         ([0.3, 0.2, 0.2, 0.2, 0.1], 0.6, [1, 0, 0, 0, 0]),  # the second of three that tie no longer fits
         ([0.3, 0.2, 0.2, 0.2, 0.1], 0.95, [1, 1, 1, 1, 0]),
-        ([0.4, 0.4, 0.1, 0.05, 0.05], 0.5, [1, 1, 0, 0, 0]),  # not even both likeliest fit, but one must
+        ([0.4, 0.4, 0.1, 0.05, 0.05], 0.5, [1, 1, 0, 0, 0]),  # the two likeliest do not fit, but one must be in
         ([0.2, 0.2, 0.2, 0.2, 0.2], 0.3, [1, 1, 1, 1, 1]),
         ([0.9, 0.04, 0.03, 0.02, 0.01], 0.5, [1, 0, 0, 0, 0]),  # beyond mu, but one token must be in
         ([0.5, 0.25, 0.15, 0.05, 0.05], 1e-6, [1, 0, 0, 0, 0]),
@@ -230,7 +232,7 @@ def test_head_of_akl(p, mu, head, dtype):
 
 
 def test_head_of_akl_among_many_ties():
-    # 2001 logits in steps of 1 / 4 leave some 60 different ones: nearly every boundary is a tie.
+    # 2001 logits in steps of 1 / 4 have about 60 different values, so nearly every boundary is a tie.
     student, teacher = gpt2_like_logits(6, 2001)
     teacher = (teacher * 4).round() / 4
     for mu in (1e-9, 0.1, 0.3, 0.5, 0.7, 0.9, 0.999):
@@ -263,7 +265,7 @@ def test_alphanet_per_batch_takes_one_branch_that_ignored_rows_do_not_choose(har
     student, teacher = mild_logits(64, 5)
     first, second = branches(student, teacher)
     for chosen, votes in ((0, first[0] > second[0]), (1, first[0] < second[0])):
-        minority = (~votes).nonzero()[:1, 0]  # one row that would choose otherwise alone
+        minority = (~votes).nonzero()[:1, 0]  # one row that would choose the other branch by itself
         counts = votes.clone()
         counts[minority] = True
         labels = torch.where(counts, 2, -100)
@@ -315,11 +317,11 @@ def test_no_rows(divergence):
 # ---- properties
 
 ROWS = st.integers(0, 2**31)
-# Numbers that float32 holds without becoming subnormal; smaller ones have a test of their own.
+# Numbers that are not subnormal in float32. Smaller ones have a test of their own.
 COORDINATES = st.floats(-1, 1.5).map(lambda x: x if abs(x) > 1e-30 else 0.0)
 POINTS = st.builds(AlphaBeta, COORDINATES, COORDINATES)
 INSIDE = st.floats(1e-3, 1 - 1e-3)
-PAIRS = st.one_of(  # a divergence, and the one that exchanging teacher and student makes of it
+PAIRS = st.one_of(  # a divergence, and the divergence with teacher and student exchanged
     POINTS.map(lambda x: (x, AlphaBeta(x.beta, x.alpha))),
     st.just((ForwardKL(), ReverseKL())),
     st.just((BDKD(), BDKD())),

@@ -74,7 +74,7 @@ def test_spelling():
 ANY, INSIDE = st.floats(allow_nan=False, allow_infinity=False), st.floats(0, 1, exclude_min=True, exclude_max=True)
 
 
-# A divergence travels to the operators as its spelling, so no digit may get lost.
+# The operators take a divergence as its spelling, so that no digit may get lost.
 @settings(max_examples=300, deadline=None, derandomize=True)
 @given(
     st.one_of(
@@ -141,7 +141,7 @@ def test_parameters():
     assert {x.family for x in (*BY_NAME.values(), CrossEntropy)} == set(Family)
 
 
-# ---- what the docstrings say the numbers mean
+# ---- the meaning of the parameters, as docstrings state it
 
 STUDENT, TEACHER = mild_logits(4, 30, torch.float64)
 
@@ -171,7 +171,7 @@ def test_special_cases(divergence, same):
 
 
 def test_skew_divergences_approach_the_plain_ones():
-    # KL(p, q) - KL(p, m) is about the teacher's share of m times the chi-squared distance, which is some 3 here.
+    # KL(p, q) - KL(p, m) is about the teacher's share of m times the chi-squared distance, which is about 3 here.
     for skew, plain in ((SkewForwardKL(1e-6), ForwardKL()), (SkewReverseKL(1e-6), ReverseKL())):
         got, expected = kernel(STUDENT, TEACHER, skew)[0], kernel(STUDENT, TEACHER, plain)[0]
         assert relative_errors(got, expected).min() > 1e-7
@@ -184,7 +184,7 @@ def test_jensen_shannon_is_the_weighted_sum_of_skew_divergences():
 
 
 def trl_generalized_jsd(student, teacher, beta):
-    """GKDTrainer.generalized_jsd_loss of TRL, per token and without its temperature."""
+    """TRL's GKDTrainer.generalized_jsd_loss, per token and without the temperature."""
     student, teacher = student.log_softmax(-1), teacher.log_softmax(-1)
     if beta == 0:
         jsd = F.kl_div(student, teacher, reduction="none", log_target=True)

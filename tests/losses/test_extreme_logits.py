@@ -8,7 +8,7 @@ from abkd_fast import parse
 from oracle import ALPHA_BETA, FAMILIES, mild_logits
 from row_kernels import ALL, FLOAT32, FLOAT64, by_reference, kernel
 
-# Row by row; none is symmetric, so that AlphaNet's branches differ.
+# Student rows and teacher rows. No pair is symmetric, so that AlphaNet's branches differ.
 HUGE = (
     [[1e4, 0.0, -1e4], [0.0, 1e4, 5.0], [0.0, -1e4, 1.0], [1e4, 3.0, 9999.0]],
     [[1e4, 0.0, 1.0], [1e4, 0.0, 5.0], [-1e4, 0.0, 3.0], [9998.0, 1e4, 0.0]],
@@ -22,8 +22,8 @@ def test_huge_gaps(divergence, dtype):
     for student, teacher in zip(*HUGE, strict=True):
         value, gradient = oracle.exact(student, teacher, parse(same.get(divergence, divergence)))
         got = kernel(*(torch.tensor([x], dtype=dtype) for x in (student, teacher)), divergence)
-        # A gap of 1e4 is rounded by 1e4 eps. In float64 so is the log-normalizer, and with it every probability, by
-        # which gaps are multiplied; in float32 it has digits to spare.
+        # A gap of 1e4 has a rounding error of 1e4 eps. In float64 the log-normalizer has it too, and with it every
+        # probability, which multiplies a gap. For float32 the log-normalizer has digits to spare.
         bound = (1e4 if dtype == torch.float32 else 1e8) * torch.finfo(dtype).eps
         assert got[0].item() == pytest.approx(value, abs=bound)
         assert got[1][0].tolist() == pytest.approx(gradient, abs=bound)

@@ -8,15 +8,15 @@ from hypothesis import strategies as st
 
 import oracle
 from abkd_fast import AlphaBeta, divergence_loss, fused_linear_cross_entropy, fused_linear_divergence, parse
-from abkd_fast.losses.fused_linear import CHUNK_BYTES, choose_chunk_tokens
+from abkd_fast.losses.chunks import CHUNK_BYTES, choose_chunk_tokens
 from oracle import FAMILIES
 
-# Sums of products in float32: a few roundings of 2^-24 on logits of size 5, then the row kernel's own (see
-# test_divergence.py).
+# In float32 sums of products have a few rounding errors of 2^-24, on logits of size 5. The row kernel adds its own (see
+# row_kernels.py).
 TOLERANCE = {torch.float32: 3e-5, torch.float64: 1e-11}
 NAMES = ("hidden", "weight", "bias")
 TOKENS, VOCAB = 20, 37
-WHOLE = "", 0, 0  # what the operator is told of a vocabulary that is not sharded
+WHOLE = "", 0, 0  # the operator's group, first and widest for a vocabulary that is not sharded
 
 
 def make(dtype=torch.float64, tokens=TOKENS, vocab=VOCAB, teacher_vocab=VOCAB, seed=0):
@@ -46,7 +46,7 @@ def fused(student, teacher, labels, divergence="ab", **options):
 
 
 def full(student, teacher, labels, divergence="ab", **options):
-    """The same from whole logits in float64."""
+    """The same loss from whole logits in float64."""
     student = [None if x is None else x.double() for x in student]
     logits = F.linear(*student)
     if teacher is None:
@@ -108,7 +108,7 @@ def test_alphanet_per_batch_decides_over_all_chunks(reduction):
     (hidden, weight, bias), teacher, _ = make()
     options = {"reduction": "none"}
     first, second = (full((hidden, weight, bias), teacher, None, f"alpha:{x}", **options) for x in (0.2, 0.8))
-    order = (first - second).argsort()  # chunks of rows that prefer the second branch, then of those that don't
+    order = (first - second).argsort()  # first the rows that prefer the second branch, then the others
     assert (first < second)[order[:2]].all()
     assert (first > second)[order[-2:]].all()
     student, teacher = (hidden[order], weight, bias), (teacher[0][order], *teacher[1:])
@@ -118,7 +118,7 @@ def test_alphanet_per_batch_decides_over_all_chunks(reduction):
     for chunk_tokens in (1, 2, 7):
         got = differentiate(fused, student, teacher, None, chunk_tokens=chunk_tokens, **options)
         assert_close(got, expected, TOLERANCE[torch.float64])
-    # The ten rows on either side would choose differently by themselves.
+    # The first ten rows and the last ten would choose different branches by themselves.
     votes = [(first - second)[rows].sum() for rows in (order[:10], order[10:])]
     assert votes[0] < 0 < votes[1]
 
@@ -138,8 +138,9 @@ def test_upstream_gradients_of_any_layout(with_labels, reduce, reduction):
     assert_close(*grads, TOLERANCE[torch.float64])
 
 
-# In bfloat16 a logit x moves by up to |x| 2^-9, both models' up to 2 or so, and with their difference, about 1, the
-# slopes; then 2^-9 of each element of the gradient. Together a few times 2^-9; float16 keeps 3 bits more.
+# In bfloat16 a logit x moves by up to |x| 2^-9. Logits go up to about 2, their differences are about 1, and slopes move
+# with the differences. Each element of the gradient moves by 2^-9 more. Together these are a few times 2^-9. float16
+# keeps 3 bits more.
 LOGITS_TOLERANCE = {torch.bfloat16: 2**-6, torch.float16: 2**-9}
 
 
@@ -156,7 +157,7 @@ def test_16_bit_logits(divergence, logits_dtype):
         got = differentiate(fused, student, teacher, labels, **options)
         assert [x.dtype for x in got] == [torch.float32] * 4
         assert_close(got, expected, LOGITS_TOLERANCE[logits_dtype])
-        with pytest.raises(AssertionError):  # it does something
+        with pytest.raises(AssertionError):  # the option has an effect
             assert_close(got, expected, 2**-6 * LOGITS_TOLERANCE[logits_dtype])
 
 
@@ -286,7 +287,7 @@ def test_opcheck(divergence):
     arguments = (*teacher, labels, divergence, 1.0, 0.5 if divergence else 1.0, 7, torch.float64, *WHOLE)
     operator = torch.ops.abkd_fast.fused_linear
     torch.library.opcheck(operator, (*student, *arguments, [False] * 3, None))
-    # Backward scales in place what the operator returned, which AOTAutograd can't return then (see test_ops.py).
+    # Backward scales the operator's results in place. AOTAutograd could not return them then (see test_ops.py).
     checks = "test_schema", "test_autograd_registration", "test_faketensor"
     for need, upstream in (([True] * 3, None), ([True, False, True], torch.randn(TOKENS, dtype=torch.float64))):
         inputs = [x.detach().requires_grad_(n) for x, n in zip(student, need, strict=True)]
@@ -310,7 +311,7 @@ def test_backward_twice(divergence, reduction):
     expected = differentiate(fused, student, teacher, labels, divergence=divergence, reduction=reduction)[1:]
     student = leaves(student)
     loss = fused(student, teacher, labels, divergence, reduction=reduction)
-    # Gradients scaled in place would come back 8 times, then 64 times as large; powers of 2 leave their digits alone.
+    # Gradients scaled in place would come back 8 times, then 64 times as large. Powers of 2 change no digit.
     for _ in range(2):
         got = torch.autograd.grad(loss, student, torch.full_like(loss, 8), retain_graph=True)
         assert all(torch.equal(mine, 8 * exact) for mine, exact in zip(got, expected, strict=True))
@@ -435,7 +436,7 @@ def test_choose_chunk_tokens(tokens, vocab, models, dtype, device):
 
 
 def peak_of_allocations(function):
-    """Most bytes that PyTorch's CPU allocator held at once during function(), beyond those before."""
+    """The most bytes that PyTorch's CPU allocator held at once during function(), beyond those before it."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         function()
     events = [x for x in profile.profiler.kineto_results.events() if x.name() == "[memory]"]
@@ -446,7 +447,7 @@ def peak_of_allocations(function):
 @pytest.mark.parametrize("divergence", ["ab", "alphanet", None])
 def test_memory_of_512_and_8192_tokens_is_the_same(divergence, reduction, monkeypatch):
     vocab = 2048
-    chunk_bytes = 128 * vocab * 2 * 4  # 128 rows of both models or 256 of one: whole chunks of 256 and of 4096 tokens
+    chunk_bytes = 128 * vocab * 2 * 4  # 128 rows of both models or 256 of one: 256 and 4096 tokens are whole chunks
     monkeypatch.setitem(CHUNK_BYTES, "cpu", chunk_bytes)
     peaks = []
     for tokens in (512, 8192):
@@ -454,7 +455,7 @@ def test_memory_of_512_and_8192_tokens_is_the_same(divergence, reduction, monkey
         labels = labels.clamp(min=0)
         labels[::2] = -100
         hidden, weight, bias = leaves(student)
-        results = hidden.nbytes + weight.nbytes + bias.nbytes  # their gradients
+        results = hidden.nbytes + weight.nbytes + bias.nbytes  # the gradients
 
         def step(inputs=(hidden, weight, bias), teacher=teacher, labels=labels):
             options = {"divergence": divergence} if divergence else {}
@@ -464,12 +465,12 @@ def test_memory_of_512_and_8192_tokens_is_the_same(divergence, reduction, monkey
         step()
         for x in (hidden, weight, bias):
             x.grad = None
-        # Per row: labels and indices of those that count, a few numbers, and 2 x 6 float64 of AlphaNet's branches with
-        # the chosen 6.
+        # Memory per row: labels, indices of the rows that count, a few numbers, and for AlphaNet 6 float64 for each of
+        # two branches and for the chosen one.
         rows = tokens * (64 + (160 if divergence == "alphanet" else 0))
         peaks.append(peak_of_allocations(step) - results - rows)
     assert peaks[1] < 1.05 * peaks[0]
-    assert peaks[0] > 0.9 * chunk_bytes  # the chunk itself was seen
+    assert peaks[0] > 0.9 * chunk_bytes  # the measurement has seen the chunk itself
 
 
 def test_chunks_do_not_grow_with_the_number_of_tokens():

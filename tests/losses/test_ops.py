@@ -13,11 +13,16 @@ from torch.autograd.gradcheck import GradcheckError
 import abkd_fast
 from abkd_fast import AlphaBeta, divergence_loss, fused_linear_divergence, parse
 from abkd_fast.losses import reference, row_ops
+from abkd_fast.losses.arguments import LossSpec
 from oracle import ALPHA_BETA, FAMILIES, SMOOTH, gpt2_like_logits, mild_logits, relative_errors
 from row_kernels import ALL, COMPILED, FLOAT32, FLOAT64, kernel
 
 LABELS = torch.tensor([1, -100, 4])
 ROW_OPTIONS = (2.0, 0.3)  # temperature, hard_weight
+
+
+def spec_of(divergence):
+    return LossSpec(parse(divergence), *ROW_OPTIONS)
 
 
 # ---- row_losses and row_gradients
@@ -27,8 +32,7 @@ ROW_OPTIONS = (2.0, 0.3)  # temperature, hard_weight
 @pytest.mark.parametrize("divergence", ALL)
 def test_statistics_are_all_that_the_gradient_needs(divergence, dtype):
     student, teacher = mild_logits(5, 2050, dtype)
-    labels, kind = torch.tensor([3, -100, 0, 49, 1]), parse(divergence)
-    rows = (teacher, labels, kind, *ROW_OPTIONS)
+    rows = teacher, torch.tensor([3, -100, 0, 49, 1]), spec_of(divergence)
     upstream = torch.tensor([0.5, 7.0, -2.0, 0.0, 3.0], dtype=torch.float64 if dtype == torch.float64 else None)
     gradient, scaled, later = (torch.empty_like(student) for _ in range(3))
     losses = row_ops.row_losses(student, *rows, gradient=gradient)
@@ -38,7 +42,7 @@ def test_statistics_are_all_that_the_gradient_needs(divergence, dtype):
     for options in ({}, {"gradient": scaled, "upstream": upstream}):
         assert torch.equal(row_ops.row_losses(student, *rows, statistics=statistics, **options), losses)
     row_ops.row_gradients(student, *rows, statistics, upstream, later)
-    # Each element and the few products it is made of are rounded once more, or once less.
+    # Each element, and the few products that it is made of, are rounded once more or once less.
     bound, kept = 4 * torch.finfo(dtype).eps, [0, 2, 4]
     assert relative_errors(scaled[kept], gradient[kept].double() * upstream[kept, None]).max() < bound
     assert relative_errors(later[kept], scaled[kept]).max() < bound
@@ -51,7 +55,7 @@ def test_statistics_are_all_that_the_gradient_needs(divergence, dtype):
 @pytest.mark.parametrize("divergence", [x for x in ALL if x != "alphanet"])
 def test_reference_has_the_same_doors(divergence):
     student, teacher = mild_logits(5, 50, torch.float64)
-    rows = (teacher, torch.tensor([3, -100, 0, 49, 1]), parse(divergence), *ROW_OPTIONS)
+    rows = teacher, torch.tensor([3, -100, 0, 49, 1]), spec_of(divergence)
     upstream = torch.randn(5, dtype=torch.float64)
     results = []
     for module in (row_ops, reference):
@@ -60,7 +64,7 @@ def test_reference_has_the_same_doors(divergence):
         module.row_gradients(student, *rows, statistics, upstream, later)
         results.append((losses, gradient, later))
     for mine, slow in zip(*results, strict=True):
-        torch.testing.assert_close(mine, slow, rtol=FLOAT64, atol=1e-14)  # elements of 1e-3 from terms of .1
+        torch.testing.assert_close(mine, slow, rtol=FLOAT64, atol=1e-14)  # elements of 1e-3, made from terms of .1
 
 
 @pytest.mark.parametrize("compiled", [True, False])
@@ -69,34 +73,34 @@ def test_passes_one_by_one_over_parts_of_the_vocabulary(monkeypatch, divergence,
     if compiled and row_ops._C is None:
         pytest.skip("the extension is missing")
     monkeypatch.setattr(row_ops, "_compiled", lambda _: compiled)
-    labels, kind, (temperature, hard_weight) = torch.tensor([3, 12, 13, 49]), parse(divergence), ROW_OPTIONS
+    labels, spec = torch.tensor([3, 12, 13, 49]), spec_of(divergence)
     cuts = [slice(0, 13), slice(13, 13), slice(13, 50)]
     for dtype, bound in ((torch.float32, FLOAT32), (torch.float64, 1e-12)):
         rows = mild_logits(4, 50, dtype)
         gradient, upstream = torch.empty_like(rows[0]), torch.tensor([0.5, 7.0, -2.0, 3.0], dtype=dtype)
         whole = torch.zeros(4, row_ops.STATISTICS, dtype=torch.float64)
-        losses = row_ops.row_losses(*rows, labels, kind, *ROW_OPTIONS, gradient, whole, upstream)
+        losses = row_ops.row_losses(*rows, labels, spec, gradient, whole, upstream)
         parts = [[x[:, cut].contiguous() for x in rows] for cut in cuts]
-        merged = whole.clone()  # whose last two columns, what is decided, are taken from it
-        merged[:, :3] = torch.stack([row_ops.row_normalizers(*x, *ROW_OPTIONS) for x in parts])[:, :, :3].logsumexp(0)
+        merged = whole.clone()  # its last two columns are the decisions for whole rows
+        merged[:, :3] = torch.stack([row_ops.row_normalizers(*x, spec) for x in parts])[:, :, :3].logsumexp(0)
         values, slopes = 0, 0
         for student, teacher in parts:
-            values = values + row_ops.row_sums(student, teacher, kind, temperature, merged)
+            values = values + row_ops.row_sums(student, teacher, spec, merged)
             slopes = slopes + merged[:, reference.SLOPE]
         merged[:, reference.SLOPE] = slopes
         assert relative_errors(merged[:, :3].T, whole[:, :3].T).max() < bound
         hard = merged[:, 2] - rows[0].gather(1, labels[:, None])[:, 0]
-        assert relative_errors((1 - hard_weight) * values + hard_weight * hard, losses).max() < bound
+        assert relative_errors((1 - spec.hard_weight) * values + spec.hard_weight * hard, losses).max() < bound
         for (student, teacher), cut in zip(parts, cuts, strict=True):
             local = torch.where((labels >= cut.start) & (labels < cut.stop), labels - cut.start, -1)
-            row_ops.row_gradients(student, teacher, local, kind, *ROW_OPTIONS, merged, upstream, student)
+            row_ops.row_gradients(student, teacher, local, spec, merged, upstream, student)
         assert relative_errors(torch.cat([x for x, _ in parts], 1), gradient).max() < bound
 
 
 @COMPILED
 def test_a_label_elsewhere_is_for_gradients_alone():
     student, teacher = mild_logits(3, 9)
-    rows = student, teacher, torch.tensor([0, -2, -1]), parse("ab"), *ROW_OPTIONS
+    rows = student, teacher, torch.tensor([0, -2, -1]), spec_of("ab")
     with pytest.raises(RuntimeError, match=r"labels\[1\] is -2, expected -100 or 0 to 8"):
         row_ops.row_gradients(*rows, torch.zeros(3, 6).double(), torch.ones(3), student)
 
@@ -105,7 +109,7 @@ def test_a_label_elsewhere_is_for_gradients_alone():
 def test_gradient_may_overwrite_the_student(divergence):
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
         student, teacher = mild_logits(5, 2050, dtype)
-        rows = (teacher, torch.tensor([3, -100, 0, 49, 1]), parse(divergence), *ROW_OPTIONS)
+        rows = teacher, torch.tensor([3, -100, 0, 49, 1]), spec_of(divergence)
         gradient = torch.empty_like(student)
         expected = row_ops.row_losses(student, *rows, gradient=gradient)
         assert torch.equal(row_ops.row_losses(student, *rows, gradient=student), expected)
@@ -159,8 +163,8 @@ def loss_of(z, teacher, divergence, reduction, options=ROW_OPTIONS):
     return divergence_loss(z, teacher, kind, LABELS, **numbers)
 
 
-# AKL's weights depend on the student, but not for the gradient. Those of BDKD and AlphaNet's branch are steps, away
-# from which these logits are; so are those of |p - q|.
+# AKL's weights depend on the student, but are constants for the gradient. BDKD's weights, AlphaNet's branch and the
+# sign of p - q change in steps, and these logits are not near a step.
 @pytest.mark.parametrize("divergence", [*ALPHA_BETA, *SMOOTH, "bdkd", "alphanet", "alphanet:0.2,0.8,token", "tvd"])
 @pytest.mark.parametrize("options", [(1.0, 0.0), ROW_OPTIONS])
 def test_gradcheck(divergence, options):
@@ -197,7 +201,7 @@ def test_backward_twice(reduction, divergence):
     student, teacher = mild_logits(3, 9)
     expected = torch.autograd.grad(loss_of(student.requires_grad_(), teacher, divergence, reduction).sum(), student)[0]
     loss = loss_of(student, teacher, divergence, reduction).sum()
-    # A gradient scaled in place would come back 8 times, then 64 times as large; powers of 2 leave its digits alone.
+    # A gradient scaled in place would come back 8 times, then 64 times as large. Powers of 2 change no digit.
     for _ in range(2):
         assert torch.equal(torch.autograd.grad(loss * 8, student, retain_graph=True)[0], 8 * expected)
     (loss * 8).backward()
@@ -213,7 +217,7 @@ def test_gradients_of_several_losses_add_up(dtype):
     parts = [torch.autograd.grad(loss_of(student.requires_grad_(), teacher, x, "mean"), student)[0] for x in kinds]
     sum(factor * loss_of(student, teacher, x, "mean") for x, factor in zip(kinds, factors, strict=True)).backward()
     expected = sum(factor * part.double() for factor, part in zip(factors, parts, strict=True))
-    # Each sum is rounded, on elements below 1.
+    # Each sum has a rounding error, on elements below 1.
     torch.testing.assert_close(student.grad.double(), expected, rtol=0, atol=torch.finfo(dtype).eps)
 
 
@@ -245,8 +249,8 @@ def test_same_bits_twice(divergence):
 # ---- operators and compilation
 
 ALL_CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
-# Backward scales in place the gradient that the operator returned; AOTAutograd can't return it then, but neither does
-# divergence_loss (see test_compile).
+# Backward scales the operator's gradient in place. AOTAutograd could not return the gradient then, but divergence_loss
+# does not return it (see test_compile).
 CHECKS = ALL_CHECKS[:3]
 
 
@@ -261,7 +265,7 @@ def test_opcheck_row_operators(divergence):
         torch.library.opcheck(torch.ops.abkd_fast.row_losses, (student, teacher, LABELS, *rows, *written))
     written = (torch.empty_like(student), statistics, upstream)
     torch.library.opcheck(torch.ops.abkd_fast.row_losses, (student, teacher, LABELS, *rows, *written))
-    row_ops.row_losses(student, teacher, LABELS, kind, *ROW_OPTIONS, statistics=statistics)
+    row_ops.row_losses(student, teacher, LABELS, spec_of(divergence), statistics=statistics)
     later = (statistics, upstream, torch.empty_like(student))
     torch.library.opcheck(torch.ops.abkd_fast.row_gradients, (student, teacher, LABELS, *rows, *later))
     torch.library.opcheck(torch.ops.abkd_fast.row_normalizers, (student, teacher, *ROW_OPTIONS, statistics))
@@ -289,13 +293,13 @@ def test_opcheck_scale(upstream):
     torch.library.opcheck(torch.ops.abkd_fast.scale_, (torch.randn(3, 9), upstream))
 
 
-@torch._functorch.config.patch(donated_buffer=False)  # as PyTorch demands where a compiled graph is retained
+@torch._functorch.config.patch(donated_buffer=False)  # PyTorch demands it if a compiled graph is retained
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compile(backend, dynamic, monkeypatch, tmp_path):
     if backend == "inductor" and dynamic:
         pytest.skip("compiled once with inductor is enough, for time")
-    # Inductor's cache on disk does not notice when an operator of ours changes.
+    # Inductor's cache on disk does not notice a change of our operators.
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     torch._dynamo.reset()
 
@@ -355,7 +359,7 @@ def test_simd_variants(simd, tmp_path):
     subprocess.run([sys.executable, "-c", VARIANT, tmp_path / "results.pt"], env=environment, check=True)
     results = torch.load(tmp_path / "results.pt")
     assert results.pop("simd") == simd
-    # In bfloat16 a last digit of float32 decides between two neighbors, 2^-8 apart.
+    # In bfloat16 the last digit of a float32 decides between two neighboring numbers, 2^-8 apart.
     bounds = {torch.float32: FLOAT32, torch.float64: FLOAT64, torch.bfloat16: 2**-8}
     for dtype, bound in bounds.items():
         rows = [x.to(dtype) for x in gpt2_like_logits(3, 5003)]
@@ -385,11 +389,11 @@ def test_reference_takes_over_where_the_extension_is_missing(divergence, request
     torch.testing.assert_close(losses, expected[0], rtol=FLOAT32, atol=0)
     assert relative_errors(gradient[labels >= 0], expected[1][labels >= 0]).max() < FLOAT32
     if divergence == "alphanet":
-        return  # a row alone decides otherwise
+        return  # row_losses decides row by row
     in_place = student.clone()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        row_ops.row_losses(in_place, teacher, labels, parse(divergence), *ROW_OPTIONS, gradient=in_place)
+        row_ops.row_losses(in_place, teacher, labels, spec_of(divergence), gradient=in_place)
     assert torch.equal(in_place, gradient)
 
 

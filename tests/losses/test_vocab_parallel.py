@@ -1,4 +1,4 @@
-"""The vocabulary over real process groups, gloo's, of 2 and 3 ranks that stay for all tests."""
+"""The vocabulary sharded over real process groups: 2 and 3 ranks with gloo, which stay alive for all tests."""
 
 import contextlib
 import datetime
@@ -13,16 +13,16 @@ from test_extreme_logits import HUGE
 
 import oracle
 from abkd_fast import fused_linear_cross_entropy, fused_linear_divergence, parse
-from abkd_fast.losses import fused_linear, vocab_parallel
+from abkd_fast.losses import chunks, vocab_parallel
 from oracle import FAMILIES
 from row_kernels import ALL, FLOAT32
 
-PATIENCE = 60  # seconds until a rank that waits for the others gives up
-# Against whole rows the sums over the vocabulary have another order; the oracle's quadrature has an error of its own.
+PATIENCE = 60  # seconds that a rank waits for the others
+# Sums over the vocabulary have another order than for whole rows. The oracle's quadrature has an error of its own.
 TOLERANCE = {torch.float32: FLOAT32, torch.float64: 1e-12}
 FLOAT64_ORACLE = 1e-10
 TOKENS, VOCAB = 20, 37
-SIZES = {2: [26, 11], 3: [5, 0, 32]}  # of the parts
+SIZES = {2: [26, 11], 3: [5, 0, 32]}  # rows of each rank's part
 OPTIONS = {"temperature": 2.0, "hard_weight": 0.3, "chunk_tokens": 7}
 
 
@@ -30,7 +30,7 @@ OPTIONS = {"temperature": 2.0, "hard_weight": 0.3, "chunk_tokens": 7}
 
 
 def serve(rank, size, folder, connection):
-    """Runs what it is sent until there is nothing more, and answers with the result or the exception."""
+    """Runs the functions that it receives until the connection closes. Answers with the result or the exception."""
     torch.set_num_threads(1)
     options = {"rank": rank, "world_size": size, "timeout": datetime.timedelta(seconds=PATIENCE)}
     dist.init_process_group("gloo", init_method=f"file://{folder}/{size}", **options)
@@ -47,7 +47,7 @@ def serve(rank, size, folder, connection):
 
 class World:
     def __init__(self, size, folder):
-        # One process that has imported what takes long makes all ranks.
+        # All ranks are forks of one process that has done the slow imports.
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(
             ["torch.distributed.tensor", "abkd_fast.losses.fused_linear", "pytest", "mpmath"]
@@ -62,7 +62,7 @@ class World:
             self.processes.append(process)
 
     def answers(self, function, *arguments, **keywords):
-        """What function(*arguments, **keywords) returns on each rank, or the exception it raises and where."""
+        """The result of function(*arguments, **keywords) on each rank, or its exception and the trace of that."""
         for connection in self.connections:
             connection.send_bytes(pickle.dumps((function, arguments, keywords)))
         assert all(connection.poll(2 * PATIENCE) for connection in self.connections), "a rank does not answer"
@@ -122,7 +122,7 @@ def loss_of(student, teacher, labels, divergence, **options):
 
 
 def differentiate(student, teacher, labels, divergence, frozen=(), **options):
-    """The loss and its gradients by hidden states, projection and bias; that of rows is weighted."""
+    """The loss and its gradients by hidden states, projection and bias. Losses per row get different weights."""
     student = [x.clone().requires_grad_(i not in frozen) for i, x in enumerate(student)]
     loss = loss_of(student, teacher, labels, divergence, **options)
     loss.backward(
@@ -138,7 +138,7 @@ def on_a_rank(sizes, student, teacher, labels, divergence, teacher_sizes=None, *
 
 
 def join(answers):
-    """Loss and gradients of all ranks in one; what should be the same everywhere is, to the last bit."""
+    """Joins loss and gradients of all ranks. What has to be the same on all ranks must be so to the last bit."""
     for answer in answers[1:]:
         assert torch.equal(answer[0], answers[0][0])
         assert answer[1] is None or torch.equal(answer[1], answers[0][1])
@@ -200,7 +200,7 @@ def test_small_sizes(worlds, divergence, sizes, tokens):
     case = *make(tokens=tokens, vocab=sum(sizes)), divergence
     got = join(worlds(len(sizes))(on_a_rank, sizes, *case, **OPTIONS))
     for mine, whole in zip(got, differentiate(*case, **OPTIONS), strict=True):
-        torch.testing.assert_close(mine, whole, rtol=1e-12, atol=1e-15)  # of one token all probabilities are 1
+        torch.testing.assert_close(mine, whole, rtol=1e-12, atol=1e-15)  # with one token all probabilities are 1
 
 
 @pytest.mark.parametrize("divergence", ["ab", "akl", "bdkd", "jsd"])
@@ -258,7 +258,7 @@ def test_frozen_inputs_get_no_gradient(worlds, frozen):
 def test_16_bit_logits(worlds):
     case, options = (*make(torch.float32), "jsd"), {"logits_dtype": torch.bfloat16}
     got = join(worlds(2)(on_a_rank, SIZES[2], *case, **options))
-    # The logits are the same; their gradient is rounded to 2^-9, where its last float32 bits decide, to a neighbor.
+    # The logits are the same. Their gradient is rounded to 2^-9, and its last float32 bits decide the direction.
     assert_close(got, differentiate(*case, **options), 2**-8)
 
 
@@ -267,7 +267,7 @@ def test_16_bit_logits(worlds):
 
 @pytest.mark.parametrize("divergence", [*FAMILIES, "ab:1,0", "ab:0,1", "ab:0.5,0.5"])
 def test_huge_gaps(worlds, divergence):
-    # Rows by themselves, for AlphaNet; hidden states times 1 are the logits.
+    # One row per call, because of AlphaNet. Hidden states times 1 are the logits.
     weight, no_bias = torch.eye(3, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
     same = {"ab:1,0": "fkl", "ab:0,1": "rkl", "ab:0.5,0.5": "hellinger"}
     for rows in zip(*HUGE, strict=True):
@@ -301,13 +301,13 @@ def test_a_nan_on_one_rank_is_a_nan_loss(worlds):
             assert loss.isnan()
 
 
-# ---- how it goes about it
+# ---- memory and traffic
 
 
 def with_little_memory(*arguments, **options):
-    """Chunks are chosen from the part's size, and what AKL and BDKD look at at once from the widest's."""
+    """The size of a part sets the chunks; the widest part sets from how many logits AKL and BDKD decide at once."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(fused_linear.CHUNK_BYTES, "cpu", 1 << 15)
+        patch.setitem(chunks.CHUNK_BYTES, "cpu", 1 << 15)
         patch.setattr(vocab_parallel, "DECIDING_ELEMENTS", 5 * 64)
         return on_a_rank(*arguments, **options)
 
@@ -320,7 +320,7 @@ def test_all_ranks_take_the_same_steps_whatever_their_sizes(worlds, divergence):
 
 
 def steps_of(sizes, *case, **options):
-    """How many elements each operation of a call on this rank takes that moves data between ranks."""
+    """The number of elements in each operation that moves data between ranks, for a call on this rank."""
     counted = []
     with pytest.MonkeyPatch.context() as patch:
         for name in ("all_reduce", "all_gather"):
@@ -397,7 +397,7 @@ def with_dtensors(student, teacher, labels, divergence, **options):
     return [loss, hidden, *(x.to_local() for x in gradients)]
 
 
-@pytest.mark.parametrize(("size", "vocab"), [(2, 37), (3, 4)])  # of 4 rows over 3 ranks the last has none
+@pytest.mark.parametrize(("size", "vocab"), [(2, 37), (3, 4)])  # with 4 rows over 3 ranks the last rank has none
 def test_dtensors(worlds, size, vocab):
     student, teacher, labels = make(vocab=vocab)
     for case in ((student, teacher, labels, "ab"), (student, None, labels, "")):

@@ -14,7 +14,7 @@ from abkd_fast.cli import INTERRUPTED
 from abkd_fast.config.recipe import load
 from abkd_fast.data import quickstart
 from abkd_fast.data.batches import pack
-from abkd_fast.losses import fused_linear, policy_gradient, row_ops
+from abkd_fast.losses import chunks, policy_gradient, row_ops
 from abkd_fast.losses.arguments import LinearHead
 from abkd_fast.methods.minillm import MiniLLM
 from abkd_fast.teacher.teacher import Teacher
@@ -60,7 +60,7 @@ def test_policy_gradient_equals_its_definition(monkeypatch, tensors, dtype, comp
     if compiled and row_ops._C is None:
         pytest.skip("the extension is missing")
     monkeypatch.setattr(row_ops, "_compiled", lambda _: compiled)
-    monkeypatch.setattr(fused_linear, "choose_chunk_tokens", lambda *_: 7)
+    monkeypatch.setattr(chunks, "choose_chunk_tokens", lambda *_: 7)
     student, teacher, labels, advantages, log_probs = tensors
     given = [x.detach().to(dtype).requires_grad_() for x in student]
     ignored = labels.clone()
@@ -201,14 +201,14 @@ def test_losses_of_rollouts_and_text_from_whole_logits(tmp_path):
     (batch,) = pack(samples, 1000)
     count = len(batch.labels)
     hidden, weight = normal(count, 8, seed=1).requires_grad_(), normal(VOCAB, 8, seed=2).requires_grad_()
-    states = LinearHead(normal(count, 12, seed=3), normal(VOCAB, 12, seed=4), None)
+    states = LinearHead(normal(count, 12, seed=3), normal(VOCAB, 12, seed=4))
     numbers = [float64(x for s in samples for x in s[name]) for name in ("advantages", "log_probs")]
     teacher = states.hidden, states.weight
     surrogate, divergence, ratio = by_definition((hidden, weight), teacher, batch.labels, *numbers)
     log_q, log_p = F.linear(hidden, weight).log_softmax(1), F.linear(*teacher).log_softmax(1)
     by_text = 0.3 * (log_p.exp() * (log_p - log_q)).sum() + 0.7 * F.nll_loss(log_q, batch.labels, reduction="sum")
     for loss, expected in ((minillm.loss, (surrogate + divergence).sum()), (minillm.pretrain_loss, by_text)):
-        got = loss(hidden, weight, None, batch, states)
+        got = loss(LinearHead(hidden, weight), batch, states)
         torch.testing.assert_close(got, expected, rtol=1e-10, atol=0)
         ours, theirs = (torch.autograd.grad(x, (hidden, weight)) for x in (got, expected))
         for mine, exact in zip(ours, theirs, strict=True):
@@ -221,8 +221,8 @@ def test_losses_of_rollouts_and_text_from_whole_logits(tmp_path):
 
 def test_training_lowers_the_reverse_kl_and_the_teacher_reads_each_rollout_once(tmp_path, monkeypatch):
     """A random student comes nearer to a teacher of a few steps, on tokens that it mostly writes itself."""
-    states, read = Teacher.states, []
-    monkeypatch.setattr(Teacher, "states", lambda self, batch: read.extend(batch.samples) or states(self, batch))
+    states, read = Teacher.linear_head, []
+    monkeypatch.setattr(Teacher, "linear_head", lambda self, batch: read.extend(batch.samples) or states(self, batch))
     stages = {
         "teacher": {"method": "sft", "teacher": None, "optim": {"lr": 1e-2}, "train": {"steps": 40}},
         "student": {"teacher": {"path": "stage:teacher"}, "log": {"every_steps": 8}},

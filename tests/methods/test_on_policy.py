@@ -72,7 +72,7 @@ def trainer_of(run):
 def test_dry_run_counts_the_memory_of_generation(make, capsys, monkeypatch):
     run = make("gkd", "data.max_length=128")
     assert run("--dry-run") == 0
-    longest = max(trainer_of(run).train_set["prompt_length"][:]) + 6
+    longest = max(trainer_of(run).data.train_set["prompt_length"][:]) + 6
     held = 4 * longest * 2 * 2 * 2 * 4 * 4  # sequences, tokens, keys and values, layers, key heads, their width, bytes
     out = capsys.readouterr().out
     assert f"while it generates, instead of the last two, keys and values of 4 sequences {format_bytes(held)}" in out
@@ -102,7 +102,7 @@ def test_labels_of_generated_text_are_the_next_tokens_end_included(make, monkeyp
         {"input_ids": [20, 5, 5], "prompt_length": 1, "row": 3},
     ]
     monkeypatch.setattr(trainer.method, "select_batch", lambda *arguments: written)
-    (batch,) = trainer.select_batch(next(trainer.batches())).parts
+    (batch,) = trainer.select_batch(next(trainer.batches())).micro_batches
     assert batch.positions.tolist() == [2, 3, 4, 7, 12, 14, 15]
     assert batch.labels.tolist() == [8, 9, 0, 8, 0, 5, 5]
 
@@ -128,7 +128,7 @@ def test_loss_and_gradient_of_generated_text_are_those_of_a_padded_batch(make, m
     overrides = f"loss={loss}", "train.max_tokens=128", *exact, *more
     trainer = trainer_of(make(method, *overrides))
     batch = trainer.select_batch(next(trainer.batches()))
-    assert len(batch.parts) > 1
+    assert len(batch.micro_batches) > 1
     samples = batch.samples
     assert all("index" not in sample for sample in samples), "all of them are generated"
     gradients = {}
@@ -162,9 +162,9 @@ def test_loss_and_gradient_of_generated_text_are_those_of_a_padded_batch(make, m
 
 def test_replay_costs_no_teacher(make, monkeypatch):
     """The teacher reads every sample once: of the data from the cache, generated ones when they are new."""
-    read, states = [], Teacher.states
+    read, states = [], Teacher.linear_head
     monkeypatch.setattr(
-        Teacher, "states", lambda self, batch: read.extend(s["row"] for s in batch.samples) or states(self, batch)
+        Teacher, "linear_head", lambda self, batch: read.extend(s["row"] for s in batch.samples) or states(self, batch)
     )
     trainer = trainer_of(make("distillm", "on_policy.threshold=1", "cache.mode=memory"))
     read.clear()  # what building the cache took
@@ -173,14 +173,14 @@ def test_replay_costs_no_teacher(make, monkeypatch):
     counts = []
     for batch in trainer.batches():
         trainer.train_step(trainer.select_batch(batch))
-        trainer.progress.step += 1
+        trainer.state.step += 1
         counts.append(len(read))
         if len(counts) == 5:
             break
     assert counts == [4, 8, 8, 8, 12]
     fresh = [dict(sample) for sample in trainer.method.buffer.samples]
-    kept = [sample.pop("states") for sample in fresh]
-    states_again = [trainer.teacher.live.states(pack([sample], 1000)[0]).hidden for sample in fresh]
+    kept = [sample.pop("hidden_states") for sample in fresh]
+    states_again = [trainer.teacher.live.linear_head(pack([sample], 1000)[0]).hidden for sample in fresh]
     assert all(torch.equal(a, b) for a, b in zip(kept, states_again, strict=True))
 
 
@@ -201,7 +201,7 @@ class Writer:
 def method_of(make, name, *overrides):
     run = make(name, *overrides)
     (config,) = load(run.arguments[1], run.arguments[3::2])
-    return methods.find(name)(config)
+    return methods.METHODS[name](config)
 
 
 @pytest.mark.parametrize("schedule", ["decreasing", "constant", "increasing"])
@@ -302,7 +302,7 @@ def test_without_generation_it_is_word_level_kd(make, monkeypatch):
 def test_interrupted_run_resumes_to_the_same_bits(make, monkeypatch, method):
     """A crash, which goes back to a checkpoint, then a signal; buffer, threshold, generators and counts are kept."""
     loss = Trainer.dev_loss
-    monkeypatch.setattr(Trainer, "dev_loss", lambda self: loss(self) + 0.2 * self.progress.step)
+    monkeypatch.setattr(Trainer, "dev_loss", lambda self: loss(self) + 0.2 * self.state.step)
     undisturbed, run = make(method, name="once"), make(method, name="pieces")
     assert undisturbed() == 0
     with monkeypatch.context() as patch:
@@ -408,7 +408,7 @@ def test_seqkd_trains_on_the_teachers_text(seqkd, teacher, tmp_path, capsys):
     tokenizer = quickstart.tokenizer()
     (_, config) = (resolve(config) for config in load(run.arguments[1], run.arguments[3::2]))
     trainer = Trainer(config, resume=True)
-    assert trainer.train_set["input_ids"][:] == [
+    assert trainer.data.train_set["input_ids"][:] == [
         tokenizer(answer["prompt"] + answer["output"])["input_ids"] + [tokenizer.eos_token_id] * answer["ended"]
         for answer in answers
     ]
@@ -416,7 +416,7 @@ def test_seqkd_trains_on_the_teachers_text(seqkd, teacher, tmp_path, capsys):
     assert [answer["prompt"] for answer in answers] == [row.values["prompt"] for row in originals]
     assert all(answer["output"] != row.values["output"] for answer, row in zip(answers, originals, strict=True))
     dev = tokenize(read_rows("quickstart:dev", 4), tokenizer, 96)
-    assert trainer.dev_set["input_ids"][:] == dev["input_ids"][:]
+    assert trainer.data.dev.dev_set["input_ids"][:] == dev["input_ids"][:]
 
     losses = [point["loss"] for point in run.points() if point.get("kind") == "train"]
     assert losses[-1] < losses[0]

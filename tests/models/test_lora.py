@@ -3,7 +3,6 @@
 import peft
 import pytest
 import torch
-from test_models import padded_logits, samples
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from abkd_fast.config.schema import ModelConfig
@@ -16,6 +15,7 @@ from abkd_fast.losses.logits import divergence_loss
 from abkd_fast.models import attention, loading
 from abkd_fast.models.packed import PackedCausalLM
 from conftest import GPT2, LLAMA
+from packed_models import padded_logits, samples
 
 CPU = torch.device("cpu")
 END = {"eos_token_id": 0, "bos_token_id": 0}
@@ -81,9 +81,11 @@ def test_packed_gradient_equals_padded(folders):
     theirs = torch.randn(len(batch.labels), 211, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     divergence = AlphaBeta(0.2, 0.7)
 
-    def loss(hidden, weight, bias):
+    def loss(student):
         identity = torch.eye(211, dtype=torch.float64)  # a teacher whose logits are its hidden states
-        return fused_linear.fused_linear_divergence(hidden, weight, theirs, identity, divergence, batch.labels)
+        return fused_linear.fused_linear_divergence(
+            student.hidden, student.weight, theirs, identity, divergence, batch.labels
+        )
 
     packed = student.eval()(batch, loss)
     packed.backward()
@@ -167,7 +169,7 @@ def test_bfloat16_keeps_the_base_in_16_bits_and_the_adapter_in_32(folders):
     (batch,) = pack(samples([9, 5]), max_tokens=14)
     with torch.autocast("cpu", torch.bfloat16):
         student.check()
-        student.train()(batch, lambda hidden, weight, bias: heads.append(weight) or hidden.sum()).backward()
+        student.train()(batch, lambda head: heads.append(head.weight) or head.hidden.sum()).backward()
     assert inputs == {torch.bfloat16}
     assert heads[0].data_ptr() == student.head.weight.data_ptr()  # no copy of a frozen matrix in every step
     assert all(p.grad.isfinite().all() for name, p in student.named_parameters() if "lora_" in name)
@@ -185,7 +187,7 @@ def test_recomputed_layers_give_the_same_bits(folders, has_adapter):
             student.checkpoint_layers()
         torch.manual_seed(7)
         before = attention.calls
-        student(batch, lambda hidden, weight, bias: (hidden @ weight.T).logsumexp(1).sum()).backward()
+        student(batch, lambda head: (head.hidden @ head.weight.T).logsumexp(1).sum()).backward()
         layers = student.causal_lm.config.num_hidden_layers
         assert attention.calls - before == layers * (2 if recomputes else 1)
         results.append({name: p.grad for name, p in student.named_parameters() if p.grad is not None})
@@ -200,8 +202,8 @@ def test_cost_counts_the_adapter(folders):
     student = load_packed("student", path=base, adapter=adapter)
     trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
     spec = ModelConfig(path=base, adapter=adapter)
-    assert loading.adapter_size(spec, student.causal_lm.config, "student") == trained
-    assert loading.adapter_size(ModelConfig(path=base), student.causal_lm.config, "student") is None
+    assert loading.read_meta_model(spec, "student").adapter_size == trained
+    assert loading.read_meta_model(ModelConfig(path=base), "student").adapter_size is None
 
 
 def test_recomputing_refuses_models_without():

@@ -17,7 +17,7 @@ from abkd_fast.config.schema import LoraConfig
 from abkd_fast.data import quickstart
 from abkd_fast.data.batches import pack
 from abkd_fast.errors import ConfigError
-from abkd_fast.losses import fused_linear
+from abkd_fast.losses import chunks
 from abkd_fast.models import loading
 from abkd_fast.train import main
 from abkd_fast.training.trainer import Trainer
@@ -57,15 +57,15 @@ def test_weights_that_are_trained_are_float32(tmp_path, base, lora):
 def test_only_the_adapter_is_trained(tmp_path, base, monkeypatch):
     made = trainer(LoraRun(tmp_path, base))
     before = {name: p.detach().clone() for name, p in made.student.named_parameters()}
-    shapes, product = [], fused_linear._product
+    shapes, product = [], chunks._product
 
     def watched(left, right, out, *more):
         shapes.append(out.shape)
         product(left, right, out, *more)
 
-    monkeypatch.setattr(fused_linear, "_product", watched)
-    for batch, _ in zip(made._batches(), range(3), strict=False):
-        made._step(batch)
+    monkeypatch.setattr(chunks, "_product", watched)
+    for batch, _ in zip(made.batches(), range(3), strict=False):
+        made.train_step(batch)
     head = made.student.head.weight.shape
     assert any(shape[-1] == head[1] for shape in shapes)  # the hidden states' gradient
     assert head not in shapes  # the projection's

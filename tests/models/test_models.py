@@ -16,42 +16,10 @@ from abkd_fast.losses.divergences import AlphaBeta
 from abkd_fast.losses.fused_linear import fused_linear_divergence
 from abkd_fast.losses.logits import divergence_loss
 from abkd_fast.models import attention, loading
-from abkd_fast.models.packed import PackedCausalLM
 from conftest import GPT2, LLAMA, anonymous_bytes, needs_proc
+from packed_models import build, padded_logits, samples
 
 CPU = torch.device("cpu")
-
-
-def samples(lengths, vocab=211, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return [
-        {"input_ids": torch.randint(vocab, (n,), generator=generator).tolist(), "prompt_length": max(1, n // 3)}
-        for n in lengths
-    ]
-
-
-def build(config, dtype, seed=0, **changes):
-    """A model whose logits are not nearly uniform, so that differences show."""
-    torch.manual_seed(seed)
-    config = AutoConfig.for_model(**{**config, **changes})
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.mul_(3.0)
-    return PackedCausalLM(model.eval(), "student")
-
-
-def padded_logits(model, rows):
-    """The model's own logits with padding, a mask and transformers' own attention, at the response positions."""
-    longest = max(len(row["input_ids"]) for row in rows)
-    ids = torch.stack([F.pad(torch.tensor(row["input_ids"]), (0, longest - len(row["input_ids"]))) for row in rows])
-    mask = torch.stack([torch.arange(longest) < len(row["input_ids"]) for row in rows]).long()
-    model.set_attn_implementation("sdpa")
-    logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-    model.set_attn_implementation(attention.NAME)
-    kept = [logits[i, row["prompt_length"] - 1 : len(row["input_ids"]) - 1] for i, row in enumerate(rows)]
-    return torch.cat(kept)
 
 
 def test_fused_gelu_is_that_of_transformers():
@@ -84,10 +52,12 @@ def test_packed_training_equals_padded(config, dtype, loss_tolerance, gradient_t
     (batch,) = pack(rows, max_tokens=64)
     divergence = AlphaBeta(0.2, 0.7)
 
-    def loss(hidden, weight, bias):
+    def loss(student):
         with torch.no_grad():
             theirs = teacher.hidden_states(batch)
-        return fused_linear_divergence(hidden, weight, theirs, teacher.head.weight, divergence, batch.labels)
+        return fused_linear_divergence(
+            student.hidden, student.weight, theirs, teacher.head.weight, divergence, batch.labels
+        )
 
     packed = student(batch, loss)
     packed.backward()
@@ -110,7 +80,7 @@ def test_packed_training_equals_padded(config, dtype, loss_tolerance, gradient_t
 def test_micro_batches_do_not_change_the_loss(config):
     rows = samples([5, 17, 2, 9, 31])
     student = build(config, torch.float64)
-    loss = functools.partial(lambda hidden, weight, bias: (hidden @ weight.T).logsumexp(1).sum())
+    loss = functools.partial(lambda head: (head.hidden @ head.weight.T).logsumexp(1).sum())
     whole = sum(student(batch, loss) for batch in pack(rows, max_tokens=64))
     pieces = [student(batch, loss) for batch in pack(rows, max_tokens=31)]
     assert len(pieces) == 3
@@ -260,7 +230,7 @@ def test_check_tolerates_the_rounding_of_16_bits():
         model.check()
         hidden = []
         (batch,) = pack(samples([9, 5]), max_tokens=14)
-        model(batch, lambda h, weight, bias: hidden.extend((h, weight)) or h.sum())
+        model(batch, lambda head: hidden.extend(head[:2]) or head.hidden.sum())
     assert {x.dtype for x in hidden} == {torch.bfloat16}
 
 
@@ -276,7 +246,7 @@ def test_compiled_layers_compute_the_same(config):
         results = []
         for model in (plain, compiled):
             model.zero_grad()
-            loss = model(batch, lambda hidden, weight, bias: (hidden @ weight.T).logsumexp(1).sum())
+            loss = model(batch, lambda head: (head.hidden @ head.weight.T).logsumexp(1).sum())
             loss.backward()
             results.append([loss.detach(), *(p.grad for p in model.parameters())])
         torch.testing.assert_close(results[0], results[1], rtol=1e-10, atol=1e-10)

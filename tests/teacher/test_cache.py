@@ -100,7 +100,7 @@ def test_rows_are_the_padded_model_states(recipe):
     trainer = loaded(recipe(), "train.dtype=float64")
     model = AutoModelForCausalLM.from_pretrained(trainer.config.teacher.path, dtype=torch.float64).eval()
     for index in (0, 7, 59):
-        sample = trainer.train_set[index]
+        sample = trainer.data.train_set[index]
         ids = torch.tensor(sample["input_ids"])[None]
         with torch.no_grad():
             expected = model.model(ids).last_hidden_state[0, sample["prompt_length"] - 1 : -1]
@@ -118,8 +118,8 @@ def test_second_run_finds_it_and_loads_no_teacher(recipe, cache_folder, capsys, 
     before = (only(cache_folder) / "states.bin").stat().st_mtime_ns
     shutil.rmtree(tmp_path / "runs")
     loads = []
-    original = Trainer._model
-    monkeypatch.setattr(Trainer, "_model", lambda self, *a: (loads.append(a[2]), original(self, *a))[1])
+    original = Trainer._load
+    monkeypatch.setattr(Trainer, "_load", lambda self, *a: (loads.append(a[2]), original(self, *a))[1])
     assert main(["--config", path]) == 0
     second = capsys.readouterr().out
     assert loads == ["student"]
@@ -436,7 +436,7 @@ def test_complete_cache_in_a_read_only_folder(recipe, cache_folder, monkeypatch)
     access = os.access
     monkeypatch.setattr(os, "access", lambda p, mode: not str(p).startswith(str(cache_folder)) and access(p, mode))
     monkeypatch.setattr(store.filelock.FileLock, "acquire", refuse)
-    monkeypatch.setattr(store, "replace_file", refuse)
+    monkeypatch.setattr(store, "atomic_write", refuse)
     trainer = loaded(path, "cache.mode=disk")
     assert "found" in trainer.teacher.note
     assert losses(trainer) == expected

@@ -1,6 +1,5 @@
 import pytest
 import torch
-from test_models import build, samples
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig
@@ -12,6 +11,7 @@ from abkd_fast.generation.sampling import SamplingParams, sample, sample_mixture
 from abkd_fast.models import loading
 from abkd_fast.training import costs
 from conftest import GPT2, LLAMA
+from packed_models import build, samples
 
 QWEN3 = {**LLAMA, "model_type": "qwen3", "head_dim": 16}
 CPU = torch.device("cpu")
@@ -24,15 +24,15 @@ def test_operations_are_those_that_pytorch_counts(config):
     (batch,) = pack(rows, max_tokens=128)
     # The mathematics of attention as plain products: those it counts, all of them, causal or not.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        model(batch, lambda hidden, weight, bias: (hidden @ weight.T).sum()).backward()
-    cost = costs.ModelCost(model.model.config)
+        model(batch, lambda head: (head.hidden @ head.weight.T).sum()).backward()
+    cost = costs.ModelCost(model.model)
     causal = 3 * cost.body_flops(0, sum(len(row["input_ids"]) ** 2 for row in rows))
     assert causal > 0
     assert costs.StepCost(cost, None, None, False).flops(rows) == counter.get_total_flops() - causal
 
 
 def test_teacher_and_adapter_in_a_step():
-    cost, rows = costs.ModelCost(AutoConfig.for_model(**LLAMA)), samples([40, 17])
+    cost, rows = costs.ModelCost(loading.meta_model(AutoConfig.for_model(**LLAMA))), samples([40, 17])
     tokens, squares = 57, 40**2 + 17**2
     responses = tokens - sum(row["prompt_length"] for row in rows)
     body, head = cost.body_flops(tokens, squares), cost.head_flops(responses)
@@ -68,7 +68,7 @@ def test_activations_are_those_that_autograd_keeps(config, recompute):
 
 def test_memory_by_what_holds_it():
     config = AutoConfig.for_model(**LLAMA)
-    cost = costs.ModelCost(config)
+    cost = costs.ModelCost(loading.meta_model(config))
     (batch,) = pack(samples([40, 17]), max_tokens=64)
     trained = dict(
         costs.memory(costs.StepCost(cost, None, cost, True), config, batch, TrainConfig(), torch.float32, CPU)
@@ -105,7 +105,7 @@ def test_memory_of_generation_is_what_it_takes(monkeypatch, config, teacher):
         sample_mixture(*models, 0.2, prompts, settings, [0, 1, 2], batch_size=2)
     else:
         sample(*models, prompts, settings, [0, 1, 2], batch_size=2)
-    generators = [(costs.ModelCost(model.model.config), None) for model in models]
+    generators = [(costs.ModelCost(model.model), None) for model in models]
     parts = dict(costs.generation_memory(generators, 2, 45, torch.float32, CPU))
     cached, copied = map(sum, zip(*held, strict=True))
     expected = {"keys and values of 2 sequences": cached, "rearranged weights": copied}

@@ -155,7 +155,7 @@ def test_signal_ends_an_evaluation_which_is_done_again(tmp_path, monkeypatch, un
         evaluate = Trainer.dev_loss
 
         def interrupted(self, moment=moment, evaluate=evaluate):
-            if self.progress.step == moment:
+            if self.state.step == moment:
                 os.kill(os.getpid(), signal.SIGTERM)
             return evaluate(self)
 
@@ -393,12 +393,12 @@ def test_skipped_step_changes_no_weight_moment_or_count(tmp_path, monkeypatch):
 
     poison(monkeypatch, 2)
     for batch in trainer.batches(9):
-        trainer.progress.step += 1
+        trainer.state.step += 1
         before = everything()
         trainer.train_step(batch)
         after = everything()
         same = [torch.equal(after[name], tensor) for name, tensor in before.items()]
-        assert all(same) if trainer.progress.step == 2 else not any(same)
+        assert all(same) if trainer.state.step == 2 else not any(same)
     assert {tensor.item() for name, tensor in after.items() if name.startswith("step.")} == {2.0}
 
     assert run() == 0
@@ -408,6 +408,7 @@ def test_skipped_step_changes_no_weight_moment_or_count(tmp_path, monkeypatch):
 
 
 def test_method_state_is_kept(tmp_path, monkeypatch):
+    from abkd_fast.methods import METHODS
     from abkd_fast.methods.sft import SupervisedFineTuning
 
     class Counting(SupervisedFineTuning):
@@ -423,7 +424,7 @@ def test_method_state_is_kept(tmp_path, monkeypatch):
         def load_state_dict(self, state):
             self.calls = state["calls"]
 
-    monkeypatch.setattr("abkd_fast.methods.find", lambda name: Counting)
+    monkeypatch.setitem(METHODS, "sft", Counting)
     run = Run(tmp_path, "train.max_tokens=8192")
     with monkeypatch.context() as patch:
         at_step(patch, 6, send(signal.SIGTERM))

@@ -22,7 +22,7 @@ from runs import Killed, Run, at_step, crash, send
 def test_newest_and_best_stay_and_are_models(tmp_path, monkeypatch):
     losses = {0: 9.0, 2: 5.0, 4: 3.0, 6: 4.0, 8: 4.5, 10: 4.6, 12: 4.7}
     run = Run(tmp_path, "eval.every_steps=2", "checkpoint.every_steps=3", "checkpoint.keep=2")
-    monkeypatch.setattr(Trainer, "dev_loss", lambda self: losses[self.progress.step])
+    monkeypatch.setattr(Trainer, "dev_loss", lambda self: losses[self.state.step])
     assert run() == 0
     assert run.checkpoints() == ["step-000004", "step-000006", "step-000009"]
     folder = run.folder / "checkpoints" / "step-000004"
@@ -39,7 +39,7 @@ def test_evaluation_that_was_interrupted_still_finds_the_best(tmp_path, monkeypa
     with monkeypatch.context() as patch:
         at_step(patch, 2, send(signal.SIGTERM))
         assert run() == INTERRUPTED
-    monkeypatch.setattr(Trainer, "dev_loss", lambda self: losses[self.progress.step])
+    monkeypatch.setattr(Trainer, "dev_loss", lambda self: losses[self.state.step])
     assert run("--resume") == 0
     assert run.checkpoints() == ["step-000002", "step-000009"]
 
@@ -48,7 +48,7 @@ LOSSES = {0: 1.0, 4: 3.0, 8: 2.0, 12: 4.0}  # that of the step before the first 
 
 
 def made_up_losses(patch, losses=LOSSES):
-    patch.setattr(Trainer, "dev_loss", lambda self: losses[self.progress.step])
+    patch.setattr(Trainer, "dev_loss", lambda self: losses[self.state.step])
 
 
 def selected(run):

@@ -140,7 +140,7 @@ def test_schedule_and_decay_groups(recipe):
     trainer = Trainer(load(recipe()[1], ["optim.warmup_steps=4", "optim.min_lr=1e-5"])[0])
     trainer.build()
     rates = []
-    for _ in range(trainer.steps):
+    for _ in range(trainer.data.steps):
         rates.append(trainer.scheduler.get_last_lr()[0])
         trainer.optimizer.step()
         trainer.scheduler.step()
@@ -249,7 +249,7 @@ def test_dry_run_tells_and_writes_nothing(recipe, tmp_path, capsys, monkeypatch)
     assert main([*recipe(stages=stages), "--dry-run"]) == 0
     out = capsys.readouterr().out
     trainer = Trainer(load(recipe()[1])[0])
-    lengths = [len(ids) for ids in trainer.train_set["input_ids"]]
+    lengths = [len(ids) for ids in trainer.data.train_set["input_ids"]]
     assert f"{len(lengths)} rows, {sum(lengths)} tokens an epoch" in out
     assert f"together   mean {sum(lengths) / len(lengths):.1f}, " in out
     assert '"lr": 0.003' in out

@@ -1,10 +1,11 @@
-// As much of CUDA as the row kernel needs, on the host: g++ compiles the device code itself, and the threads of one
-// block at a time run as fibers that change places at barriers and shuffles only. That shows what a GPU would hide:
+// As much of CUDA as the row kernel needs, on the host. g++ compiles the device code itself. Blocks run one after the
+// other, and the threads of a block run as fibers that switch only at barriers and shuffles. This shows what a GPU
+// hides:
 //
-//   - sanitizers work, and shared memory beyond what was launched is poisoned, the rest filled with NaN for every block
-//   - threads that part at a barrier or a shuffle end the process, with both places
-//   - the order in which threads run is a parameter, so that results which depend on it differ
-//   - compiled with -fsanitize=thread, every race ends the process (see races.h)
+//   - Sanitizers work. Shared memory beyond the launched size is poisoned; the rest is filled with NaN for every block.
+//   - If threads wait at different barriers or shuffles, the process ends and reports both places.
+//   - The order of the threads is a parameter, so that results which depend on it differ.
+//   - With -fsanitize=thread every race ends the process (see races.h).
 #pragma once
 
 #include <cuda_bf16.h>
@@ -31,16 +32,16 @@
 
 #include "races.h"
 
-// For a host compiler the toolkit's headers leave the first undefined and the second empty: shared variables need
-// static storage, and `thread_local` is the spelling of it that may also follow `extern` (-fno-extern-tls-init: it
-// means nothing more). The third asks for inlining, on which sanitizers spend half of the time of a compilation.
+// For a host compiler the toolkit's headers leave the first undefined and the second empty. Shared variables need
+// static storage: `thread_local` gives it and may also follow `extern` (with -fno-extern-tls-init it does nothing
+// more). The third asks for inlining, which takes half of the compilation with sanitizers.
 #define __launch_bounds__(...)
 #undef __shared__
 #define __shared__ thread_local
 #undef __forceinline__
 #define __forceinline__ inline
 
-// What csrc/divergence/math.h has in assembly for a GPU; subnormal results become 0.
+// csrc/divergence/math.h has this in assembly for a GPU. Subnormal results become 0.
 #define ABKD_DEVICE
 namespace abkd {
 inline float power_of_2(float x) {
@@ -56,8 +57,8 @@ namespace emulator {
 constexpr int kWarp = 32;
 constexpr size_t kStack = 128 * 1024, kPage = 4096;
 
-// Changes stacks by the compiler's own non-local jump: swapcontext would take a system call each time. The calls must
-// stay opaque, because the compiler does not expect that others run meanwhile.
+// Switches stacks by the compiler's own non-local jump, because swapcontext would take a system call each time. The
+// calls must stay opaque: the compiler does not expect that other fibers run in between.
 #define EMULATOR_OPAQUE __attribute__((noipa, no_sanitize("address", "undefined", "thread")))
 struct Context {
   void* registers[5];
@@ -71,7 +72,7 @@ EMULATOR_OPAQUE inline void change(Context& from, const ucontext_t& to) {
 }
 #undef EMULATOR_OPAQUE
 
-// AddressSanitizer wants to know on which stack it is.
+// AddressSanitizer has to know the current stack.
 #if defined(__SANITIZE_ADDRESS__)
 inline void leave(void** own, const void* stack, size_t bytes) { __sanitizer_start_switch_fiber(own, stack, bytes); }
 inline void arrive(void* own, const void** stack, size_t* bytes) { __sanitizer_finish_switch_fiber(own, stack, bytes); }
@@ -83,22 +84,22 @@ inline void arrive(void*, const void**, size_t*) {}
 enum class State { ready, at_shuffle, at_barrier, finished };
 
 struct Fiber {
-  unsigned char* stack;  // its lowest page is a guard
+  unsigned char* stack;  // the lowest page is a guard
   Context context = {};
   void* sanitizer = nullptr;
   bool started = false;
   State state = State::finished;
-  std::source_location where = {};  // of the shuffle or barrier
-  uint64_t sent = 0, received = 0;  // by a shuffle
-  int partner = 0;                  // the lane that it reads
+  std::source_location where = {};  // place of the shuffle or barrier
+  uint64_t sent = 0, received = 0;  // in a shuffle
+  int partner = 0;                  // the lane whose value it receives
 };
 
 class Block {
  public:
-  int omitted_line = 0;  // the barrier of this line does nothing: the tests' planted fault
-  int64_t omitted = 0;   // how often it was met
+  int omitted_line = 0;  // the barrier on this line does nothing: a planted fault of the tests
+  int64_t omitted = 0;   // how often a thread came to it
 
-  // Runs kernel() in each of `threads` threads; order: 0 ascending, 1 descending, others are seeds of a shuffle.
+  // Runs kernel() in each of `threads` threads. order: 0 is ascending, 1 descending, others are seeds of a shuffle.
   void run(int threads, int order, const std::function<void()>& kernel) {
     kernel_ = &kernel;
     prepare(threads);
@@ -112,7 +113,7 @@ class Block {
     } while (pass_barrier());
   }
 
-  // Called by a fiber: back when all threads that it waits for are there.
+  // A fiber calls this. It returns when all threads that it waits for have arrived.
   void wait(State state, std::source_location where) {
     races::record_from_now_on(false);
     Fiber& self = *current_;
@@ -149,7 +150,7 @@ class Block {
   std::vector<Fiber> fibers_;
   Fiber* current_ = nullptr;
   Context scheduler_;
-  const void* stack_ = nullptr;  // the scheduler's, and what AddressSanitizer knows of it
+  const void* stack_ = nullptr;  // the scheduler's stack, for AddressSanitizer
   size_t stack_bytes_ = 0;
   void* sanitizer_ = nullptr;
 
@@ -171,7 +172,7 @@ class Block {
       std::shuffle(order_of.begin(), order_of.end(), random);
   }
 
-  // Until its lanes have finished or are at a barrier; other warps wait as long, so one may be far ahead.
+  // Runs a warp until its lanes have finished or are at a barrier. Other warps wait, so one may be far ahead.
   void run_warp(Fiber* lanes, int order, std::mt19937& random) {
     std::vector<int> sequence(kWarp);
     std::iota(sequence.begin(), sequence.end(), 0);
@@ -182,7 +183,7 @@ class Block {
     } while (exchange(lanes));
   }
 
-  // Serves a shuffle if the lanes are at one.
+  // Exchanges the values if the lanes are at a shuffle; else returns false.
   bool exchange(Fiber* lanes) {
     const auto shuffles = [](const Fiber& lane) { return lane.state == State::at_shuffle; };
     if (std::none_of(lanes, lanes + kWarp, shuffles)) return false;
@@ -194,7 +195,7 @@ class Block {
     return true;
   }
 
-  // Lets the threads pass the barrier that all of them are at; false where all have finished.
+  // Lets all threads pass the barrier; returns false if all have finished.
   bool pass_barrier() {
     expect_together(fibers_.data(), int(fibers_.size()));
     if (fibers_[0].state == State::finished) return false;
@@ -249,7 +250,7 @@ class Block {
     arrive(sanitizer_, nullptr, nullptr);
   }
 
-  // What a fiber does: one run of the kernel after the other.
+  // The life of a fiber: it runs the kernel again and again.
   static void live();
 };
 
@@ -264,7 +265,7 @@ inline void Block::live() {
   }
 }
 
-// NaN in all shared memory of the program: a GPU's holds anything when a block starts.
+// Fills all shared memory of the program with NaN: on a GPU it holds anything when a block starts.
 inline void spoil_shared_memory() {
   const auto spoil = [](dl_phdr_info* program, size_t, void*) {
     for (int i = 0; i < program->dlpi_phnum; ++i)
@@ -275,7 +276,7 @@ inline void spoil_shared_memory() {
   dl_iterate_phdr(spoil, nullptr);
 }
 
-// kernel<<<blocks, threads, bytes>>>: `dynamic` [capacity] is the kernel's `extern __shared__` array.
+// kernel<<<blocks, threads, bytes>>>. `dynamic` [capacity] is the kernel's `extern __shared__` array.
 inline void launch(unsigned blocks, int threads, unsigned char* dynamic, size_t capacity, size_t bytes, int order,
                    const std::function<void()>& kernel) {
   for (blockIdx = uint3{0, 0, 0}; blockIdx.x < blocks; ++blockIdx.x) {

@@ -1,8 +1,8 @@
-// Exact detection of races within a block: two threads touch one byte between the same two barriers, and not both only
-// read it. Shuffles order nothing, as in CUDA.
+// Detects every race within a block: two threads access the same byte between the same two barriers, and at least one
+// of them writes it. Shuffles order nothing, as in CUDA.
 //
-// g++ -fsanitize=thread makes every access to memory call one of the functions below. (Its own runtime, which knows no
-// blocks, must not be linked.) In any other build nothing calls them.
+// With g++ -fsanitize=thread every memory access calls one of the functions below. (The library of g++ must not be
+// linked, because it knows no blocks.) In other builds nothing calls them.
 #pragma once
 
 #include <cstddef>
@@ -14,16 +14,16 @@ namespace races {
 
 #define RACES_UNINSTRUMENTED __attribute__((noinline, no_sanitize("thread")))
 
-// Only accesses of the kernel are recorded, not the emulator's.
+// Accesses of the kernel are recorded, those of the emulator are not.
 inline bool recording = false;
 RACES_UNINSTRUMENTED inline void record_from_now_on(bool yes) { recording = yes; }
 
-inline int thread = 0;                        // the one that runs
-inline const unsigned char* stack = nullptr;  // the thread's own, which no other one sees
+inline int thread = 0;                        // the running thread
+inline const unsigned char* stack = nullptr;  // the thread's own stack, which no other thread sees
 inline size_t stack_bytes = 0;
-inline uint32_t interval = 0;  // number of barriers so far
+inline uint32_t interval = 0;  // the number of barriers so far
 
-// One byte of memory in one interval.
+// The accesses to one byte of memory in one interval.
 struct Byte {
   static constexpr int kNobody = -1, kMany = -2;
   uintptr_t address;
@@ -33,7 +33,7 @@ struct Byte {
 
 #if defined(__SANITIZE_THREAD__)
 constexpr size_t kBytes = size_t(1) << 20;  // more than a block touches between two barriers
-inline Byte bytes[kBytes];                  // a hash table; what an earlier interval left there is free
+inline Byte bytes[kBytes];                  // a hash table; entries of earlier intervals are free
 
 RACES_UNINSTRUMENTED inline Byte& find(uintptr_t address) {
   size_t slot = address * 0x9e3779b97f4a7c15u >> 44;

@@ -1,11 +1,11 @@
-// Runs the CUDA row kernel on the host: reads launches from standard input, writes what they computed to standard
-// output, in the format of tests/csrc/test_emulated_cuda.py. The one argument is the line of a barrier to leave out.
-// ROWS_ON_HOST_BRIEF: one type and one divergence only, which compile in a third of the time.
+// Runs the CUDA row kernel on the host: reads launches from standard input and writes the results to standard output,
+// in the format of tests/csrc/emulated_kernel.py. The only argument is the line of a barrier in rows.cuh to leave out.
+// With ROWS_ON_HOST_BRIEF there are one type and one divergence, which compile in a third of the time.
 #include "cuda_on_host.h"
 
 namespace abkd::cuda {
 
-// The kernel's dynamic shared memory; no GPU has more in a block.
+// The kernel's dynamic shared memory. No GPU has more in a block.
 alignas(16) thread_local unsigned char shared_rows[227 * 1024];
 
 }  // namespace abkd::cuda
@@ -30,10 +30,10 @@ struct Request {
   double parameters[kParameters], temperature, hard_weight;
 };
 enum GradientMode : int64_t { kNoGradient, kApart, kInPlace };
-// kRead: the gradient is made from them; kNormalizers: nothing else is made; kSums: they have the log-normalizers.
+// kRead: they make the gradient. kNormalizers: nothing else is made. kSums: they hold the log-normalizers.
 enum StatisticsMode : int64_t { kNoStatistics, kWritten, kRead, kNormalizers, kSums };
 
-// An array of exactly `bytes`, so that AddressSanitizer sees what lies beyond.
+// An array of exactly `bytes`, so that AddressSanitizer notices accesses beyond its end.
 struct Array {
   explicit Array(int64_t bytes) : bytes(size_t(bytes)), data(std::malloc(this->bytes)) {}
   Array(const Array&) = delete;
@@ -50,7 +50,7 @@ struct Array {
 
 template <typename Logit>
 void launch(const Request& request, Rows& rows) {
-  // As in rows.cu, where the choice of `kept` is the only other thing that a launch does.
+  // As in rows.cu, which also chooses `kept`.
   const size_t bytes = size_t(request.kept * cuda::row_bytes<Logit>(rows.vocab));
   with_divergence<float>(rows, [&](const auto& divergence) {
     using Divergence = std::decay_t<decltype(divergence)>;

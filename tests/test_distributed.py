@@ -1,4 +1,4 @@
-"""Several processes do what one does: the same losses, files and results; and all of them end when one does."""
+"""Several processes do what one does: the same losses, files and results. If one ends, all of them end."""
 
 import errno
 import functools
@@ -18,8 +18,6 @@ import datasets
 import pytest
 import torch
 import torch.distributed as dist
-from hypothesis import given
-from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch.distributed.checkpoint import HuggingFaceStorageWriter
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -27,7 +25,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from abkd_fast import distributed, train
 from abkd_fast.cli import INTERRUPTED
 from abkd_fast.console import console
-from abkd_fast.data import batches, quickstart
+from abkd_fast.data import quickstart
 from abkd_fast.training import checkpoint
 from abkd_fast.training.trainer import Trainer
 from conftest import LLAMA
@@ -53,25 +51,25 @@ STAGES = {
 
 
 def process(environment, log, command, arguments, prepare):
-    """Of one rank: what it prints goes to a file, so that the parent can read it."""
+    """One rank. Its output goes to a file, which the parent reads."""
     os.environ.update(environment)
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for stream in (1, 2):
         os.dup2(descriptor, stream)
     datasets.config.HF_DATASETS_CACHE = environment["HF_DATASETS_CACHE"]
-    console.quiet = environment["RANK"] != "0"  # what the server of these processes had no reason to decide
+    console.quiet = environment["RANK"] != "0"  # the server of these processes has no rank
     if prepare:
         prepare()
     status = command(arguments)
     sys.stdout.flush()
-    os._exit(status)  # as an exit would, without waiting for what the test's modules left
+    os._exit(status)  # at once: threads of the test's modules may still run
 
 
 class Ranks:
     """A command in processes with the environment that torchrun gives them."""
 
     def __init__(self, context, folder, count, arguments, command=train.main, prepare=None):
-        self.store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)  # as torchrun has it
+        self.store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)  # as in torchrun
         self.logs = [folder / f"rank{rank}.log" for rank in range(count)]
         shared = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(self.store.port), "WORLD_SIZE": str(count)}
         shared |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
@@ -96,15 +94,15 @@ class Ranks:
 
 @pytest.fixture(scope="module")
 def context():
-    """Processes from a server that has imported everything once, so that a run begins at once."""
+    """Starts processes from a server that has imported everything, so that a run begins at once."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["abkd_fast.pipeline", "torch.utils.tensorboard", "test_parallel"])
+    context.set_forkserver_preload(["abkd_fast.pipeline", "torch.utils.tensorboard", "test_distributed"])
     return context
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """A teacher's folder."""
+    """The model folder of a teacher."""
     folder = tmp_path_factory.mktemp("teacher")
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**MODEL, initializer_range=0.1))
@@ -114,7 +112,7 @@ def models(tmp_path_factory):
 
 
 def write_recipe(folder, models, name, stages=None, **sections):
-    """The arguments that train it."""
+    """Writes a recipe. Returns the arguments that train it."""
     text = folder / "text.jsonl"
     text.write_text("".join(json.dumps({"text": f"{number} is a number. " * 40}) + "\n" for number in range(16)))
     values = {**RECIPE, **sections, "run": {"name": name, "dir": str(folder)}, "teacher": {"path": models}}
@@ -131,7 +129,7 @@ def recipe(tmp_path, models):
 
 
 def losses(folder):
-    """Of every step, and of the development set."""
+    """Kind and step of every logged point, and its loss."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [(line["kind"], line["step"]) for line in lines], [line["loss"] for line in lines]
 
@@ -142,7 +140,7 @@ def assert_same_losses(ours, theirs):
     assert values == pytest.approx(expected, rel=1e-5)
 
 
-# On top of every method: plain text, LoRA with recomputed layers, rows that a stage writes, scores on a test set.
+# Besides every method: plain text, LoRA with recomputed layers, rows that a stage writes, scores on a test set.
 MORE = {
     "text": {"method": "minillm", "loss": "rkl", "minillm": {"rollouts": 16}, "data": {"pretrain": {"path": "TEXT"}}},
     "lora": {
@@ -163,7 +161,7 @@ def sections(steps, mode):
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory, models):
-    """All stages in one process, of so many steps: their folder, and that of the teacher's states."""
+    """Trains all stages in one process. Returns their folder, and that of the teacher's hidden states."""
 
     @functools.cache
     def run(steps):
@@ -201,13 +199,13 @@ def test_losses_and_files_are_those_of_one_process(context, tmp_path, recipe, al
         ours, theirs = ([json.loads(line) for line in (run / file).open()] for run in (tmp_path / "several", folder))
         assert [row["row"] for row in ours] == [row["row"] for row in theirs]
     assert not list((tmp_path / "several").rglob("*.rank*"))
-    if mode == "ddp":  # a sharded teacher reads packed samples, with other rounding
+    if mode == "ddp":  # a sharded teacher reads packed samples and rounds differently
         for path in states.glob("*/states.bin"):
             assert (cache_folder / path.parent.name / path.name).read_bytes() == path.read_bytes()
 
 
 def tell_memory():
-    """Prints the bytes of weights, gradients and optimizer state that a rank holds after a step."""
+    """After a step each rank prints the bytes of weights, gradients and optimizer state that it holds."""
     step = Trainer.train_step
 
     def wrapped(self, batch):
@@ -242,12 +240,12 @@ def test_sharded_ranks_hold_their_part(context, tmp_path, recipe):
 
 
 def poison_rank_1():
-    """Makes the loss of rank 1 infinite in step 2; its gradients stay as they are."""
+    """Makes the loss of rank 1 infinite in step 2. The gradients stay as they are."""
     backward = Trainer._backward
 
     def wrapped(self, *arguments):
         loss = backward(self, *arguments)
-        return loss + torch.inf if distributed.rank() == 1 and self.progress.step == 2 else loss
+        return loss + torch.inf if distributed.rank() == 1 and self.state.step == 2 else loss
 
     Trainer._backward = wrapped
 
@@ -261,7 +259,7 @@ def test_loss_that_is_not_finite_on_one_rank_is_skipped_by_all(context, tmp_path
 
 
 def full_disk_of_rank_1():
-    """While it writes its parts of the second checkpoint."""
+    """The disk of rank 1 is full while it writes its part of the second checkpoint."""
     write = HuggingFaceStorageWriter.write_data
 
     def wrapped(self, *arguments):
@@ -304,7 +302,7 @@ def slow_steps():
 
 @pytest.mark.parametrize("mode", ["ddp", pytest.param("fsdp", marks=SLOW)])
 def test_signal_to_one_rank_and_resume_on_two_and_on_one(context, tmp_path, recipe, mode):
-    """All ranks stop after one step; what two resume is the undisturbed run, dropout included, to the last bit."""
+    """All ranks stop after the same step. Resumed on two, the run is the undisturbed one to the bit, with dropout."""
     student = {"config": {**MODEL, "tie_word_embeddings": True, "attention_dropout": 0.2}}
     dropout = {"student": student, "method": "sft", "train": {**RECIPE["train"], "steps": 8, "parallel": mode}}
     undisturbed = Ranks(context, tmp_path, 2, recipe("undisturbed", **dropout))
@@ -316,7 +314,9 @@ def test_signal_to_one_rank_and_resume_on_two_and_on_one(context, tmp_path, reci
     assert ranks.wait() == [INTERRUPTED] * 2, ranks.output()
     assert sum("SIGTERM after step" in text for text in ranks.output()) == 1
     shutil.copytree(tmp_path / "stopped", tmp_path / "alone" / "stopped")
-    left = tmp_path / "stopped" / "final.parts.tmp" / "model" / "sharded"  # as if more ranks had died in writing it
+    left = (
+        tmp_path / "stopped" / "final.parts.tmp" / "model" / "sharded"
+    )  # as if three ranks had died while they wrote it
     left.mkdir(parents=True)
     (left / "shard-00003-model-00001-of-00001.safetensors").write_bytes(b"of another attempt")
     again = Ranks(context, tmp_path, 2, [*arguments, "--resume"])
@@ -334,7 +334,7 @@ def die_on_rank_1():
     step = Trainer.train_step
 
     def wrapped(self, batch):
-        if self.progress.step == 3 and distributed.rank() == 1:
+        if self.state.step == 3 and distributed.rank() == 1:
             os.kill(os.getpid(), signal.SIGKILL)
         return step(self, batch)
 
@@ -355,18 +355,6 @@ def test_mistakes_are_said_once(context, tmp_path, recipe):
     assert "train.batch_size is 2, but there are 3 processes" in said[0]
 
 
-@given(st.lists(st.integers(1, 512), min_size=1, max_size=70), st.integers(1, 9))
-def test_samples_are_dealt_evenly(lengths, world):
-    shares = batches.balance_by_tokens(lengths, world)
-    assert sorted(place for share in shares for place in share) == list(range(len(lengths)))
-    assert all(share == sorted(share) for share in shares)
-    assert max(map(len, shares)) <= -(-len(lengths) // world)
-    loads = [sum(lengths[place] for place in share) for share in shares]
-    if len(lengths) % world == 0:
-        assert len({len(share) for share in shares}) == 1
-        assert max(loads) - min(loads) <= max(lengths)
-
-
 @pytest.mark.slow
 def test_a_rank_that_hangs_ends_the_others_with_its_name(context, tmp_path, recipe):
     training = {**RECIPE["train"], "timeout_minutes": 0.2}
@@ -381,11 +369,11 @@ def test_a_rank_that_hangs_ends_the_others_with_its_name(context, tmp_path, reci
     assert "rank 0 of 2: error: no answer from rank 1" in ranks.output()[0]
 
 
-# What torchrun starts: training with a pause in every step, so that a signal finds it there.
+# torchrun starts this: training with a pause in every step, in which a signal arrives.
 PAUSED = """
 import sys, time
 from abkd_fast.train import leave, main
-from abkd_fast.trainer import Trainer
+from abkd_fast.training.trainer import Trainer
 step = Trainer.train_step
 def slow(self, batch):
     time.sleep(0.3)
@@ -398,9 +386,9 @@ leave(main(sys.argv[1:]))
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["ddp", "fsdp"])
 def test_killed_ranks_are_started_again_by_torchrun(context, tmp_path, recipe, mode):
-    """One of two is killed at 10 random moments; the last attempt ends with the weights of an undisturbed run."""
+    """One of two ranks is killed at 10 random moments. The weights at the end are those of an undisturbed run."""
     student = {"config": {**MODEL, "tie_word_embeddings": True, "attention_dropout": 0.2}}
-    # Killed while they connect, gloo's next processes may wait for each other until the timeout ends them, too.
+    # After a kill during gloo's connection, the next processes may wait for each other until the timeout.
     training = {**RECIPE["train"], "parallel": mode, "timeout_minutes": 0.5}
     values = {"student": student, "method": "sft", "train": training, "checkpoint": {"every_steps": 2}}
     undisturbed = Ranks(context, tmp_path, 2, recipe("undisturbed", **values))
@@ -415,7 +403,7 @@ def test_killed_ranks_are_started_again_by_torchrun(context, tmp_path, recipe, m
         "--nproc-per-node=2",
         "--max-restarts=30",
     ]
-    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # torchrun's own choice would round otherwise
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # torchrun's own choice would round differently
     with (tmp_path / "log").open("w") as log:
         command = [*launcher, str(script), *recipe("killed", **values)]
         process = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | threads)

@@ -1,11 +1,11 @@
 // Launches the row kernel on a CUDA stream.
 #pragma once
 
-#include "../rows.h"
+#include "../row_call.h"
 
 namespace abkd::cuda {
 
-// Returns null, or the text of the CUDA error. `stream` is a cudaStream_t; logits may be float32, bfloat16 or float16.
+// Returns null, or the text of the error. `stream` is a cudaStream_t. Logits may be float32, bfloat16 or float16.
 const char* launch(const Rows& rows, void* stream);
 
 }  // namespace abkd::cuda

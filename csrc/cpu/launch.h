@@ -1,11 +1,11 @@
-// The row driver for processors: one source (driver.h), compiled for several instruction sets, chosen at run time.
+// The row driver for CPUs. One source, driver.h, is compiled for several instruction sets; one is chosen at run time.
 #pragma once
 
-#include "../rows.h"
+#include "../row_call.h"
 
 namespace abkd::cpu {
 
-// Processes rows [begin, end); safe to call from many threads at once on disjoint ranges.
+// Processes rows [begin, end). Many threads may call it at once, on disjoint ranges.
 using RowDriver = void (*)(const Rows& rows, int64_t begin, int64_t end);
 
 namespace baseline {
@@ -23,7 +23,7 @@ struct Choice {
   RowDriver drive;
 };
 
-// The best this processor runs; the environment variable ABKD_SIMD names a lesser one.
+// The best instruction set that this CPU has. The environment variable ABKD_SIMD sets a lower limit to it.
 Choice choose();
 
 }  // namespace abkd::cpu

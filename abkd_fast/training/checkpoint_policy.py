@@ -1,0 +1,67 @@
+"""When a run saves, and what a failed save means."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Callable
+
+from torch import Tensor
+
+from ..console import console
+from ..files import WRITE_ERRORS
+from .checkpoint_writer import CheckpointWriter
+from .state import TrainState
+
+
+class CheckpointPolicy:
+    """Saves one checkpoint at a time, in the background. If a save fails, the last one stays and training goes on."""
+
+    def __init__(
+        self, writer: CheckpointWriter, state: TrainState, every_steps: int, saved: pathlib.Path | None
+    ) -> None:
+        """saved: the checkpoint that the run resumes from."""
+        self.writer, self.state, self.every_steps, self.saved = writer, state, every_steps, saved
+        self.pending: tuple[int, tuple | None] | None = None  # its step, and the best step before it
+
+    def is_due(self) -> bool:
+        return self.state.step > 0 and self.state.step % self.every_steps == 0
+
+    @property
+    def is_saved(self) -> bool:
+        """Whether the checkpoint of the present step is on the disk."""
+        return self.saved == self.writer.checkpoints.folder_of(self.state.step)
+
+    def begin(
+        self, tensors: dict[str, Tensor], values: dict, previous_best: tuple | None, flush: Callable[[], None]
+    ) -> None:
+        """Begins a checkpoint of the present step. Collective.
+
+        Args:
+            tensors, values: the trainer's state, the values for JSON.
+            previous_best: `state.best` before this step, which counts again if the save fails.
+            flush: is called by rank 0 before the checkpoint is written.
+        """
+        step, best = self.state.step, self.state.best
+        self.pending = step, previous_best
+        try:
+            self.writer.begin(step, best[1] if best else None, tensors, values, flush)
+        except WRITE_ERRORS as error:
+            self._give_up(error)
+
+    def conclude(self) -> None:
+        """Waits for the checkpoint that is being written, if there is one. Collective."""
+        if self.pending is None:
+            return
+        try:
+            self.writer.conclude()
+        except WRITE_ERRORS as error:
+            self._give_up(error)
+        else:
+            (step, _), self.pending = self.pending, None
+            self.saved = self.writer.checkpoints.folder_of(step)
+
+    def _give_up(self, error: Exception) -> None:
+        (step, previous_best), self.pending = self.pending, None
+        console.print(f"[bold red]no checkpoint[/] at step {step} ({error}); training goes on")
+        if self.state.best and self.state.best[1] == step:
+            self.state.best = previous_best  # the best of those that could be written

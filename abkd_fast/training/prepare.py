@@ -1,0 +1,134 @@
+"""What a run reads before any weights load: rows, models' configurations, tokenizers, tokenized data."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import datasets
+from transformers import PreTrainedTokenizerBase
+
+from .. import distributed
+from ..config.schema import Config, ModelConfig
+from ..data import pretrain
+from ..data.rows import DEV, TRAIN, Row, read_rows
+from ..data.tokenize import describe_long_rows, tokenize
+from ..errors import ConfigError
+from ..evaluation.test_sets import TestSet
+from ..methods.base import Method
+from ..models import loading
+from ..models.loading import MetaModel
+from .dev_eval import DevEvaluator
+
+
+@dataclasses.dataclass
+class Prepared:
+    """What the checks of a run have read already, for the run to use; what is missing here is read when it is needed.
+
+    The checks of a recipe come before its first stage. They can't read what an earlier stage still has to write.
+    """
+
+    models: dict[str, MetaModel] = dataclasses.field(default_factory=dict)  # by role
+    rows: dict[tuple, list[Row]] = dataclasses.field(default_factory=dict)  # by the four arguments of `read_rows`
+    test_sets: list[TestSet] | None = None
+
+    def model(self, role: str, spec: ModelConfig) -> MetaModel:
+        """A model's configuration and shapes. Raises ConfigError."""
+        known = self.models.get(role)
+        return known if known and known.spec == spec else loading.read_meta_model(spec, role)
+
+    def check_rows(self, *arguments: object, read: Callable[..., list[Row]] = read_rows) -> None:
+        """Reads rows and keeps them. `read` may remember rows that stages share. Raises ConfigError."""
+        self.rows[arguments] = read(*arguments)
+
+    def take_rows(self, *arguments: object) -> list[Row]:
+        """The rows. They are not kept any longer, because they may fill much memory. Raises ConfigError."""
+        return self.rows.pop(arguments, None) or read_rows(*arguments)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainData:
+    """The tokenized data of a run, and the steps that they make."""
+
+    train_set: datasets.Dataset
+    where: list[str]  # file and line of every training row
+    dev: DevEvaluator | None
+    pretrain_set: datasets.Dataset | None
+    long_rows: dict[str, str]  # notes on rows that are cut or left out, by split
+    steps_per_epoch: int
+    steps: int
+
+
+def read_tokenizer(config: Config) -> PreTrainedTokenizerBase:
+    """The tokenizer of a run: that of its key, or the student's. Raises ConfigError."""
+    source, key = (config.tokenizer, "tokenizer") if config.tokenizer else (config.student.path, "student.path")
+    return loading.read_tokenizer(source, key)
+
+
+def check_models(
+    config: Config, student: MetaModel, teacher: MetaModel | None, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Raises ConfigError unless the models share the tokenizer's vocabulary and have room for the samples."""
+    theirs = None
+    if teacher and config.teacher.path is not None:
+        theirs = loading.read_tokenizer(config.teacher.path, "teacher.path")
+    loading.check_vocabularies(tokenizer, student.config, teacher and teacher.config, theirs)
+    loading.check_length(student.config, "student", config.data.max_length)
+    if teacher:
+        loading.check_length(teacher.config, "teacher", config.data.max_length)
+
+
+def is_sharded(config: Config) -> bool:
+    """Whether each process holds a part of the weights."""
+    return config.train.parallel == "fsdp" and distributed.world_size() > 1
+
+
+def read_train_data(
+    config: Config, method: Method, tokenizer: PreTrainedTokenizerBase, prepared: Prepared
+) -> TrainData:
+    """Reads and tokenizes the data of a run. Raises ConfigError where they don't fit the configuration."""
+    data = config.data
+    limits = data.max_length, data.max_prompt_length
+    rows = prepared.take_rows(data.train, data.train_rows, TRAIN, False)
+    train_set = tokenize(rows, tokenizer, *limits)
+    where, long_rows = [row.where for row in rows], {"train": describe_long_rows(rows, train_set, *limits)}
+    dev = None
+    if data.dev is not None:
+        rows = prepared.take_rows(data.dev, data.dev_rows, DEV, False)
+        dev_set = tokenize(rows, tokenizer, *limits)
+        long_rows["dev"] = describe_long_rows(rows, dev_set, *limits)
+        dev = DevEvaluator(config, rows, dev_set, tokenizer)
+    steps_per_epoch = _steps_per_epoch(config, len(train_set))
+    method.check_rows(len(train_set))
+    pretrain_set = _read_pretrain_set(config, tokenizer) if data.uses_pretrain else None
+    steps = config.train.steps or config.train.epochs * steps_per_epoch
+    return TrainData(train_set, where, dev, pretrain_set, long_rows, steps_per_epoch, steps)
+
+
+def _steps_per_epoch(config: Config, samples: int) -> int:
+    """Raises ConfigError for a batch size that processes or data don't allow."""
+    batch_size, ranks = config.train.batch_size, distributed.world_size()
+    if batch_size < ranks:
+        raise ConfigError(
+            f"train.batch_size is {batch_size}, but there are {ranks} processes, each of which "
+            "needs a sample in every step: raise it, or start fewer"
+        )
+    if is_sharded(config) and batch_size % ranks:
+        raise ConfigError(
+            f"train.batch_size is {batch_size}, but train.parallel=fsdp needs a multiple of the "
+            f"{ranks} processes, which compute in step"
+        )
+    if samples < batch_size:
+        raise ConfigError(f"{config.data.train}: {samples} rows are fewer than train.batch_size = {batch_size}")
+    return samples // batch_size
+
+
+def _read_pretrain_set(config: Config, tokenizer: PreTrainedTokenizerBase) -> datasets.Dataset:
+    spec, length, batch_size = config.data.pretrain, config.data.max_length, config.train.batch_size
+    blocks = pretrain.load_blocks(spec, tokenizer, length)
+    if len(blocks) < batch_size:
+        raise ConfigError(
+            f"data.pretrain: {spec.path}: {len(blocks)} blocks of {length} tokens "
+            f"are fewer than train.batch_size = {batch_size}"
+        )
+    return blocks

@@ -1,0 +1,73 @@
+"""The end of a run: which step's weights become the result, and the summary."""
+
+from __future__ import annotations
+
+import functools
+import json
+import pathlib
+from typing import TYPE_CHECKING
+
+from .. import distributed
+from ..console import console
+from ..device import peak_memory
+from ..errors import Interrupted
+from ..files import WRITE_ERRORS, atomic_write
+from ..teacher.teacher import CachedTeacher
+from . import checkpoint
+
+if TYPE_CHECKING:
+    from .trainer import Trainer
+
+
+def write_result(trainer: Trainer) -> dict:
+    """Writes summary.json, then final/, and returns the summary. A run with a folder final/ is finished. Collective.
+
+    Raises Interrupted where there is no room for it.
+    """
+    state, folder = trainer.state, trainer.config.run.folder
+    if isinstance(trainer.teacher, CachedTeacher):
+        seconds = trainer.teacher.seconds_saved(state.samples - trainer.resumed_samples)
+        console.print(f"the teacher's cache saved about {seconds:.1f} s")
+    step, dev_loss, dev_rouge_l, saved = _select(trainer)
+    summary = {
+        "method": trainer.config.method,
+        "steps": trainer.data.steps,
+        "selected_step": step,
+        "skipped_steps": state.skipped_steps,
+        "dev_loss_before": state.first_dev_loss,
+        "dev_loss": dev_loss,
+        "dev_rouge_l_before": state.first_dev_rouge_l,
+        "dev_rouge_l": dev_rouge_l,
+        "seconds_per_sample": state.seconds / state.samples,
+        "peak_memory_bytes": peak_memory(trainer.device),
+    }
+    text, final = json.dumps(summary, indent=2) + "\n", folder / "final"
+    try:
+        distributed.run_on_rank0(functools.partial(atomic_write, folder / "summary.json", text))
+        if saved:
+            distributed.run_on_rank0(functools.partial(checkpoint.copy_model, saved, final))
+        else:
+            trainer.checkpoint_writer.save_model(final)
+    except WRITE_ERRORS as error:
+        raise Interrupted(f"{final} can't be written ({error}): make room") from None
+    return summary
+
+
+def _select(trainer: Trainer) -> tuple[int, float | None, float | None, pathlib.Path | None]:
+    """The step whose weights final/ gets, its dev loss, its ROUGE-L, and its checkpoint (None: the weights in memory).
+
+    That is the last step, unless eval.select asks for the best and its checkpoint is whole.
+    """
+    state, select, steps = trainer.state, trainer.config.eval.select, trainer.data.steps
+    last = steps, state.dev_loss, state.dev_rouge_l, None
+    if select == "last" or state.best is None or state.best[1] == steps:
+        return last
+    _, step, loss, rouge_l = state.best
+    by_rouge = select == "rouge_l"
+    virtue, value = ("highest dev ROUGE-L", f"{rouge_l:.2f}") if by_rouge else ("lowest dev loss", f"{loss:.4f}")
+    saved = trainer.checkpoints.folder_of(step)
+    if reason := distributed.run_on_rank0(functools.partial(checkpoint.damage, saved)):
+        console.print(f"[bold red]damaged[/] {saved} ({reason}), of the {virtue}: the last step is taken")
+        return last
+    console.print(f"step {step} is taken, of the {virtue}, {value}")
+    return step, loss, rouge_l, saved

@@ -1,0 +1,63 @@
+// One call of the row kernel, in plain C++. The bindings fill it in; the driver of a device runs it.
+//
+// A row is one token: student logits z[V], teacher logits y[V] and a label. With p = softmax(y / temperature) and
+// q = softmax(z / temperature) the loss of a row is
+//     (1 - hard_weight) D(p, q) + hard_weight (log sum exp z - z[label]).
+// Its gradient by z is not divided by any row count, and may overwrite z. A row with label -100 has loss and gradient
+// 0.
+#pragma once
+
+#include <cstdint>
+
+namespace abkd {
+
+enum class DType { float32, float64, bfloat16, float16 };
+
+// The numbers are the same as in the catalog, abkd_fast/losses/divergences.py.
+enum class Family : int64_t {
+  cross_entropy = 0,
+  alpha_beta = 1,
+  alpha_net = 2,
+  weighted_kl = 3,
+  balanced_kl = 4,
+  adaptive_kl = 5,
+  mixture = 6,
+  total_variation = 7,
+};
+
+constexpr int64_t kIgnored = -100;
+constexpr int64_t kElsewhere = -1;  // another shard has the label; only for calls that make no losses
+constexpr int kParameters = 3;
+
+// What the gradient of a row needs besides the logits.
+struct Statistics {
+  double student_lse, teacher_lse;  // log sum exp of logits / temperature
+  double plain_lse;                 // log sum exp of the student's logits; only if hard_weight is not 0
+  double slope;                     // sum of dD / d log q over the vocabulary
+  double state[2];                  // what the divergence decided for this row: two weights, or a branch
+};
+
+// A call makes
+//   - the log-normalizers, if `normalizes` is true,
+//   - the losses, if `losses` is set,
+//   - the gradient, if `gradient` is set.
+// It writes to `statistics` what it makes, and reads from there what it needs and does not make. If the vocabulary is
+// spread over devices, each device makes three calls on its own columns, and the results are merged in between.
+struct Rows {
+  DType dtype;  // of student, teacher and gradient
+  int64_t count, vocab;
+  const void* student;  // [count, vocab], rows student_stride apart
+  const void* teacher;  // the same with teacher_stride, or null for cross_entropy
+  void* gradient;       // the same with gradient_stride, or null; may be student
+  int64_t student_stride, teacher_stride, gradient_stride;
+  const int64_t* labels;   // [count], or null if no row is ignored and hard_weight is 0
+  void* losses;            // [count], float64 for float64 logits, else float32; or null
+  Statistics* statistics;  // [count], or null
+  const void* upstream;    // [count], factors of the gradients, in the type of the losses; or null for 1
+  Family family;
+  double parameters[kParameters];
+  double temperature, hard_weight;
+  bool normalizes;
+};
+
+}  // namespace abkd
