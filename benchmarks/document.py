@@ -1,8 +1,8 @@
 """Puts measured and predicted tables into docs/performance.md: `python benchmarks/document.py`.
 
-There a line `<!-- NAME SECTION -->`, or `<!-- NAME SECTION: TITLE -->` for one table of several, stands before what is
-in NAME.json, the newest in benchmarks/results, and `<!-- end -->` after it; `NAME@SCALE` is of the newest at a scale,
-and `NAME@SCALE/COUNT` of the newest there of so many methods. Without such a file or table, all stays as it is.
+A line `<!-- NAME SECTION -->`, or `<!-- NAME SECTION: TITLE -->` for one table of several, stands before what is in the
+newest NAME.json of benchmarks/results, and `<!-- end -->` after it. `NAME@SCALE` takes the newest at a scale, and
+`NAME@SCALE/COUNT` the newest there of so many methods. Without such a file or table, all stays as it is.
 """
 
 import json

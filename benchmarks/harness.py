@@ -43,12 +43,11 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
     gpu, cpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None, cpu_name()
     commit = subprocess.run("git describe --always --dirty", shell=True, cwd=FOLDER, capture_output=True, text=True)
     threads = torch.get_num_threads()
-    return {
-        **{"date": datetime.datetime.now().astimezone().isoformat(timespec="seconds")},
-        **{"commit": commit.stdout.strip() or None, "system": platform.platform(), "cpu": cpu, "gpu": gpu},
-        **{"device": gpu or f"{cpu}, {threads} threads", "threads": threads, "python": platform.python_version()},
-        **{"torch": torch.__version__, "cuda": torch.version.cuda, "build": abkd_fast.build_info()},
-    }
+    date = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+    system = {"date": date, "commit": commit.stdout.strip() or None, "system": platform.platform(), "cpu": cpu}
+    system |= {"gpu": gpu, "device": gpu or f"{cpu}, {threads} threads", "threads": threads}
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda}
+    return system | versions | {"build": abkd_fast.build_info()}
 
 
 def cpu_name() -> str:
@@ -93,9 +92,7 @@ def compare(candidates: dict[str, Callable[[], None]], repeats: int, warm: bool 
 def peak_memory(run: Callable[[], None], device: torch.device) -> int:
     """The most bytes of tensors alive at once during `run`, besides those that existed before.
 
-    On the CPU the profiler logs what PyTorch's allocator gives and takes back, also inside custom operators. The
-    system's figure for the process would be noisier: it counts whole pages, libraries, and memory that the allocator
-    keeps. Memory that never was a tensor does not count: the scratch of products, a few rows in a kernel's threads.
+    On the CPU the profiler logs what PyTorch's allocator gives and takes back, also inside custom operators.
     """
     if device.type == "cuda":
         synchronize()

@@ -298,10 +298,9 @@ class Benchmark:
         peak = peak_flops(self.trainer.device)
         if peak is None or (name, way) not in times:
             return None
-        self.trainer.method = self.ours.method(name, "data")
-        cost, shares = self.trainer.step_cost(way == "cached"), []
+        cost, shares, taught = self.trainer.step_cost(way == "cached"), [], self.methods[name].loss is not None
         for turn, milliseconds in zip(self.turns[1:], times[name, way], strict=False):  # there may be fewer rounds
-            flops = cost.flops(turn.samples) + cost.flops(turn.text, taught=False)
+            flops = cost.flops(turn.samples, taught) + cost.flops(turn.text, taught=False)
             shares.append(flops / (1e-3 * milliseconds * self.batch_size * peak))
         return statistics.median(shares)
 

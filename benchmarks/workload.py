@@ -10,7 +10,7 @@ import numpy as np
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
-from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 LENGTH = 512  # most tokens of a sample; the published way pads every sample to it
 NEW_TOKENS = 256  # most tokens of a generated response
@@ -52,10 +52,7 @@ SCALES = {
 
 
 def draw_lengths(quantiles: Sequence[int], batches: int, batch_size: int, generator: np.random.Generator) -> np.ndarray:
-    """Lengths [batches, batch_size], one from each of as many equal parts of the distribution.
-
-    So all together are like the whole, and so is every batch, as far as its few samples can be.
-    """
+    """Lengths [batches, batch_size], one from each of as many equal parts, so that every batch is like the whole."""
     count = batches * batch_size
     at = ((np.arange(count) + generator.random(count)) / count).reshape(batch_size, batches)
     at = generator.permuted(generator.permuted(at, axis=1), axis=0)
@@ -77,23 +74,19 @@ def write_rows(path: pathlib.Path, rows: Sequence[dict]) -> None:
 
 
 def write_recipe(folder: pathlib.Path, scale: Scale, batches: int, train: dict, sections: dict) -> pathlib.Path:
-    """Writes a recipe with one micro-batch a step and no checkpoint, and what it reads, unless that is there.
+    """Writes a recipe with one micro-batch a step and no checkpoint, and its samples and plain text.
 
-    Args:
-        batches: of samples, and of blocks of plain text, which the recipe names only if `sections` do.
-        train: the section "train", with device, steps and batch_size.
-        sections: more of the recipe; "data" is added to what is said here.
+    `train` is a section with device, steps and batch_size, `sections` are more. "data" is added to what is said here.
     """
     rows, size, vocab = folder / "rows.jsonl", train["batch_size"], scale.vocab
     if not rows.exists():
         generator = np.random.default_rng(0)
-        pairs = draw_samples(batches, size, generator).T
-        lengths = [(prompt, response - 1) for prompt, response in pairs]  # the end token is added
-        texts = [[random_text(generator, vocab, length) for length in pair] for pair in lengths]
+        lengths = draw_samples(batches, size, generator) - [[0], [1]]  # the end token is added
+        texts = [[random_text(generator, vocab, length) for length in pair] for pair in lengths.T]
         write_rows(rows, [{"prompt": prompt, "output": output} for prompt, output in texts])
         generator = np.random.default_rng(1)
-        blocks = (random_text(generator, vocab, LENGTH - 1)[1:] for _ in range(batches * size))
-        write_rows(folder / "text.jsonl", [{"text": text} for text in blocks])
+        blocks = [{"text": random_text(generator, vocab, LENGTH - 1)} for _ in range(batches * size)]
+        write_rows(folder / "text.jsonl", blocks)
         write_tokenizer(folder / "tokenizer", vocab)
     recipe = {
         "tokenizer": str(folder / "tokenizer"),
@@ -120,8 +113,7 @@ def response_lengths(samples: list[dict]) -> list[int]:
     return [min(NEW_TOKENS, len(sample["input_ids"]) - sample["prompt_length"]) for sample in samples]
 
 
-def random_gpt2(sizes: argparse.Namespace, end: int | None) -> PreTrainedModel:
+def random_gpt2(sizes: argparse.Namespace, end: int | None) -> GPT2LMHeadModel:
     """A GPT-2 of random weights with `sizes.width`, `.layers` and `.vocab`, and an end token."""
     shape = {"n_embd": sizes.width, "n_layer": sizes.layers, "n_head": max(1, sizes.width // 64)}
-    config = GPT2Config(**shape, vocab_size=sizes.vocab, bos_token_id=end, eos_token_id=end)
-    return AutoModelForCausalLM.from_config(config)
+    return GPT2LMHeadModel(GPT2Config(**shape, vocab_size=sizes.vocab, bos_token_id=end, eos_token_id=end))
