@@ -1,11 +1,9 @@
 """Puts measured and predicted tables into docs/performance.md: `python benchmarks/document.py`.
 
-There a line `<!-- NAME SECTION -->`, or `<!-- NAME SECTION: TITLE -->` for one table of several, stands before what is
-in NAME.json, the newest in benchmarks/results, and `<!-- end -->` after it; `NAME@SCALE` is of the newest at a scale,
-and `NAME@SCALE/COUNT` of the newest there of so many methods. Without such a file or table, all stays as it is.
+A line `<!-- NAME SECTION -->`, or `<!-- NAME SECTION: TITLE -->` for one table of several, stands before what is in the
+newest NAME.json of benchmarks/results, and `<!-- end -->` after it. `NAME@SCALE` takes the newest at a scale, and
+`NAME@SCALE/COUNT` the newest there of so many methods. Without such a file or table, all stays as it is.
 """
-
-from __future__ import annotations
 
 import json
 import pathlib
@@ -18,31 +16,23 @@ PLACE = re.compile(r"(<!-- (\w+)(?:@(\w+)(?:/(\d+))?)? (\w+)(?:: ([^\n]+))? -->\
 def fill(text: str, results: pathlib.Path) -> str:
     def tables(place: re.Match) -> str:
         begin, name, scale, count, section, title, end = place.groups()
-        found = sorted(results.glob(f"*/{name}.json"), key=lambda file: file.stat().st_mtime)
-        contents = [json.loads(file.read_text()) for file in found]
-        contents = [content for content in contents if scale in (None, content["options"].get("scale"))]
-        if count:
-            contents = [content for content in contents if len(content["options"]["methods"]) == int(count)]
-        if not contents:
-            return place[0]
-        content = contents[-1]
-        machine = content["machine"]
-        where = f" ({machine['device']}, torch {machine['torch']}, commit {machine['commit']})"
-        if name == "predict":  # the same everywhere
-            where = ""
-        chosen = [t for t in content["sections"].get(section, []) if title in (None, t["title"])]
+        content = {"sections": {}}
+        for file in sorted(results.glob(f"*/{name}.json"), key=lambda file: file.stat().st_mtime):
+            found = json.loads(file.read_text())
+            options = found["options"]
+            if scale in (None, options.get("scale")) and (not count or len(options["methods"]) == int(count)):
+                content = found
+        chosen = [table for table in content["sections"].get(section, []) if title in (None, table["title"])]
         if not chosen:
             return place[0]
+        where = " ({device}, torch {torch}, commit {commit})".format(**content["machine"])
+        where = "" if name == "predict" else where  # a prediction is the same everywhere
         body = "".join(f"**{table['title']}**{where}\n\n{table['markdown']}\n\n" for table in chosen)
         return f"{begin}{body}{end}"
 
     return PLACE.sub(tables, text)
 
 
-def main() -> None:
+if __name__ == "__main__":
     page = FOLDER.parent / "docs" / "performance.md"
     page.write_text(fill(page.read_text(), FOLDER / "results"))
-
-
-if __name__ == "__main__":
-    main()

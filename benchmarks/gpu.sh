@@ -2,18 +2,14 @@
 # Everything that needs a GPU, on a fresh machine, in one command: benchmarks/gpu.sh [FOLDER]
 #
 # Builds and installs the package with its CUDA kernels, runs the GPU tests, a selection of them under
-# compute-sanitizer where there is one, and every benchmark. All of it ends in FOLDER (default: gpu-report).
-#
-#   PYTHON=/path/to/python  the interpreter to use; else that of the active environment, else a new one in FOLDER/venv
-#   WHEELS=FOLDER           wheels that pip may take besides those of the index
-#
+# compute-sanitizer if there is one, and every benchmark. All of it ends in FOLDER (default: gpu-report).
+# PYTHON=/path/to/python names the interpreter; else it is that of the active environment, else a new one in FOLDER/venv.
 # Without a network it builds against the packages that are there. Exit status: 0 all passed, 1 something failed (the
 # report says what), 2 it could not begin.
 set -euo pipefail
 
-BENCHMARKS=(kernels timing peers sampling evaluation)
-SANITIZED="unaligned_rows or in_place_gradient" # of tests/test_gpu.py: ends of rows, and every branch of the kernel
-
+BENCHMARKS=(kernels timing peers generation)
+SANITIZED="unaligned_rows or in_place_gradient" # tests of tests/test_gpu.py: ends of rows, every branch of the kernel
 source=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 failures=0
 
@@ -36,30 +32,21 @@ check_machine() {
 }
 
 choose_python() {
-  if [[ -n ${PYTHON:-} ]]; then
-    python=$(command -v "$PYTHON") || fail "PYTHON is $PYTHON, which can't be run"
-  elif [[ -n ${VIRTUAL_ENV:-}${CONDA_PREFIX:-} ]]; then
-    python=$(command -v python) || fail "the active environment has no python"
-  else
-    local base
-    base=$(command -v python3) || fail "no python3 on PATH"
-    # A PyTorch that the machine brought along stays in use.
-    [[ -x $report/venv/bin/python ]] || "$base" -m venv --system-site-packages "$report/venv" ||
-      fail "$base can't create an environment; set PYTHON to one"
-    python=$report/venv/bin/python
+  if [[ -n ${PYTHON:-}${VIRTUAL_ENV:-}${CONDA_PREFIX:-} ]]; then
+    python=$(command -v "${PYTHON:-python}") || fail "${PYTHON:-python of the active environment} can't be run"
+    return
   fi
+  # A PyTorch that the machine brought along stays in use.
+  python=$report/venv/bin/python
+  [[ -x $python ]] || python3 -m venv --system-site-packages "$report/venv" ||
+    fail "python3 can't create an environment; set PYTHON to one"
 }
 
 install() {
-  local pip=("$python" -m pip install --disable-pip-version-check --retries 1 --timeout 15)
-  if [[ -n ${WHEELS:-} ]]; then
-    [[ -d $WHEELS ]] || fail "WHEELS is $WHEELS, which is no folder"
-    pip+=(--find-links "$WHEELS")
-  fi
+  local pip=("$python" -m pip install --disable-pip-version-check --retries 1 --timeout 15) isolation=()
   export ABKD_CUDA=1 # no CUDA kernels, no report
   "$python" -c 'import torch' 2>/dev/null || "${pip[@]}" torch || fail "there is no torch, and pip can't install one"
-  # Not isolated where the tools are there: torch may be outside the environment's own folder.
-  local isolation=()
+  # Not isolated if the tools are there: torch may be outside the environment's own folder.
   if "$python" -c 'import ninja, setuptools as s; assert int(s.__version__.split(".")[0]) >= 77' 2>/dev/null; then
     isolation=(--no-build-isolation)
   fi
@@ -73,85 +60,68 @@ install() {
 
 # A step of the report: its output to the terminal and to NAME.txt, its outcome to the list. A failure stops nothing.
 step() {
-  local name=$1 begun=$SECONDS status=0
+  local name=$1 begun=$SECONDS outcome=passed
   shift
   echo "== $name: $*"
-  "$@" 2>&1 | tee "$report/$name.txt" || status=$?
-  ((status == 0)) || failures=$((failures + 1))
-  local outcome="passed"
-  ((status == 0)) || outcome="FAILED (exit status $status)"
+  if ! "$@" 2>&1 | tee "$report/$name.txt"; then
+    failures=$((failures + 1)) outcome=FAILED
+  fi
   echo "- $name: $outcome, $((SECONDS - begun)) s" >>"$report/report.md"
 }
 
-# Fails, too, where tests were only skipped.
+# Fails, too, if tests were only skipped.
 run_tests() {
   "$@" | tee /dev/stderr | grep ' passed' >/dev/null
 }
 
-# A file into the report, as it stands.
+# A file into the report, as it stands: its last lines.
 quote() {
-  printf '\n## %s\n\n```\n' "$1"
-  sed 's/\x1b\[[0-9;]*m//g' "$2"
-  printf '```\n'
+  printf '\n## %s\n\n```\n' "$1" >>"$report/report.md"
+  tail -n "$2" "$report/$1.txt" | sed 's/\x1b\[[0-9;]*m//g' >>"$report/report.md"
+  printf '```\n' >>"$report/report.md"
 }
 
 describe() {
   nvidia-smi --query-gpu=name,driver_version,memory.total,power.limit,clocks.max.sm,clocks.max.memory --format=csv
   nvcc --version | tail -n 2
-  "$python" - <<'PYTHON'
-import platform
-import torch
-import abkd_fast
-
+  "$python" -c 'import platform, torch, abkd_fast
 print("python", platform.python_version(), "torch", torch.__version__, "CUDA", torch.version.cuda)
 print(abkd_fast.build_info())
-assert abkd_fast.build_info()["cuda"], "built without CUDA kernels"
-PYTHON
+assert abkd_fast.build_info()["cuda"], "built without CUDA kernels"'
 }
 
-main() {
-  check_machine
-  report=${1:-gpu-report}
-  mkdir -p "$report"
-  report=$(cd "$report" && pwd)
-  choose_python
-  install
-  cd "$source"
+check_machine
+mkdir -p "${1:-gpu-report}"
+report=$(cd "${1:-gpu-report}" && pwd)
+choose_python
+install
+cd "$source"
+{
+  printf '# abkd_fast on %s\n\n' "$(nvidia-smi --query-gpu=name --format=csv,noheader | head -n 1)"
+  printf '%s, commit %s\n\n' "$(date -u '+%Y-%m-%d %H:%M UTC')" "$(git describe --always --dirty 2>/dev/null || echo unknown)"
+} >"$report/report.md"
 
-  printf '# abkd_fast on %s\n\n' "$(nvidia-smi --query-gpu=name --format=csv,noheader | head -n 1)" >"$report/report.md"
-  printf '%s, commit %s\n\n' "$(date -u '+%Y-%m-%d %H:%M UTC')" \
-    "$(git describe --always --dirty 2>/dev/null || echo unknown)" >>"$report/report.md"
+step machine describe
+step tests run_tests "$python" -m pytest -o addopts= -m gpu -q
+for tool in memcheck racecheck; do
+  if sanitizer=$(command -v compute-sanitizer); then
+    # PyTorch's own cache of memory would hide a kernel that writes beyond its tensor.
+    step "$tool" run_tests env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$sanitizer" --tool "$tool" --error-exitcode 9 \
+      --kernel-regex kns=abkd "$python" -m pytest -o addopts= -q tests/test_gpu.py -k "$SANITIZED"
+  else
+    echo "- $tool: skipped, no compute-sanitizer on PATH" >>"$report/report.md"
+  fi
+done
+for name in "${BENCHMARKS[@]}"; do
+  step "$name" "$python" "benchmarks/$name.py" --out "$report/$name"
+done
 
-  step machine describe
-  step tests run_tests "$python" -m pytest -o addopts= -m gpu -q
-
-  local sanitizer tool name
-  sanitizer=$(command -v compute-sanitizer || true)
-  for tool in memcheck racecheck; do
-    if [[ -z $sanitizer ]]; then
-      echo "- $tool: skipped, no compute-sanitizer on PATH" >>"$report/report.md"
-    else
-      # PyTorch's own cache of memory would hide a kernel that writes beyond its tensor.
-      step "$tool" run_tests env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$sanitizer" --tool "$tool" --error-exitcode 9 \
-        --kernel-regex kns=abkd "$python" -m pytest -o addopts= -q tests/test_gpu.py -k "$SANITIZED"
-    fi
-  done
-  for name in "${BENCHMARKS[@]}"; do
-    step "$name" "$python" "benchmarks/$name.py" --out "$report/$name"
-  done
-
-  {
-    for name in machine tests memcheck racecheck; do
-      # Of the tests only what a reader needs first: the summary.
-      [[ ! -f $report/$name.txt ]] || quote "$name" <(tail -n 12 "$report/$name.txt")
-    done
-    for name in "${BENCHMARKS[@]}"; do
-      quote "$name" "$report/$name.txt"
-      [[ ! -f $report/$name/$name.png ]] || printf '\n![%s](%s/%s.png)\n' "$name" "$name" "$name"
-    done
-  } >>"$report/report.md"
-  echo "== $failures failed; the report is $report/report.md"
-  ((failures == 0))
-}
-
-main "$@"
+for name in machine tests memcheck racecheck; do
+  [[ ! -f $report/$name.txt ]] || quote "$name" 12 # tests: the summary first
+done
+for name in "${BENCHMARKS[@]}"; do
+  quote "$name" +1
+  [[ ! -f $report/$name/$name.png ]] || printf '\n![%s](%s/%s.png)\n' "$name" "$name" "$name" >>"$report/report.md"
+done
+echo "== $failures failed; the report is $report/report.md"
+((failures == 0))

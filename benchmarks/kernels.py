@@ -6,42 +6,86 @@ fused     from hidden states, GPT-2 XL to GPT-2, against the bare matrix product
 memory    the same against the number of tokens: time, and memory beyond inputs and results
 accuracy  errors of value and gradient against float64
 
-Everything is forward and backward, in medians of interleaved runs. Tables go to the terminal; JSON, Markdown and a plot
-to --out.
+Everything is forward and backward; times are medians of interleaved runs. Tables and a chart go to --out.
 """
-
-from __future__ import annotations
 
 import argparse
 import functools
-import importlib.util
-import pathlib
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+import harness
 from abkd_fast import AlphaBeta, divergence_loss, fused_linear_divergence
+from abkd_fast.device import free_memory
 from abkd_fast.losses import reference, row_ops
 from abkd_fast.losses.arguments import LossSpec, Rows
 from abkd_fast.losses.chunks import choose_chunk_tokens
-from abkd_fast.losses.divergences import BY_NAME, AlphaNet
-from harness import MIB, Report, at_least, at_most, available_memory, measure, peak_memory, spread
-from rivals import DIVERGENCE, PEER_DIVERGENCE, PEERS, log_space, published, published_linear
+from abkd_fast.losses.divergences import BY_NAME, AlphaNet, JensenShannon
+from chart import draw_lines
+from harness import MIB, TIME, Report, compare, peak_memory
 
-TIME = {"name": ("", ""), "ms": ("ms", ".2f"), "range": ("min..max", "")}
+DIVERGENCE = AlphaBeta(0.2, 0.7)
+PEER_DIVERGENCE = JensenShannon()
+PEER_BETA = 1 - PEER_DIVERGENCE.lam  # both peers give this name to the teacher's share of the mixture
 PUBLISHED_TENSORS = 10  # of N x V float32 that the published formulation holds at once, and one to spare
 OURS, PUBLISHED, FLOOR = "fused_linear_divergence", "published formulation", "four matrix products"
-COLOURS = {OURS: "#0072b2", PUBLISHED: "#d55e00", FLOOR: "#999999"}  # told apart with any color vision
+COMPILED = "log-space, torch.compile"
+SECTIONS = ("losses", "families", "fused", "memory", "accuracy")
+# Rows of logits, vocabulary (GPT-2's), widths of student and teacher (GPT-2 and XL), tokens of the section memory.
+FULL = {"rows": 256, "vocab": 50257, "widths": [768, 1600], "sweep": [512, 1024, 2048, 4096, 8192]}
 QUICK = {"rows": 4, "tokens": 64, "vocab": 1009, "widths": [16, 32], "sweep": [32, 64, 128], "repeats": 2}
 
 
-def short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def softmaxes(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """p of the teacher and q of the student."""
+    return teacher.softmax(-1, dtype=torch.float32), student.softmax(-1, dtype=torch.float32)
+
+
+def alpha_beta_rows(student: Tensor, teacher: Tensor, alpha: float, beta: float) -> Tensor:
+    """Equation 5 as it is usually written: eager PyTorch, powers of float32 softmaxes. [..., V] to [...]."""
+    p, q = softmaxes(student, teacher)
+    total = alpha + beta
+    terms = p**alpha * q**beta - alpha / total * p**total - beta / total * q**total
+    return -terms.sum(-1) / (alpha * beta)
+
+
+def published(student: Tensor, teacher: Tensor) -> Tensor:
+    return alpha_beta_rows(student, teacher, DIVERGENCE.alpha, DIVERGENCE.beta).mean()
+
+
+def log_space(student: Tensor, teacher: Tensor) -> Tensor:
+    """The same written for a compiler: only exponentials, whose gradients need no powers."""
+    alpha, beta = DIVERGENCE.alpha, DIVERGENCE.beta
+    a, b = teacher.float().log_softmax(-1), student.float().log_softmax(-1)
+    total = alpha + beta
+    terms = alpha / total * (total * a).exp() + beta / total * (total * b).exp() - (alpha * a + beta * b).exp()
+    return terms.sum(-1).mean() / (alpha * beta)
+
+
+def liger(hidden: Tensor, weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor) -> Tensor:
+    """Liger-Kernel's fused linear JSD with its defaults: the projection's gradient is summed in the weights' type."""
+    if not hidden.is_cuda:
+        raise RuntimeError("it needs a GPU")
+    from liger_kernel.transformers.functional import liger_fused_linear_jsd
+
+    return liger_fused_linear_jsd(hidden, weight, teacher_hidden, teacher_weight, jsd_beta=PEER_BETA)
+
+
+def trl(hidden: Tensor, weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor) -> Tensor:
+    """TRL's chunked JSD. It makes the logits again in backward, and computes the student's entropy besides."""
+    from trl.trainer.distillation_trainer import _chunked_divergence_loss  # not public: it may move
+
+    mask = torch.ones(1, len(hidden), device=hidden.device)
+    return _chunked_divergence_loss(hidden[None], teacher_hidden[None], weight, teacher_weight, mask, PEER_BETA)[0]
+
+
+PEERS = {"Liger-Kernel": liger, "TRL": trl}
 
 
 def step(loss: Callable[..., Tensor], *arguments: object) -> Callable[[], None]:
-    """Forward and backward of loss(*arguments), results thrown away."""
+    """Forward and backward of loss(*arguments); the results are thrown away."""
     leaves = [x for x in arguments if isinstance(x, Tensor) and x.requires_grad]
 
     def run() -> None:
@@ -52,32 +96,51 @@ def step(loss: Callable[..., Tensor], *arguments: object) -> Callable[[], None]:
     return run
 
 
+def matrix_products(hidden: Tensor, weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor) -> Callable:
+    """The four products that no way of computing the loss and its gradients can avoid: its floor.
+
+    They write into existing memory, which spares them what a caller pays for fresh results.
+    """
+    hidden, weight = hidden.detach(), weight.detach()
+    student, teacher = (hidden.new_empty(len(hidden), len(weight)) for _ in range(2))
+    hidden_grad, weight_grad = torch.empty_like(hidden), torch.empty_like(weight)
+
+    def run() -> None:
+        torch.mm(hidden, weight.T, out=student)
+        torch.mm(teacher_hidden, teacher_weight.T, out=teacher)
+        torch.mm(student, weight, out=hidden_grad)
+        torch.mm(student.T, hidden, out=weight_grad)
+
+    return run
+
+
 class Benchmark:
     def __init__(self, options: argparse.Namespace) -> None:
-        self.options, self.device = options, torch.device(options.device)
+        self.options, self.device, self.vocab = options, torch.device(options.device), options.vocab
         self.report = Report(self.device, vars(options), judge=not options.quick)
-        # As trained: on a GPU in bfloat16, on the CPU in float32.
+        # As in training: bfloat16 on a GPU, float32 on the CPU.
         self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        self.type = str(self.dtype).removeprefix("torch.")
 
-    def normal(self, *shape: int, scale: float = 1.0, dtype: torch.dtype = torch.float32) -> Tensor:
-        return (torch.randn(*shape, device=self.device) * scale).to(dtype)
+    def normal(self, *shape: int, scale: float = 1.0) -> Tensor:
+        return torch.randn(*shape, device=self.device) * scale
 
     def logits(self, rows: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-        """Student's and teacher's: as wide as a language model's, and a good way apart."""
-        teacher = self.normal(rows, self.options.vocab, scale=3.0)
-        student = teacher + self.normal(rows, self.options.vocab)
+        """Logits of student and teacher, as wide as a language model's, and a good way apart."""
+        teacher = self.normal(rows, self.vocab, scale=3.0)
+        student = teacher + self.normal(rows, self.vocab)
         return student.to(dtype).requires_grad_(), teacher.to(dtype)
 
     def models(self, tokens: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Hidden states and projections of student and teacher."""
-        vocab, tensors = self.options.vocab, []
+        tensors = []
         for width in self.options.widths:
-            tensors += self.normal(tokens, width, dtype=self.dtype), self.normal(vocab, width, scale=3 * width**-0.5)
-        hidden, weight, teacher_hidden, teacher_weight = (x.to(self.dtype) for x in tensors)
-        return hidden.requires_grad_(), weight.requires_grad_(), teacher_hidden, teacher_weight
+            tensors += self.normal(tokens, width), self.normal(self.vocab, width, scale=3 * width**-0.5)
+        hidden, weight, *teacher = (x.to(self.dtype) for x in tensors)
+        return hidden.requires_grad_(), weight.requires_grad_(), *teacher
 
-    def rival(self, name: str, expected: Tensor, loss: Callable[..., Tensor], *arguments: object) -> bool:
-        """Whether `loss` runs here; its value must be the expected one."""
+    def runs(self, name: str, expected: Tensor, loss: Callable[..., Tensor], *arguments: Tensor) -> bool:
+        """Whether another implementation runs here. Its value must be the expected one."""
         try:
             value = loss(*arguments)
             value.backward()
@@ -94,82 +157,56 @@ class Benchmark:
 
     def losses(self) -> None:
         student, teacher = self.logits(self.options.rows)
-        candidates, targets = {"divergence_loss": step(divergence_loss, student, teacher, DIVERGENCE)}, {}
-        rivals = {
-            PUBLISHED: (published, 15),
-            "log-space, torch.compile": (torch.compile(log_space, dynamic=False), 1.8),
-        }
+        candidates = {"divergence_loss": step(divergence_loss, student, teacher, DIVERGENCE)}
+        others = {PUBLISHED: published, COMPILED: torch.compile(log_space, dynamic=False)}
         if self.options.quick:
-            del rivals["log-space, torch.compile"]
+            del others[COMPILED]
             self.report.note("torch.compile: skipped (--quick: compiling takes longer than all the rest)")
-        with torch.no_grad():
-            value = divergence_loss(student, teacher, DIVERGENCE)
-        for name, (loss, times_faster) in rivals.items():
-            if self.rival(name, value, loss, student, teacher):
-                candidates[name], targets[name] = step(loss, student, teacher), at_least(times_faster)
-        rows = [spread(name, values) for name, values in measure(candidates, self.options.repeats).items()]
-        for row in rows:
-            row["ratio"] = row["ms"] / rows[0]["ms"]
-            if row["name"] in targets:
-                row["target"] = targets[row["name"]]
+        value = divergence_loss(student.detach(), teacher, DIVERGENCE)
+        for name, loss in others.items():
+            if self.runs(name, value, loss, student, teacher):
+                candidates[name] = step(loss, student, teacher)
+        rows = compare(candidates, self.options.repeats)
+        for row in rows[1:]:
+            row["target"] = {"at_least": {PUBLISHED: 15, COMPILED: 1.8}[row["name"]]}
         title = f"{DIVERGENCE} between logits {list(student.shape)}, float32"
-        self.report.table("losses", title, rows, {**TIME, "ratio": ("x ours", ".2f")})
+        self.report.table("losses", title, rows, TIME | {"ratio": "x ours|.2f"})
         self.row_kernel()
 
     def row_kernel(self) -> None:
-        """The kernel below `divergence_loss`, that the fused loss calls too: how near it comes to the memory's rate."""
+        """The kernel below `divergence_loss` and the fused loss: how near it comes to the memory's rate."""
         rows = []
         for dtype in (torch.float32, torch.bfloat16):
             student, teacher = (x.detach() for x in self.logits(self.options.tokens, dtype))
-            gradient = torch.empty_like(student)
-            candidates = {
-                f"copy, {short(dtype)}": lambda out=gradient, source=teacher: out.copy_(source),
-                f"row kernel, {short(dtype)}": lambda s=student, t=teacher, out=gradient: row_ops.row_losses(
-                    Rows(s, t, None, LossSpec(DIVERGENCE)), gradient=out
-                ),
-            }
-            times = measure(candidates, self.options.repeats)
-            for (name, values), passes in zip(times.items(), (2, 3), strict=True):  # reads and writes of a logit
-                row = spread(name, values)
-                rows.append({**row, "gb_per_s": passes * student.nbytes / row["ms"] / 1e6})
-            rows[-1]["percent_of_copy"] = 100 * rows[-1]["gb_per_s"] / rows[-2]["gb_per_s"]
-        columns = {**TIME, "gb_per_s": ("GB/s", ".1f"), "percent_of_copy": ("% of copy", ".0f")}
+            out = torch.empty_like(student)
+            kernel = functools.partial(row_ops.row_losses, Rows(student, teacher, None, LossSpec(DIVERGENCE)), gradient=out)
+            copy = functools.partial(out.copy_, teacher)
+            name = str(dtype).removeprefix("torch.")
+            candidates = {f"copy, {name}": copy, f"row kernel, {name}": kernel}
+            pair = compare(candidates, self.options.repeats)
+            for row, passes in zip(pair, (2, 3), strict=True):  # reads and writes of a logit
+                row["gb_per_s"] = passes * student.nbytes / row["ms"] / 1e6
+            pair[1]["percent_of_copy"] = 100 * pair[1]["gb_per_s"] / pair[0]["gb_per_s"]
+            rows += pair
+        columns = TIME | {"gb_per_s": "GB/s|.1f", "percent_of_copy": "% of copy|.0f"}
         self.report.table("losses", f"row kernel, logits {list(student.shape)}, values and gradient", rows, columns)
 
     def families(self) -> None:
         student, teacher = self.logits(self.options.rows)
         kinds = {str(kind): kind for kind in (*(kind() for kind in BY_NAME.values()), AlphaNet(per="token"))}
         candidates = {name: step(divergence_loss, student, teacher, kind) for name, kind in kinds.items()}
-        times = measure(candidates, self.options.repeats)
-        rows = [spread(name, values) for name, values in times.items()]
+        rows = compare(candidates, self.options.repeats)
         reference_ms = next(row["ms"] for row in rows if row["name"] == str(AlphaBeta()))
         for row in rows:
             row["ratio"] = row["ms"] / reference_ms
-            row["target"] = at_most(3 if row["name"].startswith("akl") else 2)
+            row["target"] = {"at_most": 3 if row["name"].startswith("akl") else 2}
         title = f"every divergence between logits {list(student.shape)}, float32"
-        self.report.table("families", title, rows, {**TIME, "ratio": ("x ab", ".2f")})
-
-    def products(self, hidden: Tensor, weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor) -> Callable:
-        """The four products that no way of computing the loss and its gradients can do without: its floor.
-
-        They write into memory that is there already, which spares them what a caller pays for fresh results.
-        """
-        hidden, weight = hidden.detach(), weight.detach()
-        student, teacher = (hidden.new_empty(len(hidden), len(weight)) for _ in range(2))
-        of_hidden, of_weight = torch.empty_like(hidden), torch.empty_like(weight)
-
-        def run() -> None:
-            torch.mm(hidden, weight.T, out=student)
-            torch.mm(teacher_hidden, teacher_weight.T, out=teacher)
-            torch.mm(student, weight, out=of_hidden)
-            torch.mm(student.T, hidden, out=of_weight)
-
-        return run
+        self.report.table("families", title, rows, TIME | {"ratio": "x ab|.2f"})
 
     def fused(self) -> None:
-        tokens, widths = self.options.tokens, self.options.widths
+        tokens, (width, teacher_width) = self.options.tokens, self.options.widths
         tensors = self.models(tokens)
-        candidates = {FLOOR: self.products(*tensors), OURS: step(fused_linear_divergence, *tensors, DIVERGENCE)}
+        candidates = {FLOOR: matrix_products(*tensors), OURS: step(fused_linear_divergence, *tensors, DIVERGENCE)}
         if self.device.type == "cuda":
             in_bfloat16 = functools.partial(fused_linear_divergence, logits_dtype=torch.bfloat16)
             candidates[f"{OURS}, bfloat16 logits"] = step(in_bfloat16, *tensors, DIVERGENCE)
@@ -177,142 +214,89 @@ class Benchmark:
         with torch.no_grad():
             value = fused_linear_divergence(*tensors, PEER_DIVERGENCE)
         for name, loss in PEERS.items():
-            if self.rival(name, value, loss, *tensors):
+            if self.runs(name, value, loss, *tensors):
                 candidates[f"{name}, {PEER_DIVERGENCE}"] = step(loss, *tensors)
-        times = measure(candidates, self.options.repeats)
-        rows = [spread(name, values) for name, values in times.items()]
-        flops = 2 * tokens * self.options.vocab * (3 * widths[0] + widths[1])
+        rows = compare(candidates, self.options.repeats)
         for row in rows:
-            row["ratio"] = row["ms"] / rows[0]["ms"]
             row["percent_of_floor"] = 100 / row["ratio"]
-            row["tflops"] = flops / row["ms"] / 1e9
+            row["tflops"] = 2 * tokens * self.vocab * (3 * width + teacher_width) / row["ms"] / 1e9
             if row["name"] == OURS:
-                row["target"] = at_most(1.25 if self.device.type == "cuda" else 1.10)
-        title = f"from hidden states {widths[1]} and {widths[0]} wide, {tokens} tokens, {short(self.dtype)}"
-        columns = {"ratio": ("x floor", ".3f"), "percent_of_floor": ("% of floor", ".1f"), "tflops": ("TFLOP/s", ".2f")}
-        self.report.table("fused", title, rows, {**TIME, **columns})
+                row["target"] = {"at_most": 1.25 if self.device.type == "cuda" else 1.10}
+        title = f"from hidden states {teacher_width} and {width} wide, {tokens} tokens, {self.type}"
+        columns = {"ratio": "x floor|.3f", "percent_of_floor": "% of floor|.1f", "tflops": "TFLOP/s|.2f"}
+        self.report.table("fused", title, rows, TIME | columns)
 
     def memory(self) -> None:
-        rows = []
-        sweep = sorted(self.options.sweep)
+        rows, held, sweep = [], {}, sorted(self.options.sweep)  # held: bytes, by name and tokens
         for tokens in sweep:
             tensors = self.models(tokens)
             results = sum(x.nbytes for x in tensors[:2])  # gradients, alive at the end
             candidates = {OURS: step(fused_linear_divergence, *tensors, DIVERGENCE)}
-            if PUBLISHED_TENSORS * 4 * tokens * self.options.vocab < available_memory(self.device) / 2:
-                candidates[PUBLISHED] = step(published_linear, *tensors)
+            torch.cuda.empty_cache()
+            if PUBLISHED_TENSORS * 4 * tokens * self.vocab < free_memory(self.device) / 2:
+                candidates[PUBLISHED] = step(lambda z, w, y, v: published(z @ w.T, y @ v.T), *tensors)
             else:
                 self.report.note(f"{PUBLISHED}: left out at {tokens} tokens, it could exceed the memory")
-            bytes_held = {name: peak_memory(run, self.device) - results for name, run in candidates.items()}
-            candidates[FLOOR] = self.products(*tensors)
+            held |= {(name, tokens): peak_memory(run, self.device) - results for name, run in candidates.items()}
+            candidates[FLOOR] = matrix_products(*tensors)
             candidates[FLOOR]()
-            times = measure(candidates, min(3, self.options.repeats), warm=True)
-            chunk = choose_chunk_tokens(tokens, self.options.vocab, 2, torch.float32, self.device)
-            for name, values in times.items():
-                rows.append(spread(name, values, tokens=tokens, bytes=bytes_held.get(name)))
-                rows[-1]["mib"] = bytes_held[name] / MIB if name in bytes_held else None
-                rows[-1]["chunk"] = chunk if name == OURS else None
-        columns = {"tokens": ("tokens", "d"), **TIME, "mib": ("extra MiB", ".1f"), "chunk": ("rows a chunk", "d")}
-        title = f"against the number of tokens, {short(self.dtype)}; memory beyond inputs and results"
+            chunk = choose_chunk_tokens(tokens, self.vocab, 2, torch.float32, self.device)
+            for row in compare(candidates, min(3, self.options.repeats), warm=True):
+                size = held.get((row["name"], tokens))
+                row |= {"tokens": tokens, "bytes": size, "mib": size and size / MIB}
+                rows.append(row | {"chunk": chunk if row["name"] == OURS else None})
+        columns = {"tokens": "tokens|d", "name": ""} | TIME | {"mib": "extra MiB|.1f", "chunk": "rows a chunk|d"}
+        title = f"against the number of tokens, {self.type}; memory beyond inputs and results"
         self.report.table("memory", title, rows, columns)
-
-        held = {(row["name"], row["tokens"]): row["bytes"] for row in rows if row["bytes"]}
-        first, last = sweep[0], sweep[-1]
-        growth = held[OURS, last] / held[OURS, first]
-        both = [tokens for tokens in sweep if (PUBLISHED, tokens) in held]
-        summary = [{"name": f"ours, {last} over {first} tokens", "ratio": growth, "target": at_most(1.05)}]
+        growth = held[OURS, sweep[-1]] / held[OURS, sweep[0]]
+        summary = [{"name": f"ours, {sweep[-1]} over {sweep[0]} tokens", "ratio": growth, "target": {"at_most": 1.05}}]
         summary[0]["percent"] = 100 * (growth - 1)
+        both = [tokens for tokens in sweep if (PUBLISHED, tokens) in held]
         if both:
             at = 4096 if 4096 in both else both[-1]
             ratio = held[PUBLISHED, at] / held[OURS, at]
-            summary.append({"name": f"published over ours, {at} tokens", "ratio": ratio, "target": at_least(20)})
-        columns = {"name": ("memory", ""), "ratio": ("ratio", ".3f"), "percent": ("growth, %", ".1f")}
+            summary.append({"name": f"published over ours, {at} tokens", "ratio": ratio, "target": {"at_least": 20}})
+        columns = {"name": "memory", "ratio": "ratio|.3f", "percent": "growth, %|.1f"}
         self.report.table("memory", "growth", summary, columns)
-        self.plot(rows)
-
-    def plot(self, rows: list[dict]) -> None:
-        if importlib.util.find_spec("matplotlib") is None:
-            self.report.note("plot: skipped, matplotlib is not installed (pip install '.[bench]')")
-            return
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-
-        figure, panels = pyplot.subplots(1, 2, figsize=(10, 4), constrained_layout=True)
-        for panel, key, label in zip(panels, ("ms", "mib"), ("time, ms", "extra memory, MiB"), strict=True):
-            for (name, color), marker in zip(COLOURS.items(), "os^", strict=True):
-                points = [(row["tokens"], row[key]) for row in rows if row["name"] == name and row[key] is not None]
-                if points:
-                    panel.plot(*zip(*points, strict=True), color=color, marker=marker, label=name)
-            panel.set(xlabel="tokens", ylabel=label, yscale="log")
-            panel.set_xscale("log", base=2)
-            panel.grid(alpha=0.3)
-            panel.legend()
-        figure.suptitle(f"{DIVERGENCE} from hidden states, {self.report.content['machine']['device']}", fontsize=10)
-        path = self.options.out / "kernels.png"
-        figure.savefig(path, dpi=150)
-        self.report.note(f"plot: {path}")
+        title = f"{DIVERGENCE} from hidden states, {self.report.content['machine']['device']}"
+        draw_lines(rows, (OURS, PUBLISHED, FLOOR), title, self.report)
 
     def accuracy(self) -> None:
         student, teacher = (x.detach() for x in self.logits(self.options.rows))
-        kinds = [AlphaNet(per="token") if kind is AlphaNet else kind() for kind in BY_NAME.values()]
-        exact = {}
-        for kind in kinds:
-            gradient = torch.empty_like(student, dtype=torch.float64)
-            rows = Rows(student.double(), teacher.double(), None, LossSpec(kind))
-            exact[str(kind)] = reference.row_losses(rows, gradient), gradient
+        exact, rows = {}, []
 
-        def errors(name: str, kind: str, losses: Tensor, gradient: Tensor) -> dict:
-            """The worst row's, relative: of the loss, and of the gradient in the Euclidean norm."""
+        def add(name: str, kind: str, losses: Tensor, gradient: Tensor) -> None:
+            """The worst row's relative errors: of the loss, and of the gradient in the Euclidean norm."""
             value, slope = exact[kind]
-            of_gradient = (gradient.double() - slope).norm(dim=1) / slope.norm(dim=1)
-            of_value = (losses.double() - value).abs() / value
-            return {"name": name, "value": of_value.max().item(), "gradient": of_gradient.max().item()}
+            gradient_error = ((gradient.double() - slope).norm(dim=1) / slope.norm(dim=1)).max().item()
+            value_error = ((losses.double() - value).abs() / value).max().item()
+            rows.append({"name": name, "value": value_error, "gradient": gradient_error})
 
-        rows = []
-        for kind in kinds:
-            gradient = torch.empty_like(student)
-            losses = row_ops.row_losses(Rows(student, teacher, None, LossSpec(kind)), gradient=gradient)
-            rows.append(errors(str(kind), str(kind), losses, gradient))
+        for kind in (AlphaNet(per="token") if kind is AlphaNet else kind() for kind in BY_NAME.values()):
+            slope, gradient = torch.empty_like(student, dtype=torch.float64), torch.empty_like(student)
+            logits = student.double(), teacher.double(), None
+            exact[str(kind)] = reference.row_losses(*logits, LossSpec(kind), slope), slope
+            losses = row_ops.row_losses(student, teacher, None, LossSpec(kind), gradient=gradient)
+            add(str(kind), str(kind), losses, gradient)
         leaf = student.clone().requires_grad_()
         losses = torch.stack([published(z[None], y[None]) for z, y in zip(leaf, teacher, strict=True)])
         losses.sum().backward()
-        rows.append(errors(f"{PUBLISHED}, {DIVERGENCE}", str(DIVERGENCE), losses.detach(), leaf.grad))
-        columns = {"name": ("", ""), "value": ("of the value", ".1e"), "gradient": ("of the gradient", ".1e")}
+        add(f"{PUBLISHED}, {DIVERGENCE}", str(DIVERGENCE), losses.detach(), leaf.grad)
         title = f"errors against float64, logits {list(student.shape)}, float32, the worst row"
-        self.report.table("accuracy", title, rows, columns)
-
-
-SECTIONS = ("losses", "families", "fused", "memory", "accuracy")
+        self.report.table("accuracy", title, rows, {"value": "of the value|.1e", "gradient": "of the gradient|.1e"})
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    gpu = torch.cuda.is_available()
-    results = pathlib.Path(__file__).parent / "results" / "kernels"
-    parser.add_argument("--only", choices=SECTIONS, nargs="+", default=SECTIONS, help="default: all")
-    parser.add_argument("--rows", type=int, default=256, help="rows of logits (default: %(default)s)")
-    parser.add_argument("--vocab", type=int, default=50257, help="default: %(default)s, GPT-2's")
-    parser.add_argument("--tokens", type=int, default=4096 if gpu else 512, help="of fused (default: %(default)s)")
-    parser.add_argument("--widths", type=int, nargs=2, default=[768, 1600], help="student's, teacher's (GPT-2, XL)")
-    parser.add_argument("--sweep", type=int, nargs="+", default=[512, 1024, 2048, 4096, 8192], help="tokens of memory")
-    parser.add_argument("--repeats", type=int, default=7, help="timed rounds (default: %(default)s; memory: at most 3)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if gpu else "cpu")
-    parser.add_argument("--out", type=pathlib.Path, default=results, help="folder (default: %(default)s)")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes: whether it runs, not how fast")
+    parser, add = harness.parser(__doc__, "kernels", repeats=7, quick=True)
+    add("--only", choices=SECTIONS, nargs="+", default=SECTIONS, help="default: all")
     options = parser.parse_args()
-    if options.quick:
-        vars(options).update(QUICK)
-    options.out.mkdir(parents=True, exist_ok=True)
+    vars(options).update(QUICK if options.quick else FULL | {"tokens": 4096 if options.device == "cuda" else 512})
     torch.manual_seed(0)
     benchmark = Benchmark(options)
-    try:
+    with benchmark.report.kept("kernels"):
         for section in SECTIONS:
             if section in options.only:
                 getattr(benchmark, section)()
-    finally:  # what was measured before a failure is kept
-        benchmark.report.save(options.out / "kernels.json")
 
 
 if __name__ == "__main__":

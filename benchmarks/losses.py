@@ -1,14 +1,12 @@
 """Every loss of the papers' Table 2 under one budget: `python benchmarks/losses.py --config RECIPE --stage STAGE`.
 
-STAGE is the recipe's stage that distills; the stages it refers to (teacher, initial student) are trained first, once.
-Then every loss gets the same initial student, rows, steps and settings, no plain-text term, and the learning rate of
---rates that was best on the development rows, in runs with --search-seeds. Each is trained with every one of --seeds,
-and each result answers the test sets of the recipe's eval.sets with eval.seeds. A cell is the mean over training seeds,
-and in brackets their standard deviation; of teacher and initial student, one model each, the deviation is over the
-answers' seeds. What is finished already is used again.
+STAGE is the recipe's stage that distills. The stages it refers to (teacher, initial student) are trained first, once.
+Every loss gets the same initial student, rows, steps and settings, no plain-text term, and the learning rate of --rates
+that was best on the development rows, with another seed. Each is trained with every one of --seeds, and each result
+answers the test sets of the recipe's eval.sets with eval.seeds. A cell is the mean over training seeds, and in brackets
+their standard deviation; for teacher and initial student, one model each, it is that over the answers' seeds. What is
+finished already is used again.
 """
-
-from __future__ import annotations
 
 import argparse
 import concurrent.futures
@@ -28,6 +26,7 @@ from typing import Any
 
 import torch
 
+import harness
 from abkd_fast import pipeline
 from abkd_fast.config.recipe import load
 from abkd_fast.config.schema import Config
@@ -38,45 +37,36 @@ from abkd_fast.evaluation.runs import read_runs
 from abkd_fast.losses.divergences import BY_NAME
 from harness import Report
 
-SFT = "sft"
+SFT, SEARCH_SEED = "sft", 10
 TABLE_2 = (SFT, "fkl", "rkl", "wsd:0.5", "bdkd", "jsd:0.1", "akl:0.5", "alphanet:0.2,0.9", "ab:0.2,0.7")
 
 
-def train(config: Config) -> dict[str, Any]:
-    """The summary of a run, which is trained if it isn't yet."""
-    with _quiet(config.run.root):
-        (summary,) = pipeline.run([config], resume=True)
-    return summary
+@contextlib.contextmanager
+def _log(folder: pathlib.Path) -> Iterator[None]:
+    """Sends what a run prints to a file, since several run at a time."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(f"{folder}.log", "a", encoding="utf-8") as log, contextlib.redirect_stdout(log):
+        yield
 
 
-def try_rate(config: Config) -> dict[str, Any] | None:
-    """The summary of a run, None where its loss did not stay finite."""
-    try:
-        return train(config)
-    except FloatingPointError:
-        return None
+def train(config: Config, may_diverge: bool = True) -> dict[str, Any] | None:
+    """The summary of a run, which is trained if it isn't yet; None if its loss did not stay finite."""
+    with _log(config.run.root), contextlib.suppress(*[FloatingPointError] * may_diverge):
+        return pipeline.run([config], resume=True)[0]
 
 
 def evaluate(model: str, out: pathlib.Path, template: Config, rows: int | None) -> dict[str, dict]:
     """The scores of a model on the template's test sets, by their names."""
     settings = template.eval
     places = {"device": template.train.device, "dtype": template.train.dtype, "tokenizer": template.tokenizer}
-    with _quiet(out):
+    with _log(out):
         arguments = model, settings.sets, out, settings.seeds, pipeline.protocol(template)
         return Evaluation(*arguments, rows=rows, **places).run()["sets"]
 
 
 def train_and_evaluate(config: Config, template: Config, rows: int | None) -> tuple[dict[str, Any], dict[str, dict]]:
-    summary = train(config)
+    summary = train(config, may_diverge=False)
     return summary, evaluate(str(config.run.folder / "final"), config.run.folder / "eval", template, rows)
-
-
-@contextlib.contextmanager
-def _quiet(folder: pathlib.Path) -> Iterator[None]:
-    """What a run prints goes to a file: several run at a time."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with open(f"{folder}.log", "a", encoding="utf-8") as log, contextlib.redirect_stdout(log):
-        yield
 
 
 def label(loss: str) -> str:
@@ -86,23 +76,24 @@ def label(loss: str) -> str:
     return f"{BY_NAME[name].title} ({numbers})" if numbers else BY_NAME[name].title
 
 
+def replace(config: Config, **sections: dict) -> Config:
+    """The configuration with other values in some of its sections."""
+    changed = {name: dataclasses.replace(getattr(config, name), **values) for name, values in sections.items()}
+    return dataclasses.replace(config, **changed)
+
+
 class Study:
     def __init__(self, options: argparse.Namespace) -> None:
         """Raises ConfigError for what can't be compared."""
         self.options, self.out = options, options.out
-        configs = {
-            config.run.stage: config for config in load(options.config, [f"run.dir={options.out}", *options.overrides])
-        }
+        configs = load(options.config, [f"run.dir={options.out}", *options.overrides])
+        configs = {config.run.stage: config for config in configs}
         if options.stage not in configs:
             raise ConfigError(f"stage: {options.config} has no {options.stage}, only {', '.join(map(str, configs))}")
-        self.earlier = [
-            dataclasses.replace(config, eval=dataclasses.replace(config.eval, sets=None))
-            for config in _needed(configs[options.stage], configs)
-        ]
-        template = pipeline.resolve(configs[options.stage])
-        self.template = dataclasses.replace(template, data=dataclasses.replace(template.data, pretrain=None))
-        self.models = {"Teacher": self.template.teacher, "Initial student": self.template.student}
-        self.rates = options.rates or [factor * self.template.optim.lr for factor in (0.5, 1.0, 2.0)]
+        self.earlier = [replace(config, eval={"sets": None}) for config in _needed(configs[options.stage], configs)]
+        self.template = template = replace(pipeline.resolve(configs[options.stage]), data={"pretrain": None})
+        self.models = {"Teacher": template.teacher, "Initial student": template.student}
+        self.rates = options.rates or [factor * template.optim.lr for factor in (0.5, 1.0, 2.0)]
         self._check()
         self.report = Report(torch.device("cuda" if torch.cuda.is_available() else "cpu"), vars(options))
 
@@ -112,46 +103,47 @@ class Study:
             raise ConfigError('eval.sets: missing; name the test sets: --set eval.sets=\'{"dolly": "FILE"}\'')
         if self.options.select == "rouge_l" and len(self.rates) > 1 and settings.rouge_rows is None:
             raise ConfigError("eval.rouge_rows: missing, and rates are chosen by it; give it, or --select dev_loss")
-        if shared := {*self.options.seeds} & {*self.options.search_seeds}:
-            raise ConfigError(f"seeds: {min(shared)} is one of the search, too: its luck would be counted twice")
+        if SEARCH_SEED in self.options.seeds:
+            raise ConfigError(f"seeds: {SEARCH_SEED} is that of the search, too: its luck would be counted twice")
         for name, spec in self.models.items():
             if spec is None or spec.path is None or spec.has_adapter:
                 raise ConfigError(f"{name.lower()}: expected the path of a whole model, which can be evaluated")
 
-    def config(self, kind: str, loss: str, rate: float, seed: int, steps: int | None, name: str) -> Config:
-        """Of one run: the template's, but for these."""
-        template = self.template
-        answers = {"rouge_rows": None} if kind == "search" and self.options.select == "dev_loss" else {}
+    def config(self, kind: str, loss: str, rate: float, seed: int) -> Config:
+        """The configuration of one run. `kind`: "search" or "runs"."""
+        optim, answers, steps = self.template.optim, {"sets": None}, self.template.train.steps
+        if kind == "search":
+            steps = self.options.search_steps or steps
+            answers |= {"rouge_rows": None} if self.options.select == "dev_loss" else {}
+        name = f"{loss.replace(':', '-')}-{rate:g}-seed{seed}"
+        run = {"dir": str(self.out / kind), "stage": None, "seed": seed, "name": name}
+        rates = {"lr": rate, "min_lr": min(rate, optim.min_lr)}
+        config = replace(self.template, run=run, optim=rates, train={"steps": steps}, eval=answers)
         method = {"method": SFT} if loss == SFT else {"method": "ab", "loss": loss}
-        return dataclasses.replace(
-            template,
-            **method,
-            run=dataclasses.replace(
-                template.run, dir=str(self.out / kind), name=f"{loss.replace(':', '-')}-{name}", stage=None, seed=seed
-            ),
-            optim=dataclasses.replace(template.optim, lr=rate, min_lr=min(rate, template.optim.min_lr)),
-            train=dataclasses.replace(template.train, steps=steps or template.train.steps),
-            eval=dataclasses.replace(template.eval, sets=None, **answers),
-        )
+        return dataclasses.replace(config, **method)
 
     def run(self) -> None:
         if self.earlier:
             pipeline.run(self.earlier, resume=True)
-        # Read where a worker loads its libraries; this process has loaded them.
+        # A worker reads this when it loads its libraries; this process has loaded them.
         os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // self.options.jobs))
         context = multiprocessing.get_context("spawn")
-        self.pool = concurrent.futures.ProcessPoolExecutor(self.options.jobs, mp_context=context)
-        try:
-            rates = self.search()
-            bounds = self.bounds()
-            results = self.final(rates)
-        finally:
-            self.pool.shutdown()
+        with concurrent.futures.ProcessPoolExecutor(self.options.jobs, mp_context=context) as self.pool:
+            rates, rest = self.search(), (self.template, self.options.rows)
+            jobs = {name: (spec.path, self.out / "eval" / name, *rest) for name, spec in self.models.items()}
+            bounds = self._map(evaluate, jobs, lambda name, sets: f"{name}: {_scores(sets)}")
+            places = [(loss, seed) for seed, loss in itertools.product(self.options.seeds, self.options.losses)]
+            jobs = {(loss, seed): (self.config("runs", loss, rates[loss], seed), *rest) for loss, seed in places}
+            results = self._map(
+                train_and_evaluate, jobs, lambda run, found: f"{run[0]}, seed {run[1]}: {_scores(found[1])}"
+            )
         self.tabulate(rates, bounds, results)
-        self.draw(rates)
+        # Figure 1, of the first training seed.
+        runs = read_runs(self.config("runs", loss, rates[loss], self.options.seeds[0]).run.folder for loss in rates)
+        rouge_curves(runs, self.out / "rouge_l")
 
     def _map(self, work: Callable, jobs: dict[Any, tuple], say: Callable[[Any, Any], str]) -> dict[Any, Any]:
-        """The results of `work` on each job's arguments; says a line when one is there."""
+        """The results of `work` on each job's arguments; prints a line for each."""
         started = time.perf_counter()
         waiting, running, results = iter(jobs.items()), {}, {}
         while len(results) < len(jobs):
@@ -168,113 +160,71 @@ class Study:
 
     def search(self) -> dict[str, float]:
         """The learning rate of each loss."""
+        losses, by_rouge = self.options.losses, self.options.select == "rouge_l"
         if len(self.rates) == 1:
-            return dict.fromkeys(self.options.losses, self.rates[0])
-        key = "dev_rouge_l" if self.options.select == "rouge_l" else "dev_loss"
-        sign = 1 if key == "dev_rouge_l" else -1
-        jobs = {
-            (loss, rate, seed): (
-                self.config("search", loss, rate, seed, self.options.search_steps, f"{rate:g}-seed{seed}"),
-            )
-            for loss in self.options.losses
-            for rate in self.rates
-            for seed in self.options.search_seeds
-        }
+            return dict.fromkeys(losses, self.rates[0])
+        key, sign = ("dev_rouge_l", 1) if by_rouge else ("dev_loss", -1)
 
         def value(summary: dict | None) -> float:
             return -sign * math.inf if summary is None else summary[key]
 
-        found = self._map(
-            try_rate, jobs, lambda job, summary: f"{job[0]} at {job[1]:g}, seed {job[2]}: {key} {value(summary):.3f}"
-        )
+        def say(job: tuple, summary: dict | None) -> str:
+            return f"{job[0]} at {job[1]:g}: {key} {value(summary):.3f}"
+
+        places = itertools.product(losses, self.rates)
+        found = self._map(train, {place: (self.config("search", *place, SEARCH_SEED),) for place in places}, say)
         rows, chosen = [], {}
-        for loss in self.options.losses:
-            values = {
-                rate: statistics.fmean(value(found[loss, rate, seed]) for seed in self.options.search_seeds)
-                for rate in self.rates
-            }
+        for loss in losses:
+            values = {rate: value(found[loss, rate]) for rate in self.rates}
             chosen[loss] = max(values, key=lambda rate: sign * values[rate])
             rows.append({"name": label(loss), **{str(rate): value for rate, value in values.items()}})
-        form = ".2f" if key == "dev_rouge_l" else ".4f"
-        columns = {"name": ("loss", "")} | {str(rate): (f"{rate:g}", form) for rate in self.rates}
-        what = "ROUGE-L" if key == "dev_rouge_l" else "cross-entropy"
-        seeds = f"mean of {len(self.options.search_seeds)} seeds"
-        self.report.table(
-            "search", f"learning rates: {what} on development rows at the end of a run, {seeds}", rows, columns
-        )
+        what, form = ("ROUGE-L", ".2f") if by_rouge else ("cross-entropy", ".4f")
+        title = f"learning rates: {what} on development rows at the end of a run, seed {SEARCH_SEED}"
+        columns = {"name": "loss"} | {str(rate): f"{rate:g}|{form}" for rate in self.rates}
+        self.report.table("search", title, rows, columns)
         return chosen
 
-    def bounds(self) -> dict[str, dict[str, dict]]:
-        """The scores of teacher and initial student."""
-        jobs = {
-            name: (spec.path, self.out / "eval" / name, self.template, self.options.rows)
-            for name, spec in self.models.items()
-        }
-        return self._map(evaluate, jobs, lambda name, sets: f"{name}: {_scores(sets)}")
-
-    def final(self, rates: dict[str, float]) -> dict[tuple[str, int], tuple[dict, dict]]:
-        """Summary and scores of every loss and training seed."""
-        jobs = {
-            (loss, seed): (self._final(loss, rates[loss], seed), self.template, self.options.rows)
-            for seed in self.options.seeds
-            for loss in self.options.losses
-        }
-        return self._map(train_and_evaluate, jobs, lambda job, found: f"{job[0]}, seed {job[1]}: {_scores(found[1])}")
-
-    def _final(self, loss: str, rate: float, seed: int) -> Config:
-        return self.config("runs", loss, rate, seed, None, f"{rate:g}-seed{seed}")
-
     def tabulate(self, rates: dict[str, float], bounds: dict[str, dict], results: dict[tuple, tuple]) -> None:
-        names = list(next(iter(bounds.values())))
-        averaged = [*names, "Average"] if len(names) > 1 else names
-        rows = []
+        """Of teacher and initial student the scores; of every loss and training seed summary and scores."""
+        rows, means = [], {}
         for name, sets in bounds.items():
-            cells = {column: list(values) for column, values in _by_seed(sets, names, averaged).items()}
-            rows.append({"name": name, **{column: _cell(values) for column, values in cells.items()}})
-        means = {}
+            rows.append({"name": name} | {column: _cell(values) for column, values in _by_seed(sets).items()})
         for loss in self.options.losses:
-            runs = [results[loss, seed] for seed in self.options.seeds]
-            cells = [_by_seed(sets, names, averaged) for _, sets in runs]
-            cells = {column: [statistics.fmean(cell[column]) for cell in cells] for column in averaged}
-            means[loss] = cells[averaged[-1]]
-            row = {"name": label(loss), "rate": rates[loss]} | {
-                column: _cell(values) for column, values in cells.items()
-            }
+            summaries, sets = zip(*(results[loss, seed] for seed in self.options.seeds), strict=True)
+            cells = [{column: statistics.fmean(values) for column, values in _by_seed(one).items()} for one in sets]
+            row = {"name": label(loss), "rate": rates[loss]}
+            row |= {column: _cell([cell[column] for cell in cells]) for column in cells[0]}
             for key in ("dev_loss", "dev_rouge_l"):
-                if runs[0][0][key] is not None:
-                    row[key] = statistics.fmean(summary[key] for summary, _ in runs)
+                if summaries[0][key] is not None:
+                    row[key] = statistics.fmean(summary[key] for summary in summaries)
+            *_, last = cells[0]
+            means[loss] = [cell[last] for cell in cells]
             rows.append(row | {"runs": means[loss]})
-        columns = {"name": ("loss", ""), "rate": ("rate", "g"), "dev_loss": ("dev loss", ".3f")}
-        columns |= {"dev_rouge_l": ("dev\nROUGE-L", ".1f")} | {name: (name, "") for name in averaged}
+        columns = {"name": "loss", "rate": "rate|g", "dev_loss": "dev loss|.3f", "dev_rouge_l": "dev ROUGE-L|.1f"}
         seeds = f"{len(self.options.seeds)} training seeds x {len(self.template.eval.seeds)} seeds of the answers"
+        columns |= {name: name for name in cells[0]}
         self.report.table("losses", f"ROUGE-L on test sets: {seeds}", rows, columns)
-        self._compare(means, averaged[-1])
+        self._compare(means, last)
         size = self.template.train.batch_size
         seconds = sum(summary["seconds_per_sample"] * summary["steps"] * size for summary, _ in results.values())
         self.report.note(f"these {len(results)} runs trained for {seconds:.0f} s in all, {self.options.jobs} at a time")
 
     def _compare(self, means: dict[str, list[float]], column: str) -> None:
-        """Who leads, and how far the others are behind: in standard errors of a difference, from the spread over
-        training seeds of all losses together."""
+        """Notes who leads, and how far the others are behind.
+
+        The unit is the standard error of a difference, from the spread over training seeds of all losses together.
+        """
         first, *others = sorted(means, key=lambda loss: -statistics.fmean(means[loss]))
-        count = len(means[first])
-        spread = math.sqrt(statistics.fmean(map(statistics.variance, means.values()))) if count > 1 else 0.0
-        error = spread * math.sqrt(2 / count)
-        behind = []
+        count, error, measure, behind = len(means[first]), 0.0, "", []
+        if count > 1:
+            error = math.sqrt(statistics.fmean(map(statistics.variance, means.values())) * 2 / count)
+        if error:
+            freedom = f"{error:.2f} from {len(means) * (count - 1)} degrees of freedom"
+            measure = f" (in standard errors of a difference, {freedom})"
         for loss in others:
             gap = statistics.fmean(means[first]) - statistics.fmean(means[loss])
             behind.append(f"{label(loss)} {gap:.2f}" + (f" ({gap / error:.1f})" if error else ""))
-        freedom = len(means) * (count - 1)
-        measure = (
-            f" (in standard errors of a difference, {error:.2f} from {freedom} degrees of freedom)" if error else ""
-        )
         self.report.note(f"{column}: {label(first)} leads; behind it{measure}: {', '.join(behind) or 'nobody'}")
-
-    def draw(self, rates: dict[str, float]) -> None:
-        """Figure 1, of the first training seed."""
-        seed = self.options.seeds[0]
-        runs = read_runs(self._final(loss, rates[loss], seed).run.folder for loss in self.options.losses)
-        rouge_curves(runs, self.out / "rouge_l")
 
 
 def _needed(config: Config, configs: dict[str, Config]) -> list[Config]:
@@ -289,11 +239,11 @@ def _scores(sets: dict[str, dict]) -> str:
     return ", ".join(f"{name} {scores['rouge_l']['mean']:.2f}" for name, scores in sets.items())
 
 
-def _by_seed(sets: dict[str, dict], names: list[str], columns: list[str]) -> dict[str, list[float]]:
-    """ROUGE-L of each column, the sets and their average, for each of the answers' seeds."""
-    values = {name: list(sets[name]["rouge_l"]["seeds"].values()) for name in names}
+def _by_seed(sets: dict[str, dict]) -> dict[str, list[float]]:
+    """ROUGE-L of the sets, and last of their average if there are several, for each of the answers' seeds."""
+    values = {name: list(scores["rouge_l"]["seeds"].values()) for name, scores in sets.items()}
     averages = [statistics.fmean(scores) for scores in zip(*values.values(), strict=True)]
-    return values | ({"Average": averages} if "Average" in columns else {})
+    return values | ({"Average": averages} if len(values) > 1 else {})
 
 
 def _cell(values: list[float]) -> str:
@@ -309,31 +259,24 @@ def _end(number: int, frame: types.FrameType | None) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    results = pathlib.Path(__file__).parent / "results" / "losses"
-    parser.add_argument("--config", default="quickstart", metavar="RECIPE", help="default: %(default)s")
-    parser.add_argument("--stage", default="student-ab", help="the one that distills (default: %(default)s)")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help="as in train")
-    parser.add_argument("--losses", nargs="+", default=TABLE_2, metavar="LOSS", help="default: Table 2's")
-    parser.add_argument("--rates", nargs="+", type=float, help="of the search (default: 1/2, 1, 2 times the recipe's)")
-    parser.add_argument(
-        "--select", choices=("rouge_l", "dev_loss"), default="rouge_l", help="which rate is best (default: %(default)s)"
-    )
-    parser.add_argument("--search-seeds", nargs="+", type=int, default=[10], help="of the search (default: 10)")
-    parser.add_argument("--search-steps", type=int, help="of the search's runs (default: the recipe's)")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3], help="of training (default: 1 2 3)")
-    parser.add_argument("--rows", type=int, help="only the first ones of each test set")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time (default: %(default)s)")
-    parser.add_argument("--out", type=pathlib.Path, default=results, help="folder (default: %(default)s)")
+    parser, add = harness.parser(__doc__, "losses", repeats=0)
+    add("--config", default="quickstart", metavar="RECIPE", help="default: %(default)s")
+    add("--stage", default="student-ab", help="the one that distills (default: %(default)s)")
+    add("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help="as in train")
+    add("--losses", nargs="+", default=TABLE_2, metavar="LOSS", help="default: Table 2's")
+    add("--rates", nargs="+", type=float, help="learning rates to search (default: 1/2, 1, 2 times the recipe's)")
+    text = "what decides which rate is best (default: %(default)s)"
+    add("--select", choices=("rouge_l", "dev_loss"), default="rouge_l", help=text)
+    add("--search-steps", type=int, help="steps of the search's runs (default: the recipe's)")
+    add("--seeds", nargs="+", type=int, default=[1, 2, 3], help="seeds of training (default: 1 2 3)")
+    add("--rows", type=int, help="answers only the first rows of each test set")
+    add("--jobs", type=int, default=1, help="runs at a time (default: %(default)s)")
     options = parser.parse_args()
-    options.out.mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGTERM, _end)
     try:
         study = Study(options)
-        try:
+        with study.report.kept("losses"):
             study.run()
-        finally:  # what was found before a failure is kept
-            study.report.save(options.out / "losses.json")
     except (ConfigError, Interrupted) as error:
         raise SystemExit(f"error: {error}") from None
 

@@ -1,16 +1,17 @@
-"""What a sample costs, from shapes alone, and what that predicts for a GPU: `python benchmarks/predict.py`.
+"""What a sample costs, from shapes alone, and what that predicts for GPUs: `python benchmarks/predict.py`.
 
-Operations are those of abkd_fast/costs.py, for samples as long as Dolly's (workload.py). The published way pads them to
-512 tokens and makes logits at all of these. Nothing is measured here; timing.py measures. The model of a GPU is simple:
-operations at a stated share of its peak, then, at a stated share of its bandwidth, what isn't a product: the logits'
-way through memory, and AdamW. Tables go to the terminal, and as JSON and Markdown to --out.
+Operations are those of abkd_fast/training/costs.py, for samples as long as Dolly's. The published way pads them to 512
+tokens and makes logits at all of these. Nothing is measured here; timing.py measures. The model of a GPU is simple:
+operations take a stated share of its peak. All that isn't a product, the logits' way through memory and AdamW, takes a
+stated share of its bandwidth. Many GPUs share a step's samples as the trainer does. Tables go to the terminal, and as
+JSON and Markdown to --out.
 """
 
-from __future__ import annotations
-
 import argparse
-import pathlib
-from typing import Any
+import dataclasses
+import functools
+import itertools
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,75 +20,106 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig
 
-from abkd_fast.training.costs import PEAK_FLOPS, ModelCost
+import harness
+from abkd_fast.data.batches import balance_by_tokens
+from abkd_fast.models.loading import meta_model
+from abkd_fast.training.costs import PEAK_FLOPS, ModelCost, StepCost
+from baseline import alpha_beta, cross_entropy
 from harness import Report
-from published import alpha_beta, cross_entropy
-from workload import LENGTH, PROMPTS, RESPONSES, SCALES, draw_lengths
+from workload import LENGTH, SCALES, draw_samples
 
-XL = SCALES["paper"].teacher
-LLAMA_3B = {"hidden_size": 3200, "intermediate_size": 8640, "num_hidden_layers": 26, "num_attention_heads": 32}
-LLAMA_7B = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
-GPT2, LLAMA = {"model_type": "gpt2"}, {"model_type": "llama", "vocab_size": 32000}
-PAIRS = {  # student, teacher, and how many times as long samples are
-    "GPT-2 XL to GPT-2": (GPT2, GPT2 | XL, 1),
-    "its vocabulary as large as Qwen's": (GPT2 | {"vocab_size": 151936}, GPT2 | XL | {"vocab_size": 151936}, 1),
-    "samples twice as long": (GPT2, GPT2 | XL, 2),
-    "GPT-2 XL to GPT-2 medium": (GPT2 | SCALES["small"].teacher, GPT2 | XL, 1),
-    "GPT-2 XL to GPT-2 large": (GPT2 | {"n_embd": 1280, "n_layer": 36, "n_head": 20}, GPT2 | XL, 1),
-    "OpenLLaMA 7B to 3B, LoRA": (LLAMA | LLAMA_3B, LLAMA | LLAMA_7B, 1),
-}
 BANDWIDTH = {"B200": 8.0, "H200": 4.8, "H100": 3.35, "A100": 2.04}  # terabytes a second, as the maker states them
 LOGITS_PASSES = 7  # ours: the student's written, read, overwritten, read twice; the teacher's written, read
 OPTIMIZER_BYTES = 40  # a weight: clipping reads twice and writes the gradient; AdamW reads 4 numbers and writes 3
+BUCKET_BYTES = 25e6  # DistributedDataParallel's default: it sums so many at a time
+BACKWARD_SHARE = 2 / 3  # of a student's forward and backward passes
 
 
-class Samples:
-    """The mean of many, as long as Dolly's or so many times as long; padded or not."""
-
-    def __init__(self, times: int) -> None:
-        generator = np.random.default_rng(0)
-        prompts, responses = (draw_lengths(of, 64, 16, generator).ravel() * times for of in (PROMPTS, RESPONSES))
-        self.padded_length = LENGTH * times
-        lengths = np.minimum(prompts + responses, self.padded_length)
-        self.padded = self._of(np.full_like(lengths, self.padded_length), np.zeros_like(prompts))
-        self.all_logits = self._of(lengths, np.zeros_like(prompts))
-        self.real = self._of(lengths, prompts)
-        self.tokens, self.responses = lengths.mean(), (lengths - prompts).mean()
-
-    @staticmethod
-    def _of(lengths: np.ndarray, prompts: np.ndarray) -> list[dict]:
-        pairs = zip(lengths.tolist(), prompts.tolist(), strict=True)
-        return [{"input_ids": range(length), "prompt_length": prompt} for length, prompt in pairs]
-
-
+@dataclasses.dataclass(frozen=True)
 class Pair:
-    """A student and its teacher, and what a sample costs with them."""
+    """A student and its teacher, what a sample costs with them, and what their recipe's step takes."""
 
-    def __init__(self, student: dict, teacher: dict, times: int) -> None:
-        self.student, self.teacher = (ModelCost(AutoConfig.for_model(**shape)) for shape in (student, teacher))
-        self.passes = 2 if student["model_type"] == "llama" else 3  # an adapter's frozen weights have no gradient
-        self.samples = samples = Samples(times)
-        self.ways = {
-            "published": self.parts(samples.padded),
-            "unpadded": self.parts(samples.all_logits),
-            "ours": self.parts(samples.real),
-            "cached": self.parts(samples.real, cached=True),
-            "sft": self.parts(samples.real, taught=False),
+    student: dict
+    teacher: dict
+    times: int = 1  # how many times as long samples are
+    adapter_rank: int | None = None  # of the q and v projections' adapters
+    batch_size: int = 32
+    max_tokens: int = 8192
+
+    @functools.cached_property
+    def models(self) -> tuple[ModelCost, ModelCost]:
+        """Student and teacher."""
+        return tuple(ModelCost(meta_model(AutoConfig.for_model(**shape))) for shape in (self.student, self.teacher))
+
+    def cost(self, cached: bool) -> StepCost:
+        student, teacher = self.models
+        adapter = self.adapter_rank and student.layers * 2 * self.adapter_rank * 2 * student.width
+        return StepCost(student, adapter, teacher, cached)
+
+    @functools.cached_property
+    def samples(self) -> dict[str, list[dict]]:
+        """The same samples "padded", with logits at all positions ("unpadded"), and as they are ("real")."""
+        most = LENGTH * self.times
+        prompts, responses = draw_samples(64, 16, np.random.default_rng(0)) * self.times
+        lengths, nothing = np.minimum(prompts + responses, most), np.zeros_like(prompts)
+        padded = make_samples(np.full_like(lengths, most), nothing)
+        return {"padded": padded, "unpadded": make_samples(lengths, nothing), "real": make_samples(lengths, prompts)}
+
+    @functools.cached_property
+    def tokens(self) -> tuple[float, float]:
+        """Mean tokens of a sample, and of its response."""
+        lengths = np.array([(len(sample["input_ids"]), sample["prompt_length"]) for sample in self.samples["real"]])
+        return lengths[:, 0].mean(), (lengths[:, 0] - lengths[:, 1]).mean()
+
+    @functools.cached_property
+    def ways(self) -> dict[str, dict[str, float]]:
+        """Operations of a sample by part, for each way."""
+        real, padded, unpadded = (self.samples[name] for name in ("real", "padded", "unpadded"))
+        ours = {
+            "ours": self.parts(real),
+            "cached": self.parts(real, cached=True),
+            "sft": self.parts(real, taught=False),
         }
-        self.flops = {way: sum(parts.values()) for way, parts in self.ways.items()}
+        return {"published": self.parts(padded), "unpadded": self.parts(unpadded)} | ours
+
+    @property
+    def flops(self) -> dict[str, float]:
+        return {way: sum(parts.values()) for way, parts in self.ways.items()}
 
     def parts(self, samples: list[dict], taught: bool = True, cached: bool = False) -> dict[str, float]:
-        """Operations of a sample."""
-        lengths = np.array([len(sample["input_ids"]) for sample in samples])
+        (student, teacher), lengths = self.models, np.array([len(sample["input_ids"]) for sample in samples])
         tokens, squares = lengths.sum(), (lengths**2).sum()
         responses = tokens - sum(sample["prompt_length"] for sample in samples)
+        passes = 2 if self.adapter_rank else 3  # an adapter's frozen weights have no gradient
         parts = {
-            "student's layers": self.passes * self.student.body_flops(tokens, squares),
-            "student's output projection": self.passes * self.student.head_flops(responses),
-            "teacher's layers": self.teacher.body_flops(tokens, squares) * (taught and not cached),
-            "teacher's output projection": self.teacher.head_flops(responses) * taught,
+            "student's layers": passes * student.body_flops(tokens, squares),
+            "student's output projection": passes * student.head_flops(responses),
+            "teacher's layers": teacher.body_flops(tokens, squares) * (taught and not cached),
+            "teacher's output projection": teacher.head_flops(responses) * taught,
         }
         return {name: flops / len(samples) for name, flops in parts.items()}
+
+
+GPT2, XL = {"model_type": "gpt2"}, {"model_type": "gpt2"} | SCALES["paper"].teacher
+QWEN_VOCAB = {"vocab_size": 151936}
+LARGE = {"n_embd": 1280, "n_layer": 36, "n_head": 20}
+LLAMA = {"model_type": "llama", "vocab_size": 32000, "num_attention_heads": 32}
+LLAMA_3B = LLAMA | {"hidden_size": 3200, "intermediate_size": 8640, "num_hidden_layers": 26}
+LLAMA_7B = LLAMA | {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32}
+PAIRS = {
+    "GPT-2 XL to GPT-2": Pair(GPT2, XL),
+    "its vocabulary as large as Qwen's": Pair(GPT2 | QWEN_VOCAB, XL | QWEN_VOCAB),
+    "samples twice as long": Pair(GPT2, XL, times=2),
+    "GPT-2 XL to GPT-2 medium": Pair(GPT2 | SCALES["small"].teacher, XL),
+    "GPT-2 XL to GPT-2 large": Pair(GPT2 | LARGE, XL),
+    "OpenLLaMA 7B to 3B, LoRA": Pair(LLAMA_3B, LLAMA_7B, adapter_rank=16, batch_size=16, max_tokens=4096),
+}
+RECIPES = ("GPT-2 XL to GPT-2", "OpenLLaMA 7B to 3B, LoRA")  # predicted for many GPUs
+
+
+def make_samples(lengths: np.ndarray, prompts: np.ndarray) -> list[dict]:
+    pairs = zip(lengths.tolist(), prompts.tolist(), strict=True)
+    return [{"input_ids": range(length), "prompt_length": prompt} for length, prompt in pairs]
 
 
 class Traffic(TorchDispatchMode):
@@ -114,73 +146,49 @@ def published_traffic(tokens: int, vocab: int) -> int:
 
 
 def operations(pair: Pair, report: Report) -> None:
-    """By part, one idea after the other."""
-    columns = {
-        "published": "padded,\nall logits",
-        "unpadded": "no\npadding",
-        "ours": "logits of\nresponses",
-        "cached": "teacher's\nstates cached",
-        "sft": "no teacher\n(SFT)",
-    }
-    names = pair.ways["ours"]
-    rows = [{"name": name} | {way: parts[name] / 1e9 for way, parts in pair.ways.items()} for name in names]
-    rows.append({"name": "all"} | {way: flops / 1e9 for way, flops in pair.flops.items()})
-    title = f"GFLOP a sample of {pair.samples.tokens:.0f} tokens, {pair.samples.responses:.0f} of the response"
-    headings = {way: (heading, ".1f") for way, heading in columns.items()}
-    report.table("operations", title, rows, {"name": ("", ""), **headings})
+    """A table of operations by part. Each column adds one idea."""
+    ways = {way: parts | {"all": pair.flops[way]} for way, parts in pair.ways.items()}
+    rows = [{"name": name} | {way: parts[name] / 1e9 for way, parts in ways.items()} for name in ways["ours"]]
+    columns = {"published": "padded, all logits|.1f", "unpadded": "no padding|.1f"}
+    columns |= {"ours": "logits of responses|.1f", "cached": "teacher's states cached|.1f"}
+    columns |= {"sft": "no teacher (SFT)|.1f"}
+    title = f"GFLOP a sample of {pair.tokens[0]:.0f} tokens, {pair.tokens[1]:.0f} of the response"
+    report.table("operations", title, rows, columns)
 
 
 def scaling(report: Report) -> None:
     rows = []
-    for name, shapes in PAIRS.items():
-        pair = Pair(*shapes)
-        flops = pair.flops
+    for name, pair in PAIRS.items():
+        flops, (student, teacher) = pair.flops, pair.models
         row = {"name": name} | {way: value / 1e9 for way, value in flops.items()}
-        row |= {"student": pair.student.parameters / 1e6, "teacher": pair.teacher.parameters / 1e6}
+        row |= {"student": student.parameters / 1e6, "teacher": teacher.parameters / 1e6}
         row |= {"saved": flops["published"] / flops["cached"], "over_sft": flops["cached"] / flops["sft"]}
-        rows.append(row | {"cache": pair.samples.responses * pair.teacher.width * 2 / 1e3})
-    columns = {
-        "name": ("", ""),
-        "student": ("student,\nmillions", ".0f"),
-        "teacher": ("teacher", ".0f"),
-        "published": ("published\nway", ".0f"),
-        "ours": ("ours", ".0f"),
-        "cached": ("cached", ".0f"),
-        "sft": ("SFT", ".0f"),
-        "saved": ("published\n/ cached", ".1f"),
-        "over_sft": ("cached\n/ SFT", ".2f"),
-        "cache": ("KB of\ncache", ".0f"),
-    }
+        rows.append(row | {"cache": pair.tokens[1] * teacher.width * 2 / 1e3})
+    columns = {"student": "student, millions|.0f", "teacher": "teacher|.0f", "published": "published way|.0f"}
+    columns |= {"ours": "ours|.0f", "cached": "cached|.0f", "sft": "SFT|.0f", "saved": "published / cached|.1f"}
+    columns |= {"over_sft": "cached / SFT|.2f", "cache": "KB of cache|.0f"}
     report.table("scaling", "GFLOP a sample, and its states in the cache, in bfloat16", rows, columns)
 
 
 def prediction(pair: Pair, options: argparse.Namespace, report: Report) -> None:
     peak, bandwidth = PEAK_FLOPS[options.gpu], BANDWIDTH[options.gpu] * 1e12 * options.bandwidth
-    weights, vocab, samples = pair.student.parameters, pair.student.vocab, pair.samples
-    ours = LOGITS_PASSES * 4 * vocab * samples.responses
+    student = pair.models[0]
+    vocab, optimizer = student.vocab, OPTIMIZER_BYTES * student.parameters / options.batch_size
+    ours = LOGITS_PASSES * 4 * vocab * pair.tokens[1]
     logits = {"published": published_traffic(LENGTH, vocab), "ours": ours, "cached": ours, "sft": ours * 5 / 7}
     titles = {"published": "published way", "ours": "ABKD", "cached": "ABKD, states cached", "sft": "SFT"}
     rows = []
     for way, title in titles.items():
-        flops, optimizer = pair.flops[way], OPTIMIZER_BYTES * weights / options.batch_size
-        row = {"name": title, "gigabytes": logits[way] / 1e9, "products": flops / (peak * options.mfu)}
-        row |= {"logits": logits[way] / bandwidth, "optimizer": optimizer / bandwidth}
-        seconds = row["products"] + row["logits"] + row["optimizer"]
-        rows.append(row | {"seconds": seconds, "rate": 1 / seconds, "mfu": flops / seconds / peak})
-    for row in rows:
-        row["fewer"] = rows[0]["seconds"] / row["seconds"]
-        row |= {f"{key}_ms": 1e3 * row[key] for key in ("products", "logits", "optimizer", "seconds")}
-    columns = {
-        "name": ("", ""),
-        "products_ms": ("products", ".3f"),
-        "gigabytes": ("GB of\nlogits", ".2f"),
-        "logits_ms": ("their\ntime", ".3f"),
-        "optimizer_ms": ("AdamW", ".3f"),
-        "seconds_ms": ("all", ".3f"),
-        "rate": ("samples\na second", ".0f"),
-        "mfu": ("of the\npeak", ".0%"),
-        "fewer": ("times\nfewer", ".1f"),
-    }
+        products = pair.flops[way] / (peak * options.mfu)
+        row = {"products": products, "logits": logits[way] / bandwidth, "optimizer": optimizer / bandwidth}
+        row["seconds"] = seconds = row["products"] + row["logits"] + row["optimizer"]
+        row |= {f"{key}_ms": 1e3 * value for key, value in row.items()}
+        row |= {"name": title, "gigabytes": logits[way] / 1e9, "rate": 1 / seconds}
+        rows.append(row | {"mfu": pair.flops[way] / seconds / peak})
+        rows[-1]["fewer"] = rows[0]["seconds"] / seconds
+    columns = {"products_ms": "products|.3f", "gigabytes": "GB of logits|.2f", "logits_ms": "their time|.3f"}
+    columns |= {"optimizer_ms": "AdamW|.3f", "seconds_ms": "all|.3f", "rate": "samples a second|.0f"}
+    columns |= {"mfu": "of the peak|.0%", "fewer": "times fewer|.1f"}
     title = (
         f"milliseconds/sample that one {options.gpu} would take: products at {options.mfu:.0%} of "
         f"{peak / 1e12:.0f} TFLOP/s, the rest at {options.bandwidth:.0%} of {BANDWIDTH[options.gpu]:g} TB/s, "
@@ -189,22 +197,96 @@ def prediction(pair: Pair, options: argparse.Namespace, report: Report) -> None:
     report.table("prediction", title, rows, columns)
 
 
+class Share(NamedTuple):
+    """The longest rank's part of a step."""
+
+    flops: float
+    micro_batches: int
+    imbalance: float
+    sent: dict[str, float]  # bytes, by mode
+
+
+def share(pair: Pair, cost: StepCost, ranks: int, batch_size: int) -> Share:
+    """A step of `batch_size` samples and as many blocks of plain text, shared out as the trainer does."""
+    prompts, responses = draw_samples(1, batch_size, np.random.default_rng(0))
+    samples = make_samples(np.minimum(prompts + responses, LENGTH), prompts)
+    places = balance_by_tokens([len(sample["input_ids"]) for sample in samples], ranks)
+    shares = [[samples[place] for place in each] for each in places]
+    tokens = [sum(len(sample["input_ids"]) for sample in each) for each in shares]
+    blocks = -(-batch_size // ranks)
+    text_flops = cost.flops([{"input_ids": range(LENGTH), "prompt_length": 1}] * blocks, taught=False)
+    of_samples = -(-max(tokens) // pair.max_tokens)
+    micro_batches = of_samples + -(-blocks * LENGTH // pair.max_tokens)
+    trained = cost.student.parameters if cost.adapter is None else cost.adapter
+    ring, read = (ranks - 1) / ranks, 0 if cost.cached else of_samples  # micro-batches that the teacher reads
+    gathers = 2 * (2 * cost.student.parameters * micro_batches + cost.teacher.parameters * read)  # bfloat16, twice
+    # A sum in float32 goes round twice.
+    sent = {"ddp": ring * 2 * 4 * trained, "fsdp": ring * (gathers + 4 * trained * micro_batches)}
+    imbalance = max(tokens) * ranks / sum(tokens) - 1
+    return Share(max(map(cost.flops, shares)) + text_flops, micro_batches, imbalance, sent)
+
+
+def seconds(part: Share, mode: str, ranks: int, machine: argparse.Namespace) -> float:
+    """Seconds of a step. A backward pass hides traffic, but not that of the last bucket, or the first layer."""
+    compute = part.flops / (PEAK_FLOPS[machine.gpu] * machine.mfu)
+    if ranks == 1:
+        return compute
+    bandwidth = 1e9 * (machine.inside if ranks <= machine.node else machine.between)
+    latency, traffic = 1e-6 * machine.latency * np.log2(ranks), part.sent[mode] / bandwidth
+    if mode == "ddp":
+        traffic += latency * max(1, part.sent[mode] / 2 / BUCKET_BYTES)
+        hidden = BACKWARD_SHARE * compute / part.micro_batches  # only the last one's gradients travel
+        return compute + max(traffic - hidden, min(traffic, BUCKET_BYTES / bandwidth + latency))
+    return max(compute, traffic) + (1 - 0.9) * traffic / part.micro_batches + latency
+
+
+def many_gpus(name: str, machine: argparse.Namespace, report: Report) -> None:
+    """Tables of a recipe's step on many GPUs, and of the weights, gradients and optimizer states that a rank holds."""
+    pair, rows = PAIRS[name], []
+    for cached, fixed, ranks in itertools.product((True, False), (True, False), (8, 64, 512)):
+        batch_size = pair.batch_size if fixed else pair.batch_size * ranks
+        if batch_size < ranks:
+            continue  # refused: a rank without a sample
+        part = share(pair, pair.cost(cached), ranks, batch_size)
+        alone = seconds(share(pair, pair.cost(cached), 1, batch_size), "ddp", 1, machine)
+        row = {"name": "cached" if cached else "in every step", "samples": batch_size, "ranks": ranks}
+        row |= {"imbalance": part.imbalance} | {f"{mode}_gb": size / 1e9 for mode, size in part.sent.items()}
+        rows.append(row | {mode: alone / seconds(part, mode, ranks, machine) for mode in part.sent})
+    columns = {"name": "teacher", "samples": "samples a step|,", "ranks": "GPUs|d", "imbalance": "imbalance|.1%"}
+    columns |= {"ddp_gb": "GB sent, ddp|.3g", "fsdp_gb": "fsdp|.3g"}
+    columns |= {"ddp": "times one GPU, ddp|.1f", "fsdp": "fsdp|.1f"}
+    report.table("gpus", name, rows, columns)
+    cost = pair.cost(cached=False)
+    weights = cost.student.parameters
+    trained = 16 * weights if cost.adapter is None else 2 * weights + 16 * cost.adapter
+    size = (2 * cost.teacher.parameters + trained) / 1e9  # with the teacher's body: no cache
+    heading = "GB a rank (weights, gradients, optimizer, teacher's body): ddp|.2f"
+    columns = {"ddp": heading, "fsdp_8": "fsdp, 8 GPUs|.2f", "fsdp_64": "fsdp, 64 GPUs|.2f"}
+    report.table("memory", name, [{"ddp": size, "fsdp_8": size / 8, "fsdp_64": size / 64}], columns)
+
+
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    results = pathlib.Path(__file__).parent / "results" / "predict"
-    parser.add_argument("--gpu", choices=BANDWIDTH, default="H100", help="default: %(default)s")
-    parser.add_argument("--mfu", type=float, default=0.4, help="of the peak, in products (default: %(default)s)")
-    parser.add_argument("--bandwidth", type=float, default=0.8, help="of the memory's (default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=32, help="samples of a step (default: %(default)s)")
-    parser.add_argument("--out", type=pathlib.Path, default=results, help="folder (default: %(default)s)")
+    parser, add = harness.parser(__doc__, "predict", repeats=0)
+    add("--gpu", choices=BANDWIDTH, default="H100", help="default: %(default)s")
+    numbers = {
+        "--mfu": (0.4, "share of its peak that products reach"),
+        "--bandwidth": (0.8, "share of its memory's bandwidth that the rest reaches"),
+        "--batch-size": (32, "samples of one GPU's step"),
+        "--node": (8, "GPUs of a machine"),
+        "--inside": (360.0, "GB/s that a GPU sends within a machine"),
+        "--between": (40.0, "GB/s that it sends between machines"),
+        "--latency": (20.0, "microseconds of a collective, for every doubling of the GPUs"),
+    }
+    for name, (default, text) in numbers.items():
+        add(name, type=type(default), metavar="N", default=default, help=f"{text} (default: %(default)s)")
     options = parser.parse_args(arguments)
-    options.out.mkdir(parents=True, exist_ok=True)
     report = Report(torch.device("cpu"), vars(options), judge=False)
-    pair = Pair(*PAIRS["GPT-2 XL to GPT-2"])
-    operations(pair, report)
-    scaling(report)
-    prediction(pair, options, report)
-    report.save(options.out / "predict.json")
+    with report.kept("predict"):
+        operations(PAIRS[RECIPES[0]], report)
+        scaling(report)
+        prediction(PAIRS[RECIPES[0]], options, report)
+        for name in RECIPES:
+            many_gpus(name, options, report)
 
 
 if __name__ == "__main__":

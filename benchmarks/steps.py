@@ -1,46 +1,42 @@
 """The steps that timing.py times: every method's, by the trainer and in the published way, on the same weights."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from unittest import mock
 
 from torch import Tensor, nn
 
-import published
-from abkd_fast import methods
+import baseline
 from abkd_fast.config.schema import Config
 from abkd_fast.data.batches import StepBatch, make_step_batch
 from abkd_fast.generation import sampling
+from abkd_fast.methods import METHODS as TRAINED
 from abkd_fast.methods.rollouts import Rollouts
 from abkd_fast.teacher.teacher import CachedTeacher, OnPolicyTeacher, Teacher
 from abkd_fast.training.trainer import Trainer
-from published import Loss, PaddedBatch, PublishedTrainer, RolloutBatch, pad
-from workload import response_lengths
+from baseline import BaselineTrainer, PaddedBatch, RolloutBatch, pad_samples
+from workload import LENGTH, response_lengths
 
 Numbers = tuple[Tensor, Tensor]  # a step's loss and gradient norm
 WAYS = {"published": "published way", "ours": "ours", "cached": "ours, teacher's states cached"}
-PARTS = {
-    "data": "trains on the data",
-    "rollout": "writes responses",
-    "new": "trains on new responses",
-    "again": "trains on old responses",
-}
+PARTS = {"data": "trains on the data", "rollout": "writes responses"}
+PARTS |= {"new": "trains on new responses", "again": "trains on old responses"}
+Key = tuple[str, str, str]  # method, way, part
 
 
 @dataclasses.dataclass(frozen=True)
 class Method:
     """A row of the table."""
 
-    method: str  # as in a configuration; so is the loss
+    method: str  # as in a configuration, like the loss
     loss: str | None = None  # None without a teacher
-    published: Loss | None = None
-    has_entropy: bool = False  # the published value has the teacher's besides the divergence
-    # What comes to a sample that is trained on: of "rollout" the prompts answered, of the other PARTS their shares.
+    baseline_loss: baseline.Loss | None = None
+    has_entropy: bool = False  # the baseline's value contains the teacher's entropy besides the divergence
+    # How much of each part there is for a sample trained on: prompts answered for "rollout", else a share of the steps.
     parts: dict[str, float] = dataclasses.field(default_factory=lambda: {"data": 1.0})
-    note: str | None = None  # where those are from
+    note: str | None = None  # the source of `parts`
     settings: dict = dataclasses.field(default_factory=dict)  # of the configuration: every step writes
 
     @property
@@ -50,7 +46,7 @@ class Method:
 
 METHODS = {
     "SFT": Method("sft"),
-    "KD": Method("kd", "fkl", published.forward_kl, has_entropy=True),
+    "KD": Method("kd", "fkl", baseline.forward_kl, has_entropy=True),
     "MiniLLM": Method(
         "minillm",
         "rkl",
@@ -60,7 +56,7 @@ METHODS = {
     "GKD": Method(
         "gkd",
         "jsd:0.1",
-        published.jensen_shannon,
+        baseline.jensen_shannon,
         parts={"data": 0.5, "rollout": 0.5, "new": 0.5},
         note="half of the steps write responses and train on as many, as published",
         settings={"on_policy": {"fraction": 1.0, "replay_rows": 0}},
@@ -68,39 +64,37 @@ METHODS = {
     "DISTILLM": Method(
         "distillm",
         "sfkl:0.1",
-        published.skew_forward_kl,
+        baseline.skew_forward_kl,
         has_entropy=True,
         parts={"data": 0.5, "rollout": 0.25, "new": 0.25, "again": 0.25},
         note="its threshold, which follows the dev loss, is assumed to be .5 on average, so half of the steps train on "
         "responses; by its decreasing schedule half of those write new ones, and the others replay",
         settings={"on_policy": {"threshold": 1.0}},
     ),
-    "AlphaNet": Method("kd", "alphanet:0.2,0.8", published.alphanet),
-    "ABKD": Method("ab", "ab:0.2,0.7", published.alpha_beta),
+    "AlphaNet": Method("kd", "alphanet:0.2,0.8", baseline.alphanet),
+    "ABKD": Method("ab", "ab:0.2,0.7", baseline.alpha_beta),
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Turn:
-    """One batch, as either side takes it."""
+    """One batch, for either side."""
 
     batch: StepBatch
+    samples: list[dict]
+    text: list[dict]  # blocks of plain text
     padded: PaddedBatch
-    prompts: list[dict]  # that MiniLLM's rollouts answer, those of the samples first
     padded_text: PaddedBatch | None
+    prompts: list[dict]  # answered by MiniLLM's rollouts; those of the samples come first
 
     @property
-    def samples(self) -> list[dict]:
-        return self.batch.samples
-
-    @property
-    def published_rollouts(self) -> int:
-        """How many prompts the published way answers: a chunk, or as many as a step needs."""
-        return max(published.CHUNK, len(self.samples))
+    def baseline_rollouts(self) -> int:
+        """How many prompts the baseline's MiniLLM answers: a chunk, or as many as a step needs."""
+        return max(baseline.CHUNK, len(self.samples))
 
 
 class Responses(Rollouts):
-    """Writes to the prompts that it is told, and ends every response at a length of its own."""
+    """Writes to the prompts in `waiting`, and ends every response at a length of its own."""
 
     def __init__(self, *arguments: object) -> None:
         super().__init__(*arguments)
@@ -119,17 +113,15 @@ class Responses(Rollouts):
             return super().write_mixed(samples, step, teacher_weight)
 
 
-@contextlib.contextmanager
-def _limits(samples: list[dict]) -> Iterator[None]:
-    """Sampling ends each response where `response_lengths` says."""
+def _limits(samples: list[dict]) -> contextlib.AbstractContextManager:
+    """Makes sampling end each response where `response_lengths` says."""
     lengths = response_lengths(samples)
-    with mock.patch.object(sampling, "_limit", lambda models, prompt, settings, index: lengths[index]):
-        yield
+    return mock.patch.object(sampling, "_limit", lambda models, prompt, settings, index: lengths[index])
 
 
 @contextlib.contextmanager
 def _mode(module: nn.Module, dropout: bool) -> Iterator[None]:
-    """MiniLLM trains without dropout."""
+    """Trains without dropout, as MiniLLM does on responses, unless `dropout`."""
     training = module.training
     module.train(training and dropout)
     yield
@@ -140,113 +132,79 @@ class Ours:
     """The trainer's own steps."""
 
     def __init__(self, trainer: Trainer, live: Teacher, cached: CachedTeacher, config: Callable[[str], Config]) -> None:
-        """`config`: that of a method."""
-        self.trainer, self.config = trainer, config
-        self.teachers = {"ours": live, "cached": cached}
-        models_of_text = trainer.student, live.model
-        self.rollouts = Responses(
-            trainer.config, trainer.tokenizer, trainer.data.train_set, *models_of_text, trainer.precision
-        )
+        """`config` gives the configuration of a method."""
+        self.trainer, self.teachers = trainer, {"ours": live, "cached": cached}
+        data = trainer.config, trainer.tokenizer, trainer.data.train_set
+        self.rollouts = Responses(*data, trainer.student, live.model, trainer.precision)
         self.written: dict[str, list[dict]] = {}
+        self.method = functools.cache(lambda name, part: TRAINED[METHODS[name].method](config(name)))
+        self.on_policy = functools.cache(lambda name: OnPolicyTeacher(live, live))
 
-    def data(self, name: str, way: str) -> Callable[[Turn], Numbers]:
-        method, teacher = self.method(name), self.teachers[way] if METHODS[name].loss else None
-
-        def step(turn: Turn) -> Numbers:
-            return self._step(method, teacher, turn.batch)
-
-        return step
-
-    def rollout(self, name: str) -> Callable[[Turn], None]:
-        method = self.method(name)
-
-        def write(turn: Turn) -> None:
+    def run(self, key: Key, turn: Turn) -> Numbers | None:
+        """One step: writes responses, or trains. On responses the teacher's states are computed once, then kept."""
+        name, way, part = key
+        is_minillm, trainer = name == "MiniLLM", self.trainer
+        method, teacher = self.method(name, "new" if part == "again" else part), self.teachers[way]
+        if part == "rollout":
             self.rollouts.waiting = turn.prompts
             written = method.select_batch(0, 1.0, turn.samples, self.rollouts)
-            # Of MiniLLM's round, what answers the prompts of the samples.
-            self.written[name] = method.rollouts[: len(turn.samples)] if name == "MiniLLM" else written
-
-        return write
-
-    def text(self, name: str) -> Callable[[Turn], Numbers]:
-        """Trains on what has been written. The teacher's states are computed the first time, then kept with it."""
-        method, live = self.method(name), self.teachers["ours"]
-        teacher = OnPolicyTeacher(live, live)
-
-        def step(turn: Turn) -> Numbers:
-            samples = self.written[name]
-            with _mode(self.trainer.student, dropout=name != "MiniLLM"):
-                if name == "MiniLLM":
-                    # In a round of these samples alone, step 1 is its second epoch: one that writes nothing.
-                    method.rollouts, method.settings = (
-                        samples,
-                        dataclasses.replace(method.settings, rollouts=len(samples)),
-                    )
+            # MiniLLM keeps a whole round. Its first responses answer the prompts of the samples.
+            self.written[name] = method.rollouts[: len(turn.samples)] if is_minillm else written
+            return None
+        with _mode(trainer.student, dropout=not is_minillm):
+            batch = turn.batch
+            if part != "data":
+                samples, teacher = self.written[name], self.on_policy(name)
+                if is_minillm:
+                    # In a round of these samples alone, step 1 is its second epoch, which writes nothing.
+                    method.rollouts = samples
+                    method.settings = dataclasses.replace(method.settings, rollouts=len(samples))
                     samples = method.select_batch(1, 1.0, turn.samples, self.rollouts)
-                batch = make_step_batch(samples, turn.batch.pretrain_blocks, self.trainer.config.train.max_tokens)
-                return self._step(method, teacher, batch)
-
-        return step
-
-    def method(self, name: str) -> object:
-        return methods.find(METHODS[name].method)(self.config(name))
-
-    def _step(self, method: object, teacher: object, batch: StepBatch) -> Numbers:
-        self.trainer.method, self.trainer.teacher = method, teacher
-        return self.trainer.train_step(batch)[:2]
+                batch = make_step_batch(samples, turn.text, trainer.config.train.max_tokens)
+            trainer.method, trainer.teacher = method, teacher if METHODS[name].loss else None
+            return trainer.train_step(batch)[:2]
 
 
-class Published:
-    """The published way's steps."""
+class Baseline:
+    """The published way's steps. Samples are padded to LENGTH."""
 
-    def __init__(self, trainer: Trainer, teacher: Teacher, length: int) -> None:
-        """`length`: that samples are padded to."""
-        config = trainer.config
-        self.trainer = PublishedTrainer(trainer.student.model, teacher.model.model, config.optim, config.minillm)
-        self.precision, self.device, self.length = trainer.precision, trainer.device, length
+    def __init__(self, trainer: Trainer, teacher: Teacher) -> None:
+        models, config = (trainer.student.model, teacher.model.model), trainer.config
+        self.trainer, self.device = BaselineTrainer(*models, config.optim, config.minillm), trainer.device
+        self.precision = trainer.precision
         self.written: dict[str, list[dict] | RolloutBatch] = {}
 
     def pad(self, samples: list[dict]) -> PaddedBatch:
-        return pad(samples, self.length, self.device)
+        return pad_samples(samples, LENGTH, self.device)
 
-    def data(self, name: str) -> Callable[[Turn], Numbers]:
-        def step(turn: Turn) -> Numbers:
-            with self.precision():
-                return self.trainer.step(turn.padded, METHODS[name].published, turn.padded_text)
-
-        return step
-
-    def rollout(self, name: str) -> Callable[[Turn], None]:
-        def write(turn: Turn) -> None:
-            samples = turn.prompts[: turn.published_rollouts] if name == "MiniLLM" else turn.samples
-            make = self.trainer.roll_out if name == "MiniLLM" else self.trainer.write
-            with self.precision():
-                self.written[name] = make(samples, response_lengths(samples))
-
-        return write
+    def run(self, key: Key, turn: Turn) -> Numbers | None:
+        """One step: writes responses, or trains."""
+        name, _, part = key
+        is_minillm, trainer = name == "MiniLLM", self.trainer
+        with self.precision():
+            if part == "rollout":
+                samples = turn.prompts[: turn.baseline_rollouts] if is_minillm else turn.samples
+                self.written[name] = (trainer.roll_out if is_minillm else trainer.write)(samples)
+                return None
+            if part != "data" and is_minillm:
+                rollouts = RolloutBatch(*(field[: len(turn.samples)] for field in self.written[name]))
+                with _mode(trainer.student, dropout=False):
+                    return trainer.policy_step(rollouts, turn.padded_text)
+            padded = turn.padded if part == "data" else self.pad(self.written[name])
+            return trainer.step(padded, METHODS[name].baseline_loss, turn.padded_text)
 
     def take(self, name: str, samples: list[dict]) -> None:
-        """Given responses take the place of those written."""
+        """Replaces what was written by given responses."""
         with self.precision():
             self.written[name] = self.trainer.score(samples) if name == "MiniLLM" else samples
 
-    def text(self, name: str) -> Callable[[Turn], Numbers]:
-        def step(turn: Turn) -> Numbers:
-            written = self.written[name]
-            with self.precision(), _mode(self.trainer.student, dropout=name != "MiniLLM"):
-                if name == "MiniLLM":
-                    return self.trainer.policy_step(written.first(len(turn.samples)), turn.padded_text)
-                return self.trainer.step(self.pad(written), METHODS[name].published, turn.padded_text)
-
-        return step
-
     def entropy(self, name: str, part: str, turn: Turn) -> float:
-        """What the value of a method's loss has besides the divergence."""
+        """The part of a loss's value that is not the divergence."""
         with self.precision():
             if name == "MiniLLM" and turn.padded_text is not None:
                 return self.trainer.minillm.text_kd * self.trainer.teacher_entropy(turn.padded_text).item()
             if METHODS[name].has_entropy:
                 samples = turn.samples if part == "data" else self.written[name]
-                longest = max(len(sample["input_ids"]) for sample in samples)  # padding would only cost time
-                return self.trainer.teacher_entropy(pad(samples, longest, self.device)).item()
+                batch = pad_samples(samples, None, self.device)  # more padding would only cost time
+                return self.trainer.teacher_entropy(batch).item()
         return 0.0

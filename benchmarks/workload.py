@@ -1,24 +1,20 @@
 """What whole training steps are measured on: models of random weights, and samples as long as Dolly's."""
 
-from __future__ import annotations
-
+import argparse
 import dataclasses
 import json
 import pathlib
+from collections.abc import Sequence
 
 import numpy as np
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
-from transformers import PreTrainedTokenizerFast
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from abkd_fast.data.rows import read_rows
-from abkd_fast.data.tokenize import tokenize
-from abkd_fast.models.loading import read_tokenizer
-
-LENGTH = 512  # tokens that a sample has at most, and that the published way pads it to
-NEW_TOKENS = 256  # of a generated response at most
-# Tokens of prompt and response of Dolly's training rows: the quantiles 0, 1/32, … 1, as --measure-lengths prints them.
+LENGTH = 512  # most tokens of a sample; the published way pads every sample to it
+NEW_TOKENS = 256  # most tokens of a generated response
+# Tokens of prompt and response of Dolly's training rows, cut at LENGTH: quantiles 0, 1/32, … 1. A test measures them.
 PROMPTS = (
     *(31, 35, 36, 36, 37, 38, 38, 39, 39, 39, 40, 40, 41, 41, 42, 43, 44),
     *(44, 45, 46, 48, 51, 55, 61, 68, 81, 105, 134, 160, 182, 203, 226, 256),
@@ -27,11 +23,12 @@ RESPONSES = (
     *(2, 4, 6, 9, 11, 13, 15, 17, 19, 22, 25, 27, 30, 33, 37, 41, 45),
     *(49, 54, 59, 65, 71, 78, 86, 95, 104, 116, 132, 151, 179, 224, 331, 512),
 )
+MEAN_PROMPT, MEAN_RESPONSE = 71.3, 74.3  # of rows cut at LENGTH
 
 
 @dataclasses.dataclass(frozen=True)
 class Scale:
-    """Models (what their shapes leave out is that of GPT-2, 124M) and samples of a step."""
+    """Models and samples of a step. A shape that says nothing is that of GPT-2 (124M)."""
 
     title: str
     student: dict
@@ -40,9 +37,10 @@ class Scale:
     vocab: int = 50257
 
     def model(self, shape: dict) -> dict:
-        """As a configuration has it."""
-        values = {"model_type": "gpt2", "vocab_size": self.vocab, "bos_token_id": 0, "eos_token_id": 0}
-        return {"config": values | shape}
+        """The model's section of a recipe."""
+        return {
+            "config": {"model_type": "gpt2", "vocab_size": self.vocab, "bos_token_id": 0, "eos_token_id": 0} | shape
+        }
 
 
 TINY = {"n_layer": 2, "n_head": 2, "initializer_range": 0.2}
@@ -53,60 +51,69 @@ SCALES = {
 }
 
 
-def length_quantiles(data: str, tokenizer: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """PROMPTS and RESPONSES of a data set; they are cut at LENGTH."""
-    rows = tokenize(read_rows(data), read_tokenizer(tokenizer, "tokenizer"), max_length=1 << 20)
-    prompts = np.array(rows["prompt_length"])
-    responses = np.array([len(ids) for ids in rows["input_ids"]]) - prompts
-    at = np.linspace(0, 1, len(PROMPTS))
-    of_each = (np.quantile(lengths.clip(max=LENGTH), at).round().astype(int) for lengths in (prompts, responses))
-    return tuple(tuple(lengths.tolist()) for lengths in of_each)
-
-
-def draw_lengths(
-    quantiles: tuple[int, ...], batches: int, batch_size: int, generator: np.random.Generator
-) -> np.ndarray:
-    """Lengths [batches, batch_size], one from each of so many equal parts of the distribution.
-
-    All together are like the whole, and so is every batch, as far as its few samples can be.
-    """
+def draw_lengths(quantiles: Sequence[int], batches: int, batch_size: int, generator: np.random.Generator) -> np.ndarray:
+    """Lengths [batches, batch_size], one from each of as many equal parts, so that every batch is like the whole."""
     count = batches * batch_size
     at = ((np.arange(count) + generator.random(count)) / count).reshape(batch_size, batches)
     at = generator.permuted(generator.permuted(at, axis=1), axis=0)
     return np.interp(at, np.linspace(0, 1, len(quantiles)), quantiles).round().astype(int).T
 
 
-def write_rows(path: pathlib.Path, batches: int, batch_size: int, vocab: int) -> None:
-    """Rows of random tokens, batch after batch, for the tokenizer below.
+def draw_samples(batches: int, batch_size: int, generator: np.random.Generator) -> np.ndarray:
+    """Tokens of prompts and responses [2, samples], batch after batch. In Dolly, too, they hardly correlate (-0.06)."""
+    return np.stack([draw_lengths(each, batches, batch_size, generator).ravel() for each in (PROMPTS, RESPONSES)])
 
-    Prompt and response lengths are independent: in Dolly their correlation is -0.06.
+
+def random_text(generator: np.random.Generator, vocab: int, tokens: int, before: str = " ") -> str:
+    """Words that are numbers of tokens, each with a string before it."""
+    return "".join(f"{before}{token}" for token in generator.integers(1, vocab, size=tokens))
+
+
+def write_rows(path: pathlib.Path, rows: Sequence[dict]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def write_recipe(folder: pathlib.Path, scale: Scale, batches: int, train: dict, sections: dict) -> pathlib.Path:
+    """Writes a recipe with one micro-batch a step and no checkpoint, and its samples and plain text.
+
+    `train` is a section with device, steps and batch_size, `sections` are more. "data" is added to what is said here.
     """
-    generator = np.random.default_rng(0)
+    rows, size, vocab = folder / "rows.jsonl", train["batch_size"], scale.vocab
+    if not rows.exists():
+        generator = np.random.default_rng(0)
+        lengths = draw_samples(batches, size, generator) - [[0], [1]]  # the end token is added
+        texts = [[random_text(generator, vocab, length) for length in pair] for pair in lengths.T]
+        write_rows(rows, [{"prompt": prompt, "output": output} for prompt, output in texts])
+        generator = np.random.default_rng(1)
+        blocks = [{"text": random_text(generator, vocab, LENGTH - 1)} for _ in range(batches * size)]
+        write_rows(folder / "text.jsonl", blocks)
+        write_tokenizer(folder / "tokenizer", vocab)
+    recipe = {
+        "tokenizer": str(folder / "tokenizer"),
+        "student": scale.model(scale.student),
+        "train": {"max_tokens": size * LENGTH, **train},
+        "checkpoint": {"every_steps": train["steps"]},
+        **sections,
+        "data": {"train": str(rows), "max_length": LENGTH, "max_prompt_length": None, **sections.get("data", {})},
+    }
+    path = folder / "recipe.json"
+    path.write_text(json.dumps(recipe))
+    return path
 
-    def text(tokens: int) -> str:
-        return "".join(f" {token}" for token in generator.integers(1, vocab, size=tokens))
 
-    prompts, responses = (draw_lengths(lengths, batches, batch_size, generator) for lengths in (PROMPTS, RESPONSES))
-    with path.open("w") as file:
-        for prompt, response in zip(prompts.flat, responses.flat, strict=True):
-            file.write(json.dumps({"prompt": text(prompt), "output": text(response - 1)}) + "\n")
-
-
-def write_text(path: pathlib.Path, blocks: int, vocab: int) -> None:
-    """Documents of random tokens, each of which is a block of LENGTH, the end token included."""
-    tokens = np.random.default_rng(1).integers(1, vocab, size=(blocks, LENGTH - 1))
-    with path.open("w") as file:
-        for document in tokens:
-            file.write(json.dumps({"text": " ".join(map(str, document))}) + "\n")
+def write_tokenizer(folder: pathlib.Path, vocab: int, before: str = "", end: str = "<end>") -> None:
+    """A tokenizer whose words are the numbers of its tokens, with a string before each; the end token is 0."""
+    words = Tokenizer(WordLevel({end: 0} | {f"{before}{token}": token for token in range(1, vocab)}, unk_token=end))
+    words.pre_tokenizer = WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token=end, unk_token=end).save_pretrained(folder)
 
 
 def response_lengths(samples: list[dict]) -> list[int]:
-    """What generated responses get: those of the data's own. Random weights would hardly ever end one."""
+    """Lengths of the responses to generate: those of the data. Random weights would hardly ever end one."""
     return [min(NEW_TOKENS, len(sample["input_ids"]) - sample["prompt_length"]) for sample in samples]
 
 
-def write_tokenizer(folder: pathlib.Path, vocab: int) -> None:
-    """Its words are the numbers of its tokens, but for the end token, 0."""
-    words = Tokenizer(WordLevel({"<end>": 0} | {str(token): token for token in range(1, vocab)}))
-    words.pre_tokenizer = WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>").save_pretrained(folder)
+def random_gpt2(sizes: argparse.Namespace, end: int | None) -> GPT2LMHeadModel:
+    """A GPT-2 of random weights with `sizes.width`, `.layers` and `.vocab`, and an end token."""
+    shape = {"n_embd": sizes.width, "n_layer": sizes.layers, "n_head": max(1, sizes.width // 64)}
+    return GPT2LMHeadModel(GPT2Config(**shape, vocab_size=sizes.vocab, bos_token_id=end, eos_token_id=end))

@@ -1,0 +1,234 @@
+"""Generation and evaluation, against the papers' use of transformers' `generate`: `python benchmarks/generation.py`.
+
+full    `sample`, prompts as long as Dolly's, every response as long as allowed. The papers generate in batches of 8,
+        padded on the left to 256 tokens; padded to the longest of each batch is measured, too
+ending  the same with responses of geometric length and Dolly's mean: as many end tokens as make one that likely
+scores  `abkd_fast.evaluate`, from a model's folder and a file of rows to one score, with one seed. The papers answer
+        batches of 16, padded to 256 tokens, then score each pair with `rouge_score`
+
+The model is GPT-2 with random weights, unless --model and --data name a real one and its test set, for scores alone.
+"""
+
+import argparse
+import functools
+import json
+import math
+import pathlib
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from rouge_score import rouge_scorer
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import harness
+from abkd_fast.errors import ConfigError
+from abkd_fast.evaluation import rouge
+from abkd_fast.evaluation.evaluator import Evaluation
+from abkd_fast.evaluation.test_sets import Protocol
+from abkd_fast.generation.sampling import SamplingParams, sample
+from baseline import PROMPT_LENGTH, generate
+from harness import Report, compare
+from workload import MEAN_RESPONSE, PROMPTS, draw_lengths, random_gpt2, random_text, write_rows, write_tokenizer
+
+SECTIONS = ("full", "ending", "scores")
+SEED, NGRAM = 10, 6
+PAIRS = 10_000  # scoring is stated for so many
+OURS, PUBLISHED = "abkd_fast.evaluate", f"generate, batch 16, padded to {PROMPT_LENGTH}, and rouge_score"
+SIZES = ("prompts", "rows", "sampled_tokens", "evaluated_tokens", "batch_size", "width", "layers", "vocab")
+FULL, QUICK = (64, 500, 128, 256, 64, 768, 12, 50257), (6, 20, 8, 8, 4, 32, 2, 1009)
+
+
+class Sampling:
+    """`sample` against `generate`, by one model."""
+
+    def __init__(self, options: argparse.Namespace, report: Report) -> None:
+        self.options, self.report, self.new_tokens = options, report, options.sampled_tokens
+        self.model = random_gpt2(options, end=None).to(options.device).eval()
+        generator = np.random.default_rng(0)
+        lengths = draw_lengths(PROMPTS, 1, options.prompts, generator)[0]
+        self.prompts = [generator.integers(options.vocab, size=length).tolist() for length in lengths]
+        sample(self.model, self.prompts[:2], SamplingParams(max_new_tokens=2), [0, 0])  # warms up
+
+    def ours(self, ends: tuple[int, ...]) -> int:
+        """Samples all responses; returns their tokens in all."""
+        settings = SamplingParams(max_new_tokens=self.new_tokens, eos_token_ids=ends)
+        seeds = list(range(len(self.prompts)))
+        return sum(map(len, sample(self.model, self.prompts, settings, seeds, self.options.batch_size)))
+
+    def published(self, length: int | None, ends: tuple[int, ...]) -> int:
+        tokens, more = 0, {"eos_token_id": list(ends)} if ends else {}
+        for batch in batches(self.prompts, 8):
+            padding = self.options.vocab - 1
+            for row in generate(self.model, batch, length, self.new_tokens, pad_token_id=padding, **more).tolist():
+                tokens += next((place for place, token in enumerate(row, 1) if token in ends), len(row))
+        return tokens
+
+    def compare(self, section: str, ends: tuple[int, ...]) -> None:
+        runs = {
+            "sample": lambda: self.ours(ends),
+            f"generate, batch 8, padded to {PROMPT_LENGTH}": lambda: self.published(PROMPT_LENGTH, ends),
+            "generate, batch 8, padded to the longest": lambda: self.published(None, ends),
+        }
+        rows, made = compare_results(runs, self.options.repeats)
+        for row in rows:
+            row["tokens"] = statistics.fmean(made[row["name"]])
+            row |= {"ms_a_token": row["ms"] / row["tokens"], "rate": 1e3 * row["tokens"] / row["ms"]}
+            row["ratio"] = row["ms_a_token"] / rows[0]["ms_a_token"]
+        title = f"{section}: {len(self.prompts)} prompts, at most {self.new_tokens} new tokens"
+        columns = {"seconds": "s|.2f", "tokens": "new tokens|.0f", "rate": "tokens/s|.0f"}
+        self.report.table(section, title, rows, columns | {"ratio": "time a token, x ours|.2f"})
+
+
+def compare_results(runs: dict[str, Callable], repeats: int) -> tuple[list[dict], dict[str, list]]:
+    """Rows with seconds, the first of them ours, which has to be three times as fast; and what each run returned."""
+    results = {name: [] for name in runs}
+    candidates = {name: lambda name=name, run=run: results[name].append(run()) for name, run in runs.items()}
+    rows = compare(candidates, repeats, warm=True)
+    for row in rows:
+        row["seconds"] = row["ms"] / 1e3
+    for row in rows[1:]:
+        row["target"] = {"at_least": 3}
+    return rows, results
+
+
+def batches(items: list, size: int) -> list[list]:
+    return [items[start : start + size] for start in range(0, len(items), size)]
+
+
+def write_stand_in(folder: pathlib.Path, options: argparse.Namespace) -> tuple[str, str]:
+    """Writes a model of random weights and rows for it; returns the paths of both.
+
+    The end token is as likely as gives responses of Dolly's mean length.
+    """
+    model = random_gpt2(options, end=0)
+    with torch.no_grad():
+        # One coordinate of the final states is a constant, and the end token's logit is that coordinate.
+        norm, embedding = model.transformer.ln_f, model.transformer.wte.weight
+        norm.weight[0], norm.bias[0] = 0, math.log(options.vocab / round(MEAN_RESPONSE))
+        embedding[0] = 0
+        embedding[0, 0] = 1
+    model.save_pretrained(folder)
+    write_tokenizer(folder, options.vocab, before="w", end="w0")
+    generator, data = np.random.default_rng(0), folder / "rows.jsonl"
+    text = functools.partial(random_text, generator, options.vocab, before=" w")
+    lengths = draw_lengths(PROMPTS, 1, options.rows, generator)[0]
+    write_rows(data, [{"prompt": text(length), "output": text(round(MEAN_RESPONSE))} for length in lengths])
+    return str(folder), str(data)
+
+
+class Scores:
+    """`abkd_fast.evaluate` against the papers' loop, from a model's folder to a score."""
+
+    def __init__(self, options: argparse.Namespace, report: Report, folder: pathlib.Path) -> None:
+        """`folder`: a temporary one."""
+        self.options, self.report, self.folder, self.new_tokens = options, report, folder, options.evaluated_tokens
+        self.model, self.data = (options.model, options.data) if options.model else write_stand_in(folder, options)
+        self.test = self.evaluation("unused").sets[0]
+
+    def evaluation(self, out: str) -> Evaluation:
+        sampling = SamplingParams(max_new_tokens=self.new_tokens, no_repeat_ngram_size=NGRAM)
+        protocol = Protocol(sampling=sampling, max_prompt_length=PROMPT_LENGTH)
+        limits = {"rows": self.options.rows, "batch_size": self.options.batch_size, "device": self.options.device}
+        return Evaluation(self.model, {"rows": self.data}, self.folder / out, [SEED], protocol, **limits)
+
+    def ours(self) -> list[tuple[str, float]]:
+        """Text and ROUGE-L of every response."""
+        with tempfile.TemporaryDirectory(dir=self.folder) as out:
+            self.evaluation(out).run()
+            lines = pathlib.Path(out, f"{self.test.name}.seed{SEED}.jsonl").read_text().splitlines()
+        return [(answer["response"], answer["rouge_l"]) for answer in map(json.loads, lines)]
+
+    def published(self) -> list[tuple[str, float]]:
+        torch.manual_seed(SEED)
+        dtype = torch.bfloat16 if self.options.device == "cuda" else torch.float32
+        model = AutoModelForCausalLM.from_pretrained(self.model, dtype=dtype).to(self.options.device).eval()
+        tokenizer = AutoTokenizer.from_pretrained(self.model)
+        end = tokenizer.eos_token_id
+        rules = {"no_repeat_ngram_size": NGRAM, "eos_token_id": end, "pad_token_id": end}
+        texts = []
+        for batch in batches(self.test.prompts, 16):
+            tokens = generate(model, batch, PROMPT_LENGTH, self.new_tokens, **rules)
+            texts += [text.strip() for text in tokenizer.batch_decode(tokens, skip_special_tokens=True)]
+        return [*zip(texts, self.published_scores(texts), strict=True)]
+
+    def published_scores(self, responses: list[str]) -> list[float]:
+        scorer = rouge_scorer.RougeScorer(["rougeL"], use_stemmer=True)
+        return [
+            100 * max(scorer.score(reference, response)["rougeL"].fmeasure for reference in references)
+            for response, references in zip(responses, self.test.references, strict=True)
+        ]
+
+    def run(self) -> None:
+        rows, results = compare_results({OURS: self.ours, PUBLISHED: self.published}, self.options.repeats)
+        answers = {name: values[-1] for name, values in results.items()}
+        for row in rows:
+            row["words"] = statistics.fmean(len(text.split()) for text, _ in answers[row["name"]])
+        title = f"{len(self.test.prompts)} prompts, at most {self.new_tokens} new tokens, one seed"
+        columns = {"seconds": "s|.2f", "words": "words a response|.1f", "ratio": "time, x ours|.2f"}
+        self.report.table("time", title, rows, columns)
+        self.compare_scores(answers)
+        self.compare_scoring(*zip(*answers[PUBLISHED], strict=True))
+
+    def compare_scores(self, answers: dict[str, list[tuple[str, float]]]) -> None:
+        """Both sides sample. They agree if their means differ by no more than chance explains."""
+        scores = {name: [score for _, score in answers[name]] for name in (OURS, PUBLISHED)}
+        pairs = zip(scores[OURS], scores[PUBLISHED], strict=True)
+        scores["difference, prompt by prompt"] = [ours - theirs for ours, theirs in pairs]
+        rows = []
+        for name, values in scores.items():
+            error = statistics.stdev(values) / math.sqrt(len(values))
+            rows.append({"name": name, "rouge_l": statistics.fmean(values), "error": error})
+        last = rows[-1]
+        last["ratio"] = abs(last["rouge_l"]) / last["error"] if last["rouge_l"] else 0.0
+        last["target"] = {"at_most": 3}
+        columns = {"rouge_l": "ROUGE-L|.2f", "error": "standard error|.2f"}
+        columns["ratio"] = "difference in standard errors|.2f"
+        self.report.table("scores", "whether the scores agree within sampling noise", rows, columns)
+
+    def compare_scoring(self, texts: tuple[str, ...], scores: tuple[float, ...]) -> None:
+        """Scores the same texts both ways."""
+        started = time.perf_counter()
+        same = [rouge.rouge_l(text, outputs) for text, outputs in zip(texts, self.test.references, strict=True)]
+        between = time.perf_counter()
+        self.published_scores(texts)
+        seconds = {"abkd_fast.evaluation.rouge": between - started, "rouge_score": time.perf_counter() - between}
+        assert same == [*scores], "scores of the same texts differ"
+        rows = [
+            {"name": name, "seconds": value * PAIRS / len(texts), "ratio": value / (between - started)}
+            for name, value in seconds.items()
+        ]
+        columns = {"seconds": f"s for {PAIRS} pairs|.2f", "ratio": "time, x ours|.2f"}
+        self.report.table("scoring", f"scoring alone, from {len(texts)} pairs", rows, columns)
+
+
+def main() -> None:
+    parser, add = harness.parser(__doc__, "generation", repeats=1, quick=True)
+    add("--only", choices=SECTIONS, nargs="+", default=SECTIONS, help="default: all")
+    add("--model", metavar="DIR", help="a real model, with its tokenizer (default: random weights)")
+    add("--data", metavar="FILE", help="its test set, as for abkd_fast.evaluate")
+    options = parser.parse_args()
+    if bool(options.model) != bool(options.data):
+        parser.error("--model and --data belong together")
+    vars(options).update(zip(SIZES, QUICK if options.quick else FULL, strict=True))
+    sections = ["scores"] if options.model else options.only
+    torch.manual_seed(0)
+    report = Report(torch.device(options.device), vars(options), judge=not options.quick)
+    try:
+        with report.kept("generation"), tempfile.TemporaryDirectory() as folder:
+            ends = {"full": (), "ending": tuple(range(0, options.vocab - 1, round(MEAN_RESPONSE)))}
+            sampling = Sampling(options, report) if {*ends} & {*sections} else None
+            for section in ends:
+                if section in sections:
+                    sampling.compare(section, ends[section])
+            if "scores" in sections:
+                Scores(options, report, pathlib.Path(folder)).run()
+    except ConfigError as error:
+        raise SystemExit(f"error: {error}") from None
+
+
+if __name__ == "__main__":
+    main()
