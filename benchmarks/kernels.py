@@ -179,7 +179,9 @@ class Benchmark:
         for dtype in (torch.float32, torch.bfloat16):
             student, teacher = (x.detach() for x in self.logits(self.options.tokens, dtype))
             out = torch.empty_like(student)
-            kernel = functools.partial(row_ops.row_losses, Rows(student, teacher, None, LossSpec(DIVERGENCE)), gradient=out)
+            kernel = functools.partial(
+                row_ops.row_losses, Rows(student, teacher, None, LossSpec(DIVERGENCE)), gradient=out
+            )
             copy = functools.partial(out.copy_, teacher)
             name = str(dtype).removeprefix("torch.")
             candidates = {f"copy, {name}": copy, f"row kernel, {name}": kernel}

@@ -46,5 +46,5 @@ class SamplingParams(SamplingKeys):
         return cls(**{name: getattr(options, name) for name in names}, **others)
 
     def to_dict(self) -> dict:
-        """What a response depends on, besides the model and its tokenizer."""
+        """The settings that a response depends on, besides the model and its tokenizer."""
         return {name: getattr(self, name) for name in OPTIONS}

@@ -1,4 +1,4 @@
-"""What all sections of a configuration share: the range of a value stands beside its key."""
+"""The base of all sections of a configuration: the range of a value stands beside its key."""
 
 import dataclasses
 

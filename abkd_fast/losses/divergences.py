@@ -11,7 +11,7 @@ from typing import ClassVar
 
 
 class Family(enum.IntEnum):
-    """What the kernels implement. The numbers are the same as in csrc/row_call.h."""
+    """The families that the kernels implement. The numbers are the same as in csrc/row_call.h."""
 
     CROSS_ENTROPY = 0
     ALPHA_BETA = 1

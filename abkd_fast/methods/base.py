@@ -1,4 +1,4 @@
-"""What the trainer asks of a method. The defaults are those of distillation on the data's own responses."""
+"""The protocol between trainer and methods. The defaults are those of distillation on the data's own responses."""
 
 from torch import Tensor
 
@@ -50,7 +50,7 @@ class Method:
         return {}
 
     def state_dict(self) -> dict:
-        """What a checkpoint has to keep, as JSON values. Collective."""
+        """The values that a checkpoint has to keep, for JSON. Collective."""
         return {}
 
     def load_state_dict(self, state: dict) -> None:

@@ -1,4 +1,4 @@
-"""What identifies a model: hashes of its weights and the deciding part of its configuration. Finds its adapter."""
+"""The identity of a model: hashes of its weights, the deciding part of its configuration, its adapter's folder."""
 
 import contextlib
 import hashlib

@@ -21,7 +21,7 @@ MANIFEST, STATE, TENSORS, OPTIMIZER = "manifest.json", "trainer.json", "trainer.
 
 
 def damage(folder: pathlib.Path) -> str | None:
-    """What is wrong with a checkpoint's files; None where they are as they were written."""
+    """The damage of a checkpoint in words; None where all files are as they were written."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         for name, digest in manifest.items():

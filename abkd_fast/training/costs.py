@@ -1,4 +1,4 @@
-"""What a run costs, computed from shapes alone: floating-point operations of a step, and memory."""
+"""The cost of a run, computed from shapes alone: floating-point operations of a step, and memory."""
 
 import copy
 import dataclasses

@@ -1,4 +1,4 @@
-"""What a run will do and need, in words: `--dry-run`, and the first lines of a run."""
+"""A run in words: the report of `--dry-run`, and the first lines of a run."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def describe(trainer: Trainer) -> Iterator[str]:
 
 
 def header(trainer: Trainer) -> Iterator[str]:
-    """What was built and chosen, so that nobody trains on a slow path without knowing."""
+    """The first lines of a run say what was built and chosen, so that nobody trains on a slow path unknowingly."""
     config, data = trainer.config, trainer.data
     lengths = torch.tensor(data.train_set["row_length"][:]).clamp(max=config.data.max_length)
     loss = f"  loss {config.loss}" if trainer.teacher else ""

@@ -1,4 +1,4 @@
-"""What a run reads before any weights load: rows, models' configurations, tokenizers, tokenized data."""
+"""Reading before any weights load: rows, models' configurations, tokenizers, tokenized data."""
 
 import dataclasses
 
@@ -20,8 +20,8 @@ from .dev_eval import DevEvaluator
 
 @dataclasses.dataclass
 class Prepared:
-    """What the checks of a run have read, for the run to use. What an earlier stage still has to write is missing:
-    it is read when it is needed.
+    """The inputs that the checks of a run have read already. The run reads the others when it needs them: an earlier
+    stage may still have to write them.
     """
 
     models: dict[str, MetaModel] = dataclasses.field(default_factory=dict)  # by role
