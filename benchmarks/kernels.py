@@ -118,25 +118,23 @@ class Benchmark:
     def __init__(self, options: argparse.Namespace) -> None:
         self.options, self.device, self.vocab = options, torch.device(options.device), options.vocab
         self.report = Report(self.device, vars(options), judge=not options.quick)
-        # As in training: bfloat16 on a GPU, float32 on the CPU.
-        self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
-        self.type = str(self.dtype).removeprefix("torch.")
+        self.type = "bfloat16" if options.device == "cuda" else "float32"  # as in training
 
     def normal(self, *shape: int, scale: float = 1.0) -> Tensor:
         return torch.randn(*shape, device=self.device) * scale
 
-    def logits(self, rows: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    def logits(self) -> tuple[Tensor, Tensor]:
         """Logits of student and teacher, as wide as a language model's, and a good way apart."""
-        teacher = self.normal(rows, self.vocab, scale=3.0)
-        student = teacher + self.normal(rows, self.vocab)
-        return student.to(dtype).requires_grad_(), teacher.to(dtype)
+        shape = self.options.rows, self.vocab
+        teacher = self.normal(*shape, scale=3.0)
+        return (teacher + self.normal(*shape)).requires_grad_(), teacher
 
     def models(self, tokens: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Hidden states and projections of student and teacher."""
         tensors = []
         for width in self.options.widths:
             tensors += self.normal(tokens, width), self.normal(self.vocab, width, scale=3 * width**-0.5)
-        hidden, weight, *teacher = (x.to(self.dtype) for x in tensors)
+        hidden, weight, *teacher = (x.to(getattr(torch, self.type)) for x in tensors)
         return hidden.requires_grad_(), weight.requires_grad_(), *teacher
 
     def runs(self, name: str, expected: Tensor, loss: Callable[..., Tensor], *arguments: Tensor) -> bool:
@@ -156,12 +154,11 @@ class Benchmark:
         return True
 
     def losses(self) -> None:
-        student, teacher = self.logits(self.options.rows)
+        student, teacher = self.logits()
         candidates = {"divergence_loss": step(divergence_loss, student, teacher, DIVERGENCE)}
-        others = {PUBLISHED: published, COMPILED: torch.compile(log_space, dynamic=False)}
-        if self.options.quick:
-            del others[COMPILED]
-            self.report.note("torch.compile: skipped (--quick: compiling takes longer than all the rest)")
+        others = {PUBLISHED: published}
+        if not self.options.quick:  # compiling takes longer than all the rest
+            others[COMPILED] = torch.compile(log_space, dynamic=False)
         value = divergence_loss(student.detach(), teacher, DIVERGENCE)
         for name, loss in others.items():
             if self.runs(name, value, loss, student, teacher):
@@ -171,30 +168,11 @@ class Benchmark:
             row["target"] = {"at_least": {PUBLISHED: 15, COMPILED: 1.8}[row["name"]]}
         title = f"{DIVERGENCE} between logits {list(student.shape)}, float32"
         self.report.table("losses", title, rows, TIME | {"ratio": "x ours|.2f"})
-        self.row_kernel()
-
-    def row_kernel(self) -> None:
-        """The kernel below `divergence_loss` and the fused loss: how near it comes to the memory's rate."""
-        rows = []
-        for dtype in (torch.float32, torch.bfloat16):
-            student, teacher = (x.detach() for x in self.logits(self.options.tokens, dtype))
-            out = torch.empty_like(student)
-            kernel = functools.partial(row_ops.row_losses, Rows(student, teacher, None, LossSpec(DIVERGENCE)), gradient=out)
-            copy = functools.partial(out.copy_, teacher)
-            name = str(dtype).removeprefix("torch.")
-            candidates = {f"copy, {name}": copy, f"row kernel, {name}": kernel}
-            pair = compare(candidates, self.options.repeats)
-            for row, passes in zip(pair, (2, 3), strict=True):  # reads and writes of a logit
-                row["gb_per_s"] = passes * student.nbytes / row["ms"] / 1e6
-            pair[1]["percent_of_copy"] = 100 * pair[1]["gb_per_s"] / pair[0]["gb_per_s"]
-            rows += pair
-        columns = TIME | {"gb_per_s": "GB/s|.1f", "percent_of_copy": "% of copy|.0f"}
-        self.report.table("losses", f"row kernel, logits {list(student.shape)}, values and gradient", rows, columns)
 
     def families(self) -> None:
-        student, teacher = self.logits(self.options.rows)
-        kinds = {str(kind): kind for kind in (*(kind() for kind in BY_NAME.values()), AlphaNet(per="token"))}
-        candidates = {name: step(divergence_loss, student, teacher, kind) for name, kind in kinds.items()}
+        student, teacher = self.logits()
+        kinds = *(kind() for kind in BY_NAME.values()), AlphaNet(per="token")
+        candidates = {str(kind): step(divergence_loss, student, teacher, kind) for kind in kinds}
         rows = compare(candidates, self.options.repeats)
         reference_ms = next(row["ms"] for row in rows if row["name"] == str(AlphaBeta()))
         for row in rows:
@@ -208,8 +186,8 @@ class Benchmark:
         tensors = self.models(tokens)
         candidates = {FLOOR: matrix_products(*tensors), OURS: step(fused_linear_divergence, *tensors, DIVERGENCE)}
         if self.device.type == "cuda":
-            in_bfloat16 = functools.partial(fused_linear_divergence, logits_dtype=torch.bfloat16)
-            candidates[f"{OURS}, bfloat16 logits"] = step(in_bfloat16, *tensors, DIVERGENCE)
+            loss = functools.partial(fused_linear_divergence, logits_dtype=torch.bfloat16)
+            candidates[f"{OURS}, bfloat16 logits"] = step(loss, *tensors, DIVERGENCE)
         candidates[f"{OURS}, {PEER_DIVERGENCE}"] = step(fused_linear_divergence, *tensors, PEER_DIVERGENCE)
         with torch.no_grad():
             value = fused_linear_divergence(*tensors, PEER_DIVERGENCE)
@@ -220,8 +198,7 @@ class Benchmark:
         for row in rows:
             row["percent_of_floor"] = 100 / row["ratio"]
             row["tflops"] = 2 * tokens * self.vocab * (3 * width + teacher_width) / row["ms"] / 1e9
-            if row["name"] == OURS:
-                row["target"] = {"at_most": 1.25 if self.device.type == "cuda" else 1.10}
+        rows[1]["target"] = {"at_most": 1.25 if self.device.type == "cuda" else 1.10}
         title = f"from hidden states {teacher_width} and {width} wide, {tokens} tokens, {self.type}"
         columns = {"ratio": "x floor|.3f", "percent_of_floor": "% of floor|.1f", "tflops": "TFLOP/s|.2f"}
         self.report.table("fused", title, rows, TIME | columns)
@@ -250,38 +227,32 @@ class Benchmark:
         self.report.table("memory", title, rows, columns)
         growth = held[OURS, sweep[-1]] / held[OURS, sweep[0]]
         summary = [{"name": f"ours, {sweep[-1]} over {sweep[0]} tokens", "ratio": growth, "target": {"at_most": 1.05}}]
-        summary[0]["percent"] = 100 * (growth - 1)
-        both = [tokens for tokens in sweep if (PUBLISHED, tokens) in held]
-        if both:
+        if both := [tokens for tokens in sweep if (PUBLISHED, tokens) in held]:
             at = 4096 if 4096 in both else both[-1]
             ratio = held[PUBLISHED, at] / held[OURS, at]
             summary.append({"name": f"published over ours, {at} tokens", "ratio": ratio, "target": {"at_least": 20}})
-        columns = {"name": "memory", "ratio": "ratio|.3f", "percent": "growth, %|.1f"}
-        self.report.table("memory", "growth", summary, columns)
+        self.report.table("memory", "growth", summary, {"name": "memory", "ratio": "ratio|.3f"})
         title = f"{DIVERGENCE} from hidden states, {self.report.content['machine']['device']}"
         draw_lines(rows, (OURS, PUBLISHED, FLOOR), title, self.report)
 
     def accuracy(self) -> None:
-        student, teacher = (x.detach() for x in self.logits(self.options.rows))
-        exact, rows = {}, []
-
-        def add(name: str, kind: str, losses: Tensor, gradient: Tensor) -> None:
-            """The worst row's relative errors: of the loss, and of the gradient in the Euclidean norm."""
-            value, slope = exact[kind]
-            gradient_error = ((gradient.double() - slope).norm(dim=1) / slope.norm(dim=1)).max().item()
-            value_error = ((losses.double() - value).abs() / value).max().item()
-            rows.append({"name": name, "value": value_error, "gradient": gradient_error})
-
+        """The worst row's relative errors: of the loss, and of the gradient in the Euclidean norm."""
+        student, teacher = (x.detach() for x in self.logits())
+        rows = []
         for kind in (AlphaNet(per="token") if kind is AlphaNet else kind() for kind in BY_NAME.values()):
-            slope, gradient = torch.empty_like(student, dtype=torch.float64), torch.empty_like(student)
-            logits = student.double(), teacher.double(), None
-            exact[str(kind)] = reference.row_losses(*logits, LossSpec(kind), slope), slope
-            losses = row_ops.row_losses(student, teacher, None, LossSpec(kind), gradient=gradient)
-            add(str(kind), str(kind), losses, gradient)
-        leaf = student.clone().requires_grad_()
-        losses = torch.stack([published(z[None], y[None]) for z, y in zip(leaf, teacher, strict=True)])
-        losses.sum().backward()
-        add(f"{PUBLISHED}, {DIVERGENCE}", str(DIVERGENCE), losses.detach(), leaf.grad)
+            spec, gradient = LossSpec(kind), torch.empty_like(student)
+            exact = torch.empty_like(student, dtype=torch.float64)
+            expected = reference.row_losses(Rows(student.double(), teacher.double(), None, spec), exact)
+            results = {str(kind): (row_ops.row_losses(Rows(student, teacher, None, spec), gradient), gradient)}
+            if kind == DIVERGENCE:
+                leaf = student.clone().requires_grad_()
+                losses = alpha_beta_rows(leaf, teacher, kind.alpha, kind.beta)
+                results[f"{PUBLISHED}, {kind}"] = losses.detach(), *torch.autograd.grad(losses.sum(), leaf)
+            for name, (losses, slope) in results.items():
+                errors = (losses - expected).abs() / expected, (slope - exact).norm(dim=1) / exact.norm(dim=1)
+                rows.append(
+                    {"name": name} | dict(zip(("value", "gradient"), (x.max().item() for x in errors), strict=True))
+                )
         title = f"errors against float64, logits {list(student.shape)}, float32, the worst row"
         self.report.table("accuracy", title, rows, {"value": "of the value|.1e", "gradient": "of the gradient|.1e"})
 
