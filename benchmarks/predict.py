@@ -8,8 +8,6 @@ JSON and Markdown to --out.
 """
 
 import argparse
-import dataclasses
-import functools
 import itertools
 from typing import Any
 
@@ -35,62 +33,34 @@ BUCKET_BYTES = 25e6  # DistributedDataParallel's default: it sums so many at a t
 BACKWARD_SHARE = 2 / 3  # of a student's forward and backward passes
 
 
-@dataclasses.dataclass(frozen=True)
 class Pair:
     """A student and its teacher, what a sample costs with them, and what their recipe's step takes."""
 
-    student: dict
-    teacher: dict
-    times: int = 1  # how many times as long samples are
-    adapter_rank: int | None = None  # of the q and v projections' adapters
-    batch_size: int = 32
-    max_tokens: int = 8192
-
-    @functools.cached_property
-    def models(self) -> tuple[ModelCost, ModelCost]:
-        """Student and teacher."""
-        return tuple(ModelCost(meta_model(AutoConfig.for_model(**shape))) for shape in (self.student, self.teacher))
-
-    def cost(self, cached: bool) -> StepCost:
-        student, teacher = self.models
-        adapter = self.adapter_rank and student.layers * 2 * self.adapter_rank * 2 * student.width
-        return StepCost(student, adapter, teacher, cached)
-
-    @functools.cached_property
-    def samples(self) -> dict[str, list[dict]]:
-        """The same samples: padded, with logits at all positions, and as they are."""
-        most = LENGTH * self.times
-        prompts, responses = draw_samples(64, 16, np.random.default_rng(0)) * self.times
-        lengths, nothing = np.minimum(prompts + responses, most), np.zeros_like(prompts)
-        padded, unpadded = make_samples(np.full_like(lengths, most), nothing), make_samples(lengths, nothing)
-        return {"published": padded, "unpadded": unpadded, "ours": make_samples(lengths, prompts)}
-
-    @functools.cached_property
-    def tokens(self) -> tuple[float, float]:
-        """Mean tokens of a sample, and of its response."""
-        samples = self.samples["ours"]
-        return tuple(total / len(samples) for total in totals(samples)[::2])
-
-    @functools.cached_property
-    def ways(self) -> dict[str, dict[str, float]]:
-        """Operations of a sample by part, and in all, for each way."""
-        (student, teacher), ways = self.models, {}
-        passes = 2 if self.adapter_rank else 3  # an adapter's frozen weights have no gradient
+    def __init__(
+        self, *shapes: dict, times: int = 1, adapter_rank: int = 0, batch_size: int = 32, max_tokens: int = 8192
+    ) -> None:
+        """`times`: how many times as long samples are. `adapter_rank`: of the q and v projections' adapters."""
+        self.models = student, teacher = [ModelCost(meta_model(AutoConfig.for_model(**shape))) for shape in shapes]
+        self.adapter = student.layers * 2 * adapter_rank * 2 * student.width or None
+        self.batch_size, self.max_tokens = batch_size, max_tokens
+        prompts, responses = draw_samples(64, 16, np.random.default_rng(0)) * times
+        lengths, nothing = np.minimum(prompts + responses, LENGTH * times), np.zeros_like(prompts)
+        padded, unpadded = make_samples(np.full_like(lengths, LENGTH * times), nothing), make_samples(lengths, nothing)
+        self.samples = {"published": padded, "unpadded": unpadded, "ours": make_samples(lengths, prompts)}
+        self.tokens, self.response_tokens = lengths.mean(), (lengths - prompts).mean()
+        # Operations of a sample by part, and in all, for each way. An adapter's frozen weights have no gradient.
+        self.ways, passes = {}, 2 if adapter_rank else 3
         for way, samples in self.samples.items():
-            tokens, squares, responses = totals(samples)
-            ways[way] = {
-                "student's layers": passes * student.body_flops(tokens, squares) / len(samples),
-                "student's output projection": passes * student.head_flops(responses) / len(samples),
-                "teacher's layers": teacher.body_flops(tokens, squares) / len(samples),
-                "teacher's output projection": teacher.head_flops(responses) / len(samples),
+            tokens, squares, responses = (total / len(samples) for total in totals(samples))
+            self.ways[way] = {
+                "student's layers": passes * student.body_flops(tokens, squares),
+                "student's output projection": passes * student.head_flops(responses),
+                "teacher's layers": teacher.body_flops(tokens, squares),
+                "teacher's output projection": teacher.head_flops(responses),
             }
-        ways["cached"] = ways["ours"] | {"teacher's layers": 0.0}
-        ways["sft"] = ways["cached"] | {"teacher's output projection": 0.0}
-        return {way: parts | {"all": sum(parts.values())} for way, parts in ways.items()}
-
-    @property
-    def flops(self) -> dict[str, float]:
-        return {way: parts["all"] for way, parts in self.ways.items()}
+        self.ways["cached"] = self.ways["ours"] | {"teacher's layers": 0.0}
+        self.ways["sft"] = self.ways["cached"] | {"teacher's output projection": 0.0}
+        self.flops = {way: sum(parts.values()) for way, parts in self.ways.items()}
 
 
 GPT2, XL = {"model_type": "gpt2"}, {"model_type": "gpt2"} | SCALES["paper"].teacher
@@ -99,15 +69,18 @@ LARGE = {"n_embd": 1280, "n_layer": 36, "n_head": 20}
 LLAMA = {"model_type": "llama", "vocab_size": 32000, "num_attention_heads": 32}
 LLAMA_3B = LLAMA | {"hidden_size": 3200, "intermediate_size": 8640, "num_hidden_layers": 26}
 LLAMA_7B = LLAMA | {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32}
-PAIRS = {
-    "GPT-2 XL to GPT-2": Pair(GPT2, XL),
-    "its vocabulary as large as Qwen's": Pair(GPT2 | QWEN_VOCAB, XL | QWEN_VOCAB),
-    "samples twice as long": Pair(GPT2, XL, times=2),
-    "GPT-2 XL to GPT-2 medium": Pair(GPT2 | SCALES["small"].teacher, XL),
-    "GPT-2 XL to GPT-2 large": Pair(GPT2 | LARGE, XL),
-    "OpenLLaMA 7B to 3B, LoRA": Pair(LLAMA_3B, LLAMA_7B, adapter_rank=16, batch_size=16, max_tokens=4096),
-}
 RECIPES = ("GPT-2 XL to GPT-2", "OpenLLaMA 7B to 3B, LoRA")  # predicted for many GPUs
+
+
+def make_pairs() -> dict[str, Pair]:
+    return {
+        RECIPES[0]: Pair(GPT2, XL),
+        "its vocabulary as large as Qwen's": Pair(GPT2 | QWEN_VOCAB, XL | QWEN_VOCAB),
+        "samples twice as long": Pair(GPT2, XL, times=2),
+        "GPT-2 XL to GPT-2 medium": Pair(GPT2 | SCALES["small"].teacher, XL),
+        "GPT-2 XL to GPT-2 large": Pair(GPT2 | LARGE, XL),
+        RECIPES[1]: Pair(LLAMA_3B, LLAMA_7B, adapter_rank=16, batch_size=16, max_tokens=4096),
+    }
 
 
 def make_samples(lengths: np.ndarray, prompts: np.ndarray) -> list[dict]:
@@ -147,20 +120,22 @@ def published_traffic(tokens: int, vocab: int) -> int:
 
 def operations(pair: Pair, report: Report) -> None:
     """A table of operations by part. Each column adds one idea."""
-    rows = [{"name": name} | {way: parts[name] / 1e9 for way, parts in pair.ways.items()} for name in pair.ways["ours"]]
+    ways = {way: parts | {"all": pair.flops[way]} for way, parts in pair.ways.items()}
+    rows = [{"name": name} | {way: parts[name] / 1e9 for way, parts in ways.items()} for name in ways["ours"]]
     columns = {"published": "padded, all logits|.1f", "unpadded": "no padding|.1f", "ours": "logits of responses|.1f"}
     columns |= {"cached": "teacher's states cached|.1f", "sft": "no teacher (SFT)|.1f"}
-    title = f"GFLOP a sample of {pair.tokens[0]:.0f} tokens, {pair.tokens[1]:.0f} of the response"
+    title = f"GFLOP a sample of {pair.tokens:.0f} tokens, {pair.response_tokens:.0f} of the response"
     report.table("operations", title, rows, columns)
 
 
-def scaling(report: Report) -> None:
+def scaling(pairs: dict[str, Pair], report: Report) -> None:
     rows = []
-    for name, pair in PAIRS.items():
+    for name, pair in pairs.items():
         flops, (student, teacher) = pair.flops, pair.models
         row = {"name": name, "student": student.parameters / 1e6, "teacher": teacher.parameters / 1e6}
-        row |= {way: value / 1e9 for way, value in flops.items()} | {"cache": pair.tokens[1] * teacher.width * 2 / 1e3}
-        rows.append(row | {"saved": flops["published"] / flops["cached"], "over_sft": flops["cached"] / flops["sft"]})
+        row |= {way: value / 1e9 for way, value in flops.items()}
+        row |= {"saved": flops["published"] / flops["cached"], "over_sft": flops["cached"] / flops["sft"]}
+        rows.append(row | {"cache": pair.response_tokens * teacher.width * 2 / 1e3})
     columns = {"student": "student, millions|.0f", "teacher": "teacher|.0f", "published": "published way|.0f"}
     columns |= {"ours": "ours|.0f", "cached": "cached|.0f", "sft": "SFT|.0f", "saved": "published / cached|.1f"}
     columns |= {"over_sft": "cached / SFT|.2f", "cache": "KB of cache|.0f"}
@@ -170,19 +145,15 @@ def scaling(report: Report) -> None:
 def prediction(pair: Pair, options: argparse.Namespace, report: Report) -> None:
     peak, bandwidth = PEAK_FLOPS[options.gpu], BANDWIDTH[options.gpu] * 1e12 * options.bandwidth
     student, flops, rows = pair.models[0], pair.flops, []
-    ours = LOGITS_PASSES * 4 * student.vocab * pair.tokens[1]
-    ways = {
-        "published": ("published way", published_traffic(LENGTH, student.vocab)),
-        "ours": ("ABKD", ours),
-        "cached": ("ABKD, states cached", ours),
-        "sft": ("SFT", ours * 5 / 7),
-    }
-    for way, (title, size) in ways.items():
+    ours = LOGITS_PASSES * 4 * student.vocab * pair.response_tokens
+    logits = {"published": published_traffic(LENGTH, student.vocab), "ours": ours, "cached": ours, "sft": ours * 5 / 7}
+    titles = {"published": "published way", "ours": "ABKD", "cached": "ABKD, states cached", "sft": "SFT"}
+    for way, size in logits.items():
         row = {"products": flops[way] / (peak * options.mfu), "logits": size / bandwidth}
         row["optimizer"] = OPTIMIZER_BYTES * student.parameters / options.batch_size / bandwidth
         row["seconds"] = seconds = sum(row.values())
         row |= {f"{key}_ms": 1e3 * value for key, value in row.items()}
-        row |= {"name": title, "gigabytes": size / 1e9, "rate": 1 / seconds, "mfu": flops[way] / seconds / peak}
+        row |= {"name": titles[way], "gigabytes": size / 1e9, "rate": 1 / seconds, "mfu": flops[way] / seconds / peak}
         rows.append(row)
         row["fewer"] = rows[0]["seconds"] / seconds
     columns = {"products_ms": "products|.3f", "gigabytes": "GB of logits|.2f", "logits_ms": "their time|.3f"}
@@ -200,7 +171,8 @@ def step(pair: Pair, cached: bool, ranks: int, batch_size: int, machine: argpars
 
     A backward pass hides traffic, but not that of the last bucket, or the first layer.
     """
-    cost, trained = pair.cost(cached), pair.cost(cached).adapter or pair.models[0].parameters
+    (student, teacher), trained = pair.models, pair.adapter or pair.models[0].parameters
+    cost = StepCost(student, pair.adapter, teacher, cached)
     prompts, responses = draw_samples(1, batch_size, np.random.default_rng(0))
     samples = make_samples(np.minimum(prompts + responses, LENGTH), prompts)
     places = balance_by_tokens([len(sample["input_ids"]) for sample in samples], ranks)
@@ -211,7 +183,7 @@ def step(pair: Pair, cached: bool, ranks: int, batch_size: int, machine: argpars
     of_samples = -(-max(tokens) // pair.max_tokens)
     micro_batches = of_samples + -(-len(text) * LENGTH // pair.max_tokens)
     ring, read = (ranks - 1) / ranks, 0 if cached else of_samples  # micro-batches that the teacher reads
-    gathers = 2 * (2 * cost.student.parameters * micro_batches + cost.teacher.parameters * read)  # bfloat16, twice
+    gathers = 2 * (2 * student.parameters * micro_batches + teacher.parameters * read)  # bfloat16, twice
     # A sum in float32 goes round twice.
     ddp, fsdp = ring * 2 * 4 * trained, ring * (gathers + 4 * trained * micro_batches)
     compute = flops / (PEAK_FLOPS[machine.gpu] * machine.mfu)
@@ -228,9 +200,9 @@ def step(pair: Pair, cached: bool, ranks: int, batch_size: int, machine: argpars
     }
 
 
-def many_gpus(name: str, machine: argparse.Namespace, report: Report) -> None:
+def many_gpus(name: str, pair: Pair, machine: argparse.Namespace, report: Report) -> None:
     """Tables of a recipe's step on many GPUs, and of the weights, gradients and optimizer states that a rank holds."""
-    pair, rows = PAIRS[name], []
+    rows = []
     for cached, fixed, ranks in itertools.product((True, False), (True, False), (8, 64, 512)):
         batch_size = pair.batch_size if fixed else pair.batch_size * ranks
         if batch_size < ranks:
@@ -246,8 +218,8 @@ def many_gpus(name: str, machine: argparse.Namespace, report: Report) -> None:
         "fsdp": "fsdp|.1f",
     }
     report.table("gpus", name, rows, columns)
-    student, adapter, teacher = pair.models[0].parameters, pair.cost(False).adapter, pair.models[1].parameters
-    trained = 16 * student if adapter is None else 2 * student + 16 * adapter
+    student, teacher = (model.parameters for model in pair.models)
+    trained = 2 * student + 16 * pair.adapter if pair.adapter else 16 * student
     size = (2 * teacher + trained) / 1e9  # with the teacher's body: no cache
     columns = {"ddp": "GB a rank (weights, gradients, optimizer, teacher's body): ddp|.2f"}
     columns |= {"fsdp_8": "fsdp, 8 GPUs|.2f", "fsdp_64": "fsdp, 64 GPUs|.2f"}
@@ -270,12 +242,13 @@ def main(arguments: list[str] | None = None) -> None:
         add(name, type=type(default), metavar="N", default=default, help=f"{text} (default: %(default)s)")
     options = parser.parse_args(arguments)
     report = Report(torch.device("cpu"), vars(options), judge=False)
+    pairs = make_pairs()
     with report.kept("predict"):
-        operations(PAIRS[RECIPES[0]], report)
-        scaling(report)
-        prediction(PAIRS[RECIPES[0]], options, report)
+        operations(pairs[RECIPES[0]], report)
+        scaling(pairs, report)
+        prediction(pairs[RECIPES[0]], options, report)
         for name in RECIPES:
-            many_gpus(name, options, report)
+            many_gpus(name, pairs[name], options, report)
 
 
 if __name__ == "__main__":

@@ -69,7 +69,7 @@ def test_predict(tmp_path):
     predict = importlib.import_module("predict")
     predict.main(["--batch-size", "16", "--mfu", "0.5", "--bandwidth", "1", "--out", str(tmp_path)])
     sections = json.loads((tmp_path / "predict.json").read_text())["sections"]
-    pair = predict.PAIRS["GPT-2 XL to GPT-2"]
+    pair = predict.make_pairs()["GPT-2 XL to GPT-2"]
     real, padded, (student, teacher) = pair.samples["ours"], pair.samples["published"], pair.models
     for way, samples, teaching, cached in (
         ("published", padded, teacher, False),
