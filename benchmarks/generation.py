@@ -55,8 +55,8 @@ def compare_sampling(options: argparse.Namespace, sections: dict[str, tuple[int,
 
     def published(ends: tuple[int, ...], length: int | None) -> int:
         tokens, rules = 0, {"pad_token_id": options.vocab - 1} | ({"eos_token_id": list(ends)} if ends else {})
-        for batch in batches(prompts, 8):
-            for row in generate(model, batch, length, new_tokens, **rules).tolist():
+        for start in range(0, len(prompts), 8):
+            for row in generate(model, prompts[start : start + 8], length, new_tokens, **rules).tolist():
                 tokens += next((place for place, token in enumerate(row, 1) if token in ends), len(row))
         return tokens
 
@@ -80,15 +80,10 @@ def compare_sampling(options: argparse.Namespace, sections: dict[str, tuple[int,
 def compare_results(runs: dict[str, Callable], repeats: int) -> tuple[list[dict], dict[str, list]]:
     """Rows with seconds, and what each run returned."""
     results = {name: [] for name in runs}
-    candidates = {name: lambda name=name: results[name].append(runs[name]()) for name in runs}
-    rows = compare(candidates, repeats, warm=True)
+    rows = compare({name: lambda name=name: results[name].append(runs[name]()) for name in runs}, repeats, warm=True)
     for row in rows:
         row["seconds"] = row["ms"] / 1e3
     return rows, results
-
-
-def batches(items: list, size: int) -> list[list]:
-    return [items[start : start + size] for start in range(0, len(items), size)]
 
 
 def write_stand_in(folder: pathlib.Path, options: argparse.Namespace) -> tuple[str, str]:
@@ -116,7 +111,6 @@ class Scores:
     """`abkd_fast.evaluate` against the papers' loop, from a model's folder to a score."""
 
     def __init__(self, options: argparse.Namespace, report: Report, folder: pathlib.Path) -> None:
-        """`folder`: a temporary one."""
         self.options, self.report, self.folder, self.new_tokens = options, report, folder, options.evaluated_tokens
         self.model, self.data = (options.model, options.data) if options.model else write_stand_in(folder, options)
         self.test = self.evaluation("unused").sets[0]
@@ -141,17 +135,16 @@ class Scores:
         tokenizer, texts = AutoTokenizer.from_pretrained(self.model), []
         end = tokenizer.eos_token_id
         rules = {"no_repeat_ngram_size": NGRAM, "eos_token_id": end, "pad_token_id": end}
-        for batch in batches(self.test.prompts, 16):
+        for start in range(0, len(self.test.prompts), 16):
+            batch = self.test.prompts[start : start + 16]
             tokens = generate(model, batch, PROMPT_LENGTH, self.new_tokens, **rules)
             texts += [text.strip() for text in tokenizer.batch_decode(tokens, skip_special_tokens=True)]
         return [*zip(texts, self.published_scores(texts), strict=True)]
 
     def published_scores(self, responses: list[str]) -> list[float]:
-        score, pairs = (
-            RougeScorer(["rougeL"], use_stemmer=True).score,
-            zip(responses, self.test.references, strict=True),
-        )
-        return [100 * max(score(output, text)["rougeL"].fmeasure for output in outputs) for text, outputs in pairs]
+        scorer, pairs = RougeScorer(["rougeL"], use_stemmer=True), zip(responses, self.test.references, strict=True)
+        best = [max(scorer.score(output, text)["rougeL"].fmeasure for output in outputs) for text, outputs in pairs]
+        return [100 * score for score in best]
 
     def run(self) -> None:
         rows, results = compare_results({OURS: self.ours, PUBLISHED: self.published}, self.options.repeats)
@@ -161,29 +154,28 @@ class Scores:
         title = f"{len(self.test.prompts)} prompts, at most {self.new_tokens} new tokens, one seed"
         columns = {"seconds": "s|.2f", "words": "words a response|.1f", "ratio": "time, x ours|.2f"}
         self.report.table("time", title, rows, columns)
-        scores = {name: [score for _, score in values] for name, values in answers.items()}
-        self.compare_scores(scores)
-        self.compare_scoring([text for text, _ in answers[PUBLISHED]], scores[PUBLISHED])
+        (_, ours), (texts, theirs) = (zip(*answers[name], strict=True) for name in (OURS, PUBLISHED))
+        self.compare_scores(ours, theirs)
+        self.compare_scoring(texts, theirs)
 
-    def compare_scores(self, scores: dict[str, list[float]]) -> None:
+    def compare_scores(self, ours: tuple[float, ...], theirs: tuple[float, ...]) -> None:
         """Both sides sample. They agree if their means differ by no more than chance explains."""
-        differences, rows = [ours - theirs for ours, theirs in zip(*scores.values(), strict=True)], []
-        for name, values in (scores | {"difference, prompt by prompt": differences}).items():
-            error = statistics.stdev(values) / math.sqrt(len(values))
-            rows.append({"name": name, "rouge_l": statistics.fmean(values), "error": error})
-        mean, error = rows[-1]["rouge_l"], rows[-1]["error"]
+        rows, differences = [], [a - b for a, b in zip(ours, theirs, strict=True)]
+        for name, values in ((OURS, ours), (PUBLISHED, theirs), ("difference, prompt by prompt", differences)):
+            mean, error = statistics.fmean(values), statistics.stdev(values) / math.sqrt(len(values))
+            rows.append({"name": name, "rouge_l": mean, "error": error})
         rows[-1] |= {"ratio": abs(mean) / error if mean else 0.0, "target": {"at_most": 3}}
         columns = {"rouge_l": "ROUGE-L|.2f", "error": "standard error|.2f"}
         columns["ratio"] = "difference in standard errors|.2f"
         self.report.table("scores", "whether the scores agree within sampling noise", rows, columns)
 
-    def compare_scoring(self, texts: list[str], scores: list[float]) -> None:
+    def compare_scoring(self, texts: tuple[str, ...], scores: tuple[float, ...]) -> None:
         """Scores the same texts both ways."""
         ours, theirs = "abkd_fast.evaluation.rouge", "rouge_score"
         score = functools.partial(map, rouge.rouge_l, texts, self.test.references)
         runs = {ours: lambda: [*score()], theirs: lambda: self.published_scores(texts)}
         rows, results = compare_results(runs, 1)
-        assert results[ours] == results[theirs] == [scores], "scores of the same texts differ"
+        assert results[ours] == results[theirs] == [[*scores]], "scores of the same texts differ"
         for row in rows:
             row["seconds"] *= PAIRS / len(texts)
         columns = {"seconds": f"s for {PAIRS} pairs|.2f", "ratio": "time, x ours|.2f"}

@@ -2,7 +2,7 @@
 # Everything that needs a GPU, on a fresh machine, in one command: benchmarks/gpu.sh [FOLDER]
 #
 # Builds and installs the package with its CUDA kernels, runs the GPU tests, a selection of them under
-# compute-sanitizer if there is one, and every benchmark. All of it ends in FOLDER (default: gpu-report).
+# compute-sanitizer if there is one, and the benchmarks. All of it ends in FOLDER (default: gpu-report).
 # PYTHON=/path/to/python names the interpreter; else it is that of the active environment, else a new one in FOLDER/venv.
 # Without a network it builds against the packages that are there. Exit status: 0 passed, 1 failed, 2 could not begin.
 set -euo pipefail
@@ -45,10 +45,8 @@ assert abkd_fast.build_info()["cuda"], "built without CUDA kernels"'
 command -v nvidia-smi >/dev/null || fail "no nvidia-smi on PATH: this needs an NVIDIA GPU and its driver"
 nvidia-smi -L 2>/dev/null | grep -q '^GPU' || fail "nvidia-smi lists no GPU"
 # A toolkit's usual place is often not on PATH, where the build and a test look for it.
-for home in "${CUDA_HOME:-}" /usr/local/cuda; do
-  if ! command -v nvcc >/dev/null && [[ -n $home && -x $home/bin/nvcc ]]; then
-    export CUDA_HOME=$home PATH=$home/bin:$PATH
-  fi
+for home in "${CUDA_HOME:-/usr/local/cuda}" /usr/local/cuda; do
+  command -v nvcc >/dev/null || [[ ! -x $home/bin/nvcc ]] || export CUDA_HOME=$home PATH=$home/bin:$PATH
 done
 command -v nvcc >/dev/null || fail "no nvcc on PATH or in CUDA_HOME: the CUDA kernels can't be built"
 mkdir -p "${1:-gpu-report}"
@@ -77,10 +75,9 @@ fi
 "$python" -c 'import pytest, hypothesis' || fail "no pytest or hypothesis, and pip can't install them"
 
 cd "$source"
-{
-  printf '# abkd_fast on %s\n\n' "$(nvidia-smi --query-gpu=name --format=csv,noheader | head -n 1)"
-  printf '%s, commit %s\n\n' "$(date -u '+%Y-%m-%d %H:%M UTC')" "$(git describe --always --dirty 2>/dev/null || echo unknown)"
-} >"$report/report.md"
+printf '# abkd_fast on %s\n\n' "$(nvidia-smi --query-gpu=name --format=csv,noheader | head -n 1)" >"$report/report.md"
+commit=$(git describe --always --dirty 2>/dev/null || echo unknown)
+printf '%s, commit %s\n\n' "$(date -u '+%Y-%m-%d %H:%M UTC')" "$commit" >>"$report/report.md"
 
 step machine describe
 step tests run_tests "$python" -m pytest -o addopts= -m gpu -q

@@ -80,9 +80,8 @@ def measure(candidates: dict[str, Callable[[], None]], repeats: int, warm: bool 
 
 def spread(name: str, values: list[float], **more: Any) -> dict[str, Any]:
     """A row of a table: median, minimum and maximum of milliseconds."""
-    low, high = min(values), max(values)
-    row = {"name": name, "ms": statistics.median(values), "min_ms": low, "max_ms": high, **more}
-    return row | {"range": f"{low:.2f}..{high:.2f}"}
+    row = {"name": name, "ms": statistics.median(values), "min_ms": min(values), "max_ms": max(values), **more}
+    return row | {"range": f"{row['min_ms']:.2f}..{row['max_ms']:.2f}"}
 
 
 def compare(candidates: dict[str, Callable[[], None]], repeats: int, warm: bool = False) -> list[dict[str, Any]]:

@@ -1,10 +1,9 @@
 """What a sample costs, from shapes alone, and what that predicts for GPUs: `python benchmarks/predict.py`.
 
 Operations are those of abkd_fast/training/costs.py, for samples as long as Dolly's. The published way pads them to 512
-tokens and makes logits at all of these. Nothing is measured here; timing.py measures. The model of a GPU is simple:
-operations take a stated share of its peak. All that isn't a product, the logits' way through memory and AdamW, takes a
-stated share of its bandwidth. Many GPUs share a step's samples as the trainer does. Tables go to the terminal, and as
-JSON and Markdown to --out.
+tokens and makes logits at all of these. Nothing is measured. On a GPU, products take a stated share of its peak. The
+rest, logits in memory and AdamW, takes a stated share of its bandwidth. Many GPUs share a step's samples as the trainer
+does. Tables go to the terminal, and as JSON and Markdown to --out.
 """
 
 import argparse
@@ -36,9 +35,7 @@ BACKWARD_SHARE = 2 / 3  # of a student's forward and backward passes
 class Pair:
     """A student and its teacher, what a sample costs with them, and what their recipe's step takes."""
 
-    def __init__(
-        self, *shapes: dict, times: int = 1, adapter_rank: int = 0, batch_size: int = 32, max_tokens: int = 8192
-    ) -> None:
+    def __init__(self, *shapes: dict, times=1, adapter_rank=0, batch_size=32, max_tokens=8192) -> None:
         """`times`: how many times as long samples are. `adapter_rank`: of the q and v projections' adapters."""
         self.models = student, teacher = [ModelCost(meta_model(AutoConfig.for_model(**shape))) for shape in shapes]
         self.adapter = student.layers * 2 * adapter_rank * 2 * student.width or None
@@ -159,10 +156,8 @@ def prediction(pair: Pair, options: argparse.Namespace, report: Report) -> None:
     columns = {"products_ms": "products|.3f", "gigabytes": "GB of logits|.2f", "logits_ms": "their time|.3f"}
     columns |= {"optimizer_ms": "AdamW|.3f", "seconds_ms": "all|.3f", "rate": "samples a second|.0f"}
     columns |= {"mfu": "of the peak|.0%", "fewer": "times fewer|.1f"}
-    title = (
-        f"milliseconds/sample that one {options.gpu} would take: products at {options.mfu:.0%} of {peak / 1e12:.0f} "
-    )
-    title += f"TFLOP/s, the rest at {options.bandwidth:.0%} of {BANDWIDTH[options.gpu]:g} TB/s, "
+    title = f"milliseconds/sample that one {options.gpu} would take: products at {options.mfu:.0%} of"
+    title += f" {peak / 1e12:.0f} TFLOP/s, the rest at {options.bandwidth:.0%} of {BANDWIDTH[options.gpu]:g} TB/s, "
     report.table("prediction", f"{title}{options.batch_size} samples a step", rows, columns)
 
 
@@ -190,14 +185,11 @@ def step(pair: Pair, cached: bool, ranks: int, batch_size: int, machine: argpars
     bandwidth = 1e9 * (machine.inside if ranks <= machine.node else machine.between)
     latency = 1e-6 * machine.latency * np.log2(ranks)
     sums = ddp / bandwidth + latency * max(1, ddp / 2 / BUCKET_BYTES)
-    hidden = BACKWARD_SHARE * compute / micro_batches  # only the last one's gradients travel
-    traffic = fsdp / bandwidth
-    return {
-        **{"samples": batch_size, "ranks": ranks, "imbalance": max(tokens) * ranks / sum(tokens) - 1},
-        **{"ddp_gb": ddp / 1e9, "fsdp_gb": fsdp / 1e9},
-        "ddp": compute + max(sums - hidden, min(sums, BUCKET_BYTES / bandwidth + latency)),
-        "fsdp": max(compute, traffic) + (1 - 0.9) * traffic / micro_batches + latency,
-    }
+    hidden, traffic = BACKWARD_SHARE * compute / micro_batches, fsdp / bandwidth  # only the last one's gradients travel
+    row = {"samples": batch_size, "ranks": ranks, "imbalance": max(tokens) * ranks / sum(tokens) - 1}
+    row["ddp"] = compute + max(sums - hidden, min(sums, BUCKET_BYTES / bandwidth + latency))
+    row["fsdp"] = max(compute, traffic) + (1 - 0.9) * traffic / micro_batches + latency
+    return row | {"ddp_gb": ddp / 1e9, "fsdp_gb": fsdp / 1e9}
 
 
 def many_gpus(name: str, pair: Pair, machine: argparse.Namespace, report: Report) -> None:
@@ -211,12 +203,8 @@ def many_gpus(name: str, pair: Pair, machine: argparse.Namespace, report: Report
         row |= {mode: alone["ddp"] / row[mode] for mode in ("ddp", "fsdp")}
         rows.append(row | {"name": "cached" if cached else "in every step"})
     columns = {"name": "teacher", "samples": "samples a step|,", "ranks": "GPUs|d", "imbalance": "imbalance|.1%"}
-    columns |= {
-        "ddp_gb": "GB sent, ddp|.3g",
-        "fsdp_gb": "fsdp|.3g",
-        "ddp": "times one GPU, ddp|.1f",
-        "fsdp": "fsdp|.1f",
-    }
+    columns |= {"ddp_gb": "GB sent, ddp|.3g", "fsdp_gb": "fsdp|.3g"}
+    columns |= {"ddp": "times one GPU, ddp|.1f", "fsdp": "fsdp|.1f"}
     report.table("gpus", name, rows, columns)
     student, teacher = (model.parameters for model in pair.models)
     trained = 2 * student + 16 * pair.adapter if pair.adapter else 16 * student
