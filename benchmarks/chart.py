@@ -55,8 +55,7 @@ def draw_lines(rows: list[dict], names: tuple[str, ...], title: str, report: Rep
         return
     for panel, key, label in zip(panels, ("ms", "mib"), ("time, ms", "extra memory, MiB"), strict=True):
         for name, color, marker in zip(names, (COLORS[2], COLORS[0], COLORS[3]), "os^", strict=True):
-            points = [(row["tokens"], row[key]) for row in rows if row["name"] == name and row[key] is not None]
-            if points:
+            if points := [(row["tokens"], row[key]) for row in rows if row["name"] == name and row[key] is not None]:
                 panel.plot(*zip(*points, strict=True), color=color, marker=marker, label=name)
         panel.set(xlabel="tokens", ylabel=label, yscale="log")
         panel.set_xscale("log", base=2)

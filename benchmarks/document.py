@@ -25,8 +25,8 @@ def fill(text: str, results: pathlib.Path) -> str:
         chosen = [table for table in content["sections"].get(section, []) if title in (None, table["title"])]
         if not chosen:
             return place[0]
-        where = " ({device}, torch {torch}, commit {commit})".format(**content["machine"])
-        where = "" if name == "predict" else where  # a prediction is the same everywhere
+        where = " ({device}, torch {torch}, commit {commit})"  # a prediction is the same everywhere
+        where = "" if name == "predict" else where.format(**content["machine"])
         body = "".join(f"**{table['title']}**{where}\n\n{table['markdown']}\n\n" for table in chosen)
         return f"{begin}{body}{end}"
 

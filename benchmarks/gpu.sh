@@ -2,10 +2,9 @@
 # Everything that needs a GPU, on a fresh machine, in one command: benchmarks/gpu.sh [FOLDER]
 #
 # Builds and installs the package with its CUDA kernels, runs the GPU tests, a selection of them under
-# compute-sanitizer if there is one, and every benchmark. All of it ends in FOLDER (default: gpu-report).
+# compute-sanitizer if there is one, and the benchmarks. All of it ends in FOLDER (default: gpu-report).
 # PYTHON=/path/to/python names the interpreter; else it is that of the active environment, else a new one in FOLDER/venv.
-# Without a network it builds against the packages that are there. Exit status: 0 all passed, 1 something failed (the
-# report says what), 2 it could not begin.
+# Without a network it builds against the packages that are there. Exit status: 0 passed, 1 failed, 2 could not begin.
 set -euo pipefail
 
 BENCHMARKS=(kernels timing peers generation)
@@ -16,46 +15,6 @@ failures=0
 fail() {
   echo "gpu.sh: $*" >&2
   exit 2
-}
-
-check_machine() {
-  command -v nvidia-smi >/dev/null || fail "no nvidia-smi on PATH: this needs an NVIDIA GPU and its driver"
-  nvidia-smi -L 2>/dev/null | grep -q '^GPU' || fail "nvidia-smi lists no GPU"
-  # A toolkit's usual place is often not on PATH, where the build and a test look for it.
-  local home
-  for home in "${CUDA_HOME:-}" /usr/local/cuda; do
-    if ! command -v nvcc >/dev/null && [[ -n $home && -x $home/bin/nvcc ]]; then
-      export CUDA_HOME=$home PATH=$home/bin:$PATH
-    fi
-  done
-  command -v nvcc >/dev/null || fail "no nvcc on PATH or in CUDA_HOME: the CUDA kernels can't be built"
-}
-
-choose_python() {
-  if [[ -n ${PYTHON:-}${VIRTUAL_ENV:-}${CONDA_PREFIX:-} ]]; then
-    python=$(command -v "${PYTHON:-python}") || fail "${PYTHON:-python of the active environment} can't be run"
-    return
-  fi
-  # A PyTorch that the machine brought along stays in use.
-  python=$report/venv/bin/python
-  [[ -x $python ]] || python3 -m venv --system-site-packages "$report/venv" ||
-    fail "python3 can't create an environment; set PYTHON to one"
-}
-
-install() {
-  local pip=("$python" -m pip install --disable-pip-version-check --retries 1 --timeout 15) isolation=()
-  export ABKD_CUDA=1 # no CUDA kernels, no report
-  "$python" -c 'import torch' 2>/dev/null || "${pip[@]}" torch || fail "there is no torch, and pip can't install one"
-  # Not isolated if the tools are there: torch may be outside the environment's own folder.
-  if "$python" -c 'import ninja, setuptools as s; assert int(s.__version__.split(".")[0]) >= 77' 2>/dev/null; then
-    isolation=(--no-build-isolation)
-  fi
-  if ! "${pip[@]}" "${isolation[@]}" "$source[test,bench]"; then
-    echo "gpu.sh: installing without dependencies, against the packages that are there" >&2
-    "${pip[@]}" --no-build-isolation --no-deps "$source" || fail "the package can't be built; pip says why above"
-  fi
-  "$python" -c 'import torch; assert torch.cuda.is_available()' || fail "torch sees no GPU"
-  "$python" -c 'import pytest, hypothesis' || fail "no pytest or hypothesis, and pip can't install them"
 }
 
 # A step of the report: its output to the terminal and to NAME.txt, its outcome to the list. A failure stops nothing.
@@ -74,13 +33,6 @@ run_tests() {
   "$@" | tee /dev/stderr | grep ' passed' >/dev/null
 }
 
-# A file into the report, as it stands: its last lines.
-quote() {
-  printf '\n## %s\n\n```\n' "$1" >>"$report/report.md"
-  tail -n "$2" "$report/$1.txt" | sed 's/\x1b\[[0-9;]*m//g' >>"$report/report.md"
-  printf '```\n' >>"$report/report.md"
-}
-
 describe() {
   nvidia-smi --query-gpu=name,driver_version,memory.total,power.limit,clocks.max.sm,clocks.max.memory --format=csv
   nvcc --version | tail -n 2
@@ -90,16 +42,42 @@ print(abkd_fast.build_info())
 assert abkd_fast.build_info()["cuda"], "built without CUDA kernels"'
 }
 
-check_machine
+command -v nvidia-smi >/dev/null || fail "no nvidia-smi on PATH: this needs an NVIDIA GPU and its driver"
+nvidia-smi -L 2>/dev/null | grep -q '^GPU' || fail "nvidia-smi lists no GPU"
+# A toolkit's usual place is often not on PATH, where the build and a test look for it.
+for home in "${CUDA_HOME:-/usr/local/cuda}" /usr/local/cuda; do
+  command -v nvcc >/dev/null || [[ ! -x $home/bin/nvcc ]] || export CUDA_HOME=$home PATH=$home/bin:$PATH
+done
+command -v nvcc >/dev/null || fail "no nvcc on PATH or in CUDA_HOME: the CUDA kernels can't be built"
 mkdir -p "${1:-gpu-report}"
 report=$(cd "${1:-gpu-report}" && pwd)
-choose_python
-install
+
+if [[ -n ${PYTHON:-}${VIRTUAL_ENV:-}${CONDA_PREFIX:-} ]]; then
+  python=$(command -v "${PYTHON:-python}") || fail "${PYTHON:-python of the active environment} can't be run"
+else # a PyTorch that the machine brought along stays in use
+  python=$report/venv/bin/python
+  [[ -x $python ]] || python3 -m venv --system-site-packages "$report/venv" ||
+    fail "python3 can't create an environment; set PYTHON to one"
+fi
+
+pip=("$python" -m pip install --disable-pip-version-check --retries 1 --timeout 15) isolation=()
+export ABKD_CUDA=1 # no CUDA kernels, no report
+"$python" -c 'import torch' 2>/dev/null || "${pip[@]}" torch || fail "there is no torch, and pip can't install one"
+# Not isolated if the tools are there: torch may be outside the environment's own folder.
+if "$python" -c 'import ninja, setuptools as s; assert int(s.__version__.split(".")[0]) >= 77' 2>/dev/null; then
+  isolation=(--no-build-isolation)
+fi
+if ! "${pip[@]}" "${isolation[@]}" "$source[test,bench]"; then
+  echo "gpu.sh: installing without dependencies, against the packages that are there" >&2
+  "${pip[@]}" --no-build-isolation --no-deps "$source" || fail "the package can't be built; pip says why above"
+fi
+"$python" -c 'import torch; assert torch.cuda.is_available()' || fail "torch sees no GPU"
+"$python" -c 'import pytest, hypothesis' || fail "no pytest or hypothesis, and pip can't install them"
+
 cd "$source"
-{
-  printf '# abkd_fast on %s\n\n' "$(nvidia-smi --query-gpu=name --format=csv,noheader | head -n 1)"
-  printf '%s, commit %s\n\n' "$(date -u '+%Y-%m-%d %H:%M UTC')" "$(git describe --always --dirty 2>/dev/null || echo unknown)"
-} >"$report/report.md"
+printf '# abkd_fast on %s\n\n' "$(nvidia-smi --query-gpu=name --format=csv,noheader | head -n 1)" >"$report/report.md"
+commit=$(git describe --always --dirty 2>/dev/null || echo unknown)
+printf '%s, commit %s\n\n' "$(date -u '+%Y-%m-%d %H:%M UTC')" "$commit" >>"$report/report.md"
 
 step machine describe
 step tests run_tests "$python" -m pytest -o addopts= -m gpu -q
@@ -116,12 +94,14 @@ for name in "${BENCHMARKS[@]}"; do
   step "$name" "$python" "benchmarks/$name.py" --out "$report/$name"
 done
 
-for name in machine tests memcheck racecheck; do
-  [[ ! -f $report/$name.txt ]] || quote "$name" 12 # tests: the summary first
-done
-for name in "${BENCHMARKS[@]}"; do
-  quote "$name" +1
-  [[ ! -f $report/$name/$name.png ]] || printf '\n![%s](%s/%s.png)\n' "$name" "$name" "$name" >>"$report/report.md"
-done
+for name in machine tests memcheck racecheck "${BENCHMARKS[@]}"; do
+  [[ -f $report/$name.txt ]] || continue
+  lines=12 # tests: the summary first
+  [[ " ${BENCHMARKS[*]} " != *" $name "* ]] || lines=+1
+  printf '\n## %s\n\n```\n' "$name"
+  tail -n "$lines" "$report/$name.txt" | sed 's/\x1b\[[0-9;]*m//g'
+  printf '```\n'
+  [[ ! -f $report/$name/$name.png ]] || printf '\n![%s](%s/%s.png)\n' "$name" "$name" "$name"
+done >>"$report/report.md"
 echo "== $failures failed; the report is $report/report.md"
 ((failures == 0))

@@ -3,10 +3,12 @@
 import argparse
 import contextlib
 import datetime
+import itertools
 import json
 import os
 import pathlib
 import platform
+import re
 import statistics
 import subprocess
 import tempfile
@@ -40,21 +42,19 @@ def parser(description: str, name: str, repeats: int, quick: bool = False) -> tu
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
-    gpu, cpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None, cpu_name()
+    gpu, threads = torch.cuda.get_device_name(device) if device.type == "cuda" else None, torch.get_num_threads()
     commit = subprocess.run("git describe --always --dirty", shell=True, cwd=FOLDER, capture_output=True, text=True)
-    threads = torch.get_num_threads()
     date = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
-    system = {"date": date, "commit": commit.stdout.strip() or None, "system": platform.platform(), "cpu": cpu}
-    system |= {"gpu": gpu, "device": gpu or f"{cpu}, {threads} threads", "threads": threads}
+    system = {"date": date, "commit": commit.stdout.strip() or None, "system": platform.platform(), "cpu": cpu_name()}
+    system |= {"gpu": gpu, "device": gpu or f"{cpu_name()}, {threads} threads", "threads": threads}
     versions = {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda}
     return system | versions | {"build": abkd_fast.build_info()}
 
 
 def cpu_name() -> str:
     info = pathlib.Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    name = re.search(r"^model name\s*:(.*)", info.read_text(), re.MULTILINE) if info.exists() else None
+    return name[1].strip() if name else platform.processor() or platform.machine()
 
 
 def synchronize() -> None:
@@ -80,7 +80,8 @@ def measure(candidates: dict[str, Callable[[], None]], repeats: int, warm: bool 
 
 def spread(name: str, values: list[float], **more: Any) -> dict[str, Any]:
     """A row of a table: median, minimum and maximum of milliseconds."""
-    return {"name": name, "ms": statistics.median(values), "min_ms": min(values), "max_ms": max(values), **more}
+    row = {"name": name, "ms": statistics.median(values), "min_ms": min(values), "max_ms": max(values), **more}
+    return row | {"range": f"{row['min_ms']:.2f}..{row['max_ms']:.2f}"}
 
 
 def compare(candidates: dict[str, Callable[[], None]], repeats: int, warm: bool = False) -> list[dict[str, Any]]:
@@ -106,12 +107,8 @@ def peak_memory(run: Callable[[], None], device: torch.device) -> int:
     with tempfile.NamedTemporaryFile(suffix=".json") as trace:
         profile.export_chrome_trace(trace.name)
         events = json.loads(pathlib.Path(trace.name).read_text())["traceEvents"]
-    alive = peak = 0
-    for event in events:
-        if event["name"] == "[memory]":
-            alive += event["args"]["Bytes"]
-            peak = max(peak, alive)
-    return peak
+    changes = (event["args"]["Bytes"] for event in events if event["name"] == "[memory]")
+    return max(itertools.accumulate(changes, initial=0))
 
 
 class Report:
@@ -138,16 +135,18 @@ class Report:
 
     def table(self, section: str, title: str, rows: list[dict[str, Any]], columns: dict[str, str]) -> None:
         """`columns` gives "heading|format" for keys of the rows. A row's name comes first, unless they place it."""
+        columns = ({"name": ""} if "name" in rows[0] and "name" not in columns else {}) | columns
         for row in rows:
             if not self.judge:
                 row.pop("target", None)
-            if bound := row.get("target"):
-                row["met"] = bound.get("at_least", row["ratio"]) <= row["ratio"] <= bound.get("at_most", row["ratio"])
-        columns = ({"name": ""} if "name" in rows[0] and "name" not in columns else {}) | columns
-        columns |= {"target": "target"} if any("target" in row for row in rows) else {}
+            for relation, bound in row.get("target", {}).items():
+                row["met"] = row["ratio"] >= bound if relation == "at_least" else row["ratio"] <= bound
+                sign, verdict = ">=" if relation == "at_least" else "<=", "met" if row["met"] else "missed"
+                columns, row["verdict"] = columns | {"verdict": "target"}, f"{sign} {bound:.2f} {verdict}"
         headings, formats = zip(*(column.partition("|")[::2] for column in columns.values()), strict=True)
+        cells = [[(row.get(key), form) for key, form in zip(columns, formats, strict=True)] for row in rows]
         lines = [[*headings], ["---"] * len(columns)]
-        lines += [[_cell(row, key, form) for key, form in zip(columns, formats, strict=True)] for row in rows]
+        lines += [["" if value is None else format(value, form) for value, form in line] for line in cells]
         markdown = "\n".join(f"| {' | '.join(line)} |" for line in lines)
         self._say(f"**{title}**\n\n{markdown}")
         self.content["sections"].setdefault(section, []).append({"title": title, "rows": rows, "markdown": markdown})
@@ -159,25 +158,10 @@ class Report:
         try:
             yield
         finally:
-            self.save(self.folder / f"{name}.json")
-
-    def save(self, path: pathlib.Path) -> None:
-        tables = [table for section in self.content["sections"].values() for table in section]
-        met = [row["met"] for table in tables for row in table["rows"] if "met" in row]
-        self.content["targets"] = {"met": sum(met), "of": len(met)}
-        path.write_text(json.dumps(self.content, indent=2, default=str) + "\n")
-        path.with_suffix(".md").write_text("\n\n".join(self.markdown) + "\n")
-        judged = f"{sum(met)} of {len(met)} targets met" if self.judge else "no target is meant for these sizes"
-        print(f"{judged}; everything is in {path}")
-
-
-def _cell(row: dict[str, Any], key: str, form: str) -> str:
-    if key == "range":
-        return f"{row['min_ms']:.2f}..{row['max_ms']:.2f}"
-    value = row.get(key)
-    if value is None:
-        return ""
-    if key == "target":
-        ((relation, bound),) = value.items()
-        return f"{'>=' if relation == 'at_least' else '<='} {bound:.2f} {'met' if row['met'] else 'missed'}"
-    return format(value, form)
+            tables, path = itertools.chain(*self.content["sections"].values()), self.folder / f"{name}.json"
+            met = [row["met"] for table in tables for row in table["rows"] if "met" in row]
+            self.content["targets"] = {"met": sum(met), "of": len(met)}
+            path.write_text(json.dumps(self.content, indent=2, default=str) + "\n")
+            path.with_suffix(".md").write_text("\n\n".join(self.markdown) + "\n")
+            judged = f"{sum(met)} of {len(met)} targets met" if self.judge else "no target is meant for these sizes"
+            print(f"{judged}; everything is in {path}")

@@ -19,6 +19,7 @@ from torch import Tensor
 import harness
 from abkd_fast import AlphaBeta, divergence_loss, fused_linear_divergence
 from abkd_fast.device import free_memory
+from abkd_fast.errors import first_line
 from abkd_fast.losses import reference, row_ops
 from abkd_fast.losses.arguments import LossSpec, Rows
 from abkd_fast.losses.chunks import choose_chunk_tokens
@@ -87,13 +88,7 @@ PEERS = {"Liger-Kernel": liger, "TRL": trl}
 def step(loss: Callable[..., Tensor], *arguments: object) -> Callable[[], None]:
     """Forward and backward of loss(*arguments); the results are thrown away."""
     leaves = [x for x in arguments if isinstance(x, Tensor) and x.requires_grad]
-
-    def run() -> None:
-        loss(*arguments).backward()
-        for leaf in leaves:
-            leaf.grad = None
-
-    return run
+    return lambda: torch.autograd.grad(loss(*arguments), leaves)
 
 
 def matrix_products(hidden: Tensor, weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor) -> Callable:
@@ -103,65 +98,49 @@ def matrix_products(hidden: Tensor, weight: Tensor, teacher_hidden: Tensor, teac
     """
     hidden, weight = hidden.detach(), weight.detach()
     student, teacher = (hidden.new_empty(len(hidden), len(weight)) for _ in range(2))
-    hidden_grad, weight_grad = torch.empty_like(hidden), torch.empty_like(weight)
-
-    def run() -> None:
-        torch.mm(hidden, weight.T, out=student)
-        torch.mm(teacher_hidden, teacher_weight.T, out=teacher)
-        torch.mm(student, weight, out=hidden_grad)
-        torch.mm(student.T, hidden, out=weight_grad)
-
-    return run
+    products = (hidden, weight.T, student), (teacher_hidden, teacher_weight.T, teacher)
+    products += (student, weight, torch.empty_like(hidden)), (student.T, hidden, torch.empty_like(weight))
+    return lambda: [torch.mm(a, b, out=out) for a, b, out in products]
 
 
 class Benchmark:
     def __init__(self, options: argparse.Namespace) -> None:
         self.options, self.device, self.vocab = options, torch.device(options.device), options.vocab
         self.report = Report(self.device, vars(options), judge=not options.quick)
-        # As in training: bfloat16 on a GPU, float32 on the CPU.
-        self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
-        self.type = str(self.dtype).removeprefix("torch.")
+        self.type = "bfloat16" if options.device == "cuda" else "float32"  # as in training
 
-    def normal(self, *shape: int, scale: float = 1.0) -> Tensor:
-        return torch.randn(*shape, device=self.device) * scale
-
-    def logits(self, rows: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    def logits(self) -> tuple[Tensor, Tensor]:
         """Logits of student and teacher, as wide as a language model's, and a good way apart."""
-        teacher = self.normal(rows, self.vocab, scale=3.0)
-        student = teacher + self.normal(rows, self.vocab)
-        return student.to(dtype).requires_grad_(), teacher.to(dtype)
+        teacher = 3 * torch.randn(self.options.rows, self.vocab, device=self.device)
+        return (teacher + torch.randn_like(teacher)).requires_grad_(), teacher
 
     def models(self, tokens: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Hidden states and projections of student and teacher."""
         tensors = []
         for width in self.options.widths:
-            tensors += self.normal(tokens, width), self.normal(self.vocab, width, scale=3 * width**-0.5)
-        hidden, weight, *teacher = (x.to(self.dtype) for x in tensors)
+            states, weight = (torch.randn(rows, width, device=self.device) for rows in (tokens, self.vocab))
+            tensors += states, weight * (3 * width**-0.5)
+        hidden, weight, *teacher = (x.to(getattr(torch, self.type)) for x in tensors)
         return hidden.requires_grad_(), weight.requires_grad_(), *teacher
 
     def runs(self, name: str, expected: Tensor, loss: Callable[..., Tensor], *arguments: Tensor) -> bool:
         """Whether another implementation runs here. Its value must be the expected one."""
         try:
             value = loss(*arguments)
-            value.backward()
+            torch.autograd.grad(value, [x for x in arguments if x.requires_grad])
         except Exception as error:  # a missing package or compiler shows itself in many ways
-            reason = str(error).strip() or type(error).__name__
-            self.report.note(f"{name}: skipped ({reason.splitlines()[0]})")
+            self.report.note(f"{name}: skipped ({first_line(error)})")
             return False
-        finally:
-            for x in arguments:
-                x.grad = None
         self.report.note(f"value: {expected.item():.6f}, {name} {value.item():.6f}")
         torch.testing.assert_close(value.detach().float(), expected, rtol=1e-3, atol=0)
         return True
 
     def losses(self) -> None:
-        student, teacher = self.logits(self.options.rows)
+        student, teacher = self.logits()
         candidates = {"divergence_loss": step(divergence_loss, student, teacher, DIVERGENCE)}
-        others = {PUBLISHED: published, COMPILED: torch.compile(log_space, dynamic=False)}
-        if self.options.quick:
-            del others[COMPILED]
-            self.report.note("torch.compile: skipped (--quick: compiling takes longer than all the rest)")
+        others = {PUBLISHED: published}
+        if not self.options.quick:  # compiling takes longer than all the rest
+            others[COMPILED] = torch.compile(log_space, dynamic=False)
         value = divergence_loss(student.detach(), teacher, DIVERGENCE)
         for name, loss in others.items():
             if self.runs(name, value, loss, student, teacher):
@@ -171,36 +150,13 @@ class Benchmark:
             row["target"] = {"at_least": {PUBLISHED: 15, COMPILED: 1.8}[row["name"]]}
         title = f"{DIVERGENCE} between logits {list(student.shape)}, float32"
         self.report.table("losses", title, rows, TIME | {"ratio": "x ours|.2f"})
-        self.row_kernel()
-
-    def row_kernel(self) -> None:
-        """The kernel below `divergence_loss` and the fused loss: how near it comes to the memory's rate."""
-        rows = []
-        for dtype in (torch.float32, torch.bfloat16):
-            student, teacher = (x.detach() for x in self.logits(self.options.tokens, dtype))
-            out = torch.empty_like(student)
-            kernel = functools.partial(
-                row_ops.row_losses, Rows(student, teacher, None, LossSpec(DIVERGENCE)), gradient=out
-            )
-            copy = functools.partial(out.copy_, teacher)
-            name = str(dtype).removeprefix("torch.")
-            candidates = {f"copy, {name}": copy, f"row kernel, {name}": kernel}
-            pair = compare(candidates, self.options.repeats)
-            for row, passes in zip(pair, (2, 3), strict=True):  # reads and writes of a logit
-                row["gb_per_s"] = passes * student.nbytes / row["ms"] / 1e6
-            pair[1]["percent_of_copy"] = 100 * pair[1]["gb_per_s"] / pair[0]["gb_per_s"]
-            rows += pair
-        columns = TIME | {"gb_per_s": "GB/s|.1f", "percent_of_copy": "% of copy|.0f"}
-        self.report.table("losses", f"row kernel, logits {list(student.shape)}, values and gradient", rows, columns)
 
     def families(self) -> None:
-        student, teacher = self.logits(self.options.rows)
-        kinds = {str(kind): kind for kind in (*(kind() for kind in BY_NAME.values()), AlphaNet(per="token"))}
-        candidates = {name: step(divergence_loss, student, teacher, kind) for name, kind in kinds.items()}
+        student, teacher = self.logits()
+        kinds = DIVERGENCE, *(kind() for kind in BY_NAME.values()), AlphaNet(per="token")
+        candidates = {str(kind): step(divergence_loss, student, teacher, kind) for kind in kinds}
         rows = compare(candidates, self.options.repeats)
-        reference_ms = next(row["ms"] for row in rows if row["name"] == str(AlphaBeta()))
         for row in rows:
-            row["ratio"] = row["ms"] / reference_ms
             row["target"] = {"at_most": 3 if row["name"].startswith("akl") else 2}
         title = f"every divergence between logits {list(student.shape)}, float32"
         self.report.table("families", title, rows, TIME | {"ratio": "x ab|.2f"})
@@ -210,27 +166,23 @@ class Benchmark:
         tensors = self.models(tokens)
         candidates = {FLOOR: matrix_products(*tensors), OURS: step(fused_linear_divergence, *tensors, DIVERGENCE)}
         if self.device.type == "cuda":
-            in_bfloat16 = functools.partial(fused_linear_divergence, logits_dtype=torch.bfloat16)
-            candidates[f"{OURS}, bfloat16 logits"] = step(in_bfloat16, *tensors, DIVERGENCE)
+            loss = functools.partial(fused_linear_divergence, logits_dtype=torch.bfloat16)
+            candidates[f"{OURS}, bfloat16 logits"] = step(loss, *tensors, DIVERGENCE)
         candidates[f"{OURS}, {PEER_DIVERGENCE}"] = step(fused_linear_divergence, *tensors, PEER_DIVERGENCE)
-        with torch.no_grad():
-            value = fused_linear_divergence(*tensors, PEER_DIVERGENCE)
+        value = fused_linear_divergence(*(x.detach() for x in tensors), PEER_DIVERGENCE)
         for name, loss in PEERS.items():
             if self.runs(name, value, loss, *tensors):
                 candidates[f"{name}, {PEER_DIVERGENCE}"] = step(loss, *tensors)
         rows = compare(candidates, self.options.repeats)
         for row in rows:
-            row["percent_of_floor"] = 100 / row["ratio"]
             row["tflops"] = 2 * tokens * self.vocab * (3 * width + teacher_width) / row["ms"] / 1e9
-            if row["name"] == OURS:
-                row["target"] = {"at_most": 1.25 if self.device.type == "cuda" else 1.10}
+        rows[1]["target"] = {"at_most": 1.25 if self.device.type == "cuda" else 1.10}
         title = f"from hidden states {teacher_width} and {width} wide, {tokens} tokens, {self.type}"
-        columns = {"ratio": "x floor|.3f", "percent_of_floor": "% of floor|.1f", "tflops": "TFLOP/s|.2f"}
-        self.report.table("fused", title, rows, TIME | columns)
+        self.report.table("fused", title, rows, TIME | {"ratio": "x floor|.3f", "tflops": "TFLOP/s|.2f"})
 
     def memory(self) -> None:
-        rows, held, sweep = [], {}, sorted(self.options.sweep)  # held: bytes, by name and tokens
-        for tokens in sweep:
+        rows = []
+        for tokens in self.options.sweep:
             tensors = self.models(tokens)
             results = sum(x.nbytes for x in tensors[:2])  # gradients, alive at the end
             candidates = {OURS: step(fused_linear_divergence, *tensors, DIVERGENCE)}
@@ -239,51 +191,36 @@ class Benchmark:
                 candidates[PUBLISHED] = step(lambda z, w, y, v: published(z @ w.T, y @ v.T), *tensors)
             else:
                 self.report.note(f"{PUBLISHED}: left out at {tokens} tokens, it could exceed the memory")
-            held |= {(name, tokens): peak_memory(run, self.device) - results for name, run in candidates.items()}
+            held = {name: peak_memory(run, self.device) - results for name, run in candidates.items()}
             candidates[FLOOR] = matrix_products(*tensors)
             candidates[FLOOR]()
             chunk = choose_chunk_tokens(tokens, self.vocab, 2, torch.float32, self.device)
             for row in compare(candidates, min(3, self.options.repeats), warm=True):
-                size = held.get((row["name"], tokens))
+                size = held.get(row["name"])
                 row |= {"tokens": tokens, "bytes": size, "mib": size and size / MIB}
                 rows.append(row | {"chunk": chunk if row["name"] == OURS else None})
         columns = {"tokens": "tokens|d", "name": ""} | TIME | {"mib": "extra MiB|.1f", "chunk": "rows a chunk|d"}
         title = f"against the number of tokens, {self.type}; memory beyond inputs and results"
         self.report.table("memory", title, rows, columns)
-        growth = held[OURS, sweep[-1]] / held[OURS, sweep[0]]
-        summary = [{"name": f"ours, {sweep[-1]} over {sweep[0]} tokens", "ratio": growth, "target": {"at_most": 1.05}}]
-        summary[0]["percent"] = 100 * (growth - 1)
-        both = [tokens for tokens in sweep if (PUBLISHED, tokens) in held]
-        if both:
-            at = 4096 if 4096 in both else both[-1]
-            ratio = held[PUBLISHED, at] / held[OURS, at]
-            summary.append({"name": f"published over ours, {at} tokens", "ratio": ratio, "target": {"at_least": 20}})
-        columns = {"name": "memory", "ratio": "ratio|.3f", "percent": "growth, %|.1f"}
-        self.report.table("memory", "growth", summary, columns)
         title = f"{DIVERGENCE} from hidden states, {self.report.content['machine']['device']}"
         draw_lines(rows, (OURS, PUBLISHED, FLOOR), title, self.report)
 
     def accuracy(self) -> None:
-        student, teacher = (x.detach() for x in self.logits(self.options.rows))
-        exact, rows = {}, []
-
-        def add(name: str, kind: str, losses: Tensor, gradient: Tensor) -> None:
-            """The worst row's relative errors: of the loss, and of the gradient in the Euclidean norm."""
-            value, slope = exact[kind]
-            gradient_error = ((gradient.double() - slope).norm(dim=1) / slope.norm(dim=1)).max().item()
-            value_error = ((losses.double() - value).abs() / value).max().item()
-            rows.append({"name": name, "value": value_error, "gradient": gradient_error})
-
+        """The worst row's relative errors: of the loss, and of the gradient in the Euclidean norm."""
+        student, teacher = (x.detach() for x in self.logits())
+        rows = []
         for kind in (AlphaNet(per="token") if kind is AlphaNet else kind() for kind in BY_NAME.values()):
-            slope, gradient = torch.empty_like(student, dtype=torch.float64), torch.empty_like(student)
-            logits = student.double(), teacher.double(), None
-            exact[str(kind)] = reference.row_losses(*logits, LossSpec(kind), slope), slope
-            losses = row_ops.row_losses(student, teacher, None, LossSpec(kind), gradient=gradient)
-            add(str(kind), str(kind), losses, gradient)
-        leaf = student.clone().requires_grad_()
-        losses = torch.stack([published(z[None], y[None]) for z, y in zip(leaf, teacher, strict=True)])
-        losses.sum().backward()
-        add(f"{PUBLISHED}, {DIVERGENCE}", str(DIVERGENCE), losses.detach(), leaf.grad)
+            spec, gradient = LossSpec(kind), torch.empty_like(student)
+            exact = torch.empty_like(student, dtype=torch.float64)
+            expected = reference.row_losses(Rows(student.double(), teacher.double(), None, spec), exact)
+            results = {str(kind): (row_ops.row_losses(Rows(student, teacher, None, spec), gradient), gradient)}
+            if kind == DIVERGENCE:
+                leaf = student.clone().requires_grad_()
+                losses = alpha_beta_rows(leaf, teacher, kind.alpha, kind.beta)
+                results[f"{PUBLISHED}, {kind}"] = losses.detach(), *torch.autograd.grad(losses.sum(), leaf)
+            for name, (losses, slope) in results.items():
+                errors, slopes = (losses - expected).abs() / expected, (slope - exact).norm(dim=1) / exact.norm(dim=1)
+                rows.append({"name": name, "value": errors.max().item(), "gradient": slopes.max().item()})
         title = f"errors against float64, logits {list(student.shape)}, float32, the worst row"
         self.report.table("accuracy", title, rows, {"value": "of the value|.1e", "gradient": "of the gradient|.1e"})
 

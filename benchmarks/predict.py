@@ -1,17 +1,14 @@
 """What a sample costs, from shapes alone, and what that predicts for GPUs: `python benchmarks/predict.py`.
 
 Operations are those of abkd_fast/training/costs.py, for samples as long as Dolly's. The published way pads them to 512
-tokens and makes logits at all of these. Nothing is measured here; timing.py measures. The model of a GPU is simple:
-operations take a stated share of its peak. All that isn't a product, the logits' way through memory and AdamW, takes a
-stated share of its bandwidth. Many GPUs share a step's samples as the trainer does. Tables go to the terminal, and as
-JSON and Markdown to --out.
+tokens and makes logits at all of these. Nothing is measured. On a GPU, products take a stated share of its peak. The
+rest, logits in memory and AdamW, takes a stated share of its bandwidth. Many GPUs share a step's samples as the trainer
+does. Tables go to the terminal, and as JSON and Markdown to --out.
 """
 
 import argparse
-import dataclasses
-import functools
 import itertools
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,69 +32,32 @@ BUCKET_BYTES = 25e6  # DistributedDataParallel's default: it sums so many at a t
 BACKWARD_SHARE = 2 / 3  # of a student's forward and backward passes
 
 
-@dataclasses.dataclass(frozen=True)
 class Pair:
     """A student and its teacher, what a sample costs with them, and what their recipe's step takes."""
 
-    student: dict
-    teacher: dict
-    times: int = 1  # how many times as long samples are
-    adapter_rank: int | None = None  # of the q and v projections' adapters
-    batch_size: int = 32
-    max_tokens: int = 8192
-
-    @functools.cached_property
-    def models(self) -> tuple[ModelCost, ModelCost]:
-        """Student and teacher."""
-        return tuple(ModelCost(meta_model(AutoConfig.for_model(**shape))) for shape in (self.student, self.teacher))
-
-    def cost(self, cached: bool) -> StepCost:
-        student, teacher = self.models
-        adapter = self.adapter_rank and student.layers * 2 * self.adapter_rank * 2 * student.width
-        return StepCost(student, adapter, teacher, cached)
-
-    @functools.cached_property
-    def samples(self) -> dict[str, list[dict]]:
-        """The same samples "padded", with logits at all positions ("unpadded"), and as they are ("real")."""
-        most = LENGTH * self.times
-        prompts, responses = draw_samples(64, 16, np.random.default_rng(0)) * self.times
-        lengths, nothing = np.minimum(prompts + responses, most), np.zeros_like(prompts)
-        padded = make_samples(np.full_like(lengths, most), nothing)
-        return {"padded": padded, "unpadded": make_samples(lengths, nothing), "real": make_samples(lengths, prompts)}
-
-    @functools.cached_property
-    def tokens(self) -> tuple[float, float]:
-        """Mean tokens of a sample, and of its response."""
-        lengths = np.array([(len(sample["input_ids"]), sample["prompt_length"]) for sample in self.samples["real"]])
-        return lengths[:, 0].mean(), (lengths[:, 0] - lengths[:, 1]).mean()
-
-    @functools.cached_property
-    def ways(self) -> dict[str, dict[str, float]]:
-        """Operations of a sample by part, for each way."""
-        real, padded, unpadded = (self.samples[name] for name in ("real", "padded", "unpadded"))
-        ours = {
-            "ours": self.parts(real),
-            "cached": self.parts(real, cached=True),
-            "sft": self.parts(real, taught=False),
-        }
-        return {"published": self.parts(padded), "unpadded": self.parts(unpadded)} | ours
-
-    @property
-    def flops(self) -> dict[str, float]:
-        return {way: sum(parts.values()) for way, parts in self.ways.items()}
-
-    def parts(self, samples: list[dict], taught: bool = True, cached: bool = False) -> dict[str, float]:
-        (student, teacher), lengths = self.models, np.array([len(sample["input_ids"]) for sample in samples])
-        tokens, squares = lengths.sum(), (lengths**2).sum()
-        responses = tokens - sum(sample["prompt_length"] for sample in samples)
-        passes = 2 if self.adapter_rank else 3  # an adapter's frozen weights have no gradient
-        parts = {
-            "student's layers": passes * student.body_flops(tokens, squares),
-            "student's output projection": passes * student.head_flops(responses),
-            "teacher's layers": teacher.body_flops(tokens, squares) * (taught and not cached),
-            "teacher's output projection": teacher.head_flops(responses) * taught,
-        }
-        return {name: flops / len(samples) for name, flops in parts.items()}
+    def __init__(self, *shapes: dict, times=1, adapter_rank=0, batch_size=32, max_tokens=8192) -> None:
+        """`times`: how many times as long samples are. `adapter_rank`: of the q and v projections' adapters."""
+        self.models = student, teacher = [ModelCost(meta_model(AutoConfig.for_model(**shape))) for shape in shapes]
+        self.adapter = student.layers * 2 * adapter_rank * 2 * student.width or None
+        self.batch_size, self.max_tokens = batch_size, max_tokens
+        prompts, responses = draw_samples(64, 16, np.random.default_rng(0)) * times
+        lengths, nothing = np.minimum(prompts + responses, LENGTH * times), np.zeros_like(prompts)
+        padded, unpadded = make_samples(np.full_like(lengths, LENGTH * times), nothing), make_samples(lengths, nothing)
+        self.samples = {"published": padded, "unpadded": unpadded, "ours": make_samples(lengths, prompts)}
+        self.tokens, self.response_tokens = lengths.mean(), (lengths - prompts).mean()
+        # Operations of a sample by part, and in all, for each way. An adapter's frozen weights have no gradient.
+        self.ways, passes = {}, 2 if adapter_rank else 3
+        for way, samples in self.samples.items():
+            tokens, squares, responses = (total / len(samples) for total in totals(samples))
+            self.ways[way] = {
+                "student's layers": passes * student.body_flops(tokens, squares),
+                "student's output projection": passes * student.head_flops(responses),
+                "teacher's layers": teacher.body_flops(tokens, squares),
+                "teacher's output projection": teacher.head_flops(responses),
+            }
+        self.ways["cached"] = self.ways["ours"] | {"teacher's layers": 0.0}
+        self.ways["sft"] = self.ways["cached"] | {"teacher's output projection": 0.0}
+        self.flops = {way: sum(parts.values()) for way, parts in self.ways.items()}
 
 
 GPT2, XL = {"model_type": "gpt2"}, {"model_type": "gpt2"} | SCALES["paper"].teacher
@@ -106,20 +66,30 @@ LARGE = {"n_embd": 1280, "n_layer": 36, "n_head": 20}
 LLAMA = {"model_type": "llama", "vocab_size": 32000, "num_attention_heads": 32}
 LLAMA_3B = LLAMA | {"hidden_size": 3200, "intermediate_size": 8640, "num_hidden_layers": 26}
 LLAMA_7B = LLAMA | {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32}
-PAIRS = {
-    "GPT-2 XL to GPT-2": Pair(GPT2, XL),
-    "its vocabulary as large as Qwen's": Pair(GPT2 | QWEN_VOCAB, XL | QWEN_VOCAB),
-    "samples twice as long": Pair(GPT2, XL, times=2),
-    "GPT-2 XL to GPT-2 medium": Pair(GPT2 | SCALES["small"].teacher, XL),
-    "GPT-2 XL to GPT-2 large": Pair(GPT2 | LARGE, XL),
-    "OpenLLaMA 7B to 3B, LoRA": Pair(LLAMA_3B, LLAMA_7B, adapter_rank=16, batch_size=16, max_tokens=4096),
-}
 RECIPES = ("GPT-2 XL to GPT-2", "OpenLLaMA 7B to 3B, LoRA")  # predicted for many GPUs
+
+
+def make_pairs() -> dict[str, Pair]:
+    return {
+        RECIPES[0]: Pair(GPT2, XL),
+        "its vocabulary as large as Qwen's": Pair(GPT2 | QWEN_VOCAB, XL | QWEN_VOCAB),
+        "samples twice as long": Pair(GPT2, XL, times=2),
+        "GPT-2 XL to GPT-2 medium": Pair(GPT2 | SCALES["small"].teacher, XL),
+        "GPT-2 XL to GPT-2 large": Pair(GPT2 | LARGE, XL),
+        RECIPES[1]: Pair(LLAMA_3B, LLAMA_7B, adapter_rank=16, batch_size=16, max_tokens=4096),
+    }
 
 
 def make_samples(lengths: np.ndarray, prompts: np.ndarray) -> list[dict]:
     pairs = zip(lengths.tolist(), prompts.tolist(), strict=True)
     return [{"input_ids": range(length), "prompt_length": prompt} for length, prompt in pairs]
+
+
+def totals(samples: list[dict]) -> tuple[int, int, int]:
+    """Sums of the samples' lengths, of their squares, and of the responses' lengths."""
+    lengths = [len(sample["input_ids"]) for sample in samples]
+    prompts = sum(sample["prompt_length"] for sample in samples)
+    return sum(lengths), sum(length**2 for length in lengths), sum(lengths) - prompts
 
 
 class Traffic(TorchDispatchMode):
@@ -149,21 +119,20 @@ def operations(pair: Pair, report: Report) -> None:
     """A table of operations by part. Each column adds one idea."""
     ways = {way: parts | {"all": pair.flops[way]} for way, parts in pair.ways.items()}
     rows = [{"name": name} | {way: parts[name] / 1e9 for way, parts in ways.items()} for name in ways["ours"]]
-    columns = {"published": "padded, all logits|.1f", "unpadded": "no padding|.1f"}
-    columns |= {"ours": "logits of responses|.1f", "cached": "teacher's states cached|.1f"}
-    columns |= {"sft": "no teacher (SFT)|.1f"}
-    title = f"GFLOP a sample of {pair.tokens[0]:.0f} tokens, {pair.tokens[1]:.0f} of the response"
+    columns = {"published": "padded, all logits|.1f", "unpadded": "no padding|.1f", "ours": "logits of responses|.1f"}
+    columns |= {"cached": "teacher's states cached|.1f", "sft": "no teacher (SFT)|.1f"}
+    title = f"GFLOP a sample of {pair.tokens:.0f} tokens, {pair.response_tokens:.0f} of the response"
     report.table("operations", title, rows, columns)
 
 
-def scaling(report: Report) -> None:
+def scaling(pairs: dict[str, Pair], report: Report) -> None:
     rows = []
-    for name, pair in PAIRS.items():
+    for name, pair in pairs.items():
         flops, (student, teacher) = pair.flops, pair.models
-        row = {"name": name} | {way: value / 1e9 for way, value in flops.items()}
-        row |= {"student": student.parameters / 1e6, "teacher": teacher.parameters / 1e6}
+        row = {"name": name, "student": student.parameters / 1e6, "teacher": teacher.parameters / 1e6}
+        row |= {way: value / 1e9 for way, value in flops.items()}
         row |= {"saved": flops["published"] / flops["cached"], "over_sft": flops["cached"] / flops["sft"]}
-        rows.append(row | {"cache": pair.tokens[1] * teacher.width * 2 / 1e3})
+        rows.append(row | {"cache": pair.response_tokens * teacher.width * 2 / 1e3})
     columns = {"student": "student, millions|.0f", "teacher": "teacher|.0f", "published": "published way|.0f"}
     columns |= {"ours": "ours|.0f", "cached": "cached|.0f", "sft": "SFT|.0f", "saved": "published / cached|.1f"}
     columns |= {"over_sft": "cached / SFT|.2f", "cache": "KB of cache|.0f"}
@@ -172,96 +141,76 @@ def scaling(report: Report) -> None:
 
 def prediction(pair: Pair, options: argparse.Namespace, report: Report) -> None:
     peak, bandwidth = PEAK_FLOPS[options.gpu], BANDWIDTH[options.gpu] * 1e12 * options.bandwidth
-    student = pair.models[0]
-    vocab, optimizer = student.vocab, OPTIMIZER_BYTES * student.parameters / options.batch_size
-    ours = LOGITS_PASSES * 4 * vocab * pair.tokens[1]
-    logits = {"published": published_traffic(LENGTH, vocab), "ours": ours, "cached": ours, "sft": ours * 5 / 7}
+    student, flops, rows = pair.models[0], pair.flops, []
+    ours = LOGITS_PASSES * 4 * student.vocab * pair.response_tokens
+    logits = {"published": published_traffic(LENGTH, student.vocab), "ours": ours, "cached": ours, "sft": ours * 5 / 7}
     titles = {"published": "published way", "ours": "ABKD", "cached": "ABKD, states cached", "sft": "SFT"}
-    rows = []
-    for way, title in titles.items():
-        products = pair.flops[way] / (peak * options.mfu)
-        row = {"products": products, "logits": logits[way] / bandwidth, "optimizer": optimizer / bandwidth}
-        row["seconds"] = seconds = row["products"] + row["logits"] + row["optimizer"]
+    for way, size in logits.items():
+        row = {"products": flops[way] / (peak * options.mfu), "logits": size / bandwidth}
+        row["optimizer"] = OPTIMIZER_BYTES * student.parameters / options.batch_size / bandwidth
+        row["seconds"] = seconds = sum(row.values())
         row |= {f"{key}_ms": 1e3 * value for key, value in row.items()}
-        row |= {"name": title, "gigabytes": logits[way] / 1e9, "rate": 1 / seconds}
-        rows.append(row | {"mfu": pair.flops[way] / seconds / peak})
-        rows[-1]["fewer"] = rows[0]["seconds"] / seconds
+        row |= {"name": titles[way], "gigabytes": size / 1e9, "rate": 1 / seconds, "mfu": flops[way] / seconds / peak}
+        rows.append(row)
+        row["fewer"] = rows[0]["seconds"] / seconds
     columns = {"products_ms": "products|.3f", "gigabytes": "GB of logits|.2f", "logits_ms": "their time|.3f"}
     columns |= {"optimizer_ms": "AdamW|.3f", "seconds_ms": "all|.3f", "rate": "samples a second|.0f"}
     columns |= {"mfu": "of the peak|.0%", "fewer": "times fewer|.1f"}
-    title = (
-        f"milliseconds/sample that one {options.gpu} would take: products at {options.mfu:.0%} of "
-        f"{peak / 1e12:.0f} TFLOP/s, the rest at {options.bandwidth:.0%} of {BANDWIDTH[options.gpu]:g} TB/s, "
-        f"{options.batch_size} samples a step"
-    )
-    report.table("prediction", title, rows, columns)
+    title = f"milliseconds/sample that one {options.gpu} would take: products at {options.mfu:.0%} of"
+    title += f" {peak / 1e12:.0f} TFLOP/s, the rest at {options.bandwidth:.0%} of {BANDWIDTH[options.gpu]:g} TB/s, "
+    report.table("prediction", f"{title}{options.batch_size} samples a step", rows, columns)
 
 
-class Share(NamedTuple):
-    """The longest rank's part of a step."""
+def step(pair: Pair, cached: bool, ranks: int, batch_size: int, machine: argparse.Namespace) -> dict[str, Any]:
+    """Seconds of a step, and what a rank sends: `batch_size` samples and as many blocks of plain text, shared out.
 
-    flops: float
-    micro_batches: int
-    imbalance: float
-    sent: dict[str, float]  # bytes, by mode
-
-
-def share(pair: Pair, cost: StepCost, ranks: int, batch_size: int) -> Share:
-    """A step of `batch_size` samples and as many blocks of plain text, shared out as the trainer does."""
+    A backward pass hides traffic, but not that of the last bucket, or the first layer.
+    """
+    (student, teacher), trained = pair.models, pair.adapter or pair.models[0].parameters
+    cost = StepCost(student, pair.adapter, teacher, cached)
     prompts, responses = draw_samples(1, batch_size, np.random.default_rng(0))
     samples = make_samples(np.minimum(prompts + responses, LENGTH), prompts)
     places = balance_by_tokens([len(sample["input_ids"]) for sample in samples], ranks)
     shares = [[samples[place] for place in each] for each in places]
-    tokens = [sum(len(sample["input_ids"]) for sample in each) for each in shares]
-    blocks = -(-batch_size // ranks)
-    text_flops = cost.flops([{"input_ids": range(LENGTH), "prompt_length": 1}] * blocks, taught=False)
+    tokens = [totals(each)[0] for each in shares]
+    text = make_samples(*np.array([[LENGTH, 1]] * -(-batch_size // ranks)).T)
+    flops = max(map(cost.flops, shares)) + cost.flops(text, taught=False)
     of_samples = -(-max(tokens) // pair.max_tokens)
-    micro_batches = of_samples + -(-blocks * LENGTH // pair.max_tokens)
-    trained = cost.student.parameters if cost.adapter is None else cost.adapter
-    ring, read = (ranks - 1) / ranks, 0 if cost.cached else of_samples  # micro-batches that the teacher reads
-    gathers = 2 * (2 * cost.student.parameters * micro_batches + cost.teacher.parameters * read)  # bfloat16, twice
+    micro_batches = of_samples + -(-len(text) * LENGTH // pair.max_tokens)
+    ring, read = (ranks - 1) / ranks, 0 if cached else of_samples  # micro-batches that the teacher reads
+    gathers = 2 * (2 * student.parameters * micro_batches + teacher.parameters * read)  # bfloat16, twice
     # A sum in float32 goes round twice.
-    sent = {"ddp": ring * 2 * 4 * trained, "fsdp": ring * (gathers + 4 * trained * micro_batches)}
-    imbalance = max(tokens) * ranks / sum(tokens) - 1
-    return Share(max(map(cost.flops, shares)) + text_flops, micro_batches, imbalance, sent)
-
-
-def seconds(part: Share, mode: str, ranks: int, machine: argparse.Namespace) -> float:
-    """Seconds of a step. A backward pass hides traffic, but not that of the last bucket, or the first layer."""
-    compute = part.flops / (PEAK_FLOPS[machine.gpu] * machine.mfu)
-    if ranks == 1:
-        return compute
+    ddp, fsdp = ring * 2 * 4 * trained, ring * (gathers + 4 * trained * micro_batches)
+    compute = flops / (PEAK_FLOPS[machine.gpu] * machine.mfu)
     bandwidth = 1e9 * (machine.inside if ranks <= machine.node else machine.between)
-    latency, traffic = 1e-6 * machine.latency * np.log2(ranks), part.sent[mode] / bandwidth
-    if mode == "ddp":
-        traffic += latency * max(1, part.sent[mode] / 2 / BUCKET_BYTES)
-        hidden = BACKWARD_SHARE * compute / part.micro_batches  # only the last one's gradients travel
-        return compute + max(traffic - hidden, min(traffic, BUCKET_BYTES / bandwidth + latency))
-    return max(compute, traffic) + (1 - 0.9) * traffic / part.micro_batches + latency
+    latency = 1e-6 * machine.latency * np.log2(ranks)
+    sums = ddp / bandwidth + latency * max(1, ddp / 2 / BUCKET_BYTES)
+    hidden, traffic = BACKWARD_SHARE * compute / micro_batches, fsdp / bandwidth  # only the last one's gradients travel
+    row = {"samples": batch_size, "ranks": ranks, "imbalance": max(tokens) * ranks / sum(tokens) - 1}
+    row["ddp"] = compute + max(sums - hidden, min(sums, BUCKET_BYTES / bandwidth + latency))
+    row["fsdp"] = max(compute, traffic) + (1 - 0.9) * traffic / micro_batches + latency
+    return row | {"ddp_gb": ddp / 1e9, "fsdp_gb": fsdp / 1e9}
 
 
-def many_gpus(name: str, machine: argparse.Namespace, report: Report) -> None:
+def many_gpus(name: str, pair: Pair, machine: argparse.Namespace, report: Report) -> None:
     """Tables of a recipe's step on many GPUs, and of the weights, gradients and optimizer states that a rank holds."""
-    pair, rows = PAIRS[name], []
+    rows = []
     for cached, fixed, ranks in itertools.product((True, False), (True, False), (8, 64, 512)):
         batch_size = pair.batch_size if fixed else pair.batch_size * ranks
         if batch_size < ranks:
             continue  # refused: a rank without a sample
-        part = share(pair, pair.cost(cached), ranks, batch_size)
-        alone = seconds(share(pair, pair.cost(cached), 1, batch_size), "ddp", 1, machine)
-        row = {"name": "cached" if cached else "in every step", "samples": batch_size, "ranks": ranks}
-        row |= {"imbalance": part.imbalance} | {f"{mode}_gb": size / 1e9 for mode, size in part.sent.items()}
-        rows.append(row | {mode: alone / seconds(part, mode, ranks, machine) for mode in part.sent})
+        row, alone = (step(pair, cached, count, batch_size, machine) for count in (ranks, 1))
+        row |= {mode: alone["ddp"] / row[mode] for mode in ("ddp", "fsdp")}
+        rows.append(row | {"name": "cached" if cached else "in every step"})
     columns = {"name": "teacher", "samples": "samples a step|,", "ranks": "GPUs|d", "imbalance": "imbalance|.1%"}
     columns |= {"ddp_gb": "GB sent, ddp|.3g", "fsdp_gb": "fsdp|.3g"}
     columns |= {"ddp": "times one GPU, ddp|.1f", "fsdp": "fsdp|.1f"}
     report.table("gpus", name, rows, columns)
-    cost = pair.cost(cached=False)
-    weights = cost.student.parameters
-    trained = 16 * weights if cost.adapter is None else 2 * weights + 16 * cost.adapter
-    size = (2 * cost.teacher.parameters + trained) / 1e9  # with the teacher's body: no cache
-    heading = "GB a rank (weights, gradients, optimizer, teacher's body): ddp|.2f"
-    columns = {"ddp": heading, "fsdp_8": "fsdp, 8 GPUs|.2f", "fsdp_64": "fsdp, 64 GPUs|.2f"}
+    student, teacher = (model.parameters for model in pair.models)
+    trained = 2 * student + 16 * pair.adapter if pair.adapter else 16 * student
+    size = (2 * teacher + trained) / 1e9  # with the teacher's body: no cache
+    columns = {"ddp": "GB a rank (weights, gradients, optimizer, teacher's body): ddp|.2f"}
+    columns |= {"fsdp_8": "fsdp, 8 GPUs|.2f", "fsdp_64": "fsdp, 64 GPUs|.2f"}
     report.table("memory", name, [{"ddp": size, "fsdp_8": size / 8, "fsdp_64": size / 64}], columns)
 
 
@@ -281,12 +230,13 @@ def main(arguments: list[str] | None = None) -> None:
         add(name, type=type(default), metavar="N", default=default, help=f"{text} (default: %(default)s)")
     options = parser.parse_args(arguments)
     report = Report(torch.device("cpu"), vars(options), judge=False)
+    pairs = make_pairs()
     with report.kept("predict"):
-        operations(PAIRS[RECIPES[0]], report)
-        scaling(report)
-        prediction(PAIRS[RECIPES[0]], options, report)
+        operations(pairs[RECIPES[0]], report)
+        scaling(pairs, report)
+        prediction(pairs[RECIPES[0]], options, report)
         for name in RECIPES:
-            many_gpus(name, options, report)
+            many_gpus(name, pairs[name], options, report)
 
 
 if __name__ == "__main__":

@@ -69,8 +69,8 @@ def test_predict(tmp_path):
     predict = importlib.import_module("predict")
     predict.main(["--batch-size", "16", "--mfu", "0.5", "--bandwidth", "1", "--out", str(tmp_path)])
     sections = json.loads((tmp_path / "predict.json").read_text())["sections"]
-    pair = predict.PAIRS["GPT-2 XL to GPT-2"]
-    real, padded, (student, teacher) = pair.samples["real"], pair.samples["padded"], pair.models
+    pair = predict.make_pairs()["GPT-2 XL to GPT-2"]
+    real, padded, (student, teacher) = pair.samples["ours"], pair.samples["published"], pair.models
     for way, samples, teaching, cached in (
         ("published", padded, teacher, False),
         ("ours", real, teacher, False),
@@ -107,12 +107,10 @@ def test_traffic_counts_what_operators_read_and_write():
 
 def test_document_fills_in_tables(tmp_path):
     document = importlib.import_module("document")
-    report = importlib.import_module("harness").Report(torch.device("cpu"), {})
-    columns = {"ratio": "x|.1f"}
-    for title in ("first", "second"):
-        report.table("part", title, [{"name": title, "ratio": 2}], columns)
-    (tmp_path / "run").mkdir()
-    report.save(tmp_path / "run" / "speed.json")
+    report = importlib.import_module("harness").Report(torch.device("cpu"), {"out": tmp_path / "run"})
+    with report.kept("speed"):
+        for title in ("first", "second"):
+            report.table("part", title, [{"name": title, "ratio": 2}], {"ratio": "x|.1f"})
     page = "<!-- {} -->\nold\n<!-- end -->\ntext\n"
     table = "|  | x |\n| --- | --- |\n| second | 2.0 |\n"
     filled = document.fill(page.format("speed part: second"), tmp_path)
