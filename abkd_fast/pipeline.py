@@ -45,20 +45,20 @@ def run(stages: list[Config], resume: bool = False) -> list[dict]:
     prepared = _check_all(stages)
     stages = [resolve(config) for config in stages]
     for config in stages:
-        distributed.run_on_rank0(_is_finished, config, resume)
+        distributed.run_on_rank0(_is_finished, config, resume)  # no stage trains before all folders are checked
     summaries = []
     for config in stages:
-        known = prepared.pop(0)  # freed after its stage
+        inputs = prepared.pop(0)  # freed after its stage
         if distributed.run_on_rank0(_is_finished, config, resume):
             console.print(f"[bold]{config.run.folder}[/bold]  is finished already: its result is used")
             summary = _read_summary(config.run.folder)
         else:
-            summary = _run_stage(config, resume, known)
+            summary = _run_stage(config, resume, inputs)
             console.print(f"saved {config.run.folder / 'final'}", markup=False)
             _free_memory()
         summaries.append(summary)
         if config.eval.sets and config.method != "generate":
-            evaluation = _evaluate(config, known)
+            evaluation = _evaluate(config, inputs)
             if len(stages) == 1:
                 console.print(evaluation.table())
     distributed.run_on_rank0(_conclude, stages, summaries)

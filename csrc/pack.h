@@ -77,6 +77,7 @@ inline Rows pack(const Operands& operands, const Loss& loss) {
   rows.family = static_cast<Family>(loss.family);
   const int expected = parameter_count(rows.family);
   STD_TORCH_CHECK(expected >= 0, "unknown family ", loss.family);
+  STD_TORCH_CHECK(expected <= kParameters, "kParameters in row_call.h is too small for family ", loss.family);
   STD_TORCH_CHECK(teacher.has_value() || rows.family == Family::cross_entropy, "this divergence needs teacher logits");
   STD_TORCH_CHECK(int(loss.parameters.size()) == expected, "family ", loss.family, " has ", expected,
                   " parameters, got ", loss.parameters.size());

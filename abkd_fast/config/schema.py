@@ -188,7 +188,7 @@ class TrainConfig(Section):
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float64"], "type to compute in; auto: bfloat16 on a GPU, else float32"
     ] = "auto"
-    device: Annotated[Literal["auto", "cpu", "cuda"], "where to train; auto: the GPU if there is one"] = "auto"
+    device: Annotated[Literal["auto", "cpu", "cuda"], "where to compute; auto: the GPU if there is one"] = "auto"
     gradient_checkpointing: Annotated[bool, "compute the student's layers again in the backward pass"] = False
     compile: Annotated[Literal["auto", "off"], "auto: uses torch.compile on a GPU"] = "auto"
     on_nonfinite: Annotated[

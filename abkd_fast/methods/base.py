@@ -20,7 +20,7 @@ class Method:
     """A loss for the student's hidden states. A subclass overrides what differs from the defaults."""
 
     needs_teacher = True
-    pretrain_needs_teacher = False  # whether the teacher reads the plain text, too
+    pretrain_needs_teacher = False  # on-policy methods only: the teacher reads the plain text, too
     off_policy_fraction = 1.0  # about the share of the steps that trains on the data's own responses
 
     def __init__(self, config: Config) -> None:

@@ -20,9 +20,7 @@ from .dev_eval import DevEvaluator
 
 @dataclasses.dataclass
 class Prepared:
-    """The inputs that the checks of a run have read already. The run reads the others when it needs them: an earlier
-    stage may still have to write them.
-    """
+    """The inputs that the checks of a run have read. The run reads the others, which an earlier stage may still write."""
 
     models: dict[str, MetaModel] = dataclasses.field(default_factory=dict)  # by role
     rows: dict[tuple, list[Row]] = dataclasses.field(default_factory=dict)  # by the four arguments of `read_rows`

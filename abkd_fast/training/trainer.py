@@ -166,7 +166,8 @@ class Trainer:
                 batch = self.select_batch(batch)
                 self.state.step += 1
                 flops = self._flops(batch)  # before the step, which gives samples their teacher's hidden states
-                self.window.add(self.state.step, *self.train_step(batch), batch, flops)
+                loss, norm, parts = self.train_step(batch)
+                self.window.add(self.state.step, loss, norm, parts, batch, flops)
                 self._log(lr)
                 self.state.seconds += time.perf_counter() - started
                 self.state.samples += self.config.train.batch_size
@@ -240,8 +241,8 @@ class Trainer:
         total = 0
         for part in batch.micro_batches:
             taught = not part.is_pretrain or self.method.pretrain_needs_teacher
-            read = self.teacher.uncached(part.samples) if self.is_on_policy and not part.is_pretrain else None
-            total += self.cost.flops(part.samples, taught, read)
+            uncached = self.teacher.uncached(part.samples) if self.is_on_policy and not part.is_pretrain else None
+            total += self.cost.flops(part.samples, taught, uncached)
         return total
 
     def _log(self, lr: float) -> None:

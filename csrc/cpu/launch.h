@@ -23,7 +23,7 @@ struct Choice {
   RowDriver drive;
 };
 
-// The best instruction set that this CPU has. The environment variable ABKD_SIMD sets a lower limit to it.
+// The best instruction set that this CPU has. The environment variable ABKD_SIMD can only choose a lesser one.
 Choice choose();
 
 }  // namespace abkd::cpu
