@@ -7,7 +7,6 @@ A note says what is missing and skipped. Tables go to the terminal, and as JSON 
 """
 
 import dataclasses
-import functools
 import pathlib
 import statistics
 import tempfile
@@ -19,10 +18,9 @@ from torch import Tensor, nn
 
 from abkd_fast.config.schema import Config
 from abkd_fast.errors import first_line
-from baseline import PaddedBatch, pad, pad_samples, split, token_positions
+from baseline import Numbers, PaddedBatch, Turn, pad, pad_samples, split, token_positions
 from harness import TIME, spread
 from kernels import PEER_BETA, liger
-from steps import Numbers, Turn
 from timing import Benchmark, scaled_parser
 
 Step = Callable[[Turn], Numbers]
@@ -36,20 +34,16 @@ class PeerBenchmark(Benchmark):
 
     def build(self) -> None:
         super().build()
-        self.report.judge = self.options.scale != "tiny"
         # Modules of their own on the same weights, with what transformers gives for attention and activations.
-        self.side = self.baseline.trainer
-        self.student, self.teacher, self.device = self.side.student, self.side.teacher, self.trainer.device
+        self.student, self.teacher, self.device = self.baseline.student, self.baseline.teacher, self.trainer.device
         for model in (self.student, self.teacher):
             model.base_model.register_forward_pre_hook(_add_positions, with_kwargs=True)
 
     def peers(self) -> dict[str, Step]:
         """Our steps, the published way's, and those of every peer that runs with the same loss and gradient norm."""
-        steps = {
-            "ours": functools.partial(self.ours.run, ("GKD", "ours", "data")),
-            "ours, teacher's states cached": functools.partial(self.ours.run, ("GKD", "cached", "data")),
-            "published way": functools.partial(self.baseline.run, ("GKD", "published", "data")),
-        }
+        ways = {"ours": "ours", "ours, teacher's states cached": "cached", "published way": "published"}
+        ours = self.steps()
+        steps = {name: ours["GKD", way, "data"] for name, way in ways.items()}
         makers = {"TRL, DistillationTrainer": self.distillation_trainer, "TRL, GKDTrainer": self.gkd_trainer}
         makers["Liger-Kernel's loss"] = lambda: self.liger_step
         turn = self.turns[0]
@@ -90,7 +84,7 @@ class PeerBenchmark(Benchmark):
             names = "prompt_ids", "prompt_mask", "completion_ids", "completion_mask"
             inputs = dict(zip(names, (*prompts, *responses), strict=True))
             inputs["num_items_in_batch"] = responses[1].sum()
-            return trainer.training_step(self.student, inputs, None), self.side.step_optimizer()
+            return trainer.training_step(self.student, inputs, None), self.baseline.step_optimizer()
 
         return step
 
@@ -106,7 +100,7 @@ class PeerBenchmark(Benchmark):
             for row, sample in enumerate(turn.samples):
                 labels[row, : sample["prompt_length"]] = -100
             inputs = {"input_ids": ids, "attention_mask": mask, "labels": labels}
-            return trainer.training_step(self.student, inputs, (labels != -100).sum()), self.side.step_optimizer()
+            return trainer.training_step(self.student, inputs, (labels != -100).sum()), self.baseline.step_optimizer()
 
         return step
 
@@ -116,7 +110,7 @@ class PeerBenchmark(Benchmark):
             with torch.no_grad():
                 theirs = _states(self.teacher, batch)
             loss = liger(*_states(self.student, batch), *theirs)
-        return self.side.update(loss)
+        return self.baseline.update(loss)
 
     def run(self) -> None:
         self.build()

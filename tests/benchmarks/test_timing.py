@@ -136,7 +136,7 @@ def test_timing_responses_are_as_long_as_the_datas(benchmark, workload):
 def test_published_mixture_is_of_student_and_teacher(benchmark, timing):
     benchmark.build()
     baseline = importlib.import_module("baseline")
-    student, teacher = benchmark.baseline.trainer.student.eval(), benchmark.baseline.trainer.teacher
+    student, teacher = benchmark.baseline.student.eval(), benchmark.baseline.teacher
     prompts = [[5, 6, 7], [8, 9, 10, 11, 12]]
     ids, mask = baseline.pad(prompts, 256, "cpu", left=True)
     mix = baseline.TeacherMix(teacher, mask, 0.2)
@@ -197,7 +197,7 @@ def test_published_way_has_the_activations_of_transformers(benchmark):
     benchmark.build()
     kinds = [
         {type(block.mlp.act).__name__ for block in model.transformer.h}
-        for model in (benchmark.trainer.student.model, benchmark.baseline.trainer.student)
+        for model in (benchmark.trainer.student.model, benchmark.baseline.student)
     ]
     assert kinds == [{"GELU"}, {"NewGELUActivation"}]
 
