@@ -196,11 +196,7 @@ class Turn:
     padded: PaddedBatch
     padded_text: PaddedBatch | None
     prompts: list[dict]  # answered by MiniLLM's rollouts; those of the samples come first
-
-    @property
-    def baseline_rollouts(self) -> int:
-        """How many prompts the baseline's MiniLLM answers: a chunk, or as many as a step needs."""
-        return max(CHUNK, len(self.samples))
+    baseline_prompts: list[dict]  # of these a chunk, or as many as a step needs
 
 
 @contextlib.contextmanager
@@ -230,7 +226,7 @@ class Baseline:
         is_minillm = name == "MiniLLM"
         with self.precision():
             if part == "rollout":
-                samples = turn.prompts[: turn.baseline_rollouts] if is_minillm else turn.samples
+                samples = turn.baseline_prompts if is_minillm else turn.samples
                 self.written[name] = self.roll_out(samples) if is_minillm else self.write(samples)
                 return None
             if part != "data" and is_minillm:
@@ -245,8 +241,9 @@ class Baseline:
         with self.precision():
             self.written[name] = self.score(samples) if name == "MiniLLM" else samples
 
-    def entropy(self, name: str, part: str, turn: Turn) -> float:
+    def entropy(self, key: Key, turn: Turn) -> float:
         """The part of a loss's value that is not the divergence."""
+        name, _, part = key
         with self.precision():
             if name == "MiniLLM" and turn.padded_text is not None:
                 return self.minillm.text_kd * self.teacher_entropy(turn.padded_text)

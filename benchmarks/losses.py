@@ -1,11 +1,7 @@
 """Every loss of the papers' Table 2 under one budget: `python benchmarks/losses.py --config RECIPE --stage STAGE`.
 
-STAGE is the recipe's stage that distills. The stages it refers to (teacher, initial student) are trained first, once.
-Every loss gets the same initial student, rows, steps and settings, no plain-text term, and the learning rate of --rates
-that was best on the development rows, with another seed. Each is trained with every one of --seeds, and each result
-answers the test sets of the recipe's eval.sets with eval.seeds. A cell is the mean over training seeds, and in brackets
-their standard deviation; for teacher and initial student, one model each, it is that over the answers' seeds. What is
-finished already is used again.
+STAGE distills. The stages it refers to (teacher, initial student) are trained first, once. docs/results.md says what is
+the same for all losses, and what the numbers in brackets are. Finished runs are used again.
 """
 
 import argparse
@@ -120,8 +116,7 @@ class Study:
         run = {"dir": str(self.out / kind), "stage": None, "seed": seed, "name": name}
         rates = {"lr": rate, "min_lr": min(rate, optim.min_lr)}
         config = replace(self.template, run=run, optim=rates, train={"steps": steps}, eval=answers)
-        method = {"method": SFT} if loss == SFT else {"method": "ab", "loss": loss}
-        return dataclasses.replace(config, **method)
+        return dataclasses.replace(config, **({"method": SFT} if loss == SFT else {"method": "ab", "loss": loss}))
 
     def run(self) -> None:
         if self.earlier:
@@ -136,9 +131,8 @@ class Study:
             jobs = {}
             for seed, loss in itertools.product(self.options.seeds, self.options.losses):
                 jobs[loss, seed] = self.config("runs", loss, rates[loss], seed), *rest
-            results = self._map(
-                train_and_evaluate, jobs, lambda run, got: f"{run[0]}, seed {run[1]}: {_scores(got[1])}"
-            )
+            text = "{}, seed {}: {}"
+            results = self._map(train_and_evaluate, jobs, lambda run, got: text.format(*run, _scores(got[1])))
         self.tabulate(rates, bounds, results)
         # Figure 1, of the first training seed.
         runs = read_runs(self.config("runs", loss, rates[loss], self.options.seeds[0]).run.folder for loss in rates)
@@ -166,15 +160,13 @@ class Study:
         if len(self.rates) == 1:
             return dict.fromkeys(losses, self.rates[0])
         key, best, worst = ("dev_rouge_l", max, -math.inf) if by_rouge else ("dev_loss", min, math.inf)
-        jobs = {
-            job: (self.config("search", *job, SEARCH_SEED), key, worst) for job in itertools.product(losses, self.rates)
-        }
+        places = itertools.product(losses, self.rates)
+        jobs = {place: (self.config("search", *place, SEARCH_SEED), key, worst) for place in places}
         found = self._map(search_value, jobs, lambda job, value: f"{job[0]} at {job[1]:g}: {key} {value:.3f}")
         rows, chosen = [], {}
         for loss in losses:
-            values = {rate: found[loss, rate] for rate in self.rates}
-            chosen[loss] = best(values, key=values.get)
-            rows.append({"name": label(loss)} | {str(rate): values[rate] for rate in values})
+            chosen[loss] = best(self.rates, key=lambda rate, loss=loss: found[loss, rate])
+            rows.append({"name": label(loss)} | {str(rate): found[loss, rate] for rate in self.rates})
         what, form = ("ROUGE-L", ".2f") if by_rouge else ("cross-entropy", ".4f")
         title = f"learning rates: {what} on development rows at the end of a run, seed {SEARCH_SEED}"
         columns = {"name": "loss"} | {str(rate): f"{rate:g}|{form}" for rate in self.rates}
@@ -182,7 +174,7 @@ class Study:
         return chosen
 
     def tabulate(self, rates: dict[str, float], bounds: dict[str, dict], results: dict[tuple, tuple]) -> None:
-        """Of teacher and initial student the scores; of every loss and training seed summary and scores."""
+        """`bounds` are the scores of teacher and initial student, `results` summary and scores by loss and seed."""
         rows, means = [], {}
         for name, sets in bounds.items():
             rows.append({"name": name} | {column: _cell(values) for column, values in _by_seed(sets).items()})
@@ -227,8 +219,7 @@ def _by_seed(sets: dict[str, dict]) -> dict[str, list[float]]:
 
 
 def _cell(values: list[float]) -> str:
-    deviation = f" ({statistics.stdev(values):.2f})" if values[1:] else ""
-    return f"{statistics.fmean(values):.2f}{deviation}"
+    return f"{statistics.fmean(values):.2f}" + (f" ({statistics.stdev(values):.2f})" if values[1:] else "")
 
 
 def _compare(means: dict[str, list[float]]) -> str:

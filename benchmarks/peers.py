@@ -3,7 +3,6 @@
 Models, batches and the divergence, Jensen-Shannon, are those of timing.py's GKD row on the data. Every step is forward,
 backward, clipping and AdamW. TRL's trainers, from `pip install '.[bench]'`, run as they are, without gradient
 checkpointing, on batches padded to their longest sample. On a GPU so does Liger-Kernel's fused loss, in a plain loop.
-A note says what is missing and skipped. Tables go to the terminal, and as JSON and Markdown to --out.
 """
 
 import dataclasses
@@ -46,12 +45,11 @@ class PeerBenchmark(Benchmark):
         steps = {name: ours["GKD", way, "data"] for name, way in ways.items()}
         makers = {"TRL, DistillationTrainer": self.distillation_trainer, "TRL, GKDTrainer": self.gkd_trainer}
         makers["Liger-Kernel's loss"] = lambda: self.liger_step
-        turn = self.turns[0]
-        expected = [value.item() for value in steps["ours"](turn)]
+        expected = [value.item() for value in steps["ours"](self.turns[0])]
         for name, make in makers.items():
             try:
                 step = make()
-                numbers = [value.item() for value in step(turn)]
+                numbers = [value.item() for value in step(self.turns[0])]
             except Exception as error:  # a missing package, or an interface that has moved, shows itself in many ways
                 self.report.note(f"{name}: skipped ({first_line(error)})")
                 continue
@@ -62,7 +60,6 @@ class PeerBenchmark(Benchmark):
         return steps
 
     def trl_trainer(self, trainer: type, config: type, rows: dict, **more: object) -> object:
-        """One of TRL's trainers; `more` of its configuration."""
         more |= {"output_dir": str(self.folder / "trl"), "beta": PEER_BETA, "temperature": 1.0, "report_to": []}
         more |= {"per_device_train_batch_size": self.batch_size, "gradient_checkpointing": False}
         more |= {"bf16": self.trainer.dtype == torch.bfloat16, "use_cpu": self.device.type == "cpu"}
@@ -81,9 +78,8 @@ class PeerBenchmark(Benchmark):
         def step(turn: Turn) -> Numbers:
             prompts, responses = split(turn.samples)
             prompts, responses = pad(prompts, None, self.device, left=True), pad(responses, None, self.device)
-            names = "prompt_ids", "prompt_mask", "completion_ids", "completion_mask"
-            inputs = dict(zip(names, (*prompts, *responses), strict=True))
-            inputs["num_items_in_batch"] = responses[1].sum()
+            inputs = {"prompt_ids": prompts[0], "prompt_mask": prompts[1], "num_items_in_batch": responses[1].sum()}
+            inputs |= {"completion_ids": responses[0], "completion_mask": responses[1]}
             return trainer.training_step(self.student, inputs, None), self.baseline.step_optimizer()
 
         return step

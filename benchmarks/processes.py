@@ -31,7 +31,7 @@ def train(way: str, recipe: pathlib.Path, name: str) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--scale", choices=SCALES, default="paper", help="whose student is trained (default: paper)")
     parser.add_argument("--repeats", type=int, default=3, help="default: %(default)s")
     options = parser.parse_args()
@@ -44,8 +44,9 @@ def main() -> None:
     for way, title in WAYS.items():
         values = [each[way] for each in rounds]
         ratio = statistics.median(each[way] / each["auto"] for each in rounds)
-        spread = f"({min(values):.4f} to {max(values):.4f}), x {ratio:.3f}"
-        print(f"{title:26} {statistics.median(values):.4f} s/sample {spread}")
+        print(
+            f"{title:26} {statistics.median(values):.4f} s/sample ({min(values):.4f} to {max(values):.4f}), x {ratio:.3f}"
+        )
 
 
 if __name__ == "__main__":

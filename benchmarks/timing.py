@@ -1,13 +1,10 @@
 """Seconds a sample of every method, against the published way and against fine-tuning: `python benchmarks/timing.py`.
 
 Our steps are the trainer's own, without and with the teacher's cache; the published way is baseline.py. Both have the
-same models (of random weights) and the same batches, as long as Dolly's samples. All take turns, so a drift of the
-machine affects them alike. A step is timed from its batch, packed or padded, to the changed weights. A method that
-generates has several kinds of steps. Each is timed; the sum weighs each by its share in the method.
-
-Before that, both sides have to agree on loss and gradient norm, dropout off, on the data and on given responses. A
-method whose sides don't agree is marked as failed, gets no ratios, and makes the exit status 1. Tables go to the
-terminal, and with a chart, as JSON and Markdown, to --out.
+same models, of random weights, and the same batches, as long as Dolly's samples. A step is timed from its batch, packed
+or padded, to the changed weights. A method that generates has several kinds of steps. Each is timed; the sum weighs
+each by its share in the method. Before that, both sides have to agree on loss and gradient norm, dropout off. A method
+whose sides don't agree is marked as failed, gets no ratios, and makes the exit status 1.
 """
 
 import argparse
@@ -96,7 +93,6 @@ class Ours:
 
 class Benchmark:
     def __init__(self, options: argparse.Namespace, folder: pathlib.Path) -> None:
-        """`folder`: for what a run needs on disk."""
         options.scale = options.scale or ("paper" if options.device == "cuda" else "small")
         self.options, self.folder, self.scale = options, folder, SCALES[options.scale]
         most = self.scale.batch_size if options.device == "cuda" else min(self.scale.batch_size, CPU_BATCH)
@@ -159,7 +155,7 @@ class Benchmark:
         batch = make_step_batch(samples, text, trainer.config.train.max_tokens)
         padded = pad_samples(samples, LENGTH, trainer.device)
         padded_text = pad_samples(text, LENGTH, trainer.device) if text else None
-        return Turn(batch, samples, text, padded, padded_text, prompts)
+        return Turn(batch, samples, text, padded, padded_text, prompts, prompts[: max(CHUNK, size)])
 
     def describe_work(self) -> None:
         """Notes what the timed steps leave out, or have less of than the published ones."""
@@ -169,16 +165,13 @@ class Benchmark:
         if names:
             note(f"Generated responses end where those of the data do, or after {NEW_TOKENS} tokens. {PADS_RESPONSES}")
         if "MiniLLM" in names:
-            theirs = self.turns[0].baseline_rollouts
+            theirs = len(self.turns[0].baseline_prompts)
             note(f"A round of MiniLLM answers {theirs} prompts, of ours {self.rollouts}; by default 256.")
         for name in names:
             note(f"{name}: {NOTES[name]}.")
 
     def steps(self) -> dict[Key, Callable[[Turn], object]]:
-        """The step of each method, way and part. It takes a batch; one that trains returns loss and gradient norm.
-
-        A step that writes comes before those that train on its responses.
-        """
+        """The step of each method, way and part, on a batch. One that writes comes before those on its responses."""
         keys = []
         for name, method in self.methods.items():
             if "data" in method.parts:
@@ -202,25 +195,21 @@ class Benchmark:
         return sum(tensor.nbytes for tensor in tensors)
 
     def check(self, steps: dict[Key, Callable]) -> float:
-        """Runs each step once, dropout off, on the first batch, which is not timed: this warms up, too.
-
-        Notes loss, gradient norm and peak of memory. Both sides get the responses that ours wrote. Returns seconds.
-        """
+        """Notes each step's loss, gradient norm and memory on the first batch, dropout off; returns seconds."""
         modules = self.trainer.student, self.baseline.student
         for module in modules:
             module.eval()
         turn, self.numbers, self.bytes, started = self.turns[0], {}, {}, time.perf_counter()
         for name in (name for name, method in self.methods.items() if method.is_on_policy):
             steps[name, "ours", "rollout"](turn)
-            self.baseline.take(name, self.ours.written[name])
+            self.baseline.take(name, self.ours.written[name])  # both sides train on the same responses
         for key in (key for key in steps if key[2] != "rollout"):
             values = []
             peak = peak_memory(lambda key=key, out=values: out.extend(steps[key](turn)), self.trainer.device)
             self.bytes[key] = self.held(key) + peak
             loss, norm = (value.item() for value in values)
-            name, way, part = key
-            if way == "published":
-                loss -= self.baseline.entropy(name, part, turn)
+            if key[1] == "published":
+                loss -= self.baseline.entropy(key, turn)
             self.numbers[key] = loss, norm
             print(f"{self.label(key)}: loss {loss:.6f}, gradient norm {norm:.6f}", flush=True)
         for module in modules:
@@ -240,7 +229,7 @@ class Benchmark:
                 differences += [abs(own / other - 1) for own, other in zip(numbers, theirs, strict=True)]
         return float(np.max(differences))  # unlike max, it returns a NaN wherever it stands
 
-    def time(self) -> bool:
+    def timing(self) -> bool:
         """Times all rounds and writes the tables; returns whether all methods' sides agree."""
         repeats, minutes, begun = self.options.repeats, self.options.minutes, time.perf_counter()
         self.build()
@@ -270,7 +259,7 @@ class Benchmark:
         name, way, part = key
         if part != "rollout" or name != "MiniLLM":
             return self.batch_size
-        return self.turns[0].baseline_rollouts if way == "published" else self.rollouts
+        return len(self.turns[0].baseline_prompts) if way == "published" else self.rollouts
 
     def same_cost(self, key: Key) -> Key:
         """The step that is timed in place of this one."""
@@ -289,7 +278,7 @@ class Benchmark:
         """Milliseconds/sample of each method and way in every round: the sum of its parts, weighed by their shares."""
         totals = {}
         for name, way in itertools.product(self.methods, WAYS):
-            keys = dict.fromkeys(self.same_cost((name, way, part)) for part in self.methods[name].parts)
+            keys = {self.same_cost((name, way, part)): None for part in self.methods[name].parts}
             if any((name, way) == key[:2] for key in keys) and all(key in parts for key in keys):
                 totals[name, way] = sum(np.multiply(self.share(key, way), parts[key]) for key in keys).tolist()
         return totals
@@ -354,10 +343,9 @@ class Benchmark:
             self.report.table("cache", "seconds/sample, the teacher's cache included", costs, columns)
 
     def overhead(self) -> None:
-        for name, method in self.methods.items():
-            if not method.is_on_policy:
-                title = f"{name}, teacher's states cached" if method.loss else name
-                profiling.overhead(self.config(name, "auto"), title, self.report)
+        for name in (name for name, method in self.methods.items() if not method.is_on_policy):
+            title = f"{name}, teacher's states cached" if METHODS[name].loss else name
+            profiling.overhead(self.config(name, "auto"), title, self.report)
 
     def profile(self) -> None:
         """Tables of our steps' time, the mean over the rounds; the first batch is the warm-up."""
@@ -400,9 +388,8 @@ def main(arguments: list[str] | None = None) -> int:
     what = "overhead" if options.overhead else "profile" if options.profile else "timing"
     with tempfile.TemporaryDirectory() as folder:
         benchmark = Benchmark(options, pathlib.Path(folder))
-        work = {"timing": benchmark.time, "profile": benchmark.profile, "overhead": benchmark.overhead}[what]
         with benchmark.report.kept(what):
-            return int(work() is False)
+            return int(getattr(benchmark, what)() is False)
 
 
 if __name__ == "__main__":

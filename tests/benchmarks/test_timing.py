@@ -153,7 +153,7 @@ def test_timing_mfu(timing, tmp_path, monkeypatch):
     options = ["--scale", "tiny", "--device", "cpu", "--methods", "GKD", "--repeats", "1", "--out", str(tmp_path)]
     benchmark, peak = timing.Benchmark(timing.parse(options), tmp_path), 1e12
     monkeypatch.setattr(timing, "peak_flops", lambda device: peak)
-    benchmark.time()
+    benchmark.timing()
     sft, gkd = benchmark.report.content["sections"]["methods"][0]["rows"]
     assert any("| MFU, ours |" in part for part in benchmark.report.markdown)
     flops = sft["ours_mfu"] * peak * sft["ours"] * benchmark.batch_size
