@@ -165,12 +165,12 @@ class Method:
         return "rollout" in self.parts
 
 
-EPOCHS = {"rollout": 0.25, "new": 0.25, "again": 0.75}
+REUSE = {"rollout": 0.25, "new": 0.25, "again": 0.75}
 HALF, REPLAY = {"data": 0.5, "rollout": 0.5, "new": 0.5}, {"data": 0.5, "rollout": 0.25, "new": 0.25, "again": 0.25}
 METHODS = {
     "SFT": Method("sft"),
     "KD": Method("kd", "fkl", forward_kl, has_entropy=True),
-    "MiniLLM": Method("minillm", "rkl", parts=EPOCHS),
+    "MiniLLM": Method("minillm", "rkl", parts=REUSE),
     "GKD": Method("gkd", "jsd:0.1", jensen_shannon, parts=HALF, on_policy={"fraction": 1.0, "replay_rows": 0}),
     "DISTILLM": Method(
         "distillm", "sfkl:0.1", skew_forward_kl, has_entropy=True, parts=REPLAY, on_policy={"threshold": 1.0}

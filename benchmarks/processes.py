@@ -44,9 +44,8 @@ def main() -> None:
     for way, title in WAYS.items():
         values = [each[way] for each in rounds]
         ratio = statistics.median(each[way] / each["auto"] for each in rounds)
-        print(
-            f"{title:26} {statistics.median(values):.4f} s/sample ({min(values):.4f} to {max(values):.4f}), x {ratio:.3f}"
-        )
+        spread = f"({min(values):.4f} to {max(values):.4f}), x {ratio:.3f}"
+        print(f"{title:26} {statistics.median(values):.4f} s/sample {spread}")
 
 
 if __name__ == "__main__":
