@@ -1,4 +1,4 @@
-"""The published way of a training step, written from its description: the baseline of timing.py.
+"""The published way of a training step, written from its description, and the methods that timing.py times.
 
 The code released with ABKD, and with DistiLLM and MiniLLM before it, does this:
 - It pads every sample to the full length.
