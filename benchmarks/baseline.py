@@ -1,4 +1,4 @@
-"""The published way of a training step, written from its description: the baseline of timing.py.
+"""The published way of a training step, written from its description, and the methods that timing.py times.
 
 The code released with ABKD, and with DistiLLM and MiniLLM before it, does this:
 - It pads every sample to the full length.
@@ -11,25 +11,35 @@ synchronizations (two a step, and one for every token of MiniLLM's rollouts), al
 every prompt that MiniLLM generates for its log.
 """
 
+import contextlib
 import copy
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import LogitsProcessor, StoppingCriteria
+from transformers import LogitsProcessor
 from transformers.activations import ACT2FN
 
-from abkd_fast.config.methods import MiniLLMConfig
-from abkd_fast.config.schema import OptimConfig
+from abkd_fast.data.batches import StepBatch
 from abkd_fast.losses.divergences import AlphaBeta, AlphaNet, JensenShannon, SkewForwardKL
+from abkd_fast.teacher.teacher import Teacher
+from abkd_fast.training.trainer import Trainer
 from kernels import alpha_beta_rows, softmaxes
-from workload import NEW_TOKENS, response_lengths
+from workload import LENGTH, NEW_TOKENS, response_lengths
 
 PROMPT_LENGTH = 256  # prompts are padded to it before generation
 CHUNK = 16  # prompts that MiniLLM generates from at once
 
+WAYS = {"published": "published way", "ours": "ours", "cached": "ours, teacher's states cached"}
+PARTS = {"data": "trains on the data", "rollout": "writes responses"}
+PARTS |= {"new": "trains on new responses", "again": "trains on old responses"}
+
+Device = torch.device | str
+Key = tuple[str, str, str]  # method, way, part
+Numbers = tuple[Tensor, Tensor]  # a step's loss and gradient norm
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # student logits [B, S, V], teacher logits [B, S, V], labels [B, S]
 
 
@@ -39,9 +49,7 @@ class PaddedBatch(NamedTuple):
     labels: Tensor  # [B, S]: the next token if it belongs to the response, else -100
 
 
-def pad(
-    rows: list[list[int]], length: int | None, device: torch.device | str, left: bool = False
-) -> tuple[Tensor, Tensor]:
+def pad(rows: list[list[int]], length: int | None, device: Device, left: bool = False) -> tuple[Tensor, Tensor]:
     """Ids and attention mask, both [B, length], padded with 0; None is the length of the longest row."""
     length = length or max(map(len, rows))
     ids = torch.zeros(len(rows), length, dtype=torch.int64)
@@ -64,9 +72,8 @@ def pad_samples(samples: list[dict], length: int | None, device: torch.device) -
 
 def split(samples: list[dict]) -> tuple[list[list[int]], list[list[int]]]:
     """Prompts and responses of samples."""
-    pairs = ((sample["input_ids"], sample["prompt_length"]) for sample in samples)
-    prompts, responses = zip(*((ids[:prompt], ids[prompt:]) for ids, prompt in pairs), strict=True)
-    return [*prompts], [*responses]
+    prompts = [sample["input_ids"][: sample["prompt_length"]] for sample in samples]
+    return prompts, [sample["input_ids"][sample["prompt_length"] :] for sample in samples]
 
 
 def generate(model: nn.Module, prompts: list[list[int]], length: int | None, new_tokens: int, **more: object) -> Tensor:
@@ -93,8 +100,7 @@ def forward_kl(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
 
 
 def alpha_beta(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
-    divergence = AlphaBeta()
-    return _mean(alpha_beta_rows(student, teacher, divergence.alpha, divergence.beta), labels)
+    return _mean(alpha_beta_rows(student, teacher, AlphaBeta().alpha, AlphaBeta().beta), labels)
 
 
 def alphanet(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
@@ -114,16 +120,6 @@ def skew_forward_kl(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
     """The divergence plus the entropy of p, as released."""
     lam, (p, q) = SkewForwardKL().lam, softmaxes(student, teacher)
     return _mean(-(p * (lam * p + (1 - lam) * q).log()).sum(-1), labels)
-
-
-class EachAtItsLength(StoppingCriteria):
-    """Ends every response at a length of its own. Random weights would hardly ever write the end token."""
-
-    def __init__(self, lengths: list[int], device: torch.device) -> None:
-        self.ends = PROMPT_LENGTH + torch.tensor(lengths, device=device)
-
-    def __call__(self, input_ids: Tensor, scores: Tensor, **_: object) -> Tensor:
-        return self.ends <= input_ids.shape[1]
 
 
 class TeacherMix(LogitsProcessor):
@@ -151,26 +147,112 @@ class RolloutBatch(NamedTuple):
     log_probs: Tensor  # [B, R], of the student that wrote
     weights: Tensor  # [B, R]: its probability over the mixture's
     rewards: Tensor  # [B, R], 0 in the padding
+    mask: Tensor  # [B, R]: 1 where there is a response
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    method: str  # as in a configuration, like the loss
+    loss: str | None = None  # None without a teacher
+    baseline_loss: Loss | None = None
+    has_entropy: bool = False  # the baseline's value contains the teacher's entropy besides the divergence
+    # How much of each part there is for a sample trained on: prompts answered for "rollout", else a share of the steps.
+    parts: dict[str, float] = dataclasses.field(default_factory=lambda: {"data": 1.0})
+    on_policy: dict = dataclasses.field(default_factory=dict)  # of the configuration: every step writes
 
     @property
-    def mask(self) -> Tensor:
-        """[B, R]"""
-        return self.attention_mask[:, PROMPT_LENGTH:]
+    def is_on_policy(self) -> bool:
+        return "rollout" in self.parts
 
 
-class BaselineTrainer:
-    """Steps on the very weights of two given models, with modules and an optimizer of its own."""
+REUSE = {"rollout": 0.25, "new": 0.25, "again": 0.75}
+HALF, REPLAY = {"data": 0.5, "rollout": 0.5, "new": 0.5}, {"data": 0.5, "rollout": 0.25, "new": 0.25, "again": 0.25}
+METHODS = {
+    "SFT": Method("sft"),
+    "KD": Method("kd", "fkl", forward_kl, has_entropy=True),
+    "MiniLLM": Method("minillm", "rkl", parts=REUSE),
+    "GKD": Method("gkd", "jsd:0.1", jensen_shannon, parts=HALF, on_policy={"fraction": 1.0, "replay_rows": 0}),
+    "DISTILLM": Method(
+        "distillm", "sfkl:0.1", skew_forward_kl, has_entropy=True, parts=REPLAY, on_policy={"threshold": 1.0}
+    ),
+    "AlphaNet": Method("kd", "alphanet:0.2,0.8", alphanet),
+    "ABKD": Method("ab", "ab:0.2,0.7", alpha_beta),
+}
+NOTES = {  # where the shares come from
+    "MiniLLM": "every response is trained on in 4 epochs, as published",
+    "GKD": "half of the steps write responses and train on as many, as published",
+    "DISTILLM": "its threshold, which follows the dev loss, is assumed to be .5 on average, so half of the steps "
+    "train on responses; by its decreasing schedule half of those write new ones, and the others replay",
+}
 
-    def __init__(self, student: nn.Module, teacher: nn.Module, optim: OptimConfig, minillm: MiniLLMConfig) -> None:
-        self.student, self.teacher, self.minillm = _twin(student), _twin(teacher), minillm
-        groups = [
-            {"params": [p for p in student.parameters() if (p.dim() > 1) == decays], "weight_decay": weight_decay}
-            for decays, weight_decay in ((True, optim.weight_decay), (False, 0.0))
-        ]
+
+@dataclasses.dataclass(frozen=True)
+class Turn:
+    """One batch, for either side."""
+
+    batch: StepBatch
+    samples: list[dict]
+    text: list[dict]  # blocks of plain text
+    padded: PaddedBatch
+    padded_text: PaddedBatch | None
+    prompts: list[dict]  # answered by MiniLLM's rollouts; those of the samples come first
+    baseline_prompts: list[dict]  # of these a chunk, or as many as a step needs
+
+
+@contextlib.contextmanager
+def train_mode(module: nn.Module, dropout: bool) -> Iterator[None]:
+    """Trains without dropout, as MiniLLM does on responses, unless `dropout`."""
+    training = module.training
+    module.train(training and dropout)
+    yield
+    module.train(training)
+
+
+class Baseline:
+    """The published way's steps on a trainer's very weights, with modules and an optimizer of its own."""
+
+    def __init__(self, trainer: Trainer, teacher: Teacher) -> None:
+        student, optim = trainer.student.model, trainer.config.optim
+        self.student, self.teacher, self.minillm = _twin(student), _twin(teacher.model.model), trainer.config.minillm
+        self.device, self.precision, self.clip_norm = trainer.device, trainer.precision, optim.clip_norm
+        self.written: dict[str, list[dict] | RolloutBatch] = {}
+        matrices, vectors = ([p for p in student.parameters() if (p.dim() > 1) == wide] for wide in (True, False))
+        groups = [{"params": matrices, "weight_decay": optim.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps)
-        self.clip_norm = optim.clip_norm
 
-    def step(self, batch: PaddedBatch, loss: Loss | None, text: PaddedBatch | None = None) -> tuple[Tensor, Tensor]:
+    def run(self, key: Key, turn: Turn) -> Numbers | None:
+        """One step: writes responses, or trains."""
+        name, _, part = key
+        is_minillm = name == "MiniLLM"
+        with self.precision():
+            if part == "rollout":
+                samples = turn.baseline_prompts if is_minillm else turn.samples
+                self.written[name] = self.roll_out(samples) if is_minillm else self.write(samples)
+                return None
+            if part != "data" and is_minillm:
+                rollouts = RolloutBatch(*(field[: len(turn.samples)] for field in self.written[name]))
+                with train_mode(self.student, dropout=False):
+                    return self.policy_step(rollouts, turn.padded_text)
+            padded = turn.padded if part == "data" else pad_samples(self.written[name], LENGTH, self.device)
+            return self.step(padded, METHODS[name].baseline_loss, turn.padded_text)
+
+    def take(self, name: str, samples: list[dict]) -> None:
+        """Replaces what was written by given responses."""
+        with self.precision():
+            self.written[name] = self.score(samples) if name == "MiniLLM" else samples
+
+    def entropy(self, key: Key, turn: Turn) -> float:
+        """The part of a loss's value that is not the divergence."""
+        name, _, part = key
+        with self.precision():
+            if name == "MiniLLM" and turn.padded_text is not None:
+                return self.minillm.text_kd * self.teacher_entropy(turn.padded_text)
+            if METHODS[name].has_entropy:
+                samples = turn.samples if part == "data" else self.written[name]
+                return self.teacher_entropy(pad_samples(samples, None, self.device))
+        return 0.0
+
+    def step(self, batch: PaddedBatch, loss: Loss | None, text: PaddedBatch | None = None) -> Numbers:
         """One optimizer step on a divergence, or on the cross-entropy alone; returns its loss and gradient norm.
 
         With a divergence the cross-entropy is computed, too, and multiplied by 0. So does the released code, whose
@@ -189,8 +271,7 @@ class BaselineTrainer:
             total = total + cross_entropy(_logits(self.student, *text[:2]), text.labels)
         return self.update(total)
 
-    def update(self, total: Tensor) -> tuple[Tensor, Tensor]:
-        """Backward pass, clipping and AdamW; returns loss and gradient norm."""
+    def update(self, total: Tensor) -> Numbers:
         total.backward()
         return total.detach(), self.step_optimizer()
 
@@ -204,11 +285,14 @@ class BaselineTrainer:
     @torch.no_grad()
     def write(self, samples: list[dict], teacher_weight: float = 0.0) -> list[dict]:
         """The samples with responses of their `response_lengths`, by the student or by its mixture with the teacher."""
-        lengths, prompts = response_lengths(samples), split(samples)[0]
-        device, training = self.student.device, self.student.training
-        mask = pad(prompts, PROMPT_LENGTH, device, left=True)[1]
-        mix = [TeacherMix(self.teacher, mask, teacher_weight)] if teacher_weight else []
-        rules = {"logits_processor": mix, "stopping_criteria": [EachAtItsLength(lengths, device)], "pad_token_id": 0}
+        lengths, prompts, training = response_lengths(samples), split(samples)[0], self.student.training
+        mask = pad(prompts, PROMPT_LENGTH, self.device, left=True)[1]
+        ends = PROMPT_LENGTH + torch.tensor(
+            lengths, device=self.device
+        )  # random weights hardly ever write the end token
+        rules = {"stopping_criteria": [lambda ids, scores, **_: ends <= ids.shape[1]], "pad_token_id": 0}
+        if teacher_weight:
+            rules["logits_processor"] = [TeacherMix(self.teacher, mask, teacher_weight)]
         self.student.eval()
         tokens = generate(self.student, prompts, PROMPT_LENGTH, NEW_TOKENS, **rules).tolist()
         self.student.train(training)
@@ -226,18 +310,18 @@ class BaselineTrainer:
     @torch.no_grad()
     def score(self, samples: list[dict]) -> RolloutBatch:
         """What MiniLLM keeps of responses that the mixture has written."""
-        settings, device, (prompts, responses) = self.minillm, self.student.device, split(samples)
-        prompts, prompt_mask = pad(prompts, PROMPT_LENGTH, device, left=True)
-        responses, mask = pad(responses, NEW_TOKENS, device)
+        settings, (prompts, responses) = self.minillm, split(samples)
+        prompts, prompt_mask = pad(prompts, PROMPT_LENGTH, self.device, left=True)
+        responses, mask = pad(responses, NEW_TOKENS, self.device)
         inputs = torch.cat([prompts, responses], 1), torch.cat([prompt_mask, mask], 1)
         models = self.student, self.teacher
         log_q, log_p = (_gather(_response_log_probs(_logits(model, *inputs)), responses) for model in models)
         weight = settings.teacher_weight
         mixture = ((1 - weight) * log_q.exp() + weight * log_p.exp()).log()
         rewards = ((log_p - log_q) / settings.reward_scale).clamp(-settings.clip_reward, settings.clip_reward) * mask
-        return RolloutBatch(*inputs, log_q, (log_q - mixture).exp(), rewards)
+        return RolloutBatch(*inputs, log_q, (log_q - mixture).exp(), rewards, mask)
 
-    def policy_step(self, rollouts: RolloutBatch, text: PaddedBatch | None = None) -> tuple[Tensor, Tensor]:
+    def policy_step(self, rollouts: RolloutBatch, text: PaddedBatch | None = None) -> Numbers:
         """One optimizer step of MiniLLM; plain text goes through the models together with the rollouts.
 
         Advantages are normalized over the tokens. The released code counts the padding's zeros as well.
@@ -261,10 +345,10 @@ class BaselineTrainer:
         return self.update(total)
 
     @torch.no_grad()
-    def teacher_entropy(self, batch: PaddedBatch) -> Tensor:
+    def teacher_entropy(self, batch: PaddedBatch) -> float:
         """The part of `forward_kl`'s value that is not the divergence."""
         teacher = _logits(self.teacher, *batch[:2])
-        return forward_kl(teacher, teacher, batch.labels)
+        return forward_kl(teacher, teacher, batch.labels).item()
 
 
 def _twin(model: nn.Module) -> nn.Module:
@@ -273,7 +357,7 @@ def _twin(model: nn.Module) -> nn.Module:
     twin.set_attn_implementation("sdpa")
     for block in twin.transformer.h:
         block.mlp.act = ACT2FN[twin.config.activation_function]
-    twin.generation_config.eos_token_id = None  # EachAtItsLength ends responses
+    twin.generation_config.eos_token_id = None  # `write` ends responses
     return twin
 
 

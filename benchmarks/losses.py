@@ -1,11 +1,7 @@
 """Every loss of the papers' Table 2 under one budget: `python benchmarks/losses.py --config RECIPE --stage STAGE`.
 
-STAGE is the recipe's stage that distills. The stages it refers to (teacher, initial student) are trained first, once.
-Every loss gets the same initial student, rows, steps and settings, no plain-text term, and the learning rate of --rates
-that was best on the development rows, with another seed. Each is trained with every one of --seeds, and each result
-answers the test sets of the recipe's eval.sets with eval.seeds. A cell is the mean over training seeds, and in brackets
-their standard deviation; for teacher and initial student, one model each, it is that over the answers' seeds. What is
-finished already is used again.
+STAGE distills. The stages it refers to (teacher, initial student) are trained first, once. docs/results.md says what is
+the same for all losses, and what the numbers in brackets are. Finished runs are used again.
 """
 
 import argparse
@@ -49,31 +45,36 @@ def _log(folder: pathlib.Path) -> Iterator[None]:
         yield
 
 
-def train(config: Config, may_diverge: bool = True) -> dict[str, Any] | None:
-    """The summary of a run, which is trained if it isn't yet; None if its loss did not stay finite."""
-    with _log(config.run.root), contextlib.suppress(*[FloatingPointError] * may_diverge):
+def train(config: Config) -> dict[str, Any]:
+    """The summary of a run, which is trained if it isn't yet."""
+    with _log(config.run.root):
         return pipeline.run([config], resume=True)[0]
+
+
+def search_value(config: Config, key: str, worst: float) -> float:
+    """A value of a run's summary; the worst there is if its loss did not stay finite."""
+    with contextlib.suppress(FloatingPointError):
+        return train(config)[key]
+    return worst
 
 
 def evaluate(model: str, out: pathlib.Path, template: Config, rows: int | None) -> dict[str, dict]:
     """The scores of a model on the template's test sets, by their names."""
-    settings = template.eval
     places = {"device": template.train.device, "dtype": template.train.dtype, "tokenizer": template.tokenizer}
     with _log(out):
-        arguments = model, settings.sets, out, settings.seeds, pipeline.protocol(template)
+        arguments = model, template.eval.sets, out, template.eval.seeds, pipeline.protocol(template)
         return Evaluation(*arguments, rows=rows, **places).run()["sets"]
 
 
 def train_and_evaluate(config: Config, template: Config, rows: int | None) -> tuple[dict[str, Any], dict[str, dict]]:
-    summary = train(config, may_diverge=False)
+    summary = train(config)
     return summary, evaluate(str(config.run.folder / "final"), config.run.folder / "eval", template, rows)
 
 
 def label(loss: str) -> str:
     name, _, numbers = loss.partition(":")
-    if loss == SFT:
-        return "SFT"
-    return f"{BY_NAME[name].title} ({numbers})" if numbers else BY_NAME[name].title
+    title = "SFT" if loss == SFT else BY_NAME[name].title
+    return f"{title} ({numbers})" if numbers else title
 
 
 def replace(config: Config, **sections: dict) -> Config:
@@ -86,28 +87,24 @@ class Study:
     def __init__(self, options: argparse.Namespace) -> None:
         """Raises ConfigError for what can't be compared."""
         self.options, self.out = options, options.out
-        configs = load(options.config, [f"run.dir={options.out}", *options.overrides])
-        configs = {config.run.stage: config for config in configs}
+        loaded = load(options.config, [f"run.dir={options.out}", *options.overrides])
+        configs = {config.run.stage: config for config in loaded}
         if options.stage not in configs:
             raise ConfigError(f"stage: {options.config} has no {options.stage}, only {', '.join(map(str, configs))}")
         self.earlier = [replace(config, eval={"sets": None}) for config in _needed(configs[options.stage], configs)]
         self.template = template = replace(pipeline.resolve(configs[options.stage]), data={"pretrain": None})
         self.models = {"Teacher": template.teacher, "Initial student": template.student}
         self.rates = options.rates or [factor * template.optim.lr for factor in (0.5, 1.0, 2.0)]
-        self._check()
-        self.report = Report(torch.device("cuda" if torch.cuda.is_available() else "cpu"), vars(options))
-
-    def _check(self) -> None:
-        settings = self.template.eval
-        if not settings.sets:
+        if not template.eval.sets:
             raise ConfigError('eval.sets: missing; name the test sets: --set eval.sets=\'{"dolly": "FILE"}\'')
-        if self.options.select == "rouge_l" and len(self.rates) > 1 and settings.rouge_rows is None:
+        if options.select == "rouge_l" and len(self.rates) > 1 and template.eval.rouge_rows is None:
             raise ConfigError("eval.rouge_rows: missing, and rates are chosen by it; give it, or --select dev_loss")
-        if SEARCH_SEED in self.options.seeds:
+        if SEARCH_SEED in options.seeds:
             raise ConfigError(f"seeds: {SEARCH_SEED} is that of the search, too: its luck would be counted twice")
         for name, spec in self.models.items():
             if spec is None or spec.path is None or spec.has_adapter:
                 raise ConfigError(f"{name.lower()}: expected the path of a whole model, which can be evaluated")
+        self.report = Report(torch.device("cuda" if torch.cuda.is_available() else "cpu"), vars(options))
 
     def config(self, kind: str, loss: str, rate: float, seed: int) -> Config:
         """The configuration of one run. `kind`: "search" or "runs"."""
@@ -119,8 +116,7 @@ class Study:
         run = {"dir": str(self.out / kind), "stage": None, "seed": seed, "name": name}
         rates = {"lr": rate, "min_lr": min(rate, optim.min_lr)}
         config = replace(self.template, run=run, optim=rates, train={"steps": steps}, eval=answers)
-        method = {"method": SFT} if loss == SFT else {"method": "ab", "loss": loss}
-        return dataclasses.replace(config, **method)
+        return dataclasses.replace(config, **({"method": SFT} if loss == SFT else {"method": "ab", "loss": loss}))
 
     def run(self) -> None:
         if self.earlier:
@@ -132,11 +128,11 @@ class Study:
             rates, rest = self.search(), (self.template, self.options.rows)
             jobs = {name: (spec.path, self.out / "eval" / name, *rest) for name, spec in self.models.items()}
             bounds = self._map(evaluate, jobs, lambda name, sets: f"{name}: {_scores(sets)}")
-            places = [(loss, seed) for seed, loss in itertools.product(self.options.seeds, self.options.losses)]
-            jobs = {(loss, seed): (self.config("runs", loss, rates[loss], seed), *rest) for loss, seed in places}
-            results = self._map(
-                train_and_evaluate, jobs, lambda run, found: f"{run[0]}, seed {run[1]}: {_scores(found[1])}"
-            )
+            jobs = {}
+            for seed, loss in itertools.product(self.options.seeds, self.options.losses):
+                jobs[loss, seed] = self.config("runs", loss, rates[loss], seed), *rest
+            text = "{}, seed {}: {}"
+            results = self._map(train_and_evaluate, jobs, lambda run, got: text.format(*run, _scores(got[1])))
         self.tabulate(rates, bounds, results)
         # Figure 1, of the first training seed.
         runs = read_runs(self.config("runs", loss, rates[loss], self.options.seeds[0]).run.folder for loss in rates)
@@ -163,21 +159,14 @@ class Study:
         losses, by_rouge = self.options.losses, self.options.select == "rouge_l"
         if len(self.rates) == 1:
             return dict.fromkeys(losses, self.rates[0])
-        key, sign = ("dev_rouge_l", 1) if by_rouge else ("dev_loss", -1)
-
-        def value(summary: dict | None) -> float:
-            return -sign * math.inf if summary is None else summary[key]
-
-        def say(job: tuple, summary: dict | None) -> str:
-            return f"{job[0]} at {job[1]:g}: {key} {value(summary):.3f}"
-
+        key, best, worst = ("dev_rouge_l", max, -math.inf) if by_rouge else ("dev_loss", min, math.inf)
         places = itertools.product(losses, self.rates)
-        found = self._map(train, {place: (self.config("search", *place, SEARCH_SEED),) for place in places}, say)
+        jobs = {place: (self.config("search", *place, SEARCH_SEED), key, worst) for place in places}
+        found = self._map(search_value, jobs, lambda job, value: f"{job[0]} at {job[1]:g}: {key} {value:.3f}")
         rows, chosen = [], {}
         for loss in losses:
-            values = {rate: value(found[loss, rate]) for rate in self.rates}
-            chosen[loss] = max(values, key=lambda rate: sign * values[rate])
-            rows.append({"name": label(loss), **{str(rate): value for rate, value in values.items()}})
+            chosen[loss] = best(self.rates, key=lambda rate, loss=loss: found[loss, rate])
+            rows.append({"name": label(loss)} | {str(rate): found[loss, rate] for rate in self.rates})
         what, form = ("ROUGE-L", ".2f") if by_rouge else ("cross-entropy", ".4f")
         title = f"learning rates: {what} on development rows at the end of a run, seed {SEARCH_SEED}"
         columns = {"name": "loss"} | {str(rate): f"{rate:g}|{form}" for rate in self.rates}
@@ -185,7 +174,7 @@ class Study:
         return chosen
 
     def tabulate(self, rates: dict[str, float], bounds: dict[str, dict], results: dict[tuple, tuple]) -> None:
-        """Of teacher and initial student the scores; of every loss and training seed summary and scores."""
+        """`bounds` are the scores of teacher and initial student, `results` summary and scores by loss and seed."""
         rows, means = [], {}
         for name, sets in bounds.items():
             rows.append({"name": name} | {column: _cell(values) for column, values in _by_seed(sets).items()})
@@ -204,27 +193,10 @@ class Study:
         seeds = f"{len(self.options.seeds)} training seeds x {len(self.template.eval.seeds)} seeds of the answers"
         columns |= {name: name for name in cells[0]}
         self.report.table("losses", f"ROUGE-L on test sets: {seeds}", rows, columns)
-        self._compare(means, last)
+        self.report.note(f"{last}: {_compare(means)}")
         size = self.template.train.batch_size
         seconds = sum(summary["seconds_per_sample"] * summary["steps"] * size for summary, _ in results.values())
         self.report.note(f"these {len(results)} runs trained for {seconds:.0f} s in all, {self.options.jobs} at a time")
-
-    def _compare(self, means: dict[str, list[float]], column: str) -> None:
-        """Notes who leads, and how far the others are behind.
-
-        The unit is the standard error of a difference, from the spread over training seeds of all losses together.
-        """
-        first, *others = sorted(means, key=lambda loss: -statistics.fmean(means[loss]))
-        count, error, measure, behind = len(means[first]), 0.0, "", []
-        if count > 1:
-            error = math.sqrt(statistics.fmean(map(statistics.variance, means.values())) * 2 / count)
-        if error:
-            freedom = f"{error:.2f} from {len(means) * (count - 1)} degrees of freedom"
-            measure = f" (in standard errors of a difference, {freedom})"
-        for loss in others:
-            gap = statistics.fmean(means[first]) - statistics.fmean(means[loss])
-            behind.append(f"{label(loss)} {gap:.2f}" + (f" ({gap / error:.1f})" if error else ""))
-        self.report.note(f"{column}: {label(first)} leads; behind it{measure}: {', '.join(behind) or 'nobody'}")
 
 
 def _needed(config: Config, configs: dict[str, Config]) -> list[Config]:
@@ -247,8 +219,26 @@ def _by_seed(sets: dict[str, dict]) -> dict[str, list[float]]:
 
 
 def _cell(values: list[float]) -> str:
-    deviation = f" ({statistics.stdev(values):.2f})" if values[1:] else ""
-    return f"{statistics.fmean(values):.2f}{deviation}"
+    return f"{statistics.fmean(values):.2f}" + (f" ({statistics.stdev(values):.2f})" if values[1:] else "")
+
+
+def _compare(means: dict[str, list[float]]) -> str:
+    """Who leads, and how far the others are behind.
+
+    The unit is the standard error of a difference, from the spread over training seeds of all losses together.
+    """
+    scores = {loss: statistics.fmean(values) for loss, values in means.items()}
+    first, *others = sorted(scores, key=lambda loss: -scores[loss])
+    count, error, measure, behind = len(means[first]), 0.0, "", []
+    if count > 1:
+        error = math.sqrt(statistics.fmean(map(statistics.variance, means.values())) * 2 / count)
+    if error:
+        freedom = len(means) * (count - 1)
+        measure = f" (in standard errors of a difference, {error:.2f} from {freedom} degrees of freedom)"
+    for loss in others:
+        gap = scores[first] - scores[loss]
+        behind.append(f"{label(loss)} {gap:.2f}" + (f" ({gap / error:.1f})" if error else ""))
+    return f"{label(first)} leads; behind it{measure}: {', '.join(behind) or 'nobody'}"
 
 
 def _end(number: int, frame: types.FrameType | None) -> None:
@@ -265,8 +255,7 @@ def main() -> None:
     add("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help="as in train")
     add("--losses", nargs="+", default=TABLE_2, metavar="LOSS", help="default: Table 2's")
     add("--rates", nargs="+", type=float, help="learning rates to search (default: 1/2, 1, 2 times the recipe's)")
-    text = "what decides which rate is best (default: %(default)s)"
-    add("--select", choices=("rouge_l", "dev_loss"), default="rouge_l", help=text)
+    add("--select", choices=("rouge_l", "dev_loss"), default="rouge_l", help="decides which rate is best")
     add("--search-steps", type=int, help="steps of the search's runs (default: the recipe's)")
     add("--seeds", nargs="+", type=int, default=[1, 2, 3], help="seeds of training (default: 1 2 3)")
     add("--rows", type=int, help="answers only the first rows of each test set")

@@ -3,11 +3,9 @@
 Models, batches and the divergence, Jensen-Shannon, are those of timing.py's GKD row on the data. Every step is forward,
 backward, clipping and AdamW. TRL's trainers, from `pip install '.[bench]'`, run as they are, without gradient
 checkpointing, on batches padded to their longest sample. On a GPU so does Liger-Kernel's fused loss, in a plain loop.
-A note says what is missing and skipped. Tables go to the terminal, and as JSON and Markdown to --out.
 """
 
 import dataclasses
-import functools
 import pathlib
 import statistics
 import tempfile
@@ -19,10 +17,9 @@ from torch import Tensor, nn
 
 from abkd_fast.config.schema import Config
 from abkd_fast.errors import first_line
-from baseline import PaddedBatch, pad, pad_samples, split, token_positions
+from baseline import Numbers, PaddedBatch, Turn, pad, pad_samples, split, token_positions
 from harness import TIME, spread
 from kernels import PEER_BETA, liger
-from steps import Numbers, Turn
 from timing import Benchmark, scaled_parser
 
 Step = Callable[[Turn], Numbers]
@@ -36,28 +33,23 @@ class PeerBenchmark(Benchmark):
 
     def build(self) -> None:
         super().build()
-        self.report.judge = self.options.scale != "tiny"
         # Modules of their own on the same weights, with what transformers gives for attention and activations.
-        self.side = self.baseline.trainer
-        self.student, self.teacher, self.device = self.side.student, self.side.teacher, self.trainer.device
+        self.student, self.teacher, self.device = self.baseline.student, self.baseline.teacher, self.trainer.device
         for model in (self.student, self.teacher):
             model.base_model.register_forward_pre_hook(_add_positions, with_kwargs=True)
 
     def peers(self) -> dict[str, Step]:
         """Our steps, the published way's, and those of every peer that runs with the same loss and gradient norm."""
-        steps = {
-            "ours": functools.partial(self.ours.run, ("GKD", "ours", "data")),
-            "ours, teacher's states cached": functools.partial(self.ours.run, ("GKD", "cached", "data")),
-            "published way": functools.partial(self.baseline.run, ("GKD", "published", "data")),
-        }
+        ways = {"ours": "ours", "ours, teacher's states cached": "cached", "published way": "published"}
+        ours = self.steps()
+        steps = {name: ours["GKD", way, "data"] for name, way in ways.items()}
         makers = {"TRL, DistillationTrainer": self.distillation_trainer, "TRL, GKDTrainer": self.gkd_trainer}
         makers["Liger-Kernel's loss"] = lambda: self.liger_step
-        turn = self.turns[0]
-        expected = [value.item() for value in steps["ours"](turn)]
+        expected = [value.item() for value in steps["ours"](self.turns[0])]
         for name, make in makers.items():
             try:
                 step = make()
-                numbers = [value.item() for value in step(turn)]
+                numbers = [value.item() for value in step(self.turns[0])]
             except Exception as error:  # a missing package, or an interface that has moved, shows itself in many ways
                 self.report.note(f"{name}: skipped ({first_line(error)})")
                 continue
@@ -68,7 +60,6 @@ class PeerBenchmark(Benchmark):
         return steps
 
     def trl_trainer(self, trainer: type, config: type, rows: dict, **more: object) -> object:
-        """One of TRL's trainers; `more` of its configuration."""
         more |= {"output_dir": str(self.folder / "trl"), "beta": PEER_BETA, "temperature": 1.0, "report_to": []}
         more |= {"per_device_train_batch_size": self.batch_size, "gradient_checkpointing": False}
         more |= {"bf16": self.trainer.dtype == torch.bfloat16, "use_cpu": self.device.type == "cpu"}
@@ -87,10 +78,9 @@ class PeerBenchmark(Benchmark):
         def step(turn: Turn) -> Numbers:
             prompts, responses = split(turn.samples)
             prompts, responses = pad(prompts, None, self.device, left=True), pad(responses, None, self.device)
-            names = "prompt_ids", "prompt_mask", "completion_ids", "completion_mask"
-            inputs = dict(zip(names, (*prompts, *responses), strict=True))
-            inputs["num_items_in_batch"] = responses[1].sum()
-            return trainer.training_step(self.student, inputs, None), self.side.step_optimizer()
+            inputs = {"prompt_ids": prompts[0], "prompt_mask": prompts[1], "num_items_in_batch": responses[1].sum()}
+            inputs |= {"completion_ids": responses[0], "completion_mask": responses[1]}
+            return trainer.training_step(self.student, inputs, None), self.baseline.step_optimizer()
 
         return step
 
@@ -106,7 +96,7 @@ class PeerBenchmark(Benchmark):
             for row, sample in enumerate(turn.samples):
                 labels[row, : sample["prompt_length"]] = -100
             inputs = {"input_ids": ids, "attention_mask": mask, "labels": labels}
-            return trainer.training_step(self.student, inputs, (labels != -100).sum()), self.side.step_optimizer()
+            return trainer.training_step(self.student, inputs, (labels != -100).sum()), self.baseline.step_optimizer()
 
         return step
 
@@ -116,7 +106,7 @@ class PeerBenchmark(Benchmark):
             with torch.no_grad():
                 theirs = _states(self.teacher, batch)
             loss = liger(*_states(self.student, batch), *theirs)
-        return self.side.update(loss)
+        return self.baseline.update(loss)
 
     def run(self) -> None:
         self.build()

@@ -31,7 +31,7 @@ def train(way: str, recipe: pathlib.Path, name: str) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--scale", choices=SCALES, default="paper", help="whose student is trained (default: paper)")
     parser.add_argument("--repeats", type=int, default=3, help="default: %(default)s")
     options = parser.parse_args()

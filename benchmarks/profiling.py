@@ -8,7 +8,7 @@ import inspect
 import itertools
 import pstats
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
@@ -50,8 +50,10 @@ WORK = {
     "teacher's states": (Teacher.linear_head, CachedTeacher.linear_head),
     "clipping and AdamW": (torch.nn.utils.clip_grad_norm_, torch.optim.AdamW.step),
 }
-CHORES = {"reading and packing": (Trainer.batches,)}
-CHORES["sums, log, progress"] = MetricsWindow.add, MetricsWindow.write, RunLog.advance
+CHORES = {
+    "reading and packing": (Trainer.batches,),
+    "sums, log, progress": (MetricsWindow.add, MetricsWindow.write, RunLog.advance),
+}
 
 
 def breakdown(traces: list[list[Spent]], title: str, report: Report) -> None:
@@ -62,14 +64,12 @@ def breakdown(traces: list[list[Spent]], title: str, report: Report) -> None:
         times[kind, name] += milliseconds / len(traces)
         calls[kind, name] += 1 / len(traces)
         kinds[kind] += milliseconds / len(traces)
-    whole = sum(times.values())
-    columns = {"ms": "ms a step|.2f", "ratio": "%|.2f"}
+    columns, whole = {"ms": "ms a step|.2f", "ratio": "%|.2f"}, sum(times.values())
     rows = [{"name": kind, "ms": kinds[kind], "ratio": 100 * kinds[kind] / whole} for kind in KINDS]
     report.table("kinds", title, rows, columns)
-    rows = [
-        {"name": name, "kind": kind, "ms": spent, "ratio": 100 * spent / whole, "calls": calls[kind, name]}
-        for (kind, name), spent in times.most_common(OPERATORS)
-    ]
+    rows = []
+    for (kind, name), spent in times.most_common(OPERATORS):
+        rows.append({"name": name, "kind": kind, "ms": spent, "ratio": 100 * spent / whole, "calls": calls[kind, name]})
     title = f"{title}: the {OPERATORS} operators that take most"
     report.table("operators", title, rows, {"kind": "a part of", "calls": "calls|.0f"} | columns)
 
@@ -137,14 +137,14 @@ def overhead(config: Config, title: str, report: Report) -> None:
         profile.runcall(trainer.train_loop)
     stats, steps = pstats.Stats(profile).stats, trainer.data.steps
 
-    def seconds(functions: Iterable[Callable]) -> float:
+    def seconds(*functions: Callable) -> float:
         """Time in these functions and in what they call."""
         codes = (inspect.unwrap(function).__code__ for function in functions)
         keys = ((code.co_filename, code.co_firstlineno, code.co_name) for code in codes)
         return sum(stats[key][3] for key in keys if key in stats)
 
-    whole = seconds([Trainer.train_loop])
-    times = {name: seconds(functions) for name, functions in (WORK | CHORES).items()}
+    whole = seconds(Trainer.train_loop)
+    times = {name: seconds(*functions) for name, functions in (WORK | CHORES).items()}
     times["the rest"] = whole - sum(times.values())
     times["the trainer itself"] = whole - sum(times[name] for name in WORK)
     rows = [{"name": name, "ms": 1e3 * value / steps, "ratio": 100 * value / whole} for name, value in times.items()]

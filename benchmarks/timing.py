@@ -1,16 +1,14 @@
 """Seconds a sample of every method, against the published way and against fine-tuning: `python benchmarks/timing.py`.
 
 Our steps are the trainer's own, without and with the teacher's cache; the published way is baseline.py. Both have the
-same models (of random weights) and the same batches, as long as Dolly's samples. All take turns, so a drift of the
-machine affects them alike. A step is timed from its batch, packed or padded, to the changed weights. A method that
-generates has several kinds of steps. Each is timed; the sum weighs each by its share in the method.
-
-Before that, both sides have to agree on loss and gradient norm, dropout off, on the data and on given responses. A
-method whose sides don't agree is marked as failed, gets no ratios, and makes the exit status 1. Tables go to the
-terminal, and with a chart, as JSON and Markdown, to --out.
+same models, of random weights, and the same batches, as long as Dolly's samples. A step is timed from its batch, packed
+or padded, to the changed weights. A method that generates has several kinds of steps. Each is timed; the sum weighs
+each by its share in the method. Before that, both sides have to agree on loss and gradient norm, dropout off. A method
+whose sides don't agree is marked as failed, gets no ratios, and makes the exit status 1.
 """
 
 import argparse
+import dataclasses
 import functools
 import itertools
 import pathlib
@@ -19,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from unittest import mock
 
 import numpy as np
 import torch
@@ -28,14 +27,17 @@ import profiling
 from abkd_fast.config.recipe import load
 from abkd_fast.config.schema import Config
 from abkd_fast.data.batches import make_step_batch
+from abkd_fast.generation import sampling
+from abkd_fast.methods import METHODS as TRAINED
+from abkd_fast.methods.rollouts import Rollouts
 from abkd_fast.teacher.cache import TeacherCache
+from abkd_fast.teacher.teacher import CachedTeacher, OnPolicyTeacher, Teacher
 from abkd_fast.training.costs import peak_flops
 from abkd_fast.training.trainer import Trainer
-from baseline import CHUNK
+from baseline import CHUNK, METHODS, NOTES, PARTS, WAYS, Baseline, Key, Numbers, Turn, pad_samples, train_mode
 from chart import draw_bars
 from harness import TIME, Report, measure, peak_memory, spread
-from steps import METHODS, PARTS, WAYS, Baseline, Key, Ours, Turn
-from workload import LENGTH, MEAN_PROMPT, MEAN_RESPONSE, NEW_TOKENS, SCALES, write_recipe
+from workload import LENGTH, MEAN_PROMPT, MEAN_RESPONSE, NEW_TOKENS, SCALES, response_lengths, write_recipe
 
 RATIOS = {  # of two ways' times, the second perhaps another method's; heading
     "published_over_ours": ("published", "ours", "published / ours|.2f"),
@@ -43,19 +45,54 @@ RATIOS = {  # of two ways' times, the second perhaps another method's; heading
     "ours_over_sft": ("ours", "SFT", "ours / SFT|.2f"),
     "cached_over_sft": ("cached", "SFT", "cached / SFT|.2f"),
 }
-TARGETS = {  # for ABKD at the paper's scale
-    "published / ours": ("published_over_ours", {"at_least": 4}),
-    "published / cached": ("published_over_cached", {"at_least": 12}),
-    "cached / SFT": ("cached_over_sft", {"at_most": 1.25}),
-}
 EPOCHS = (10, 20)  # the papers' numbers of epochs, which share the cost of building the cache
 STEPS = 10  # of --overhead's runs
+PADS_RESPONSES = "The published way pads them as the data: training on them takes as long, and is not timed again."
 CPU_BATCH = 4  # most samples of a step: the published way's logits of more don't fit next to GPT-2 XL in 24 GB
+
+
+class Ours:
+    """The trainer's own steps."""
+
+    def __init__(self, trainer: Trainer, live: Teacher, cached: CachedTeacher, config: Callable[[str], Config]) -> None:
+        """`config` gives the configuration of a method."""
+        self.trainer, self.teachers = trainer, {"ours": live, "cached": cached}
+        data = trainer.config, trainer.tokenizer, trainer.data.train_set
+        self.rollouts = Rollouts(*data, trainer.student, live.model, trainer.precision)
+        self.rollouts.settings = dataclasses.replace(self.rollouts.settings, eos_token_ids=())
+        self.written: dict[str, list[dict]] = {}
+        self.method = functools.cache(lambda name, part: TRAINED[METHODS[name].method](config(name)))
+        self.on_policy = functools.cache(lambda name: OnPolicyTeacher(live, live))
+
+    def run(self, key: Key, turn: Turn) -> Numbers | None:
+        """One step: writes responses, or trains. On responses the teacher's states are computed once, then kept."""
+        name, way, part = key
+        is_minillm, trainer = name == "MiniLLM", self.trainer
+        method, teacher = self.method(name, "new" if part == "again" else part), self.teachers[way]
+        if part == "rollout":
+            lengths = response_lengths(turn.prompts)  # those of the samples come first
+            self.rollouts.prompts = lambda count, turn_number: turn.prompts
+            with mock.patch.object(sampling, "_limit", lambda models, prompt, settings, index: lengths[index]):
+                written = method.select_batch(0, 1.0, turn.samples, self.rollouts)
+            # MiniLLM keeps a whole round. Its first responses answer the prompts of the samples.
+            self.written[name] = method.rollouts[: len(turn.samples)] if is_minillm else written
+            return None
+        with train_mode(trainer.student, dropout=not is_minillm):
+            batch = turn.batch
+            if part != "data":
+                samples, teacher = self.written[name], self.on_policy(name)
+                if is_minillm:
+                    # In a round of these samples alone, step 1 is its second epoch, which writes nothing.
+                    method.rollouts = samples
+                    method.settings = dataclasses.replace(method.settings, rollouts=len(samples))
+                    samples = method.select_batch(1, 1.0, turn.samples, self.rollouts)
+                batch = make_step_batch(samples, turn.text, trainer.config.train.max_tokens)
+            trainer.method, trainer.teacher = method, teacher if METHODS[name].loss else None
+            return trainer.train_step(batch)[:2]
 
 
 class Benchmark:
     def __init__(self, options: argparse.Namespace, folder: pathlib.Path) -> None:
-        """`folder`: for what a run needs on disk."""
         options.scale = options.scale or ("paper" if options.device == "cuda" else "small")
         self.options, self.folder, self.scale = options, folder, SCALES[options.scale]
         most = self.scale.batch_size if options.device == "cuda" else min(self.scale.batch_size, CPU_BATCH)
@@ -63,8 +100,7 @@ class Benchmark:
         self.methods = {name: METHODS[name] for name in METHODS if name in ("SFT", *options.methods)}
         # Prompts that MiniLLM answers, of the 256 of a round; a GPU is hardly slower for more.
         self.rollouts = max(self.batch_size, 64 if options.device == "cuda" else CHUNK)
-        judge = options.scale == "paper" or (options.overhead and options.scale == "small")
-        self.report = Report(torch.device(options.device), vars(options), judge)
+        self.report = Report(torch.device(options.device), vars(options), judge=options.scale != "tiny")
 
     def config(self, name: str, cache: str = "off") -> Config:
         method, folder, data = METHODS[name], self.folder, {}
@@ -72,10 +108,11 @@ class Benchmark:
             data["pretrain"] = {"path": str(folder / "text.jsonl")}
         if name == "DISTILLM":
             data["dev"] = str(folder / "rows.jsonl")  # it would follow this loss
-        sections = {"method": method.method, "loss": method.loss or Config.loss, "data": data, **method.settings}
+        teacher = self.scale.model(self.scale.teacher) if method.loss else None
+        sections = {"method": method.method, "loss": method.loss or Config.loss, "teacher": teacher, "data": data}
         sections |= {"run": {"name": name, "dir": str(folder / "runs")}, "minillm": {"rollouts": self.rollouts}}
-        sections |= {"cache": {"mode": cache, "dir": str(folder / "cache")}, "sampling": {"max_new_tokens": NEW_TOKENS}}
-        sections["teacher"] = self.scale.model(self.scale.teacher) if method.loss else None
+        sections |= {"cache": {"mode": cache, "dir": str(folder / "cache")}, "on_policy": method.on_policy}
+        sections["sampling"] = {"max_new_tokens": NEW_TOKENS}
         # Steps change no weight, so all methods and ways have the same ones all the time.
         sections["optim"] = {"lr": 1e-30, "min_lr": 0, "schedule": "constant"}
         train = {"steps": STEPS, "batch_size": self.batch_size, "device": self.options.device}
@@ -86,17 +123,13 @@ class Benchmark:
         self.trainer = trainer = Trainer(self.config("ABKD"))
         trainer.build()
         live, samples = trainer.teacher, list(trainer.data.train_set)
-        cache = (
-            self.config("ABKD", "auto"),
-            trainer.teacher_meta,
-            trainer.data.train_set,
-            2 * len(samples),
-        )  # so it pays
+        count = 2 * len(samples)  # so often its states are read that building it pays
+        cache = self.config("ABKD", "auto"), trainer.teacher_meta, trainer.data.train_set, count
         cached = TeacherCache(*cache, trainer.device, trainer.dtype).open(lambda: live.model, trainer.precision, 0)
         self.build_seconds = cached.pass_seconds / len(samples)
         self.ours, self.baseline = Ours(trainer, live, cached, self.config), Baseline(trainer, live)
         # Moments exist from here on, so that a first step takes the memory of any other.
-        for optimizer in (trainer.optimizer, self.baseline.trainer.optimizer):
+        for optimizer in (trainer.optimizer, self.baseline.optimizer):
             for parameter in trainer.student.parameters():
                 parameter.grad = torch.zeros_like(parameter)
             optimizer.step()
@@ -106,12 +139,11 @@ class Benchmark:
         prompt = statistics.fmean(sample["prompt_length"] for sample in samples)
         response = statistics.fmean(len(sample["input_ids"]) for sample in samples) - prompt
         student, teacher = (sum(p.numel() for p in m.parameters()) / 1e6 for m in (trainer.student, live.model))
+        dolly = f"Dolly: {MEAN_PROMPT} and {MEAN_RESPONSE}"
         text = f"; every step has plain text, too, {LENGTH} tokens a sample" if self.options.pretrain else ""
-        self.report.note(
-            f"{self.scale.title} ({teacher:.1f}M to {student:.1f}M weights), {self.batch_size} samples a step, "
-            f"{trainer.dtype}; a sample has {prompt:.1f} tokens of prompt and {response:.1f} of response (Dolly: "
-            f"{MEAN_PROMPT} and {MEAN_RESPONSE}){text}"
-        )
+        work = f"({teacher:.1f}M to {student:.1f}M weights), {self.batch_size} samples a step, {trainer.dtype}"
+        tokens = f"{prompt:.1f} tokens of prompt and {response:.1f} of response"
+        self.report.note(f"{self.scale.title} {work}; a sample has {tokens} ({dolly}){text}")
 
     def turn(self, number: int) -> Turn:
         """The batch of that number, packed for the trainer and padded for the published way."""
@@ -121,31 +153,25 @@ class Benchmark:
         samples, blocks = prompts[:size], trainer.data.pretrain_set
         text = [blocks[row] for row in range(number * size, (number + 1) * size)] if blocks is not None else []
         batch = make_step_batch(samples, text, trainer.config.train.max_tokens)
-        padded, padded_text = self.baseline.pad(samples), self.baseline.pad(text) if text else None
-        return Turn(batch, samples, text, padded, padded_text, prompts)
+        padded = pad_samples(samples, LENGTH, trainer.device)
+        padded_text = pad_samples(text, LENGTH, trainer.device) if text else None
+        return Turn(batch, samples, text, padded, padded_text, prompts, prompts[: max(CHUNK, size)])
 
     def describe_work(self) -> None:
         """Notes what the timed steps leave out, or have less of than the published ones."""
-        note, names = self.report.note, {name for name, method in self.methods.items() if method.is_on_policy}
+        note, names = self.report.note, [name for name, method in self.methods.items() if method.is_on_policy]
         if self.batch_size < self.scale.batch_size:
             note(f"A step has {self.batch_size} samples, not {self.scale.batch_size}: --batch-size")
         if names:
-            note(
-                f"Generated responses end where those of the data do, or after {NEW_TOKENS} tokens. The published way "
-                "pads them as it pads the data: training on them takes it as long, and is not timed again."
-            )
+            note(f"Generated responses end where those of the data do, or after {NEW_TOKENS} tokens. {PADS_RESPONSES}")
         if "MiniLLM" in names:
-            theirs = self.turns[0].baseline_rollouts
+            theirs = len(self.turns[0].baseline_prompts)
             note(f"A round of MiniLLM answers {theirs} prompts, of ours {self.rollouts}; by default 256.")
-        for name, method in self.methods.items():
-            if method.note:
-                note(f"{name}: {method.note}.")
+        for name in names:
+            note(f"{name}: {NOTES[name]}.")
 
     def steps(self) -> dict[Key, Callable[[Turn], object]]:
-        """The step of each method, way and part. It takes a batch; one that trains returns loss and gradient norm.
-
-        A step that writes comes before those that train on its responses.
-        """
+        """The step of each method, way and part, on a batch. One that writes comes before those on its responses."""
         keys = []
         for name, method in self.methods.items():
             if "data" in method.parts:
@@ -169,25 +195,21 @@ class Benchmark:
         return sum(tensor.nbytes for tensor in tensors)
 
     def check(self, steps: dict[Key, Callable]) -> float:
-        """Runs each step once, dropout off, on the first batch, which is not timed: this warms up, too.
-
-        Notes loss, gradient norm and peak of memory. Both sides get the responses that ours wrote. Returns seconds.
-        """
-        modules = self.trainer.student, self.baseline.trainer.student
+        """Notes each step's loss, gradient norm and memory on the first batch, dropout off; returns seconds."""
+        modules = self.trainer.student, self.baseline.student
         for module in modules:
             module.eval()
         turn, self.numbers, self.bytes, started = self.turns[0], {}, {}, time.perf_counter()
         for name in (name for name, method in self.methods.items() if method.is_on_policy):
             steps[name, "ours", "rollout"](turn)
-            self.baseline.take(name, self.ours.written[name])
+            self.baseline.take(name, self.ours.written[name])  # both sides train on the same responses
         for key in (key for key in steps if key[2] != "rollout"):
             values = []
             peak = peak_memory(lambda key=key, out=values: out.extend(steps[key](turn)), self.trainer.device)
             self.bytes[key] = self.held(key) + peak
             loss, norm = (value.item() for value in values)
-            name, way, part = key
-            if way == "published":
-                loss -= self.baseline.entropy(name, part, turn)
+            if key[1] == "published":
+                loss -= self.baseline.entropy(key, turn)
             self.numbers[key] = loss, norm
             print(f"{self.label(key)}: loss {loss:.6f}, gradient norm {norm:.6f}", flush=True)
         for module in modules:
@@ -201,13 +223,13 @@ class Benchmark:
     def difference(self, name: str) -> float:
         """The largest relative difference of loss or gradient norm between a method's sides."""
         differences = []
-        for key, numbers in self.numbers.items():
-            if key[0] == name and key[1] != "published":
-                theirs = self.numbers[name, "published", "new" if key[2] == "again" else key[2]]
+        for (method, way, part), numbers in self.numbers.items():
+            if method == name and way != "published":
+                theirs = self.numbers[name, "published", "new" if part == "again" else part]
                 differences += [abs(own / other - 1) for own, other in zip(numbers, theirs, strict=True)]
         return float(np.max(differences))  # unlike max, it returns a NaN wherever it stands
 
-    def time(self) -> bool:
+    def timing(self) -> bool:
         """Times all rounds and writes the tables; returns whether all methods' sides agree."""
         repeats, minutes, begun = self.options.repeats, self.options.minutes, time.perf_counter()
         self.build()
@@ -218,8 +240,8 @@ class Benchmark:
         for number, turn in enumerate(self.turns[1:], 1):
             started = time.perf_counter()
             if rounds and started + seconds > begun + 60 * minutes:
-                done = f"{len(rounds)} of {repeats} rounds"
-                self.report.note(f"{done}: the next would not end within {minutes:g} minutes")
+                late = f"the next would not end within {minutes:g} minutes"
+                self.report.note(f"{len(rounds)} of {repeats} rounds: {late}")
                 break
             print(f"round {number} of {repeats}, {seconds / 60:.1f} minutes each", flush=True)
             rounds.append(self.round(timed, turn))
@@ -237,7 +259,7 @@ class Benchmark:
         name, way, part = key
         if part != "rollout" or name != "MiniLLM":
             return self.batch_size
-        return self.turns[0].baseline_rollouts if way == "published" else self.rollouts
+        return len(self.turns[0].baseline_prompts) if way == "published" else self.rollouts
 
     def same_cost(self, key: Key) -> Key:
         """The step that is timed in place of this one."""
@@ -256,7 +278,7 @@ class Benchmark:
         """Milliseconds/sample of each method and way in every round: the sum of its parts, weighed by their shares."""
         totals = {}
         for name, way in itertools.product(self.methods, WAYS):
-            keys = dict.fromkeys(self.same_cost((name, way, part)) for part in self.methods[name].parts)
+            keys = {self.same_cost((name, way, part)): None for part in self.methods[name].parts}
             if any((name, way) == key[:2] for key in keys) and all(key in parts for key in keys):
                 totals[name, way] = sum(np.multiply(self.share(key, way), parts[key]) for key in keys).tolist()
         return totals
@@ -284,12 +306,15 @@ class Benchmark:
             columns |= {"ours_mfu": "MFU, ours|.1%", "cached_mfu": "MFU, cached|.1%"}
         rounds = len(next(iter(parts.values())))
         self.report.table("methods", f"seconds/sample, medians of {rounds}", rows, columns)
-        self.spreads(parts)
-        self.amortized(rows)
-        abkd = next((row for row in rows if row["name"] == "ABKD" and row["same"]), None)
-        if abkd and self.report.judge:
-            bounds = [{"name": name, "ratio": abkd[key], "target": bound} for name, (key, bound) in TARGETS.items()]
-            self.report.table("targets", "ABKD", bounds, {"ratio": "|.2f"})
+        spreads = []
+        for key, values in parts.items():
+            size = self.bytes.get(key)
+            memory = {} if size is None else {"bytes": size, "gib": size / 2**30}
+            spreads.append(spread(self.label(key), values, all_ms=values, share=self.share(key), **memory))
+        title = "milliseconds a sample, or a response, and tensors held at once: weights to gradients"
+        columns = TIME | {"share": "how many a sample|.2f", "gib": "GiB at most|.2f"}
+        self.report.table("ways", title, spreads, columns)
+        self.amortized([row for row in rows if "cached" in row])
         draw_bars(rows, WAYS, f"{self.scale.title}, {self.report.content['machine']['device']}", self.report)
         return all(row["same"] for row in rows)
 
@@ -304,34 +329,23 @@ class Benchmark:
             shares.append(flops / (1e-3 * milliseconds * self.batch_size * peak))
         return statistics.median(shares)
 
-    def spreads(self, parts: dict[Key, list[float]]) -> None:
-        rows = []
-        for key, values in parts.items():
-            size = self.bytes.get(key)
-            memory = {} if size is None else {"bytes": size, "gib": size / 2**30}
-            rows.append(spread(self.label(key), values, all_ms=values, share=self.share(key), **memory))
-        title = "milliseconds a sample, or a response, and tensors held at once: weights to gradients"
-        self.report.table("ways", title, rows, TIME | {"share": "how many a sample|.2f", "gib": "GiB at most|.2f"})
-
     def amortized(self, rows: list[dict]) -> None:
         """A table of the cache's cost, spread over the epochs that share it."""
-        costs, columns = [], {"build": "building the cache, once|.3g"}
+        costs = [{"name": row["name"], "build": self.build_seconds} for row in rows]
+        columns = {"build": "building the cache, once|.3g"}
         for epochs in EPOCHS:
-            columns[f"after_{epochs}"] = f"step and build over {epochs} epochs|.3g"
-            columns[f"ratio_{epochs}"] = "published / this|.2f"
-        for row in (row for row in rows if "cached" in row):
-            costs.append({"name": row["name"], "build": self.build_seconds})
-            for epochs in EPOCHS:
-                seconds = costs[-1][f"after_{epochs}"] = row["cached"] + self.build_seconds / epochs
-                costs[-1][f"ratio_{epochs}"] = row["published"] / seconds if row["same"] else None
+            after, ratio = f"after_{epochs}", f"ratio_{epochs}"
+            columns |= {after: f"step and build over {epochs} epochs|.3g", ratio: "published / this|.2f"}
+            for row, cost in zip(rows, costs, strict=True):
+                cost[after] = row["cached"] + self.build_seconds / epochs
+                cost[ratio] = row["published"] / cost[after] if row["same"] else None
         if costs:
             self.report.table("cache", "seconds/sample, the teacher's cache included", costs, columns)
 
     def overhead(self) -> None:
-        for name, method in self.methods.items():
-            if not method.is_on_policy:
-                title = f"{name}, teacher's states cached" if method.loss else name
-                profiling.overhead(self.config(name, "auto"), title, self.report)
+        for name in (name for name, method in self.methods.items() if not method.is_on_policy):
+            title = f"{name}, teacher's states cached" if METHODS[name].loss else name
+            profiling.overhead(self.config(name, "auto"), title, self.report)
 
     def profile(self) -> None:
         """Tables of our steps' time, the mean over the rounds; the first batch is the warm-up."""
@@ -358,14 +372,11 @@ def scaled_parser(description: str, name: str) -> tuple[argparse.ArgumentParser,
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser, add = scaled_parser(__doc__, "timing")
-    text = "default: all; SFT, the yardstick, always"
-    add("--methods", choices=METHODS, nargs="+", default=list(METHODS), help=text)
+    add("--methods", choices=METHODS, nargs="+", default=list(METHODS), help="default: all; SFT, the yardstick, always")
     add("--minutes", type=float, default=60, help="no second round that would end later (default: %(default)s)")
     add("--pretrain", action="store_true", help="adds the papers' plain text to every step, on both sides")
-    text = "where the time of our steps goes, by kind of work; nothing is compared"
-    add("--profile", action="store_true", help=text)
-    text = "the trainer's own share of its loop, where nothing is generated; CPU only"
-    add("--overhead", action="store_true", help=text)
+    add("--profile", action="store_true", help="where the time of our steps goes, by kind of work; compares nothing")
+    add("--overhead", action="store_true", help="the trainer's own share of its loop without generation; CPU only")
     options = parser.parse_args(arguments)
     if options.overhead and options.device != "cpu":
         parser.error("--overhead measures Python's clock, which a GPU's work doesn't show on: add --device cpu")
@@ -377,9 +388,8 @@ def main(arguments: list[str] | None = None) -> int:
     what = "overhead" if options.overhead else "profile" if options.profile else "timing"
     with tempfile.TemporaryDirectory() as folder:
         benchmark = Benchmark(options, pathlib.Path(folder))
-        work = {"timing": benchmark.time, "profile": benchmark.profile, "overhead": benchmark.overhead}[what]
         with benchmark.report.kept(what):
-            return int(work() is False)
+            return int(getattr(benchmark, what)() is False)
 
 
 if __name__ == "__main__":

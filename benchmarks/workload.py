@@ -28,19 +28,16 @@ MEAN_PROMPT, MEAN_RESPONSE = 71.3, 74.3  # of rows cut at LENGTH
 
 @dataclasses.dataclass(frozen=True)
 class Scale:
-    """Models and samples of a step. A shape that says nothing is that of GPT-2 (124M)."""
-
     title: str
-    student: dict
+    student: dict  # what differs from GPT-2 (124M)
     teacher: dict
     batch_size: int
     vocab: int = 50257
 
     def model(self, shape: dict) -> dict:
         """The model's section of a recipe."""
-        return {
-            "config": {"model_type": "gpt2", "vocab_size": self.vocab, "bos_token_id": 0, "eos_token_id": 0} | shape
-        }
+        ends = {"bos_token_id": 0, "eos_token_id": 0}
+        return {"config": {"model_type": "gpt2", "vocab_size": self.vocab} | ends | shape}
 
 
 TINY = {"n_layer": 2, "n_head": 2, "initializer_range": 0.2}

@@ -136,7 +136,7 @@ def test_timing_responses_are_as_long_as_the_datas(benchmark, workload):
 def test_published_mixture_is_of_student_and_teacher(benchmark, timing):
     benchmark.build()
     baseline = importlib.import_module("baseline")
-    student, teacher = benchmark.baseline.trainer.student.eval(), benchmark.baseline.trainer.teacher
+    student, teacher = benchmark.baseline.student.eval(), benchmark.baseline.teacher
     prompts = [[5, 6, 7], [8, 9, 10, 11, 12]]
     ids, mask = baseline.pad(prompts, 256, "cpu", left=True)
     mix = baseline.TeacherMix(teacher, mask, 0.2)
@@ -153,7 +153,7 @@ def test_timing_mfu(timing, tmp_path, monkeypatch):
     options = ["--scale", "tiny", "--device", "cpu", "--methods", "GKD", "--repeats", "1", "--out", str(tmp_path)]
     benchmark, peak = timing.Benchmark(timing.parse(options), tmp_path), 1e12
     monkeypatch.setattr(timing, "peak_flops", lambda device: peak)
-    benchmark.time()
+    benchmark.timing()
     sft, gkd = benchmark.report.content["sections"]["methods"][0]["rows"]
     assert any("| MFU, ours |" in part for part in benchmark.report.markdown)
     flops = sft["ours_mfu"] * peak * sft["ours"] * benchmark.batch_size
@@ -197,7 +197,7 @@ def test_published_way_has_the_activations_of_transformers(benchmark):
     benchmark.build()
     kinds = [
         {type(block.mlp.act).__name__ for block in model.transformer.h}
-        for model in (benchmark.trainer.student.model, benchmark.baseline.trainer.student)
+        for model in (benchmark.trainer.student.model, benchmark.baseline.student)
     ]
     assert kinds == [{"GELU"}, {"NewGELUActivation"}]
 
