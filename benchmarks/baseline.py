@@ -1,10 +1,8 @@
 """The published way of a training step, written from its description, and the methods that timing.py times.
 
-The code released with ABKD, and with DistiLLM and MiniLLM before it, does this:
-- It pads every sample to the full length.
-- Student and teacher compute logits at every position. The teacher runs in every step.
-- Losses are eager PyTorch over the whole vocabulary.
-- transformers' `generate` writes responses to prompts padded on the left, until the longest of a batch is done.
+The code released with ABKD, DistiLLM and MiniLLM pads every sample to the full length. Student and teacher compute
+logits at every position, the teacher in every step. Losses are eager PyTorch over the whole vocabulary. Responses come
+from transformers' `generate`, by batches padded on the left, until the longest one is done.
 
 To the baseline's advantage, this is left out: float16 with loss scaling, DeepSpeed, guards against infinite logits,
 synchronizations (two a step, and one for every token of MiniLLM's rollouts), all-reduces, and the second response to

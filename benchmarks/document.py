@@ -1,8 +1,7 @@
 """Puts measured and predicted tables into docs/performance.md: `python benchmarks/document.py`.
 
-A line `<!-- NAME SECTION -->`, or `<!-- NAME SECTION: TITLE -->` for one table of several, stands before what is in the
-newest NAME.json of benchmarks/results, and `<!-- end -->` after it. `NAME@SCALE` takes the newest at a scale, and
-`NAME@SCALE/COUNT` the newest there of so many methods. Without such a file or table, all stays as it is.
+Between `<!-- NAME SECTION: TITLE -->` (TITLE is optional) and `<!-- end -->` go tables of benchmarks/results' newest
+NAME.json; `NAME@SCALE/COUNT` takes the newest at a scale with so many methods. Without such a file nothing changes.
 """
 
 import json

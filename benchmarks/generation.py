@@ -1,10 +1,8 @@
 """Generation and evaluation, against the papers' use of transformers' `generate`: `python benchmarks/generation.py`.
 
-full    `sample`, prompts as long as Dolly's, every response as long as allowed. The papers generate in batches of 8,
-        padded on the left to 256 tokens; padded to the longest of each batch is measured, too
+full    `sample`, every response as long as allowed. The papers generate in batches of 8, padded to 256 tokens
 ending  the same with responses of geometric length and Dolly's mean: as many end tokens as make one that likely
-scores  `abkd_fast.evaluate`, from a model's folder and a file of rows to one score, with one seed. The papers answer
-        batches of 16, padded to 256 tokens, then score each pair with `rouge_score`
+scores  `abkd_fast.evaluate` with one seed. The papers answer batches of 16, then score each pair with `rouge_score`
 
 The model is GPT-2 with random weights, unless --model and --data name a real one and its test set, for scores alone.
 """

@@ -1,10 +1,9 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, on a fresh machine, in one command: benchmarks/gpu.sh [FOLDER]
 #
-# Builds and installs the package with its CUDA kernels, runs the GPU tests, a selection of them under
-# compute-sanitizer if there is one, and the benchmarks. All of it ends in FOLDER (default: gpu-report).
-# PYTHON=/path/to/python names the interpreter; else it is that of the active environment, else a new one in FOLDER/venv.
-# Without a network it builds against the packages that are there. Exit status: 0 passed, 1 failed, 2 could not begin.
+# Builds and installs the package, runs the GPU tests (some under compute-sanitizer) and the benchmarks. All of it ends
+# in FOLDER (default: gpu-report). PYTHON names the interpreter; else it is that of the active environment, else a new
+# one in FOLDER/venv. Without a network it builds against the packages there. Exit status: 0, 1 failed, 2 not begun.
 set -euo pipefail
 
 BENCHMARKS=(kernels timing peers generation)
@@ -96,8 +95,7 @@ done
 
 for name in machine tests memcheck racecheck "${BENCHMARKS[@]}"; do
   [[ -f $report/$name.txt ]] || continue
-  lines=12 # tests: the summary first
-  [[ " ${BENCHMARKS[*]} " != *" $name "* ]] || lines=+1
+  [[ " ${BENCHMARKS[*]} " == *" $name "* ]] && lines=+1 || lines=12 # tests: the summary first
   printf '\n## %s\n\n```\n' "$name"
   tail -n "$lines" "$report/$name.txt" | sed 's/\x1b\[[0-9;]*m//g'
   printf '```\n'

@@ -5,8 +5,6 @@ families  every divergence of the catalog, against the alpha-beta one
 fused     from hidden states, GPT-2 XL to GPT-2, against the bare matrix products, and Liger-Kernel and TRL if installed
 memory    the same against the number of tokens: time, and memory beyond inputs and results
 accuracy  errors of value and gradient against float64
-
-Everything is forward and backward; times are medians of interleaved runs. Tables and a chart go to --out.
 """
 
 import argparse

@@ -1,7 +1,6 @@
 """Every loss of the papers' Table 2 under one budget: `python benchmarks/losses.py --config RECIPE --stage STAGE`.
 
-STAGE distills. The stages it refers to (teacher, initial student) are trained first, once. docs/results.md says what is
-the same for all losses, and what the numbers in brackets are. Finished runs are used again.
+STAGE distills; the stages that it refers to are trained first, once. docs/results.md describes the study.
 """
 
 import argparse

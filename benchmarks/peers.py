@@ -1,8 +1,7 @@
 """A training step of other projects' distillation trainers, against ours: `python benchmarks/peers.py`.
 
-Models, batches and the divergence, Jensen-Shannon, are those of timing.py's GKD row on the data. Every step is forward,
-backward, clipping and AdamW. TRL's trainers, from `pip install '.[bench]'`, run as they are, without gradient
-checkpointing, on batches padded to their longest sample. On a GPU so does Liger-Kernel's fused loss, in a plain loop.
+Models, batches and the divergence are those of timing.py's GKD row on the data. TRL's trainers run as they are, without
+gradient checkpointing; on a GPU Liger-Kernel's fused loss runs in a plain loop. `pip install '.[bench]'` brings them.
 """
 
 import dataclasses

@@ -1,9 +1,7 @@
 """What a sample costs, from shapes alone, and what that predicts for GPUs: `python benchmarks/predict.py`.
 
-Operations are those of abkd_fast/training/costs.py, for samples as long as Dolly's. The published way pads them to 512
-tokens and makes logits at all of these. Nothing is measured. On a GPU, products take a stated share of its peak. The
-rest, logits in memory and AdamW, takes a stated share of its bandwidth. Many GPUs share a step's samples as the trainer
-does. Tables go to the terminal, and as JSON and Markdown to --out.
+Operations are those of abkd_fast/training/costs.py, for samples as long as Dolly's. Nothing is measured. On a GPU,
+products take a stated share of its peak; logits in memory and AdamW take a stated share of its bandwidth.
 """
 
 import argparse

@@ -1,7 +1,4 @@
-"""Two processes of one thread each against one process of two threads: `python benchmarks/processes.py`.
-
-Trains them in turn on the same samples, on a CPU that does nothing else, and prints medians of seconds/sample.
-"""
+"""Two processes of one thread against one of two, trained in turn on an idle CPU: `python benchmarks/processes.py`."""
 
 import argparse
 import json
@@ -15,14 +12,13 @@ import tempfile
 from harness import cpu_name
 from workload import SCALES, write_recipe
 
-LAUNCHER = ["-m", "torch.distributed.run", "--nproc-per-node", "2"]
 WAYS = {"auto": "one process, two threads", "ddp": "two processes, ddp", "fsdp": "two processes, fsdp"}
 
 
 def train(way: str, recipe: pathlib.Path, name: str) -> float:
     """Seconds/sample of a run, the median of its steps but the first. `way`: its train.parallel."""
     overrides = ["--set", f"run.name={name}", "--set", f"train.parallel={way}"]
-    launcher, threads = ([], "2") if way == "auto" else (LAUNCHER, "1")
+    launcher, threads = ([], "2") if way == "auto" else (["-m", "torch.distributed.run", "--nproc-per-node=2"], "1")
     command = [sys.executable, *launcher, "-m", "abkd_fast.train", "--config", str(recipe), *overrides]
     environment = os.environ | {"OMP_NUM_THREADS": threads, "OMP_WAIT_POLICY": "passive"}
     subprocess.run(command, env=environment, check=True, capture_output=True)
@@ -42,9 +38,8 @@ def main() -> None:
         rounds = [{way: train(way, recipe, f"{way}-{number}") for way in WAYS} for number in range(options.repeats)]
     print(cpu_name())
     for way, title in WAYS.items():
-        values = [each[way] for each in rounds]
-        ratio = statistics.median(each[way] / each["auto"] for each in rounds)
-        spread = f"({min(values):.4f} to {max(values):.4f}), x {ratio:.3f}"
+        values, ratios = zip(*((each[way], each[way] / each["auto"]) for each in rounds), strict=True)
+        spread = f"({min(values):.4f} to {max(values):.4f}), x {statistics.median(ratios):.3f}"
         print(f"{title:26} {statistics.median(values):.4f} s/sample {spread}")
 
 

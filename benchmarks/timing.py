@@ -1,10 +1,8 @@
 """Seconds a sample of every method, against the published way and against fine-tuning: `python benchmarks/timing.py`.
 
-Our steps are the trainer's own, without and with the teacher's cache; the published way is baseline.py. Both have the
-same models, of random weights, and the same batches, as long as Dolly's samples. A step is timed from its batch, packed
-or padded, to the changed weights. A method that generates has several kinds of steps. Each is timed; the sum weighs
-each by its share in the method. Before that, both sides have to agree on loss and gradient norm, dropout off. A method
-whose sides don't agree is marked as failed, gets no ratios, and makes the exit status 1.
+Our steps are the trainer's own; the published way is baseline.py. Both have the same random weights and batches. A step
+is timed from its batch to the changed weights. A method that generates has several kinds of steps, weighed by their
+shares. A method whose sides don't agree on loss and gradient norm gets no ratios and makes the exit status 1.
 """
 
 import argparse

@@ -20,7 +20,7 @@ from .dev_eval import DevEvaluator
 
 @dataclasses.dataclass
 class Prepared:
-    """The inputs that the checks of a run have read. The run reads the others, which an earlier stage may still write."""
+    """The inputs that the checks of a run have read. The run reads the others: an earlier stage may write them."""
 
     models: dict[str, MetaModel] = dataclasses.field(default_factory=dict)  # by role
     rows: dict[tuple, list[Row]] = dataclasses.field(default_factory=dict)  # by the four arguments of `read_rows`
