@@ -307,7 +307,7 @@ class Baseline:
 
     @torch.no_grad()
     def score(self, samples: list[dict]) -> RolloutBatch:
-        """What MiniLLM keeps of responses that the mixture has written."""
+        """The parts that MiniLLM keeps of responses of the mixture."""
         settings, (prompts, responses) = self.minillm, split(samples)
         prompts, prompt_mask = pad(prompts, PROMPT_LENGTH, self.device, left=True)
         responses, mask = pad(responses, NEW_TOKENS, self.device)

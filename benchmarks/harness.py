@@ -1,4 +1,4 @@
-"""What all benchmarks share: command line, timing, memory, the machine's description, and the report."""
+"""Shared by all benchmarks: command line, timing, memory, the machine's description, and the report."""
 
 import argparse
 import contextlib

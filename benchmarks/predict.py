@@ -1,4 +1,4 @@
-"""What a sample costs, from shapes alone, and what that predicts for GPUs: `python benchmarks/predict.py`.
+"""The cost of a sample, from shapes alone, and a prediction for GPUs: `python benchmarks/predict.py`.
 
 Operations are those of abkd_fast/training/costs.py, for samples as long as Dolly's. Nothing is measured. On a GPU,
 products take a stated share of its peak; logits in memory and AdamW take a stated share of its bandwidth.

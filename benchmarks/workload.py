@@ -1,4 +1,4 @@
-"""What whole training steps are measured on: models of random weights, and samples as long as Dolly's."""
+"""The workload of whole training steps: models of random weights, and samples as long as Dolly's."""
 
 import argparse
 import dataclasses
