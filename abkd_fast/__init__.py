@@ -15,7 +15,7 @@ _MODULES = {
 }
 _RENAMED = {"SamplingSettings": "SamplingParams"}  # earlier names, which scripts may have
 _HOME = {name: module for module, names in _MODULES.items() for name in names.split()}
-__all__ = sorted(_HOME)
+__all__ = sorted({*_HOME, *_RENAMED})
 
 
 def __dir__() -> list[str]:

@@ -59,6 +59,7 @@ def locked(folder: pathlib.Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     busy = f"{folder}: another process is at work on this run: wait for it, or choose another run.name (or --out)"
     with exclusive(folder / LOCK, busy):
+        remove_leftovers(folder)
         try:
             yield
         finally:
@@ -116,9 +117,15 @@ def write_json(path: pathlib.Path, values: dict) -> None:
     atomic_write(path, json.dumps(values, indent=2) + "\n")
 
 
-def leftovers(path: pathlib.Path) -> list[pathlib.Path]:
-    """The temporary files of `path`: of killed processes, and of those that write at this moment."""
-    return [other for other in path.parent.glob("*.tmp") if other.name.startswith(f"{path.name}.")]
+def leftovers(folder: pathlib.Path, name: str = "") -> list[pathlib.Path]:
+    """Temporary files of killed processes, and of those that write at this moment. `name`: how they begin."""
+    return [path for path in folder.glob("*.tmp") if path.name.startswith(name) and path.is_file()]
+
+
+def remove_leftovers(folder: pathlib.Path, name: str = "") -> None:
+    """Deletes what killed processes have left. The caller holds a lock: nobody writes at this moment."""
+    for path in leftovers(folder, name):
+        path.unlink(missing_ok=True)
 
 
 def _flush(path: pathlib.Path) -> None:

@@ -53,22 +53,20 @@ def run(stages: list[Config], resume: bool = False) -> list[dict]:
             console.print(f"[bold]{config.run.folder}[/bold]  is finished already: its result is used")
             summary = _read_summary(config.run.folder)
         else:
-            summary = _run_stage(config, resume, inputs)
+            if config.method == "generate":  # a kind of stage, not a training method
+                summary = answers.write_stage(config, _take_prompts(config, inputs))
+            else:
+                summary = Trainer(config, resume, inputs).train()
             console.print(f"saved {config.run.folder / 'final'}", markup=False)
             _free_memory()
         summaries.append(summary)
         if config.eval.sets and config.method != "generate":
             evaluation = _evaluate(config, inputs)
+            _free_memory()
             if len(stages) == 1:
                 console.print(evaluation.table())
     distributed.run_on_rank0(_conclude, stages, summaries)
     return summaries
-
-
-def _run_stage(config: Config, resume: bool, prepared: Prepared) -> dict:
-    if config.method == "generate":  # a kind of stage, not a training method
-        return answers.write_stage(config, _take_prompts(config, prepared))
-    return Trainer(config, resume, prepared).train()
 
 
 def _take_prompts(config: Config, prepared: Prepared) -> list[Row]:
@@ -263,8 +261,7 @@ def _is_finished(config: Config, resume: bool) -> bool:
     if not folder.exists():
         return False
     if not (folder / "config.json").exists():
-        begun = {folder / LOCK, *leftovers(folder / "config.json")}
-        is_begun = folder.is_dir() and {*folder.iterdir()} <= begun
+        is_begun = folder.is_dir() and {*folder.iterdir()} <= {folder / LOCK, *leftovers(folder, "config.json.")}
         check_folder(folder, resume and is_begun)
         return False
     finished = (folder / "final").exists()

@@ -19,7 +19,7 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, flush):
         with atomic_file(path, flush) as temporary:
             assert str(os.getpid()) in temporary.name, "no other process writes to it"
             temporary.write_bytes(b"half")
-            assert leftovers(path) == [temporary]
+            assert leftovers(path.parent, path.name) == [temporary]
             raise KeyError
 
     with pytest.raises(KeyError):
@@ -36,3 +36,4 @@ def test_a_run_that_was_killed_in_its_first_write_can_be_resumed(tmp_path, left)
     (run.folder / LOCK).touch()
     assert run() == 2, "not without --resume"
     assert run("--resume") == 0
+    assert not (run.folder / left).exists(), "whoever holds the lock clears up"

@@ -102,13 +102,15 @@ def _find(name: str, folder: pathlib.Path, where: str) -> pathlib.Path:
         raise ConfigError(f"{where}{name}: can't be read ({error.strerror})") from None
     packaged, stem = packaged_recipes(), name.removesuffix(".json")
     # Flat names were used before the recipes had folders: "gpt2-kd" is gpt2/kd, and "gpt2" is gpt2/ab.
-    flat = {key.replace("/", "-").removesuffix("-ab"): path for key, path in packaged.items()}
-    if found := packaged.get(stem) or flat.get(stem):
+    flat = {key.replace("/", "-").removesuffix("-ab"): key for key in packaged}
+    if found := packaged.get(flat.get(stem, stem)):
         return found
     if is_folder:
         raise ConfigError(f"{where}{name}: is a folder, expected a JSON file")
-    near = difflib.get_close_matches(stem, packaged, n=1)
-    hint = f"did you mean {near[0]}.json?" if near else f"packaged recipes are {', '.join(packaged)}"
+    near = difflib.get_close_matches(path.stem, [*flat, *packaged], n=1)
+    hint = f"packaged recipes are {', '.join(packaged)}"
+    if near:
+        hint = f"did you mean {flat.get(near[0], near[0])}.json?"
     raise ConfigError(f"{where}{name}: no such file; {hint}")
 
 

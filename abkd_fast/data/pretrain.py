@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from ..config.schema import PretrainConfig
 from ..console import console
 from ..errors import ConfigError
-from ..files import atomic_file, file_digest, leftovers
+from ..files import atomic_file, file_digest, remove_leftovers
 from . import indexed_dataset
 from .rows import TRAIN, read_jsonl
 from .tokenize import SAMPLE, arrow_file, fingerprint
@@ -47,8 +47,7 @@ def load_blocks(spec: PretrainConfig, tokenizer: PreTrainedTokenizerBase, max_le
             with filelock.FileLock(f"{path}.lock"):  # another run that starts now waits, and finds the file
                 if not path.exists():
                     console.print(f"plain text: tokenizing {spec.path}; later runs find the result in {path.parent}")
-                    for left in leftovers(path):  # of a killed process: no other one has the lock
-                        left.unlink()
+                    remove_leftovers(path.parent, f"{path.name}.")
                     with atomic_file(path) as temporary:
                         _write(temporary, _cut(_token_ids(files, tokenizer, spec.rows), max_length))
         except OSError as error:

@@ -106,9 +106,11 @@ def _check(config: dict, summary: dict, points: list[dict]) -> None:
     needed += [(point, ("kind", "step")) for point in points]
     if missing := {key for values, keys in needed for key in keys if key not in values}:
         raise LookupError(f"no {', '.join(sorted(missing))}")
-    numbers = {key: summary[key] for key in (*NUMBERS, *DEV_NUMBERS) if key in NUMBERS or summary[key] is not None}
-    if wrong := [key for key, value in numbers.items() if not isinstance(value, float | int)]:
+    measured = [key for key in ("dev_loss", "dev_rouge_l") if summary[key] is not None]
+    numbers = [*NUMBERS, *measured, *(f"{key}_before" for key in measured)]
+    if wrong := [key for key in numbers if not isinstance(summary[key], float | int)]:
         raise TypeError(f"no number: {', '.join(wrong)}")
+    config["loss"].partition(":")  # fails where it is no text
 
 
 def _labels(runs: list[Run]) -> list[str]:

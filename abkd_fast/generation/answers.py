@@ -22,7 +22,7 @@ from ..data.rows import Row, read_rows
 from ..data.tokenize import encode_prompts
 from ..device import choose_device, choose_dtype
 from ..errors import ConfigError, Interrupted, check_number
-from ..files import WRITE_ERRORS, atomic_folder, atomic_write, exclusive, locked, write_json
+from ..files import WRITE_ERRORS, atomic_folder, atomic_write, exclusive, locked, remove_leftovers, write_json
 from ..models import identity, loading
 from ..signals import StopSignals
 from .sampling import response_seeds, sample
@@ -67,6 +67,8 @@ class Generator:
                 yield
         except WRITE_ERRORS as error:
             raise Interrupted(f"{out} can't be written ({error}): make room") from None
+        finally:
+            del self.model  # the next stage needs the memory
 
     def generate(
         self, prompts: list[list[int]], seeds: list[int], keep: Callable[[int, list[int]], None], name: str
@@ -289,15 +291,16 @@ class GrowingFile:
     def sort(self) -> list[dict]:
         """Sorts the lines of all ranks by their rows, and returns them."""
         distributed.barrier()  # until all ranks have written theirs
-        lines = distributed.run_on_rank0(lambda: self._write(sorted(self.read(), key=lambda values: values["row"])))
+        lines = distributed.run_on_rank0(lambda: sorted(self.read(), key=lambda values: values["row"]))
+        distributed.run_on_rank0(self._write, lines)
         self.rows = {values["row"] for values in lines}
         return lines
 
-    def _write(self, lines: list[dict]) -> list[dict]:
+    def _write(self, lines: list[dict]) -> None:
+        remove_leftovers(self.path.parent, f"{self.path.name}.")
         atomic_write(self.path, "".join(json.dumps(values, ensure_ascii=False) + "\n" for values in lines))
         for path in self._others():
             path.unlink()
-        return lines
 
 
 class Answers(GrowingFile):

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from ..console import console
-from ..files import atomic_write
+from ..files import atomic_write, remove_leftovers
 from ..models.identity import tensor_bytes
 
 FORMAT = 1
@@ -147,6 +147,7 @@ class HiddenStateStore:
             except filelock.Timeout:
                 console.print(f"teacher cache: another process is building {self.folder}: waiting for it")
                 lock.acquire()
+            remove_leftovers(self.folder)
         try:
             if not self.read_index():
                 console.print(f"teacher cache: {self.folder / 'index.json'} is damaged: all is computed again")

@@ -32,12 +32,9 @@ class CheckpointPolicy:
     def begin(
         self, tensors: dict[str, Tensor], values: dict, previous_best: tuple | None, flush: Callable[[], None]
     ) -> None:
-        """Begins a checkpoint of the present step. Collective.
+        """Begins a checkpoint of the present step. Rank 0 calls `flush` before it is written. Collective.
 
-        Args:
-            tensors, values: the trainer's state, the values for JSON.
-            previous_best: `state.best` before this step, which counts again if the save fails.
-            flush: is called by rank 0 before the checkpoint is written.
+        previous_best: `state.best` before this step, which counts again if the save fails.
         """
         step, best = self.state.step, self.state.best
         self.pending = step, previous_best

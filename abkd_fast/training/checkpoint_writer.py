@@ -72,10 +72,8 @@ class CheckpointWriter:
     def begin(self, step: int, best_step: int | None, tensors: Tensors, state: dict, first: Callable[[], None]) -> None:
         """Begins a checkpoint of model and optimizer as they are now. Raises one of WRITE_ERRORS.
 
-        Args:
-            best_step: the step whose checkpoint stays.
-            tensors, state: rank 0's train state; `state` holds JSON values.
-            first: is called by rank 0 before the checkpoint is written.
+        best_step: the step whose checkpoint stays. tensors, state: rank 0's train state, the latter as JSON values.
+        first: is called by rank 0 before the checkpoint is written.
         """
         copies, text = {}, json.dumps(state) + "\n"
         if self.group or distributed.is_rank0():

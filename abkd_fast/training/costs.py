@@ -80,9 +80,8 @@ class StepCost:
     def flops(self, samples: list[dict], taught: bool = True, read: list[dict] | None = None) -> int:
         """Operations of one step that the algorithm needs. Recomputed layers and generation don't count.
 
-        Args:
-            taught: whether the teacher takes part in the loss; on plain text it mostly doesn't.
-            read: the samples that the teacher's body reads (default: all, or none with the cache).
+        taught: whether the teacher takes part in the loss; on plain text it mostly doesn't.
+        read: the samples that the teacher's body reads (default: all, or none with the cache).
         """
         tokens, squares = _lengths(samples)
         responses = tokens - sum(sample["prompt_length"] for sample in samples)

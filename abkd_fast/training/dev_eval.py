@@ -28,8 +28,7 @@ class DevEvaluator:
     ) -> None:
         """Takes the checked rows, and the same rows tokenized."""
         self.dev_set, self.every_steps, self.max_tokens = dev_set, config.eval.every_steps, config.train.max_tokens
-        measures_rouge = config.eval.rouge_rows is not None
-        self.rouge = DevRouge(config, rows, dev_set, tokenizer) if measures_rouge else None
+        self.rouge = DevRouge(config, rows, dev_set, tokenizer) if config.eval.rouge_rows else None
 
     def is_due(self, step: int, steps: int, steps_per_epoch: int) -> bool:
         """Before the first step, after the last, and every eval.every_steps (by default once an epoch)."""

@@ -33,11 +33,8 @@ class RunLog:
     """A context manager that writes points to the run folder and shows them, on rank 0 alone."""
 
     def __init__(self, config: Config, steps: int, device: torch.device, done: int, elapsed: float) -> None:
-        """Begins the log of a run of so many steps, or continues it.
-
-        Args:
-            done: steps of a resumed run; later points are dropped. -1: not even the evaluation before the first.
-            elapsed: seconds that the resumed run had trained since its last point.
+        """done: steps of a resumed run, whose later points are dropped. -1: not even the evaluation before the first.
+        elapsed: seconds that the resumed run had trained since its last point.
         """
         self.config, self.folder, self.steps, self.device = config, config.run.folder, steps, device
         self.done, self.elapsed = done, elapsed

@@ -252,6 +252,7 @@ def test_bad_input_is_one_line_and_status_2(four_runs, tmp_path, capsys, monkeyp
         ("config.json", {}),
         ("config.json", []),
         ("summary.json", {"steps": 1}),
+        ("summary.json", {**SUMMARY, "dev_loss": 1.0}),
         ("metrics.jsonl", {"step": 1}),
         ("eval/scores.json", {"weights": {}, "settings": [], "sets": {}}),
         ("eval/scores.json", {"weights": {}, "settings": {}, "sets": {"Dolly": {"rouge_l": 1}}}),

@@ -1,5 +1,7 @@
+import gc
 import json
 import signal
+import weakref
 
 import pytest
 import torch
@@ -201,3 +203,13 @@ def test_prompt_without_room_is_refused(command, write_jsonl, tmp_path, capsys):
     assert main(command("--data", data)) == 2
     assert f"error: {data} line 2: the prompt has " in capsys.readouterr().err
     assert not (tmp_path / "answers.jsonl").exists()
+
+
+def test_model_is_freed_after_its_responses(model_folder, tmp_path):
+    spec = model_spec(str(model_folder))
+    generator = answers.Generator(spec, (str(model_folder), "tokenizer"), SamplingParams(), 1, "cpu", "float32")
+    with generator.loaded(tmp_path):
+        model = weakref.ref(generator.model.model)
+        assert model() is not None
+    gc.collect()
+    assert model() is None

@@ -280,16 +280,16 @@ def test_damage_is_noticed_and_mended(recipe, cache_folder, capsys, small_blocks
 # Builds with small blocks, a pause in each, and says so; the test kills it or lets it go on.
 BUILD = """
 import sys, time
-from abkd_fast import cache
-from abkd_fast.recipe import load
-from abkd_fast.trainer import Trainer
-cache.BLOCK_TOKENS = 300
-record = cache.StateFile.record
+from abkd_fast.config.recipe import load
+from abkd_fast.teacher import store
+from abkd_fast.training.trainer import Trainer
+store.BLOCK_TOKENS = 300
+record = store.HiddenStateStore.record
 def slow_record(self, blocks):
     record(self, blocks)
     print("wrote", blocks[0][0], flush=True)
     time.sleep(float(sys.argv[2]))
-cache.StateFile.record = slow_record
+store.HiddenStateStore.record = slow_record
 print("start", flush=True)
 trainer = Trainer(load(sys.argv[1], [])[0])
 trainer.build()
