@@ -252,7 +252,6 @@ def test_bad_input_is_one_line_and_status_2(four_runs, tmp_path, capsys, monkeyp
         ("config.json", {}),
         ("config.json", []),
         ("summary.json", {"steps": 1}),
-        ("summary.json", {**SUMMARY, "dev_loss": 1.0}),
         ("metrics.jsonl", {"step": 1}),
         ("eval/scores.json", {"weights": {}, "settings": [], "sets": {}}),
         ("eval/scores.json", {"weights": {}, "settings": {}, "sets": {"Dolly": {"rouge_l": 1}}}),
@@ -264,6 +263,13 @@ def test_damaged_runs_are_one_line(four_runs, file, content, capsys):
     output = capsys.readouterr().err
     assert "can't be read" in output
     assert output.count("\n") == 1
+
+
+def test_half_an_evaluation_in_a_summary_is_one_line(four_runs, capsys):
+    path = four_runs / "ab" / "summary.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "dev_loss_before": None}))
+    assert main([str(four_runs)]) == 2
+    assert "can't be read (TypeError: no number: dev_loss_before)" in capsys.readouterr().err
 
 
 def test_scores_of_other_answers_are_not_compared_silently(make_run):
