@@ -20,7 +20,7 @@ from abkd_fast.device import free_memory
 from abkd_fast.errors import first_line
 from abkd_fast.losses import reference, row_ops
 from abkd_fast.losses.arguments import LossSpec, Rows
-from abkd_fast.losses.chunks import choose_chunk_tokens
+from abkd_fast.losses.chunks import choose_chunk_tokens, gradient_dtype, row_bytes
 from abkd_fast.losses.divergences import BY_NAME, AlphaNet, JensenShannon
 from chart import draw_lines
 from harness import MIB, TIME, Report, compare, peak_memory
@@ -192,7 +192,9 @@ class Benchmark:
             held = {name: peak_memory(run, self.device) - results for name, run in candidates.items()}
             candidates[FLOOR] = matrix_products(*tensors)
             candidates[FLOOR]()
-            chunk = choose_chunk_tokens(tokens, self.vocab, 2, torch.float32, self.device)
+            separate = gradient_dtype(tensors[0].dtype, torch.float32, self.device)
+            bytes_of_row = row_bytes(self.vocab, 2, torch.float32, separate)
+            chunk = choose_chunk_tokens(tokens, bytes_of_row, self.device)
             for row in compare(candidates, min(3, self.options.repeats), warm=True):
                 size = held.get(row["name"])
                 row |= {"tokens": tokens, "bytes": size, "mib": size and size / MIB}

@@ -29,16 +29,16 @@ void launch_on_threads(const abkd::Rows& rows, const torch::stable::Tensor&) {
 STABLE_TORCH_LIBRARY(abkd_fast, library) {
   library.def(
       "row_losses(Tensor student, Tensor? teacher, Tensor? labels, int family, float[] parameters, float temperature, "
-      "float hard_weight, Tensor(a!)? gradient, Tensor(b!)? statistics, Tensor? upstream) -> Tensor");
+      "float hard_weight, float[] maps, Tensor(a!)? gradient, Tensor(b!)? statistics, Tensor? upstream) -> Tensor");
   library.def(
       "row_gradients(Tensor student, Tensor? teacher, Tensor? labels, int family, float[] parameters, "
-      "float temperature, float hard_weight, Tensor statistics, Tensor upstream, Tensor(a!) gradient) -> ()");
+      "float temperature, float hard_weight, float[] maps, Tensor statistics, Tensor upstream, Tensor(a!) gradient) -> ()");
   library.def(
-      "row_normalizers(Tensor student, Tensor? teacher, float temperature, float hard_weight, Tensor(a!) statistics) "
+      "row_normalizers(Tensor student, Tensor? teacher, float temperature, float hard_weight, float[] maps, Tensor(a!) statistics) "
       "-> ()");
   library.def(
       "row_sums(Tensor student, Tensor teacher, int family, float[] parameters, float temperature, "
-      "Tensor(a!) statistics) -> Tensor");
+      "float[] maps, Tensor(a!) statistics) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(abkd_fast, CPU, library) { abkd::RowOps<launch_on_threads>::implement(library); }

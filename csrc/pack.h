@@ -42,10 +42,12 @@ struct Loss {
   int64_t family;
   const std::vector<double>& parameters;
   double temperature, hard_weight;
+  const std::vector<double>& maps;  // scale and cap of the student's logits, then of the teacher's; or empty
 };
 
-// Raises unless teacher and gradient have the shape [N, V] and the type of student, with unit column stride, labels are
-// int64 [N], and statistics are float64 [N, 6]. The caller sets `losses`, `upstream` and `normalizes`.
+// Raises unless teacher and gradient have the shape [N, V] of student, with unit column stride, labels are int64 [N],
+// and statistics are float64 [N, 6]. If one of student, teacher and gradient is float64, all must be. The caller sets
+// `losses`, `upstream` and `normalizes`.
 inline Rows pack(const Operands& operands, const Loss& loss) {
   const auto& [student, teacher, labels, gradient, statistics] = operands;
   STD_TORCH_CHECK(student.dim() == 2, "logits must be [N, V], got ", student.dim(), " dimensions");
@@ -54,25 +56,28 @@ inline Rows pack(const Operands& operands, const Loss& loss) {
                     " must have the shape of student, [", student.size(0), ", ", student.size(1), "]");
     STD_TORCH_CHECK(logits.size(1) <= 1 || logits.stride(1) == 1, name,
                     " must have rows without gaps (stride(1) == 1)");
-    STD_TORCH_CHECK(logits.scalar_type() == student.scalar_type(), name, " must have the dtype of student");
+    STD_TORCH_CHECK((dtype_of(logits) == DType::float64) == (dtype_of(student) == DType::float64), name,
+                    " must be float64 if student is, and only then");
     STD_TORCH_CHECK(logits.device() == student.device(), name, " must be on the device of student");
   };
   check(student, "student");
   Rows rows{};
-  rows.dtype = dtype_of(student);
   rows.count = student.size(0);
   rows.vocab = student.size(1);
-  rows.student = student.data_ptr();
-  rows.student_stride = student.stride(0);
+  STD_TORCH_CHECK(loss.maps.empty() || loss.maps.size() == 4, "maps must have 4 numbers, got ", loss.maps.size());
+  const auto map = [&](size_t i) { return loss.maps.empty() ? Map{} : Map{loss.maps[i], loss.maps[i + 1]}; };
+  rows.student = {student.data_ptr(), student.stride(0), dtype_of(student), map(0)};
   if (teacher) {
     check(*teacher, "teacher");
-    rows.teacher = teacher->data_ptr();
-    rows.teacher_stride = teacher->stride(0);
+    rows.teacher = {teacher->data_ptr(), teacher->stride(0), dtype_of(*teacher), map(2)};
   }
   if (gradient) {
     check(*gradient, "gradient");
     rows.gradient = gradient->data_ptr();
     rows.gradient_stride = gradient->stride(0);
+    rows.gradient_dtype = dtype_of(*gradient);
+    STD_TORCH_CHECK(rows.gradient != rows.student.data || rows.gradient_dtype == rows.student.dtype,
+                    "a gradient in place of the logits must have their dtype");
   }
   rows.family = static_cast<Family>(loss.family);
   const int expected = parameter_count(rows.family);
@@ -108,10 +113,12 @@ inline Rows pack(const Operands& operands, const Loss& loss) {
 
 // Packs a call that makes only the log-normalizers.
 inline Rows pack_normalizers(const torch::stable::Tensor& student, const std::optional<torch::stable::Tensor>& teacher,
-                             double temperature, double hard_weight, const torch::stable::Tensor& statistics) {
+                             double temperature, double hard_weight, const std::vector<double>& maps,
+                             const torch::stable::Tensor& statistics) {
   // Any divergence between two distributions will do: they all need the same log-normalizers.
   const Family family = teacher ? Family::total_variation : Family::cross_entropy;
-  Rows rows = pack({student, teacher, std::nullopt, std::nullopt, statistics}, {int64_t(family), {}, temperature, 0.0});
+  Rows rows =
+      pack({student, teacher, std::nullopt, std::nullopt, statistics}, {int64_t(family), {}, temperature, 0.0, maps});
   rows.hard_weight = hard_weight;
   rows.normalizes = true;
   return rows;

@@ -3,8 +3,9 @@
 // A row is one token: student logits z[V], teacher logits y[V] and a label. With p = softmax(y / temperature) and
 // q = softmax(z / temperature) the loss of a row is
 //     (1 - hard_weight) D(p, q) + hard_weight (log sum exp z - z[label]).
-// Its gradient by z is not divided by any row count, and may overwrite z. A row with label -100 has loss and gradient
-// 0.
+// Models may scale their logits and bound them (`Map`): z and y are the results, the gradient is by what was read. It
+// is not divided by any row count, and may overwrite the student's logits if it has their type. A row with label -100
+// has loss and gradient 0.
 #pragma once
 
 #include <cstdint>
@@ -29,6 +30,20 @@ constexpr int64_t kIgnored = -100;
 constexpr int64_t kElsewhere = -1;  // another shard has the label; only for calls that make no losses
 constexpr int kParameters = 3;
 
+// What a model does to the products of its output projection: x becomes cap tanh(scale x / cap), or scale x if cap is 0.
+struct Map {
+  double scale = 1.0, cap = 0.0;
+  bool is_identity() const { return scale == 1.0 && cap == 0.0; }
+};
+
+// The logits of one model: [count, vocab], rows `stride` elements apart.
+struct Logits {
+  const void* data;
+  int64_t stride;
+  DType dtype;
+  Map map;
+};
+
 // What the gradient of a row needs besides the logits.
 struct Statistics {
   double student_lse, teacher_lse;  // log sum exp of logits / temperature
@@ -44,14 +59,14 @@ struct Statistics {
 // It writes to `statistics` what it makes, and reads from there what it needs and does not make. If the vocabulary is
 // spread over devices, each device makes three calls on its own columns, and the results are merged in between.
 struct Rows {
-  DType dtype;  // of student, teacher and gradient
   int64_t count, vocab;
-  const void* student;  // [count, vocab], rows student_stride apart
-  const void* teacher;  // the same with teacher_stride, or null for cross_entropy
-  void* gradient;       // the same with gradient_stride, or null; may be student
-  int64_t student_stride, teacher_stride, gradient_stride;
+  Logits student;
+  Logits teacher;  // its data are null for cross_entropy
+  void* gradient;  // [count, vocab], rows gradient_stride apart, or null; may be the student's data
+  int64_t gradient_stride;
+  DType gradient_dtype;
   const int64_t* labels;   // [count], or null if no row is ignored and hard_weight is 0
-  void* losses;            // [count], float64 for float64 logits, else float32; or null
+  void* losses;            // [count], float64 for float64 logits of the student, else float32; or null
   Statistics* statistics;  // [count], or null
   const void* upstream;    // [count], factors of the gradients, in the type of the losses; or null for 1
   Family family;

@@ -19,19 +19,52 @@ class LinearHead(NamedTuple):
     bias: Tensor | None = None  # [V]
 
 
+class LogitMap(NamedTuple):
+    """What a model does to the products of its output projection: x becomes softcap tanh(scale x / softcap).
+
+    Without a softcap (0) it becomes scale x. Gemma 2 has a softcap, Cohere and Granite have a scale.
+    """
+
+    scale: float = 1.0
+    softcap: float = 0.0
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        logits = logits if self.scale == 1 else logits * self.scale
+        return (logits / self.softcap).tanh() * self.softcap if self.softcap else logits
+
+    def slope(self, logits: Tensor) -> Tensor | float:
+        """The derivative of the map at `logits`."""
+        if not self.softcap:
+            return self.scale
+        return self.scale / (logits * (self.scale / self.softcap)).cosh().square()
+
+
 class LossSpec(NamedTuple):
     """The loss of a row: (1 - hard_weight) divergence at `temperature` + hard_weight cross-entropy at temperature 1."""
 
     divergence: Divergence
     temperature: float = 1.0
     hard_weight: float = 0.0
+    student_map: LogitMap = LogitMap()
+    teacher_map: LogitMap = LogitMap()
+
+    @classmethod
+    def of(cls, divergence: Divergence, temperature: float, hard_weight: float, maps: list[float]) -> "LossSpec":
+        """The spec with these `maps`."""
+        return cls(divergence, temperature, hard_weight, LogitMap(*maps[:2]), LogitMap(*maps[2:]))
+
+    @property
+    def maps(self) -> list[float]:
+        """The maps as the compiled operators take them: none, or scale and softcap of student and teacher."""
+        maps = self.student_map, self.teacher_map
+        return [] if all(x == LogitMap() for x in maps) else [float(number) for x in maps for number in x]
 
 
 class Rows(NamedTuple):
     """The logits and labels of N tokens, and their loss: `struct Rows` in csrc/row_call.h."""
 
-    student: Tensor  # [N, V]
-    teacher: Tensor | None  # [N, V]; None for the cross-entropy alone
+    student: Tensor  # [N, V], before the model's map
+    teacher: Tensor | None  # [N, V]; None for the cross-entropy alone. Its type may differ from the student's
     labels: Tensor | None  # [N], int64; -100 for a row that doesn't count
     spec: LossSpec
 
@@ -47,6 +80,11 @@ def check_loss(spec: LossSpec, reduction: str, labels: Tensor | None, tokens: in
         raise ValueError(f"temperature is {spec.temperature}, expected a positive number")
     if not 0 <= spec.hard_weight <= 1:
         raise ValueError(f"hard_weight is {spec.hard_weight}, expected 0 to 1")
+    for model, (scale, softcap) in (("student", spec.student_map), ("teacher", spec.teacher_map)):
+        if not 0 < scale < math.inf:
+            raise ValueError(f"{model}_logit_scale is {scale}, expected a positive number")
+        if not 0 <= softcap < math.inf:
+            raise ValueError(f"{model}_softcap is {softcap}, expected a positive number, or None for no softcap")
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f'reduction is "{reduction}", expected "mean", "sum" or "none"')
     return check_labels(labels, tokens, spec.hard_weight)
@@ -90,6 +128,8 @@ def shared_vocabulary(student: int, teacher: int) -> int:
 def count_kept(labels: Tensor | None, rows: Tensor) -> Tensor:
     """The number of `rows` [N, ...] that count, at least 1: a scalar in the type of their loss, on their device."""
     dtype = loss_dtype(rows)
-    if labels is None:
-        return torch.tensor(max(1, rows.shape[0]), dtype=dtype, device=rows.device)
-    return (labels != -100).sum().clamp(min=1).to(rows.device, dtype)
+    if labels is not None and labels.device == rows.device:
+        return (labels != -100).sum().clamp(min=1).to(dtype)
+    # A number that the host knows is no copy for which a GPU's stream would wait.
+    count = rows.shape[0] if labels is None else int((labels != -100).sum())
+    return torch.full((), max(1, count), dtype=dtype, device=rows.device)

@@ -5,6 +5,7 @@ products turn that into the gradients of hidden states and projection (`HeadGrad
 number of tokens.
 """
 
+import functools
 import math
 from collections.abc import Iterator
 
@@ -15,24 +16,56 @@ from .arguments import LinearHead, LossSpec, Rows, loss_dtype
 from .row_ops import new_large
 from .vocab_parallel import Shard
 
-CHUNK_BYTES = {"cpu": 128 << 20, "cuda": 1 << 30}  # logits of one chunk, student's and teacher's together
+CHUNK_BYTES = {"cpu": 128 << 20, "cuda": 1 << 30}  # logits of a chunk, of both models, and their gradient
+MOST_CHUNK_BYTES = 4 << 30  # on a GPU with much free memory
 TILE = {"cpu": 16, "cuda": 128}  # a chunk has a multiple of this number of rows, as matrix products work in tiles
 ROW_ALIGNMENT = 64  # columns: every row of a logits buffer starts on a 128-byte boundary at 2 bytes per element
 
 
-def choose_chunk_tokens(tokens: int, vocab: int, models: int, dtype: torch.dtype, device: torch.device) -> int:
-    """The number of rows of a chunk: one chunk if all rows fit into the memory budget, else few chunks of equal size.
+def row_bytes(vocab: int, models: int, logits_dtype: torch.dtype, gradient_dtype: torch.dtype | None = None) -> int:
+    """The bytes of one token's logits, and of their gradient if that is not in the same place."""
+    gradient = 0 if gradient_dtype is None else gradient_dtype.itemsize
+    return _round_up(vocab, ROW_ALIGNMENT) * (models * logits_dtype.itemsize + gradient)
 
-    If not all rows fit, a chunk has at most a power of two of rows, as most numbers of tokens are. Memory is then the
-    same for 512 tokens and for 8,192.
+
+def gradient_dtype(hidden: torch.dtype, logits: torch.dtype, device: torch.device) -> torch.dtype | None:
+    """The type in which the row kernel writes the gradient of the logits; None: in their place.
+
+    On a GPU it is the type of the products that read it: no cast, and half of the memory traffic.
     """
-    row_bytes = _round_up(vocab, ROW_ALIGNMENT) * dtype.itemsize * models
+    is_separate = device.type == "cuda" and hidden.itemsize == 2 and hidden != logits
+    return hidden if is_separate else None
+
+
+def choose_chunk_tokens(tokens: int, row_bytes: int, device: torch.device, budget: int | None = None) -> int:
+    """The number of rows of a chunk: one chunk if all rows fit into `budget` bytes, else few chunks of equal size.
+
+    On a CPU a chunk of several has at most a power of two of rows, as most numbers of tokens are: memory is then the
+    same for 512 tokens and for 8,192. On a GPU every chunk reads and writes the projection's gradient, so fewer are
+    faster.
+    """
     tile = TILE.get(device.type, 16)
-    fitting = CHUNK_BYTES.get(device.type, CHUNK_BYTES["cpu"]) // row_bytes
+    fitting = (budget or chunk_bytes(device)) // row_bytes
     if _round_up(tokens, tile) <= fitting:
         return max(tile, _round_up(tokens, tile))
-    most = max(tile, 1 << max(0, fitting.bit_length() - 1))
+    whole_tiles, power = fitting // tile * tile, 1 << max(0, fitting.bit_length() - 1)
+    most = max(tile, whole_tiles if device.type == "cuda" else power)
     return min(most, _round_up(math.ceil(tokens / math.ceil(tokens / most)), tile))
+
+
+def chunk_bytes(device: torch.device) -> int:
+    """The memory budget of a chunk."""
+    return _cuda_chunk_bytes(device) if device.type == "cuda" else CHUNK_BYTES["cpu"]
+
+
+@functools.cache
+def _cuda_chunk_bytes(device: torch.device) -> int:
+    """An eighth of what is free when the first loss is computed, and at most 4 GiB.
+
+    It is decided once, and rounded down to a power of two, so that a run and its continuation have the same chunks.
+    """
+    free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return min(MOST_CHUNK_BYTES, 1 << max(20, (free // 8).bit_length() - 1))
 
 
 def _round_up(number: int, multiple: int) -> int:
@@ -53,7 +86,7 @@ def _product(left: Tensor, right: Tensor, out: Tensor, accumulate: bool = False)
 
     If the operands have 16 bits and `out` has 32 (on a GPU only), the product writes its float32 sums unrounded.
     """
-    left = left.to(right.dtype)
+    left = left.to(right.dtype)  # on a CPU only, for logits of another type
     if right.dtype == out.dtype:
         out.addmm_(left, right, beta=1.0 if accumulate else 0.0)
     elif right.dtype.itemsize > out.dtype.itemsize:
@@ -91,16 +124,25 @@ class Chunks:
             labels = labels if shard is None else shard.local_labels(labels, self.vocab)
         self.labels = labels
         self.count = len(hidden) if self.kept is None else len(self.kept)
-        sizes = self.count, self.vocab if shard is None else shard.widest, len(self.heads)
-        self.step = chunk_tokens or choose_chunk_tokens(*sizes, logits_dtype, hidden.device)
-        shape = len(self.heads), min(self.step, self.count), _round_up(self.vocab, ROW_ALIGNMENT)
-        self.buffer = new_large(hidden, *shape, dtype=logits_dtype)
+        of_gradient = gradient_dtype(self.heads[0].hidden.dtype, logits_dtype, hidden.device)
+        widest = self.vocab if shard is None else shard.widest
+        bytes_of_row = row_bytes(widest, len(self.heads), logits_dtype, of_gradient)
+        # Free memory differs between ranks, but the chunks of a shard must not.
+        budget = None if shard is None else CHUNK_BYTES.get(hidden.device.type)
+        self.step = chunk_tokens or choose_chunk_tokens(self.count, bytes_of_row, hidden.device, budget)
+        shape = min(self.step, self.count), _round_up(self.vocab, ROW_ALIGNMENT)
+        self.buffer = new_large(hidden, len(self.heads), *shape, dtype=logits_dtype)
+        self.gradient = self.buffer[0] if of_gradient is None else hidden.new_empty(shape, dtype=of_gradient)
         self.held = None  # the start of the chunk whose logits are in the buffer
+
+    def gradient_of(self, rows: Rows) -> Tensor:
+        """The place [n, V] for the gradient by the student's logits, which it may overwrite."""
+        return self.gradient[: len(rows.student), : self.vocab]
 
     def __iter__(self) -> Iterator[tuple[slice | Tensor, Rows]]:
         """For each chunk an index of the hidden states, and their rows.
 
-        The student's logits may be overwritten; `held` must then become None.
+        The student's logits may be overwritten by `gradient_of` them; `held` must then become None.
         """
         for start in range(0, self.count, self.step):
             size = min(self.step, self.count - start)

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import row_ops
-from .arguments import LinearHead, LossSpec, check_head, check_loss, count_kept, loss_dtype, shared_vocabulary
+from .arguments import LinearHead, LogitMap, LossSpec, check_head, check_loss, count_kept, loss_dtype, shared_vocabulary
 from .chunks import Chunks, HeadGradients
 from .divergences import CrossEntropy, Divergence, parse
 from .vocab_parallel import Shard, divide_vocabulary, local_parts
@@ -37,6 +37,7 @@ def _fused_linear(
     divergence: str,
     temperature: float,
     hard_weight: float,
+    maps: list[float],
     chunk_tokens: int,
     logits_dtype: torch.dtype,
     group: str,
@@ -49,11 +50,12 @@ def _fused_linear(
 
     The gradients that `need` doesn't ask for have no elements. With `upstream` [N] they are those of the sum of
     upstream times losses. They are float32 (float64 for float64 hidden states). `divergence` is empty for the
-    cross-entropy alone. `group`, `first` and `widest` are a `Shard`; `group` is empty if the projections are whole.
+    cross-entropy alone. `maps` are those of `LossSpec`. `group`, `first` and `widest` are a `Shard`; `group` is empty if the projections are whole.
     """
     student = LinearHead(student_hidden, student_weight, student_bias)
     teacher = None if teacher_hidden is None else LinearHead(teacher_hidden, teacher_weight, teacher_bias)
-    spec = LossSpec(CrossEntropy() if teacher is None else parse(divergence), temperature, hard_weight)
+    kind = CrossEntropy() if teacher is None else parse(divergence)
+    spec = LossSpec.of(kind, temperature, hard_weight, maps)
     shard = Shard(group, first, widest) if group else None
     with torch.autocast(student_hidden.device.type, enabled=False):
         chunks = Chunks(student, teacher, labels, spec, chunk_tokens, logits_dtype, shard)
@@ -64,7 +66,7 @@ def _fused_linear(
             if not any(need):
                 return losses.sum(), losses, *gradients
         for index, rows in chunks:
-            gradient = rows.student if any(need) else None
+            gradient = chunks.gradient_of(rows) if any(need) else None
             factors = None if upstream is None else upstream[index].contiguous()
             if statistics is not None:
                 measured = statistics[index]
@@ -98,7 +100,7 @@ def _save(ctx, inputs, output) -> None:  # noqa: ANN001
 
 
 def _backward(ctx, upstream: Tensor, *_: Tensor) -> tuple:  # noqa: ANN001
-    return *saved_gradients(ctx, upstream), *[None] * 14
+    return *saved_gradients(ctx, upstream), *[None] * 15
 
 
 def saved_gradients(ctx, upstream: Tensor | None) -> list[Tensor | None]:  # noqa: ANN001
@@ -179,7 +181,7 @@ def _loss(
     if logits_dtype is not None and logits_dtype not in allowed:
         names = " or ".join(map(str, allowed))
         raise ValueError(f"logits_dtype is {logits_dtype}, expected {names} for {student.hidden.dtype} hidden states")
-    numbers = (str(spec.divergence), *spec[1:], chunk_tokens or 0, logits_dtype or accumulate)
+    numbers = (str(spec.divergence), *spec[1:3], spec.maps, chunk_tokens or 0, logits_dtype or accumulate)
     numbers += shard or Shard("", 0, 0)
     tensors = (*student, *(teacher or (None, None, None)), labels)
     need = need_gradients(student)
@@ -199,6 +201,10 @@ def fused_linear_divergence(
     *,
     student_bias: Tensor | None = None,
     teacher_bias: Tensor | None = None,
+    student_logit_scale: float = 1.0,
+    teacher_logit_scale: float = 1.0,
+    student_softcap: float | None = None,
+    teacher_softcap: float | None = None,
     temperature: float = 1.0,
     hard_weight: float = 0.0,
     reduction: str = "mean",
@@ -214,9 +220,14 @@ def fused_linear_divergence(
         divergence, labels, temperature, hard_weight, reduction: as in `divergence_loss`. Rows with label -100 are
             dropped before any product. Labels may stay on the CPU, which spares a GPU one synchronization.
         student_bias, teacher_bias: [V].
+        student_logit_scale, teacher_logit_scale: factors of the logits (Cohere's logit_scale, 1 / Granite's
+            logits_scaling).
+        student_softcap, teacher_softcap: c in logits = c tanh(logits / c) (Gemma's final_logit_softcapping), after the
+            factor. None is no softcap.
         chunk_tokens: rows of logits held at once. None chooses from the vocabulary, the type and the device.
-        logits_dtype: the type of a chunk's logits and of their gradient. None is float32 (float64 for float64 hidden
-            states). torch.bfloat16 saves memory traffic on a GPU and costs digits: about 5e-3 of the gradient.
+        logits_dtype: the type of a chunk's logits. None is float32 (float64 for float64 hidden states). torch.bfloat16
+            saves memory traffic on a GPU and costs digits: about 5e-3 of the gradient. The gradient of the logits has
+            the type of the products that read it: that of the hidden states if they have 16 bits on a GPU.
         group: the ranks over which the vocabulary is sharded, or None. Weights and biases are then this rank's
             consecutive rows, in the order of ranks, in any sizes. Student and teacher must be cut at the same rows,
             except for padding at the end. All other arguments, and the loss, are the same on all ranks. DTensors placed
@@ -226,6 +237,10 @@ def fused_linear_divergence(
     Returns: float32 (float64 for float64 hidden states). Differentiable by student_hidden, student_weight and
         student_bias; a gradient that is not required costs nothing. "mean" and "sum" make the gradients in the forward
         pass; "none" makes the logits again in the backward pass.
+
+    On a GPU the products are fast in 16 bits alone: float32 hidden states are multiplied in float32, about 13 times
+    slower on an H100. Call this under torch.autocast's types, or cast hidden states yourself. Float32 weights of 16-bit
+    hidden states are cast, and get a float32 gradient that was never rounded.
 
     With a group, every rank has to call this function, and for "none" also its backward pass. The gradient of the
     hidden states is complete on every rank, added up over the group: it must not be added up again. The gradients of
@@ -239,7 +254,8 @@ def fused_linear_divergence(
     student = LinearHead(student_hidden, student_weight, student_bias)
     teacher = LinearHead(teacher_hidden, teacher_weight, teacher_bias)
     student, teacher, shard = pair_heads(*local_parts(student, teacher, group))
-    spec = LossSpec(divergence, temperature, hard_weight)
+    maps = LogitMap(student_logit_scale, student_softcap or 0.0), LogitMap(teacher_logit_scale, teacher_softcap or 0.0)
+    spec = LossSpec(divergence, temperature, hard_weight, *maps)
     return _loss(student, teacher, labels, spec, reduction, chunk_tokens, logits_dtype, shard)
 
 
@@ -249,6 +265,8 @@ def fused_linear_cross_entropy(
     labels: Tensor,
     *,
     student_bias: Tensor | None = None,
+    student_logit_scale: float = 1.0,
+    student_softcap: float | None = None,
     reduction: str = "mean",
     chunk_tokens: int | None = None,
     logits_dtype: torch.dtype | None = None,
@@ -262,5 +280,5 @@ def fused_linear_cross_entropy(
     sizes = len(student.weight), len(student.weight)
     shard = None if group is None else divide_vocabulary(student_hidden, *sizes, group)[1]
     check_head("student", student)  # after the exchange, so that no rank waits for one that raises
-    spec = LossSpec(CrossEntropy(), hard_weight=1.0)
+    spec = LossSpec(CrossEntropy(), 1.0, 1.0, LogitMap(student_logit_scale, student_softcap or 0.0))
     return _loss(student, None, labels, spec, reduction, chunk_tokens, logits_dtype, shard)

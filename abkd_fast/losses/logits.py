@@ -67,8 +67,9 @@ def divergence_loss(
     """The divergence between the distributions of teacher and student, from logits; differentiable by the student's.
 
     Args:
-        student_logits, teacher_logits: [N, V], float32, float64, bfloat16 or float16 (16 bits are read as such, and
-            computed in float32). Vocabularies that differ by padding are compared over their common prefix.
+        student_logits, teacher_logits: [N, V], float32, float64, bfloat16 or float16, each in its own type (16 bits are
+            read as such, and computed in float32). Vocabularies that differ by padding are compared over their common
+            prefix.
         divergence: for example `AlphaBeta(0.2, 0.7)`; `abkd_fast.losses.divergences` has them all.
         labels: [N] integers. Rows with -100 don't count. Other labels matter only with `hard_weight`.
         temperature: divides both logits inside the divergence. The loss is not multiplied by its square.
@@ -91,7 +92,9 @@ def divergence_loss(
         raise ValueError(f"student logits are {student_logits.dtype}, expected a floating-point type")
     labels = check_loss(LossSpec(divergence, temperature, hard_weight), reduction, labels, len(student_logits))
     vocab = shared_vocabulary(student_logits.shape[1], teacher_logits.shape[1])
-    student, teacher = student_logits[:, :vocab], teacher_logits[:, :vocab].detach().to(student_logits.dtype)
+    student, teacher = student_logits[:, :vocab], teacher_logits[:, :vocab].detach()
+    if (student.dtype == torch.float64) != (teacher.dtype == torch.float64) or not teacher.is_floating_point():
+        teacher = teacher.to(loss_dtype(student))
     student, teacher = (x if x.stride(1) == 1 else x.contiguous() for x in (student, teacher))
     factors = None
     if reduction == "mean":

@@ -71,7 +71,7 @@ class _PolicyGradient(torch.autograd.Function):
             gradients = HeadGradients(chunks, need)
             divergences, ratios = (torch.zeros_like(advantages) for _ in range(2))
             for index, rows in chunks:
-                gradient = rows.student if any(need) else None
+                gradient = chunks.gradient_of(rows) if any(need) else None
                 policy = advantages[index], log_probs[index], clip_ratio
                 divergences[index], ratios[index] = policy_rows(rows, *policy, gradient)
                 if gradient is not None:

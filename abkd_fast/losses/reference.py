@@ -30,6 +30,7 @@ def row_losses(
         loss, slope, measured = _measure(chunk)
         losses[part] = loss.to(losses.dtype)
         if gradient is not None:
+            slope = slope * rows.spec.student_map.slope(_wide(rows.student[part]))
             gradient[part] = (slope if upstream is None else slope * upstream[part, None]).to(gradient.dtype)
         if statistics is not None:
             statistics[part] = measured.to(statistics.dtype)
@@ -39,7 +40,8 @@ def row_losses(
 def row_gradients(rows: Rows, statistics: Tensor, upstream: Tensor, gradient: Tensor) -> None:
     """`row_ops.row_gradients` in plain PyTorch."""
     for part, chunk in _chunks(rows):
-        gradient[part] = (_measure(chunk, statistics[part])[1] * upstream[part, None]).to(gradient.dtype)
+        slope = _measure(chunk, statistics[part])[1] * rows.spec.student_map.slope(_wide(rows.student[part]))
+        gradient[part] = (slope * upstream[part, None]).to(gradient.dtype)
 
 
 def row_normalizers(rows: Rows, statistics: Tensor) -> None:
@@ -59,17 +61,20 @@ def row_sums(rows: Rows, statistics: Tensor) -> Tensor:
 
 
 def _chunks(rows: Rows) -> Iterator[tuple[slice, Rows]]:
-    """Parts of the rows, with logits in float64."""
+    """Parts of the rows, with logits in float64, and as the models' maps change them."""
     student, teacher, labels, spec = rows
     step = max(1, CHUNK_ELEMENTS // max(1, student.shape[1]))
     for part in (slice(start, start + step) for start in range(0, len(student), step)):
-        z, y = (None if x is None else _wide(x[part]) for x in (student, teacher))
+        logits = (student, spec.student_map), (teacher, spec.teacher_map)
+        z, y = (None if x is None else map(_wide(x[part])) for x, map in logits)
         yield part, Rows(z, y, None if labels is None else labels[part], spec)
 
 
 def _measure(rows: Rows, given: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Losses [n] (meaningless if statistics are given), their gradient [n, V], and the statistics [n, 6]."""
-    z, y, labels, (divergence, temperature, hard_weight) = rows
+    """Losses [n] (meaningless if statistics are given), their gradient [n, V], and the statistics [n, 6].
+
+    The models' maps are in the logits already, and not yet in the gradient."""
+    z, y, labels, (divergence, temperature, hard_weight, *_) = rows
     statistics = _normalizers(rows) if given is None else given.to(z.dtype)
     losses, gradient = z.new_zeros(len(z)), torch.zeros_like(z)
     if y is not None:

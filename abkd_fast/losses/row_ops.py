@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import reference
 from .arguments import Rows, loss_dtype
-from .reference import STATE, STATISTICS
+from .reference import PLAIN_LSE, STATE, STATISTICS
 
 try:
     from . import _C
@@ -63,8 +63,8 @@ def _compiled(logits: Tensor) -> bool:
 
 def _operands(rows: Rows) -> tuple:
     """The rows as the compiled operators take them."""
-    divergence, temperature, hard_weight = rows.spec
-    return *rows[:3], divergence.family, divergence.parameters, temperature, hard_weight
+    divergence, temperature, hard_weight, *_ = rows.spec
+    return *rows[:3], divergence.family, divergence.parameters, temperature, hard_weight, rows.spec.maps
 
 
 def row_losses(
@@ -72,8 +72,8 @@ def row_losses(
 ) -> Tensor:
     """Losses [N] (float32; float64 for float64 logits); `csrc/row_call.h` has the formula.
 
-    `gradient` [N, V], which may be `rows.student`, receives the derivative of each row's loss by its student logits,
-    times `upstream` [N] (in the type of the losses) if that is given. `statistics` [N, 6] (float64) receive what
+    `gradient` [N, V], which may be `rows.student` or have another type, receives the derivative of each row's loss by its
+    student logits, times `upstream` [N] (in the type of the losses) if that is given. `statistics` [N, 6] (float64) receive what
     `row_gradients` needs to make the gradient later. Rows with label -100 get loss and gradient 0. AlphaNet compares
     its branches row by row here, for any `per`. No autograd.
     """
@@ -99,7 +99,9 @@ def row_normalizers(rows: Rows) -> Tensor:
     teacher, and the student's own if there is a hard_weight. No autograd."""
     statistics = rows.student.new_zeros(len(rows.student), STATISTICS, dtype=torch.float64)
     if _compiled(rows.student):
-        torch.ops.abkd_fast.row_normalizers(rows.student, rows.teacher, *rows.spec[1:], statistics)
+        _, temperature, hard_weight, *_ = rows.spec
+        options = temperature, hard_weight, rows.spec.maps
+        torch.ops.abkd_fast.row_normalizers(rows.student, rows.teacher, *options, statistics)
     else:
         reference.row_normalizers(rows, statistics)
     return statistics
@@ -113,18 +115,32 @@ def row_sums(rows: Rows, statistics: Tensor) -> Tensor:
     """
     if not _compiled(rows.student):
         return reference.row_sums(rows, statistics)
-    student, teacher, _, *loss, _ = _operands(rows)
-    return torch.ops.abkd_fast.row_sums(student, teacher, *loss, statistics)
+    student, teacher, _, family, parameters, temperature, _, maps = _operands(rows)
+    return torch.ops.abkd_fast.row_sums(student, teacher, family, parameters, temperature, maps, statistics)
 
 
 def measure_rows(rows: Rows) -> tuple[Tensor, Tensor]:
     """Losses [N] and statistics [N, 6]. For AlphaNet per batch they are [2, N] and [2, N, 6], one for each branch."""
     if rows.spec.divergence.per == "batch":
-        branches = [rows._replace(spec=rows.spec._replace(divergence=x)) for x in rows.spec.divergence.branches]
-        losses, statistics = zip(*map(measure_rows, branches), strict=True)
-        return torch.stack(losses), torch.stack(statistics)
+        return _measure_branches(rows)
     statistics = rows.student.new_zeros(len(rows.student), STATISTICS, dtype=torch.float64)
     return row_losses(rows, statistics=statistics), statistics
+
+
+def _measure_branches(rows: Rows) -> tuple[Tensor, Tensor]:
+    """Both branches of AlphaNet, with the log-normalizers made once."""
+    statistics = row_normalizers(rows).repeat(2, 1, 1)
+    branches = [rows._replace(spec=rows.spec._replace(divergence=x)) for x in rows.spec.divergence.branches]
+    losses = torch.stack([row_sums(branch, x) for branch, x in zip(branches, statistics, strict=True)])
+    if rows.spec.hard_weight:
+        losses = torch.lerp(losses, cross_entropies(rows, statistics[0]).to(losses.dtype), rows.spec.hard_weight)
+    return losses if rows.labels is None else torch.where(rows.labels == -100, 0.0, losses), statistics
+
+
+def cross_entropies(rows: Rows, statistics: Tensor) -> Tensor:
+    """log sum exp z - z[label] [N] in float64, from `row_normalizers`. Meaningless for rows that don't count."""
+    target = rows.student.gather(1, rows.labels.clamp(min=0)[:, None])[:, 0]
+    return statistics[:, PLAIN_LSE] - rows.spec.student_map(target.double())
 
 
 def choose_branch(losses: Tensor, statistics: Tensor) -> tuple[Tensor, Tensor]:

@@ -46,7 +46,7 @@ class Shard(NamedTuple):
 
     def measure_rows(self, rows: Rows) -> tuple[Tensor, Tensor]:
         """`row_ops.measure_rows` of the whole vocabulary, from this rank's logits [N, V] and `local_labels`."""
-        student, teacher, _, (divergence, _, hard_weight) = rows
+        student, teacher, _, (divergence, _, hard_weight, *_) = rows
         statistics, hard = self._normalize(rows)
         dtype = loss_dtype(student)
         if teacher is None:
@@ -82,7 +82,7 @@ class Shard(NamedTuple):
             target = torch.full_like(statistics[:, 0], -math.inf)
             if student.shape[1]:
                 own = student.gather(1, labels.clamp(min=0)[:, None])[:, 0]
-                target = torch.where(labels >= 0, own.to(target.dtype), target)
+                target = torch.where(labels >= 0, spec.student_map(own.to(target.dtype)), target)
             numbers = torch.cat((numbers, target[:, None]), 1)
         merged = _gather(numbers.contiguous(), self._group()).logsumexp(0)  # [N, 3 or 4]
         statistics[:, :SLOPE] = merged[:, :SLOPE]
@@ -91,7 +91,9 @@ class Shard(NamedTuple):
 
     def _decide(self, rows: Rows, statistics: Tensor) -> Tensor:
         """The weights [n, 2] of both directions, for BDKD and AKL."""
-        a, b = reference.log_probs(rows, statistics)  # [n, V]
+        maps = rows.spec.student_map, rows.spec.teacher_map
+        z, y = (map(x.double()) for x, map in zip(rows[:2], maps, strict=True))
+        a, b = reference.log_probs(rows._replace(student=z, teacher=y), statistics)  # [n, V]
         if rows.spec.divergence.family == Family.BALANCED_KL:
             return reference.entropy_weights(self.sum(reference.entropies(a, b)))
         head = self._head((-a).to(loss_dtype(rows.student)), *rows.spec.divergence.parameters)

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from ..config.schema import TrainConfig
 from ..data.batches import Batch
 from ..generation import decoder
-from ..losses.chunks import choose_chunk_tokens
+from ..losses.chunks import choose_chunk_tokens, gradient_dtype, row_bytes
 from ..models import loading
 from ..models.packed import PackedCausalLM
 
@@ -154,9 +154,10 @@ def memory(
     yield "activations", activation_bytes(config, batch, dtype, train.gradient_checkpointing)
     rows_of = 2 if cost.teacher else 1
     logits = torch.float64 if dtype == torch.float64 else torch.float32
-    rows = choose_chunk_tokens(len(batch.labels), student.vocab, rows_of, logits, device)
+    bytes_of_row = row_bytes(student.vocab, rows_of, logits, gradient_dtype(dtype, logits, device))
+    rows = choose_chunk_tokens(len(batch.labels), bytes_of_row, device)
     gradient = student.head * master if cost.adapter is None else 0
-    yield "logits of a chunk and the projection's gradient", rows_of * rows * student.vocab * logits.itemsize + gradient
+    yield "logits of a chunk and the projection's gradient", rows * bytes_of_row + gradient
 
 
 def generation_memory(

@@ -9,6 +9,8 @@
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
+#include <algorithm>
+#include <optional>
 #include <vector>
 
 #include "../divergence/families.h"
@@ -148,6 +150,17 @@ ABKD_INLINE auto adapt(const Divergence& divergence, const Row<T>& row, bool mea
   }
 }
 
+// The sum of slopes over the divergence, where that is a constant: an alpha-divergence is (1 - M) / (alpha beta) with
+// M = sum p^alpha q^beta, and its slopes have the sum (1 - M) / alpha. Then values alone are summed.
+template <typename Divergence>
+std::optional<double> slope_ratio(const Divergence&) {
+  return std::nullopt;
+}
+template <typename T>
+std::optional<double> slope_ratio(const AlphaBeta<T>& divergence) {
+  return divergence.sum == T(1) ? std::optional(1.0 - double(divergence.alpha)) : std::nullopt;
+}
+
 // Pass A: fills the log-normalizers of `statistics`.
 template <typename T, typename Divergence>
 void normalize(const Rows& rows, const T* student, const T* teacher, Statistics& statistics) {
@@ -174,14 +187,22 @@ double measure(const Rows& rows, const Divergence& divergence, const T* student,
       const Term<T> term = adapted(a, b, d);
       return Pair<T>{term.value, term.slope};
     };
-    const Pair<double> sums = slopes ? row.template sum<true>(both, slopes) : row.sum(both);
+    Pair<double> sums;
+    if (slopes) {
+      sums = row.template sum<true>(both, slopes);
+    } else if (const std::optional<double> ratio = slope_ratio(adapted)) {
+      sums.first = row.sum([&adapted](T a, T b, T d) { return Pair<T>{adapted(a, b, d).value, T(0)}; }).first;
+      sums.second = *ratio * sums.first;
+    } else {
+      sums = row.sum(both);
+    }
     statistics.slope = sums.second;
     loss += (1.0 - rows.hard_weight) * sums.first;
   }
   return loss;
 }
 
-// Pass C: fills `gradient`, which may be `student`. `slopes` [vocab] come from `measure`, or are null.
+// Pass C: fills `gradient` [vocab], which may be `student`. `slopes` [vocab] come from `measure`, or are null.
 template <typename T, typename Divergence>
 void differentiate(const Rows& rows, const Divergence& divergence, const T* student, const T* teacher, int64_t label,
                    Statistics& statistics, const T* slopes, double upstream, T* gradient) {
@@ -218,72 +239,118 @@ void differentiate(const Rows& rows, const Divergence& divergence, const T* stud
   if (hard && label != kElsewhere) gradient[label] -= hard_weight;
 }
 
-template <typename T, typename Logit>
-const T* widen(const Logit* row, int64_t vocab, T* buffer) {
-  if constexpr (std::is_same_v<T, Logit>) {
-    return row;
-  } else {
-    for (int64_t v = 0; v < vocab; ++v) buffer[v] = T(row[v]);
-    return buffer;
+// Calls run with a null pointer to the type.
+template <typename Run>
+auto with_dtype(DType dtype, Run run) {
+  switch (dtype) {
+    case DType::float64:
+      return run(static_cast<double*>(nullptr));
+    case DType::bfloat16:
+      return run(static_cast<torch::headeronly::BFloat16*>(nullptr));
+    case DType::float16:
+      return run(static_cast<torch::headeronly::Half*>(nullptr));
+    case DType::float32:
+      break;
   }
+  return run(static_cast<float*>(nullptr));
 }
 
-template <typename Logit, typename T, typename Divergence>
+template <typename T>
+constexpr DType kDType = std::is_same_v<T, double> ? DType::float64 : DType::float32;
+
+// Row i as numbers of type T, in the memory of the tensor if that has this type, else in `buffer`.
+template <typename T>
+const T* read(const Logits& logits, int64_t i, int64_t vocab, std::vector<T>& buffer) {
+  return with_dtype(logits.dtype, [&](auto* type) -> const T* {
+    using Logit = std::remove_pointer_t<decltype(type)>;
+    const Logit* row = static_cast<const Logit*>(logits.data) + i * logits.stride;
+    if constexpr (std::is_same_v<T, Logit>) {
+      return row;
+    } else {
+      buffer.resize(vocab);
+      for (int64_t v = 0; v < vocab; ++v) buffer[v] = T(row[v]);
+      return buffer.data();
+    }
+  });
+}
+
+// The row that `read` gives, as the model's map changes it.
+template <typename T>
+const T* read_mapped(const Logits& logits, int64_t i, int64_t vocab, std::vector<T>& buffer) {
+  const T* row = read(logits, i, vocab, buffer);
+  if (logits.map.is_identity()) return row;
+  buffer.resize(vocab);
+  T* mapped = buffer.data();
+  const T scale = T(logits.map.scale), cap = T(logits.map.cap), inner = cap == T(0) ? T(0) : scale / cap;
+#pragma omp simd
+  for (int64_t v = 0; v < vocab; ++v) mapped[v] = cap == T(0) ? scale * row[v] : cap * Tanh<T>(inner * row[v]).value;
+  return mapped;
+}
+
+// Writes row i of the gradient from `by_mapped`, the gradient by the mapped logits; their scale is in it already.
+template <typename T>
+void write_gradient(const Rows& rows, int64_t i, T* by_mapped, std::vector<T>& buffer) {
+  if (rows.student.map.cap != 0.0) {
+    const T* row = read(rows.student, i, rows.vocab, buffer);
+    const T inner = T(rows.student.map.scale / rows.student.map.cap);
+#pragma omp simd
+    for (int64_t v = 0; v < rows.vocab; ++v) by_mapped[v] *= Tanh<T>(inner * row[v]).slope;
+  }
+  with_dtype(rows.gradient_dtype, [&](auto* type) {
+    using Out = std::remove_pointer_t<decltype(type)>;
+    Out* gradient = static_cast<Out*>(rows.gradient) + i * rows.gradient_stride;
+    for (int64_t v = 0; v < rows.vocab; ++v) gradient[v] = Out(by_mapped[v]);
+  });
+}
+
+void ignore_row(const Rows& rows, int64_t i) {
+  if (rows.losses && rows.statistics) rows.statistics[i] = Statistics{};
+  if (!rows.gradient) return;
+  with_dtype(rows.gradient_dtype, [&](auto* type) {
+    using Out = std::remove_pointer_t<decltype(type)>;
+    std::fill_n(static_cast<Out*>(rows.gradient) + i * rows.gradient_stride, rows.vocab, Out(0.0f));
+  });
+}
+
+template <typename T, typename Divergence>
 void process_rows(const Rows& rows, const Divergence& divergence, int64_t begin, int64_t end) {
   const int64_t vocab = rows.vocab;
-  constexpr bool wide = std::is_same_v<T, Logit>;
-  std::vector<T> slopes(rows.losses && rows.gradient ? vocab : 0), student_row(wide ? 0 : vocab),
-      teacher_row(wide ? 0 : vocab);
+  const bool direct = rows.gradient_dtype == kDType<T> && rows.student.map.cap == 0.0;
+  std::vector<T> slopes(rows.losses && rows.gradient ? vocab : 0), gradient_row(rows.gradient && !direct ? vocab : 0);
+  std::vector<T> student_row, teacher_row;
   T* const kept = slopes.empty() ? nullptr : slopes.data();
   for (int64_t i = begin; i < end; ++i) {
-    auto* gradient = rows.gradient ? static_cast<Logit*>(rows.gradient) + i * rows.gradient_stride : nullptr;
     const int64_t label = rows.labels ? rows.labels[i] : 0;
     if (label == kIgnored) {
       if (rows.losses) static_cast<T*>(rows.losses)[i] = T(0);
-      if (rows.losses && rows.statistics) rows.statistics[i] = Statistics{};
-      for (int64_t v = 0; gradient && v < vocab; ++v) gradient[v] = Logit(0);
+      ignore_row(rows, i);
       continue;
     }
-    const T* student =
-        widen<T>(static_cast<const Logit*>(rows.student) + i * rows.student_stride, vocab, student_row.data());
-    const T* teacher = nullptr;
-    if constexpr (Divergence::has_teacher)
-      teacher = widen<T>(static_cast<const Logit*>(rows.teacher) + i * rows.teacher_stride, vocab, teacher_row.data());
+    const T *student = read_mapped(rows.student, i, vocab, student_row), *teacher = nullptr;
+    if constexpr (Divergence::has_teacher) teacher = read_mapped(rows.teacher, i, vocab, teacher_row);
     Statistics statistics = rows.normalizes ? Statistics{} : rows.statistics[i];
     if (rows.normalizes) normalize<T, Divergence>(rows, student, teacher, statistics);
     if (rows.losses)
       static_cast<T*>(rows.losses)[i] = T(measure(rows, divergence, student, teacher, label, statistics, kept));
     if (rows.statistics && (rows.normalizes || rows.losses)) rows.statistics[i] = statistics;
-    if (!gradient) continue;
-    const double upstream = rows.upstream ? double(static_cast<const T*>(rows.upstream)[i]) : 1.0;
-    if constexpr (wide) {
-      differentiate(rows, divergence, student, teacher, label, statistics, kept, upstream, gradient);
-    } else {
-      T* wide_gradient = student_row.data();
-      differentiate(rows, divergence, student, teacher, label, statistics, kept, upstream, wide_gradient);
-      for (int64_t v = 0; v < vocab; ++v) gradient[v] = Logit(wide_gradient[v]);
-    }
+    if (!rows.gradient) continue;
+    const double factor = rows.upstream ? double(static_cast<const T*>(rows.upstream)[i]) : 1.0;
+    const double upstream = factor * rows.student.map.scale;
+    T* gradient = direct ? static_cast<T*>(rows.gradient) + i * rows.gradient_stride : gradient_row.data();
+    differentiate(rows, divergence, student, teacher, label, statistics, kept, upstream, gradient);
+    if (!direct) write_gradient(rows, i, gradient, student_row);
   }
 }
 
-template <typename Logit, typename T>
+template <typename T>
 void drive_family(const Rows& rows, int64_t begin, int64_t end) {
-  with_divergence<T>(rows, [&](const auto& divergence) { process_rows<Logit, T>(rows, divergence, begin, end); });
+  with_divergence<T>(rows, [&](const auto& divergence) { process_rows<T>(rows, divergence, begin, end); });
 }
 
 }  // namespace
 
 void drive(const Rows& rows, int64_t begin, int64_t end) {
-  switch (rows.dtype) {
-    case DType::float32:
-      return drive_family<float, float>(rows, begin, end);
-    case DType::float64:
-      return drive_family<double, double>(rows, begin, end);
-    case DType::bfloat16:
-      return drive_family<torch::headeronly::BFloat16, float>(rows, begin, end);
-    case DType::float16:
-      return drive_family<torch::headeronly::Half, float>(rows, begin, end);
-  }
+  rows.student.dtype == DType::float64 ? drive_family<double>(rows, begin, end) : drive_family<float>(rows, begin, end);
 }
 
 }  // namespace abkd::cpu::ABKD_ISA

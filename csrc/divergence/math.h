@@ -188,6 +188,19 @@ ABKD_INLINE float logarithm(float x) {
 
 ABKD_INLINE double logarithm(double x) { return ::log(x); }
 
+// tanh x and its derivative, both without cancellation.
+template <typename T>
+struct Tanh {
+  T value, slope;
+
+  ABKD_INLINE_MEMBER explicit Tanh(T x) {
+    const Decay<T> decayed = decaying(T(2) * absolute(x));
+    const T inverse = T(1) / (T(1) + decayed.decay), size = decayed.lost * inverse;
+    value = x < T(0) ? -size : size;
+    slope = T(4) * decayed.decay * inverse * inverse;
+  }
+};
+
 // t - (1 - e^-t) for t >= 0, given lost = 1 - e^-t, without cancellation.
 template <typename T>
 ABKD_INLINE T rise(T t, T lost) {

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 import oracle
 from abkd_fast import AlphaBeta, divergence_loss, fused_linear_cross_entropy, fused_linear_divergence, parse
-from abkd_fast.losses.chunks import CHUNK_BYTES, choose_chunk_tokens
+from abkd_fast.losses.chunks import CHUNK_BYTES, choose_chunk_tokens, row_bytes
 from oracle import FAMILIES
 
 # In float32 sums of products have a few rounding errors of 2^-24, on logits of size 5. The row kernel adds its own (see
@@ -218,7 +218,7 @@ def test_frozen_inputs_get_no_gradient(frozen, reduction):
 def test_only_needed_gradients_are_made(need):
     student, teacher, labels = make()
     for divergence in ("ab", "alphanet"):
-        arguments = (*student, *teacher, labels, divergence, 1.0, 0.0, 0, torch.float64, *WHOLE, list(need), None)
+        arguments = (*student, *teacher, labels, divergence, 1.0, 0.0, [], 0, torch.float64, *WHOLE, list(need), None)
         _, _, *gradients = torch.ops.abkd_fast.fused_linear(*arguments)
         assert [g.numel() for g in gradients] == [x.numel() if n else 0 for n, x in zip(need, student, strict=True)]
 
@@ -284,7 +284,8 @@ def test_compile(reduction):
 def test_opcheck(divergence):
     student, teacher, labels = make()
     teacher = teacher if divergence else (None, None, None)
-    arguments = (*teacher, labels, divergence, 1.0, 0.5 if divergence else 1.0, 7, torch.float64, *WHOLE)
+    arguments = (*teacher, labels, divergence, 1.0, 0.5 if divergence else 1.0, [2.0, 30.0, 1.0, 0.0])
+    arguments += (7, torch.float64, *WHOLE)
     operator = torch.ops.abkd_fast.fused_linear
     torch.library.opcheck(operator, (*student, *arguments, [False] * 3, None))
     # Backward scales the operator's results in place. AOTAutograd could not return them then (see test_ops.py).
@@ -421,10 +422,11 @@ def test_wrong_arguments(change, message):
     device=st.sampled_from(["cpu", "cuda"]),
 )
 def test_choose_chunk_tokens(tokens, vocab, models, dtype, device):
-    step = choose_chunk_tokens(tokens, vocab, models, dtype, torch.device(device))
+    padded_row = row_bytes(vocab, models, dtype)
+    assert padded_row == (vocab + 63) // 64 * 64 * dtype.itemsize * models
+    step = choose_chunk_tokens(tokens, padded_row, torch.device(device), CHUNK_BYTES[device])
     tile = {"cpu": 16, "cuda": 128}[device]
     assert step % tile == 0
-    padded_row = (vocab + 63) // 64 * 64 * dtype.itemsize * models
     assert step * padded_row <= max(CHUNK_BYTES[device], tile * padded_row)
     if tokens == 0:
         return
@@ -474,7 +476,8 @@ def test_memory_of_512_and_8192_tokens_is_the_same(divergence, reduction, monkey
 
 
 def test_chunks_do_not_grow_with_the_number_of_tokens():
-    steps = [choose_chunk_tokens(n, 50257, 2, torch.float32, torch.device("cpu")) for n in (10**4, 10**5, 10**6)]
+    of_row = row_bytes(50257, 2, torch.float32)
+    steps = [choose_chunk_tokens(n, of_row, torch.device("cpu")) for n in (10**4, 10**5, 10**6)]
     assert max(steps) * 50304 * 2 * 4 <= CHUNK_BYTES["cpu"]
 
 

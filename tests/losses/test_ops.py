@@ -135,8 +135,10 @@ def test_labels_out_of_range(label):
         ({"upstream": torch.zeros(2)}, "upstream must be contiguous"),
         ({"upstream": torch.zeros(1).expand(3)}, "upstream must be contiguous"),
         ({"gradient": torch.zeros(3, 8)}, "gradient must have the shape"),
-        ({"gradient": torch.zeros(3, 9).double()}, "gradient must have the dtype"),
+        ({"gradient": torch.zeros(3, 9).double()}, "gradient must be float64 if student is"),
         ({"gradient": torch.zeros(9, 3).T}, "gradient must have rows without gaps"),
+        ({"teacher": torch.zeros(3, 9).double()}, "teacher must be float64 if student is"),
+        ({"maps": [1.0]}, "maps must have 4 numbers, got 1"),
         ({"teacher": None}, "needs teacher"),
         ({"family": 99}, "unknown family 99"),
         ({"parameters": [0.1]}, "has 2 parameters, got 1"),
@@ -145,7 +147,7 @@ def test_labels_out_of_range(label):
 def test_wrong_operands(change, message):
     student, teacher = mild_logits(3, 9)
     call = {"student": student, "teacher": teacher, "labels": None, "family": 1, "parameters": [0.2, 0.7]}
-    call |= {"temperature": 1.0, "hard_weight": 0.0, "gradient": None, "statistics": None, "upstream": None}
+    call |= {"temperature": 1.0, "hard_weight": 0.0, "maps": [], "gradient": None, "statistics": None, "upstream": None}
     with pytest.raises(RuntimeError, match=message):
         torch.ops.abkd_fast.row_losses(**call | change)
     if "gradient" in change or "upstream" in change or "statistics" in change:
@@ -260,7 +262,8 @@ CHECKS = ALL_CHECKS[:3]
 def test_opcheck_row_operators(divergence):
     student, teacher = mild_logits(3, 9)
     kind = parse(divergence)
-    rows = (kind.family, kind.parameters, *ROW_OPTIONS)
+    maps = [0.5, 30.0, 1.0, 0.0]
+    rows = (kind.family, kind.parameters, *ROW_OPTIONS, maps)
     statistics, upstream = torch.zeros(3, 6).double(), torch.tensor([1.0, 2.0, -1.0])
     for written in ((None, None, None), (torch.empty_like(student), None, None)):
         torch.library.opcheck(torch.ops.abkd_fast.row_losses, (student, teacher, LABELS, *rows, *written))
@@ -269,14 +272,14 @@ def test_opcheck_row_operators(divergence):
     row_ops.row_losses(Rows(student, teacher, LABELS, spec_of(divergence)), statistics=statistics)
     later = (statistics, upstream, torch.empty_like(student))
     torch.library.opcheck(torch.ops.abkd_fast.row_gradients, (student, teacher, LABELS, *rows, *later))
-    torch.library.opcheck(torch.ops.abkd_fast.row_normalizers, (student, teacher, *ROW_OPTIONS, statistics))
-    torch.library.opcheck(torch.ops.abkd_fast.row_sums, (student, teacher, *rows[:-1], statistics))
+    torch.library.opcheck(torch.ops.abkd_fast.row_normalizers, (student, teacher, *ROW_OPTIONS, maps, statistics))
+    torch.library.opcheck(torch.ops.abkd_fast.row_sums, (student, teacher, *rows[:3], maps, statistics))
 
 
 @COMPILED
 def test_opcheck_row_losses_without_teacher():
     student, _ = mild_logits(3, 9)
-    torch.library.opcheck(torch.ops.abkd_fast.row_losses, (student, None, LABELS, 0, [], 1.0, 1.0, None, None, None))
+    torch.library.opcheck(torch.ops.abkd_fast.row_losses, (student, None, LABELS, 0, [], 1.0, 1.0, [], *[None] * 3))
 
 
 @pytest.mark.parametrize("divergence", ["ab", "bdkd", "alphanet"])
