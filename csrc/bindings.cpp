@@ -32,9 +32,11 @@ STABLE_TORCH_LIBRARY(abkd_fast, library) {
       "float hard_weight, float[] maps, Tensor(a!)? gradient, Tensor(b!)? statistics, Tensor? upstream) -> Tensor");
   library.def(
       "row_gradients(Tensor student, Tensor? teacher, Tensor? labels, int family, float[] parameters, "
-      "float temperature, float hard_weight, float[] maps, Tensor statistics, Tensor upstream, Tensor(a!) gradient) -> ()");
+      "float temperature, float hard_weight, float[] maps, Tensor statistics, Tensor upstream, Tensor(a!) gradient) -> "
+      "()");
   library.def(
-      "row_normalizers(Tensor student, Tensor? teacher, float temperature, float hard_weight, float[] maps, Tensor(a!) statistics) "
+      "row_normalizers(Tensor student, Tensor? teacher, float temperature, float hard_weight, float[] maps, Tensor(a!) "
+      "statistics) "
       "-> ()");
   library.def(
       "row_sums(Tensor student, Tensor teacher, int family, float[] parameters, float temperature, "

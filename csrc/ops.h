@@ -20,7 +20,8 @@ struct RowOps {
                            std::vector<double> maps, std::optional<Tensor> gradient, std::optional<Tensor> statistics,
                            std::optional<Tensor> upstream) {
     auto losses = torch::stable::new_empty(student, {student.size(0)}, loss_type(student));
-    auto rows = pack({student, teacher, labels, gradient, statistics}, {family, parameters, temperature, hard_weight, maps});
+    auto rows =
+        pack({student, teacher, labels, gradient, statistics}, {family, parameters, temperature, hard_weight, maps});
     rows.losses = losses.data_ptr();
     rows.normalizes = true;
     if (upstream) rows.upstream = pack_upstream(*upstream, student);
@@ -30,8 +31,10 @@ struct RowOps {
 
   static void row_gradients(const Tensor& student, std::optional<Tensor> teacher, std::optional<Tensor> labels,
                             int64_t family, std::vector<double> parameters, double temperature, double hard_weight,
-                            std::vector<double> maps, const Tensor& statistics, const Tensor& upstream, const Tensor& gradient) {
-    auto rows = pack({student, teacher, labels, gradient, statistics}, {family, parameters, temperature, hard_weight, maps});
+                            std::vector<double> maps, const Tensor& statistics, const Tensor& upstream,
+                            const Tensor& gradient) {
+    auto rows =
+        pack({student, teacher, labels, gradient, statistics}, {family, parameters, temperature, hard_weight, maps});
     rows.upstream = pack_upstream(upstream, student);
     launch(rows, student);
   }

@@ -30,7 +30,8 @@ constexpr int64_t kIgnored = -100;
 constexpr int64_t kElsewhere = -1;  // another shard has the label; only for calls that make no losses
 constexpr int kParameters = 3;
 
-// What a model does to the products of its output projection: x becomes cap tanh(scale x / cap), or scale x if cap is 0.
+// What a model does to the products of its output projection: x becomes cap tanh(scale x / cap), or scale x if cap is
+// 0.
 struct Map {
   double scale = 1.0, cap = 0.0;
   bool is_identity() const { return scale == 1.0 && cap == 0.0; }

@@ -8,7 +8,7 @@
 namespace {
 
 void launch_on_stream(const abkd::Rows& rows, const torch::stable::Tensor& student) {
-  STD_TORCH_CHECK(rows.dtype != abkd::DType::float64, "float64 logits have no CUDA kernel");
+  STD_TORCH_CHECK(rows.student.dtype != abkd::DType::float64, "float64 logits have no CUDA kernel");
   const int32_t device = student.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
   void* stream = nullptr;

@@ -1,6 +1,6 @@
 #include <cuda_runtime.h>
 
-#include <algorithm>
+#include <atomic>
 #include <limits>
 
 #include "launch.h"
@@ -9,40 +9,38 @@
 namespace abkd::cuda {
 namespace {
 
-template <typename Logit, typename Divergence>
-cudaError_t launch_kernel(const Rows& rows, const Divergence& divergence, cudaStream_t stream) {
-  int device = 0, limit = 0;
+constexpr int kDevices = 64;
+
+// The dynamic shared memory that blocks of this kernel may have on the current device.
+template <typename Divergence>
+cudaError_t find_room(int* room) {
+  static std::atomic<int> known[kDevices];  // 0 until asked
+  int device = 0;
   if (auto error = cudaGetDevice(&device)) return error;
-  if (auto error = cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device)) return error;
+  if (device >= kDevices) return cudaErrorInvalidDevice;
+  if ((*room = known[device])) return cudaSuccess;
+  const auto kernel = row_kernel<Divergence>;
+  cudaFuncAttributes attributes;
+  if (auto error = cudaFuncGetAttributes(&attributes, kernel)) return error;
+  if (auto error = cudaDeviceGetAttribute(room, cudaDevAttrMaxSharedMemoryPerBlockOptin, device)) return error;
+  *room -= int(attributes.sharedSizeBytes);
+  if (auto error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, *room)) return error;
+  known[device] = *room;
+  return cudaSuccess;
+}
+
+template <typename Divergence>
+cudaError_t launch_kernel(const Rows& rows, const Divergence& divergence, cudaStream_t stream) {
+  int room = 0;
+  if (auto error = find_room<Divergence>(&room)) return error;
   // A call that makes only normalizers, or reads statistics, takes one pass: it has nothing to keep.
-  const int64_t bytes = row_bytes<Logit>(rows.vocab), room = limit - int64_t(sizeof(Scratch));
   const int wanted = rows.normalizes && rows.losses ? (Divergence::has_teacher ? 2 : 1) : 0;
-  const int kept = bytes > room ? 0 : 2 * bytes > room ? std::min(wanted, 1) : wanted;
-  const auto kernel = row_kernel<Logit, Divergence>;
-  if (auto error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(kept * bytes)))
-    return error;
-  kernel<<<static_cast<unsigned>(rows.count), kThreads, size_t(kept * bytes), stream>>>(rows, divergence, kept);
+  int kept = 0;
+  for (int64_t bytes = kept_bytes(rows, kept + 1); kept < wanted && bytes <= room; bytes = kept_bytes(rows, kept + 1))
+    ++kept;
+  const size_t bytes = size_t(kept_bytes(rows, kept));
+  row_kernel<Divergence><<<static_cast<unsigned>(rows.count), kThreads, bytes, stream>>>(rows, divergence, kept);
   return cudaGetLastError();
-}
-
-template <typename Logit>
-cudaError_t select_family(const Rows& rows, cudaStream_t stream) {
-  return with_divergence<float>(rows,
-                                [&](const auto& divergence) { return launch_kernel<Logit>(rows, divergence, stream); });
-}
-
-cudaError_t select_dtype(const Rows& rows, cudaStream_t stream) {
-  switch (rows.dtype) {
-    case DType::float32:
-      return select_family<float>(rows, stream);
-    case DType::bfloat16:
-      return select_family<__nv_bfloat16>(rows, stream);
-    case DType::float16:
-      return select_family<__half>(rows, stream);
-    case DType::float64:
-      break;
-  }
-  return cudaErrorInvalidValue;
 }
 
 }  // namespace
@@ -50,7 +48,8 @@ cudaError_t select_dtype(const Rows& rows, cudaStream_t stream) {
 const char* launch(const Rows& rows, void* stream) {
   if (rows.count == 0) return nullptr;
   if (rows.vocab > std::numeric_limits<int>::max()) return "the vocabulary has more than 2^31 - 1 entries";
-  const cudaError_t error = select_dtype(rows, static_cast<cudaStream_t>(stream));
+  const cudaError_t error = with_divergence<float>(
+      rows, [&](const auto& divergence) { return launch_kernel(rows, divergence, static_cast<cudaStream_t>(stream)); });
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 

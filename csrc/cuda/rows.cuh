@@ -1,130 +1,52 @@
 // Device code of the row kernel. It includes no PyTorch header.
 //
-// A block of 512 threads takes one token. It makes up to three passes over the vocabulary: (A) the log-normalizers of
-// both rows, online, (B) sums of values and slopes, (C) the gradient. Rows that fit into shared memory stay there
-// between the passes. On an H100 both rows fit up to 58,000 logits of 16 bits or 29,000 of 32 bits, one row up to twice
-// that. Other rows are read again, from the second-level cache as long as 132 of them fit into it.
+// A block takes one token. It makes up to three passes over the vocabulary: (A) the log-normalizers of both rows,
+// online, (B) sums of values and slopes, (C) the gradient. Where a gradient of 16 bits is wanted, and the divergence
+// allows it, one pass takes the place of A and B, and C gets by with the digits that 16 bits keep (online.cuh).
 //
-// Estimated time for an H100 and the alpha-beta divergence, in ps per logit:
-//   - device memory at 3 TB/s: 2.0 for 6 bytes (16-bit logits), 4.0 for 12 bytes (float32), 9.3 for 28 bytes (float32
-//     rows of 151,936)
-//   - special functions: 1.5 for 2.5 + 1 + 2 in the three passes
-//   - issue slots: 6.8 for 37 + 104 + 60 instructions of the code for sm_90. This is the limit.
-// A decay by a polynomial takes as many instructions as ex2 with a series, and keeps its digits. One block per
-// multiprocessor (up to 128 registers a thread) has 16 KB of loads in flight, enough for 3 TB/s. A cluster would pay
-// only for float32 rows beyond 58,000: 6.8 in place of 9.3, where the products around the kernel take about 29.
+// Rows that fit into shared memory stay there between the passes. On an H100 both rows fit up to 58,000 logits of 16
+// bits or 29,000 of 32 bits, one row up to twice that. Other rows are read again, from the second-level cache as long
+// as 132 of them fit into it.
+//
+// docs/performance.md has bytes and instructions per logit, and what they come to on an H100. A decay by a polynomial
+// takes as many instructions as ex2 with a series, and keeps its digits.
 #pragma once
 
-#include <type_traits>
-
-#include "../divergence/families.h"
-#include "packs.cuh"
+#include "online.cuh"
 
 namespace abkd::cuda {
-
-constexpr int kWarps = kThreads / 32;
 
 // Running maximum of x, and sum of e^(x - max). It starts at the floor, so that a row of -inf alone stays finite.
 struct OnlineSum {
   float max = kLogFloor, sum = 0.0f;
 
-  __device__ __forceinline__ void merge(float other_max, float other_sum) {
-    const float larger = max < other_max ? other_max : max;
-    sum = sum * exponential(max - larger) + other_sum * exponential(other_max - larger);
+  __device__ __forceinline__ void rescale(float larger) {
+    sum *= exponential(max - larger);
     max = larger;
   }
 
   template <int kWidth>
-  __device__ __forceinline__ void add(const float (&x)[kWidth]) {
+  __device__ __forceinline__ void add(const Numbers<kWidth>& logits, float scale) {
     float larger = max;
 #pragma unroll
-    for (int i = 0; i < kWidth; ++i) larger = larger < x[i] ? x[i] : larger;
+    for (int i = 0; i < kWidth; ++i) larger = Max{}(larger, logits.values[i] * scale);
     float total = 0.0f;
 #pragma unroll
-    for (int i = 0; i < kWidth; ++i) total += exponential(lower(x[i] - larger, kLogFloor));
+    for (int i = 0; i < kWidth; ++i) total += exponential(lower(logits.values[i] * scale - larger, kLogFloor));
     sum = sum * exponential(max - larger) + total;
     max = larger;
   }
 };
 
-template <typename Packed>
-__device__ __forceinline__ void add(OnlineSum& online, const Packed& logits, float scale) {
-  constexpr int kWidth = sizeof(logits.values) / sizeof(logits.values[0]);
-  float x[kWidth];
-#pragma unroll
-  for (int i = 0; i < kWidth; ++i) x[i] = to_float(logits.values[i]) * scale;
-  online.add(x);
-}
-
-struct LogSoftmax {
-  float scale, high, low;  // the log-normalizer, and the rest that rounding to float takes from it
-  __device__ LogSoftmax(float scale, double lse) : scale(scale), high(float(lse)), low(float(lse - double(high))) {}
-  __device__ __forceinline__ float operator()(float logit) const { return logit * scale - high - low; }
-};
-
-// What the threads of a block share. After every reduction `warps` and `lse` are free again.
-struct Scratch {
-  float2 warps[kWarps];
-  double lse;
-  Statistics statistics;  // statistics of the row; thread 0 writes them
-  float target;           // the student's logit of the label; thread 0 writes it
-};
-
-// The maximum and the log sum exp of the row, known to all threads of the block.
-struct Normalizer {
-  float max;
-  double lse;
-};
-
-__device__ __forceinline__ Normalizer reduce(OnlineSum online, Scratch& scratch) {
-#pragma unroll
-  for (int offset = 16; offset > 0; offset /= 2)
-    online.merge(__shfl_xor_sync(0xffffffffu, online.max, offset), __shfl_xor_sync(0xffffffffu, online.sum, offset));
-  if (threadIdx.x % 32 == 0) scratch.warps[threadIdx.x / 32] = make_float2(online.max, online.sum);
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    OnlineSum total;
-    for (int warp = 0; warp < kWarps; ++warp) total.merge(scratch.warps[warp].x, scratch.warps[warp].y);
-    // In float64, because all tokens share the error of the log-normalizer.
-    scratch.lse = double(total.max) + (total.sum == 0.0f ? 0.0 : log(double(total.sum)));
-    scratch.warps[0].x = total.max;
-  }
-  __syncthreads();
-  const Normalizer result{scratch.warps[0].x, scratch.lse};
-  __syncthreads();
-  return result;
-}
-
-__device__ __forceinline__ Pair<float> reduce(Pair<float> sums, Scratch& scratch) {
-#pragma unroll
-  for (int offset = 16; offset > 0; offset /= 2) {
-    sums.first += __shfl_xor_sync(0xffffffffu, sums.first, offset);
-    sums.second += __shfl_xor_sync(0xffffffffu, sums.second, offset);
-  }
-  if (threadIdx.x % 32 == 0) scratch.warps[threadIdx.x / 32] = make_float2(sums.first, sums.second);
-  __syncthreads();
-  Pair<float> total{};
-  for (int warp = 0; warp < kWarps; ++warp) {
-    total.first += scratch.warps[warp].x;
-    total.second += scratch.warps[warp].y;
-  }
-  __syncthreads();
-  return total;
-}
-
-// Both distributions of one token, wherever their logits are.
-template <typename Logit>
+// Both distributions of one token, for the exact passes.
 struct Row {
-  const Cut<Logit>& cut;
-  const Logit *student, *teacher;
-  bool teacher_aligned;
+  const Token<true>& token;
   LogSoftmax log_q, log_p;
   float shift;  // difference of the log-normalizers
   float top;    // the largest log p
-  Scratch& scratch;
   int vocab;
 
-  // functor(log p, log q, log q - log p). The CPU driver says why the difference is made from the logits.
+  // functor(log p, log q, log q - log p) of capped logits. The CPU driver says why the difference is made from logits.
   template <typename Functor>
   __device__ __forceinline__ auto apply(const Functor& functor, float z, float y) const {
     z = lower(z * log_q.scale, kLogFloor);
@@ -133,29 +55,19 @@ struct Row {
     return functor(a, b, z + y == 2.0f * kLogFloor ? 0.0f : z - y - shift);
   }
 
-  // Calls body(width, v, student logits, teacher logits) for all packs of the row.
-  template <typename Body>
-  __device__ __forceinline__ void visit(Body body) const {
-    cut.visit([&](auto width, int v) {
-      constexpr int kWidth = decltype(width)::value;
-      const auto z = Pack<Logit, kWidth>::load(student + v, kWidth > 1);
-      const auto y = Pack<Logit, kWidth>::load(teacher + v, kWidth > 1 && teacher_aligned);
-      body(width, v, z, y);
-    });
-  }
-
   template <typename Functor>
   __device__ __forceinline__ Pair<float> sum(const Functor& functor) const {
-    Pair<float> total{};
-    visit([&](auto width, int, const auto& z, const auto& y) {
+    float total[2] = {};
+    token.visit_capped(false, [&](const auto& z, const auto& y) {
 #pragma unroll
-      for (int i = 0; i < decltype(width)::value; ++i) {
-        const Pair<float> terms = apply(functor, to_float(z.values[i]), to_float(y.values[i]));
-        total.first += terms.first;
-        total.second += terms.second;
+      for (int i = 0; i < int(sizeof(z) / sizeof(float)); ++i) {
+        const Pair<float> terms = apply(functor, z.values[i], y.values[i]);
+        total[0] += terms.first;
+        total[1] += terms.second;
       }
     });
-    return reduce(total, scratch);
+    reduce(total, token.scratch, Add{});
+    return {total[0], total[1]};
   }
 
   __device__ __forceinline__ float largest_log_p() const { return top; }
@@ -172,8 +84,8 @@ struct Row {
 };
 
 // The divergence as it is on this row, as a reference to constant or shared memory, which spares registers.
-template <typename Logit, typename Divergence>
-__device__ __forceinline__ decltype(auto) adapt(const Divergence& divergence, const Row<Logit>& row, bool measure,
+template <typename Divergence>
+__device__ __forceinline__ decltype(auto) adapt(const Divergence& divergence, const Row& row, bool measure,
                                                 double (&state)[2]) {
   if constexpr (Divergence::adapts) {
     using Adapted = std::decay_t<decltype(divergence.at({}))>;
@@ -194,162 +106,176 @@ __device__ __forceinline__ decltype(auto) adapt(const Divergence& divergence, co
   }
 }
 
-// The shared memory of one row, with room for its packs to start on a 16-byte boundary.
-template <typename Logit>
-__host__ __device__ constexpr int64_t row_bytes(int64_t vocab) {
-  return (vocab * int64_t(sizeof(Logit)) + 16 + 15) / 16 * 16;
+// Passes A and B in one, where the row allows it; then also the gradient. Returns whether all is done. Rows that are
+// kept are in shared memory afterwards.
+template <typename Divergence>
+__device__ __forceinline__ bool process_online(Token<true>& token, float scale) {
+  const OnePass<Divergence> one_pass(token.rows);
+  if (!one_pass.allowed()) return false;
+  auto sums = one_pass.sums();
+  const bool hard = token.rows.hard_weight != 0.0;
+  const float z_scale = token.student.scale * scale * kLog2e, y_scale = token.teacher.scale * scale * kLog2e;
+  OnlineSum plain_sum;
+  float maxima[3] = {kLogFloor, kLogFloor, kLogFloor};
+  token.visit_capped(true, [&](const auto& z, const auto& y) {
+    constexpr int kWidth = sizeof(z) / sizeof(float);
+    float z_max = maxima[0], y_max = maxima[1];
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) {
+      z_max = Max{}(z_max, z.values[i] * z_scale);
+      y_max = Max{}(y_max, y.values[i] * y_scale);
+    }
+    if (z_max > maxima[0] || y_max > maxima[1]) {  // rare, after the first packs
+      sums.rescale(z_max - maxima[0], y_max - maxima[1]);
+      maxima[0] = z_max;
+      maxima[1] = y_max;
+    }
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) sums.add(z.values[i] * z_scale - z_max, y.values[i] * y_scale - y_max);
+    if (hard) plain_sum.add(z, token.student.scale);
+  });
+  maxima[2] = plain_sum.max;
+  float all[3] = {maxima[0], maxima[1], maxima[2]};
+  reduce(all, token.scratch, Max{});
+  sums.rescale(all[0] - maxima[0], all[1] - maxima[1]);
+  plain_sum.rescale(all[2]);
+  reduce(sums.sums, token.scratch, Add{});
+  float plain[1] = {plain_sum.sum};
+  if (hard) reduce(plain, token.scratch, Add{});
+
+  const Normalizers normalizers{log2f(sums.sums[0]), log2f(sums.sums[1])};
+  const Measured measured = one_pass.measure(sums, normalizers);
+  token.next_pass(measured.accepted);
+  if (!measured.accepted) return false;
+  const double z_lse = double(all[0]) + double(normalizers.student);  // in units of log 2
+  const double y_lse = double(all[1]) + double(normalizers.teacher);
+  if (threadIdx.x == 0) {
+    constexpr double kExactLn2 = 0.693147180559945309;
+    const double plain_lse = hard ? double(all[2]) + double(logf(plain[0])) : 0.0;
+    token.scratch.statistics = {
+        z_lse * kExactLn2, y_lse * kExactLn2, plain_lse, measured.slope, {measured.state[0], measured.state[1]}};
+  }
+  token.write_loss(measured.value);
+  if (!token.rows.gradient) return true;
+  const LogSoftmax log_q(z_scale, z_lse), log_p(y_scale, y_lse);
+  token.write_gradient([&](float z, float y) {
+    const float b = log_q(z), q = power_of_2(b);
+    return one_pass.slope(measured, log_p(y), b, q) - q * measured.slope;
+  });
+  return true;
 }
 
-template <typename Logit>
-__device__ __forceinline__ void ignore_row(const Cut<Logit>& cut, Logit* gradient) {
-  if (!gradient) return;
-  cut.visit([&](auto width, int v) {
-    constexpr int kWidth = decltype(width)::value;
-    Pack<Logit, kWidth> zero;
+// Pass A. `top` becomes the largest log p.
+template <bool kHasTeacher>
+__device__ __forceinline__ void normalize(const Token<kHasTeacher>& token, float scale, bool first, float& top) {
+  const bool hard = token.rows.hard_weight != 0.0, plain = hard && (!kHasTeacher || scale != 1.0f);
+  OnlineSum online[3];  // of the student, the teacher, and the student without temperature
+  token.visit_capped(first, [&](const auto& z, const auto& y) {
+    if (plain) online[2].add(z, token.student.scale);
+    if constexpr (kHasTeacher) {
+      online[0].add(z, token.student.scale * scale);
+      online[1].add(y, token.teacher.scale * scale);
+    }
+  });
+  float maxima[3] = {online[0].max, online[1].max, online[2].max}, sums[3];
+  reduce(maxima, token.scratch, Max{});
 #pragma unroll
-    for (int i = 0; i < kWidth; ++i) zero.values[i] = from_float<Logit>(0.0f);
-    zero.store(gradient + v, kWidth > 1 && cut.gradient_aligned);
+  for (int i = 0; i < 3; ++i) {
+    online[i].rescale(maxima[i]);
+    sums[i] = online[i].sum;
+  }
+  reduce(sums, token.scratch, Add{});
+  // In float64, because all tokens share the error of a log-normalizer.
+  const int i = int(threadIdx.x);
+  if (i < 3) {
+    const float max = i == 0 ? maxima[0] : i == 1 ? maxima[1] : maxima[2];
+    const float sum = i == 0 ? sums[0] : i == 1 ? sums[1] : sums[2];
+    token.scratch.lse[i] = double(max) + (sum == 0.0f ? 0.0 : log(double(sum)));
+  }
+  __syncthreads();
+  const double *lse = token.scratch.lse, student_lse = kHasTeacher ? lse[0] : 0.0;
+  const double teacher_lse = kHasTeacher ? lse[1] : 0.0;
+  top = float(double(maxima[1]) - teacher_lse);
+  if (threadIdx.x == 0)
+    token.scratch.statistics = {student_lse, teacher_lse, !hard ? 0.0 : plain ? lse[2] : student_lse, 0.0, {0.0, 0.0}};
+  __syncthreads();
+}
+
+// Passes B and C, exactly.
+template <typename Divergence>
+__device__ __forceinline__ void measure_and_differentiate(Token<true>& token, const Divergence& divergence, float scale,
+                                                          float top) {
+  const Rows& rows = token.rows;
+  Statistics& statistics = token.scratch.statistics;
+  const Row row{token,
+                LogSoftmax(token.student.scale * scale, statistics.student_lse),
+                LogSoftmax(token.teacher.scale * scale, statistics.teacher_lse),
+                float(statistics.student_lse - statistics.teacher_lse),
+                top,
+                token.cut.vocab};
+  const auto& adapted = adapt(divergence, row, rows.normalizes, statistics.state);
+  if (rows.losses) {
+    const Pair<float> sums = row.sum([&adapted](float a, float b, float d) {
+      const Term<float> term = adapted(a, b, d);
+      return Pair<float>{term.value, term.slope};
+    });
+    if (threadIdx.x == 0) statistics.slope = sums.second;
+    token.write_loss(sums.first);
+  }
+  if (!rows.gradient) return;
+  token.next_pass(true);
+  const float slope = float(statistics.slope);
+  token.write_gradient([&](float z, float y) {
+    const auto slope_of = [&adapted](float a, float b, float d) { return adapted.slope(a, b, d); };
+    return row.apply(slope_of, z, y) - exponential(row.log_q(z)) * slope;
   });
 }
 
-// `kept` is the number of rows that stay in shared memory between the passes: 0, 1 (the student's) or 2 (both).
-template <typename Logit, typename Divergence>
+// Whether results have 16 bits: the gradient, or the logits where only losses are wanted.
+__device__ __forceinline__ bool is_narrow(const Rows& rows) {
+  return (rows.gradient ? rows.gradient_dtype : rows.student.dtype) != DType::float32;
+}
+
+template <typename Divergence>
 __global__ void __launch_bounds__(kThreads, 1) row_kernel(Rows rows, Divergence divergence, int kept) {
+  constexpr bool kHasTeacher = Divergence::has_teacher;
   __shared__ Scratch scratch;
-  extern __shared__ __align__(16) unsigned char shared_rows[];
-
   // The last rows come first: the matrix product before this kernel left them in the second-level cache.
-  const int64_t row = rows.count - 1 - int64_t(blockIdx.x);
-  const auto* student = static_cast<const Logit*>(rows.student) + row * rows.student_stride;
-  const auto* teacher = static_cast<const Logit*>(rows.teacher);
-  if constexpr (Divergence::has_teacher) teacher += row * rows.teacher_stride;
-  auto* gradient = static_cast<Logit*>(rows.gradient);
-  if (gradient) gradient += row * rows.gradient_stride;
-  auto* loss = rows.losses ? static_cast<float*>(rows.losses) + row : nullptr;
-  const Cut<Logit> cut(student, teacher, gradient, rows.vocab);
-
-  const int64_t label = rows.labels ? rows.labels[row] : 0;
-  if (label == kIgnored) {
-    ignore_row(cut, gradient);
-    if (threadIdx.x == 0 && loss) *loss = 0.0f;
-    if (threadIdx.x == 0 && loss && rows.statistics) rows.statistics[row] = Statistics{};
-    return;
-  }
-
+  Token<kHasTeacher> token(rows, rows.count - 1 - int64_t(blockIdx.x), kept, scratch);
+  if (token.label == kIgnored) return token.ignore();
   const float scale = float(1.0 / rows.temperature);
-  const bool hard = rows.hard_weight != 0.0;
   // The label's logit is read before any gradient is written, because gradient may be student. An impossible label
   // makes the loss NaN.
-  if (threadIdx.x == 0 && hard) {
-    const bool valid = 0 <= label && label < rows.vocab;
-    scratch.target = valid ? to_float(student[label]) : nanf("");
+  if (threadIdx.x == 0 && rows.hard_weight != 0.0) {
+    const bool valid = 0 <= token.label && token.label < rows.vocab;
+    scratch.target =
+        valid ? token.student.capped(token.student.template raw<1>(int(token.label))).values[0] * token.student.scale : nanf("");
   }
-
-  Statistics& statistics = scratch.statistics;
-  double student_lse = 0.0, teacher_lse = 0.0;
+  bool first = true;
+  if constexpr (OnePass<Divergence>::possible) {
+    if (rows.normalizes && rows.losses && is_narrow(rows)) {
+      if (process_online<Divergence>(token, scale)) return;
+      first = !OnePass<Divergence>(rows).allowed();
+    }
+  }
   float top = 0.0f;
   if (rows.normalizes) {
-    // The copies in shared memory are shifted, so that their packs are aligned for any alignment of the rows.
-    const int64_t shift = (Cut<Logit>::kWidth - cut.head % Cut<Logit>::kWidth) % Cut<Logit>::kWidth;
-    auto* kept_student = kept > 0 ? reinterpret_cast<Logit*>(shared_rows) + shift : nullptr;
-    auto* kept_teacher =
-        kept > 1 ? reinterpret_cast<Logit*>(shared_rows + row_bytes<Logit>(rows.vocab)) + shift : nullptr;
-    OnlineSum plain_sum, student_sum, teacher_sum;
-    const bool plain = hard && (!Divergence::has_teacher || scale != 1.0f);
-    cut.visit([&](auto width, int v) {
-      constexpr int kWidth = decltype(width)::value;
-      const auto z = Pack<Logit, kWidth>::load(student + v, kWidth > 1);
-      if (kept_student) z.store(kept_student + v, kWidth > 1);
-      if (plain) add(plain_sum, z, 1.0f);
-      if constexpr (Divergence::has_teacher) {
-        const auto y = Pack<Logit, kWidth>::load(teacher + v, kWidth > 1 && cut.teacher_aligned);
-        if (kept_teacher) y.store(kept_teacher + v, kWidth > 1);
-        add(student_sum, z, scale);
-        add(teacher_sum, y, scale);
-      }
-    });
-    if constexpr (Divergence::has_teacher) {
-      student_lse = reduce(student_sum, scratch).lse;
-      const Normalizer normalizer = reduce(teacher_sum, scratch);
-      teacher_lse = normalizer.lse;
-      top = float(double(normalizer.max) - teacher_lse);
-    }
-    const double plain_lse = !hard ? 0.0 : plain ? reduce(plain_sum, scratch).lse : student_lse;
-    if (threadIdx.x == 0) statistics = {student_lse, teacher_lse, plain_lse, 0.0, {0.0, 0.0}};
-    if (!loss) {
-      if (threadIdx.x == 0) rows.statistics[row] = statistics;
+    normalize(token, scale, first, top);
+    if (!rows.losses) {
+      if (threadIdx.x == 0) rows.statistics[token.row] = scratch.statistics;
       return;
     }
-    if (kept_student) student = kept_student;
-    if (kept_teacher) teacher = kept_teacher;
-    __syncthreads();
+    token.next_pass(false);
   } else {
-    if (threadIdx.x == 0) statistics = rows.statistics[row];
-    __syncthreads();
-    student_lse = statistics.student_lse;
-    teacher_lse = statistics.teacher_lse;
-  }
-
-  const bool y_aligned = cut.teacher_aligned || kept > 1;
-  const Row<Logit> both{cut,
-                        student,
-                        teacher,
-                        y_aligned,
-                        LogSoftmax(scale, student_lse),
-                        LogSoftmax(scale, teacher_lse),
-                        float(student_lse - teacher_lse),
-                        top,
-                        scratch,
-                        cut.vocab};
-  const auto& adapted = adapt(divergence, both, rows.normalizes, statistics.state);
-  if (loss) {
-    Pair<float> sums{};
-    if constexpr (Divergence::has_teacher) {
-      sums = both.sum([&adapted](float a, float b, float d) {
-        const Term<float> term = adapted(a, b, d);
-        return Pair<float>{term.value, term.slope};
-      });
-    }
-    if (threadIdx.x == 0) {
-      const double hard_loss = hard ? rows.hard_weight * (statistics.plain_lse - double(scratch.target)) : 0.0;
-      *loss = float((1.0 - rows.hard_weight) * double(sums.first) + hard_loss);
-      statistics.slope = sums.second;
-      if (rows.statistics) rows.statistics[row] = statistics;
-    }
+    if (threadIdx.x == 0) scratch.statistics = rows.statistics[token.row];
     __syncthreads();
   }
-  if (!gradient) return;
-
-  const float upstream = rows.upstream ? static_cast<const float*>(rows.upstream)[row] : 1.0f;
-  const float weight = upstream * float(1.0 - rows.hard_weight) * scale;
-  const float hard_weight = upstream * float(rows.hard_weight);
-  const float slope = float(statistics.slope);
-  const LogSoftmax plain_norm(1.0f, statistics.plain_lse);
-  const auto differentiate = [&](auto width, int v, const auto& z, const auto& y) {
-    constexpr int kWidth = decltype(width)::value;
-    Pack<Logit, kWidth> out;
-#pragma unroll
-    for (int i = 0; i < kWidth; ++i) {
-      const float logit = to_float(z.values[i]);
-      float g = 0.0f;
-      if constexpr (Divergence::has_teacher) {
-        const auto slope_of = [&adapted](float a, float b, float d) { return adapted.slope(a, b, d); };
-        const float term = both.apply(slope_of, logit, to_float(y.values[i]));
-        g = weight * (term - exponential(both.log_q(logit)) * slope);
-      }
-      if (hard) g += hard_weight * (exponential(plain_norm(logit)) - (v + i == label ? 1.0f : 0.0f));
-      out.values[i] = from_float<Logit>(g);
-    }
-    out.store(gradient + v, kWidth > 1 && cut.gradient_aligned);
-  };
-  if constexpr (Divergence::has_teacher) {
-    both.visit(differentiate);
+  if constexpr (kHasTeacher) {
+    measure_and_differentiate(token, divergence, scale, top);
   } else {
-    cut.visit([&](auto width, int v) {
-      constexpr int kWidth = decltype(width)::value;
-      const auto z = Pack<Logit, kWidth>::load(student + v, kWidth > 1);
-      differentiate(width, v, z, z);
-    });
+    if (rows.losses) token.write_loss(0.0);
+    token.next_pass(true);
+    if (rows.gradient) token.write_gradient([](float, float) { return 0.0f; });
   }
 }
 

@@ -90,6 +90,8 @@ ABKD_INLINE double absolute(double x) { return ::fabs(x); }
 // ABKD_DEVICE is defined if device code is compiled: by nvcc, or by the tests' emulator, which has its own power_of_2.
 #if defined(__CUDA_ARCH__)
 #define ABKD_DEVICE
+#endif
+#if defined(__CUDACC__)
 // One instruction of the special-function unit. Subnormal results become 0.
 __device__ __forceinline__ float power_of_2(float x) {
   float power;

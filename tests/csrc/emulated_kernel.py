@@ -1,6 +1,7 @@
 """Builds the CUDA kernel's own source for the host, launches it, and reads its results: see emulator/cuda_on_host.h."""
 
 import dataclasses
+import itertools
 import math
 import os
 import pathlib
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from abkd_fast.losses import divergences
+from abkd_fast.losses.arguments import LogitMap
 
 HERE = pathlib.Path(__file__).parent
 SOURCES = HERE.parents[1] / "csrc" / "cuda"
@@ -94,6 +96,8 @@ class Launch:
     statistics: str | bytes = "none"  # or "written", "normalizers" (nothing else is made), or given statistics
     sums: bool = False  # whether given statistics make losses, not a gradient
     upstream: Tensor | None = None
+    gradient_dtype: torch.dtype | None = None  # None: that of the student
+    maps: tuple[LogitMap, LogitMap] = (LogitMap(), LogitMap())
     layouts: tuple[Layout, Layout, Layout] = (Layout(), Layout(), Layout())  # for student, teacher and gradient
     kept: int = 0
     order: int = 0
@@ -103,7 +107,7 @@ class Launch:
         student, teacher, gradient = self.layouts
         self.arrays = [student.spread(self.student, math.nan)]
         self.arrays += [] if self.teacher is None else [teacher.spread(self.teacher, math.nan)]
-        self.before = gradient.spread(torch.zeros_like(self.student), 99.0)
+        self.before = gradient.spread(torch.zeros_like(self.student, dtype=self.out), 99.0)
         if self.gradient == "in place":
             self.before = self.arrays[0]
         self.from_statistics = isinstance(self.statistics, bytes)
@@ -111,14 +115,21 @@ class Launch:
         if self.from_statistics:
             self.mode = "sums" if self.sums else "read"
 
+    @property
+    def out(self) -> torch.dtype:
+        return self.gradient_dtype or self.student.dtype
+
     def request(self) -> bytes:
         """The bytes of `Request` in emulator/rows_on_host.cpp, and the arrays after it."""
         layouts = [number for x in self.layouts for number in (x.offset, x.stride(self.student))]
         given = [self.teacher is not None, ["none", "apart", "in place"].index(self.gradient), self.labels is not None]
         given += [["none", "written", "read", "normalizers", "sums"].index(self.mode), self.upstream is not None]
-        numbers = [NUMBERS[self.student.dtype], self.divergence.family, *self.student.shape, *layouts, *given]
+        of_teacher = self.student.dtype if self.teacher is None else self.teacher.dtype
+        dtypes = [NUMBERS[dtype] for dtype in (self.student.dtype, of_teacher, self.out)]
+        numbers = [*dtypes, self.divergence.family, *self.student.shape, *layouts, *given]
         parameters = [*self.divergence.parameters, 0.0, 0.0, 0.0][:3]
-        header = struct.pack("17q5d", *numbers, self.kept, self.order, *parameters, self.temperature, self.hard_weight)
+        parameters += [self.temperature, self.hard_weight, *itertools.chain(*self.maps)]
+        header = struct.pack("19q9d", *numbers, self.kept, self.order, *parameters)
         arrays = [*self.arrays, *([self.before] if self.gradient == "apart" else []), self.labels, self.upstream]
         data = [x.view(torch.uint8).numpy().tobytes() for x in arrays if x is not None]
         return b"".join([header, *data, self.statistics if self.from_statistics else b""])

@@ -1,6 +1,7 @@
 // Runs the CUDA row kernel on the host: reads launches from standard input and writes the results to standard output,
-// in the format of tests/csrc/emulated_kernel.py. The only argument is the line of a barrier in rows.cuh to leave out.
-// With ROWS_ON_HOST_BRIEF there are one type and one divergence, which compile in a third of the time.
+// in the format of tests/csrc/emulated_kernel.py. The only argument is the place of a barrier to leave out, as
+// in "rows.cuh:100".
+// With ROWS_ON_HOST_BRIEF there is one divergence, which compiles in a third of the time.
 #include "cuda_on_host.h"
 
 namespace abkd::cuda {
@@ -23,11 +24,12 @@ constexpr bool kAll = true;
 #endif
 
 struct Request {
-  int64_t dtype, family, count, vocab;
+  int64_t student_dtype, teacher_dtype, gradient_dtype, family, count, vocab;
   int64_t student_offset, student_stride, teacher_offset, teacher_stride, gradient_offset, gradient_stride;
   int64_t has_teacher, gradient_mode, has_labels, statistics_mode, has_upstream;
   int64_t kept, order;
   double parameters[kParameters], temperature, hard_weight;
+  Map student_map, teacher_map;
 };
 enum GradientMode : int64_t { kNoGradient, kApart, kInPlace };
 // kRead: they make the gradient. kNormalizers: nothing else is made. kSums: they hold the log-normalizers.
@@ -48,31 +50,37 @@ struct Array {
   void* data;
 };
 
-template <typename Logit>
 void launch(const Request& request, Rows& rows) {
   // As in rows.cu, which also chooses `kept`.
-  const size_t bytes = size_t(request.kept * cuda::row_bytes<Logit>(rows.vocab));
+  const int kept = int(request.kept);
+  const size_t bytes = size_t(cuda::kept_bytes(rows, kept));
   with_divergence<float>(rows, [&](const auto& divergence) {
     using Divergence = std::decay_t<decltype(divergence)>;
-    if constexpr (kAll || (std::is_same_v<Logit, float> && std::is_same_v<Divergence, AlphaNet<float>>))
+    if constexpr (kAll || std::is_same_v<Divergence, AlphaNet<float>>)
       emulator::launch(unsigned(rows.count), cuda::kThreads, cuda::shared_rows, sizeof(cuda::shared_rows), bytes,
-                       int(request.order),
-                       [&] { cuda::row_kernel<Logit, Divergence>(rows, divergence, int(request.kept)); });
+                       int(request.order), [&] { cuda::row_kernel<Divergence>(rows, divergence, kept); });
     else
       emulator::Block::fail("not in this build");
   });
 }
 
-template <typename Logit>
 void serve(const Request& request) {
-  const auto extent = [&](int64_t offset, int64_t stride) {
-    return (offset + (request.count - 1) * stride + request.vocab) * int64_t(sizeof(Logit));
+  const auto dtype = [](int64_t number) {
+    if (DType(number) == DType::float64) emulator::Block::fail("the kernel has no float64");
+    return DType(number);
   };
-  const auto start = [](Array& array, int64_t offset) { return static_cast<Logit*>(array.data) + offset; };
+  const DType of_student = dtype(request.student_dtype), of_teacher = dtype(request.teacher_dtype),
+              of_gradient = dtype(request.gradient_dtype);
+  const auto extent = [&](int64_t offset, int64_t stride, DType type) {
+    return (offset + (request.count - 1) * stride + request.vocab) * cuda::size_of(type);
+  };
+  const auto start = [](Array& array, int64_t offset, DType type) {
+    return static_cast<unsigned char*>(array.data) + offset * cuda::size_of(type);
+  };
 
-  Array student(extent(request.student_offset, request.student_stride));
-  Array teacher(extent(request.teacher_offset, request.teacher_stride));
-  Array gradient(extent(request.gradient_offset, request.gradient_stride));
+  Array student(extent(request.student_offset, request.student_stride, of_student));
+  Array teacher(extent(request.teacher_offset, request.teacher_stride, of_teacher));
+  Array gradient(extent(request.gradient_offset, request.gradient_stride, of_gradient));
   Array labels(request.count * int64_t(sizeof(int64_t))), upstream(request.count * int64_t(sizeof(float)));
   Array losses(request.count * int64_t(sizeof(float))), statistics(request.count * int64_t(sizeof(Statistics)));
 
@@ -88,12 +96,14 @@ void serve(const Request& request) {
   Rows rows{};
   rows.count = request.count;
   rows.vocab = request.vocab;
-  rows.student = start(student, request.student_offset);
-  rows.student_stride = request.student_stride;
-  if (request.has_teacher) rows.teacher = start(teacher, request.teacher_offset);
-  rows.teacher_stride = request.teacher_stride;
-  if (request.gradient_mode == kApart) rows.gradient = start(gradient, request.gradient_offset);
-  if (request.gradient_mode == kInPlace) rows.gradient = start(student, request.student_offset);
+  rows.student = {start(student, request.student_offset, of_student), request.student_stride, of_student,
+                  request.student_map};
+  if (request.has_teacher)
+    rows.teacher = {start(teacher, request.teacher_offset, of_teacher), request.teacher_stride, of_teacher,
+                    request.teacher_map};
+  rows.gradient_dtype = of_gradient;
+  if (request.gradient_mode == kApart) rows.gradient = start(gradient, request.gradient_offset, of_gradient);
+  if (request.gradient_mode == kInPlace) rows.gradient = start(student, request.student_offset, of_student);
   rows.gradient_stride = request.gradient_mode == kInPlace ? request.student_stride : request.gradient_stride;
   if (request.has_labels) rows.labels = static_cast<int64_t*>(labels.data);
   if (request.has_upstream) rows.upstream = upstream.data;
@@ -104,7 +114,7 @@ void serve(const Request& request) {
   std::copy_n(request.parameters, kParameters, rows.parameters);
   rows.temperature = request.temperature;
   rows.hard_weight = request.hard_weight;
-  launch<Logit>(request, rows);
+  launch(request, rows);
 
   if (has_losses) losses.write();
   if (request.gradient_mode == kApart) gradient.write();
@@ -115,22 +125,8 @@ void serve(const Request& request) {
 }  // namespace
 
 int main(int count, char** arguments) {
-  if (count > 1) emulator::block.omitted_line = std::atoi(arguments[1]);
+  if (count > 1) emulator::block.omitted_place = arguments[1];
   Request request;
-  while (std::fread(&request, sizeof(request), 1, stdin) == 1) {
-    switch (DType(request.dtype)) {
-      case DType::float32:
-        serve<float>(request);
-        break;
-      case DType::bfloat16:
-        serve<__nv_bfloat16>(request);
-        break;
-      case DType::float16:
-        serve<__half>(request);
-        break;
-      case DType::float64:
-        emulator::Block::fail("the kernel has no float64");
-    }
-  }
-  if (count > 1 && emulator::block.omitted == 0) emulator::Block::fail("there is no barrier on that line");
+  while (std::fread(&request, sizeof(request), 1, stdin) == 1) serve(request);
+  if (count > 1 && emulator::block.omitted == 0) emulator::Block::fail("no thread came to that barrier");
 }
