@@ -119,8 +119,9 @@ struct Row {
   const Logit *student, *teacher;
   bool teacher_aligned;
   LogSoftmax log_q, log_p;
-  float shift;  // difference of the log-normalizers
-  float top;    // the largest log p
+  float shift;    // difference of the log-normalizers
+  float top;      // the largest log p
+  float largest;  // the largest of the student's logits, scaled
   Scratch& scratch;
   int vocab;
 
@@ -159,6 +160,26 @@ struct Row {
   }
 
   __device__ __forceinline__ float largest_log_p() const { return top; }
+
+  // functor(log p, log q, log q - log p) for the student's likeliest token. Of several the mean log p counts.
+  template <typename Functor>
+  __device__ __forceinline__ auto at_likeliest(const Functor& functor) const {
+    Pair<float> found{};
+    cut.visit([&](auto width, int v) {
+      constexpr int kWidth = decltype(width)::value;
+      const auto z = Pack<Logit, kWidth>::load(student + v, kWidth > 1);
+#pragma unroll
+      for (int i = 0; i < kWidth; ++i) {
+        const float logit = to_float(z.values[i]);
+        if (logit * log_q.scale != largest) continue;
+        found.first += apply([](float, float, float d) { return d; }, logit, to_float(teacher[v + i]));
+        found.second += 1.0f;
+      }
+    });
+    found = reduce(found, scratch);
+    const float b = largest - log_q.high - log_q.low, d = found.first / found.second;
+    return functor(b - d, b, d);
+  }
 
   // Sums over log p alone. A block has no memory to gather the likely tokens; each other token costs a comparison.
   struct Likely {
@@ -247,7 +268,7 @@ __global__ void __launch_bounds__(kThreads, 1) row_kernel(Rows rows, Divergence 
 
   Statistics& statistics = scratch.statistics;
   double student_lse = 0.0, teacher_lse = 0.0;
-  float top = 0.0f;
+  float top = 0.0f, largest = 0.0f;
   if (rows.normalizes) {
     // The copies in shared memory are shifted, so that their packs are aligned for any alignment of the rows.
     const int64_t shift = (Cut<Logit>::kWidth - cut.head % Cut<Logit>::kWidth) % Cut<Logit>::kWidth;
@@ -269,10 +290,11 @@ __global__ void __launch_bounds__(kThreads, 1) row_kernel(Rows rows, Divergence 
       }
     });
     if constexpr (Divergence::has_teacher) {
-      student_lse = reduce(student_sum, scratch).lse;
-      const Normalizer normalizer = reduce(teacher_sum, scratch);
-      teacher_lse = normalizer.lse;
-      top = float(double(normalizer.max) - teacher_lse);
+      const Normalizer of_student = reduce(student_sum, scratch), of_teacher = reduce(teacher_sum, scratch);
+      student_lse = of_student.lse;
+      teacher_lse = of_teacher.lse;
+      largest = of_student.max;
+      top = float(double(of_teacher.max) - teacher_lse);
     }
     const double plain_lse = !hard ? 0.0 : plain ? reduce(plain_sum, scratch).lse : student_lse;
     if (threadIdx.x == 0) statistics = {student_lse, teacher_lse, plain_lse, 0.0, {0.0, 0.0}};
@@ -299,6 +321,7 @@ __global__ void __launch_bounds__(kThreads, 1) row_kernel(Rows rows, Divergence 
                         LogSoftmax(scale, teacher_lse),
                         float(student_lse - teacher_lse),
                         top,
+                        largest,
                         scratch,
                         cut.vocab};
   const auto& adapted = adapt(divergence, both, rows.normalizes, statistics.state);

@@ -31,6 +31,7 @@ from emulated_kernel import (
 
 from abkd_fast.losses import divergences, reference
 from abkd_fast.losses.arguments import LossSpec, Rows
+from oracle import independent_logits
 
 KERNEL = (SOURCES / "rows.cuh").read_text()
 
@@ -158,6 +159,13 @@ def test_agrees_with_reference(sanitized, divergence, dtype):
         if launch.labels is not None and launch.labels.eq(-100).any():
             assert result.losses[1] == 0
             assert result.gradient[1].eq(0).all()
+
+
+@pytest.mark.parametrize("kept", [0, 1, 2])
+@pytest.mark.parametrize("divergence", ["jsd:0.5", "sfkl:0.1", "srkl:0.1", "tvd"])
+def test_distributions_that_hardly_overlap(sanitized, divergence, kept):
+    launch = Launch(*independent_logits(3, 20003), divergences.parse(divergence), kept=kept, layouts=LAYOUTS[1])
+    assert_close(run(sanitized, [launch])[0], launch)
 
 
 @every_dtype
