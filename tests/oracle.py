@@ -224,6 +224,12 @@ def gpt2_like_logits(rows, vocab, seed=0):
     return teacher + noise[1], teacher
 
 
+def independent_logits(rows, vocab, seed=0):
+    """Student and teacher logits, float32, that have nothing in common. At V=50257 the likely tokens of one side have
+    next to no probability on the other."""
+    return 6.0 * torch.randn(2, rows, vocab, generator=torch.Generator().manual_seed(seed))
+
+
 def mild_logits(rows, vocab, dtype=torch.float32, seed=0):
     """Logits for few tokens. A steep distribution would have one probability near 1, whose logarithm has no digits."""
     generator = torch.Generator().manual_seed(seed)

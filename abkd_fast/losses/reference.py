@@ -162,6 +162,16 @@ def terms(
     raise ValueError(f"{divergence} compares no distributions")
 
 
+def is_centered(a: Tensor, b: Tensor, divergence: Divergence) -> Tensor:
+    """Whether the kernels center a row's slopes, if a = log p and b = log q are those of the student's likeliest token.
+
+    They do if its slope is closer to what it would be at p = 0 than to 0: see csrc/divergence/mixture.h.
+    """
+    _, slope, _ = terms(a, b, divergence)
+    _, without_teacher, _ = terms(torch.full_like(a, LOG_FLOOR), b, divergence)
+    return 2 * slope > without_teacher
+
+
 def kl_terms(a: Tensor, b: Tensor, forward: float | Tensor, reverse: float | Tensor) -> tuple[Tensor, Tensor]:
     """forward KL(p, q) + reverse KL(q, p). With sum (q - p) and sum (p - q), both 0, added no term is negative."""
     p, q, d = a.exp(), b.exp(), b - a

@@ -55,6 +55,8 @@ class Shard(NamedTuple):
             step = max(1, DECIDING_ELEMENTS // max(1, self.widest))
             for z, y, part in zip(*(x.split(step) for x in (student, teacher, statistics)), strict=True):
                 part[:, STATE:] = self._decide(Rows(z, y, None, rows.spec), part)
+        elif divergence.family in (Family.MIXTURE, Family.TOTAL_VARIATION):
+            statistics[:, STATE] = self._centered(rows, statistics)
         branches = divergence.branches if isinstance(divergence, AlphaNet) else (divergence,)
         sums = []
         for branch in branches:
@@ -98,6 +100,18 @@ class Shard(NamedTuple):
             return reference.entropy_weights(self.sum(reference.entropies(a, b)))
         head = self._head((-a).to(loss_dtype(rows.student)), *rows.spec.divergence.parameters)
         return reference.gap_weights(self.sum(reference.gaps(a, b, head)))
+
+    def _centered(self, rows: Rows, statistics: Tensor) -> Tensor:
+        """Whether the slopes of each row are centered, [N]: see `reference.is_centered`."""
+        own = statistics.new_full((len(statistics), 2), -math.inf)  # of this rank's likeliest token: log q, the answer
+        if rows.student.shape[1]:
+            token = rows.student.argmax(1, keepdim=True)
+            maps = rows.spec.student_map, rows.spec.teacher_map
+            logits = (map(x.gather(1, token).double()) for x, map in zip(rows[:2], maps, strict=True))
+            a, b = reference.log_probs(Rows(*logits, None, rows.spec), statistics)
+            own = torch.cat((b, reference.is_centered(a, b, rows.spec.divergence)), 1)
+        log_q, centered = _gather(own, self._group()).unbind(2)  # [ranks, N] each
+        return centered.gather(0, log_q.argmax(0, keepdim=True))[0]
 
     def _head(self, surprisal: Tensor, mu: float) -> Tensor:
         """Whether each of this rank's tokens is in AKL's head, from their -log p, all [n, V].

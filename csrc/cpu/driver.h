@@ -123,6 +123,24 @@ struct Row {
     return max;
   }
 
+  // functor(log p, log q, log q - log p) for the student's likeliest token, the first if there are several.
+  template <typename Functor>
+  auto at_likeliest(const Functor& functor) const {
+    T largest = T(kLogFloor);
+    int64_t block = 0;
+    for (int64_t begin = 0; begin < vocab; begin += kBlock) {
+      const int64_t end = begin + kBlock < vocab ? begin + kBlock : vocab;
+      T max = largest;
+#pragma omp simd reduction(max : max)
+      for (int64_t v = begin; v < end; ++v) max = max < student[v] ? student[v] : max;
+      if (max > largest) block = begin;
+      largest = max;
+    }
+    int64_t v = block;
+    while (v + 1 < vocab && student[v] < largest) ++v;
+    return apply(functor, v);
+  }
+
   // Gathers the log p that are at least `least`. They are few, and many sums over them follow.
   Likely<T> likely(T least) const {
     std::vector<T> gathered(vocab);

@@ -38,12 +38,17 @@ struct OnlineSum {
   }
 };
 
+// The largest of the student's logits, scaled, and the largest log p.
+struct Largest {
+  float logit = 0.0f, log_p = 0.0f;
+};
+
 // Both distributions of one token, for the exact passes.
 struct Row {
   const Token<true>& token;
   LogSoftmax log_q, log_p;
   float shift;  // difference of the log-normalizers
-  float top;    // the largest log p
+  Largest largest;
   int vocab;
 
   // functor(log p, log q, log q - log p) of capped logits. The CPU driver says why the difference is made from logits.
@@ -70,7 +75,24 @@ struct Row {
     return {total[0], total[1]};
   }
 
-  __device__ __forceinline__ float largest_log_p() const { return top; }
+  __device__ __forceinline__ float largest_log_p() const { return largest.log_p; }
+
+  // functor(log p, log q, log q - log p) for the student's likeliest token. Of several the mean log p counts.
+  template <typename Functor>
+  __device__ __forceinline__ auto at_likeliest(const Functor& functor) const {
+    float found[2] = {};  // the sum of log q - log p over such tokens, and their number
+    token.visit_capped(false, [&](const auto& z, const auto& y) {
+#pragma unroll
+      for (int i = 0; i < int(sizeof(z) / sizeof(float)); ++i) {
+        if (z.values[i] * log_q.scale != largest.logit) continue;
+        found[0] += apply([](float, float, float d) { return d; }, z.values[i], y.values[i]);
+        found[1] += 1.0f;
+      }
+    });
+    reduce(found, token.scratch, Add{});
+    const float b = largest.logit - log_q.high - log_q.low, d = found[0] / found[1];
+    return functor(b - d, b, d);
+  }
 
   // Sums over log p alone. A block has no memory to gather the likely tokens; each other token costs a comparison.
   struct Likely {
@@ -165,9 +187,9 @@ __device__ __forceinline__ bool process_online(Token<true>& token, float scale) 
   return true;
 }
 
-// Pass A. `top` becomes the largest log p.
+// Pass A.
 template <bool kHasTeacher>
-__device__ __forceinline__ void normalize(const Token<kHasTeacher>& token, float scale, bool first, float& top) {
+__device__ __forceinline__ void normalize(const Token<kHasTeacher>& token, float scale, bool first, Largest& largest) {
   const bool hard = token.rows.hard_weight != 0.0, plain = hard && (!kHasTeacher || scale != 1.0f);
   OnlineSum online[3];  // of the student, the teacher, and the student without temperature
   token.visit_capped(first, [&](const auto& z, const auto& y) {
@@ -195,7 +217,7 @@ __device__ __forceinline__ void normalize(const Token<kHasTeacher>& token, float
   __syncthreads();
   const double *lse = token.scratch.lse, student_lse = kHasTeacher ? lse[0] : 0.0;
   const double teacher_lse = kHasTeacher ? lse[1] : 0.0;
-  top = float(double(maxima[1]) - teacher_lse);
+  largest = {maxima[0], float(double(maxima[1]) - teacher_lse)};
   if (threadIdx.x == 0)
     token.scratch.statistics = {student_lse, teacher_lse, !hard ? 0.0 : plain ? lse[2] : student_lse, 0.0, {0.0, 0.0}};
   __syncthreads();
@@ -204,14 +226,14 @@ __device__ __forceinline__ void normalize(const Token<kHasTeacher>& token, float
 // Passes B and C, exactly.
 template <typename Divergence>
 __device__ __forceinline__ void measure_and_differentiate(Token<true>& token, const Divergence& divergence, float scale,
-                                                          float top) {
+                                                          const Largest& largest) {
   const Rows& rows = token.rows;
   Statistics& statistics = token.scratch.statistics;
   const Row row{token,
                 LogSoftmax(token.student.scale * scale, statistics.student_lse),
                 LogSoftmax(token.teacher.scale * scale, statistics.teacher_lse),
                 float(statistics.student_lse - statistics.teacher_lse),
-                top,
+                largest,
                 token.cut.vocab};
   const auto& adapted = adapt(divergence, row, rows.normalizes, statistics.state);
   if (rows.losses) {
@@ -249,7 +271,8 @@ __global__ void __launch_bounds__(kThreads, 1) row_kernel(Rows rows, Divergence 
   if (threadIdx.x == 0 && rows.hard_weight != 0.0) {
     const bool valid = 0 <= token.label && token.label < rows.vocab;
     scratch.target =
-        valid ? token.student.capped(token.student.template raw<1>(int(token.label))).values[0] * token.student.scale : nanf("");
+        valid ? token.student.capped(token.student.template raw<1>(int(token.label))).values[0] * token.student.scale
+              : nanf("");
   }
   bool first = true;
   if constexpr (OnePass<Divergence>::possible) {
@@ -258,9 +281,9 @@ __global__ void __launch_bounds__(kThreads, 1) row_kernel(Rows rows, Divergence 
       first = !OnePass<Divergence>(rows).allowed();
     }
   }
-  float top = 0.0f;
+  Largest largest;
   if (rows.normalizes) {
-    normalize(token, scale, first, top);
+    normalize(token, scale, first, largest);
     if (!rows.losses) {
       if (threadIdx.x == 0) rows.statistics[token.row] = scratch.statistics;
       return;
@@ -271,7 +294,7 @@ __global__ void __launch_bounds__(kThreads, 1) row_kernel(Rows rows, Divergence 
     __syncthreads();
   }
   if constexpr (kHasTeacher) {
-    measure_and_differentiate(token, divergence, scale, top);
+    measure_and_differentiate(token, divergence, scale, largest);
   } else {
     if (rows.losses) token.write_loss(0.0);
     token.next_pass(true);

@@ -212,13 +212,13 @@ ABKD_INLINE T rise(T t, T lost) {
   return t < Limits<T>::series_below ? T(0.5) * t * t * series : t - lost;
 }
 
-// (1 - e^-t) - t e^-t for t >= 0, given decay = e^-t and lost = 1 - decay, without cancellation.
+// whole ((1 - e^-t) - t e^-t) for t >= 0, given decay = whole e^-t and lost = whole - decay, without cancellation.
 template <typename T>
-ABKD_INLINE T fall(T t, T lost, T decay) {
+ABKD_INLINE T fall(T t, T lost, T decay, T whole = T(1)) {
   T series = T(1);
   ABKD_UNROLL
   for (int k = Limits<T>::series_terms; k > 0; --k) series = T(1) - t * T((k + 1.0) / (k * (k + 2.0))) * series;
-  return t < Limits<T>::series_below ? T(0.5) * t * t * series : lost - t * decay;
+  return t < Limits<T>::series_below ? T(0.5) * t * t * series * whole : lost - t * decay;
 }
 
 // p and q as multiples of the larger of them, so that nothing overflows and their difference keeps its digits.

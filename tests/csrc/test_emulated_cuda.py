@@ -31,6 +31,7 @@ from emulated_kernel import (
 
 from abkd_fast.losses import divergences, reference
 from abkd_fast.losses.arguments import LogitMap, LossSpec, Rows
+from oracle import independent_logits
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 POINTS = ["ab:1,0", "ab:0,1", "ab:0,0", "ab:0.5,-0.5", "ab:2,-1", "ab:1,1"]
@@ -227,6 +228,13 @@ def test_types_and_maps_of_each_model(sanitized, divergence, teacher, student):
         launches.append(Launch(z.to(student), of_teacher, divergence, **options))
     for launch, result in zip(launches, run(sanitized, launches), strict=True):
         assert_close(result, launch)
+
+
+@pytest.mark.parametrize("kept", [0, 1, 2])
+@pytest.mark.parametrize("divergence", ["jsd:0.5", "sfkl:0.1", "srkl:0.1", "tvd"])
+def test_distributions_that_hardly_overlap(sanitized, divergence, kept):
+    launch = Launch(*independent_logits(3, 20003), divergences.parse(divergence), kept=kept, layouts=LAYOUTS[1])
+    assert_close(run(sanitized, [launch])[0], launch)
 
 
 @every_dtype

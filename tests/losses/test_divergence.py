@@ -25,6 +25,7 @@ from abkd_fast import (
 )
 from abkd_fast.losses import row_ops
 from abkd_fast.losses.arguments import LossSpec, Rows
+from abkd_fast.losses.reference import STATE
 from oracle import ALPHA_BETA, FAMILIES, gpt2_like_logits, mild_logits, relative_errors
 from row_kernels import ALL, FLOAT32, FLOAT64, assert_close, by_reference, kernel
 
@@ -67,6 +68,26 @@ def test_kernel_agrees_with_oracle_near_every_limit(rows, vocab, delta):
     student, teacher = (mild_logits if vocab == 3 else gpt2_like_logits)(rows, vocab, seed=1)
     for point in oracle.neighbors(delta):
         assert_close_to_oracle(student, teacher, AlphaBeta(*point))
+
+
+MIXTURES = [f"{name}:{weight}" for name in ("jsd", "sfkl", "srkl") for weight in (0.01, 0.1, 0.5, 0.9, 0.99)]
+
+
+@pytest.mark.parametrize("divergence", [*MIXTURES, "tvd", "fkl", "rkl", "wsd:0.3", "bdkd", "akl"])
+def test_kernel_agrees_where_distributions_hardly_overlap(divergence):
+    # The slopes of bounded divergences are nearly a multiple of q there, which cancels in the gradient.
+    assert_close_to_oracle(*oracle.independent_logits(4, 50257), divergence)
+
+
+@pytest.mark.parametrize("divergence", ["jsd:0.01", "jsd:0.1", "jsd:0.5", "jsd:0.9", "sfkl:0.1", "srkl:0.1", "tvd"])
+def test_centered_slopes_are_those_of_some_rows_only(divergence):
+    # Rows of both kinds in one call, and rows between: the likeliest token has more and more in common.
+    student, teacher = oracle.independent_logits(16, 4001)
+    teacher = torch.lerp(teacher, student, torch.linspace(0, 1.1, 16)[:, None])
+    assert_close_to_oracle(student, teacher, divergence)
+    if row_ops._C is not None:
+        statistics = row_ops.measure_rows(Rows(student, teacher, None, LossSpec(parse(divergence))))[1]
+        assert 0 < statistics[:, STATE].sum() < 16
 
 
 @pytest.mark.parametrize("divergence", ALL)

@@ -279,6 +279,17 @@ def test_huge_gaps(worlds, divergence):
         assert got[1][0].div(1.7).tolist() == pytest.approx(gradient, abs=bound)
 
 
+@pytest.mark.parametrize("divergence", ["jsd:0.5", "sfkl:0.1", "tvd"])
+def test_distributions_that_hardly_overlap(worlds, divergence):
+    student, teacher = oracle.independent_logits(4, 2001)
+    value, gradient = oracle.evaluate(student, teacher, parse(divergence))
+    # Hidden states times 1 are the logits.
+    heads = [(x, torch.eye(2001), torch.zeros(2001)) for x in (student, teacher)]
+    options = {"reduction": "sum", "frozen": (1, 2)}
+    got = worlds(3)(on_a_rank, [700, 0, 1301], *heads, None, divergence, **options)
+    assert_close(got[0][:2], (value.sum(), 1.7 * gradient), FLOAT32)
+
+
 @pytest.mark.parametrize("divergence", ["ab", "akl", "bdkd", "tvd"])
 @pytest.mark.parametrize("everything", [False, True])
 def test_masked_parts(worlds, divergence, everything):
