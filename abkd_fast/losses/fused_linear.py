@@ -50,7 +50,8 @@ def _fused_linear(
 
     The gradients that `need` doesn't ask for have no elements. With `upstream` [N] they are those of the sum of
     upstream times losses. They are float32 (float64 for float64 hidden states). `divergence` is empty for the
-    cross-entropy alone. `maps` are those of `LossSpec`. `group`, `first` and `widest` are a `Shard`; `group` is empty if the projections are whole.
+    cross-entropy alone. `maps` are those of `LossSpec`. `group`, `first` and `widest` are a `Shard`; `group` is empty
+    if the projections are whole.
     """
     student = LinearHead(student_hidden, student_weight, student_bias)
     teacher = None if teacher_hidden is None else LinearHead(teacher_hidden, teacher_weight, teacher_bias)

@@ -74,8 +74,8 @@ def row_losses(
 
     `gradient` [N, V], which may be `rows.student` or have another type, receives the derivative of each row's loss by
     its student logits, times `upstream` [N] (in the type of the losses) if that is given. `statistics` [N, 6] (float64)
-    receive what `row_gradients` needs to make the gradient later. Rows with label -100 get loss and gradient 0. AlphaNet
-    compares its branches row by row here, for any `per`. No autograd.
+    receive what `row_gradients` needs to make the gradient later. Rows with label -100 get loss and gradient 0.
+    AlphaNet compares its branches row by row here, for any `per`. No autograd.
 
     On a GPU a gradient of 16 bits costs one pass less where the divergence allows it, with a relative error of the loss
     up to 1e-3 in rows where student and teacher nearly agree: csrc/cuda/online.cuh has the bounds.
