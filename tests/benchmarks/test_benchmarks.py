@@ -10,7 +10,8 @@ import sys
 import pytest
 import torch
 
-from abkd_fast.training import costs
+from abkd_fast.losses import row_ops
+from abkd_fast.training import costs, dry_run
 
 BENCHMARKS = pathlib.Path(__file__).parents[2] / "benchmarks"
 
@@ -84,6 +85,17 @@ def test_predict(tmp_path):
     assert published["products"] == pytest.approx(pair.flops["published"] / (0.5 * 989e12))
     assert ours["optimizer"] == pytest.approx(40 * student.parameters / 16 / 3.35e12)
     assert published["gigabytes"] > 10 * 512 * 50257 * 4 / 1e9  # of tensors in float32 that are written and read
+
+
+def test_predict_without_kernels(tmp_path, monkeypatch):
+    """The first lines of a run state these numbers."""
+    monkeypatch.setattr(row_ops, "build_info", lambda: {"cuda": None})
+    importlib.import_module("predict").main(["--out", str(tmp_path)])
+    (table,) = json.loads((tmp_path / "predict.json").read_text())["sections"]["reference"]
+    slower = {row["name"]: round(row["step"]) for row in table["rows"]}
+    (line,) = dry_run.without_kernels(torch.device("cuda"))
+    assert "the package was built without CUDA kernels" in line
+    assert f"{slower['fkl']} (fkl) to {slower['ab:0.2,0.7']} (ab) times" in line
 
 
 def test_predict_for_many_gpus(tmp_path):
