@@ -124,16 +124,16 @@ train_steps() {
 }
 
 # The limits add up to 600 seconds.
-part build 90 bash -c build || fail "the kernels can't be built; the reason is above, and in $report/report.md"
-part check 40 "${tests[@]}" -m gpu -k "$SMALLEST" tests/test_gpu.py || true
+part build 75 bash -c build || fail "the kernels can't be built; the reason is above, and in $report/report.md"
+part check 35 "${tests[@]}" -m gpu -k "$SMALLEST" tests/test_gpu.py || true
 kernels products 20
 kernels rows 20
-kernels fused 40
-train_steps steps 85 --methods ABKD --minutes 1
-train_steps methods 115 --methods KD AlphaNet GKD DISTILLM MiniLLM --minutes 1
+kernels fused 35
+train_steps steps 115 --methods ABKD --minutes 1
+train_steps methods 120 --methods KD AlphaNet GKD DISTILLM MiniLLM --minutes 1
 part generation 50 "$python" benchmarks/generation.py --only full ending "${sizes[@]}" --out "$report/generation" || true
 part tests 60 "${tests[@]}" -m gpu || true
-sanitize memcheck 40 || true
-sanitize racecheck 40 || true
+sanitize memcheck 35 || true
+sanitize racecheck 35 || true
 echo "== $failures failed; the report is $report/report.md"
 ((failures == 0))
