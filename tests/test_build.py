@@ -16,20 +16,30 @@ ROOT = pathlib.Path(__file__).parents[1]
 WHEELS = [f"nvidia-{name}==13.0.*" for name in ("cuda-nvcc", "nvvm", "cuda-crt", "cuda-runtime", "cuda-cccl")]
 # Enough of torch for setup.py.
 CPP_EXTENSION = """
+import atexit
 from setuptools import Extension
 from setuptools.command.build_ext import build_ext as BuildExtension
 def CppExtension(name, sources, **_): return Extension(name, sources)
-CUDAExtension = CppExtension
+def CUDAExtension(name, sources, **_):
+    extension = Extension(name, sources, libraries=["cudart", "torch_cuda"])
+    atexit.register(lambda: print(extension.libraries))
+    return extension
 """
 
 
 def write_nvcc(home, version="13.0"):
-    """An nvcc that knows its version and nothing else."""
+    """An nvcc that knows its version and one kind of card."""
     nvcc = home / "bin" / "nvcc"
     nvcc.parent.mkdir(parents=True)
-    nvcc.write_text(f"#!/bin/sh\necho '#$ TOP={home}' >&2\necho 'release {version}, V'\n")
+    nvcc.write_text(f"#!/bin/sh\necho '#$ TOP={home}' >&2\necho 'release {version}, V'\necho sm_90\n")
     nvcc.chmod(0o755)
     return home
+
+
+def write_header(home):
+    header = home / "include" / "nv" / "target"
+    header.parent.mkdir(parents=True)
+    header.touch()
 
 
 def write_torch(folder, cuda="13.0"):
@@ -122,9 +132,7 @@ def test_a_toolkit_that_is_there_is_used(backend, tmp_path, monkeypatch):
 def test_wheels_are_used_if_they_are_complete(backend, site):
     home = write_nvcc(site / "nvidia" / "cu13")
     assert backend.find_cuda_home("13.0") is None  # nvcc's own requirements leave out the wheel with nv/target
-    header = home / "include" / "nv" / "target"
-    header.parent.mkdir(parents=True)
-    header.touch()
+    write_header(home)
     assert backend.find_cuda_home("13.0") == str(home)
 
 
@@ -143,6 +151,14 @@ def test_the_build_names_no_wheels_for_cuda_12(site):
     shutil.rmtree(site / "torch")
     write_torch(site, "12.8")
     assert "; install the CUDA 12.8 toolkit and set CUDA_HOME to its folder)" in run_setup(site).stdout
+
+
+def test_the_build_links_the_library_that_wheels_have(site):
+    """They have no libcudart.so."""
+    write_header(write_nvcc(site / "nvidia" / "cu13"))
+    lines = run_setup(site).stdout.splitlines()
+    assert lines[0] == "abkd_fast: building CPU kernels (AVX-512, AVX2, baseline) and CUDA 13.0 for sm_90"
+    assert lines[-1] == "[':libcudart.so.13', 'torch_cuda']"
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
