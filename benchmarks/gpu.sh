@@ -57,7 +57,7 @@ part() {
   {
     printf '\n## %s: %s, %s s\n\n' "$name" "$outcome" $((SECONDS - begun))
     for file in "$report/$name"/*.md; do
-      [[ ! -f $file ]] || cat "$file"
+      [[ ! -f $file ]] || sed "s|\](\([^/)]*\.png)\)|]($name/\1|" "$file"
     done
     # A benchmark that got to its end has said all in its tables.
     [[ -f $file && $outcome == passed ]] || printf '```\n%s\n```\n' "$(tail -n 15 "$report/$name.txt" | cut -c 1-300)"
