@@ -45,7 +45,7 @@ def write(path, text):
 @pytest.fixture
 def source(tmp_path):
     """A copy of what the script reads."""
-    for name in ("benchmarks/gpu.sh", "pyproject.toml", "setup.py", "csrc/row_call.h"):
+    for name in ("benchmarks/gpu.sh", "pyproject.toml", "setup.py", "csrc/row_call.h", "tests/test_gpu.py"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
     (tmp_path / "build").mkdir()
@@ -105,6 +105,7 @@ def test_parts_come_in_order_within_ten_minutes_and_lose_only_themselves(source)
     assert report.startswith("# abkd_fast on A card\n")
     for text in ("| a table |", "no such kernel", "3 passed"):
         assert text in report
+    assert any(call.endswith("-m pytest -o addopts= -q -m gpu tests/test_gpu.py") for call in calls(source))
 
 
 def test_every_benchmark_gets_options_that_it_knows(source):
