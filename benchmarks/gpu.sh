@@ -40,11 +40,15 @@ build() {
   "$python" -m abkd_fast.info
 }
 
+is_wanted() {
+  [[ -z $wanted || $wanted == *" $1 "* || $1 == build ]]
+}
+
 # part NAME LIMIT COMMAND...: output to the terminal and to NAME.txt, outcome and result to the report.
 part() {
   local name=$1 limit=$(($2 * patience)) begun=$SECONDS status=0 outcome=passed file
   shift 2
-  [[ -z $wanted || $wanted == *" $name "* || $name == build ]] || return 0
+  is_wanted "$name" || return 0
   rm -rf "${report:?}/$name"
   echo "== $name, at most $limit s"
   timeout --signal=INT --kill-after=5 $((limit - 5)) "$@" 2>&1 | tee "$report/$name.txt" || status=${PIPESTATUS[0]}
@@ -67,6 +71,7 @@ part() {
 
 sanitize() {
   local sanitizer
+  is_wanted "$1" || return 0
   sanitizer=$(command -v compute-sanitizer) || {
     printf '\n## %s: skipped, no compute-sanitizer on PATH\n' "$1" >>"$report/report.md"
     return 0
