@@ -1,37 +1,20 @@
-"""Builds the extension: CPU kernels always, CUDA kernels when torch is a CUDA build and an nvcc is found.
+"""Builds the extension: CPU kernels always, CUDA kernels when torch is a CUDA build and there is an nvcc for it.
 
 Environment: ABKD_CUDA=auto|0|1, ABKD_CUDA_ARCHS="80;90;100" (compute capabilities), MAX_JOBS, CXX.
 """
 
 import os
-import pathlib
-import re
 import shlex
-import shutil
 import subprocess
-import sysconfig
 
 from setuptools import setup
+
+from build_backend import find_cuda_home, nvcc_version, nvcc_wheels
 
 STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020a000000000000"]  # PyTorch 2.10
 # No -ffast-math: the kernels rely on the order of their additions, on infinities and on NaN. -fno-math-errno and
 # -fno-trapping-math give up only errno and floating-point traps, which nothing reads. Loops are not vectorized without.
 OPTIMIZE = ["-O3", "-std=c++20", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"]
-
-
-def find_cuda_home() -> str | None:
-    """The folder of a CUDA toolkit: CUDA_HOME, that of nvcc on PATH, or one of the nvidia-cuda-nvcc wheels."""
-    candidates = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
-    if nvcc := shutil.which("nvcc"):  # it may be a wrapper script: nvcc itself knows its folder
-        dry_run = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True)
-        candidates += [str(pathlib.Path(top).resolve()) for top in re.findall(r"TOP=(\S+)", dry_run.stderr)]
-    candidates += sorted(map(str, pathlib.Path(sysconfig.get_paths()["purelib"]).glob("nvidia/cu*")), reverse=True)
-    return next((home for home in candidates if home and pathlib.Path(home, "bin", "nvcc").exists()), None)
-
-
-def nvcc_version(cuda_home: str) -> str:
-    text = subprocess.check_output([f"{cuda_home}/bin/nvcc", "--version"], text=True)
-    return re.search(r"release (\d+\.\d+)", text)[1]
 
 
 def known_archs(cuda_home: str) -> list[str]:
@@ -49,19 +32,28 @@ def decide_cuda() -> tuple[str | None, str]:
     wish = os.environ.get("ABKD_CUDA", "auto")
     if wish not in ("auto", "0", "1"):
         raise SystemExit(f"ABKD_CUDA is {wish!r}, expected auto, 0 or 1")
-    cuda_home = find_cuda_home()
-    reason = ""
     if wish == "0":
-        reason = "ABKD_CUDA=0"
-    elif torch.version.cuda is None:
+        return None, "ABKD_CUDA=0"
+    cuda = torch.version.cuda
+    cuda_home = find_cuda_home(cuda) if cuda else None
+    if cuda is None:
         reason = f"torch {torch.__version__} is a CPU build"
     elif cuda_home is None:
-        reason = "no nvcc on PATH, in CUDA_HOME, or among the nvidia-cuda-nvcc wheels"
-    elif nvcc_version(cuda_home).split(".")[0] != torch.version.cuda.split(".")[0]:
-        reason = f"nvcc {nvcc_version(cuda_home)} does not match torch's CUDA {torch.version.cuda}"
-    if reason and wish == "1":
+        reason = f"no nvcc of CUDA {cuda.split('.')[0]} in CUDA_HOME or on PATH, and no wheels of one; {way_on(cuda)}"
+    else:
+        return cuda_home, ""
+    if wish == "1":
         raise SystemExit(f"ABKD_CUDA=1, but CUDA kernels can't be built: {reason}")
-    return (None if reason else cuda_home), reason
+    return None, reason
+
+
+def way_on(cuda: str) -> str:
+    """How to get what is missing, in words."""
+    toolkit = f"install the CUDA {cuda} toolkit and set CUDA_HOME to its folder"
+    wheels = " ".join(f"'{wheel}'" for wheel in nvcc_wheels(cuda))
+    if not wheels:
+        return toolkit
+    return f"{toolkit}, or: pip install {wheels} 'setuptools>=77' ninja && pip install --no-build-isolation ."
 
 
 def extensions() -> tuple[list, type]:
@@ -91,14 +83,15 @@ def extensions() -> tuple[list, type]:
     if cuda_home:
         gencode = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
         gencode.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
-        modules.append(
-            CUDAExtension(
-                "abkd_fast.losses._cuda",
-                ["csrc/cuda/bindings.cpp", "csrc/cuda/rows.cu"],
-                extra_compile_args={"cxx": OPTIMIZE + STABLE_ABI, "nvcc": ["-O3", "-std=c++20", *gencode]},
-                py_limited_api=True,
-            )
+        module = CUDAExtension(
+            "abkd_fast.losses._cuda",
+            ["csrc/cuda/bindings.cpp", "csrc/cuda/rows.cu"],
+            extra_compile_args={"cxx": OPTIMIZE + STABLE_ABI, "nvcc": ["-O3", "-std=c++20", *gencode]},
+            py_limited_api=True,
         )
+        # By its full name, because the wheels have no libcudart.so. At run time torch has loaded it already.
+        module.libraries[module.libraries.index("cudart")] = f":libcudart.so.{nvcc_version(cuda_home).split('.')[0]}"
+        modules.append(module)
     built = f"CUDA {nvcc_version(cuda_home)} for sm_{', sm_'.join(archs)}" if cuda_home else f"no CUDA ({reason})"
     print(f"abkd_fast: building CPU kernels (AVX-512, AVX2, baseline) and {built}", flush=True)
 

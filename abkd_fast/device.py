@@ -2,6 +2,9 @@
 
 import contextlib
 import os
+import pathlib
+import platform
+import re
 import resource
 import sys
 
@@ -34,6 +37,12 @@ def choose_dtype(wish: str, device: torch.device, section: str = "") -> torch.dt
 
 def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+
+
+def cpu_name() -> str:
+    info = pathlib.Path("/proc/cpuinfo")
+    name = re.search(r"^model name\s*:(.*)", info.read_text(), re.MULTILINE) if info.exists() else None
+    return name[1].strip() if name else platform.processor() or platform.machine()
 
 
 def peak_memory(device: torch.device) -> int:

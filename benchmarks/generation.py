@@ -41,7 +41,7 @@ FULL, QUICK = (64, 500, 128, 256, 64, 768, 12, 50257), (6, 20, 8, 8, 4, 32, 2, 1
 
 def compare_sampling(options: argparse.Namespace, sections: dict[str, tuple[int, ...]], report: Report) -> None:
     """`sample` against `generate`, by one model; a section has its end tokens."""
-    model = random_gpt2(options, end=None).to(options.device).eval()
+    model = random_gpt2(options, end=None).to(options.device, model_dtype(options.device)).eval()
     generator, new_tokens = np.random.default_rng(0), options.sampled_tokens
     lengths = draw_lengths(PROMPTS, 1, options.prompts, generator)[0]
     prompts = [generator.integers(options.vocab, size=length).tolist() for length in lengths]
@@ -73,6 +73,11 @@ def compare_sampling(options: argparse.Namespace, sections: dict[str, tuple[int,
         title = f"{section}: {len(prompts)} prompts, at most {new_tokens} new tokens"
         columns = {"seconds": "s|.2f", "tokens": "new tokens|.0f", "rate": "tokens/s|.0f"}
         report.table(section, title, rows, columns | {"ratio": "time a token, x ours|.2f"})
+
+
+def model_dtype(device: str) -> torch.dtype:
+    """A GPU's packed attention refuses float32; `abkd_fast.evaluate` and the papers take bfloat16 there."""
+    return torch.bfloat16 if device == "cuda" else torch.float32
 
 
 def compare_results(runs: dict[str, Callable], repeats: int) -> tuple[list[dict], dict[str, list]]:
@@ -128,7 +133,7 @@ class Scores:
 
     def published(self) -> list[tuple[str, float]]:
         torch.manual_seed(SEED)
-        dtype = torch.bfloat16 if self.options.device == "cuda" else torch.float32
+        dtype = model_dtype(self.options.device)
         model = AutoModelForCausalLM.from_pretrained(self.model, dtype=dtype).to(self.options.device).eval()
         tokenizer, texts = AutoTokenizer.from_pretrained(self.model), []
         end = tokenizer.eos_token_id

@@ -1,55 +1,103 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, on a fresh machine, in one command: benchmarks/gpu.sh [FOLDER]
+# Everything that needs a GPU, in one command and ten minutes: benchmarks/gpu.sh [--quick] [FOLDER [PART...]]
 #
-# Builds and installs the package, runs the GPU tests (some under compute-sanitizer) and the benchmarks. All of it ends
-# in FOLDER (default: gpu-report). PYTHON names the interpreter; else it is that of the active environment, else a new
-# one in FOLDER/venv. Without a network it builds against the packages there. Exit status: 0, 1 failed, 2 not begun.
+# Builds the kernels in the source folder, then runs the parts below, the most important first, or those that are named.
+# A part that fails or exceeds its limit loses only itself. Its result is in FOLDER (default: gpu-report) at once.
+# --quick: tiny sizes and five times the limits, to see whether everything runs. WHEELS: a folder with wheels of what is missing; no network is
+# asked then. PYTHON: the interpreter; else that of the active environment, else a new one in FOLDER/venv.
+# Exit status: 0, 1 a part failed, 2 not begun.
 set -euo pipefail
 
-BENCHMARKS=(kernels timing peers generation)
-SANITIZED="unaligned_rows or in_place_gradient" # tests of tests/test_gpu.py: ends of rows, every branch of the kernel
+SMALLEST="every_divergence and (1003 or 50257)"  # tests of tests/test_gpu.py: each kernel in each type
+SANITIZED="unaligned_rows or in_place_gradient"  # the same: ends of rows, every branch of the kernel
 source=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-failures=0
+failures=0 patience=1 sizes=() scale=()
 
 fail() {
   echo "gpu.sh: $*" >&2
   exit 2
 }
 
-# A step of the report: its output to the terminal and to NAME.txt, its outcome to the list. A failure stops nothing.
-step() {
-  local name=$1 begun=$SECONDS outcome=passed
-  shift
-  echo "== $name: $*"
-  if ! "$@" 2>&1 | tee "$report/$name.txt"; then
-    failures=$((failures + 1)) outcome=FAILED
+# Installs what is missing and builds, unless that was done before: it takes seconds the second time.
+build() {
+  set -euo pipefail
+  local pip=("$python" -m pip install -q --disable-pip-version-check --retries 1 --timeout 15) needed each nvcc sources
+  mapfile -t needed < <(sed -n '/^dependencies/,/^]/s/^  "\(.*\)",$/\1/p' pyproject.toml)
+  needed+=(pytest hypothesis 'setuptools>=77' ninja)
+  "${pip[@]}" "${needed[@]}" || for each in "${needed[@]}"; do
+    "${pip[@]}" "$each" || echo "gpu.sh: $each can't be had; what needs it will fail"
+  done
+  sources=$(find csrc setup.py -type f -print0 | sort -z | xargs -0 cat | sha256sum)
+  if [[ $(cat build/gpu-sources 2>/dev/null) != "$sources" ]] || ! "$python" -c "$is_built" 2>/dev/null; then
+    nvcc=$("$python" -c 'import build_backend; print(*build_backend.get_requires_for_build_wheel())')
+    # shellcheck disable=SC2086 # one word for each requirement
+    [[ -z $nvcc ]] || "${pip[@]}" $nvcc
+    ABKD_CUDA=1 "$python" setup.py -q build_ext --inplace
+    "$python" -c "$is_built"
+    echo "$sources" >build/gpu-sources
   fi
-  echo "- $name: $outcome, $((SECONDS - begun)) s" >>"$report/report.md"
+  nvidia-smi --query-gpu=name,driver_version,power.limit,clocks.max.sm,clocks.max.memory --format=csv,noheader
+  "$python" -m abkd_fast.info
 }
 
-# Fails, too, if tests were only skipped.
-run_tests() {
-  "$@" | tee /dev/stderr | grep ' passed' >/dev/null
+is_wanted() {
+  [[ -z $wanted || $wanted == *" $1 "* || $1 == build ]]
 }
 
-describe() {
-  nvidia-smi --query-gpu=name,driver_version,memory.total,power.limit,clocks.max.sm,clocks.max.memory --format=csv
-  nvcc --version | tail -n 2
-  "$python" -c 'import platform, torch, abkd_fast
-print("python", platform.python_version(), "torch", torch.__version__, "CUDA", torch.version.cuda)
-print(abkd_fast.build_info())
-assert abkd_fast.build_info()["cuda"], "built without CUDA kernels"'
+# part NAME LIMIT COMMAND...: output to the terminal and to NAME.txt, outcome and result to the report.
+part() {
+  local name=$1 limit=$(($2 * patience)) begun=$SECONDS status=0 outcome=passed file
+  shift 2
+  is_wanted "$name" || return 0
+  rm -rf "${report:?}/$name"
+  echo "== $name, at most $limit s"
+  timeout --signal=INT --kill-after=5 $((limit - 5)) "$@" 2>&1 | tee "$report/$name.txt" || status=${PIPESTATUS[0]}
+  if ((status == 124 || status == 137)); then
+    outcome="STOPPED at its limit"
+  elif ((status)) || { [[ $* == *"-m pytest"* ]] && ! grep -q ' passed' "$report/$name.txt"; }; then
+    outcome=FAILED # tests that were only skipped fail, too
+  fi
+  [[ $outcome == passed ]] || failures=$((failures + 1))
+  {
+    printf '\n## %s: %s, %s s\n\n' "$name" "$outcome" $((SECONDS - begun))
+    for file in "$report/$name"/*.md; do
+      [[ ! -f $file ]] || sed "s|\](\([^/)]*\.png)\)|]($name/\1|" "$file"
+    done
+    # A benchmark that got to its end has said all in its tables.
+    [[ -f $file && $outcome == passed ]] || printf '```\n%s\n```\n' "$(tail -n 15 "$report/$name.txt" | cut -c 1-300)"
+  } >>"$report/report.md"
+  [[ $outcome == passed ]]
 }
 
+sanitize() {
+  local sanitizer
+  is_wanted "$1" || return 0
+  sanitizer=$(command -v compute-sanitizer) || {
+    printf '\n## %s: skipped, no compute-sanitizer on PATH\n' "$1" >>"$report/report.md"
+    return 0
+  }
+  # PyTorch's own cache of memory would hide a kernel that writes beyond its tensor.
+  part "$1" "$2" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$sanitizer" --tool "$1" --error-exitcode 9 \
+    --kernel-regex kns=abkd "${tests[@]}" -k "$SANITIZED" tests/test_gpu.py
+}
+
+if [[ ${1:-} == --quick ]]; then
+  patience=5 sizes=(--quick) scale=(--scale tiny)
+  shift
+fi
 command -v nvidia-smi >/dev/null || fail "no nvidia-smi on PATH: this needs an NVIDIA GPU and its driver"
 nvidia-smi -L 2>/dev/null | grep -q '^GPU' || fail "nvidia-smi lists no GPU"
 # A toolkit's usual place is often not on PATH, where the build and a test look for it.
 for home in "${CUDA_HOME:-/usr/local/cuda}" /usr/local/cuda; do
   command -v nvcc >/dev/null || [[ ! -x $home/bin/nvcc ]] || export CUDA_HOME=$home PATH=$home/bin:$PATH
 done
-command -v nvcc >/dev/null || fail "no nvcc on PATH or in CUDA_HOME: the CUDA kernels can't be built"
 mkdir -p "${1:-gpu-report}"
 report=$(cd "${1:-gpu-report}" && pwd)
+wanted=${2:+" ${*:2} "}
+if [[ -n ${WHEELS:-} ]]; then
+  PIP_FIND_LINKS=$(cd "$WHEELS" && pwd) || fail "WHEELS is $WHEELS, which is no folder"
+  export PIP_FIND_LINKS PIP_NO_INDEX=1
+fi
 
 if [[ -n ${PYTHON:-}${VIRTUAL_ENV:-}${CONDA_PREFIX:-} ]]; then
   python=$(command -v "${PYTHON:-python}") || fail "${PYTHON:-python of the active environment} can't be run"
@@ -58,48 +106,40 @@ else # a PyTorch that the machine brought along stays in use
   [[ -x $python ]] || python3 -m venv --system-site-packages "$report/venv" ||
     fail "python3 can't create an environment; set PYTHON to one"
 fi
-
-pip=("$python" -m pip install --disable-pip-version-check --retries 1 --timeout 15) isolation=()
-export ABKD_CUDA=1 # no CUDA kernels, no report
-"$python" -c 'import torch' 2>/dev/null || "${pip[@]}" torch || fail "there is no torch, and pip can't install one"
-# Not isolated if the tools are there: torch may be outside the environment's own folder.
-if "$python" -c 'import ninja, setuptools as s; assert int(s.__version__.split(".")[0]) >= 77' 2>/dev/null; then
-  isolation=(--no-build-isolation)
-fi
-if ! "${pip[@]}" "${isolation[@]}" "$source[test,bench]"; then
-  echo "gpu.sh: installing without dependencies, against the packages that are there" >&2
-  "${pip[@]}" --no-build-isolation --no-deps "$source" || fail "the package can't be built; pip says why above"
-fi
-"$python" -c 'import torch; assert torch.cuda.is_available()' || fail "torch sees no GPU"
-"$python" -c 'import pytest, hypothesis' || fail "no pytest or hypothesis, and pip can't install them"
+# Gigabytes: this is not within the ten minutes.
+"$python" -c 'import torch' 2>/dev/null || "$python" -m pip install torch || fail "no torch, and pip can't install one"
+card=$("$python" -c 'import torch; print("%d%d" % torch.cuda.get_device_capability())') || fail "torch sees no GPU"
 
 cd "$source"
-printf '# abkd_fast on %s\n\n' "$(nvidia-smi --query-gpu=name --format=csv,noheader | head -n 1)" >"$report/report.md"
+export python PYTHONPATH=$source${PYTHONPATH:+:$PYTHONPATH} ABKD_CUDA_ARCHS=${ABKD_CUDA_ARCHS:-$card}
+export is_built="import abkd_fast; assert {*'$ABKD_CUDA_ARCHS'.split(';')} <= {*abkd_fast.build_info()['cuda_archs']}"
+export -f build
+tests=("$python" -m pytest -o addopts= -q)
 commit=$(git describe --always --dirty 2>/dev/null || echo unknown)
-printf '%s, commit %s\n\n' "$(date -u '+%Y-%m-%d %H:%M UTC')" "$commit" >>"$report/report.md"
+printf '# abkd_fast on %s\n\n' "$(nvidia-smi --query-gpu=name --format=csv,noheader | head -n 1)" >"$report/report.md"
+printf '%s, commit %s\n' "$(date -u '+%Y-%m-%d %H:%M UTC')" "$commit" >>"$report/report.md"
 
-step machine describe
-step tests run_tests "$python" -m pytest -o addopts= -m gpu -q
-for tool in memcheck racecheck; do
-  if sanitizer=$(command -v compute-sanitizer); then
-    # PyTorch's own cache of memory would hide a kernel that writes beyond its tensor.
-    step "$tool" run_tests env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$sanitizer" --tool "$tool" --error-exitcode 9 \
-      --kernel-regex kns=abkd "$python" -m pytest -o addopts= -q tests/test_gpu.py -k "$SANITIZED"
-  else
-    echo "- $tool: skipped, no compute-sanitizer on PATH" >>"$report/report.md"
-  fi
-done
-for name in "${BENCHMARKS[@]}"; do
-  step "$name" "$python" "benchmarks/$name.py" --out "$report/$name"
-done
+kernels() {
+  part "$1" "$2" "$python" benchmarks/kernels.py --only "$1" "${sizes[@]}" --out "$report/$1" || true
+}
+train_steps() {
+  local name=$1 limit=$2
+  shift 2
+  part "$name" "$limit" "$python" benchmarks/timing.py "${scale[@]}" --out "$report/$name" "$@" || true
+}
 
-for name in machine tests memcheck racecheck "${BENCHMARKS[@]}"; do
-  [[ -f $report/$name.txt ]] || continue
-  [[ " ${BENCHMARKS[*]} " == *" $name "* ]] && lines=+1 || lines=12 # tests: the summary first
-  printf '\n## %s\n\n```\n' "$name"
-  tail -n "$lines" "$report/$name.txt" | sed 's/\x1b\[[0-9;]*m//g'
-  printf '```\n'
-  [[ ! -f $report/$name/$name.png ]] || printf '\n![%s](%s/%s.png)\n' "$name" "$name" "$name"
-done >>"$report/report.md"
+# The limits add up to 600 seconds.
+part build 75 bash -c build || fail "the kernels can't be built; the reason is above, and in $report/report.md"
+part check 35 "${tests[@]}" -m gpu -k "$SMALLEST" tests/test_gpu.py || true
+kernels products 20
+kernels rows 20
+kernels fused 35
+train_steps steps 115 --methods ABKD --minutes 1
+train_steps methods 120 --methods KD AlphaNet GKD DISTILLM MiniLLM --minutes 1
+part generation 50 "$python" benchmarks/generation.py --only full ending "${sizes[@]}" --out "$report/generation" || true
+mapfile -t files < <(grep -rl --include='test_*.py' 'mark\.gpu' tests) # reading all tests takes longer than running these
+part tests 60 "${tests[@]}" -m gpu "${files[@]}" || true
+sanitize memcheck 35 || true
+sanitize racecheck 35 || true
 echo "== $failures failed; the report is $report/report.md"
 ((failures == 0))

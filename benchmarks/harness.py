@@ -8,7 +8,6 @@ import json
 import os
 import pathlib
 import platform
-import re
 import statistics
 import subprocess
 import tempfile
@@ -21,6 +20,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # read at import: the profiler 
 import torch
 
 import abkd_fast
+from abkd_fast.device import cpu_name
 
 FOLDER = pathlib.Path(__file__).parent
 MIB = 1 << 20
@@ -49,12 +49,6 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
     system |= {"gpu": gpu, "device": gpu or f"{cpu_name()}, {threads} threads", "threads": threads}
     versions = {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda}
     return system | versions | {"build": abkd_fast.build_info()}
-
-
-def cpu_name() -> str:
-    info = pathlib.Path("/proc/cpuinfo")
-    name = re.search(r"^model name\s*:(.*)", info.read_text(), re.MULTILINE) if info.exists() else None
-    return name[1].strip() if name else platform.processor() or platform.machine()
 
 
 def synchronize() -> None:

@@ -1,5 +1,7 @@
 """The loss alone, against what it replaces and against its floor: `python benchmarks/kernels.py`.
 
+products  the matrix products around the row kernel, with rows of logits as far apart as they are long, or aligned
+rows      the row kernel by itself, with the gradient and without a teacher
 losses    alpha-beta divergence between logits, against the published formulation and a compiled log-space one
 families  every divergence of the catalog, against the alpha-beta one
 fused     from hidden states, GPT-2 XL to GPT-2, against the bare matrix products, and Liger-Kernel and TRL if installed
@@ -21,17 +23,18 @@ from abkd_fast.errors import first_line
 from abkd_fast.losses import reference, row_ops
 from abkd_fast.losses.arguments import LossSpec, Rows
 from abkd_fast.losses.chunks import choose_chunk_tokens, gradient_dtype, row_bytes
-from abkd_fast.losses.divergences import BY_NAME, AlphaNet, JensenShannon
+from abkd_fast.losses.divergences import BY_NAME, AlphaNet, CrossEntropy, JensenShannon
 from chart import draw_lines
 from harness import MIB, TIME, Report, compare, peak_memory
 
 DIVERGENCE = AlphaBeta(0.2, 0.7)
 PEER_DIVERGENCE = JensenShannon()
 PEER_BETA = 1 - PEER_DIVERGENCE.lam  # both peers give this name to the teacher's share of the mixture
+ALIGNMENT = 64  # elements: rows of logits that begin at multiples of it keep a GPU's products fast
 PUBLISHED_TENSORS = 10  # of N x V float32 that the published formulation holds at once, and one to spare
 OURS, PUBLISHED, FLOOR = "fused_linear_divergence", "published formulation", "four matrix products"
 COMPILED = "log-space, torch.compile"
-SECTIONS = ("losses", "families", "fused", "memory", "accuracy")
+SECTIONS = ("products", "rows", "losses", "families", "fused", "memory", "accuracy")
 # Rows of logits, vocabulary (GPT-2's), widths of student and teacher (GPT-2 and XL), tokens of the section memory.
 FULL = {"rows": 256, "vocab": 50257, "widths": [768, 1600], "sweep": [512, 1024, 2048, 4096, 8192]}
 QUICK = {"rows": 4, "tokens": 64, "vocab": 1009, "widths": [16, 32], "sweep": [32, 64, 128], "repeats": 2}
@@ -132,6 +135,44 @@ class Benchmark:
         self.report.note(f"value: {expected.item():.6f}, {name} {value.item():.6f}")
         torch.testing.assert_close(value.detach().float(), expected, rtol=1e-3, atol=0)
         return True
+
+    def products(self) -> None:
+        hidden, weight = (x.detach() for x in self.models(self.options.tokens)[:2])
+        results = torch.empty_like(hidden), torch.empty_like(weight)
+        candidates = {}
+        for stride in (self.vocab, -(-self.vocab // ALIGNMENT) * ALIGNMENT):
+            logits = hidden.new_ones(len(hidden), stride)[:, : self.vocab]
+            products = {
+                "logits": (hidden, weight.T, logits),
+                "gradient of the hidden states": (logits, weight, results[0]),
+                "gradient of the weight": (logits.T, hidden, results[1]),
+            }
+            for name, (a, b, out) in products.items():
+                candidates[f"{name}, rows {stride} apart"] = functools.partial(torch.mm, a, b, out=out)
+        rows, work = compare(candidates, self.options.repeats), 2 * hidden.numel() * self.vocab
+        for row in rows:
+            row["tflops"] = work / row["ms"] / 1e9
+        title = f"products with logits [{len(hidden)}, {self.vocab}], {hidden.shape[1]} wide, {self.type}"
+        self.report.table("products", title, rows, TIME | {"tflops": "TFLOP/s|.2f"})
+
+    def rows(self) -> None:
+        candidates, sizes = {}, {}
+        for dtype in dict.fromkeys((torch.float32, getattr(torch, self.type))):
+            stride = -(-self.vocab // ALIGNMENT) * ALIGNMENT
+            student, teacher = (3 * torch.randn(2, self.options.tokens, stride, device=self.device)).to(dtype)
+            student, teacher = student[:, : self.vocab], teacher[:, : self.vocab]
+            gradient, labels = torch.empty_like(student), torch.zeros(len(student), dtype=int, device=self.device)
+            kinds = {str(DIVERGENCE): Rows(student, teacher, None, LossSpec(DIVERGENCE))}
+            kinds["cross-entropy"] = Rows(student, None, labels, LossSpec(CrossEntropy(), hard_weight=1.0))
+            for name, call in kinds.items():
+                name = f"{name}, {str(dtype).removeprefix('torch.')}"
+                candidates[name] = functools.partial(row_ops.row_losses, call, gradient)
+                sizes[name] = (2 if call.teacher is None else 3) * dtype.itemsize
+        rows, elements = compare(candidates, self.options.repeats), self.options.tokens * self.vocab
+        for row in rows:
+            row |= {"ps": 1e9 * row["ms"] / elements, "gb": sizes[row["name"]] * elements / row["ms"] / 1e6}
+        title = f"the row kernel, logits and gradient [{self.options.tokens}, {self.vocab}]"
+        self.report.table("rows", title, rows, TIME | {"ps": "ps a logit|.2f", "gb": "GB/s, each read once|.0f"})
 
     def losses(self) -> None:
         student, teacher = self.logits()

@@ -37,6 +37,9 @@ class PeerBenchmark(Benchmark):
         for model in (self.student, self.teacher):
             model.base_model.register_forward_pre_hook(_add_positions, with_kwargs=True)
 
+    def label(self, key: str) -> str:
+        return key
+
     def peers(self) -> dict[str, Step]:
         """Our steps, the published way's, and those of every peer that runs with the same loss and gradient norm."""
         ways = {"ours": "ours", "ours, teacher's states cached": "cached", "published way": "published"}

@@ -17,6 +17,9 @@ from transformers import AutoConfig
 
 import harness
 from abkd_fast.data.batches import balance_by_tokens
+from abkd_fast.losses import reference
+from abkd_fast.losses.arguments import LossSpec, Rows
+from abkd_fast.losses.divergences import BY_NAME, AlphaNet
 from abkd_fast.models.loading import meta_model
 from abkd_fast.training.costs import PEAK_FLOPS, ModelCost, StepCost
 from baseline import alpha_beta, cross_entropy
@@ -25,6 +28,7 @@ from workload import LENGTH, SCALES, draw_samples
 
 BANDWIDTH = {"B200": 8.0, "H200": 4.8, "H100": 3.35, "A100": 2.04}  # terabytes a second, as the maker states them
 LOGITS_PASSES = 7  # ours: the student's written, read, overwritten, read twice; the teacher's written, read
+KERNEL_BYTES = 12  # a logit: the kernel reads the student's and the teacher's in float32, and writes the gradient
 OPTIMIZER_BYTES = 40  # a weight: clipping reads twice and writes the gradient; AdamW reads 4 numbers and writes 3
 BUCKET_BYTES = 25e6  # DistributedDataParallel's default: it sums so many at a time
 BACKWARD_SHARE = 2 / 3  # of a student's forward and backward passes
@@ -137,7 +141,8 @@ def scaling(pairs: dict[str, Pair], report: Report) -> None:
     report.table("scaling", "GFLOP a sample, and its states in the cache, in bfloat16", rows, columns)
 
 
-def prediction(pair: Pair, options: argparse.Namespace, report: Report) -> None:
+def prediction(pair: Pair, options: argparse.Namespace, report: Report) -> dict[str, float]:
+    """A table of a sample's time, the only result that is returned: seconds of each way."""
     peak, bandwidth = PEAK_FLOPS[options.gpu], BANDWIDTH[options.gpu] * 1e12 * options.bandwidth
     student, flops, rows = pair.models[0], pair.flops, []
     ours = LOGITS_PASSES * 4 * student.vocab * pair.response_tokens
@@ -157,6 +162,25 @@ def prediction(pair: Pair, options: argparse.Namespace, report: Report) -> None:
     title = f"milliseconds/sample that one {options.gpu} would take: products at {options.mfu:.0%} of"
     title += f" {peak / 1e12:.0f} TFLOP/s, the rest at {options.bandwidth:.0%} of {BANDWIDTH[options.gpu]:g} TB/s, "
     report.table("prediction", f"{title}{options.batch_size} samples a step", rows, columns)
+    return {way: row["seconds"] for way, row in zip(logits, rows, strict=True)}
+
+
+def without_kernels(pair: Pair, seconds: float, options: argparse.Namespace, report: Report) -> None:
+    """A table of the losses in float64 and plain PyTorch, which a GPU computes if the package has no CUDA kernels.
+
+    seconds: of a sample with cached states.
+    """
+    rows, (student, teacher) = [], torch.randn(2, 2, pair.models[0].vocab)
+    logits = pair.response_tokens * pair.models[0].vocab
+    for kind in (AlphaNet(per="token") if kind is AlphaNet else kind() for kind in BY_NAME.values()):
+        with Traffic() as traffic:
+            reference.row_losses(Rows(student, teacher, None, LossSpec(kind)), torch.empty_like(student))
+        row = {"name": str(kind), "bytes": traffic.bytes / student.numel()}
+        more = (row["bytes"] - KERNEL_BYTES) * logits / (BANDWIDTH[options.gpu] * 1e12 * options.bandwidth)
+        rows.append(row | {"ratio": row["bytes"] / KERNEL_BYTES, "step": 1 + more / seconds})
+    columns = {"bytes": "bytes a logit|.0f", "ratio": f"times the kernel's {KERNEL_BYTES}|.0f"}
+    title = f"losses without CUDA kernels, on one {options.gpu}"
+    report.table("reference", title, rows, columns | {"step": "time of a step with cached states, times|.1f"})
 
 
 def step(pair: Pair, cached: bool, ranks: int, batch_size: int, machine: argparse.Namespace) -> dict[str, Any]:
@@ -232,7 +256,8 @@ def main(arguments: list[str] | None = None) -> None:
     with report.kept("predict"):
         operations(pairs[RECIPES[0]], report)
         scaling(pairs, report)
-        prediction(pairs[RECIPES[0]], options, report)
+        seconds = prediction(pairs[RECIPES[0]], options, report)
+        without_kernels(pairs[RECIPES[0]], seconds["cached"], options, report)
         for name in RECIPES:
             many_gpus(name, pairs[name], options, report)
 

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 
-from harness import cpu_name
+from abkd_fast.device import cpu_name
 from workload import SCALES, write_recipe
 
 WAYS = {"auto": "one process, two threads", "ddp": "two processes, ddp", "fsdp": "two processes, fsdp"}

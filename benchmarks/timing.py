@@ -248,9 +248,11 @@ class Benchmark:
 
     def round(self, steps: dict, turn: Turn) -> dict:
         """Milliseconds of each step on one batch. On a GPU each runs twice: a new shape chooses or compiles kernels."""
-        candidates = {key: functools.partial(step, turn) for key, step in steps.items()}
-        times = measure(candidates, 1, warm=self.trainer.device.type == "cpu")
-        return {key: values[0] for key, values in times.items()}
+        times, warm = {}, self.trainer.device.type == "cpu"
+        for key, step in steps.items():
+            (times[key],) = measure({key: functools.partial(step, turn)}, 1, warm)[key]
+            print(f"{self.label(key)}: {times[key]:.2f} ms", flush=True)  # a run that is cut short has told something
+        return times
 
     def samples_of(self, key: Key) -> int:
         """How many samples a step trains on, or prompts it answers."""

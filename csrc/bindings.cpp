@@ -1,7 +1,10 @@
 // The operators' schemas, the operators on CPU tensors, and the Python module, which says how it was built.
 //
 // The operators use only the stable ABI of PyTorch (2.10 and later), so one build serves every later release.
+#pragma push_macro("TORCH_TARGET_VERSION")  // the pybind11 in torch 2.10 to 2.12 refuses to be beside it
+#undef TORCH_TARGET_VERSION
 #include <pybind11/pybind11.h>
+#pragma pop_macro("TORCH_TARGET_VERSION")
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pyarrow.compute
 import torch
+from rich.markup import escape
 
 from .. import distributed
 from ..console import format_bytes
@@ -28,6 +29,7 @@ def describe(trainer: Trainer) -> Iterator[str]:
     yield json.dumps(trainer.config.to_dict(), indent=2)
     yield from _data(trainer)
     yield f"{_steps(trainer)}, {steps / steps_per_epoch:.1f} epochs"
+    yield from without_kernels(trainer.device)
     on_disk, in_memory, reason = False, False, ""
     if trainer.cache:
         on_disk, in_memory, reason = trainer.cache.choose(free_memory(trainer.device))
@@ -57,6 +59,8 @@ def header(trainer: Trainer) -> Iterator[str]:
     yield from _notes(trainer)
     yield f"  device     {device_name(trainer.device)}, {str(trainer.dtype).removeprefix('torch.')}"
     yield f"  kernels    {_kernels(trainer)}; attention {attention.backend(trainer.device)}, packed and checked"
+    for line in without_kernels(trainer.device):
+        yield f"[bold red]{escape(line)}[/bold red]"
     if trainer.teacher:
         yield f"  teacher    {trainer.teacher.note}"
     if distributed.world_size() > 1:
@@ -88,7 +92,23 @@ def _kernels(trainer: Trainer) -> str:
     info = row_ops.build_info()
     if trainer.device.type == "cuda" and info["cuda"]:
         return f"CUDA {info['cuda']}"
-    return "PyTorch reference (extension missing)" if "missing" in info else f"CPU {info['simd']}"
+    return "PyTorch reference" if "missing" in info or trainer.device.type == "cuda" else f"CPU {info['simd']}"
+
+
+def without_kernels(device: torch.device) -> Iterator[str]:
+    """A line about the cost, if the losses have no kernels on this device. `benchmarks/predict.py` derives it."""
+    info, on_gpu = row_ops.build_info(), device.type == "cuda"
+    if "missing" in info:
+        reason = f"the extension can't be imported ({info['missing']})"
+    elif on_gpu and not info["cuda"]:
+        reason = "the package was built without CUDA kernels"
+    else:
+        return
+    cost = ", and GPT-2's steps with cached states take an estimated 4 (fkl) to 12 (ab) times as long" if on_gpu else ""
+    yield (
+        f"  slow       {reason}: PyTorch computes the losses in float64{cost}; "
+        "pip install -v . builds the kernels, or says what is missing (docs/gpu-build.md)"
+    )
 
 
 def _data(trainer: Trainer) -> Iterator[str]:

@@ -3,14 +3,14 @@ import importlib.util
 import json
 import os
 import pathlib
-import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
 
-from abkd_fast.training import costs
+from abkd_fast.losses import row_ops
+from abkd_fast.training import costs, dry_run
 
 BENCHMARKS = pathlib.Path(__file__).parents[2] / "benchmarks"
 
@@ -41,10 +41,14 @@ def test_kernels_quick(tmp_path):
         assert text in output
     content = json.loads((tmp_path / "kernels.json").read_text())
     assert content.keys() == {"machine", "options", "sections", "notes", "targets"}
-    assert content["sections"].keys() == {"losses", "families", "fused", "memory", "accuracy"}
+    assert content["sections"].keys() == {*importlib.import_module("kernels").SECTIONS}
     assert {"date", "commit", "device", "threads", "torch", "build"} <= content["machine"].keys()
     errors = content["sections"]["accuracy"][0]["rows"]
     assert all(0 < row["value"] < 1e-4 and 0 < row["gradient"] < 1e-4 for row in errors)
+    strides = [row["name"].rpartition("rows ")[2] for row in content["sections"]["products"][0]["rows"]]
+    assert strides == ["1009 apart"] * 3 + ["1024 apart"] * 3
+    names = [row["name"] for row in content["sections"]["rows"][0]["rows"]]
+    assert names == ["ab:0.2,0.7, float32", "cross-entropy, float32"]
     held = {(row["name"], row["tokens"]): row["bytes"] for row in content["sections"]["memory"][0]["rows"]}
     assert 0 < held["fused_linear_divergence", 128] < held["published formulation", 128]
     assert (tmp_path / "kernels.png").read_bytes().startswith(b"\x89PNG")
@@ -84,6 +88,17 @@ def test_predict(tmp_path):
     assert published["products"] == pytest.approx(pair.flops["published"] / (0.5 * 989e12))
     assert ours["optimizer"] == pytest.approx(40 * student.parameters / 16 / 3.35e12)
     assert published["gigabytes"] > 10 * 512 * 50257 * 4 / 1e9  # of tensors in float32 that are written and read
+
+
+def test_predict_without_kernels(tmp_path, monkeypatch):
+    """The first lines of a run state these numbers."""
+    monkeypatch.setattr(row_ops, "build_info", lambda: {"cuda": None})
+    importlib.import_module("predict").main(["--out", str(tmp_path)])
+    (table,) = json.loads((tmp_path / "predict.json").read_text())["sections"]["reference"]
+    slower = {row["name"]: round(row["step"]) for row in table["rows"]}
+    (line,) = dry_run.without_kernels(torch.device("cuda"))
+    assert "the package was built without CUDA kernels" in line
+    assert f"{slower['fkl']} (fkl) to {slower['ab:0.2,0.7']} (ab) times" in line
 
 
 def test_predict_for_many_gpus(tmp_path):
@@ -158,17 +173,3 @@ def test_evaluation_quick(tmp_path):
     a, b, difference = tables["scores"]
     assert difference["rouge_l"] == pytest.approx(a["rouge_l"] - b["rouge_l"])
     assert difference["ratio"] == pytest.approx(abs(difference["rouge_l"]) / difference["error"])
-
-
-@pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
-def test_gpu_script_says_what_is_missing(tmp_path):
-    (tmp_path / "dirname").symlink_to(shutil.which("dirname"))
-    result = subprocess.run(
-        [shutil.which("bash"), BENCHMARKS / "gpu.sh", tmp_path / "report"],
-        capture_output=True,
-        text=True,
-        env={"PATH": str(tmp_path)},
-    )
-    assert result.returncode == 2
-    assert result.stderr.splitlines() == ["gpu.sh: no nvidia-smi on PATH: this needs an NVIDIA GPU and its driver"]
-    assert not (tmp_path / "report").exists()

@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from abkd_fast.config.recipe import load
 from abkd_fast.data import quickstart
+from abkd_fast.losses import row_ops
 from abkd_fast.losses.divergences import BY_NAME
 from abkd_fast.train import main
 from abkd_fast.training.trainer import Trainer
@@ -259,6 +260,17 @@ def test_dry_run_tells_and_writes_nothing(recipe, tmp_path, capsys, monkeypatch)
     assert not (tmp_path / "runs").exists()
     assert main([*recipe(["train.epochs=2", "train.steps=null"], stages=stages), "--dry-run"]) == 0
     assert re.search(r"cache {6}\S+ [KMG]?B of teacher's states in \S+, to be computed", capsys.readouterr().out)
+
+
+def test_a_run_says_that_kernels_are_missing(recipe, capsys, monkeypatch):
+    assert main([*recipe(), "--dry-run"]) == 0
+    assert "slow" not in capsys.readouterr().out
+    missing = {"missing": "_C.so: [no] such file", "cuda": None, "cuda_archs": [], "simd": None, "compiler": None}
+    monkeypatch.setattr(row_ops, "build_info", lambda: missing)
+    for mode in (["--dry-run"], []):
+        assert main([*recipe(), *mode]) == 0
+        line = "  slow       the extension can't be imported (_C.so: [no] such file): PyTorch computes "
+        assert capsys.readouterr().out.count(line) == 1
 
 
 def test_one_process_a_run(recipe, tmp_path, capsys):
