@@ -211,6 +211,9 @@ def load(
 
     in_parts: the weights will be sharded over processes. They stay mapped from the disk in their files' type where
         possible, so that memory never holds more than a process's part.
+
+    Raises ConfigError for weights that are missing, damaged or of another shape, and for a sliding window where
+    attention has none.
     """
     for name in ATTENTION_DROPOUT:
         if key == "student" and getattr(config, name, 0) and not attention.supports_dropout(device):
@@ -219,6 +222,11 @@ def load(
                 "to 0 (install flash-attn to keep it)"
             )
             setattr(config, name, 0.0)
+    if getattr(config, "sliding_window", None) is not None and not attention.supports_windows(device):
+        raise ConfigError(
+            f"{key}: a {config.model_type} model whose attention has a sliding window needs torch 2.11 or flash-attn "
+            f"on a GPU; this is torch {torch.__version__}, without flash-attn"
+        )
     if spec.path is None:
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     else:

@@ -56,7 +56,7 @@ def header(trainer: Trainer) -> Iterator[str]:
     )
     yield from _notes(trainer)
     yield f"  device     {device_name(trainer.device)}, {str(trainer.dtype).removeprefix('torch.')}"
-    yield f"  kernels    {_kernels(trainer)}; attention {attention.backend(trainer.device)}, packed and checked"
+    yield f"  kernels    {_kernels(trainer)}; attention {attention.describe(trainer.device)}, packed and checked"
     if trainer.teacher:
         yield f"  teacher    {trainer.teacher.note}"
     if distributed.world_size() > 1:
