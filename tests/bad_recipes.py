@@ -115,6 +115,9 @@ CASES = {
     ),
     "unknown cache mode": case('cache.mode is "ram", expected one of off, auto, memory, disk', cache={"mode": "ram"}),
     "unknown type of number": case('train.dtype is "float8", expected one of auto,', sets=["train.dtype=float8"]),
+    "type that would need scaled losses": case(
+        'train.dtype is "float16", expected one of auto, float32, bfloat16', sets=["train.dtype=float16"]
+    ),
     "no GPU": case("train.device is cuda, but PyTorch sees no GPU", sets=["train.device=cuda"]),
     "no GPU for a later stage": case(
         "train.device is cuda, but PyTorch sees no GPU", stages=STAGES, sets=["two:train.device=cuda"]
@@ -124,6 +127,11 @@ CASES = {
     # Contradictions
     "path and config": case("student: has both path and config: give one, and null", sets=["student.path=x"]),
     "adapter and lora": case("student: give either adapter", student={"path": "x", "adapter": "y", "lora": {}}),
+    "dropout of a teacher": case(
+        "recipe.json: teacher.dropout: a teacher computes without dropout; remove it",
+        method="ab",
+        teacher={"config": SMALL, "dropout": 0.1},
+    ),
     "config without a type": case('student.config needs "model_type"', student={"config": {"hidden_size": 8}}),
     "budget below a sample": case("train.max_tokens is 256", "data.max_length = 512", sets=["data.max_length=512"]),
     "selection without dev rows": case(

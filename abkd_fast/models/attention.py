@@ -140,7 +140,7 @@ def _with_varlen_attn(varlen_attn: Callable[..., Tensor]) -> Callable[..., Tenso
         options = {"scale": scale, "window_size": (window, 0)} if takes_scale else {"is_causal": True}
         if not takes_scale:
             factor = scale * math.sqrt(q.shape[-1])  # the kernel divides by this root
-            q = q if math.isclose(factor, 1) else q * factor
+            q = q if abs(factor - 1) < 1e-9 else q * factor
         if (groups := q.shape[1] // k.shape[1]) > 1:
             if takes_groups:
                 options["enable_gqa"] = True

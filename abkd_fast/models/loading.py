@@ -212,9 +212,11 @@ def load(
     in_parts: the weights will be sharded over processes. They stay mapped from the disk in their files' type where
         possible, so that memory never holds more than a process's part.
 
-    Raises ConfigError for weights that are missing, damaged or of another shape, and for a sliding window where
-    attention has none.
+    Raises ConfigError for weights that are missing, damaged or of another shape, for an adapter without a path, and for
+    a sliding window where attention has none.
     """
+    if spec.path is None and spec.has_adapter:
+        raise ConfigError(f"{key}: an adapter needs the same weights every time, config gives random ones: use path")
     for name in ATTENTION_DROPOUT:
         if key == "student" and getattr(config, name, 0) and not attention.supports_dropout(device):
             logging.getLogger("abkd_fast").warning(

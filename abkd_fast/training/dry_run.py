@@ -63,7 +63,7 @@ def header(trainer: Trainer) -> Iterator[str]:
         held = "a part of all weights" if trainer.is_sharded else "all weights"
         yield f"  processes  {distributed.world_size()}, each with {held}; gradients are summed over them"
     if trainer.device.type == "cuda":
-        yield f"  compile    {'the layers of the student' if config.train.compile == 'auto' else 'off'}"
+        yield f"  compile    {'the layers of the models' if config.train.compile == 'auto' else 'off'}"
     yield _steps(trainer)
     if trainer.resume:
         start = f"from {trainer.resumed_from}" if trainer.resumed_from else "from the start: there is no checkpoint"
