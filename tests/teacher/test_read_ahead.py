@@ -7,13 +7,15 @@ from abkd_fast.config.recipe import load
 from abkd_fast.data.batches import pack
 from abkd_fast.teacher.teacher import CachedTeacher, OnPolicyTeacher
 from abkd_fast.training.trainer import Trainer
-from test_cache import recipe  # noqa: F401 - a fixture
+from runs import TIED, Run
 
 
 @pytest.fixture
-def trainer(recipe, monkeypatch):  # noqa: F811
+def trainer(tmp_path, monkeypatch):
     """A run whose teacher is mapped from the disk, as if for a GPU. Page-locked memory is ordinary memory here."""
-    trainer = Trainer(load(recipe(), ["cache.mode=disk"])[0])
+    cache = {"mode": "disk", "dir": str(tmp_path / "cache")}
+    run = Run(tmp_path, method="ab", teacher={"config": TIED}, cache=cache)
+    trainer = Trainer(load(run.arguments[1], [])[0])
     trainer.build()
     empty = torch.empty
     monkeypatch.setattr(CachedTeacher, "_is_on_device", False)
