@@ -127,11 +127,6 @@ CASES = {
     # Contradictions
     "path and config": case("student: has both path and config: give one, and null", sets=["student.path=x"]),
     "adapter and lora": case("student: give either adapter", student={"path": "x", "adapter": "y", "lora": {}}),
-    "dropout of a teacher": case(
-        "recipe.json: teacher.dropout: a teacher computes without dropout; remove it",
-        method="ab",
-        teacher={"config": SMALL, "dropout": 0.1},
-    ),
     "config without a type": case('student.config needs "model_type"', student={"config": {"hidden_size": 8}}),
     "budget below a sample": case("train.max_tokens is 256", "data.max_length = 512", sets=["data.max_length=512"]),
     "selection without dev rows": case(

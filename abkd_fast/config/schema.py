@@ -294,8 +294,6 @@ class Config(Section):
             raise ConfigError(f'teacher: missing, and method "{self.method}" needs one; give teacher.path')
         if self.teacher is not None and self.teacher.lora is not None:
             raise ConfigError("teacher.lora: a teacher is not trained; teacher.adapter merges an adapter into it")
-        if self.teacher is not None and self.teacher.dropout:
-            raise ConfigError("teacher.dropout: a teacher computes without dropout; remove it", "teacher.dropout")
         if self.tokenizer is None and self.student.path is None:
             raise ConfigError("tokenizer: missing, and a student with random weights brings none")
         if self.eval.select != "last" and self.data.dev is None:
