@@ -13,6 +13,8 @@ import torch
 from . import distributed
 from .errors import ConfigError
 
+LEAST_CAPABILITY = (8, 0)  # of the kernels of flash-attn and of PyTorch's variable-length attention, and of bfloat16
+
 
 def choose_device(wish: str, section: str = "") -> torch.device:
     """The device for "auto", "cpu" or "cuda". Raises ConfigError, with `section` before the key, if there is none."""
@@ -27,12 +29,23 @@ def choose_device(wish: str, section: str = "") -> torch.device:
 
 
 def choose_dtype(wish: str, device: torch.device, section: str = "") -> torch.dtype:
-    """The type for "auto" or a type's name. Raises ConfigError if models don't compute in it on this device."""
-    if wish == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    if wish in ("float32", "float64") and device.type == "cuda":
-        raise ConfigError(f"{section}dtype is {wish}, but packed attention on a GPU computes in bfloat16")
-    return getattr(torch, wish)
+    """The type for "auto" or a type's name.
+
+    Raises ConfigError if models don't compute in it on this device, and for a GPU that they don't run on.
+    """
+    if device.type != "cuda":
+        return torch.float32 if wish == "auto" else getattr(torch, wish)
+    if wish not in ("auto", "bfloat16"):
+        raise ConfigError(f"{section}dtype is {wish}, but packed attention on a GPU computes in bfloat16; use that")
+    # Older GPUs lack bfloat16, and float16 with scaled losses would not help: attention's kernels don't run there.
+    capability = torch.cuda.get_device_capability(device)
+    if capability < LEAST_CAPABILITY:
+        has, needs = (".".join(map(str, pair)) for pair in (capability, LEAST_CAPABILITY))
+        raise ConfigError(
+            f"{section}device: {device_name(device)} has compute capability {has}, but packed attention needs {needs} "
+            "or more; use another GPU, or device cpu"
+        )
+    return torch.bfloat16
 
 
 def device_name(device: torch.device) -> str:

@@ -56,7 +56,7 @@ def _attention(device: object) -> str:
         from .models import attention
     except ImportError as error:  # of transformers, which the packages below name
         return f"can't be imported: {_without_folders(str(error))}"
-    return attention.backend(device)
+    return attention.describe(device)
 
 
 def _without_folders(text: str) -> str:

@@ -115,6 +115,9 @@ CASES = {
     ),
     "unknown cache mode": case('cache.mode is "ram", expected one of off, auto, memory, disk', cache={"mode": "ram"}),
     "unknown type of number": case('train.dtype is "float8", expected one of auto,', sets=["train.dtype=float8"]),
+    "type that would need scaled losses": case(
+        'train.dtype is "float16", expected one of auto, float32, bfloat16', sets=["train.dtype=float16"]
+    ),
     "no GPU": case("train.device is cuda, but PyTorch sees no GPU", sets=["train.device=cuda"]),
     "no GPU for a later stage": case(
         "train.device is cuda, but PyTorch sees no GPU", stages=STAGES, sets=["two:train.device=cuda"]

@@ -357,3 +357,15 @@ def test_type_that_a_gpu_does_not_compute_in():
     for section in ("train.", ""):  # of a recipe, and of a command's option
         with pytest.raises(ConfigError, match=f"^{section}dtype is float32, but packed attention on a GPU"):
             choose_dtype("float32", torch.device("cuda"), section)
+
+
+def test_gpu_without_the_kernels_of_attention(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    reason = r"^train.device: Tesla T4 has compute capability 7\.5, but packed attention needs 8\.0 or more; use"
+    for wish in ("auto", "bfloat16"):
+        with pytest.raises(ConfigError, match=reason):
+            choose_dtype(wish, torch.device("cuda"), "train.")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    assert choose_dtype("auto", torch.device("cuda")) == torch.bfloat16
+    assert choose_dtype("auto", torch.device("cpu")) == torch.float32

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import heapq
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
@@ -28,6 +28,7 @@ class Batch:
     labels: Tensor  # [N], these next tokens; always on the CPU
     samples: list[dict]  # in the order of the sequences
     is_pretrain: bool = False  # whether the samples are blocks of plain text
+    teacher_hidden: Tensor | None = None  # [N, H], the teacher's states of the labels, where they were read ahead
 
     @property
     def tokens(self) -> int:
@@ -35,13 +36,15 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The same batch with all tensors but the labels on `device`."""
-        moved = ("input_ids", "position_ids", "cu_seqlens", "positions")
-        return dataclasses.replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in moved})
+        return self._replaced(lambda tensor: tensor.to(device, non_blocking=True), but="labels")
 
     def pin(self) -> Batch:
         """The same batch in page-locked memory: a GPU copies from it while the CPU goes on."""
-        pinned = ("input_ids", "position_ids", "cu_seqlens", "positions", "labels")
-        return dataclasses.replace(self, **{name: getattr(self, name).pin_memory() for name in pinned})
+        return self._replaced(Tensor.pin_memory)
+
+    def _replaced(self, function: Callable[[Tensor], Tensor], but: str = "") -> Batch:
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor) and name != but}
+        return dataclasses.replace(self, **{name: function(tensor) for name, tensor in tensors.items()})
 
 
 @dataclasses.dataclass(frozen=True)

@@ -121,9 +121,7 @@ class MiniLLM(OnPolicyMethod):
     def loss(self, student: LinearHead, batch: Batch, teacher: LinearHead | None) -> Tensor:
         device = student.hidden.device
         advantages, log_probs = (
-            torch.tensor([x for sample in batch.samples for x in sample[name]], dtype=torch.float64).to(
-                device, non_blocking=True
-            )
+            _on_device(torch.tensor([x for sample in batch.samples for x in sample[name]], dtype=torch.float64), device)
             for name in ("advantages", "log_probs")
         )  # [N] each
         total, divergences, ratios = fused_linear_policy_gradient(
@@ -140,7 +138,7 @@ class MiniLLM(OnPolicyMethod):
         )
         clipped = is_clipped(ratios, advantages, self.settings.clip_ratio)
         counted = torch.stack([divergences, clipped, torch.ones_like(ratios)]).sum(1, dtype=torch.float64)
-        self.sums = self.sums.to(device) + torch.where(total.detach().isfinite(), counted, 0.0)
+        self.sums = _on_device(self.sums, device) + torch.where(total.detach().isfinite(), counted, 0.0)
         return total
 
     def pretrain_loss(self, student: LinearHead, batch: Batch, teacher: LinearHead | None) -> Tensor:
@@ -181,3 +179,10 @@ class MiniLLM(OnPolicyMethod):
         self.rollouts, self.tokens, self.reward = state["rollouts"], state["tokens"], state["reward"]
         if distributed.is_rank0():  # the saved sums are those of all ranks
             self.sums = torch.tensor(state["sums"], dtype=torch.float64)
+
+
+def _on_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on a device. A GPU copies from page-locked memory, for which the host does not wait."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)

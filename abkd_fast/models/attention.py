@@ -1,31 +1,63 @@
 """Padding-free causal attention over sequences packed end to end: one function, registered with transformers."""
 
-import functools
 import importlib.util
 import inspect
 import itertools
+import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface
 
+from ..errors import first_line
+
 NAME = "abkd_packed"
 calls = 0  # how often the function ran; the start-up check expects one call a layer
 
 
+class Kernel(NamedTuple):
+    """The attention of a GPU."""
+
+    name: str  # "flash-attn", or "varlen_attn", which is PyTorch's
+    attend: Callable[..., Tensor]  # f(q, k, v, cu_seqlens, max_seqlen, scale, window, dropout) on [T, heads, dim]
+    has_windows: bool = True
+    note: str = ""  # why it is not flash-attn, where that is installed
+
+
+_kernel: Kernel | None = None
+
+
+def gpu_kernel() -> Kernel:
+    """The attention that a GPU runs here: flash-attn if it can be imported, else PyTorch's."""
+    # Not functools.cache: compiled layers call this, and Dynamo warns of every cached function.
+    global _kernel
+    if _kernel is None:
+        _kernel = _find_kernel()
+    return _kernel
+
+
 def backend(device: torch.device) -> str:
     """The attention that runs on this device: "flash-attn", "varlen_attn" (PyTorch's) or "sdpa loop" (CPUs)."""
-    if device.type != "cuda":
-        return "sdpa loop"
-    return "flash-attn" if importlib.util.find_spec("flash_attn") else "varlen_attn"
+    return gpu_kernel().name if device.type == "cuda" else "sdpa loop"
+
+
+def describe(device: torch.device) -> str:
+    """The backend, and why it is not flash-attn where that is installed but doesn't work."""
+    note = gpu_kernel().note if device.type == "cuda" else ""
+    return f"{backend(device)} ({note})" if note else backend(device)
 
 
 def supports_dropout(device: torch.device) -> bool:
     """Whether attention has dropout here; PyTorch's variable-length attention has none."""
     return backend(device) != "varlen_attn"
+
+
+def supports_windows(device: torch.device) -> bool:
+    """Whether attention can be limited to the last tokens here; torch 2.10's variable-length attention cannot."""
+    return device.type != "cuda" or gpu_kernel().has_windows
 
 
 def packed_attention(
@@ -59,10 +91,10 @@ def packed_attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     window = -1 if sliding_window is None else sliding_window - 1  # transformers counts the current token
     if query.device.type == "cuda":
-        # Under autocast rotary embeddings leave queries and keys in float32, but the kernels need 16 bits.
-        dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else query.dtype
+        # The kernels need 16 bits. Rotary embeddings may leave queries and keys in float32, but never values.
+        dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else value.dtype
         q, k, v = (x[0].transpose(0, 1).to(dtype) for x in (query, key, value))  # [T, heads, dim]
-        return _variable_length()(q, k, v, cu_seq_lens_q, max_length_q, scale, window, dropout)[None], None
+        return gpu_kernel().attend(q, k, v, cu_seq_lens_q, max_length_q, scale, window, dropout)[None], None
     outputs = []
     for start, end in itertools.pairwise(cu_seq_lens_q.tolist()):
         q, k, v = (x[:, :, start:end] for x in (query, key, value))
@@ -77,37 +109,61 @@ def _one_sequence(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int, dr
     return F.scaled_dot_product_attention(q, k, v, mask, dropout, mask is None, scale=scale, enable_gqa=grouped)
 
 
-@functools.cache
-def _variable_length() -> Callable[..., Tensor]:
-    """The GPU kernel, as f(q, k, v, cu_seqlens, max_seqlen, scale, window, dropout) on [T, heads, dim]."""
+def _find_kernel() -> Kernel:
+    note = ""
     if importlib.util.find_spec("flash_attn"):
-        from flash_attn import flash_attn_varlen_func
+        try:
+            from flash_attn import flash_attn_varlen_func
 
-        return lambda q, k, v, cu, longest, scale, window, dropout: flash_attn_varlen_func(
-            q, k, v, cu, cu, longest, longest, dropout, scale, causal=True, window_size=(window, 0)
-        )
+            return Kernel("flash-attn", _with_flash_attn(flash_attn_varlen_func))
+        except Exception as error:  # of many kinds: it may be built for another torch, or for no such GPU
+            note = f"flash-attn is installed, but its import fails: {first_line(error)}"
 
     from torch.nn.attention.varlen import varlen_attn
 
-    if not {"scale", "window_size", "enable_gqa"} <= inspect.signature(varlen_attn).parameters.keys():
-        raise RuntimeError(f"flash-attn is missing, and torch {torch.__version__} is too old to do without it")
+    has_windows = "window_size" in inspect.signature(varlen_attn).parameters
+    return Kernel("varlen_attn", _with_varlen_attn(varlen_attn), has_windows, note)
 
-    def varlen(
+
+def _with_flash_attn(flash_attn_varlen_func: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return lambda q, k, v, cu, longest, scale, window, dropout: flash_attn_varlen_func(
+        q, k, v, cu, cu, longest, longest, dropout, scale, causal=True, window_size=(window, 0)
+    )
+
+
+def _with_varlen_attn(varlen_attn: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """PyTorch's attention, whose arguments differ: scales and windows came with torch 2.11, grouped heads with 2.12."""
+    known = inspect.signature(varlen_attn).parameters
+    takes_scale, takes_groups = "scale" in known, "enable_gqa" in known
+
+    def kernel(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int, scale: float, window: int) -> Tensor:
+        options = {"scale": scale, "window_size": (window, 0)} if takes_scale else {"is_causal": True}
+        if not takes_scale:
+            factor = scale * math.sqrt(q.shape[-1])  # the kernel divides by this root
+            q = q if abs(factor - 1) < 1e-9 else q * factor
+        if (groups := q.shape[1] // k.shape[1]) > 1:
+            if takes_groups:
+                options["enable_gqa"] = True
+            else:
+                k, v = (x.repeat_interleave(groups, 1) for x in (k, v))
+        return varlen_attn(q, k, v, cu, cu, longest, longest, **options)
+
+    def attend(
         q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int, scale: float, window: int, dropout: float
     ) -> Tensor:
         if dropout:
             raise RuntimeError("attention dropout, which needs flash-attn on a GPU")
-        grouped = q.shape[1] != k.shape[1]
-        kernel = functools.partial(varlen_attn, scale=scale, window_size=(window, 0), enable_gqa=grouped)
-        return _in_multiples_of_8(kernel, q, k, v, cu, cu, longest, longest)
+        if window >= 0 and not takes_scale:
+            raise RuntimeError("a sliding window, which needs torch 2.11 or flash-attn on a GPU")
+        return _in_multiples_of_8(kernel, q, k, v, cu, longest, scale, window)
 
-    return varlen
+    return attend
 
 
 def _in_multiples_of_8(kernel: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> Tensor:
-    """Pads heads to a size that the kernel supports. The kernel's scale must not depend on that size.
+    """Pads heads to a size that the kernel supports (OpenLLaMA-3B has 100). Zeros change no product.
 
-    Zeros change no product (OpenLLaMA-3B has 100).
+    The kernel's scale must be that of the size before.
     """
     dim = q.shape[-1]
     if dim % 8:

@@ -211,7 +211,12 @@ def load(
 
     in_parts: the weights will be sharded over processes. They stay mapped from the disk in their files' type where
         possible, so that memory never holds more than a process's part.
+
+    Raises ConfigError for weights that are missing, damaged or of another shape, for an adapter without a path, and for
+    a sliding window where attention has none.
     """
+    if spec.path is None and spec.has_adapter:
+        raise ConfigError(f"{key}: an adapter needs the same weights every time, config gives random ones: use path")
     for name in ATTENTION_DROPOUT:
         if key == "student" and getattr(config, name, 0) and not attention.supports_dropout(device):
             logging.getLogger("abkd_fast").warning(
@@ -219,6 +224,11 @@ def load(
                 "to 0 (install flash-attn to keep it)"
             )
             setattr(config, name, 0.0)
+    if getattr(config, "sliding_window", None) is not None and not attention.supports_windows(device):
+        raise ConfigError(
+            f"{key}: a {config.model_type} model whose attention has a sliding window needs torch 2.11 or flash-attn "
+            f"on a GPU; this is torch {torch.__version__}, without flash-attn"
+        )
     if spec.path is None:
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     else:

@@ -64,7 +64,7 @@ class PackedCausalLM(nn.Module):
     def hidden_states(self, batch: Batch) -> Tensor:
         """Final hidden states [N, H] at batch.positions."""
         states = self.run_body(batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.max_seqlen)
-        return states[0, batch.positions]
+        return states[0].index_select(0, batch.positions)  # indexing would sort the positions in its backward pass
 
     def run_body(
         self, input_ids: Tensor, position_ids: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None, **options: Any
@@ -73,7 +73,17 @@ class PackedCausalLM(nn.Module):
         lengths = {"max_length_q": max_seqlen, "max_length_k": max_seqlen}
         options |= {"cu_seq_lens_q": cu_seqlens, "cu_seq_lens_k": cu_seqlens, **lengths}
         body = self.causal_lm.base_model
-        return body(input_ids=input_ids, position_ids=position_ids, use_cache=False, **options).last_hidden_state
+        with self._without_casts() if input_ids.is_cuda else contextlib.nullcontext():
+            return body(input_ids=input_ids, position_ids=position_ids, use_cache=False, **options).last_hidden_state
+
+    def _without_casts(self) -> contextlib.AbstractContextManager:
+        """Turns a GPU's autocast off if all weights have its type.
+
+        Results stay the same: kernels of norms and fused activations compute 16 bits in float32 and round once. Under
+        autocast a norm takes four casts, of its input, its two weights and its result.
+        """
+        has_type = all(parameter.dtype == torch.bfloat16 for parameter in self.model.parameters())
+        return torch.autocast("cuda", enabled=False) if has_type else contextlib.nullcontext()
 
     @property
     def layers(self) -> nn.ModuleList:
@@ -87,11 +97,17 @@ class PackedCausalLM(nn.Module):
             layer.compile(dynamic=True, **options)
 
     def forward(self, batch: Batch, loss: Callable[[LinearHead], Tensor]) -> Tensor:
-        """`loss` of the hidden states at batch.positions and the output projection, all in the type of products."""
+        """`loss` of the hidden states at batch.positions, in the type of products, and the output projection.
+
+        The projection has that type, too, on a CPU. On a GPU it stays as it is: the fused losses cast it themselves,
+        and its gradient then keeps their float32.
+        """
         hidden = self.hidden_states(batch)
-        dtype = compute_dtype(hidden)
-        weight, bias = self.head.weight.to(dtype), self.head.bias
-        return loss(LinearHead(hidden.to(dtype), weight, None if bias is None else bias.to(dtype)))
+        hidden = hidden.to(compute_dtype(hidden))
+        weight, bias = self.head.weight, self.head.bias
+        if not hidden.is_cuda:
+            weight, bias = weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
+        return loss(LinearHead(hidden, weight, bias))
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:

@@ -1,5 +1,7 @@
 """The teacher: frozen hidden states and the output projection that reads them, computed or from the cache."""
 
+import dataclasses
+
 import torch
 from torch import Tensor
 
@@ -16,6 +18,10 @@ class Teacher:
     def __init__(self, model: PackedCausalLM, note: str = "runs in every step") -> None:
         self.model = model.eval().requires_grad_(False)
         self.note = note
+
+    def read_ahead(self, batch: Batch) -> Batch:
+        """The micro-batch as it is: there is nothing to read."""
+        return batch
 
     @torch.no_grad()
     def linear_head(self, batch: Batch) -> LinearHead:
@@ -47,18 +53,34 @@ class CachedTeacher:
         """About how many seconds the cache saves over so many samples; negative where building it took longer."""
         return self.pass_seconds / distributed.world_size() * samples / len(self.layout.starts) - self.build_seconds
 
+    def read_ahead(self, batch: Batch) -> Batch:
+        """The micro-batch with its hidden states, if a step would wait for the disk. Another thread may call this."""
+        if batch.is_pretrain or self._is_on_device:
+            return batch
+        return dataclasses.replace(batch, teacher_hidden=self._gather(batch.samples))
+
     def linear_head(self, batch: Batch) -> LinearHead:
-        hidden = torch.cat([self.rows[self.layout.sample(sample["index"])] for sample in batch.samples])
-        return LinearHead(self._on_device(hidden), self.weight, self.bias)
+        hidden = self._gather(batch.samples) if batch.teacher_hidden is None else batch.teacher_hidden
+        return LinearHead(self._to_device(hidden), self.weight, self.bias)
 
     def hidden_states(self, sample: dict) -> Tensor:
         """The hidden states [n, H] of one sample's response."""
-        return self._on_device(self.rows[self.layout.sample(sample["index"])])
+        return self._to_device(self._gather([sample]))
 
-    def _on_device(self, rows: Tensor) -> Tensor:
-        if rows.device == self.weight.device:
-            return rows
-        return rows.pin_memory().to(self.weight.device, non_blocking=True)
+    @property
+    def _is_on_device(self) -> bool:
+        return self.rows.device == self.weight.device
+
+    def _gather(self, samples: list[dict]) -> Tensor:
+        """The samples' rows, one after the other. Those that a GPU will copy lie in page-locked memory."""
+        rows = [self.rows[self.layout.sample(sample["index"])] for sample in samples]
+        if self._is_on_device:
+            return torch.cat(rows)
+        pinned = torch.empty(sum(map(len, rows)), self.rows.shape[1], dtype=self.rows.dtype, pin_memory=True)
+        return torch.cat(rows, out=pinned)
+
+    def _to_device(self, hidden: Tensor) -> Tensor:
+        return hidden.to(self.weight.device, non_blocking=True)
 
 
 class OnPolicyTeacher:
@@ -67,6 +89,10 @@ class OnPolicyTeacher:
     def __init__(self, live: Teacher, data: Teacher | CachedTeacher) -> None:
         self.live, self.data = live, data
         self.note = f"runs for generated text; for the data: {data.note}"
+
+    def read_ahead(self, batch: Batch) -> Batch:
+        """What the teacher of the data does; every sample must be one of the data's."""
+        return self.data.read_ahead(batch)
 
     def uncached(self, samples: list[dict]) -> list[dict]:
         """The samples that the body has to read. The data's carry an "index", others keep their "hidden_states"."""
@@ -83,9 +109,12 @@ class OnPolicyTeacher:
             for sample, rows in zip(fresh, self.live.linear_head(part).hidden.split(counts), strict=True):
                 sample["hidden_states"] = rows.clone()  # a view would keep the whole batch alive
         distributed.unshard_root(self.live.model)
-        hidden = [
-            sample["hidden_states"] if "hidden_states" in sample else self.data.hidden_states(sample)
-            for sample in batch.samples
-        ]
-        head = self.live.model.head
-        return LinearHead(torch.cat(hidden), head.weight, head.bias)
+        head, hidden = self.live.model.head, batch.teacher_hidden
+        if hidden is None:
+            hidden = torch.cat(
+                [
+                    sample["hidden_states"] if "hidden_states" in sample else self.data.hidden_states(sample)
+                    for sample in batch.samples
+                ]
+            )
+        return LinearHead(hidden, head.weight, head.bias)

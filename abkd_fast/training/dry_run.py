@@ -58,7 +58,7 @@ def header(trainer: Trainer) -> Iterator[str]:
     )
     yield from _notes(trainer)
     yield f"  device     {device_name(trainer.device)}, {str(trainer.dtype).removeprefix('torch.')}"
-    yield f"  kernels    {_kernels(trainer)}; attention {attention.backend(trainer.device)}, packed and checked"
+    yield f"  kernels    {_kernels(trainer)}; attention {attention.describe(trainer.device)}, packed and checked"
     for line in without_kernels(trainer.device):
         yield f"[bold red]{escape(line)}[/bold red]"
     if trainer.teacher:
@@ -67,7 +67,7 @@ def header(trainer: Trainer) -> Iterator[str]:
         held = "a part of all weights" if trainer.is_sharded else "all weights"
         yield f"  processes  {distributed.world_size()}, each with {held}; gradients are summed over them"
     if trainer.device.type == "cuda":
-        yield f"  compile    {'the layers of the student' if config.train.compile == 'auto' else 'off'}"
+        yield f"  compile    {'the layers of the models' if config.train.compile == 'auto' else 'off'}"
     yield _steps(trainer)
     if trainer.resume:
         start = f"from {trainer.resumed_from}" if trainer.resumed_from else "from the start: there is no checkpoint"

@@ -1,6 +1,7 @@
 """The training loop. It knows no method by name: a method gives the loss of a student's hidden states."""
 
 import contextlib
+import dataclasses
 import functools
 import time
 from collections.abc import Iterator
@@ -98,8 +99,6 @@ class Trainer:
         student = self._load(spec, self.student_meta, "student").train()
         if train.gradient_checkpointing:
             student.checkpoint_layers()
-        if self.device.type == "cuda" and train.compile == "auto":
-            student.compile()
         return student
 
     def _build_teacher(self) -> Teacher | CachedTeacher | OnPolicyTeacher:
@@ -125,6 +124,8 @@ class Trainer:
             distributed.shard(model, model.layers, self.device, storage, self.dtype)
         with self.precision(), distributed.unsharded(model):
             model.check()
+        if self.device.type == "cuda" and self.config.train.compile == "auto":
+            model.compile()
         return model
 
     def precision(self) -> contextlib.AbstractContextManager:
@@ -161,7 +162,7 @@ class Trainer:
         with self.signals, self.log, self.checkpoint_writer:
             self._after_step()
             batches = self.batches(self.state.step)
-            for batch in prefetch(batches) if self.device.type == "cuda" else batches:
+            for batch in prefetch(map(self._for_gpu, batches)) if self.device.type == "cuda" else batches:
                 started, lr = time.perf_counter(), self.scheduler.get_last_lr()[0]
                 batch = self.select_batch(batch)
                 self.state.step += 1
@@ -180,8 +181,13 @@ class Trainer:
         for step in range(first, self.data.steps):
             samples = step_samples(self.data.train_set, size, seed, step)
             blocks = [] if self.data.pretrain_set is None else step_samples(self.data.pretrain_set, size, seed, step)
-            batch = make_step_batch(samples, blocks, self.config.train.max_tokens)
-            yield batch.pin() if self.device.type == "cuda" else batch
+            yield make_step_batch(samples, blocks, self.config.train.max_tokens)
+
+    def _for_gpu(self, batch: StepBatch) -> StepBatch:
+        """A batch of the data in page-locked memory, with the teacher's states if these lie on the disk."""
+        if self.teacher:
+            batch = dataclasses.replace(batch, micro_batches=[*map(self.teacher.read_ahead, batch.micro_batches)])
+        return batch.pin()
 
     def select_batch(self, batch: StepBatch) -> StepBatch:
         """The batch that the next step trains on: an on-policy method may replace the data's responses."""
@@ -191,7 +197,8 @@ class Trainer:
         chosen = self.method.select_batch(step, (step + 1) / self.data.steps, batch.samples, self.rollouts)
         if chosen is batch.samples:
             return batch
-        return make_step_batch(chosen, batch.pretrain_blocks, self.config.train.max_tokens)
+        batch = make_step_batch(chosen, batch.pretrain_blocks, self.config.train.max_tokens)
+        return batch.pin() if self.device.type == "cuda" else batch
 
     def train_step(self, batch: StepBatch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """One optimizer step. Returns its loss, gradient norm, and the loss's parts, all still on the device."""

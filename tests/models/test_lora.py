@@ -3,9 +3,10 @@
 import peft
 import pytest
 import torch
+import torch._dynamo.testing
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from abkd_fast.config.schema import ModelConfig
+from abkd_fast.config.schema import LoraConfig, ModelConfig
 from abkd_fast.data import quickstart
 from abkd_fast.data.batches import pack
 from abkd_fast.errors import ConfigError
@@ -237,3 +238,11 @@ def test_layers_with_an_adapter_compile_whole(tmp_path, monkeypatch):
         results.append({name: p.grad for name, p in student.named_parameters() if "lora_B" in name})
     assert counter.frame_count == 2
     torch.testing.assert_close(*results, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("adapter", [{"lora": LoraConfig()}, {"adapter": "somewhere"}], ids=["new", "saved"])
+def test_random_weights_get_no_adapter(adapter):
+    """Without this check all weights were trained, in the type of frozen ones, and the adapter was left out."""
+    for key in ("student", "teacher"):
+        with pytest.raises(ConfigError, match=f"{key}: an adapter needs the same weights every time"):
+            loading.load(ModelConfig(config=LLAMA, **adapter), AutoConfig.for_model(**LLAMA), key, torch.float32, CPU)

@@ -278,3 +278,27 @@ def test_layers_compile_whole_around_an_attention_kernel(config, monkeypatch):
         for lengths in ([5, 17, 9], [7, 22, 3, 4], [30, 30]):
             model.hidden_states(pack(samples(lengths), max_tokens=64)[0])
     assert counter.frame_count == 1
+
+
+def test_student_and_teacher_share_few_pieces_of_code(monkeypatch):
+    """The student's training, its evaluation and the teacher's forward pass: one each, for any number of layers."""
+
+    def kernel(module, query, key, value, mask, *, cu_seq_lens_q, max_length_q, **_):
+        return opaque_attention(query, cu_seq_lens_q, max_length_q).transpose(1, 2).contiguous(), None
+
+    opaque_attention.register_autograd(lambda ctx, gradient: (gradient, None, None))
+    monkeypatch.setitem(attention.AttentionInterface._global_mapping, attention.NAME, kernel)
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounter()
+    student, teacher = build(LLAMA, torch.float32).train(), build(LLAMA, torch.bfloat16, num_hidden_layers=3)
+    for model in (student, teacher):
+        model.compile(backend=counter, fullgraph=True)
+    for lengths in ([5, 17, 9], [7, 22, 3, 4], [30, 30]):
+        (batch,) = pack(samples(lengths), max_tokens=64)
+        with torch.no_grad():
+            teacher.hidden_states(batch)
+        student.hidden_states(batch).sum().backward()
+        with torch.no_grad():
+            student.eval().hidden_states(batch)
+        student.train()
+    assert counter.frame_count == 3

@@ -13,6 +13,7 @@ from abkd_fast.config.recipe import load
 from abkd_fast.data import quickstart
 from abkd_fast.losses import row_ops
 from abkd_fast.losses.divergences import BY_NAME
+from abkd_fast.models import loading
 from abkd_fast.train import main
 from abkd_fast.training.trainer import Trainer
 from conftest import LLAMA
@@ -337,3 +338,21 @@ def test_points_tell_the_work_done(recipe, tmp_path):
     assert points[0]["tflops_per_second"] * seconds == pytest.approx(flops / 1e12)
     assert points[0]["real_token_share"] == 1.0
     assert points[0]["mfu"] is None, "nobody states a peak for processors"
+
+
+@pytest.mark.parametrize("wish", ["auto", "off"])
+def test_a_gpu_compiles_student_and_teacher_after_their_check(recipe, tmp_path, monkeypatch, wish):
+    arguments = recipe(method="ab", teacher=STUDENT)
+    trainer = Trainer(load(arguments[1], [f"train.compile={wish}"])[0])
+    trainer.device, done = torch.device("cuda"), []
+    model = types.SimpleNamespace(
+        check=lambda: done.append("checked"),
+        compile=lambda: done.append("compiled"),
+        requires_grad_=lambda wish: None,
+        modules=list,
+    )
+    monkeypatch.setattr(loading, "load", lambda *_: model)
+    for role in ("student", "teacher"):
+        done.clear()
+        trainer._load(getattr(trainer.config, role), getattr(trainer, f"{role}_meta"), role)
+        assert done == ["checked", "compiled"][: 2 if wish == "auto" else 1]
