@@ -6,6 +6,7 @@ static or compiled cache, too. Its `generate_batch` has one seed for all, no n-g
 
 import collections
 import contextlib
+import itertools
 import math
 from collections.abc import Callable, Iterable
 
@@ -18,7 +19,8 @@ from ..config.sampling import SamplingParams
 from ..errors import ConfigError
 from ..losses.arguments import shared_vocabulary
 from ..models.packed import PackedCausalLM
-from .decoder import Decoder, prepared
+from .decoder import Decoder, prepared, upload
+from .graphs import graph_decoder
 
 PREFILL_TOKENS = 4096  # the most tokens of prompts that enter together; a single prompt may have more
 
@@ -42,7 +44,7 @@ def sample(
 
     Args:
         model: a causal language model. It is in eval mode meanwhile. On a CPU in float32 sampling takes the memory of
-            its weights once more.
+            its weights once more. On a GPU it has to compute in 16 bits: by its own type, or under autocast.
         prompts: the tokens of each prompt.
         seeds: one whole number for each prompt; numbers that are equal modulo 2^64 are the same seed.
         batch_size: how many sequences are in progress at most.
@@ -51,8 +53,8 @@ def sample(
     Returns the tokens of the responses, in the prompts' order. A response ends with an end token (included), at its
     length limit, or where the model has no more positions.
 
-    Raises ConfigError for an empty prompt, a prompt that leaves no room for a response, a batch_size below 1, and a
-    model that can't take packed sequences.
+    Raises ConfigError for an empty prompt, a prompt that leaves no room for a response, a batch_size below 1, a
+    model that can't take packed sequences, and one that computes in more than 16 bits on a GPU.
     """
     return [sequence.response for sequence in _run([model], 0.0, prompts, settings, seeds, batch_size, on_response)]
 
@@ -142,11 +144,14 @@ def _run(
             sequences.append(_Sequence(index, prompt, seed, limit, settings.no_repeat_ngram_size))
         slots = min(batch_size, len(prompts))
         capacity = max((len(sequence.tokens) + sequence.limit for sequence in sequences), default=0)
-        decoders = [Decoder(model, slots, capacity) for model in models]
+        make = graph_decoder if models[0].head.weight.device.type == "cuda" else Decoder
+        decoders = [stack.enter_context(make(model, slots, capacity)) for model in models]
         waiting = collections.deque(sorted(sequences, key=lambda sequence: -len(sequence.tokens)))
         running: dict[int, _Sequence] = {}
         while waiting or running:
-            entering = _enter(waiting, [slot for slot in range(slots) if slot not in running])
+            free = [slot for slot in range(slots) if slot not in running]
+            # Some enter together: all others wait for a prefill.
+            entering = _enter(waiting, free) if len(free) >= slots / 8 or not running else {}
             active = entering or running
             tokens = {slot: sequence.tokens for slot, sequence in active.items()}
             logits = [decoder.prefill(tokens) if entering else decoder.decode(tokens) for decoder in decoders]
@@ -195,12 +200,12 @@ def _advance(sequences: list[_Sequence], logits: list[Tensor], teacher_weight: f
         student, teacher = (x[:, :vocabulary].log_softmax(1) for x in logits)
         scores = ((1 - teacher_weight) * student.exp() + teacher_weight * teacher.exp()).log()
     tokens = _choose(scores, sequences, settings)
-    if len(logits) > 1:
-        for model, log_probs in enumerate((student, teacher)):
-            for sequence, value in zip(sequences, log_probs.gather(1, tokens[:, None])[:, 0].tolist(), strict=True):
-                sequence.log_probs[model].append(value)
-    for sequence, token in zip(sequences, tokens.tolist(), strict=True):
-        sequence.append(token)
+    values = [x.gather(1, tokens[:, None])[:, 0] for x in (student, teacher)] if len(logits) > 1 else []
+    numbers = torch.stack([x.double() for x in (tokens, *values)]).tolist()  # the host waits for a GPU here, once
+    for sequence, token, *log_probs in zip(sequences, *numbers, strict=True):
+        sequence.append(int(token))
+        for known, log_prob in zip(sequence.log_probs, log_probs, strict=False):
+            known.append(log_prob)
 
 
 def _choose(scores: Tensor, sequences: list[_Sequence], settings: SamplingParams) -> Tensor:
@@ -209,12 +214,17 @@ def _choose(scores: Tensor, sequences: list[_Sequence], settings: SamplingParams
     scores: log-probabilities up to a constant, [B, V]; may be overwritten.
     """
     scores = scores[:, : settings.vocabulary]
+    bans = []  # pairs of row and token
     for row, sequence in enumerate(sequences):
-        banned = sequence.banned()
-        if sequence.new_tokens < settings.min_new_tokens:
-            banned = [*banned, *settings.eos_token_ids]
-        if banned:
-            scores[row, banned] = -math.inf
+        ends = settings.eos_token_ids if sequence.new_tokens < settings.min_new_tokens else ()
+        bans += [(row, token) for token in (*sequence.banned(), *ends)]
+    seeds = [sequence.seed % 2**64 - 2**63 for sequence in sequences]
+    steps = [sequence.new_tokens for sequence in sequences]
+    uploaded = upload([*seeds, *steps, *itertools.chain(*bans)], scores.device)
+    seeds, steps = uploaded[: 2 * len(sequences)].view(2, -1)
+    if bans:
+        rows, tokens = uploaded[2 * len(sequences) :].view(-1, 2).T
+        scores.index_put_((rows, tokens), scores.new_full((), -math.inf))  # a plain number would be uploaded
     if settings.temperature == 0:
         return scores.argmax(1)
     if settings.temperature != 1:
@@ -226,8 +236,7 @@ def _choose(scores: Tensor, sequences: list[_Sequence], settings: SamplingParams
         dropped = ascending.softmax(1).cumsum(1) <= 1 - settings.top_p
         dropped[:, -1] = False
         scores.masked_fill_(dropped.scatter(1, order, dropped), -math.inf)
-    seeds = torch.tensor([[s.seed % 2**64 - 2**63, s.new_tokens] for s in sequences], device=scores.device)
-    return _draw(scores.softmax(1), *seeds.T)
+    return _draw(scores.softmax(1), seeds, steps)
 
 
 def _draw(probabilities: Tensor, seeds: Tensor, steps: Tensor) -> Tensor:

@@ -81,23 +81,6 @@ def test_ends_equal_generate():
     assert min(map(len, expected)) >= 6
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama-gqa", "mistral-window"])
-def test_all_slots_at_once_is_the_same(monkeypatch, name):
-    # What a GPU does, without graphs: masks, idle slots, and spans of keys that end between sequences' ends.
-    model = build(MODELS[name])
-    settings = SamplingParams(max_new_tokens=20)
-    expected = sample(model, PROMPTS, settings, list(range(8)), batch_size=3)
-
-    class AllAtOnce(decoder.Decoder):
-        def __init__(self, *arguments):
-            super().__init__(*arguments)
-            self.all_at_once = True
-
-    monkeypatch.setattr("abkd_fast.generation.sampling.Decoder", AllAtOnce)
-    monkeypatch.setattr(decoder, "BUCKET", 16)
-    assert sample(model, PROMPTS, settings, list(range(8)), batch_size=3) == expected
-
-
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch without oneDNN")
 @pytest.mark.parametrize("config", [GPT2, {**LLAMA, "intermediate_size": 64}], ids=["gpt2", "llama-gqa"])
 def test_company_does_not_change_a_bit(config):
@@ -326,18 +309,3 @@ def test_model_that_packing_cannot_do_is_refused():
 def test_settings_out_of_range(changes, message):
     with pytest.raises(ConfigError, match=message):
         SamplingParams(**changes)
-
-
-@pytest.mark.gpu
-def test_graphs_change_nothing(monkeypatch):
-    model = build(GPT2, torch.bfloat16, scale=2.0, n_embd=64).cuda()
-    settings = SamplingParams(max_new_tokens=40)
-    with_graphs = sample(model, PROMPTS, settings, list(range(8)), batch_size=3)
-
-    class Eager(decoder.Decoder):
-        def __init__(self, *arguments):
-            super().__init__(*arguments)
-            self.use_graphs = False
-
-    monkeypatch.setattr("abkd_fast.generation.sampling.Decoder", Eager)
-    assert sample(model, PROMPTS, settings, list(range(8)), batch_size=3) == with_graphs
