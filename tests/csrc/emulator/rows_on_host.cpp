@@ -1,26 +1,10 @@
 // Runs the CUDA row kernel on the host: reads launches from standard input and writes the results to standard output,
 // in the format of tests/csrc/emulated_kernel.py. The only argument is the line of a barrier in rows.cuh to leave out.
-// With ROWS_ON_HOST_BRIEF there are one type and one divergence, which compile in a third of the time.
-#include "cuda_on_host.h"
-
-namespace abkd::cuda {
-
-// The kernel's dynamic shared memory. No GPU has more in a block.
-alignas(16) thread_local unsigned char shared_rows[227 * 1024];
-
-}  // namespace abkd::cuda
-
-#include "rows.cuh"
+#include "row_kernels.h"
 
 namespace {
 
 using namespace abkd;
-
-#if defined(ROWS_ON_HOST_BRIEF)
-constexpr bool kAll = false;
-#else
-constexpr bool kAll = true;
-#endif
 
 struct Request {
   int64_t dtype, family, count, vocab;
@@ -52,14 +36,9 @@ template <typename Logit>
 void launch(const Request& request, Rows& rows) {
   // As in rows.cu, which also chooses `kept`.
   const size_t bytes = size_t(request.kept * cuda::row_bytes<Logit>(rows.vocab));
-  with_divergence<float>(rows, [&](const auto& divergence) {
-    using Divergence = std::decay_t<decltype(divergence)>;
-    if constexpr (kAll || (std::is_same_v<Logit, float> && std::is_same_v<Divergence, AlphaNet<float>>))
-      emulator::launch(unsigned(rows.count), cuda::kThreads, cuda::shared_rows, sizeof(cuda::shared_rows), bytes,
-                       int(request.order),
-                       [&] { cuda::row_kernel<Logit, Divergence>(rows, divergence, int(request.kept)); });
-    else
-      emulator::Block::fail("not in this build");
+  emulator::with_kernel<Logit>(rows, [&](auto kernel, const auto& divergence) {
+    emulator::launch(unsigned(rows.count), cuda::kThreads, cuda::shared_rows, sizeof(cuda::shared_rows), bytes,
+                     int(request.order), [&] { kernel(rows, divergence, int(request.kept)); });
   });
 }
 
@@ -117,20 +96,7 @@ void serve(const Request& request) {
 int main(int count, char** arguments) {
   if (count > 1) emulator::block.omitted_line = std::atoi(arguments[1]);
   Request request;
-  while (std::fread(&request, sizeof(request), 1, stdin) == 1) {
-    switch (DType(request.dtype)) {
-      case DType::float32:
-        serve<float>(request);
-        break;
-      case DType::bfloat16:
-        serve<__nv_bfloat16>(request);
-        break;
-      case DType::float16:
-        serve<__half>(request);
-        break;
-      case DType::float64:
-        emulator::Block::fail("the kernel has no float64");
-    }
-  }
+  while (std::fread(&request, sizeof(request), 1, stdin) == 1)
+    emulator::with_logit(DType(request.dtype), [&](auto logit) { serve<decltype(logit)>(request); });
   if (count > 1 && emulator::block.omitted == 0) emulator::Block::fail("there is no barrier on that line");
 }
