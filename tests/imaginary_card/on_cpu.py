@@ -21,16 +21,23 @@ def _addmm(start: Tensor, left: Tensor, right: Tensor, dtype: torch.dtype, *, ou
 # ---- attention over packed rows [T, heads, dim]
 
 
-def _weights(q: Tensor, k: Tensor, scale: float | None, window: int | None, causal: bool) -> tuple[Tensor, Tensor]:
-    """Weights [heads, queries, keys] of one sequence, whose last query sees all keys, and their log-sum-exp."""
+def _weights(
+    q: Tensor, k: Tensor, scale: float | None, causal: bool, left: int | None, right: int | None
+) -> tuple[Tensor, Tensor]:
+    """Weights [heads, queries, keys] of one sequence, and their log-sum-exp. The last query is at the last key.
+
+    left, right: how many keys before and after its own a query sees; None or less than 0: all.
+    """
     keys = k.float().repeat_interleave(q.shape[1] // k.shape[1], 1)
     scores = torch.einsum("qhd,khd->hqk", q.float(), keys) * (scale or q.shape[-1] ** -0.5)
     seen = torch.ones(scores.shape[1:], dtype=torch.bool)
     ahead = len(k) - len(q)
     if causal:
-        seen = seen.tril(ahead)
-    if window is not None and window >= 0:
-        seen = seen.triu(ahead - window)
+        right = 0
+    if right is not None and right >= 0:
+        seen = seen.tril(ahead + right)
+    if left is not None and left >= 0:
+        seen = seen.triu(ahead - left)
     scores = scores.masked_fill(~seen, -torch.inf)
     return scores.softmax(-1).nan_to_num(0), scores.logsumexp(-1)
 
@@ -45,12 +52,12 @@ def _spans(cu_q: Tensor, cu_k: Tensor, seqused_k: Tensor | None) -> list[tuple[s
 def _packed_forward(
     q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, dropout: float, causal: bool,
     debug: bool = False, *, scale: float | None = None, window_size_left: int | None = None,
-    seqused_k: Tensor | None = None, **_: Any,
+    window_size_right: int | None = None, seqused_k: Tensor | None = None, **_: Any,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Output, and log-sum-exp [heads, T]."""
     out, lse = torch.zeros_like(q), torch.zeros(q.shape[1], q.shape[0])
     for queries, keys in _spans(cu_q, cu_k, seqused_k):
-        weights, lse[:, queries] = _weights(q[queries], k[keys], scale, window_size_left, causal)
+        weights, lse[:, queries] = _weights(q[queries], k[keys], scale, causal, window_size_left, window_size_right)
         values = v[keys].float().repeat_interleave(q.shape[1] // k.shape[1], 1)
         out[queries] = torch.einsum("hqk,khd->qhd", weights, values).to(q.dtype)
     return out, lse
@@ -59,12 +66,12 @@ def _packed_forward(
 def _packed_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int,
     max_k: int, dropout: float, causal: bool, seed: Tensor, offset: Tensor, *, scale: float | None = None,
-    window_size_left: int | None = None, **_: Any,
+    window_size_left: int | None = None, window_size_right: int | None = None, **_: Any,
 ) -> list[Tensor]:  # fmt: skip
     group, factor = q.shape[1] // k.shape[1], scale or q.shape[-1] ** -0.5
     dq, dk, dv = (torch.zeros(x.shape) for x in (q, k, v))
     for queries, rows in _spans(cu_q, cu_k, None):
-        weights, _ = _weights(q[queries], k[rows], scale, window_size_left, causal)
+        weights, _ = _weights(q[queries], k[rows], scale, causal, window_size_left, window_size_right)
         g, keys, values = grad[queries].float(), *(x[rows].float().repeat_interleave(group, 1) for x in (k, v))
         by_weights = torch.einsum("qhd,khd->hqk", g, values)
         by_scores = weights * (by_weights - (by_weights * weights).sum(-1, keepdim=True)) * factor

@@ -48,4 +48,4 @@ cudaError_t card_fail(cudaError_t error, const char* why);
 cudaError_t card_launch(const char* name, const unsigned grid[3], const unsigned block[3], size_t shared, void* stream,
                         int dynamic_limit, int fixed_shared);
 Stream* card_stream(cudaStream_t stream);
-void card_add_node(cudaStream_t stream);
+void card_add_work(cudaStream_t stream);

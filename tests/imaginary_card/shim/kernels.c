@@ -137,7 +137,7 @@ cudaError_t card_launch(const char* name, const unsigned grid[3], const unsigned
   launch->stream = stream;
   launch->captured = card_stream(stream)->capturing;
   pthread_mutex_unlock(&card_lock);
-  card_add_node(stream);
+  card_add_work(stream);
   return 0;
 }
 

@@ -16,12 +16,14 @@ static Hook hook;  // of every call that makes the host wait for the device
 static Stream default_stream;
 static Stream* capture;  // the stream under capture
 static __thread int thread_mode = cudaStreamCaptureModeGlobal;
+static size_t work, done;  // launches and copies so far, and those that the host has waited for
 
 void card_on_wait(Hook f) { hook = f; }
 
 Stream* card_stream(cudaStream_t stream) { return (size_t)stream <= 2 ? &default_stream : (Stream*)stream; }
 
-void card_add_node(cudaStream_t stream) {
+void card_add_work(cudaStream_t stream) {
+  ++work;
   if (card_stream(stream)->capturing) card_stream(stream)->nodes++;
 }
 
@@ -42,8 +44,10 @@ static cudaError_t invalidate(Stream* stream, const char* what) {
 static cudaError_t wait_for(const char* what, cudaStream_t stream, size_t bytes) {
   if (stream && card_stream(stream)->capturing) return invalidate(card_stream(stream), what);
   cudaError_t error = unsafe(what);
-  if (!error && hook) hook(what, stream, bytes);
-  return error;
+  if (error) return error;
+  if (hook && done != work) hook(what, stream, bytes);  // an idle device makes nobody wait
+  done = work;
+  return 0;
 }
 
 static cudaError_t new_stream(cudaStream_t* stream, int priority) {
@@ -238,12 +242,15 @@ static cudaError_t copy(void* to, const void* from, size_t size, cudaStream_t st
   const int pageable = !target || !source, to_host = !target || !target->on_device;
   if (card_stream(stream)->capturing) {
     if (pageable) return invalidate(card_stream(stream), "copy of pageable memory in a capture");
-    card_add_node(stream);
-  } else if (blocking || (pageable && to_host && source && source->on_device)) {
-    cudaError_t error = wait_for(blocking ? "cudaMemcpy" : "cudaMemcpyAsync to pageable memory", stream, size);
-    if (error) return error;
-  } else if (pageable && size > 65536 && hook) {  // smaller ones are staged
-    hook("cudaMemcpyAsync from pageable memory", stream, size);
+    card_add_work(stream);
+  } else {
+    card_add_work(stream);
+    if (blocking || (pageable && to_host && source && source->on_device)) {
+      cudaError_t error = wait_for(blocking ? "cudaMemcpy" : "cudaMemcpyAsync to pageable memory", stream, size);
+      if (error) return error;
+    } else if (pageable && size > 65536 && hook) {  // smaller ones are staged
+      hook("cudaMemcpyAsync from pageable memory", stream, size);
+    }
   }
   memmove(to, from, size);
   return 0;
@@ -266,7 +273,7 @@ cudaError_t cudaMemset(void* p, int value, size_t size) {
   return 0;
 }
 cudaError_t cudaMemsetAsync(void* p, int value, size_t size, cudaStream_t stream) {
-  card_add_node(stream);
+  card_add_work(stream);
   return cudaMemset(p, value, size);
 }
 cudaError_t cudaGetSymbolAddress(void** p, const void* symbol) {
