@@ -31,15 +31,13 @@ extern "C" void run_row_kernel(const char* name, void** arguments, unsigned bloc
   static std::mutex mutex;  // the trainer launches from a thread, too, in backward
   const std::lock_guard lock(mutex);
   const auto& rows = *static_cast<const abkd::Rows*>(arguments[0]);
-  emulator::with_logit(rows.dtype, [&](auto logit) {
-    emulator::with_kernel<decltype(logit)>(rows, [&](auto kernel, const auto&) {
-      const char* chosen = name_of(reinterpret_cast<const void*>(kernel));
-      if (std::strcmp(chosen, name) != 0) {
-        std::fprintf(stderr, "launched: %s\nemulated: %s\n", name, chosen);
-        emulator::Block::fail("row_kernels.h and rows.cu choose differently");
-      }
-      emulator::launch(blocks, int(threads), abkd::cuda::shared_rows, sizeof(abkd::cuda::shared_rows), shared, 0,
-                       [&] { call(kernel, arguments); });
-    });
+  emulator::with_kernel(rows, [&](auto kernel, const auto&) {
+    const char* chosen = name_of(reinterpret_cast<const void*>(kernel));
+    if (std::strcmp(chosen, name) != 0) {
+      std::fprintf(stderr, "launched: %s\nemulated: %s\n", name, chosen);
+      emulator::Block::fail("row_kernels.h and rows.cu choose differently");
+    }
+    emulator::launch(blocks, int(threads), abkd::cuda::shared_rows, sizeof(abkd::cuda::shared_rows), shared, 0,
+                     [&] { call(kernel, arguments); });
   });
 }

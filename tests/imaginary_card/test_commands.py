@@ -15,6 +15,7 @@ def everything(device, folder):
     """Runs all commands; returns what they wrote."""
     recipe = sections("ab", {**GROUPED, "initializer_range": 0.1}, device, steps=6)
     recipe |= {"checkpoint": {"every_steps": 2}, "eval": {"every_steps": 2, "rouge_rows": 2, "select": "rouge_l"}}
+    recipe["sampling"] = {"max_new_tokens": 8}
     run = runs.Run(folder, **recipe)
     with pytest.MonkeyPatch.context() as patch:
         runs.at_step(patch, 3, runs.send(signal.SIGTERM))
@@ -23,7 +24,7 @@ def everything(device, folder):
     rows = folder / "rows.jsonl"
     lines = [json.dumps({"prompt": f"question {i} of many", "output": "an answer"}) for i in range(6)]
     rows.write_text("\n".join(lines) + "\n")
-    shared = ["--device", device, "--dtype", "bfloat16", "--max-new-tokens", "16"]
+    shared = ["--device", device, "--dtype", "bfloat16", "--max-new-tokens", "8"]
     model, answers, scores = str(run.folder / "final"), folder / "answers.jsonl", folder / "scores"
     data = ["--model", model, "--data"]
     assert generate.main([*data, str(rows), "--out", str(answers), "--temperature", "0", *shared]) == 0

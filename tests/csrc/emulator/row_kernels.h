@@ -21,25 +21,8 @@ constexpr bool kAll = false;
 constexpr bool kAll = true;
 #endif
 
-// Calls run(Logit{}) with the type of the logits.
-template <typename Run>
-void with_logit(abkd::DType dtype, Run run) {
-  switch (dtype) {
-    case abkd::DType::float32:
-      return run(float{});
-    case abkd::DType::bfloat16:
-      return run(__nv_bfloat16{});
-    case abkd::DType::float16:
-      return run(__half{});
-    case abkd::DType::float64:
-      break;
-  }
-  Block::fail("the kernel has no float64");
-}
-
-// Calls run(kernel, divergence) with the kernel for this call.
 template <typename Logit, typename Run>
-void with_kernel(const abkd::Rows& rows, Run run) {
+void with_kernel_for(const abkd::Rows& rows, Run& run) {
   abkd::with_divergence<float>(rows, [&](const auto& divergence) {
     using Divergence = std::decay_t<decltype(divergence)>;
     if constexpr (kAll || (std::is_same_v<Logit, float> && std::is_same_v<Divergence, abkd::AlphaNet<float>>))
@@ -47,6 +30,22 @@ void with_kernel(const abkd::Rows& rows, Run run) {
     else
       Block::fail("not in this build");
   });
+}
+
+// Calls run(kernel, divergence) with the kernel that rows.cu launches for this call.
+template <typename Run>
+void with_kernel(const abkd::Rows& rows, Run run) {
+  switch (rows.dtype) {
+    case abkd::DType::float32:
+      return with_kernel_for<float>(rows, run);
+    case abkd::DType::bfloat16:
+      return with_kernel_for<__nv_bfloat16>(rows, run);
+    case abkd::DType::float16:
+      return with_kernel_for<__half>(rows, run);
+    case abkd::DType::float64:
+      break;
+  }
+  Block::fail("the kernel has no float64");
 }
 
 }  // namespace emulator

@@ -32,11 +32,9 @@ struct Array {
   void* data;
 };
 
-template <typename Logit>
-void launch(const Request& request, Rows& rows) {
-  // As in rows.cu, which also chooses `kept`.
-  const size_t bytes = size_t(request.kept * cuda::row_bytes<Logit>(rows.vocab));
-  emulator::with_kernel<Logit>(rows, [&](auto kernel, const auto& divergence) {
+// `bytes` as in rows.cu, which also chooses `kept`.
+void launch(const Request& request, const Rows& rows, size_t bytes) {
+  emulator::with_kernel(rows, [&](auto kernel, const auto& divergence) {
     emulator::launch(unsigned(rows.count), cuda::kThreads, cuda::shared_rows, sizeof(cuda::shared_rows), bytes,
                      int(request.order), [&] { kernel(rows, divergence, int(request.kept)); });
   });
@@ -65,6 +63,7 @@ void serve(const Request& request) {
   if (mode == kRead || mode == kSums) statistics.read();
 
   Rows rows{};
+  rows.dtype = DType(request.dtype);
   rows.count = request.count;
   rows.vocab = request.vocab;
   rows.student = start(student, request.student_offset);
@@ -83,7 +82,7 @@ void serve(const Request& request) {
   std::copy_n(request.parameters, kParameters, rows.parameters);
   rows.temperature = request.temperature;
   rows.hard_weight = request.hard_weight;
-  launch<Logit>(request, rows);
+  launch(request, rows, size_t(request.kept * cuda::row_bytes<Logit>(rows.vocab)));
 
   if (has_losses) losses.write();
   if (request.gradient_mode == kApart) gradient.write();
@@ -96,7 +95,20 @@ void serve(const Request& request) {
 int main(int count, char** arguments) {
   if (count > 1) emulator::block.omitted_line = std::atoi(arguments[1]);
   Request request;
-  while (std::fread(&request, sizeof(request), 1, stdin) == 1)
-    emulator::with_logit(DType(request.dtype), [&](auto logit) { serve<decltype(logit)>(request); });
+  while (std::fread(&request, sizeof(request), 1, stdin) == 1) {
+    switch (DType(request.dtype)) {
+      case DType::float32:
+        serve<float>(request);
+        break;
+      case DType::bfloat16:
+        serve<__nv_bfloat16>(request);
+        break;
+      case DType::float16:
+        serve<__half>(request);
+        break;
+      case DType::float64:
+        emulator::Block::fail("the kernel has no float64");
+    }
+  }
   if (count > 1 && emulator::block.omitted == 0) emulator::Block::fail("there is no barrier on that line");
 }
