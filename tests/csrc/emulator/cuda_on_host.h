@@ -278,23 +278,39 @@ inline void Block::live() {
   }
 }
 
-// Fills all shared memory of the program with NaN: on a GPU it holds anything when a block starts.
-inline void spoil_shared_memory() {
-  const auto spoil = [](dl_phdr_info* program, size_t, void*) {
-    for (int i = 0; i < program->dlpi_phnum; ++i)
-      if (program->dlpi_phdr[i].p_type == PT_TLS)
-        std::memset(program->dlpi_tls_data, 0xff, program->dlpi_phdr[i].p_memsz);
-    return 1;  // the first is the program itself
-  };
-  dl_iterate_phdr(spoil, nullptr);
-}
+// All shared memory: the thread-local variables of the program or library that has `dynamic`.
+struct SharedMemory {
+  unsigned char* start = nullptr;
+  size_t bytes = 0;
+
+  explicit SharedMemory(const unsigned char* dynamic) : dynamic_(dynamic) {
+    dl_iterate_phdr(
+        [](dl_phdr_info* object, size_t, void* self) { return static_cast<SharedMemory*>(self)->take(*object); }, this);
+  }
+
+ private:
+  const unsigned char* dynamic_;
+
+  int take(const dl_phdr_info& object) {
+    for (int i = 0; i < object.dlpi_phnum; ++i) {
+      auto* data = static_cast<unsigned char*>(object.dlpi_tls_data);
+      const size_t size = object.dlpi_phdr[i].p_memsz;
+      if (object.dlpi_phdr[i].p_type != PT_TLS || !data || dynamic_ < data || dynamic_ >= data + size) continue;
+      start = data;
+      bytes = size;
+      return 1;
+    }
+    return 0;
+  }
+};
 
 // kernel<<<blocks, threads, bytes>>>. `dynamic` [capacity] is the kernel's `extern __shared__` array.
 inline void launch(unsigned blocks, int threads, unsigned char* dynamic, size_t capacity, size_t bytes, int order,
                    const std::function<void()>& kernel) {
+  const SharedMemory shared(dynamic);
   for (blockIdx = uint3{0, 0, 0}; blockIdx.x < blocks; ++blockIdx.x) {
     if (bytes > capacity) Block::fail("a block has less shared memory");
-    spoil_shared_memory();
+    std::memset(shared.start, 0xff, shared.bytes);  // NaN: on a GPU it holds anything when a block starts
     ASAN_POISON_MEMORY_REGION(dynamic + bytes, capacity - bytes);
     block.run(threads, order, kernel);
     ASAN_UNPOISON_MEMORY_REGION(dynamic, capacity);

@@ -1,27 +1,11 @@
 // Runs the CUDA row kernel on the host: reads launches from standard input and writes the results to standard output,
-// in the format of tests/csrc/emulated_kernel.py. The only argument is the place of a barrier to leave out, as
-// in "rows.cuh:100".
-// With ROWS_ON_HOST_BRIEF there is one divergence, which compiles in a third of the time.
-#include "cuda_on_host.h"
-
-namespace abkd::cuda {
-
-// The kernel's dynamic shared memory. No GPU has more in a block.
-alignas(16) thread_local unsigned char shared_rows[227 * 1024];
-
-}  // namespace abkd::cuda
-
-#include "rows.cuh"
+// in the format of tests/csrc/emulated_kernel.py. The only argument is the place of a barrier to leave out, as in
+// "rows.cuh:100".
+#include "row_kernels.h"
 
 namespace {
 
 using namespace abkd;
-
-#if defined(ROWS_ON_HOST_BRIEF)
-constexpr bool kAll = false;
-#else
-constexpr bool kAll = true;
-#endif
 
 struct Request {
   int64_t student_dtype, teacher_dtype, gradient_dtype, family, count, vocab;
@@ -50,17 +34,12 @@ struct Array {
   void* data;
 };
 
-void launch(const Request& request, Rows& rows) {
+void launch(const Request& request, const Rows& rows) {
   // As in rows.cu, which also chooses `kept`.
-  const int kept = int(request.kept);
-  const size_t bytes = size_t(cuda::kept_bytes(rows, kept));
-  with_divergence<float>(rows, [&](const auto& divergence) {
-    using Divergence = std::decay_t<decltype(divergence)>;
-    if constexpr (kAll || std::is_same_v<Divergence, AlphaNet<float>>)
-      emulator::launch(unsigned(rows.count), cuda::kThreads, cuda::shared_rows, sizeof(cuda::shared_rows), bytes,
-                       int(request.order), [&] { cuda::row_kernel<Divergence>(rows, divergence, kept); });
-    else
-      emulator::Block::fail("not in this build");
+  const size_t bytes = size_t(cuda::kept_bytes(rows, int(request.kept)));
+  emulator::with_kernel(rows, [&](auto kernel, const auto& divergence) {
+    emulator::launch(unsigned(rows.count), cuda::kThreads, cuda::shared_rows, sizeof(cuda::shared_rows), bytes,
+                     int(request.order), [&] { kernel(rows, divergence, int(request.kept)); });
   });
 }
 
