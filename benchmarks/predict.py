@@ -24,6 +24,7 @@ from abkd_fast.models.loading import meta_model
 from abkd_fast.training.costs import PEAK_FLOPS, ModelCost, StepCost
 from baseline import alpha_beta, cross_entropy
 from harness import Report
+from head import predict_heads
 from workload import LENGTH, SCALES, draw_samples
 
 BANDWIDTH = {"B200": 8.0, "H200": 4.8, "H100": 3.35, "A100": 2.04}  # terabytes a second, as the maker states them
@@ -258,6 +259,7 @@ def main(arguments: list[str] | None = None) -> None:
         scaling(pairs, report)
         seconds = prediction(pairs[RECIPES[0]], options, report)
         without_kernels(pairs[RECIPES[0]], seconds["cached"], options, report)
+        predict_heads(report)
         for name in RECIPES:
             many_gpus(name, pairs[name], options, report)
 

@@ -111,6 +111,24 @@ def test_predict_for_many_gpus(tmp_path):
     assert "| 20.41 | 2.55 | 0.32 |" in sections["memory"][1]["markdown"]
 
 
+def test_predicted_heads():
+    head = importlib.import_module("head")
+    gpt2, plain, llama, qwen = head.CASES
+    # 12 bytes of rows that the cache holds; 28 where each of three passes reads both.
+    assert [head.row_kernel(case, head.BEFORE).bytes for case in head.CASES] == [12, 8, 12, 28]
+    assert [head.row_kernel(case, head.AFTER).bytes for case in (gpt2, qwen)] == [10, 18]
+    assert head.products_seconds(gpt2) == pytest.approx(2 * (3 * 768 + 1600) / 650e12)
+    assert head.products_seconds(llama) == pytest.approx(2 * (2 * 3200 + 4096) / 650e12)
+    assert head.BEFORE.rows(gpt2) == 2048
+    assert head.AFTER.rows(qwen) % 128 == 0
+    before, after = (
+        [step.seconds for case in (gpt2, plain) for step in head.steps(case, design)]
+        for design in (head.BEFORE, head.AFTER)
+    )
+    # Two products and two casts of a float32 gradient, with and without a teacher.
+    assert sum(before) - sum(after) > 2 * (4 * 768 * (1 / 200e12 - 1 / 650e12) + 12 / 3e12)
+
+
 def test_traffic_counts_what_operators_read_and_write():
     predict = importlib.import_module("predict")
     a, b = torch.empty(3, 5, device="meta"), torch.empty(5, device="meta")
@@ -143,7 +161,7 @@ def test_document_has_places_for_tables_alone():
     places = importlib.import_module("document").PLACE.findall(page)
     assert len(places) == page.count("<!-- end -->") == page.count("<!--") / 2
     assert {(name, section) for _, name, _, _, section, *_ in places} == {
-        *(("predict", section) for section in ("operations", "scaling", "prediction")),
+        *(("predict", section) for section in ("operations", "scaling", "prediction", "head")),
         *(("timing", section) for section in ("methods", "ways", "cache")),
         *(("profile", section) for section in ("kinds", "operators")),
         ("peers", "peers"),
