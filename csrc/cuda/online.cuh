@@ -23,8 +23,9 @@ constexpr float kLog2e = 1.44269504f, kLn2 = 0.693147181f;
 // What one pass finds out about a row.
 struct Measured {
   bool accepted;
-  float value, slope;  // the divergence, and the sum of its slopes
-  double state[2];
+  float value, slope;  // the divergence, and the sum of the slopes that OnePass makes
+  float center;        // what this sum lacks of that of the divergence's own slopes
+  float state[2];
 };
 
 // The log-normalizers of a row in units of log 2, over its maxima.
@@ -97,13 +98,34 @@ struct LogSums {
   }
 };
 
-// (P alpha / s + Q beta / s - M) / (alpha beta) and the sum of slopes (Q - M) / alpha.
-__device__ __forceinline__ Measured alpha_beta(float alpha, float beta, float p, float q, float m) {
-  const float s = alpha + beta, share = alpha / s;
-  const float ends = share * p + (1.0f - share) * q, difference = ends - m;
-  const float value = difference / (alpha * beta);
-  return {difference >= kLeast * (ends + m) && value < kMostValue, value, (q - m) / alpha, {0.0, 0.0}};
-}
+// One alpha-beta divergence, for positive alpha and beta: (P alpha / s + Q beta / s - M) / (alpha beta). A slope is
+// (q^s - p^alpha q^beta) / alpha. For s = 1 it is made without q / alpha, which makes no difference to the gradient:
+// where student and teacher hardly overlap, this part would take the digits of the rest.
+struct AlphaBetaTerm {
+  float alpha, beta, inverse_alpha, of_q;
+
+  __device__ AlphaBetaTerm(double alpha, double beta)
+      : alpha(float(alpha)),
+        beta(float(beta)),
+        inverse_alpha(1.0f / float(alpha)),
+        of_q(alpha + beta == 1.0 ? 0.0f : 1.0f) {}
+
+  __device__ bool allowed() const {
+    return alpha > 0.0f && beta > 0.0f && alpha * beta >= 1.0f / 64 && alpha + beta <= 4.0f;
+  }
+
+  __device__ Measured measure(float p, float q, float m) const {
+    const float share = alpha / (alpha + beta), ends = share * p + (1.0f - share) * q, difference = ends - m;
+    const float value = difference * inverse_alpha / beta;
+    const bool accepted = difference >= kLeast * (ends + m) && value < kMostValue;
+    return {accepted, value, (of_q * q - m) * inverse_alpha, (1.0f - of_q) * q * inverse_alpha, {}};
+  }
+
+  // From log2 p, log2 q and q^s.
+  __device__ __forceinline__ float slope(float a, float b, float power) const {
+    return (of_q * power - power_of_2(alpha * a + beta * b)) * inverse_alpha;
+  }
+};
 
 // How a divergence is measured in one pass: its Sums, what they come to, and a token's part of the gradient.
 template <typename Divergence>
@@ -115,22 +137,19 @@ template <>
 struct OnePass<AlphaBeta<float>> {
   static constexpr bool possible = true;
   using Sums = PowerSums<1, true>;
-  float alpha, beta;
+  AlphaBetaTerm term;
 
-  __device__ OnePass(const Rows& rows) : alpha(float(rows.parameters[0])), beta(float(rows.parameters[1])) {}
-  __device__ bool allowed() const {
-    return alpha > 0.0f && beta > 0.0f && alpha * beta >= 1.0f / 64 && alpha + beta <= 4.0f;
-  }
-  __device__ Sums sums() const { return {{alpha}, {beta}, alpha + beta}; }
+  __device__ OnePass(const Rows& rows) : term(rows.parameters[0], rows.parameters[1]) {}
+  __device__ bool allowed() const { return term.allowed(); }
+  __device__ Sums sums() const { return {{term.alpha}, {term.beta}, term.alpha + term.beta}; }
 
   __device__ Measured measure(const Sums& x, const Normalizers& n) const {
     const float p = x.sums[4] * power_of_2(-x.sum * n.teacher), q = x.sums[3] * power_of_2(-x.sum * n.student);
-    return alpha_beta(alpha, beta, p, q, x.sums[2] * power_of_2(-alpha * n.teacher - beta * n.student));
+    return term.measure(p, q, x.sums[2] * power_of_2(-term.alpha * n.teacher - term.beta * n.student));
   }
 
-  // q^s - p^alpha q^beta over alpha, from log2 of p and of q.
   __device__ __forceinline__ float slope(const Measured&, float a, float b, float) const {
-    return (power_of_2((alpha + beta) * b) - power_of_2(alpha * a + beta * b)) / alpha;
+    return term.slope(a, b, power_of_2((term.alpha + term.beta) * b));
   }
 };
 
@@ -138,34 +157,28 @@ template <>
 struct OnePass<AlphaNet<float>> {
   static constexpr bool possible = true;
   using Sums = PowerSums<2, false>;
-  float alpha[2];
+  AlphaBetaTerm first, second;
 
-  __device__ OnePass(const Rows& rows) : alpha{float(rows.parameters[0]), float(rows.parameters[1])} {}
-  __device__ bool allowed() const {
-    return lower(alpha[0], alpha[1]) <= 63.0f / 64 && upper(alpha[0], alpha[1]) >= 1.0f / 64;
-  }
-  __device__ Sums sums() const { return {{alpha[0], alpha[1]}, {1.0f - alpha[0], 1.0f - alpha[1]}, 1.0f}; }
+  __device__ OnePass(const Rows& rows)
+      : first(rows.parameters[0], 1.0 - rows.parameters[0]), second(rows.parameters[1], 1.0 - rows.parameters[1]) {}
+  __device__ bool allowed() const { return first.allowed() && second.allowed(); }
+  __device__ Sums sums() const { return {{first.alpha, second.alpha}, {first.beta, second.beta}, 1.0f}; }
 
   __device__ Measured measure(const Sums& x, const Normalizers& n) const {
-    Measured branches[2];
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const float beta = 1.0f - alpha[i];
-      branches[i] =
-          alpha_beta(alpha[i], beta, 1.0f, 1.0f, x.sums[2 + i] * power_of_2(-alpha[i] * n.teacher - beta * n.student));
-    }
-    const bool second = branches[0].value < branches[1].value;
-    Measured chosen = second ? branches[1] : branches[0];
+    const auto branch = [&](const AlphaBetaTerm& term, float sum) {
+      return term.measure(1.0f, 1.0f, sum * power_of_2(-term.alpha * n.teacher - term.beta * n.student));
+    };
+    const Measured left = branch(first, x.sums[2]), right = branch(second, x.sums[3]);
+    Measured chosen = left.value < right.value ? right : left;
     // Two branches that are about equal are left to the exact passes.
-    chosen.accepted = branches[0].accepted && branches[1].accepted &&
-                      absolute(branches[0].value - branches[1].value) >= 2.0f * kLeast * chosen.value;
-    chosen.state[0] = second ? 1.0 : 0.0;
+    chosen.accepted =
+        left.accepted && right.accepted && absolute(left.value - right.value) >= 2.0f * kLeast * chosen.value;
+    chosen.state[0] = left.value < right.value ? 1.0f : 0.0f;
     return chosen;
   }
 
   __device__ __forceinline__ float slope(const Measured& measured, float a, float b, float q) const {
-    const float x = measured.state[0] == 0.0 ? alpha[0] : alpha[1];
-    return (q - power_of_2(x * a + (1.0f - x) * b)) / x;
+    return (measured.state[0] == 0.0f ? first : second).slope(a, b, q);
   }
 };
 
@@ -183,7 +196,8 @@ struct OnePassKL {
     const float size =
         forward * (x.sums[5] / x.sums[1] + absolute(lost)) + reverse * (x.sums[4] / x.sums[0] + absolute(lost));
     const float value = kLn2 * (forward * of_p + reverse * of_q);
-    return {value >= kLeast * kLn2 * size && value < kMostValue, value, kLn2 * reverse * of_q, {forward, reverse}};
+    return {
+        value >= kLeast * kLn2 * size && value < kMostValue, value, kLn2 * reverse * of_q, 0.0f, {forward, reverse}};
   }
 
   __device__ __forceinline__ float slope_of(float forward, float reverse, float a, float b, float q) const {
@@ -213,7 +227,7 @@ struct OnePass<BalancedKL<float>> : OnePassKL {
     return measured;
   }
   __device__ __forceinline__ float slope(const Measured& measured, float a, float b, float q) const {
-    return slope_of(float(measured.state[0]), float(measured.state[1]), a, b, q);
+    return slope_of(measured.state[0], measured.state[1], a, b, q);
   }
 };
 

@@ -174,8 +174,11 @@ __device__ __forceinline__ bool process_online(Token<true>& token, float scale) 
   if (threadIdx.x == 0) {
     constexpr double kExactLn2 = 0.693147180559945309;
     const double plain_lse = hard ? double(all[2]) + double(logf(plain[0])) : 0.0;
-    token.scratch.statistics = {
-        z_lse * kExactLn2, y_lse * kExactLn2, plain_lse, measured.slope, {measured.state[0], measured.state[1]}};
+    token.scratch.statistics = {z_lse * kExactLn2,
+                                y_lse * kExactLn2,
+                                plain_lse,
+                                double(measured.slope) + double(measured.center),
+                                {measured.state[0], measured.state[1]}};
   }
   token.write_loss(measured.value);
   if (!token.rows.gradient) return true;

@@ -86,11 +86,17 @@ struct Token {
       Numbers<kWidth> out;
 #pragma unroll
       for (int i = 0; i < kWidth; ++i) {
-        float g = 0.0f;
-        if constexpr (kHasTeacher) g = weight * derive(z.values[i], y.values[i]);
-        if (hard_weight != 0.0f) g += hard_weight * (exponential(plain(z.values[i])) - (v + i == label ? 1.0f : 0.0f));
-        if (student.cap != 0.0f) g *= Tanh<float>(student.inner * raw.values[i]).slope;
-        out.values[i] = g;
+        out.values[i] = 0.0f;
+        if constexpr (kHasTeacher) out.values[i] = weight * derive(z.values[i], y.values[i]);
+      }
+      if (hard_weight != 0.0f) {
+#pragma unroll
+        for (int i = 0; i < kWidth; ++i)
+          out.values[i] += hard_weight * (exponential(plain(z.values[i])) - (v + i == label ? 1.0f : 0.0f));
+      }
+      if (student.cap != 0.0f) {
+#pragma unroll
+        for (int i = 0; i < kWidth; ++i) out.values[i] *= Tanh<float>(student.inner * raw.values[i]).slope;
       }
       put(v, out);
     });

@@ -1,9 +1,9 @@
 """Compiles the CUDA kernels and counts the instructions of their loops: `python tests/csrc/machine_code.py [sm_90]`.
 
-A loop over packs is an innermost loop that loads 16 bytes at a time from addresses that move. It has two counts: the
-shortest way from its first instruction to the jump back, and all its instructions. A GPU's time lies between the two:
-a warp takes both sides of a branch if its threads differ, but what serves labels or unaligned rows is jumped over by
-all. Counts are per logit, that is per token of the vocabulary, whether the loop reads one row or both.
+A loop over packs is an innermost loop that loads 16 bytes at a time from device memory, and makes exponentials. It has
+two counts: the shortest way around with a load of each row, and all its instructions. Where threads differ, a warp
+takes both sides of a branch, so a GPU's time may be above the first. What serves other types of logits, labels or caps
+is jumped over by all. Counts are per logit, that is per token of the vocabulary, whether the loop reads one row or both.
 """
 
 import importlib.util
@@ -14,7 +14,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections import Counter
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -23,7 +22,7 @@ ROWS = pathlib.Path(__file__).parents[2] / "csrc" / "cuda" / "rows.cu"
 LABEL = re.compile(r"^(\.L_x_\d+):")
 INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?(U?P\w+)\s+)?([A-Z][\w.]*)\s*([^;]*);")
 TARGET = re.compile(r"(?:!?(U?P\d), )?`\((\.L_x_\d+)\)")  # of a jump, after a second condition
-VECTOR_LOAD = re.compile(r"LD[GS]?\.(?:\w+\.)*128")
+PACK = 8  # logits of a turn: kPack in packs.cuh
 
 
 def find_nvdisasm() -> str | None:
@@ -62,16 +61,14 @@ class PackLoop:
 
     shortest: list[str]  # the names of the instructions on the shortest way around
     size: int  # of all instructions
-    loads: Counter[str]  # of 16 bytes
-    logits: int  # that one turn handles
 
     def per_logit(self, pattern: str) -> float:
-        return sum(bool(re.match(pattern, name)) for name in self.shortest) / self.logits
+        return sum(bool(re.match(pattern, name)) for name in self.shortest) / PACK
 
     @property
     def counts(self) -> tuple[float, float]:
         """Instructions per logit: on the shortest way, and all."""
-        return len(self.shortest) / self.logits, self.size / self.logits
+        return len(self.shortest) / PACK, self.size / PACK
 
 
 def compile_kernels(source: pathlib.Path, arch: str, cubin: pathlib.Path) -> dict[str, Usage]:
@@ -94,7 +91,7 @@ def disassemble(cubin: pathlib.Path) -> dict[str, list[PackLoop]]:
 
 
 def short_name(mangled: str) -> str:
-    """A kernel's name, such as `row_kernel<float, AlphaBeta<float>>`."""
+    """A kernel's name, such as `row_kernel<AlphaBeta<float>>`."""
     name = subprocess.check_output(["c++filt", mangled], text=True).strip()
     name = re.sub(r"\(abkd::.*", "", name).removeprefix("void ")
     return re.sub(r"abkd::(cuda::)?", "", name).replace("> >", ">>")
@@ -140,63 +137,41 @@ class Program:
             loops.append(Loop(first, body, ends))
         return [loop for loop in loops if not any(loop.body > other.body for other in loops)]
 
-    def shortest_way(self, loop: Loop) -> list[Instruction]:
-        """From the first instruction to a jump back."""
-        came_from, reached = {loop.first: loop.first}, [loop.first]
-        for place in reached:  # grows
-            if place in loop.ends:
+    def shortest_way(self, loop: Loop, loads: int) -> list[Instruction]:
+        """Around the loop, with `loads` loads of 16 bytes from device memory and an exponential, if there is such a way.
+
+        A turn that loads nothing is the last one, and one that computes nothing the first.
+        """
+        start = self._passed(loop.first, (0, False), loads)
+        came_from, reached = {start: start}, [start]
+        for state in reached:  # grows
+            place, *passed = state
+            if place in loop.ends and passed == [loads, True]:
                 break
             for other in self.after[place]:
-                if other in loop.body and other not in came_from:
-                    came_from[other] = place
-                    reached.append(other)
-        way = [place]
-        while place != loop.first:
-            place = came_from[place]
-            way.append(place)
-        return [self.code[place] for place in reversed(way)]
+                following = self._passed(other, (passed[0], passed[1]), loads)
+                if other in loop.body and other != loop.first and following not in came_from:
+                    came_from[following] = state
+                    reached.append(following)
+        else:
+            return []
+        way = [state]
+        while state != start:
+            state = came_from[state]
+            way.append(state)
+        return [self.code[place] for place, *_ in reversed(way)]
 
-
-def counts_to_a_constant(way: list[Instruction]) -> bool:
-    """Whether the loop ends at a constant number: it goes over warps, not over a row."""
-    tests = [x for x in way if x.name.startswith("ISETP") and x.operands.startswith(str(way[-1].condition))]
-    return bool(tests) and ", 0x" in tests[-1].operands
-
-
-def moving_loads(way: list[Instruction]) -> Counter[str]:
-    """Loads of 16 bytes whose address changes from turn to turn. Constants in shared memory are loaded again, too."""
-    written = [re.match(r"R\d+", x.operands) for x in way]
-    written = [found and found[0] for found in written]
-    read = [re.findall(r"\bR\d+", x.operands)[bool(to) :] for x, to in zip(way, written, strict=True)]
-
-    def follow(moving: set[str]) -> tuple[set[str], Counter[str]]:
-        moving, loads = set(moving), Counter()
-        for x, to, sources in zip(way, written, read, strict=True):
-            moves = not moving.isdisjoint(sources)
-            if moves and VECTOR_LOAD.match(x.name):
-                loads[x.name] += 1
-            if to:
-                (moving.add if moves else moving.discard)(to)
-        return moving, loads
-
-    moving = {to for to in written if to}
-    while moving != (still := moving & follow(moving)[0]):
-        moving = still
-    return follow(moving)[1]
+    def _passed(self, place: int, before: tuple[int, bool], loads: int) -> tuple[int, int, bool]:
+        name = self.code[place].name
+        loaded = before[0] + bool(re.match(r"LDG?\.(?:\w+\.)*128", name))
+        return place, min(loaded, loads), before[1] or name.startswith("MUFU.EX2")
 
 
 def pack_loops(name: str, text: str) -> list[PackLoop]:
     """The loops over packs in the order of their code. `name` is the kernel's short name."""
-    program, found = Program(text), []
-    width = 4 if "<float," in name else 8
-    streams = 1 if "CrossEntropy" in name else 2
-    for loop in program.innermost_loops():
-        way = program.shortest_way(loop)
-        loads = moving_loads(way)
-        if loads and not counts_to_a_constant(way):
-            logits = width * max(1, loads.total() // streams)
-            found.append(PackLoop([x.name for x in way], len(loop.body), loads, logits))
-    return found
+    program, rows = Program(text), 1 if "CrossEntropy" in name else 2
+    ways = ((program.shortest_way(loop, rows), loop) for loop in program.innermost_loops())
+    return [PackLoop([x.name for x in way], len(loop.body)) for way, loop in ways if way]
 
 
 def main() -> None:
@@ -213,8 +188,7 @@ def main() -> None:
         print(f'"{short_name(mangled)}": [{counts}],')
         print(f"    # {usage[mangled].registers} registers, {usage[mangled].spilled_bytes} bytes spilled")
         for loop in loops:
-            print(f"    # MUFU {loop.per_logit('MUFU'):.1f}, float32 {loop.per_logit('F[A-KM-Z]'):.1f}, ", end="")
-            print(f"{loop.logits} logits a turn, " + ", ".join(f"{count} {name}" for name, count in loop.loads.items()))
+            print(f"    # MUFU {loop.per_logit('MUFU'):.1f}, float32 {loop.per_logit('F[A-KM-Z]'):.1f}")
 
 
 if __name__ == "__main__":
