@@ -22,6 +22,7 @@ from rouge_score.rouge_scorer import RougeScorer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import harness
+from abkd_fast.device import choose_dtype
 from abkd_fast.errors import ConfigError
 from abkd_fast.evaluation import rouge
 from abkd_fast.evaluation.evaluator import Evaluation
@@ -41,7 +42,8 @@ FULL, QUICK = (64, 500, 128, 256, 64, 768, 12, 50257), (6, 20, 8, 8, 4, 32, 2, 1
 
 def compare_sampling(options: argparse.Namespace, sections: dict[str, tuple[int, ...]], report: Report) -> None:
     """`sample` against `generate`, by one model; a section has its end tokens."""
-    model = random_gpt2(options, end=None).to(options.device).eval()
+    device = torch.device(options.device)
+    model = random_gpt2(options, end=None).to(device, choose_dtype("auto", device)).eval()
     generator, new_tokens = np.random.default_rng(0), options.sampled_tokens
     lengths = draw_lengths(PROMPTS, 1, options.prompts, generator)[0]
     prompts = [generator.integers(options.vocab, size=length).tolist() for length in lengths]

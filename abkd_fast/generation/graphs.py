@@ -25,13 +25,18 @@ kept_decoders: weakref.WeakKeyDictionary[PackedCausalLM, "GraphDecoder"] = weakr
 
 def graph_decoder(model: PackedCausalLM, slots: int, capacity: int) -> "GraphDecoder":
     """The decoder that an earlier call has left for this model if it fits, or else a new one."""
-    capacity = -(-capacity // BUCKET) * BUCKET
+    capacity = round_capacity(capacity)
     decoder = kept_decoders.pop(model, None)
     if decoder is not None and decoder.fits(model, slots, capacity):
         decoder.model = model
         return decoder
     del decoder  # its memory is needed
     return GraphDecoder(model, slots, capacity)
+
+
+def round_capacity(tokens: int) -> int:
+    """How many tokens a slot has room for, if a sequence may have so many."""
+    return -(-tokens // BUCKET) * BUCKET
 
 
 class GraphDecoder(Decoder):
