@@ -22,6 +22,7 @@ from rouge_score.rouge_scorer import RougeScorer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import harness
+from abkd_fast.device import choose_dtype
 from abkd_fast.errors import ConfigError
 from abkd_fast.evaluation import rouge
 from abkd_fast.evaluation.evaluator import Evaluation
@@ -41,7 +42,8 @@ FULL, QUICK = (64, 500, 128, 256, 64, 768, 12, 50257), (6, 20, 8, 8, 4, 32, 2, 1
 
 def compare_sampling(options: argparse.Namespace, sections: dict[str, tuple[int, ...]], report: Report) -> None:
     """`sample` against `generate`, by one model; a section has its end tokens."""
-    model = random_gpt2(options, end=None).to(options.device, model_dtype(options.device)).eval()
+    device = torch.device(options.device)
+    model = random_gpt2(options, end=None).to(device, choose_dtype("auto", device)).eval()
     generator, new_tokens = np.random.default_rng(0), options.sampled_tokens
     lengths = draw_lengths(PROMPTS, 1, options.prompts, generator)[0]
     prompts = [generator.integers(options.vocab, size=length).tolist() for length in lengths]
@@ -73,11 +75,6 @@ def compare_sampling(options: argparse.Namespace, sections: dict[str, tuple[int,
         title = f"{section}: {len(prompts)} prompts, at most {new_tokens} new tokens"
         columns = {"seconds": "s|.2f", "tokens": "new tokens|.0f", "rate": "tokens/s|.0f"}
         report.table(section, title, rows, columns | {"ratio": "time a token, x ours|.2f"})
-
-
-def model_dtype(device: str) -> torch.dtype:
-    """A GPU's packed attention refuses float32; `abkd_fast.evaluate` and the papers take bfloat16 there."""
-    return torch.bfloat16 if device == "cuda" else torch.float32
 
 
 def compare_results(runs: dict[str, Callable], repeats: int) -> tuple[list[dict], dict[str, list]]:
@@ -133,7 +130,7 @@ class Scores:
 
     def published(self) -> list[tuple[str, float]]:
         torch.manual_seed(SEED)
-        dtype = model_dtype(self.options.device)
+        dtype = choose_dtype("auto", torch.device(self.options.device))
         model = AutoModelForCausalLM.from_pretrained(self.model, dtype=dtype).to(self.options.device).eval()
         tokenizer, texts = AutoTokenizer.from_pretrained(self.model), []
         end = tokenizer.eos_token_id

@@ -17,7 +17,7 @@ from ..errors import first_line
 from ..models.packed import PackedCausalLM, compute_dtype
 from .decoder import Decoder, projections, upload
 
-KEPT = 8  # decoders between calls take at most this part of the GPU's memory: an eighth
+KEPT_SHARE = 1 / 8  # of the GPU's memory: what all decoders together may keep between calls
 BUCKET = 256  # capacities are multiples of this, so that calls with other prompts find a decoder that fits
 
 kept_decoders: weakref.WeakKeyDictionary[PackedCausalLM, "GraphDecoder"] = weakref.WeakKeyDictionary()
@@ -25,13 +25,18 @@ kept_decoders: weakref.WeakKeyDictionary[PackedCausalLM, "GraphDecoder"] = weakr
 
 def graph_decoder(model: PackedCausalLM, slots: int, capacity: int) -> "GraphDecoder":
     """The decoder that an earlier call has left for this model if it fits, or else a new one."""
-    capacity = -(-capacity // BUCKET) * BUCKET
+    capacity = round_capacity(capacity)
     decoder = kept_decoders.pop(model, None)
     if decoder is not None and decoder.fits(model, slots, capacity):
         decoder.model = model
         return decoder
     del decoder  # its memory is needed
     return GraphDecoder(model, slots, capacity)
+
+
+def round_capacity(tokens: int) -> int:
+    """How many tokens a slot has room for, if a sequence may have so many."""
+    return -(-tokens // BUCKET) * BUCKET
 
 
 class GraphDecoder(Decoder):
@@ -51,7 +56,7 @@ class GraphDecoder(Decoder):
         self.inputs = torch.zeros(3, slots, dtype=torch.long, device=self.device)  # slot, token, position of each row
         self.inputs[0] = torch.arange(slots, device=self.device)
         self.starts = torch.arange(slots + 1, dtype=torch.int32, device=self.device)  # of the queries; of keys below
-        self.reads = _addresses(model)
+        self.reads = _addresses(model) if self.is_kept else []
 
     def fits(self, model: PackedCausalLM, slots: int, capacity: int) -> bool:
         """Whether it serves for this call: the graph has the addresses of all weights in it."""
@@ -61,7 +66,7 @@ class GraphDecoder(Decoder):
         super().__exit__(*error)
         model, self.model = self.model, None  # what is kept must not keep the model
         held = sum(decoder.nbytes for decoder in (self, *kept_decoders.values()))
-        room = torch.cuda.get_device_properties(self.device).total_memory // KEPT
+        room = KEPT_SHARE * torch.cuda.get_device_properties(self.device).total_memory
         if error[0] is None and self.is_kept and held <= room:
             kept_decoders[model] = self
 
@@ -160,10 +165,8 @@ class GraphDecoder(Decoder):
                 weight.copy_(layer.weight)
                 if bias is not None:
                     bias.copy_(layer.bias)
-                yield (
-                    layer,
-                    functools.partial(F.linear, weight=weight.T if isinstance(layer, Conv1D) else weight, bias=bias),
-                )
+                weight = weight.T if isinstance(layer, Conv1D) else weight  # [out, in]
+                yield layer, functools.partial(F.linear, weight=weight, bias=bias)
 
 
 def _addresses(model: PackedCausalLM) -> list[object]:
@@ -191,7 +194,7 @@ def attend_slots(
         window: how many of the last tokens are seen; None: all.
     """
     capacity = keys.shape[1]
-    # PyTorch's public `varlen_attn` has seqused_k since torch 2.12 only. The operator below it had it before 2.10.
+    # PyTorch's public `varlen_attn` takes seqused_k from 2.12 on. The operator below it took it earlier.
     left, right = (-1, -1) if window is None else (window - 1, 0)
     return torch.ops.aten._flash_attention_forward(
         query,

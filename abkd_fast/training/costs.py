@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from ..config.schema import TrainConfig
 from ..data.batches import Batch
-from ..generation import decoder
+from ..generation import decoder, graphs
 from ..losses.chunks import choose_chunk_tokens, gradient_dtype, row_bytes
 from ..models import loading
 from ..models.packed import PackedCausalLM
@@ -170,10 +170,15 @@ def generation_memory(
     """Yields how many bytes sampling takes besides its models, each with what it holds.
 
     Args:
-        generators: the models that write, each with the size of its adapter (None: it has none, or it is merged).
+        generators: the models that write, the student first, each with the size of its adapter (None: it has none, or
+            it is merged).
         sequences: how many are in progress at a time.
         length: tokens of the longest prompt with its response.
     """
+    if device.type == "cuda":
+        length = graphs.round_capacity(length)
+        student, adapter = generators[0]
+        yield "16-bit copies of weights", (student.projections if adapter is None else adapter) * dtype.itemsize
     per_token = sum(cost.keys_and_values for cost, _ in generators)
     yield f"keys and values of {sequences} sequences", sequences * length * per_token * dtype.itemsize
     if decoder.rearranges(device, dtype):

@@ -234,6 +234,25 @@ def test_batch_is_refilled_and_responses_are_told_once(monkeypatch):
     assert len(sizes) < 1.4 * steps / 4, "freed slots are taken"
 
 
+def test_prompts_enter_together(monkeypatch):
+    entered, prefill = [], decoder.Decoder.prefill
+
+    def counted(self, prompts):
+        entered.append(len(prompts))
+        return prefill(self, prompts)
+
+    monkeypatch.setattr(decoder.Decoder, "prefill", counted)
+    model, prompts = build(GPT2, torch.float32, scale=1.0), prompts_of(*range(1, 61))
+    settings = SamplingParams(max_new_tokens=60, eos_token_ids=tuple(range(0, 211, 10)))
+    together = sample(model, prompts, settings, list(range(60)), batch_size=16)
+    assert sum(entered) == 60
+    assert min(entered[:-1]) >= 2, "an eighth of the slots"
+    assert sample(model, prompts, settings, list(range(60)), batch_size=3) == together
+    del entered[:]
+    sample(model, prompts[:9], SamplingParams(max_new_tokens=1), [0] * 9, batch_size=4)
+    assert entered == [4, 4, 1], "nothing runs"
+
+
 def test_positions_limit_responses():
     model = build(GPT2, n_positions=32)
     prompts = prompts_of(30, 20)

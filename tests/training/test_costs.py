@@ -112,3 +112,6 @@ def test_memory_of_generation_is_what_it_takes(monkeypatch, config, teacher):
     assert parts == {name: number for name, number in expected.items() if number}
     in_16_bits = dict(costs.generation_memory(generators, 2, 45, torch.bfloat16, CPU))
     assert in_16_bits == {"keys and values of 2 sequences": cached // 2}
+    on_gpu = dict(costs.generation_memory(generators, 2, 45, torch.bfloat16, torch.device("cuda")))
+    copies = 2 * generators[0][0].projections
+    assert on_gpu == {"keys and values of 2 sequences": cached // 2 * 256 // 45, "16-bit copies of weights": copies}
