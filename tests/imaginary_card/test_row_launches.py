@@ -3,7 +3,6 @@
 import json
 import os
 import pathlib
-import subprocess
 import sys
 
 import card
@@ -14,10 +13,7 @@ import pytest
 @pytest.mark.parametrize("sm", [80, 90, 100])
 def test_no_launch_is_refused(sm):
     script = pathlib.Path(__file__).with_name("row_launches.py")
-    environment = {**os.environ, "CARD_SM": str(sm)}
-    process = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
-    assert process.returncode == 0, process.stderr[-3000:]
-    assert json.loads(process.stdout) == {}
+    assert json.loads(card.run_child(sys.executable, str(script), CARD_SM=str(sm))) == {}
 
 
 def test_the_card_knows_the_kernels_shared_memory():

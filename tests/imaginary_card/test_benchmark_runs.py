@@ -3,28 +3,28 @@
 import json
 import os
 import pathlib
-import subprocess
 import sys
 
+import card
 import pytest
 
 HERE = pathlib.Path(__file__).parent
+REFUSED = pytest.mark.xfail(strict=True, reason="the benchmark's model is in float32, which attention refuses")
 
 
 @pytest.mark.parametrize(
     ("script", "options"),
     [
-        ("timing", ["--scale", "tiny", "--repeats", "1"]),
+        ("timing", ["--scale", "tiny", "--repeats", "1", "--methods", "GKD", "ABKD"]),
         ("kernels", ["--quick"]),
-        ("generation", ["--quick"]),
+        pytest.param("generation", ["--quick"], marks=REFUSED),
     ],
 )
 def test_benchmark(script, options, tmp_path):
-    command = [sys.executable, HERE.parents[1] / "benchmarks" / f"{script}.py", "--device", "cuda", *options]
     path = f"{HERE / 'children'}:{os.environ['PYTHONPATH']}"
-    environment = os.environ | {"CARD_EMULATE": "1", "PYTHONPATH": path}
-    process = subprocess.run([*command, "--out", tmp_path], env=environment, capture_output=True, text=True)
-    assert process.returncode == 0, process.stderr[-3000:]
+    program = str(HERE.parents[1] / "benchmarks" / f"{script}.py")
+    command = [sys.executable, program, "--device", "cuda", *options, "--out", str(tmp_path)]
+    card.run_child(*command, CARD_EMULATE="1", PYTHONPATH=path)
     report = json.loads((tmp_path / f"{script}.json").read_text())
     assert report["machine"]["gpu"].startswith("Imaginary")
     assert report["sections"]
