@@ -143,7 +143,8 @@ def test_policy_gradient_equals_the_cpus():
     advantages, log_probs = torch.randn(300, generator=generator), -8.5 + torch.randn(300, generator=generator)
     results = []
     for device in ("cpu", "cuda"):
-        hidden, weight, *teacher = (x.to(device, copy=True) for x in states)  # leaves of their own
+        # Copies, because x.to("cpu") is x: the second turn would find leaves of the first.
+        hidden, weight, *teacher = (x.to(device, copy=True) for x in states)
         leaves = hidden.requires_grad_(), weight.requires_grad_()
         numbers = labels, advantages.to(device), log_probs.to(device), 0.2
         total, divergences, ratios = fused_linear_policy_gradient(*leaves, *teacher, *numbers)
