@@ -69,6 +69,14 @@ def run_row_kernels(yes: bool) -> None:
     SHIM.card_run_row_kernels(_row_kernel() if yes else None)
 
 
+def run_child(*command: str, **environment: str) -> str:
+    """Runs a program on the card. Returns its standard output."""
+    variables = {**os.environ, **environment}
+    process = subprocess.run(command, env=variables, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr[-3000:]
+    return process.stdout
+
+
 # ---- who waits for the device
 
 waits: collections.Counter[str] = collections.Counter()

@@ -165,6 +165,8 @@ for _name, _function in (("capture_begin", _capture_begin), ("capture_end", _cap
 
 
 def _text(tensor: Tensor, *args: Any, _real: Callable = torch._tensor_str._str, **kwargs: Any) -> str:
+    if type(tensor) not in (Tensor, torch.nn.Parameter):  # the compiler's have no memory
+        return _real(tensor, *args, **kwargs)
     with _disable_current_modes():  # printing computes outside of all modes
         return _real(alias(tensor.detach()).clone(), *args, **kwargs)
 

@@ -1,7 +1,18 @@
-"""A plugin of pytest: tests that need a GPU run on the card, with true numbers."""
+"""A plugin of pytest. Tests that need a GPU run on the card. `-m "card or gpu"` selects them and the tests here."""
+
+import pathlib
 
 import pytest
 from emulate import Emulate
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "card: uses the imaginary card by itself")
+
+
+def pytest_itemcollected(item):
+    if item.path.parent == pathlib.Path(__file__).parent:
+        item.add_marker("card")
 
 
 @pytest.fixture(autouse=True)

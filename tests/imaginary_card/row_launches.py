@@ -28,7 +28,7 @@ def vocabularies(itemsize: int, limit: int) -> set[int]:
 
 def calls(rows: Rows) -> dict[str, object]:
     """Every kind of call; the first two keep rows in shared memory."""
-    student, teacher, labels, spec = rows
+    student, teacher = rows.student, rows.teacher
     statistics = student.new_zeros(len(student), row_ops.STATISTICS, dtype=torch.float64)
     upstream = torch.ones(len(student), device=student.device)
     kinds = {

@@ -37,7 +37,7 @@ class Steps:
 
     losses: list[Tensor] = dataclasses.field(default_factory=list)
     norms: list[Tensor] = dataclasses.field(default_factory=list)
-    waits: dict[str, int] = dataclasses.field(default_factory=dict)
+    waits: list[dict[str, int]] = dataclasses.field(default_factory=list)
     launches: list[int] = dataclasses.field(default_factory=list)
     products: set[str] = dataclasses.field(default_factory=set)
     copies: set[str] = dataclasses.field(default_factory=set)
@@ -76,8 +76,7 @@ def recorded(emulate: Emulate | None = None) -> Iterator[Steps]:
         if emulate:
             emulate.observers.clear()
         steps.launches.append(card.count_launches() - first)
-        for place, count in (card.waits - before).items():
-            steps.waits[place] = steps.waits.get(place, 0) + count
+        steps.waits.append(dict(card.waits - before))
         steps.losses.append(result[0].detach().clone())
         steps.norms.append(result[1].detach().clone())
         return result

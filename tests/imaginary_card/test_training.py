@@ -79,7 +79,7 @@ def test_numbers_are_the_cpus(steps, request):
 
 
 def test_steps_do_not_wait(steps):
-    assert steps[1].waits == {}
+    assert steps[1].waits == [{}, {}, {}]
 
 
 def test_products_read_aligned_rows_of_16_bits(steps):
