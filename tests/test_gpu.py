@@ -23,6 +23,9 @@ pytestmark = [
 # As on the CPU (see row_kernels.py). The exponential has an error of 2 ulp in place of 1.5.
 FLOAT32 = 3e-5
 FLOAT32_UNWEIGHTED = 4 * FLOAT32
+# Where results have 16 bits, one pass may do: csrc/cuda/online.cuh promises this for losses, and for gradients besides
+# their rounding.
+ONE_PASS_LOSS, ONE_PASS_GRADIENT = 1e-3, 1e-4
 
 
 def assert_close_to_oracle(student, teacher, alpha, beta, labels=None, **numbers):
@@ -33,12 +36,15 @@ def assert_close_to_oracle(student, teacher, alpha, beta, labels=None, **numbers
     spec = LossSpec(AlphaBeta(alpha, beta), **numbers)
     losses = row_ops.row_losses(Rows(student, teacher, labels_there, spec), gradient=gradient)
     kept = slice(None) if labels is None else labels != -100
-    bound = FLOAT32_UNWEIGHTED if abs(alpha + beta) < 0.1 else FLOAT32
+    bound = of_gradient = FLOAT32_UNWEIGHTED if abs(alpha + beta) < 0.1 else FLOAT32
+    storage = 0
+    if student.dtype != torch.float32:
+        bound, of_gradient = ONE_PASS_LOSS, ONE_PASS_GRADIENT
+        storage = torch.finfo(student.dtype).eps / 2
     assert oracle.relative_errors(losses.cpu()[kept], expected[0][kept]).max() < bound
-    storage = 0 if student.dtype == torch.float32 else torch.finfo(student.dtype).eps / 2
     tiny = torch.finfo(student.dtype).smallest_normal * torch.finfo(student.dtype).eps * student.shape[1] ** 0.5
     error = (gradient.cpu().double() - expected[1]).norm(dim=1)
-    assert (error <= (bound + storage) * expected[1].norm(dim=1) + tiny).all()
+    assert (error <= (of_gradient + storage) * expected[1].norm(dim=1) + tiny).all()
     return losses, gradient
 
 
@@ -80,7 +86,11 @@ def test_gradients_from_statistics(spelling, dtype):
     expected, gradient = torch.empty_like(student), torch.empty_like(student)
     row_ops.row_losses(rows, gradient=expected, statistics=statistics, upstream=upstream)
     row_ops.row_gradients(rows, statistics, upstream, gradient)
-    assert torch.equal(gradient, expected)
+    if dtype == torch.float32:
+        assert torch.equal(gradient, expected)
+    else:  # one of the two may come from one pass
+        error = (gradient.double() - expected.double()).norm(dim=1)
+        assert (error <= torch.finfo(dtype).eps * expected.double().norm(dim=1)).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

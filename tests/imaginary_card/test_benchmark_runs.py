@@ -9,7 +9,6 @@ import card
 import pytest
 
 HERE = pathlib.Path(__file__).parent
-REFUSED = pytest.mark.xfail(strict=True, reason="the benchmark's model is in float32, which attention refuses")
 
 
 @pytest.mark.parametrize(
@@ -17,7 +16,7 @@ REFUSED = pytest.mark.xfail(strict=True, reason="the benchmark's model is in flo
     [
         ("timing", ["--scale", "tiny", "--repeats", "1", "--methods", "GKD", "ABKD"]),
         ("kernels", ["--quick"]),
-        pytest.param("generation", ["--quick"], marks=REFUSED),
+        ("generation", ["--quick"]),
     ],
 )
 def test_benchmark(script, options, tmp_path):

@@ -9,7 +9,6 @@ import card
 import pytest
 
 
-@pytest.mark.xfail(strict=True, reason="the room for rows is computed without the kernel's own shared memory")
 @pytest.mark.parametrize("sm", [80, 90, 100])
 def test_no_launch_is_refused(sm):
     script = pathlib.Path(__file__).with_name("row_launches.py")
