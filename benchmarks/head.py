@@ -58,9 +58,9 @@ class Design:
         return self.with_teacher if case.teacher else self.without_teacher
 
 
-# Alpha-beta and cross-entropy for sm_90. AFTER is what `python tests/csrc/machine_code.py` prints, the shortest way: one
-# pass and the gradient of 16 bits; both passes of the cross-entropy. BEFORE is what it printed for the kernel of commit
-# 454c8fc, which wrote a gradient of 32 bits after three passes.
+# Alpha-beta and cross-entropy for sm_90. AFTER is what `python tests/csrc/machine_code.py` prints, the shortest way:
+# one pass and the gradient of 16 bits; both passes of the cross-entropy. BEFORE is what it printed for the kernel of
+# commit 454c8fc, which wrote a gradient of 32 bits after three passes.
 BEFORE = Design("before", 4, True, GIB, True, (41.0, 103.8, 62.5), (17.0, 23.5))
 AFTER = Design("after", 2, False, 4 * GIB, False, (31.9, 25.0), (21.5, 27.0))
 

@@ -3,7 +3,7 @@
 A loop over packs is an innermost loop that loads 16 bytes at a time from device memory, and makes exponentials. It has
 two counts: the shortest way around with a load of each row, and all its instructions. Where threads differ, a warp
 takes both sides of a branch, so a GPU's time may be above the first. What serves other types of logits, labels or caps
-is jumped over by all. Counts are per logit, that is per token of the vocabulary, whether the loop reads one row or both.
+is jumped over by all. Counts are per logit, that is per token of the vocabulary, for loops over one row or both.
 """
 
 import importlib.util
@@ -138,7 +138,7 @@ class Program:
         return [loop for loop in loops if not any(loop.body > other.body for other in loops)]
 
     def shortest_way(self, loop: Loop, loads: int) -> list[Instruction]:
-        """Around the loop, with `loads` loads of 16 bytes from device memory and an exponential, if there is such a way.
+        """Around the loop, with so many loads of 16 bytes from device memory and an exponential, or empty.
 
         A turn that loads nothing is the last one, and one that computes nothing the first.
         """
