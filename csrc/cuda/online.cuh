@@ -178,7 +178,14 @@ struct OnePass<AlphaNet<float>> {
   }
 
   __device__ __forceinline__ float slope(const Measured& measured, float a, float b, float q) const {
-    return (measured.state[0] == 0.0f ? first : second).slope(a, b, q);
+    // Chosen number by number: a choice between the structs would put them into local memory.
+    const bool left = measured.state[0] == 0.0f;
+    AlphaBetaTerm term = first;
+    term.alpha = left ? first.alpha : second.alpha;
+    term.beta = left ? first.beta : second.beta;
+    term.inverse_alpha = left ? first.inverse_alpha : second.inverse_alpha;
+    term.of_q = left ? first.of_q : second.of_q;
+    return term.slope(a, b, q);
   }
 };
 

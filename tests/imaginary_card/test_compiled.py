@@ -1,7 +1,6 @@
 """Compiled layers: Inductor and Triton compile them for the card. Their kernels are launched, and compute nothing."""
 
 import card
-import torch
 from small_runs import GROUPED, recorded, sections
 from torch._dynamo.utils import counters
 
