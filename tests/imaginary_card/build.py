@@ -83,9 +83,9 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     rows = build_rows(folder)
     build_shim(folder)
-    read_resources(folder)
     if rows.wait():
         raise SystemExit("the row kernels were not compiled for the host")
+    read_resources(folder)  # last: `run` takes its age for the card's
 
 
 if __name__ == "__main__":

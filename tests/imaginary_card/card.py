@@ -5,7 +5,6 @@ import contextlib
 import ctypes
 import functools
 import os
-import re
 import subprocess
 import traceback
 from collections.abc import Iterator
@@ -48,14 +47,6 @@ def count_launches() -> int:
 def launches(first: int = 0) -> list[Launch]:
     """The launches from number `first`. The newest 65,536 are kept."""
     return [SHIM.card_launch_at(i).contents for i in range(first, count_launches())]
-
-
-@functools.cache
-def readable(name: bytes) -> str:
-    """The kernel's own words in a mangled name."""
-    text = subprocess.run(["c++filt", name.decode()], capture_output=True, text=True).stdout.strip()
-    words = re.findall(r"(\w*(?:kernel|Kernel|Functor|functor|Ops)\w*)", text)
-    return " ".join(dict.fromkeys(words))[:110] or text[:110]
 
 
 @functools.cache

@@ -5,7 +5,6 @@ PyTorch's CUDA operators run as on a GPU: dispatch, shapes, allocations, launche
 device code when they are launched. Captured graphs replay what was called during their capture.
 """
 
-import collections
 import ctypes
 import functools
 from collections.abc import Callable
@@ -65,14 +64,13 @@ def _has_mask(func: Any, args: tuple) -> bool:
 class Emulate(TorchDispatchMode):
     """A context in which CUDA tensors have true numbers. Memory that nothing has written is NaN.
 
-    `calls` are the names of all operators on CUDA tensors, and their counts; also of those inside custom operators.
-    `observers` are called with each such operator, its arguments and its result, before it computes.
+    `observers` are called with each operator on CUDA tensors, also inside custom operators, and with its arguments and
+    its result, before it computes.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.depth = 0
-        self.calls: collections.Counter[str] = collections.Counter()
         self.observers: list[Callable[[Any, tuple, dict, Any], None]] = []
 
     def __enter__(self) -> "Emulate":  # again, too, within an operator
@@ -96,7 +94,6 @@ class Emulate(TorchDispatchMode):
         on_card = any(x.is_cuda for x in tensors((args, kwargs))) or str(kwargs.get("device", "")).startswith("cuda")
         if not on_card or func.is_view or name in SAME:
             return func(*args, **kwargs)
-        self.calls[str(func)] += 1
         if func in DATA_DEPENDENT or _has_mask(func, args) or name == "aten::isin":
             return self._on_cpu_alone(func, args, kwargs)
         result = func(*args, **kwargs)

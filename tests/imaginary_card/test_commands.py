@@ -41,7 +41,7 @@ def test_everything_is_the_cpus(tmp_path):
     assert len(ours) == len(theirs)
     for mine, other in zip(ours, theirs, strict=True):
         numbers = [key for key in other if "loss" in key or key == "grad_norm"]
-        assert {key: mine[key] for key in numbers} == pytest.approx({key: other[key] for key in numbers}, rel=2e-3)
+        assert {key: mine[key] for key in numbers} == pytest.approx({key: other[key] for key in numbers}, rel=4e-3)
         assert mine.get("step") == other.get("step")
     assert sum(mine == other for mine, other in zip(our_texts, their_texts, strict=True)) >= 4
     assert our_score == pytest.approx(their_score, abs=5)

@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from abkd_fast.data import quickstart
 from runs import RECIPE, Run
 
-TOLERANCE = 2e-3  # relative, of losses and gradient norms: bfloat16 rounds to 2^-9
+TOLERANCE = 4e-3  # relative, of losses and gradient norms: 2^-8, the distance of two numbers in bfloat16
 RUNS = {
     "sft": (LLAMA, {}),
     "ab": (GROUPED, {}),
