@@ -85,7 +85,7 @@ def extensions() -> tuple[list, type]:
         gencode.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
         module = CUDAExtension(
             "abkd_fast.losses._cuda",
-            ["csrc/cuda/bindings.cpp", "csrc/cuda/rows.cu"],
+            ["csrc/cuda/bindings.cpp", "csrc/cuda/rows.cu", "csrc/cuda/scale.cu"],
             extra_compile_args={"cxx": OPTIMIZE + STABLE_ABI, "nvcc": ["-O3", "-std=c++20", *gencode]},
             py_limited_api=True,
         )

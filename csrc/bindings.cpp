@@ -44,6 +44,7 @@ STABLE_TORCH_LIBRARY(abkd_fast, library) {
   library.def(
       "row_sums(Tensor student, Tensor teacher, int family, float[] parameters, float temperature, "
       "float[] maps, Tensor(a!) statistics) -> Tensor");
+  library.def("scale_known_later_(Tensor(a!) values, Tensor factor) -> ()");  // on CUDA tensors only
 }
 
 STABLE_TORCH_LIBRARY_IMPL(abkd_fast, CPU, library) { abkd::RowOps<launch_on_threads>::implement(library); }

@@ -48,8 +48,8 @@ def _fused_linear(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The sum of the losses, the losses [N], and its gradients by hidden states, projection and bias.
 
-    The gradients that `need` doesn't ask for have no elements. With `upstream` [N] they are those of the sum of
-    upstream times losses. They are float32 (float64 for float64 hidden states). `divergence` is empty for the
+    The gradients that `need` doesn't ask for have no elements. With `upstream` [N] the sum is that of upstream times
+    losses. They are float32 (float64 for float64 hidden states). `divergence` is empty for the
     cross-entropy alone. `maps` are those of `LossSpec`. `group`, `first` and `widest` are a `Shard`; `group` is empty
     if the projections are whole.
     """
@@ -65,7 +65,7 @@ def _fused_linear(
         if spec.divergence.per == "batch":
             losses, statistics = _measure_branches(chunks, losses, shard)
             if not any(need):
-                return losses.sum(), losses, *gradients
+                return losses.sum() if upstream is None else (losses * upstream).sum(), losses, *gradients
         for index, rows in chunks:
             gradient = chunks.gradient_of(rows) if any(need) else None
             factors = None if upstream is None else upstream[index].contiguous()
@@ -82,7 +82,7 @@ def _fused_linear(
                 gradients.add(index, gradient)
         if shard is not None and need[0]:
             shard.sum(gradients.hidden)
-    return losses.sum(), losses, *gradients
+    return losses.sum() if upstream is None else (losses * upstream).sum(), losses, *gradients
 
 
 @_fused_linear.register_fake
@@ -170,6 +170,7 @@ def _loss(
     labels: Tensor | None,
     spec: LossSpec,
     reduction: str,
+    scale: float,
     chunk_tokens: int | None,
     logits_dtype: torch.dtype | None,
     shard: Shard | None,
@@ -187,9 +188,16 @@ def _loss(
     tensors = (*student, *(teacher or (None, None, None)), labels)
     need = need_gradients(student)
     if reduction == "none":
-        return _LossPerRow.apply(need, numbers, *tensors)
-    total, losses, *_ = _fused_linear(*tensors, *numbers, need, None)
-    return total if reduction == "sum" else total / count_kept(labels, losses)
+        losses = _LossPerRow.apply(need, numbers, *tensors)
+        return losses if scale == 1 else losses * scale
+    factor = None
+    if reduction == "mean":
+        factor = scale / count_kept(labels, student.hidden)
+    elif scale != 1:
+        factor = torch.full((), scale, dtype=accumulate, device=student.hidden.device)
+    # In the gradient of the logits the factor costs nothing. Later it would cost a pass over the projection's gradient.
+    upstream = None if factor is None else factor.expand(len(student.hidden)).contiguous()
+    return _fused_linear(*tensors, *numbers, need, upstream)[0]
 
 
 def fused_linear_divergence(
@@ -209,6 +217,7 @@ def fused_linear_divergence(
     temperature: float = 1.0,
     hard_weight: float = 0.0,
     reduction: str = "mean",
+    scale: float = 1.0,
     chunk_tokens: int | None = None,
     logits_dtype: torch.dtype | None = None,
     group: dist.ProcessGroup | None = None,
@@ -225,6 +234,7 @@ def fused_linear_divergence(
             logits_scaling).
         student_softcap, teacher_softcap: c in logits = c tanh(logits / c) (Gemma's final_logit_softcapping), after the
             factor. None is no softcap.
+        scale: multiplies the loss, at no cost.
         chunk_tokens: rows of logits held at once. None chooses from the vocabulary, the type and the device.
         logits_dtype: the type of a chunk's logits. None is float32 (float64 for float64 hidden states). torch.bfloat16
             saves memory traffic on a GPU and costs digits: about 5e-3 of the gradient. The gradient of the logits has
@@ -257,7 +267,7 @@ def fused_linear_divergence(
     student, teacher, shard = pair_heads(*local_parts(student, teacher, group))
     maps = LogitMap(student_logit_scale, student_softcap or 0.0), LogitMap(teacher_logit_scale, teacher_softcap or 0.0)
     spec = LossSpec(divergence, temperature, hard_weight, *maps)
-    return _loss(student, teacher, labels, spec, reduction, chunk_tokens, logits_dtype, shard)
+    return _loss(student, teacher, labels, spec, reduction, scale, chunk_tokens, logits_dtype, shard)
 
 
 def fused_linear_cross_entropy(
@@ -269,6 +279,7 @@ def fused_linear_cross_entropy(
     student_logit_scale: float = 1.0,
     student_softcap: float | None = None,
     reduction: str = "mean",
+    scale: float = 1.0,
     chunk_tokens: int | None = None,
     logits_dtype: torch.dtype | None = None,
     group: dist.ProcessGroup | None = None,
@@ -282,4 +293,4 @@ def fused_linear_cross_entropy(
     shard = None if group is None else divide_vocabulary(student_hidden, *sizes, group)[1]
     check_head("student", student)  # after the exchange, so that no rank waits for one that raises
     spec = LossSpec(CrossEntropy(), 1.0, 1.0, LogitMap(student_logit_scale, student_softcap or 0.0))
-    return _loss(student, None, labels, spec, reduction, chunk_tokens, logits_dtype, shard)
+    return _loss(student, None, labels, spec, reduction, scale, chunk_tokens, logits_dtype, shard)

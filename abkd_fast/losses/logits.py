@@ -28,7 +28,7 @@ def _divergence(
             row_ops.row_gradients(rows, statistics, torch.ones_like(losses) if factors is None else factors, gradient)
     else:
         losses = row_ops.row_losses(rows, gradient, upstream=factors)
-    total = losses.sum() if factors is None else losses @ factors
+    total = losses.sum() if factors is None else (losses * factors).sum()
     return total, losses, student.new_empty(0) if gradient is None else gradient
 
 

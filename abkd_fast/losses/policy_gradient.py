@@ -14,13 +14,18 @@ REVERSE_KL = LossSpec(ReverseKL())
 
 
 def policy_rows(
-    rows: Rows, advantages: Tensor, log_probs: Tensor, clip_ratio: float, gradient: Tensor | None = None
+    rows: Rows,
+    advantages: Tensor,
+    log_probs: Tensor,
+    clip_ratio: float,
+    gradient: Tensor | None = None,
+    scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """KL(q, p) [N] of rows with the spec `REVERSE_KL`, and the ratios r = q(label) / e^log_probs [N].
 
     Both have the type of the losses, as advantages and log_probs [N] must. `gradient` [N, V], which may be
-    `rows.student`, receives the derivative of each row's KL(q, p) + `clipped_surrogate` by the student's logits. Every
-    label is a token. No autograd.
+    `rows.student`, receives `scale` times the derivative of each row's KL(q, p) + `clipped_surrogate` by the student's
+    logits. Every label is a token. No autograd.
     """
     labels = rows.labels[:, None]
     divergences, statistics = measure_rows(rows)
@@ -31,8 +36,8 @@ def policy_rows(
         # term.
         weights = torch.where(is_clipped(ratios, advantages, clip_ratio), 0.0, advantages * ratios)
         statistics[:, SLOPE] -= weights
-        row_gradients(rows, statistics, torch.ones_like(divergences), gradient)
-        gradient.scatter_add_(1, labels, -weights[:, None].to(gradient.dtype))
+        row_gradients(rows, statistics, torch.full_like(divergences, scale), gradient)
+        gradient.scatter_add_(1, labels, (-scale * weights)[:, None].to(gradient.dtype))
     return divergences, ratios
 
 
@@ -60,6 +65,7 @@ class _PolicyGradient(torch.autograd.Function):
         advantages: Tensor,
         log_probs: Tensor,
         clip_ratio: float,
+        scale: float,
         teacher: LinearHead,
         *student: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -73,17 +79,18 @@ class _PolicyGradient(torch.autograd.Function):
             for index, rows in chunks:
                 gradient = chunks.gradient_of(rows) if any(need) else None
                 policy = advantages[index], log_probs[index], clip_ratio
-                divergences[index], ratios[index] = policy_rows(rows, *policy, gradient)
+                divergences[index], ratios[index] = policy_rows(rows, *policy, gradient, scale)
                 if gradient is not None:
                     gradients.add(index, gradient)
         ctx.need, ctx.dtypes = need, [None if x is None else x.dtype for x in student]
         ctx.save_for_backward(*gradients)
         ctx.mark_non_differentiable(divergences, ratios)
-        return (divergences + clipped_surrogate(ratios, advantages, clip_ratio)).sum(), divergences, ratios
+        total = (divergences + clipped_surrogate(ratios, advantages, clip_ratio)).sum()
+        return scale * total, divergences, ratios
 
     @staticmethod
     def backward(ctx, upstream: Tensor, *_: Tensor) -> tuple:  # noqa: ANN001
-        return *[None] * 6, *saved_gradients(ctx, upstream)
+        return *[None] * 7, *saved_gradients(ctx, upstream)
 
 
 def fused_linear_policy_gradient(
@@ -98,6 +105,7 @@ def fused_linear_policy_gradient(
     *,
     student_bias: Tensor | None = None,
     teacher_bias: Tensor | None = None,
+    scale: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The sum over tokens of KL(q, p) + max(-A r, -A clip(r, 1 - clip_ratio, 1 + clip_ratio)), r = q(label) / b(label).
 
@@ -109,6 +117,7 @@ def fused_linear_policy_gradient(
             `fused_linear_divergence`.
         labels: [N], the tokens that the policy b chose; rows with -100 don't count. Labels may stay on the CPU.
         advantages: [N], A. log_probs: [N], log b(label). Both on the student's device.
+        scale: multiplies the sum, at no cost.
 
     Returns: the sum, differentiable by student_hidden, student_weight and student_bias; then KL(q, p) [N] and r [N],
         which have no gradients. All are float32 (float64 for float64 hidden states).
@@ -125,4 +134,5 @@ def fused_linear_policy_gradient(
     for name, values in (("advantages", advantages), ("log_probs", log_probs)):
         if values.shape != labels.shape:
             raise ValueError(f"{name} have shape {list(values.shape)}, expected [{len(labels)}], one for each label")
-    return _PolicyGradient.apply(need_gradients(student), labels, advantages, log_probs, clip_ratio, teacher, *student)
+    need = need_gradients(student)
+    return _PolicyGradient.apply(need, labels, advantages, log_probs, clip_ratio, scale, teacher, *student)

@@ -165,9 +165,14 @@ def new_large(like: Tensor, *shape: int, dtype: torch.dtype) -> Tensor:
 
 @torch.library.custom_op("abkd_fast::scale_", mutates_args=("gradient",))
 def _scale_(gradient: Tensor, upstream: Tensor) -> None:
-    """gradient *= upstream. Does nothing if `upstream` is known to be 1."""
-    known = upstream.device.type == "cpu" and upstream.dim() == 0
-    if not (known and upstream.item() == 1.0):
+    """gradient *= upstream. If `upstream` is the number 1, nothing is moved: `loss.backward()` begins with it."""
+    is_number = upstream.dim() == 0
+    if is_number and upstream.device.type == "cpu" and upstream.item() == 1.0:
+        return
+    both = (gradient.dtype, upstream.dtype) == (torch.float32, torch.float32)
+    if is_number and both and gradient.is_cuda and gradient.is_contiguous() and _compiled(gradient):
+        torch.ops.abkd_fast.scale_known_later_(gradient, upstream)
+    else:
         gradient.mul_(upstream)
 
 

@@ -10,10 +10,9 @@ from .rollouts import Rollouts
 
 
 def cross_entropy(student: LinearHead, batch: Batch, teacher: LinearHead | None = None) -> Tensor:
-    """The cross-entropy of a batch's labels, summed. The teacher plays no part."""
-    return fused_linear_cross_entropy(
-        student.hidden, student.weight, batch.labels, student_bias=student.bias, reduction="sum"
-    )
+    """The cross-entropy of a batch's labels, summed, times its scale. The teacher plays no part."""
+    options = {"student_bias": student.bias, "reduction": "sum", "scale": batch.loss_scale}
+    return fused_linear_cross_entropy(student.hidden, student.weight, batch.labels, **options)
 
 
 class Method:
@@ -27,7 +26,7 @@ class Method:
         """Raises ConfigError for settings that don't fit the method."""
 
     def loss(self, student: LinearHead, batch: Batch, teacher: LinearHead | None) -> Tensor:
-        """The loss of the response tokens, summed over the batch: a scalar.
+        """The loss of the response tokens, summed over the batch, times its `loss_scale`: a scalar.
 
         Args:
             student: the N hidden states of the batch that predict a response token, and the output projection.

@@ -31,4 +31,5 @@ class WordLevelKD(Method):
             temperature=self.temperature,
             hard_weight=self.hard_weight,
             reduction="sum",
+            scale=batch.loss_scale,
         )

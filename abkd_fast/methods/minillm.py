@@ -135,6 +135,7 @@ class MiniLLM(OnPolicyMethod):
             self.settings.clip_ratio,
             student_bias=student.bias,
             teacher_bias=teacher.bias,
+            scale=batch.loss_scale,
         )
         clipped = is_clipped(ratios, advantages, self.settings.clip_ratio)
         counted = torch.stack([divergences, clipped, torch.ones_like(ratios)]).sum(1, dtype=torch.float64)
@@ -154,6 +155,7 @@ class MiniLLM(OnPolicyMethod):
             teacher_bias=teacher.bias,
             hard_weight=1 - self.settings.text_kd,
             reduction="sum",
+            scale=batch.loss_scale,
         )
 
     def metrics(self) -> dict[str, float]:

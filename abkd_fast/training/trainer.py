@@ -229,13 +229,13 @@ class Trainer:
 
         num_labels: of the whole step on all ranks. The mean is over these.
         """
-        part = part.to(self.device)
+        part = dataclasses.replace(part.to(self.device), loss_scale=weight / max(1, num_labels))
         with self.precision():
             loss_of = self.method.pretrain_loss if part.is_pretrain else self.method.loss
             loss_of = functools.partial(loss_of, batch=part, teacher=self._teacher_head(part))
-            loss = self.replica(part, loss_of) / num_labels
-        (weight * loss).backward()
-        return loss.detach()
+            loss = self.replica(part, loss_of)
+        loss.backward()
+        return loss.detach() / weight
 
     def _teacher_head(self, part: Batch) -> LinearHead | None:
         """The teacher's hidden states for a micro-batch, where the method needs them."""

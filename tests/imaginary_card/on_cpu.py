@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import abkd_fast.losses.row_ops  # noqa: F401 - defines the operators
+
 aten = torch.ops.aten
 
 
@@ -123,6 +125,7 @@ def _efficient_backward(
 
 
 ON_CPU: dict[Any, Callable] = {
+    torch.ops.abkd_fast.scale_known_later_.default: torch.Tensor.mul_,
     aten.mm.dtype_out: _mm,
     aten.addmm.dtype_out: _addmm,
     aten._flash_attention_forward.default: _packed_forward,
