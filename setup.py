@@ -1,6 +1,7 @@
 """Builds the extension: CPU kernels always, CUDA kernels when torch is a CUDA build and there is an nvcc for it.
 
-Environment: ABKD_CUDA=auto|0|1, ABKD_CUDA_ARCHS="80;90;100" (compute capabilities), MAX_JOBS, CXX.
+Environment: ABKD_CUDA=auto|0|1, ABKD_CUDA_ARCHS="80;90;100" (compute capabilities), ABKD_CUDA_THREADS (of a block of
+the row kernel), MAX_JOBS, CXX.
 """
 
 import os
@@ -83,6 +84,8 @@ def extensions() -> tuple[list, type]:
     if cuda_home:
         gencode = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
         gencode.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
+        threads = os.environ.get("ABKD_CUDA_THREADS")
+        gencode += [f"-DABKD_THREADS={threads}"] if threads else []
         module = CUDAExtension(
             "abkd_fast.losses._cuda",
             ["csrc/cuda/bindings.cpp", "csrc/cuda/rows.cu", "csrc/cuda/scale.cu"],

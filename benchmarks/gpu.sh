@@ -40,6 +40,17 @@ build() {
   "$python" -m abkd_fast.info
 }
 
+# The row kernel with blocks of 768 threads, from a copy of the sources.
+threads() {
+  set -euo pipefail
+  local folder=$report/threads/source
+  mkdir -p "$folder"
+  cp -r csrc abkd_fast setup.py build_backend.py pyproject.toml "$folder"
+  rm -f "$folder"/abkd_fast/losses/*.so
+  (cd "$folder" && ABKD_CUDA=1 ABKD_CUDA_THREADS=768 "$python" setup.py -q build_ext --inplace)
+  PYTHONPATH=$folder "$python" benchmarks/kernels.py --only rows "$@" --out "$report/threads"
+}
+
 is_wanted() {
   [[ -z $wanted || $wanted == *" $1 "* || $1 == build ]]
 }
@@ -113,7 +124,8 @@ card=$("$python" -c 'import torch; print("%d%d" % torch.cuda.get_device_capabili
 cd "$source"
 export python PYTHONPATH=$source${PYTHONPATH:+:$PYTHONPATH} ABKD_CUDA_ARCHS=${ABKD_CUDA_ARCHS:-$card}
 export is_built="import abkd_fast; assert {*'$ABKD_CUDA_ARCHS'.split(';')} <= {*abkd_fast.build_info()['cuda_archs']}"
-export -f build
+export -f build threads
+export report
 tests=("$python" -m pytest -o addopts= -q)
 commit=$(git describe --always --dirty 2>/dev/null || echo unknown)
 printf '# abkd_fast on %s\n\n' "$(nvidia-smi --query-gpu=name --format=csv,noheader | head -n 1)" >"$report/report.md"
@@ -134,11 +146,12 @@ part check 35 "${tests[@]}" -m gpu -k "$SMALLEST" tests/test_gpu.py || true
 kernels products 20
 kernels rows 20
 kernels fused 35
-train_steps steps 115 --methods ABKD --minutes 1
-train_steps methods 120 --methods KD AlphaNet GKD DISTILLM MiniLLM --minutes 1
-part generation 50 "$python" benchmarks/generation.py --only full ending "${sizes[@]}" --out "$report/generation" || true
+part threads 50 bash -c 'threads "$@"' threads "${sizes[@]}" || true
+train_steps steps 110 --methods ABKD --minutes 1
+train_steps methods 95 --methods KD AlphaNet GKD DISTILLM MiniLLM --minutes 1
+part generation 40 "$python" benchmarks/generation.py --only full ending "${sizes[@]}" --out "$report/generation" || true
 mapfile -t files < <(grep -rl --include='test_*.py' 'mark\.gpu' tests) # reading all tests takes longer than running these
-part tests 60 "${tests[@]}" -m gpu "${files[@]}" || true
+part tests 50 "${tests[@]}" -m gpu "${files[@]}" || true
 sanitize memcheck 35 || true
 sanitize racecheck 35 || true
 echo "== $failures failed; the report is $report/report.md"

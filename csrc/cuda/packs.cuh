@@ -17,6 +17,7 @@ namespace abkd::cuda {
 #define ABKD_THREADS 512
 #endif
 constexpr int kThreads = ABKD_THREADS;
+static_assert(kThreads % 32 == 0 && kThreads <= 1024, "ABKD_THREADS must be a multiple of 32, at most 1024");
 constexpr int kPack = 8;
 
 // The shared memory of a block beyond its fixed part: rows that stay there between the passes.

@@ -8,7 +8,7 @@ import subprocess
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[2]
-PARTS = ["build", "check", "products", "rows", "fused", "steps", "methods", "generation", "tests"]
+PARTS = ["build", "check", "products", "rows", "fused", "threads", "steps", "methods", "generation", "tests"]
 PARTS += ["memcheck", "racecheck"]
 PYTHON = """#!/bin/bash
 echo "$PIP_NO_INDEX|$PIP_FIND_LINKS|$*" >>calls
@@ -45,7 +45,15 @@ def write(path, text):
 @pytest.fixture
 def source(tmp_path):
     """A copy of what the script reads."""
-    for name in ("benchmarks/gpu.sh", "pyproject.toml", "setup.py", "csrc/row_call.h", "tests/test_gpu.py"):
+    for name in (
+        "benchmarks/gpu.sh",
+        "pyproject.toml",
+        "setup.py",
+        "build_backend.py",
+        "csrc/row_call.h",
+        "abkd_fast/info.py",
+        "tests/test_gpu.py",
+    ):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
     (tmp_path / "build").mkdir()
@@ -117,7 +125,7 @@ def test_every_benchmark_gets_options_that_it_knows(source):
     assert all("--minutes 1" in call and "--quick" not in call for call in timing)
     run(source, "--quick")
     assert sum("--scale tiny" in call for call in calls(source)) == 2
-    assert sum("--quick" in call for call in calls(source)) == 3  # and the one that is late
+    assert sum("--quick" in call for call in calls(source)) == 4  # and the one that is late
 
 
 def test_a_second_call_does_not_build_again(source):
