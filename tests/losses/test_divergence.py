@@ -29,7 +29,7 @@ from abkd_fast.losses.reference import STATE
 from oracle import ALPHA_BETA, FAMILIES, gpt2_like_logits, mild_logits, relative_errors
 from row_kernels import ALL, FLOAT32, FLOAT64, assert_close, by_reference, kernel
 
-ONE_OF_EACH_KERNEL = ["ab:0.2,0.7", "ab:0.5,-0.5", "wsd:0.3", "jsd:0.1", "bdkd", "akl", "alphanet", "tvd"]
+ONE_OF_EACH_KERNEL = ["ab:0.2,0.7", "hellinger", "ab:0.5,-0.5", "wsd:0.3", "jsd:0.1", "bdkd", "akl", "alphanet", "tvd"]
 
 
 def assert_close_to_oracle(student, teacher, divergence, **options):
