@@ -27,7 +27,8 @@ enum class Family : int64_t {
 };
 
 constexpr int64_t kIgnored = -100;
-constexpr int64_t kElsewhere = -1;  // another shard has the label; only for calls that make no losses
+constexpr int64_t kElsewhere = -1;   // another shard has the label; only for calls that make no losses
+constexpr double kUndecided = -1.0;  // as Statistics::state[0], only for divergences with a bound
 constexpr int kParameters = 3;
 
 // What a model does to the products of its output projection: x becomes cap tanh(scale x / cap), or scale x if cap is
@@ -50,14 +51,16 @@ struct Statistics {
   double student_lse, teacher_lse;  // log sum exp of logits / temperature
   double plain_lse;                 // log sum exp of the student's logits; only if hard_weight is not 0
   double slope;                     // sum of dD / d log q over the vocabulary
-  double state[2];                  // what the divergence decided for this row: two weights, or a branch
+  // What the divergence decided for this row: two weights; or whether its slopes are centered, and a branch.
+  double state[2];
 };
 
 // A call makes
 //   - the log-normalizers, if `normalizes` is true,
 //   - the losses, if `losses` is set,
 //   - the gradient, if `gradient` is set.
-// It writes to `statistics` what it makes, and reads from there what it needs and does not make. If the vocabulary is
+// It writes to `statistics` what it makes, and reads from there what it needs and does not make. A call that makes the
+// losses decides the state if it makes the normalizers too, or if the state is kUndecided. If the vocabulary is
 // spread over devices, each device makes three calls on its own columns, and the results are merged in between.
 struct Rows {
   int64_t count, vocab;

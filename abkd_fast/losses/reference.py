@@ -19,6 +19,7 @@ CHUNK_ELEMENTS = 1 << 24
 # z / temperature, y / temperature and z, the sum of slopes, and two numbers that the divergence decided for the row.
 STUDENT_LSE, TEACHER_LSE, PLAIN_LSE, SLOPE, STATE = range(5)
 STATISTICS = 6
+UNDECIDED = -1.0  # as the first of these two: the kernel decides. Only for divergences with a bound
 
 
 def row_losses(
@@ -143,8 +144,8 @@ def terms(
             pairs = [alpha_beta_terms(a, b, alpha, 1.0 - alpha) for alpha in divergence.parameters]
             if state is None:
                 second = pairs[0][0].sum(1) < pairs[1][0].sum(1)
-                state = torch.stack((second, torch.zeros_like(second)), 1).to(a.dtype)
-            first = state[:, :1] == 0
+                state = torch.stack((torch.zeros_like(second), second), 1).to(a.dtype)
+            first = state[:, 1:] == 0
             return *(torch.where(first, left, right) for left, right in zip(*pairs, strict=True)), state
         case Family.WEIGHTED_KL:
             return *kl_terms(a, b, *divergence.parameters), 0.0
@@ -162,11 +163,20 @@ def terms(
     raise ValueError(f"{divergence} compares no distributions")
 
 
+def is_bounded(divergence: Divergence) -> bool:
+    """Whether the divergence has a bound. The kernels may then center its slopes: see csrc/divergence/mixture.h."""
+    if divergence.family == Family.ALPHA_BETA:
+        return min(divergence.parameters) > 0 and sum(divergence.parameters) == 1
+    return divergence.family in (Family.MIXTURE, Family.TOTAL_VARIATION)
+
+
 def is_centered(a: Tensor, b: Tensor, divergence: Divergence) -> Tensor:
     """Whether the kernels center a row's slopes, if a = log p and b = log q are those of the student's likeliest token.
 
-    They do if its slope is closer to what it would be at p = 0 than to 0: see csrc/divergence/mixture.h.
+    They do if the divergence is bounded and this slope is closer to what it would be at p = 0 than to 0.
     """
+    if not is_bounded(divergence):
+        return torch.zeros_like(a, dtype=torch.bool)
     _, slope, _ = terms(a, b, divergence)
     _, without_teacher, _ = terms(torch.full_like(a, LOG_FLOOR), b, divergence)
     return 2 * slope > without_teacher

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import reference
 from .arguments import Rows, loss_dtype
-from .reference import PLAIN_LSE, STATE, STATISTICS
+from .reference import PLAIN_LSE, STATE, STATISTICS, UNDECIDED
 
 try:
     from . import _C
@@ -114,7 +114,7 @@ def row_sums(rows: Rows, statistics: Tensor) -> Tensor:
     """The divergence's terms, summed over the vocabulary: [N] in the type of the losses.
 
     `statistics` [N, 6] must have the log-normalizers, of these logits or of all shards, and what the divergence has
-    decided for each row. They receive the sum of slopes. No autograd.
+    decided for each row, or `UNDECIDED`. They receive the sum of slopes, and what was undecided. No autograd.
     """
     if not _compiled(rows.student):
         return reference.row_sums(rows, statistics)
@@ -134,6 +134,9 @@ def _measure_branches(rows: Rows) -> tuple[Tensor, Tensor]:
     """Both branches of AlphaNet, with the log-normalizers made once."""
     statistics = row_normalizers(rows).repeat(2, 1, 1)
     branches = [rows._replace(spec=rows.spec._replace(divergence=x)) for x in rows.spec.divergence.branches]
+    for branch, x in zip(branches, statistics, strict=True):
+        if reference.is_bounded(branch.spec.divergence):
+            x[:, STATE] = UNDECIDED
     losses = torch.stack([row_sums(branch, x) for branch, x in zip(branches, statistics, strict=True)])
     if rows.spec.hard_weight:
         losses = torch.lerp(losses, cross_entropies(rows, statistics[0]).to(losses.dtype), rows.spec.hard_weight)
@@ -151,7 +154,7 @@ def choose_branch(losses: Tensor, statistics: Tensor) -> tuple[Tensor, Tensor]:
     synchronization with the device. Rows that don't count have loss 0 in both branches."""
     branch = (losses[0].sum() < losses[1].sum()).long().view(1)
     chosen = statistics.index_select(0, branch)[0]
-    chosen[:, STATE] = branch
+    chosen[:, STATE + 1] = branch
     return losses.index_select(0, branch)[0], chosen
 
 

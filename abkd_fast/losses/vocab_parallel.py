@@ -7,6 +7,7 @@ projection stays on the rank; the gradient of the hidden states is added up over
 
 import itertools
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from . import reference
 from .arguments import LinearHead, Rows, loss_dtype, shared_vocabulary
-from .divergences import AlphaNet, Family
+from .divergences import AlphaNet, Divergence, Family
 from .reference import PLAIN_LSE, SLOPE, STATE
 from .row_ops import row_normalizers, row_sums
 
@@ -51,25 +52,25 @@ class Shard(NamedTuple):
         dtype = loss_dtype(student)
         if teacher is None:
             return (hard_weight * hard).to(dtype), statistics
+        branches = divergence.branches if isinstance(divergence, AlphaNet) else (divergence,)
+        statistics = statistics.repeat(len(branches), 1, 1)  # [branches, N, 6]
         if divergence.family in (Family.BALANCED_KL, Family.ADAPTIVE_KL):
             step = max(1, DECIDING_ELEMENTS // max(1, self.widest))
-            for z, y, part in zip(*(x.split(step) for x in (student, teacher, statistics)), strict=True):
+            for z, y, part in zip(*(x.split(step) for x in (student, teacher, statistics[0])), strict=True):
                 part[:, STATE:] = self._decide(Rows(z, y, None, rows.spec), part)
-        elif divergence.family in (Family.MIXTURE, Family.TOTAL_VARIATION):
-            statistics[:, STATE] = self._centered(rows, statistics)
-        branches = divergence.branches if isinstance(divergence, AlphaNet) else (divergence,)
+        elif any(map(reference.is_bounded, branches)):
+            statistics[..., STATE] = self._centered(rows, statistics[0], branches)
         sums = []
-        for branch in branches:
-            values = row_sums(rows._replace(spec=rows.spec._replace(divergence=branch)), statistics)
-            sums += values.to(statistics.dtype), statistics[:, SLOPE].clone()
+        for branch, part in zip(branches, statistics, strict=True):
+            values = row_sums(rows._replace(spec=rows.spec._replace(divergence=branch)), part)
+            sums += values.to(statistics.dtype), part[:, SLOPE]
         values, slopes = self.sum(torch.stack(sums)).unflatten(0, (-1, 2)).unbind(1)  # [branches, N] each
         losses = ((1 - hard_weight) * values + hard_weight * hard).to(dtype)
-        statistics = statistics.repeat(len(branches), 1, 1)  # [branches, N, 6]
         statistics[..., SLOPE] = slopes
         if divergence.per == "batch":
             return losses, statistics
         if isinstance(divergence, AlphaNet):
-            statistics[1, :, STATE] = 1
+            statistics[1, :, STATE + 1] = 1
             chosen = (values[0] < values[1]).long(), torch.arange(len(student), device=student.device)
             return losses[chosen], statistics[chosen]
         return losses[0], statistics[0]
@@ -101,17 +102,19 @@ class Shard(NamedTuple):
         head = self._head((-a).to(loss_dtype(rows.student)), *rows.spec.divergence.parameters)
         return reference.gap_weights(self.sum(reference.gaps(a, b, head)))
 
-    def _centered(self, rows: Rows, statistics: Tensor) -> Tensor:
-        """Whether the slopes of each row are centered, [N]: see `reference.is_centered`."""
-        own = statistics.new_full((len(statistics), 2), -math.inf)  # of this rank's likeliest token: log q, the answer
+    def _centered(self, rows: Rows, statistics: Tensor, branches: Sequence[Divergence]) -> Tensor:
+        """Whether the slopes of each row are centered, [branches, N]: see `reference.is_centered`."""
+        # log q of this rank's likeliest token, and the answers
+        own = statistics.new_full((1 + len(branches), len(statistics)), -math.inf)
         if rows.student.shape[1]:
             token = rows.student.argmax(1, keepdim=True)
             maps = rows.spec.student_map, rows.spec.teacher_map
             logits = (map(x.gather(1, token).double()) for x, map in zip(rows[:2], maps, strict=True))
             a, b = reference.log_probs(Rows(*logits, None, rows.spec), statistics)
-            own = torch.cat((b, reference.is_centered(a, b, rows.spec.divergence)), 1)
-        log_q, centered = _gather(own, self._group()).unbind(2)  # [ranks, N] each
-        return centered.gather(0, log_q.argmax(0, keepdim=True))[0]
+            own = torch.cat((b, *(reference.is_centered(a, b, branch) for branch in branches)), 1).T.contiguous()
+        gathered = _gather(own, self._group())  # [ranks, 1 + branches, N]
+        rank = gathered[:, :1].argmax(0, keepdim=True)
+        return gathered[:, 1:].gather(0, rank.expand(1, len(branches), -1))[0]
 
     def _head(self, surprisal: Tensor, mu: float) -> Tensor:
         """Whether each of this rank's tokens is in AKL's head, from their -log p, all [n, V].

@@ -178,6 +178,10 @@ template <typename T>
 std::optional<double> slope_ratio(const AlphaBeta<T>& divergence) {
   return divergence.sum == T(1) ? std::optional(1.0 - double(divergence.alpha)) : std::nullopt;
 }
+template <typename T>
+std::optional<double> slope_ratio(const AlphaDivergenceTerm<T>& divergence) {
+  return divergence.of_mixed == T(0) ? slope_ratio(divergence.plain) : std::nullopt;
+}
 
 // Pass A: fills the log-normalizers of `statistics`.
 template <typename T, typename Divergence>
@@ -200,7 +204,8 @@ double measure(const Rows& rows, const Divergence& divergence, const T* student,
   if (rows.hard_weight != 0.0) loss = rows.hard_weight * (statistics.plain_lse - double(student[label]));
   if constexpr (Divergence::has_teacher) {
     const Row<T> row(student, teacher, rows.vocab, T(1.0 / rows.temperature), statistics);
-    const auto adapted = adapt(divergence, row, rows.normalizes, statistics.state);
+    const bool decides = rows.normalizes || statistics.state[0] == kUndecided;
+    const auto adapted = adapt(divergence, row, decides, statistics.state);
     const auto both = [&adapted](T a, T b, T d) {
       const Term<T> term = adapted(a, b, d);
       return Pair<T>{term.value, term.slope};

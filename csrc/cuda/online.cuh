@@ -24,7 +24,6 @@ constexpr float kLog2e = 1.44269504f, kLn2 = 0.693147181f;
 struct Measured {
   bool accepted;
   float value, slope;  // the divergence, and the sum of the slopes that OnePass makes
-  float center;        // what this sum lacks of that of the divergence's own slopes
   float state[2];
 };
 
@@ -99,16 +98,13 @@ struct LogSums {
 };
 
 // One alpha-beta divergence, for positive alpha and beta: (P alpha / s + Q beta / s - M) / (alpha beta). A slope is
-// (q^s - p^alpha q^beta) / alpha. For s = 1 it is made without q / alpha, which makes no difference to the gradient:
-// where student and teacher hardly overlap, this part would take the digits of the rest.
+// (q^s - p^alpha q^beta) / alpha. For s = 1 it is centered: the part q / alpha is left out.
+template <bool kCentered>
 struct AlphaBetaTerm {
-  float alpha, beta, inverse_alpha, of_q;
+  float alpha, beta, inverse_alpha;
 
   __device__ AlphaBetaTerm(double alpha, double beta)
-      : alpha(float(alpha)),
-        beta(float(beta)),
-        inverse_alpha(1.0f / float(alpha)),
-        of_q(alpha + beta == 1.0 ? 0.0f : 1.0f) {}
+      : alpha(float(alpha)), beta(float(beta)), inverse_alpha(1.0f / float(alpha)) {}
 
   __device__ bool allowed() const {
     return alpha > 0.0f && beta > 0.0f && alpha * beta >= 1.0f / 64 && alpha + beta <= 4.0f;
@@ -118,13 +114,16 @@ struct AlphaBetaTerm {
     const float share = alpha / (alpha + beta), ends = share * p + (1.0f - share) * q, difference = ends - m;
     const float value = difference * inverse_alpha / beta;
     const bool accepted = difference >= kLeast * (ends + m) && value < kMostValue;
-    return {accepted, value, (of_q * q - m) * inverse_alpha, (1.0f - of_q) * q * inverse_alpha, {}};
+    return {accepted, value, (of_q(q) - m) * inverse_alpha, {kCentered ? 1.0f : 0.0f, 0.0f}};
   }
 
   // From log2 p, log2 q and q^s.
   __device__ __forceinline__ float slope(float a, float b, float power) const {
-    return (of_q * power - power_of_2(alpha * a + beta * b)) * inverse_alpha;
+    return (of_q(power) - power_of_2(alpha * a + beta * b)) * inverse_alpha;
   }
+
+ private:
+  __device__ static float of_q(float power) { return kCentered ? 0.0f : power; }
 };
 
 // How a divergence is measured in one pass: its Sums, what they come to, and a token's part of the gradient.
@@ -137,7 +136,7 @@ template <>
 struct OnePass<AlphaBeta<float>> {
   static constexpr bool possible = true;
   using Sums = PowerSums<1, true>;
-  AlphaBetaTerm term;
+  AlphaBetaTerm<false> term;
 
   __device__ OnePass(const Rows& rows) : term(rows.parameters[0], rows.parameters[1]) {}
   __device__ bool allowed() const { return term.allowed(); }
@@ -154,10 +153,29 @@ struct OnePass<AlphaBeta<float>> {
 };
 
 template <>
+struct OnePass<AlphaDivergence<float>> {
+  static constexpr bool possible = true;
+  using Sums = PowerSums<1, false>;
+  AlphaBetaTerm<true> term;
+
+  __device__ OnePass(const Rows& rows) : term(rows.parameters[0], rows.parameters[1]) {}
+  __device__ bool allowed() const { return term.allowed(); }
+  __device__ Sums sums() const { return {{term.alpha}, {term.beta}, 1.0f}; }
+
+  __device__ Measured measure(const Sums& x, const Normalizers& n) const {
+    return term.measure(1.0f, 1.0f, x.sums[2] * power_of_2(-term.alpha * n.teacher - term.beta * n.student));
+  }
+
+  __device__ __forceinline__ float slope(const Measured&, float a, float b, float q) const {
+    return term.slope(a, b, q);
+  }
+};
+
+template <>
 struct OnePass<AlphaNet<float>> {
   static constexpr bool possible = true;
   using Sums = PowerSums<2, false>;
-  AlphaBetaTerm first, second;
+  AlphaBetaTerm<true> first, second;
 
   __device__ OnePass(const Rows& rows)
       : first(rows.parameters[0], 1.0 - rows.parameters[0]), second(rows.parameters[1], 1.0 - rows.parameters[1]) {}
@@ -165,7 +183,7 @@ struct OnePass<AlphaNet<float>> {
   __device__ Sums sums() const { return {{first.alpha, second.alpha}, {first.beta, second.beta}, 1.0f}; }
 
   __device__ Measured measure(const Sums& x, const Normalizers& n) const {
-    const auto branch = [&](const AlphaBetaTerm& term, float sum) {
+    const auto branch = [&](const AlphaBetaTerm<true>& term, float sum) {
       return term.measure(1.0f, 1.0f, sum * power_of_2(-term.alpha * n.teacher - term.beta * n.student));
     };
     const Measured left = branch(first, x.sums[2]), right = branch(second, x.sums[3]);
@@ -173,18 +191,17 @@ struct OnePass<AlphaNet<float>> {
     // Two branches that are about equal are left to the exact passes.
     chosen.accepted =
         left.accepted && right.accepted && absolute(left.value - right.value) >= 2.0f * kLeast * chosen.value;
-    chosen.state[0] = left.value < right.value ? 1.0f : 0.0f;
+    chosen.state[1] = left.value < right.value ? 1.0f : 0.0f;
     return chosen;
   }
 
   __device__ __forceinline__ float slope(const Measured& measured, float a, float b, float q) const {
     // Chosen number by number: a choice between the structs would put them into local memory.
-    const bool left = measured.state[0] == 0.0f;
-    AlphaBetaTerm term = first;
+    const bool left = measured.state[1] == 0.0f;
+    AlphaBetaTerm<true> term = first;
     term.alpha = left ? first.alpha : second.alpha;
     term.beta = left ? first.beta : second.beta;
     term.inverse_alpha = left ? first.inverse_alpha : second.inverse_alpha;
-    term.of_q = left ? first.of_q : second.of_q;
     return term.slope(a, b, q);
   }
 };
@@ -203,8 +220,8 @@ struct OnePassKL {
     const float size =
         forward * (x.sums[5] / x.sums[1] + absolute(lost)) + reverse * (x.sums[4] / x.sums[0] + absolute(lost));
     const float value = kLn2 * (forward * of_p + reverse * of_q);
-    return {
-        value >= kLeast * kLn2 * size && value < kMostValue, value, kLn2 * reverse * of_q, 0.0f, {forward, reverse}};
+    const bool accepted = value >= kLeast * kLn2 * size && value < kMostValue;
+    return {accepted, value, kLn2 * reverse * of_q, {forward, reverse}};
   }
 
   __device__ __forceinline__ float slope_of(float forward, float reverse, float a, float b, float q) const {

@@ -38,17 +38,12 @@ struct OnlineSum {
   }
 };
 
-// The largest of the student's logits, scaled, and the largest log p.
-struct Largest {
-  float logit = 0.0f, log_p = 0.0f;
-};
-
 // Both distributions of one token, for the exact passes.
 struct Row {
   const Token<true>& token;
   LogSoftmax log_q, log_p;
-  float shift;  // difference of the log-normalizers
-  Largest largest;
+  float shift;      // difference of the log-normalizers
+  float max_log_p;  // only known if this call makes the log-normalizers
   int vocab;
 
   // functor(log p, log q, log q - log p) of capped logits. The CPU driver says why the difference is made from logits.
@@ -75,22 +70,30 @@ struct Row {
     return {total[0], total[1]};
   }
 
-  __device__ __forceinline__ float largest_log_p() const { return largest.log_p; }
+  __device__ __forceinline__ float largest_log_p() const { return max_log_p; }
 
   // functor(log p, log q, log q - log p) for the student's likeliest token. Of several the mean log p counts.
   template <typename Functor>
   __device__ __forceinline__ auto at_likeliest(const Functor& functor) const {
-    float found[2] = {};  // the sum of log q - log p over such tokens, and their number
+    float largest[1] = {kLogFloor};
+    float found[2] = {};  // the sum of log q - log p over the tokens with this logit, and their number
     token.visit_capped(false, [&](const auto& z, const auto& y) {
 #pragma unroll
       for (int i = 0; i < int(sizeof(z) / sizeof(float)); ++i) {
-        if (z.values[i] * log_q.scale != largest.logit) continue;
-        found[0] += apply([](float, float, float d) { return d; }, z.values[i], y.values[i]);
-        found[1] += 1.0f;
+        const float logit = z.values[i] * log_q.scale;
+        if (logit < largest[0]) continue;
+        const bool is_first = logit > largest[0];
+        const float d = apply([](float, float, float d) { return d; }, z.values[i], y.values[i]);
+        largest[0] = logit;
+        found[0] = is_first ? d : found[0] + d;
+        found[1] = is_first ? 1.0f : found[1] + 1.0f;
       }
     });
+    const float own = largest[0];
+    reduce(largest, token.scratch, Max{});
+    if (own < largest[0]) found[0] = found[1] = 0.0f;
     reduce(found, token.scratch, Add{});
-    const float b = largest.logit - log_q.high - log_q.low, d = found[0] / found[1];
+    const float b = largest[0] - log_q.high - log_q.low, d = found[0] / found[1];
     return functor(b - d, b, d);
   }
 
@@ -177,7 +180,7 @@ __device__ __forceinline__ bool process_online(Token<true>& token, float scale) 
     token.scratch.statistics = {z_lse * kExactLn2,
                                 y_lse * kExactLn2,
                                 plain_lse,
-                                double(measured.slope) + double(measured.center),
+                                double(measured.slope),
                                 {measured.state[0], measured.state[1]}};
   }
   token.write_loss(measured.value);
@@ -192,7 +195,7 @@ __device__ __forceinline__ bool process_online(Token<true>& token, float scale) 
 
 // Pass A.
 template <bool kHasTeacher>
-__device__ __forceinline__ void normalize(const Token<kHasTeacher>& token, float scale, bool first, Largest& largest) {
+__device__ __forceinline__ void normalize(const Token<kHasTeacher>& token, float scale, bool first, float& max_log_p) {
   const bool hard = token.rows.hard_weight != 0.0, plain = hard && (!kHasTeacher || scale != 1.0f);
   OnlineSum online[3];  // of the student, the teacher, and the student without temperature
   token.visit_capped(first, [&](const auto& z, const auto& y) {
@@ -220,7 +223,7 @@ __device__ __forceinline__ void normalize(const Token<kHasTeacher>& token, float
   __syncthreads();
   const double *lse = token.scratch.lse, student_lse = kHasTeacher ? lse[0] : 0.0;
   const double teacher_lse = kHasTeacher ? lse[1] : 0.0;
-  largest = {maxima[0], float(double(maxima[1]) - teacher_lse)};
+  max_log_p = float(double(maxima[1]) - teacher_lse);
   if (threadIdx.x == 0)
     token.scratch.statistics = {student_lse, teacher_lse, !hard ? 0.0 : plain ? lse[2] : student_lse, 0.0, {0.0, 0.0}};
   __syncthreads();
@@ -229,16 +232,17 @@ __device__ __forceinline__ void normalize(const Token<kHasTeacher>& token, float
 // Passes B and C, exactly.
 template <typename Divergence>
 __device__ __forceinline__ void measure_and_differentiate(Token<true>& token, const Divergence& divergence, float scale,
-                                                          const Largest& largest) {
+                                                          float max_log_p) {
   const Rows& rows = token.rows;
   Statistics& statistics = token.scratch.statistics;
   const Row row{token,
                 LogSoftmax(token.student.scale * scale, statistics.student_lse),
                 LogSoftmax(token.teacher.scale * scale, statistics.teacher_lse),
                 float(statistics.student_lse - statistics.teacher_lse),
-                largest,
+                max_log_p,
                 token.cut.vocab};
-  const auto& adapted = adapt(divergence, row, rows.normalizes, statistics.state);
+  const bool decides = rows.losses && (rows.normalizes || statistics.state[0] == kUndecided);
+  const auto& adapted = adapt(divergence, row, decides, statistics.state);
   if (rows.losses) {
     const Pair<float> sums = row.sum([&adapted](float a, float b, float d) {
       const Term<float> term = adapted(a, b, d);
@@ -284,9 +288,9 @@ __global__ void __launch_bounds__(kThreads, 1) row_kernel(Rows rows, Divergence 
       first = !OnePass<Divergence>(rows).allowed();
     }
   }
-  Largest largest;
+  float max_log_p = 0.0f;
   if (rows.normalizes) {
-    normalize(token, scale, first, largest);
+    normalize(token, scale, first, max_log_p);
     if (!rows.losses) {
       if (threadIdx.x == 0) rows.statistics[token.row] = scratch.statistics;
       return;
@@ -297,7 +301,7 @@ __global__ void __launch_bounds__(kThreads, 1) row_kernel(Rows rows, Divergence 
     __syncthreads();
   }
   if constexpr (kHasTeacher) {
-    measure_and_differentiate(token, divergence, scale, largest);
+    measure_and_differentiate(token, divergence, scale, max_log_p);
   } else {
     if (rows.losses) token.write_loss(0.0);
     token.next_pass(true);

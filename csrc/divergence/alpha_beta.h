@@ -19,6 +19,11 @@ template <typename T>
 struct AlphaBeta {
   static constexpr bool has_teacher = true, adapts = false;
 
+  struct Parts {
+    Term<T> term;
+    T mixed;  // M if alpha, beta > 0
+  };
+
   // The powers at both ends of the sorted chain first -> middle -> last have the logarithms
   // (alpha + beta) a + first_d d and (alpha + beta) b + last_d d.
   T first_d, last_d;
@@ -56,7 +61,9 @@ struct AlphaBeta {
     slope_gap2 = whole ? T((x2 - x1) / (x2 - x0)) : T(1);
   }
 
-  ABKD_INLINE_MEMBER Term<T> operator()(T a, T b, T d) const {
+  ABKD_INLINE_MEMBER Term<T> operator()(T a, T b, T d) const { return parts(a, b, d).term; }
+
+  ABKD_INLINE_MEMBER Parts parts(T a, T b, T d) const {
     const T magnitude = absolute(d);
     const bool rising = gap * d > T(0);  // the last node carries the largest power
     const Decay<T> decay1 = decaying(rate1 * magnitude), decay2 = decaying(rate2 * magnitude);
@@ -70,20 +77,24 @@ struct AlphaBeta {
     const T difference1 = top1 * decay1.lost * inverse_rate1;
     const T difference2 = top2 * decay2.lost * inverse_rate2;
 
-    Term<T> term;
-    term.slope = slope_gap1 * difference1 + slope_gap2 * difference2;
+    Parts made;
+    made.mixed = top * (rising ? decay2.decay : decay1.decay);
+    made.term.slope = slope_gap1 * difference1 + slope_gap2 * difference2;
     const T direct = (difference2 - difference1) * inverse_gap;
     const T bottom = top * (rising ? decay1.decay * decay2.decay : T(1));  // the power at the first node
-    term.value = absolute(gap * d) < Limits<T>::series_below ? bottom * series(d) : direct;
-    return term;
+    made.term.value = absolute(gap * d) < Limits<T>::series_below ? bottom * series(d) : direct;
+    return made;
   }
 
+  ABKD_INLINE_MEMBER T slope(T a, T b, T d) const { return slope_and_mixed(b, d).first; }
+
   // The slope alone takes fewer exponentials: M and Q differ by the larger of them times (1 - e^-|alpha d|).
-  ABKD_INLINE_MEMBER T slope(T a, T b, T d) const {
+  ABKD_INLINE_MEMBER Pair<T> slope_and_mixed(T b, T d) const {
     const T excess = lower(-alpha * d, T(0));  // log(M / Q) if M is larger, else 0
     const T top = exponential(upper(sum * b + excess, Limits<T>::max_exponent));
-    const T size = top * decaying(rate_of(alpha) * absolute(d)).lost * inverse_alpha;
-    return d < T(0) ? -size : size;
+    const Decay<T> decayed = decaying(rate_of(alpha) * absolute(d));
+    const T size = top * decayed.lost * inverse_alpha;
+    return {d < T(0) ? -size : size, d < T(0) ? top : top * decayed.decay};
   }
 
  private:
@@ -105,6 +116,52 @@ struct AlphaBeta {
   }
 };
 
+// Alpha-divergence (alpha, 1 - alpha), with slopes (q - M) / alpha or, if they are centered, -M / alpha.
+template <typename T>
+struct AlphaDivergenceTerm {
+  static constexpr bool adapts = false;
+  AlphaBeta<T> plain;
+  T of_slope, of_mixed;
+
+  ABKD_INLINE_MEMBER AlphaDivergenceTerm(const AlphaBeta<T>& plain, bool centered)
+      : plain(plain), of_slope(centered ? T(0) : T(1)), of_mixed(centered ? -plain.inverse_alpha : T(0)) {}
+
+  ABKD_INLINE_MEMBER Term<T> operator()(T a, T b, T d) const {
+    const auto parts = plain.parts(a, b, d);
+    return {parts.term.value, of_slope * parts.term.slope + of_mixed * parts.mixed};
+  }
+
+  ABKD_INLINE_MEMBER T slope(T, T b, T d) const {
+    const Pair<T> made = plain.slope_and_mixed(b, d);
+    return of_slope * made.first + of_mixed * made.second;
+  }
+};
+
+// Whether a row's slopes are centered: where the student's likeliest token has M < q / 2. struct Mixture says why.
+template <typename T, typename Row>
+ABKD_INLINE bool is_centered(const Row& row, T alpha) {
+  constexpr T log_2 = T(0.693147180559945309);
+  const bool bounded = alpha > T(0) && alpha < T(1);
+  return bounded && row.at_likeliest([alpha, log_2](T, T, T d) { return alpha * d > log_2; });
+}
+
+// For alpha between 0 and 1. Any other has no bound, and is an AlphaBeta.
+template <typename T>
+struct AlphaDivergence {
+  static constexpr bool has_teacher = true, adapts = true;
+  AlphaBeta<T> plain;
+
+  ABKD_INLINE_MEMBER AlphaDivergence(double alpha, double beta) : plain(alpha, beta) {}
+
+  // (1, 0) if the row's slopes are centered.
+  template <typename Row>
+  ABKD_INLINE_MEMBER Pair<double> state(const Row& row) const {
+    return {is_centered(row, plain.alpha) ? 1.0 : 0.0, 0.0};
+  }
+
+  ABKD_INLINE_MEMBER AlphaDivergenceTerm<T> at(Pair<double> state) const { return {plain, state.first != 0.0}; }
+};
+
 // AlphaNet: in each row the larger of two alpha-divergences, (alpha, 1 - alpha) and (beta, 1 - beta).
 template <typename T>
 struct AlphaNet {
@@ -113,16 +170,20 @@ struct AlphaNet {
 
   ABKD_INLINE_MEMBER AlphaNet(double alpha, double beta) : first(alpha, 1.0 - alpha), second(beta, 1.0 - beta) {}
 
-  // (0, 0) for the first branch, (1, 0) for the second.
+  // Whether the row's slopes are centered, and its branch: 0 for the first, 1 for the second.
   template <typename Row>
   ABKD_INLINE_MEMBER Pair<double> state(const Row& row) const {
     // One branch after the other: both at once would need more registers than a GPU's thread has.
     const auto left = row.sum([x = first](T a, T b, T d) { return Pair<T>{x(a, b, d).value, T(0)}; });
     const auto right = row.sum([x = second](T a, T b, T d) { return Pair<T>{x(a, b, d).value, T(0)}; });
-    return {left.first >= right.first ? 0.0 : 1.0, 0.0};
+    const bool takes_first = left.first >= right.first;
+    const bool centered = is_centered(row, takes_first ? first.alpha : second.alpha);
+    return {centered ? 1.0 : 0.0, takes_first ? 0.0 : 1.0};
   }
 
-  ABKD_INLINE_MEMBER const AlphaBeta<T>& at(Pair<double> state) const { return state.first == 0.0 ? first : second; }
+  ABKD_INLINE_MEMBER AlphaDivergenceTerm<T> at(Pair<double> state) const {
+    return {state.second == 0.0 ? first : second, state.first != 0.0};
+  }
 };
 
 }  // namespace abkd

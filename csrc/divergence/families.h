@@ -35,6 +35,7 @@ static auto with_divergence(const Rows& rows, Run run) {
   const double* x = rows.parameters;
   switch (rows.family) {
     case Family::alpha_beta:
+      if (x[0] > 0.0 && x[1] > 0.0 && x[0] + x[1] == 1.0) return run(AlphaDivergence<T>(x[0], x[1]));
       return run(AlphaBeta<T>(x[0], x[1]));
     case Family::alpha_net:
       return run(AlphaNet<T>(x[0], x[1]));

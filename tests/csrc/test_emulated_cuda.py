@@ -35,7 +35,7 @@ from oracle import independent_logits
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 POINTS = ["ab:1,0", "ab:0,1", "ab:0,0", "ab:0.5,-0.5", "ab:2,-1", "ab:1,1"]
-FAMILIES = [divergences.parse(name) for name in ("ab", "alphanet", "wsd", "bdkd", "akl", "jsd", "tvd")]  # one of each
+FAMILIES = [divergences.parse(name) for name in ("ab", "hellinger", "alphanet", "wsd", "bdkd", "akl", "jsd", "tvd")]
 FAMILIES.append(divergences.CrossEntropy())
 OTHERS = [divergences.parse(text) for text in [*divergences.BY_NAME, *POINTS]]
 
@@ -231,10 +231,39 @@ def test_types_and_maps_of_each_model(sanitized, divergence, teacher, student):
 
 
 @pytest.mark.parametrize("kept", [0, 1, 2])
-@pytest.mark.parametrize("divergence", ["jsd:0.5", "sfkl:0.1", "srkl:0.1", "tvd"])
+@pytest.mark.parametrize(
+    "divergence",
+    ["jsd:0.5", "sfkl:0.1", "srkl:0.1", "tvd", "hellinger", "alpha:0.3", "alpha:0.8", "alphanet", "alphanet:0.3,2"],
+)
 def test_distributions_that_hardly_overlap(sanitized, divergence, kept):
-    launch = Launch(*independent_logits(3, 20003), divergences.parse(divergence), kept=kept, layouts=LAYOUTS[1])
-    assert_close(run(sanitized, [launch])[0], launch)
+    """In float32 and 16 bits. The statistics of either make the same gradient in float32."""
+    divergence = divergences.parse(divergence)
+    launches = [
+        Launch(*independent_logits(3, 20003), divergence, gradient_dtype=out, statistics="written", **options)
+        for options in [{"kept": kept, "layouts": LAYOUTS[1]}]
+        for out in DTYPES
+    ]
+    results = run(sanitized, launches)
+    for launch, result in zip(launches, results, strict=True):
+        assert_close(result, launch)
+    given = [dataclasses.replace(launches[0], kept=0, statistics=result.statistics) for result in results]
+    for launch, result in zip(given, run(sanitized, given), strict=True):
+        assert_close(result, launch)
+
+
+@pytest.mark.parametrize("divergence", ["jsd:0.5", "tvd", "hellinger", "alpha:0.3"])
+def test_sums_decide_whether_slopes_are_centered(sanitized, divergence):
+    student, teacher = independent_logits(4, 2003)
+    teacher[:2] = 1.1 * student[:2]
+    whole = Launch(student, teacher, divergences.parse(divergence), statistics="written")
+    expected = run(sanitized, [whole])[0]
+    undecided = torch.frombuffer(bytearray(expected.statistics), dtype=torch.float64).view(4, 6)
+    assert undecided[:, reference.STATE].tolist() == [0, 0, 1, 1]
+    undecided[:, reference.STATE] = reference.UNDECIDED
+    given = undecided.numpy().tobytes()
+    result = run(sanitized, [dataclasses.replace(whole, gradient="none", statistics=given, sums=True)])[0]
+    assert same(result.losses, expected.losses)
+    assert result.statistics == expected.statistics
 
 
 @every_dtype

@@ -14,7 +14,10 @@ from abkd_fast.losses import row_ops
 from abkd_fast.losses.arguments import LossSpec, Rows
 from abkd_fast.losses.divergences import CrossEntropy, parse
 
-DIVERGENCES = [*map(parse, ("ab", "alphanet:0.2,0.8,token", "wsd", "bdkd", "akl", "jsd", "tvd")), CrossEntropy()]
+DIVERGENCES = [
+    *map(parse, ("ab", "hellinger", "alphanet:0.2,0.8,token", "wsd", "bdkd", "akl", "jsd", "tvd")),
+    CrossEntropy(),
+]
 DTYPES = torch.float32, torch.bfloat16, torch.float16
 COMMON = 1, 7, 8, 1000, 1003, 32000, 50257, 50264, 100277, 128256, 151643, 151936, 256000, 262144
 STATIC = 1100  # more bytes of static shared memory than a kernel has
