@@ -196,7 +196,12 @@ struct OnePass<AlphaNet<float>> {
   }
 
   __device__ __forceinline__ float slope(const Measured& measured, float a, float b, float q) const {
-    return (measured.state[1] == 0.0f ? first : second).slope(a, b, q);
+    const bool is_first = measured.state[1] == 0.0f;
+    AlphaBetaTerm<true> term = first;  // a reference to one of the two would move both to local memory
+    term.alpha = is_first ? first.alpha : second.alpha;
+    term.beta = is_first ? first.beta : second.beta;
+    term.inverse_alpha = is_first ? first.inverse_alpha : second.inverse_alpha;
+    return term.slope(a, b, q);
   }
 };
 
