@@ -18,26 +18,29 @@ DIVERGENCES = [
     *map(parse, ("ab", "hellinger", "alphanet:0.2,0.8,token", "wsd", "bdkd", "akl", "jsd", "tvd")),
     CrossEntropy(),
 ]
-DTYPES = torch.float32, torch.bfloat16, torch.float16
+# Of student, teacher and gradient.
+TYPES = [3 * (dtype,) for dtype in (torch.float32, torch.bfloat16, torch.float16)]
+TYPES += [(torch.float32, torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32, torch.bfloat16)]
 COMMON = 1, 7, 8, 1000, 1003, 32000, 50257, 50264, 100277, 128256, 151643, 151936, 256000, 262144
 STATIC = 1100  # more bytes of static shared memory than a kernel has
 
 
-def vocabularies(itemsize: int, limit: int) -> set[int]:
+def vocabularies(types: tuple[torch.dtype, ...], limit: int) -> set[int]:
     """Common ones, and all at which one or two rows may stop to fit. Rows are kept in multiples of 16 bytes."""
-    near = {(limit - used) // bytes_of for used in range(0, STATIC, 8) for bytes_of in (itemsize, 2 * itemsize)}
+    student, teacher, _ = (dtype.itemsize for dtype in types)
+    near = {(limit - used) // bytes_of for used in range(0, STATIC, 8) for bytes_of in (student, student + teacher)}
     return near | set(COMMON)
 
 
-def calls(rows: Rows) -> dict[str, object]:
+def calls(rows: Rows, gradient: torch.Tensor) -> dict[str, object]:
     """Every kind of call; the first two keep rows in shared memory."""
     student, teacher = rows.student, rows.teacher
     statistics = student.new_zeros(len(student), row_ops.STATISTICS, dtype=torch.float64)
     upstream = torch.ones(len(student), device=student.device)
     kinds = {
-        "losses and gradient": lambda: row_ops.row_losses(rows, student, statistics),
+        "losses and gradient": lambda: row_ops.row_losses(rows, gradient, statistics),
         "losses": lambda: row_ops.row_losses(rows),
-        "gradient": lambda: row_ops.row_gradients(rows, statistics, upstream, student),
+        "gradient": lambda: row_ops.row_gradients(rows, statistics, upstream, gradient),
         "normalizers": lambda: row_ops.row_normalizers(rows),
     }
     if teacher is not None:
@@ -45,15 +48,15 @@ def calls(rows: Rows) -> dict[str, object]:
     return kinds
 
 
-def refused(divergence, dtype: torch.dtype, limit: int) -> dict[str, list[int]]:
+def refused(divergence, types: tuple[torch.dtype, ...], limit: int) -> dict[str, list[int]]:
     """The vocabularies at which a kind of call is refused."""
     found, hard_weight = collections.defaultdict(list), 1.0 if isinstance(divergence, CrossEntropy) else 0.3
     labels = torch.zeros(2, dtype=torch.long, device="cuda")
-    for vocab in sorted(vocabularies(dtype.itemsize, limit)):
-        student = torch.empty(2, vocab, dtype=dtype, device="cuda")
-        teacher = None if isinstance(divergence, CrossEntropy) else torch.empty_like(student)
+    for vocab in sorted(vocabularies(types, limit)):
+        student, teacher, gradient = (torch.empty(2, vocab, dtype=dtype, device="cuda") for dtype in types)
+        teacher = None if isinstance(divergence, CrossEntropy) else teacher
         rows = Rows(student, teacher, labels, LossSpec(divergence, 2.0, hard_weight))
-        for kind, call in calls(rows).items():
+        for kind, call in calls(rows, gradient).items():
             first = card.count_launches()
             try:
                 call()
@@ -70,9 +73,9 @@ def main() -> None:
     limit = torch.cuda.get_device_properties(0).shared_memory_per_block_optin
     found = {}
     for divergence in DIVERGENCES:
-        for dtype in DTYPES:
-            for kind, vocabs in refused(divergence, dtype, limit).items():
-                found[f"{divergence or 'ce'} {dtype} {kind}"] = f"{len(vocabs)}: {vocabs[0]} to {vocabs[-1]}"
+        for types in TYPES:
+            for kind, vocabs in refused(divergence, types, limit).items():
+                found[f"{divergence or 'ce'} {types} {kind}"] = f"{len(vocabs)}: {vocabs[0]} to {vocabs[-1]}"
     json.dump(found, sys.stdout)
 
 
