@@ -27,8 +27,8 @@ enum class Family : int64_t {
 };
 
 constexpr int64_t kIgnored = -100;
-constexpr int64_t kElsewhere = -1;   // another shard has the label; only for calls that make no losses
-constexpr double kUndecided = -1.0;  // as Statistics::state[0], only for divergences with a bound
+constexpr int64_t kElsewhere = -1;      // another shard has the label; only for calls that make no losses
+constexpr double kBothBranches = -1.0;  // as Statistics::state[0], for AlphaNet
 constexpr int kParameters = 3;
 
 // What a model does to the products of its output projection: x becomes cap tanh(scale x / cap), or scale x if cap is
@@ -60,8 +60,9 @@ struct Statistics {
 //   - the losses, if `losses` is set,
 //   - the gradient, if `gradient` is set.
 // It writes to `statistics` what it makes, and reads from there what it needs and does not make. A call that makes the
-// losses decides the state if it makes the normalizers too, or if the state is kUndecided. If the vocabulary is
-// spread over devices, each device makes three calls on its own columns, and the results are merged in between.
+// losses decides the state if it makes the normalizers too. Where AlphaNet's state is kBothBranches, the loss is the
+// first branch's value, and the slope the second's. If the vocabulary is spread over devices, each device makes three
+// calls on its own columns, and the results are merged in between.
 struct Rows {
   int64_t count, vocab;
   Logits student;

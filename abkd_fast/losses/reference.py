@@ -19,7 +19,7 @@ CHUNK_ELEMENTS = 1 << 24
 # z / temperature, y / temperature and z, the sum of slopes, and two numbers that the divergence decided for the row.
 STUDENT_LSE, TEACHER_LSE, PLAIN_LSE, SLOPE, STATE = range(5)
 STATISTICS = 6
-UNDECIDED = -1.0  # as the first of these two: the kernel decides. Only for divergences with a bound
+BOTH_BRANCHES = -1.0  # as the first of these two, for AlphaNet's `row_sums`
 
 
 def row_losses(
@@ -56,6 +56,10 @@ def row_sums(rows: Rows, statistics: Tensor) -> Tensor:
     values = rows.student.new_zeros(len(rows.student), dtype=loss_dtype(rows.student))
     for part, chunk in _chunks(rows):
         a, b = log_probs(chunk, statistics[part])
+        if chunk.spec.divergence.family == Family.ALPHA_NET and (statistics[part, STATE] == BOTH_BRANCHES).all():
+            both = [alpha_beta_terms(a, b, x, 1.0 - x)[0].sum(1) for x in chunk.spec.divergence.parameters]
+            values[part], statistics[part, SLOPE] = both[0].to(values.dtype), both[1].to(statistics.dtype)
+            continue
         value, slope, _ = terms(a, b, rows.spec.divergence, statistics[part, STATE:].to(a.dtype))
         values[part], statistics[part, SLOPE] = value.sum(1).to(values.dtype), slope.sum(1).to(statistics.dtype)
     return values

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import reference
 from .arguments import Rows, loss_dtype
-from .reference import PLAIN_LSE, STATE, STATISTICS, UNDECIDED
+from .reference import BOTH_BRANCHES, PLAIN_LSE, SLOPE, STATE, STATISTICS
 
 try:
     from . import _C
@@ -114,7 +114,8 @@ def row_sums(rows: Rows, statistics: Tensor) -> Tensor:
     """The divergence's terms, summed over the vocabulary: [N] in the type of the losses.
 
     `statistics` [N, 6] must have the log-normalizers, of these logits or of all shards, and what the divergence has
-    decided for each row, or `UNDECIDED`. They receive the sum of slopes, and what was undecided. No autograd.
+    decided for each row. They receive the sum of slopes. With the state `BOTH_BRANCHES` AlphaNet's first branch is
+    summed, and the statistics receive the second branch's terms as their sum of slopes. No autograd.
     """
     if not _compiled(rows.student):
         return reference.row_sums(rows, statistics)
@@ -131,13 +132,15 @@ def measure_rows(rows: Rows) -> tuple[Tensor, Tensor]:
 
 
 def _measure_branches(rows: Rows) -> tuple[Tensor, Tensor]:
-    """Both branches of AlphaNet, with the log-normalizers made once."""
-    statistics = row_normalizers(rows).repeat(2, 1, 1)
-    branches = [rows._replace(spec=rows.spec._replace(divergence=x)) for x in rows.spec.divergence.branches]
-    for branch, x in zip(branches, statistics, strict=True):
-        if reference.is_bounded(branch.spec.divergence):
-            x[:, STATE] = UNDECIDED
-    losses = torch.stack([row_sums(branch, x) for branch, x in zip(branches, statistics, strict=True)])
+    """Both branches of AlphaNet, in one pass after that of the log-normalizers."""
+    statistics = row_normalizers(rows)
+    statistics[:, STATE] = BOTH_BRANCHES
+    losses = torch.stack((row_sums(rows, statistics), statistics[:, SLOPE].to(loss_dtype(rows.student))))
+    statistics = statistics.repeat(2, 1, 1)
+    statistics[..., STATE] = 0.0  # slopes are not centered
+    # An alpha-divergence is (1 - M) / (alpha (1 - alpha)), and its slopes come to (1 - M) / alpha.
+    for alpha, values, branch in zip(rows.spec.divergence.parameters, losses, statistics, strict=True):
+        branch[:, SLOPE] = (1.0 - alpha) * values
     if rows.spec.hard_weight:
         losses = torch.lerp(losses, cross_entropies(rows, statistics[0]).to(losses.dtype), rows.spec.hard_weight)
     return losses if rows.labels is None else torch.where(rows.labels == -100, 0.0, losses), statistics

@@ -204,8 +204,14 @@ double measure(const Rows& rows, const Divergence& divergence, const T* student,
   if (rows.hard_weight != 0.0) loss = rows.hard_weight * (statistics.plain_lse - double(student[label]));
   if constexpr (Divergence::has_teacher) {
     const Row<T> row(student, teacher, rows.vocab, T(1.0 / rows.temperature), statistics);
-    const bool decides = rows.normalizes || statistics.state[0] == kUndecided;
-    const auto adapted = adapt(divergence, row, decides, statistics.state);
+    if constexpr (std::is_same_v<Divergence, AlphaNet<T>>) {
+      if (!rows.normalizes && statistics.state[0] == kBothBranches) {
+        const Pair<double> values = divergence.values(row);
+        statistics.slope = values.second;
+        return values.first;
+      }
+    }
+    const auto adapted = adapt(divergence, row, rows.normalizes, statistics.state);
     const auto both = [&adapted](T a, T b, T d) {
       const Term<T> term = adapted(a, b, d);
       return Pair<T>{term.value, term.slope};

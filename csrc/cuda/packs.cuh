@@ -124,22 +124,23 @@ __device__ __forceinline__ T* element(T* rows, int64_t index, DType dtype) {
   return static_cast<Byte*>(rows) + index * size_of(dtype);
 }
 
+// How many elements there are before the next 16-byte boundary.
+__device__ __forceinline__ int elements_to_boundary(const void* at, DType dtype) {
+  return int(-reinterpret_cast<uintptr_t>(at) % 16 / size_of(dtype));
+}
+
 // The parts of a row: `head` single elements up to the first 16-byte boundary, whole packs, single elements. Where
-// student, teacher and gradient don't reach a boundary at the same element, all elements are single.
+// student and teacher don't reach a boundary at the same element, all elements are single. The gradient has no say:
+// sums are the same wherever it goes.
 struct Cut {
   int vocab, head, packs;
 
   __device__ Cut(const Rows& rows, int64_t row) : vocab(int(rows.vocab)), head(0), packs(0) {
     const void* student = element(rows.student.data, row * rows.student.stride, rows.student.dtype);
-    const auto offset = [](const void* at, DType dtype) {  // elements up to a boundary
-      return int(-reinterpret_cast<uintptr_t>(at) % 16 / size_of(dtype));
-    };
-    const int to_boundary = offset(student, rows.student.dtype);
-    const auto fits = [&](const void* data, int64_t stride, DType dtype) {
-      return !data || offset(element(data, row * stride + to_boundary, dtype), dtype) == 0;
-    };
-    if (to_boundary < vocab && fits(rows.teacher.data, rows.teacher.stride, rows.teacher.dtype) &&
-        fits(rows.gradient, rows.gradient_stride, rows.gradient_dtype)) {
+    const int to_boundary = elements_to_boundary(student, rows.student.dtype);
+    const void* teacher = element(rows.teacher.data, row * rows.teacher.stride + to_boundary, rows.teacher.dtype);
+    const bool together = !rows.teacher.data || elements_to_boundary(teacher, rows.teacher.dtype) == 0;
+    if (to_boundary < vocab && together) {
       head = to_boundary;
       packs = (vocab - head) / kPack;
     }

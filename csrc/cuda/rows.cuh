@@ -241,8 +241,14 @@ __device__ __forceinline__ void measure_and_differentiate(Token<true>& token, co
                 float(statistics.student_lse - statistics.teacher_lse),
                 max_log_p,
                 token.cut.vocab};
-  const bool decides = rows.losses && (rows.normalizes || statistics.state[0] == kUndecided);
-  const auto& adapted = adapt(divergence, row, decides, statistics.state);
+  if constexpr (std::is_same_v<Divergence, AlphaNet<float>>) {
+    if (!rows.normalizes && rows.losses && statistics.state[0] == kBothBranches) {
+      const Pair<double> values = divergence.values(row);
+      if (threadIdx.x == 0) statistics.slope = values.second;
+      return token.write_loss(values.first);
+    }
+  }
+  const auto& adapted = adapt(divergence, row, rows.normalizes, statistics.state);
   if (rows.losses) {
     const Pair<float> sums = row.sum([&adapted](float a, float b, float d) {
       const Term<float> term = adapted(a, b, d);

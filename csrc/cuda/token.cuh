@@ -106,7 +106,13 @@ struct Token {
   __device__ __forceinline__ void put(int v, const Numbers<kWidth>& gradient) const {
     with_type(rows.gradient_dtype, [&](auto* type) {
       using T = std::remove_pointer_t<decltype(type)>;
-      store<T, kWidth>(static_cast<T*>(rows.gradient) + row * rows.gradient_stride + v, gradient, true);
+      T* to = static_cast<T*>(rows.gradient) + row * rows.gradient_stride + v;
+      if (kWidth == 1 || reinterpret_cast<uintptr_t>(to) % 16 == 0) {
+        store<T, kWidth>(to, gradient, true);
+      } else {
+#pragma unroll
+        for (int i = 0; i < kWidth; ++i) store<T, 1>(to + i, Numbers<1>{gradient.values[i]}, true);
+      }
     });
   }
 

@@ -251,19 +251,20 @@ def test_distributions_that_hardly_overlap(sanitized, divergence, kept):
         assert_close(result, launch)
 
 
-@pytest.mark.parametrize("divergence", ["jsd:0.5", "tvd", "hellinger", "alpha:0.3"])
-def test_sums_decide_whether_slopes_are_centered(sanitized, divergence):
-    student, teacher = independent_logits(4, 2003)
-    teacher[:2] = 1.1 * student[:2]
-    whole = Launch(student, teacher, divergences.parse(divergence), statistics="written")
-    expected = run(sanitized, [whole])[0]
-    undecided = torch.frombuffer(bytearray(expected.statistics), dtype=torch.float64).view(4, 6)
-    assert undecided[:, reference.STATE].tolist() == [0, 0, 1, 1]
-    undecided[:, reference.STATE] = reference.UNDECIDED
-    given = undecided.numpy().tobytes()
-    result = run(sanitized, [dataclasses.replace(whole, gradient="none", statistics=given, sums=True)])[0]
-    assert same(result.losses, expected.losses)
-    assert result.statistics == expected.statistics
+@every_dtype
+def test_sums_of_both_branches(sanitized, dtype):
+    student, teacher = logits(3, 1003, dtype)
+    kind = divergences.parse("alphanet:0.3,0.8,token")
+    branches = [Launch(student, teacher, x, gradient="none", statistics="written") for x in kind.branches]
+    expected = run(sanitized, branches)
+    statistics = torch.frombuffer(bytearray(expected[0].statistics), dtype=torch.float64).view(3, 6).clone()
+    statistics[:, reference.STATE] = reference.BOTH_BRANCHES
+    given = {"statistics": statistics.numpy().tobytes(), "sums": True}
+    result = run(sanitized, [Launch(student, teacher, kind, gradient="none", **given)])[0]
+    second = torch.frombuffer(bytearray(result.statistics), dtype=torch.float64).view(3, 6)[:, reference.SLOPE]
+    bound = FLOAT32 if dtype == torch.float32 else ONE_PASS_LOSS
+    torch.testing.assert_close(result.losses, expected[0].losses, rtol=bound, atol=0)
+    torch.testing.assert_close(second.float(), expected[1].losses, rtol=bound, atol=0)
 
 
 @every_dtype
@@ -418,7 +419,7 @@ def faulty(tmp_path_factory):
         ),
         "head": ("head = to_boundary;", "head = to_boundary - {};"),
         "room": ("(vocab + kPack) * size_of(dtype)", "(vocab + kPack * !{}) * size_of(dtype)"),
-        "alignment": ("return !data || offset(", "return {} || !data || offset("),
+        "alignment": ("together = !rows.teacher.data", "together = {} || !rows.teacher.data"),
         "barrier": (
             "__syncthreads();\n#pragma unroll\n",
             "if (!{} || threadIdx.x != 7) __syncthreads();\n#pragma unroll\n",
