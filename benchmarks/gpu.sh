@@ -3,8 +3,9 @@
 #
 # Builds the kernels in the source folder, then runs the parts below, the most important first, or those that are named.
 # A part that fails or exceeds its limit loses only itself. Its result is in FOLDER (default: gpu-report) at once.
-# --quick: tiny sizes and five times the limits, to see whether everything runs. WHEELS: a folder with wheels of what is missing; no network is
-# asked then. PYTHON: the interpreter; else that of the active environment, else a new one in FOLDER/venv.
+# --quick: tiny sizes and five times the limits, to see whether everything runs.
+# WHEELS: a folder with wheels of what is missing; no network is asked then.
+# PYTHON: the interpreter; else that of the active environment, else a new one in FOLDER/venv.
 # Exit status: 0, 1 a part failed, 2 not begun.
 set -euo pipefail
 

@@ -195,9 +195,11 @@ def _loss(
         factor = scale / count_kept(labels, student.hidden)
     elif scale != 1:
         factor = torch.full((), scale, dtype=accumulate, device=student.hidden.device)
+    if factor is None or torch.float16 in (student.hidden.dtype, logits_dtype):
+        total = _fused_linear(*tensors, *numbers, need, None)[0]
+        return total if factor is None else total * factor  # float16 has no numbers that small
     # In the gradient of the logits the factor costs nothing. Later it would cost a pass over the projection's gradient.
-    upstream = None if factor is None else factor.expand(len(student.hidden)).contiguous()
-    return _fused_linear(*tensors, *numbers, need, upstream)[0]
+    return _fused_linear(*tensors, *numbers, need, factor.expand(len(student.hidden)).contiguous())[0]
 
 
 def fused_linear_divergence(

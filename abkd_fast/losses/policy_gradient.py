@@ -7,7 +7,7 @@ from .arguments import LinearHead, LossSpec, Rows, check_labels, loss_dtype
 from .chunks import Chunks, HeadGradients
 from .divergences import ReverseKL
 from .fused_linear import need_gradients, pair_heads, saved_gradients
-from .reference import SLOPE, STUDENT_LSE
+from .reference import SLOPE, STUDENT_LSE, TEACHER_LSE
 from .row_ops import measure_rows, row_gradients
 
 REVERSE_KL = LossSpec(ReverseKL())
@@ -29,15 +29,17 @@ def policy_rows(
     """
     labels = rows.labels[:, None]
     divergences, statistics = measure_rows(rows)
-    log_q = rows.student.gather(1, labels)[:, 0] - statistics[:, STUDENT_LSE]
+    log_q, log_p = (x.gather(1, labels)[:, 0].double() for x in (rows.student, rows.teacher))
+    log_q, log_p = log_q - statistics[:, STUDENT_LSE], log_p - statistics[:, TEACHER_LSE]
     ratios = (log_q - log_probs).exp().to(divergences.dtype)
     if gradient is not None:
-        # The derivative is u - q slope + w q - w onehot, with w from the surrogate. The kernel makes all but the last
-        # term.
+        # The derivative is u - q slope + w (q - onehot), with w from the surrogate. The kernel makes all but the
+        # label's: there the terms may cancel, which a gradient of 16 bits could not make good.
         weights = torch.where(is_clipped(ratios, advantages, clip_ratio), 0.0, advantages * ratios)
+        of_label = log_q.exp() * (log_q - log_p - statistics[:, SLOPE]) + weights * log_q.expm1()
         statistics[:, SLOPE] -= weights
         row_gradients(rows, statistics, torch.full_like(divergences, scale), gradient)
-        gradient.scatter_add_(1, labels, (-scale * weights)[:, None].to(gradient.dtype))
+        gradient.scatter_(1, labels, (scale * of_label)[:, None].to(gradient.dtype))
     return divergences, ratios
 
 

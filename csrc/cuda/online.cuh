@@ -7,9 +7,11 @@
 // mixtures and the total variation don't: their terms are no products of powers.
 //
 // The sums have a relative error of about 2^-20. A difference of them loses digits where student and teacher agree. So
-// a row is accepted only if its divergence is at least kLeast of the sums: then the value has a relative error below
-// 2^-20 / kLeast = 1e-3, and its part in the gradient's one below 1e-4, a twentieth of the rounding of a gradient of 16
-// bits. The exact passes measure every other row. NaN and infinite sums are never accepted.
+// a row is accepted only if its divergence is at least kLeast of the sums, and of 1 for KL divergences, whose
+// normalizers have that size. Then the value has a relative error below 2^-20 / kLeast = 1e-3. The gradient's error is
+// below 1e-4 of the larger of its norm and 0.01, a twentieth of the rounding to 16 bits: where the student is sure of a
+// token the gradient is smaller than the terms that it is made of. The exact passes measure every other row. NaN and
+// infinite sums are never accepted.
 #pragma once
 
 #include "../divergence/families.h"
@@ -69,8 +71,8 @@ struct LogSums {
   float sums[kCount] = {};  // of 2^z, 2^y, 2^z (z - y), 2^y (y - z), their absolute terms, 2^z z, 2^y y
 
   __device__ __forceinline__ void add(float z, float y) {
-    z = lower(z, -1e6f);  // 0 times this is 0
-    y = lower(y, -1e6f);
+    z = lower(z, kLogFloor);  // 0 times this is 0, and what is not 0 makes the row a refused one
+    y = lower(y, kLogFloor);
     const float q = power_of_2(z), p = power_of_2(y), d = z - y, size = absolute(d);
     sums[0] += q;
     sums[1] += p;
@@ -84,14 +86,13 @@ struct LogSums {
 
   __device__ __forceinline__ void rescale(float z, float y) {
     // The first maxima replace the floor, and the sums are 0.
-    const float q = power_of_2(-z), p = power_of_2(-y), d = lower(z - y, -1e6f);
-    const float shift = upper(d, 1e6f);
+    const float q = power_of_2(-z), p = power_of_2(-y), shift = z - y;
     sums[2] = q * (sums[2] - sums[0] * shift);
     sums[3] = p * (sums[3] + sums[1] * shift);
     sums[4] = q * (sums[4] + sums[0] * absolute(shift));
     sums[5] = p * (sums[5] + sums[1] * absolute(shift));
-    sums[6] = q * (sums[6] - sums[0] * upper(z, 1e6f));
-    sums[7] = p * (sums[7] - sums[1] * upper(y, 1e6f));
+    sums[6] = q * (sums[6] - sums[0] * z);
+    sums[7] = p * (sums[7] - sums[1] * y);
     sums[0] *= q;
     sums[1] *= p;
   }
@@ -220,12 +221,12 @@ struct OnePassKL {
     const float size =
         forward * (x.sums[5] / x.sums[1] + absolute(lost)) + reverse * (x.sums[4] / x.sums[0] + absolute(lost));
     const float value = kLn2 * (forward * of_p + reverse * of_q);
-    const bool accepted = value >= kLeast * kLn2 * size && value < kMostValue;
+    const bool accepted = value >= kLeast * (1.0f + kLn2 * size) && value < kMostValue;
     return {accepted, value, kLn2 * reverse * of_q, {forward, reverse}};
   }
 
   __device__ __forceinline__ float slope_of(float forward, float reverse, float a, float b, float q) const {
-    const float d = lower(b, -1e6f) - lower(a, -1e6f);  // 0 for two masked logits
+    const float d = lower(b, kLogFloor) - lower(a, kLogFloor);  // 0 for two masked logits
     return forward * (q - power_of_2(a)) + reverse * kLn2 * q * d;
   }
 };

@@ -23,11 +23,6 @@ constexpr int kPack = 8;
 // The shared memory of a block beyond its fixed part: rows that stay there between the passes.
 extern __shared__ __align__(16) unsigned char shared_rows[];
 
-template <int n>
-struct Width {
-  static constexpr int value = n;
-};
-
 template <int kWidth>
 struct Numbers {
   float values[kWidth];

@@ -89,7 +89,9 @@ struct AdaptiveKL {
         between = above.second;
       }
     }
-    return upper(high, row.largest_log_p());
+    // The likeliest token belongs to the head, though a loop may round its log p in another way than largest_log_p.
+    const T top = row.largest_log_p();
+    return upper(high, top - Limits<T>::rounding * (absolute(top) + absolute(row.log_p.high)));
   }
 };
 

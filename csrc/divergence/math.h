@@ -47,7 +47,8 @@ struct Limits<float> {
       64.0f;  // a term saturates at e^64, so that the sum over a row still fits into float32
   static constexpr float series_below = 0.25f;
   static constexpr float least_rate = 1e-20f;
-  static constexpr int series_terms = 6;  // (k + 1) 0.25^k / (k + 2)! < 2^-24 for k = 6
+  static constexpr float rounding = 2.4e-7f;  // twice that of one operation
+  static constexpr int series_terms = 6;      // (k + 1) 0.25^k / (k + 2)! < 2^-24 for k = 6
 };
 
 template <>
@@ -55,6 +56,7 @@ struct Limits<double> {
   static constexpr double max_exponent = 640.0;
   static constexpr double series_below = 0.25;
   static constexpr double least_rate = 1e-20;
+  static constexpr double rounding = 4.5e-16;
   static constexpr int series_terms = 13;  // the same bound for 2^-53
 };
 

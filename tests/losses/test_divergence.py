@@ -23,7 +23,7 @@ from abkd_fast import (
     divergence_loss,
     parse,
 )
-from abkd_fast.losses import row_ops
+from abkd_fast.losses import reference, row_ops
 from abkd_fast.losses.arguments import LossSpec, Rows
 from abkd_fast.losses.reference import STATE
 from oracle import ALPHA_BETA, FAMILIES, gpt2_like_logits, mild_logits, relative_errors
@@ -93,6 +93,16 @@ def test_centered_slopes_are_those_of_some_rows_only(divergence):
     if row_ops._C is not None:
         statistics = row_ops.measure_rows(Rows(student, teacher, None, LossSpec(parse(divergence))))[1]
         assert 0 < statistics[..., STATE].mean() < 1
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.7, 3.0])
+def test_akl_has_its_likeliest_token_in_the_head_at_any_temperature(temperature):
+    student, teacher = gpt2_like_logits(64, 5003)
+    teacher[:, 0] += 16 * temperature
+    student[:, 0] += 12 * temperature
+    rows = Rows(student, teacher, None, LossSpec(parse("akl"), temperature))
+    expected = reference.row_losses(Rows(student.double(), teacher.double(), None, rows.spec))
+    assert relative_errors(row_ops.row_losses(rows), expected).max() < 1e-3  # without that token 0.5 and more
 
 
 @pytest.mark.parametrize("divergence", ALL)

@@ -353,6 +353,15 @@ def test_16_bit_inputs(dtype, reduction):
     assert_close(got[1:], expected[1:], torch.finfo(dtype).eps)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_the_factor_of_a_loss_does_not_flush_float16(reduction):
+    student, teacher, _ = make(torch.float32, tokens=512, vocab=2053, teacher_vocab=2053)
+    options = {"reduction": reduction, "scale": 1e-3}
+    expected = differentiate(fused, student, teacher, None, **options)
+    got = differentiate(fused, student, teacher, None, logits_dtype=torch.float16, **options)
+    assert_close(got, expected, 1e-2)
+
+
 def test_autocast_changes_nothing():
     student, teacher, labels = make(torch.float32)
     expected = differentiate(fused, student, teacher, labels)

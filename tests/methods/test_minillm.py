@@ -90,6 +90,23 @@ def test_policy_gradient_equals_its_definition(monkeypatch, tensors, dtype, comp
         torch.testing.assert_close(ours.grad.double(), theirs.grad, rtol=0, atol=scale * TOLERANCE[dtype])
 
 
+def test_gradient_of_16_bits_at_a_label_that_the_student_is_sure_of():
+    generator = torch.Generator().manual_seed(0)
+    common, student = torch.randn(2, 32, 53, generator=generator)
+    labels = torch.arange(32)
+    student, teacher = 3 * common + student, 3 * common
+    student[labels, labels] += torch.linspace(0, 15, 32)
+    advantages, log_probs = torch.ones(32), student.log_softmax(1)[labels, labels] - 0.05
+    gradients = {dtype: torch.empty(32, 53, dtype=dtype) for dtype in (torch.float64, torch.bfloat16)}
+    for dtype, gradient in gradients.items():
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        rows = Rows(student.to(wide), teacher.to(wide), labels, policy_gradient.REVERSE_KL)
+        policy_gradient.policy_rows(rows, advantages.to(wide), log_probs.to(wide), CLIP, gradient)
+    exact = gradients[torch.float64]
+    error = (gradients[torch.bfloat16].double() - exact).norm(dim=1)
+    assert (error <= torch.finfo(torch.bfloat16).eps * exact.norm(dim=1)).all()
+
+
 def test_gradient_by_logits_is_the_published_formula(tensors):
     """dz = -A rho (onehot - q) where that is not clipped, + q (d - KL(q, p)), written out."""
     student, teacher, labels, advantages, log_probs = tensors
