@@ -72,7 +72,8 @@ def read_resources(folder: pathlib.Path) -> None:
         elif found := re.match(r"\s*Function (\S+):", line):
             name = found[1]
         elif found := re.search(r"SHARED:(\d+)", line):
-            lines.append(f"{arch} {name} {int(found[1]) - (0 if arch == 'sm_80' else RESERVED)} \n")
+            static = int(found[1]) - (0 if arch == "sm_80" else RESERVED)
+            lines.append(f"{arch} {name} {max(0, static)} \n")  # a kernel without shared memory has none reserved
     (folder / "resources").write_text("".join(dict.fromkeys(lines)))
 
 
