@@ -29,7 +29,7 @@ def get_requires_for_build_wheel(config_settings: dict | None = None) -> list[st
     if torch is None:
         return ["torch>=2.10"]
     cuda = runpy.run_path(str(pathlib.Path(torch.origin).with_name("version.py")))["cuda"]  # importing takes seconds
-    if cuda is None or os.environ.get("ABKD_CUDA") == "0" or find_cuda_home(cuda):
+    if cuda is None or os.environ.get("ABKD_CUDA", "auto") not in ("auto", "1") or find_cuda_home(cuda):
         return []
     wheels = nvcc_wheels(cuda)
     return wheels if wheels and pip_has(wheels) else []
@@ -55,8 +55,13 @@ def find_cuda_home(cuda: str) -> str | None:
 
 
 def nvcc_version(cuda_home: str) -> str:
-    text = subprocess.check_output([f"{cuda_home}/bin/nvcc", "--version"], text=True)
-    return re.search(r"release (\d+\.\d+)", text)[1]
+    """Such as "13.0"; empty if this nvcc does not run."""
+    try:
+        text = subprocess.run([f"{cuda_home}/bin/nvcc", "--version"], capture_output=True, text=True).stdout
+    except OSError:
+        return ""
+    release = re.search(r"release (\d+\.\d+)", text)
+    return release[1] if release else ""
 
 
 def nvcc_wheels(cuda: str) -> list[str]:

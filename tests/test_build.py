@@ -129,6 +129,18 @@ def test_a_toolkit_that_is_there_is_used(backend, tmp_path, monkeypatch):
     assert backend.get_requires_for_build_wheel() == WHEELS  # nvcc 12 can't serve a torch of CUDA 13
 
 
+@pytest.mark.parametrize("broken", ["#!/bin/sh\nexit 1\n", "no program"])
+def test_a_toolkit_that_does_not_run_is_none(backend, broken, tmp_path, monkeypatch):
+    write_wheels(tmp_path / "registry")
+    home = write_nvcc(tmp_path / "cuda")
+    (home / "bin" / "nvcc").write_text(broken)
+    monkeypatch.setenv("CUDA_HOME", str(home))
+    assert backend.find_cuda_home("13.0") is None
+    assert backend.get_requires_for_build_wheel() == WHEELS
+    monkeypatch.setenv("ABKD_CUDA", "2")  # setup.py refuses it, before anything is fetched
+    assert backend.get_requires_for_build_wheel() == []
+
+
 def test_wheels_are_used_if_they_are_complete(backend, site):
     home = write_nvcc(site / "nvidia" / "cu13")
     assert backend.find_cuda_home("13.0") is None  # nvcc's own requirements leave out the wheel with nv/target

@@ -45,6 +45,10 @@ class GraphDecoder(Decoder):
     The graph reads 16-bit copies of the weights, which every call refreshes in place. (Autocast's copies are gone after
     each call.) Between calls it keeps copies, keys, values and graph, as long as the model lives, if all decoders take
     no more than an eighth of the GPU's memory.
+
+    The graph does what the model did when it was captured. New values of weights are seen, and new tensors in their
+    place lead to a new graph. Other changes are not: an adapter that is switched off or scaled, an activation replaced.
+    Make a new PackedCausalLM after these.
     """
 
     def __init__(self, model: PackedCausalLM, slots: int, capacity: int) -> None:
