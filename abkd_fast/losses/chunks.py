@@ -22,10 +22,10 @@ TILE = {"cpu": 16, "cuda": 128}  # a chunk has a multiple of this number of rows
 ROW_ALIGNMENT = 64  # columns: every row of a logits buffer starts on a 128-byte boundary at 2 bytes per element
 
 
-def row_bytes(vocab: int, models: int, logits_dtype: torch.dtype, gradient_dtype: torch.dtype | None = None) -> int:
+def row_bytes(vocab: int, models: int, logits: torch.dtype, gradient: torch.dtype | None = None) -> int:
     """The bytes of one token's logits, and of their gradient if that is not in the same place."""
-    gradient = 0 if gradient_dtype is None else gradient_dtype.itemsize
-    return _round_up(vocab, ROW_ALIGNMENT) * (models * logits_dtype.itemsize + gradient)
+    bytes_of_gradient = 0 if gradient is None else gradient.itemsize
+    return _round_up(vocab, ROW_ALIGNMENT) * (models * logits.itemsize + bytes_of_gradient)
 
 
 def gradient_dtype(hidden: torch.dtype, logits: torch.dtype, device: torch.device) -> torch.dtype | None:
@@ -37,7 +37,7 @@ def gradient_dtype(hidden: torch.dtype, logits: torch.dtype, device: torch.devic
     return hidden if is_separate else None
 
 
-def choose_chunk_tokens(tokens: int, row_bytes: int, device: torch.device, budget: int | None = None) -> int:
+def choose_chunk_tokens(tokens: int, bytes_of_row: int, device: torch.device, budget: int | None = None) -> int:
     """The number of rows of a chunk: one chunk if all rows fit into `budget` bytes, else few chunks of equal size.
 
     On a CPU a chunk of several has at most a power of two of rows, as most numbers of tokens are: memory is then the
@@ -45,7 +45,7 @@ def choose_chunk_tokens(tokens: int, row_bytes: int, device: torch.device, budge
     faster.
     """
     tile = TILE.get(device.type, 16)
-    fitting = (budget or chunk_bytes(device)) // row_bytes
+    fitting = (budget or chunk_bytes(device)) // bytes_of_row
     if _round_up(tokens, tile) <= fitting:
         return max(tile, _round_up(tokens, tile))
     whole_tiles, power = fitting // tile * tile, 1 << max(0, fitting.bit_length() - 1)

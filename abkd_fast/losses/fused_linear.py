@@ -48,10 +48,10 @@ def _fused_linear(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The sum of the losses, the losses [N], and its gradients by hidden states, projection and bias.
 
-    The gradients that `need` doesn't ask for have no elements. With `upstream` [N] the sum is that of upstream times
-    losses. They are float32 (float64 for float64 hidden states). `divergence` is empty for the
-    cross-entropy alone. `maps` are those of `LossSpec`. `group`, `first` and `widest` are a `Shard`; `group` is empty
-    if the projections are whole.
+    All results are float32 (float64 for float64 hidden states). With `upstream` [N] the sum is that of upstream times
+    losses. The gradients that `need` doesn't ask for have no elements. `divergence` is empty for the cross-entropy
+    alone. `maps` are those of `LossSpec`. `group`, `first` and `widest` are a `Shard`; `group` is empty if the
+    projections are whole.
     """
     student = LinearHead(student_hidden, student_weight, student_bias)
     teacher = None if teacher_hidden is None else LinearHead(teacher_hidden, teacher_weight, teacher_bias)

@@ -71,7 +71,9 @@ struct LogSums {
   float sums[kCount] = {};  // of 2^z, 2^y, 2^z (z - y), 2^y (y - z), their absolute terms, 2^z z, 2^y y
 
   __device__ __forceinline__ void add(float z, float y) {
-    z = lower(z, kLogFloor);  // 0 times this is 0, and what is not 0 makes the row a refused one
+    // A token that one model masks makes the divergence so large that the row is refused, unless the other model has no
+    // mass there either.
+    z = lower(z, kLogFloor);
     y = lower(y, kLogFloor);
     const float q = power_of_2(z), p = power_of_2(y), d = z - y, size = absolute(d);
     sums[0] += q;

@@ -71,7 +71,7 @@ struct Token {
     teacher.next_pass(is_last);
   }
 
-  // Writes the gradient that derive(i, z, y) gives for each capped pair of logits, times the slope of the student's
+  // Writes the gradient that derive(z, y) gives for each capped pair of logits, times the slope of the student's
   // map. The cross-entropy's part is added here.
   template <typename Derive>
   __device__ __forceinline__ void write_gradient(Derive derive) const {

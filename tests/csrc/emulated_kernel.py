@@ -14,8 +14,8 @@ import sysconfig
 import torch
 from torch import Tensor
 
-from abkd_fast.losses import divergences
-from abkd_fast.losses.arguments import LogitMap
+from abkd_fast.losses import divergences, reference
+from abkd_fast.losses.arguments import LogitMap, LossSpec, Rows
 
 HERE = pathlib.Path(__file__).parent
 SOURCES = HERE.parents[1] / "csrc" / "cuda"
@@ -157,6 +157,16 @@ class Result:
     losses: Tensor | None
     gradient: Tensor | None
     statistics: bytes | None
+
+
+def expected_of(launch: Launch) -> tuple[Tensor, Tensor]:
+    """The losses and the gradient of a launch by the reference, in float64."""
+    gradient = torch.empty(launch.student.shape, dtype=torch.float64)
+    teacher = None if launch.teacher is None else launch.teacher.double()
+    upstream = None if launch.upstream is None else launch.upstream.double()
+    spec = LossSpec(launch.divergence, launch.temperature, launch.hard_weight, *launch.maps)
+    rows = Rows(launch.student.double(), teacher, launch.labels, spec)
+    return reference.row_losses(rows, gradient, upstream=upstream), gradient
 
 
 def execute(program, launches, *arguments, **environment) -> subprocess.CompletedProcess:
