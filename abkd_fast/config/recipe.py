@@ -245,8 +245,10 @@ def _convert(hint: Any, value: Any, name: str) -> Any:
     if dataclasses.is_dataclass(hint):
         return _build(hint, value, f"{name}.")
     if typing.get_origin(hint) is Literal:
-        if value not in (valid := typing.get_args(hint)):
-            raise ConfigError(f"{name} is {_show(value)}, expected one of {', '.join(valid)}", name)
+        valid = typing.get_args(hint)
+        if not any(type(value) is type(option) and value == option for option in valid):
+            options = ", ".join(option if isinstance(option, str) else json.dumps(option) for option in valid)
+            raise ConfigError(f"{name} is {_show(value)}, expected one of {options}", name)
         return value
     if typing.get_origin(hint) is tuple:
         return _convert_list(hint, value, name)

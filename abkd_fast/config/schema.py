@@ -117,6 +117,25 @@ class DataConfig(Section):
     dev: Annotated[str | None, "rows for evaluation during training"] = None
     train_rows: Annotated[int | None, "use only so many rows, the first ones", 1] = None
     dev_rows: Annotated[int | None, "use only so many rows, the first ones", 1] = None
+    columns: Annotated[
+        dict | None,
+        'names of your columns, by ours: {"prompt": "question", "output": "answer"}; ours are prompt, instruction, '
+        "input, output, messages and tools, and other columns are then not read",
+    ] = None
+    on_bad_row: Annotated[
+        Literal["stop", "skip"], "if a row can't be used: end the run, or leave it out; the first lines name them"
+    ] = "stop"
+    train_on: Annotated[
+        Literal["all", "last"],
+        "turns of the assistant in a row of messages that are trained; methods that write responses answer the last",
+    ] = "all"
+    begin_token: Annotated[
+        Literal["auto", True, False],
+        "begin token before each prompt, never two; auto: before plain text if the tokenizer itself adds one, and in "
+        "messages what the chat template says",
+    ] = "auto"
+    chat_template: Annotated[str | None, "file with a chat template in place of the tokenizer's"] = None
+    chat_template_kwargs: Annotated[dict | None, 'values for the template, such as {"enable_thinking": false}'] = None
     max_length: Annotated[int, "tokens of prompt and response together; longer responses are cut", 2] = 512
     max_prompt_length: Annotated[int | None, "tokens of a prompt; longer ones are left out (null: no limit)", 1] = 256
     pretrain: Annotated[PretrainConfig | None, "plain text for an additional language-modeling loss"] = None
@@ -216,7 +235,12 @@ class EvalConfig(SamplingKeys):
     sets: Annotated[dict | None, "test sets {NAME: JSONL file} for the result; scores go to eval/"] = None
     seeds: Annotated[tuple[int, ...], "seeds of the answers to test sets"] = SEEDS
     no_repeat_ngram_size: NgramSize = 6
-    begin_token: Annotated[bool, "put a begin token before each prompt of a test set, as for the papers' Llama"] = False
+    begin_token: Annotated[
+        Literal["auto", True, False] | None, "begin token before each prompt of a test set (null: data.begin_token)"
+    ] = None
+    rouge_tokens: Annotated[
+        Literal["words", "characters"], "units of ROUGE-L; characters for languages that rouge_score's words leave out"
+    ] = "words"
 
     def __post_init__(self) -> None:
         super().__post_init__()

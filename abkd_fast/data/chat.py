@@ -1,6 +1,24 @@
 """Chat templates: from a checked row to the text of its prompt."""
 
+import dataclasses
+import typing
+
 from transformers import PreTrainedTokenizerBase
+
+from ..config.schema import DataConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PromptFormat:
+    """How rows become tokens, besides the tokenizer and its chat template: the keys of `data` with these names."""
+
+    train_on: str = "all"
+    begin_token: typing.Literal["auto", True, False] = "auto"
+    chat_template_kwargs: dict | None = None
+
+    @classmethod
+    def from_config(cls, data: DataConfig) -> "PromptFormat":
+        return cls(**{field.name: getattr(data, field.name) for field in dataclasses.fields(cls)})
 
 
 def render_prompt(row: dict, tokenizer: PreTrainedTokenizerBase) -> str:

@@ -16,7 +16,7 @@ from .rows import Row
 
 # Columns of tokenized data: of a sample, and of a sample that comes from a row.
 SAMPLE = datasets.Features(
-    {"input_ids": datasets.List(datasets.Value("int32")), "prompt_length": datasets.Value("int32")}
+    {"input_ids": datasets.List(datasets.Value("int32")), "spans": datasets.List(datasets.Value("int32"))}
 )
 ROW = datasets.Features({**SAMPLE, "row": datasets.Value("int64"), "row_length": datasets.Value("int32")})
 
@@ -57,8 +57,8 @@ def tokenize(
     if not len(dataset):
         reason = f"the prompts exceed {max_prompt_length} tokens, so no row is left; raise data.max_prompt_length"
         raise ConfigError(f"{rows[0].where} and all others: {reason}")
-    for number, length in zip(dataset["row"][:], dataset["prompt_length"][:], strict=True):
-        _check_prompt(rows[number].where, length, max_length)
+    for number, spans in zip(dataset["row"][:], dataset["spans"][:], strict=True):
+        _check_prompt(rows[number].where, spans[0], max_length)
     return dataset
 
 
@@ -131,7 +131,7 @@ def _encode(
     binary = "prompt_ids" in rows[0]  # then all rows are
     pairs = [(row["prompt_ids"], row["output_ids"]) for row in rows] if binary else _token_ids(rows, tokenizer)
     samples = [
-        ((prompt + response)[:max_length], len(prompt), number, len(prompt) + len(response))
+        ((prompt + response)[:max_length], [len(prompt), min(max_length, len(prompt + response))], number, len(prompt) + len(response))
         for number, (prompt, response) in zip(numbers, pairs, strict=True)
         if max_prompt is None or len(prompt) <= max_prompt
     ]
