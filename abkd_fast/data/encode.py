@@ -109,7 +109,10 @@ class Encoder:
         template = self._need_template()
         if values["messages"][-1]["role"] != "assistant":
             return [Turn(template.prompt(values), None, True)]
-        return list(template.turns(values, self.style.train_on))
+        turns = list(template.turns(values, self.style.train_on))
+        if values.get("ended") is False and turns:
+            turns[-1] = Turn(turns[-1].prompt, turns[-1].response.removesuffix(template.tail), True)
+        return turns
 
     def _need_template(self) -> ChatTemplate:
         if self.template is None:
