@@ -214,11 +214,11 @@ def _append(samples: list[Sample], prompt: list[int], response: list[int]) -> No
 
 
 def _shorten(text: str, limit: float) -> str:
-    """The beginning of a long text, up to a space, where no token ends in any tokenizer; or else the whole text."""
+    """The beginning of a long text, up to a space, where a token begins, or far behind the tokens that are kept."""
     if len(text) <= limit:
         return text
     end = int(limit)
     while (end := text.rfind(" ", int(limit) // 2, end)) > 0:
         if not text[end - 1].isspace():
             return text[:end]
-    return text
+    return text[: int(limit)]

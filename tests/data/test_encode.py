@@ -175,6 +175,13 @@ def test_a_tokenizer_that_cannot_continue_a_word_is_refused():
 def test_of_a_long_text_the_beginning_is_enough(name, monkeypatch):
     tokenizer = tokenizer_of(name)
     texts = ["word 123 né. " * 3000, "supercalifragilistic" * 3000, " " * 50_000 + "x", "a\n\n" * 9000, "the " * 20_000]
+    texts += [
+        "a" * 60_001,
+        "".join(map(str, range(20_000))),
+        "你好吗。" * 9000,
+        "👩\u200d👧é" * 9000,
+        "abcdefghij" * 6000,
+    ]
     rows = [Row("a row", {"prompt": "Q:\n", "output": text}) for text in texts]
     rows += [Row("a row", {"prompt": text, "output": "Yes."}) for text in texts]
 
