@@ -67,6 +67,7 @@ class ChatTemplate:
         first = min(places, default=None, key=lambda place: (place[0], -len(place[1])))
         self.end = None if first is None else self.added[first[1]]
         self.end_text = "" if first is None else first[1]
+        self.after = after
         self.tail = after.rstrip() if first is None else after[: first[0] + len(first[1])]
 
     def render(self, messages: list[dict], generates: bool, tools: list | None = None) -> str:
@@ -108,12 +109,14 @@ class ChatTemplate:
             response, is_closed = self._cut(whole.removeprefix(prompt))
         elif self.opening:
             response, is_closed = self._as_written(answer) + self.tail, self.end is not None
+            whole = prompt + response
         else:
             raise ConfigError("the chat template renders the messages before an answer in another way once it is there")
-        _check_rendered("content", answer.get("content"), response)
-        _check_rendered("reasoning_content", answer.get("reasoning_content"), response)
+        shown = whole[len(prompt) - len(self.opening) :]
+        _check_rendered("content", answer.get("content"), shown)
+        _check_rendered("reasoning_content", answer.get("reasoning_content"), shown)
         for call in answer.get("tool_calls") or ():
-            _check_rendered("a tool call", _function_name(call), response)
+            _check_rendered("a tool call", _function_name(call), shown)
         return Turn(prompt, response, is_closed)
 
     def _without_end(self, answer: dict) -> dict:
@@ -130,6 +133,8 @@ class ChatTemplate:
         """A rendered answer up to its end of turn, and whether this is a token."""
         if self.end_text and self.end_text in rendered:
             return rendered[: rendered.rindex(self.end_text) + len(self.end_text)], True
+        if self.end is None and rendered.endswith(self.after):
+            return rendered.removesuffix(self.after) + self.tail, False
         rendered = rendered.rstrip()  # calls of tools may have an end of their own
         return rendered, any(rendered.endswith(token) for token in self.added if token)
 

@@ -85,6 +85,22 @@ class Encoder:
                 raise ConfigError(f"{row.where}: {EMPTY_PROMPT}")
         return prompts
 
+    def describe(self, rows: Sequence[Row]) -> str:
+        """One line for people: what prompts begin with, what is trained, and what ends it."""
+        is_chat = any("messages" in row.values for row in rows)
+        if any("prompt_ids" in row.values for row in rows):
+            return "token ids as they are in the data"
+        begin, end = self.begins[is_chat], self.tokenizer.eos_token_id
+        if is_chat and self.template and self.template.end is not None:
+            end = self.template.end
+        begin, end = (self.tokenizer.convert_ids_to_tokens(token) for token in (begin[0] if begin else None, end))
+        if not is_chat:
+            return f"{f'prompts begin with {begin}' if begin else 'no begin token'}, responses end with {end}"
+        turns = "all turns" if self.style.train_on == "all" else "the last turn"
+        line = f"chat template; {turns} of the assistant are trained, up to {end}"
+        header = self.template.header.strip()
+        return f"{line}; the template has no generation prompt, so the model also learns {header!r}" if header else line
+
     def _prompt(self, row: Row) -> list[int] | str:
         """The tokens before the last answer of a row, or their text."""
         if "prompt_ids" in row.values:

@@ -43,7 +43,7 @@ class ShownSample(NamedTuple):
 
 
 def shown_samples(rows: list[Row], tokenizer: PreTrainedTokenizerBase, data: DataConfig) -> Iterator[ShownSample]:
-    """Every sample of the rows as it is trained on, and the rows that are left out. Raises ConfigError as `tokenize`."""
+    """Every sample of the rows as it is trained on, and rows that are left out. Raises ConfigError as `tokenize`."""
     settings = data.max_length, data.max_prompt_length, PromptFormat.from_config(data), data.on_bad_row
     tokenized = tokenize(rows, tokenizer, *settings)
     samples = {index: [*own] for index, own in itertools.groupby(tokenized.dataset, lambda sample: sample["row"])}
