@@ -31,7 +31,7 @@ def check_source(source: str) -> None:
 
 
 def load_blocks(spec: PretrainConfig, tokenizer: PreTrainedTokenizerBase, max_length: int) -> datasets.Dataset:
-    """Columns input_ids (blocks of max_length tokens) and prompt_length (always 1: the first token has no prediction).
+    """Columns input_ids (blocks of max_length tokens) and spans (all but the first token, which nothing predicts).
 
     Documents follow each other, with an end token after each. Items of binary files are taken as they are. An
     incomplete block at the end is dropped. The result is stored beside tokenized rows, under a hash of files, tokenizer
@@ -167,4 +167,6 @@ def _write(path: pathlib.Path, blocks: Iterator[np.ndarray]) -> None:
         for some in blocks:
             ends = np.arange(0, some.size + 1, some.shape[1], dtype=np.int32)
             ids = pyarrow.ListArray.from_arrays(ends, some.reshape(-1))
-            writer.write_batch(pyarrow.record_batch([ids, np.ones(len(some), np.int32)], schema=schema))
+            all_but_first = np.tile(np.array([1, some.shape[1]], np.int32), len(some))
+            spans = pyarrow.ListArray.from_arrays(np.arange(0, 2 * len(some) + 1, 2, dtype=np.int32), all_but_first)
+            writer.write_batch(pyarrow.record_batch([ids, spans], schema=schema))
