@@ -101,7 +101,7 @@ class Rollouts:
 
 
 def _answered(sample: dict, response: list[int]) -> dict:
-    """The sample with this response in place of its last one. No other turn is trained: a model wrote this one alone."""
+    """The sample with this response in place of its last one, which alone is trained: the data wrote the others."""
     prompt = prompt_of(sample)
     ids = prompt + response
     return {"input_ids": ids, "spans": [len(prompt), len(ids)], "row": sample["row"]}
