@@ -125,9 +125,8 @@ def _data(trainer: Trainer) -> Iterator[str]:
 
 def _notes(trainer: Trainer) -> Iterator[str]:
     """Lines about long rows, plain text, and generation, where there are any."""
-    for name, note in trainer.data.long_rows.items():
-        if note:
-            yield f"  long rows  {name}: {note}"
+    for name, notes in trainer.data.notes.items():
+        yield from (f"  rows       {name}: {note}" for note in notes)
     if trainer.data.pretrain_set is not None:
         data = trainer.config.data
         yield (
