@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .. import distributed
 from ..config.schema import Config
-from ..data.batches import make_step_batch
+from ..data.batches import make_step_batch, prompt_of
 from ..data.rows import Row
 from ..data.tokenize import references
 from ..errors import Interrupted
@@ -55,9 +55,9 @@ class DevRouge:
         self, config: Config, rows: list[Row], dev_set: datasets.Dataset, tokenizer: PreTrainedTokenizerBase
     ) -> None:
         """Takes the checked rows, and the same rows tokenized."""
-        samples = dev_set[: config.eval.rouge_rows]
-        self.prompts = [ids[:n] for ids, n in zip(samples["input_ids"], samples["prompt_length"], strict=True)]
-        self.references = [references(rows[number], tokenizer) for number in samples["row"]]
+        samples = list(dev_set.take(min(config.eval.rouge_rows, len(dev_set))))
+        self.prompts = [prompt_of(sample) for sample in samples]
+        self.references = [references(rows[sample["row"]], tokenizer) for sample in samples]
         self.seeds = response_seeds((config.run.seed, row) for row in range(len(self.prompts)))
         self.tokenizer, ends = tokenizer, (tokenizer.eos_token_id,)
         self.settings = SamplingParams(max_new_tokens=config.eval.max_new_tokens, eos_token_ids=ends)

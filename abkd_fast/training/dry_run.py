@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
-import pyarrow.compute
 import torch
 from rich.markup import escape
 
@@ -16,7 +15,7 @@ from ..console import format_bytes
 from ..device import device_name, free_memory
 from ..losses import row_ops
 from ..models import attention, loading
-from ..teacher.store import table_of
+from ..teacher.store import label_counts, lengths_of, table_of
 from . import costs
 
 if TYPE_CHECKING:
@@ -112,11 +111,10 @@ def without_kernels(device: torch.device) -> Iterator[str]:
 
 
 def _data(trainer: Trainer) -> Iterator[str]:
-    ids, prompts = table_of(trainer.data.train_set)
-    lengths = pyarrow.compute.list_value_length(ids).to_numpy(zero_copy_only=False)
-    prompts = prompts.to_numpy(zero_copy_only=False)
+    ids, spans = table_of(trainer.data.train_set)
+    lengths, labels = lengths_of(ids), label_counts(spans)
     yield f"  data       {len(lengths)} rows, {lengths.sum()} tokens an epoch"
-    for name, counts in (("prompts", prompts), ("responses", lengths - prompts), ("together", lengths)):
+    for name, counts in (("prompts", lengths - labels), ("responses", labels), ("together", lengths)):
         median, most = np.percentile(counts, [50, 95])
         yield (
             f"    {name:10} mean {counts.mean():.1f}, median {median:.0f}, 95 % up to {most:.0f}, "
@@ -166,7 +164,8 @@ def _generation_memory(trainer: Trainer, cost: costs.StepCost) -> Iterator[tuple
     """The same for generation: the longest prompts with the longest responses."""
     data, sampling, method = trainer.config.data, trainer.config.sampling, trainer.method
     models = {"student": (cost.student, cost.adapter), "teacher": (cost.teacher, None)}
-    length = min(max(trainer.data.train_set["prompt_length"][:]) + sampling.max_new_tokens, data.max_length)
+    longest = max(spans[-2] for spans in trainer.data.train_set["spans"][:])
+    length = min(longest + sampling.max_new_tokens, data.max_length)
     sequences = min(sampling.batch_size, method.max_concurrent_responses)
     generators = [models[role] for role in method.generators]
     return costs.generation_memory(generators, sequences, length, trainer.dtype, trainer.device)

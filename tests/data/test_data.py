@@ -79,7 +79,7 @@ def test_tokens_are_prompt_response_and_end(write_jsonl):
     rows = read_rows(write_jsonl([{"prompt": "Add 1 and 2.", "output": " It is 3."}]))
     sample = tokenized(rows)[0]
     prompt = tokenizer("Add 1 and 2.")["input_ids"]
-    assert sample["prompt_length"] == len(prompt)
+    assert sample["spans"] == [len(prompt), len(sample["input_ids"])]
     assert sample["input_ids"][: len(prompt)] == prompt
     assert sample["input_ids"][-1] == tokenizer.eos_token_id
     assert tokenizer.decode(sample["input_ids"]) == "Add 1 and 2. It is 3.<end>"
@@ -123,7 +123,7 @@ def test_chat_template(write_jsonl):
         sample = tokenized(read_rows(write_jsonl([{"messages": messages}])))[0]
         text = tokenizer.decode(sample["input_ids"])
         assert text == "user: Hi\nassistant: Hello<end>"
-        assert tokenizer.decode(sample["input_ids"][: sample["prompt_length"]]) == "user: Hi\nassistant: "
+        assert tokenizer.decode(sample["input_ids"][: sample["spans"][0]]) == "user: Hi\nassistant: "
     finally:
         tokenizer.chat_template = None
 
@@ -141,7 +141,7 @@ def test_long_prompts_are_left_out_and_long_sequences_counted(write_jsonl):
         dataset = tokenized(rows, 512, max_prompt_length)
         assert dataset["row"][:] == kept
         assert dataset["input_ids"][:] == [wholes[row] for row in kept]
-        assert dataset["prompt_length"][:] == [prompts[row] for row in kept]
+        assert [start for start, _ in dataset["spans"]] == [prompts[row] for row in kept]
         left_out = f"1 rows are left out: their prompts exceed {max_prompt_length} tokens ({path} line 2)"
         note = describe_long_rows(rows, dataset, 512, max_prompt_length)
         assert note == ("" if len(kept) == 4 else left_out)
@@ -183,14 +183,14 @@ lengths = st.lists(st.tuples(st.integers(1, 12), st.integers(1, 12)), min_size=1
 @given(lengths=lengths, max_tokens=st.integers(24, 64))
 def test_packing_keeps_every_response_token_once(lengths, max_tokens):
     samples = [
-        {"input_ids": list(range(100 * i, 100 * i + prompt + response)), "prompt_length": prompt}
+        {"input_ids": list(range(100 * i, 100 * i + prompt + response)), "spans": [prompt, prompt + response]}
         for i, (prompt, response) in enumerate(lengths)
     ]
     batches = pack(samples, max_tokens)
     assert all(batch.tokens <= max_tokens for batch in batches)
     assert [sample for batch in batches for sample in batch.samples] == samples
     labels = torch.cat([batch.labels for batch in batches]).tolist()
-    assert labels == [token for sample in samples for token in sample["input_ids"][sample["prompt_length"] :]]
+    assert labels == [token for sample in samples for token in sample["input_ids"][sample["spans"][0] :]]
     for batch in batches:
         # A position predicts its successor within the same sequence.
         assert batch.labels.tolist() == (batch.input_ids[0, batch.positions] + 1).tolist()
@@ -221,7 +221,7 @@ def test_real_dolly_has_the_published_lengths(shared):
     rows = read_rows(str(shared / "data" / "dolly" / "train.jsonl"))
     assert len(rows) == 11435
     dataset = tokenize(rows, tokenizer, 512, 256)
-    prompt = torch.tensor(dataset["prompt_length"]).double()
+    prompt = torch.tensor([start for start, _ in dataset["spans"]]).double()
     total = torch.tensor([len(ids) for ids in dataset["input_ids"]]).double()
     assert prompt.mean().item() == pytest.approx(71.3, abs=0.1)
     assert total.mean().item() == pytest.approx(145.6, abs=0.2)
