@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 from rich.table import Table
+from transformers import PreTrainedTokenizerBase
 
 from . import distributed
 from .config.methods import WITHOUT_TEACHER
@@ -20,7 +21,7 @@ from .console import console
 from .data import pretrain
 from .data.rows import DEV, TRAIN, Row, read_rows
 from .device import choose_device, choose_dtype
-from .errors import ConfigError
+from .errors import ConfigError, check_number
 from .evaluation import tables
 from .evaluation.evaluator import Evaluation
 from .evaluation.runs import read_runs
@@ -29,7 +30,8 @@ from .files import LOCK, check_folder, leftovers
 from .generation import answers
 from .models import loading
 from .training.dry_run import describe
-from .training.prepare import Prepared
+from .training.prepare import Prepared, read_tokenizer
+from .training.show_rows import print_samples, shown_samples
 from .training.trainer import Trainer
 
 ReadRows = Callable[..., list[Row]]
@@ -147,20 +149,19 @@ def plan(stages: list[Config], resume: bool = False) -> None:
 def show_rows(stages: list[Config], count: int) -> None:
     """Prints the first rows of each stage's training data as its model sees them. Loads no weights.
 
-    Stages that see the same print them once. Raises ConfigError.
+    Stages that see the same print it once. Raises ConfigError.
     """
     check_number("show-rows", count, 1)
-    shown, earlier = [], {}
+    samples, earlier = [], {}
     for config in stages:
         earlier[config.run.stage] = config
-        tokenizer = _read_tokenizer(config, dict(earlier))
-        seen = config.data, tokenizer.name_or_path, config.method == "generate"
-        if config.data.stage or seen in shown:
-            continue
-        shown.append(seen)
-        limited = dataclasses.replace(config.data, train_rows=min(count, config.data.train_rows or count))
-        rows = read_train_rows(dataclasses.replace(config, data=limited))
-        print_samples(shown_samples(rows, tokenizer, config.data))
+        tokenizer = _read_tokenizer(config, earlier)
+        data = resolve(config).data
+        if config.data.stage and not pathlib.Path(data.train).exists():
+            continue  # nothing is written yet
+        rows = read_rows(data.train, min(count, data.train_rows or count), TRAIN, config.method == "generate")
+        samples += shown_samples(rows, tokenizer, data)
+    print_samples(samples)
 
 
 def _as_begun(spec: ModelConfig, students: dict[str, ModelConfig]) -> ModelConfig:

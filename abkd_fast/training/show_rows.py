@@ -2,7 +2,7 @@
 
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from rich.text import Text
@@ -19,7 +19,7 @@ class ShownSample(NamedTuple):
     """A sample for people, or a row that gives none."""
 
     where: str  # file and line
-    pieces: list[tuple[str, bool]]  # the text with its special tokens in parts, and whether a part is trained
+    pieces: tuple[tuple[str, bool], ...]  # the text with its special tokens in parts, and whether a part is trained
     tokens: int = 0
     trained_tokens: int = 0
     left_out: str | None = None  # why the row gives no sample
@@ -51,9 +51,9 @@ def shown_samples(rows: list[Row], tokenizer: PreTrainedTokenizerBase, data: Dat
         for sample in samples.get(index, ()):
             ids, spans = sample["input_ids"], sample["spans"]
             trained = sum(spans[1::2]) - sum(spans[::2])
-            yield ShownSample(row.where, [*_pieces(tokenizer, ids, spans)], len(ids), trained)
+            yield ShownSample(row.where, tuple(_pieces(tokenizer, ids, spans)), len(ids), trained)
         if index in tokenized.left_out:
-            yield ShownSample(row.where, [], left_out=tokenized.left_out[index])
+            yield ShownSample(row.where, (), left_out=tokenized.left_out[index])
 
 
 def _pieces(tokenizer: PreTrainedTokenizerBase, ids: list[int], spans: list[int]) -> Iterator[tuple[str, bool]]:
@@ -66,9 +66,9 @@ def _pieces(tokenizer: PreTrainedTokenizerBase, ids: list[int], spans: list[int]
         done = text
 
 
-def print_samples(samples: Iterator[ShownSample]) -> None:
-    """Prints lines of JSON, or colors where the output is a terminal."""
-    for sample in samples:
+def print_samples(samples: Iterable[ShownSample]) -> None:
+    """Prints each sample once: as a line of JSON, or in color where the output is a terminal."""
+    for sample in dict.fromkeys(samples):
         if console.is_terminal:
             console.print(sample.to_text())
         else:

@@ -291,7 +291,7 @@ def test_timing_overhead(timing, profiling, tmp_path):
 
 def test_timing_lengths_are_dollys(workload, shared):
     tokenizer = read_tokenizer(str(shared / "tokenizers/gpt2"), "tokenizer")
-    dataset = tokenize(read_rows(str(shared / "data/dolly/train.jsonl")), tokenizer, max_length=1 << 20)
+    dataset = tokenize(read_rows(str(shared / "data/dolly/train.jsonl")), tokenizer, max_length=1 << 20).dataset
     prompts = np.array([start for start, _ in dataset["spans"]])
     responses = np.array([len(ids) for ids in dataset["input_ids"]]) - prompts
     for lengths, expected in ((prompts, workload.PROMPTS), (responses, workload.RESPONSES)):
@@ -319,7 +319,7 @@ def test_timing_rows_have_the_lengths_drawn(workload, tmp_path):
     train = {"steps": 1, "batch_size": 4, "device": "cpu"}
     workload.write_recipe(tmp_path, workload.SCALES["tiny"], 5, train, {})
     rows = read_rows(str(tmp_path / "rows.jsonl"))
-    dataset = tokenize(rows, read_tokenizer(str(tmp_path / "tokenizer"), "tokenizer"), 512)
+    dataset = tokenize(rows, read_tokenizer(str(tmp_path / "tokenizer"), "tokenizer"), 512).dataset
     for row, ids, (prompt, _) in zip(rows, dataset["input_ids"], dataset["spans"], strict=True):
         whole = [*map(int, (row.values["prompt"] + row.values["output"]).split()), 0]
         assert ids == whole[:512]

@@ -415,7 +415,7 @@ def test_seqkd_trains_on_the_teachers_text(seqkd, teacher, tmp_path, capsys):
     originals = read_rows("quickstart:small", 20)
     assert [answer["prompt"] for answer in answers] == [row.values["prompt"] for row in originals]
     assert all(answer["output"] != row.values["output"] for answer, row in zip(answers, originals, strict=True))
-    dev = tokenize(read_rows("quickstart:dev", 4), tokenizer, 96)
+    dev = tokenize(read_rows("quickstart:dev", 4), tokenizer, 96).dataset
     assert trainer.data.dev.dev_set["input_ids"][:] == dev["input_ids"][:]
 
     losses = [point["loss"] for point in run.points() if point.get("kind") == "train"]
