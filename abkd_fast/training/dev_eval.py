@@ -9,10 +9,11 @@ from transformers import PreTrainedTokenizerBase
 
 from .. import distributed
 from ..config.schema import Config
-from ..data.batches import make_step_batch, prompt_of
+from ..data.batches import make_step_batch
+from ..data.chat import PromptFormat
 from ..data.rows import Row
-from ..data.tokenize import references
-from ..errors import Interrupted
+from ..data.tokenize import encode_prompts, references
+from ..errors import ConfigError, Interrupted
 from ..evaluation.rouge import score_response
 from ..generation.sampling import SamplingParams, response_seeds, sample
 from ..methods.base import cross_entropy
@@ -55,9 +56,16 @@ class DevRouge:
         self, config: Config, rows: list[Row], dev_set: datasets.Dataset, tokenizer: PreTrainedTokenizerBase
     ) -> None:
         """Takes the checked rows, and the same rows tokenized."""
-        samples = list(dev_set.take(min(config.eval.rouge_rows, len(dev_set))))
-        self.prompts = [prompt_of(sample) for sample in samples]
-        self.references = [references(rows[sample["row"]], tokenizer) for sample in samples]
+        # A sample may end before the last answer of its row, which is the one that is compared.
+        kept = [rows[number] for number in dict.fromkeys(dev_set["row"][:])]
+        prompts = encode_prompts(kept, tokenizer, PromptFormat.from_config(config.data))
+        fits = [pair for pair in zip(kept, prompts, strict=True) if len(pair[1]) < config.data.max_length]
+        if not fits:
+            raise ConfigError(
+                f"data.dev: the prompts of all last answers fill data.max_length = {config.data.max_length}"
+            )
+        kept, self.prompts = zip(*fits[: config.eval.rouge_rows], strict=True)
+        self.references = [references(row, tokenizer) for row in kept]
         self.seeds = response_seeds((config.run.seed, row) for row in range(len(self.prompts)))
         self.tokenizer, ends = tokenizer, (tokenizer.eos_token_id,)
         self.settings = SamplingParams(max_new_tokens=config.eval.max_new_tokens, eos_token_ids=ends)
