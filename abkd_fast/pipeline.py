@@ -30,7 +30,7 @@ from .files import LOCK, check_folder, leftovers
 from .generation import answers
 from .models import loading
 from .training.dry_run import describe
-from .training.prepare import Prepared, read_tokenizer
+from .training.prepare import Prepared, needed_outputs, read_tokenizer
 from .training.show_rows import print_samples, shown_samples
 from .training.trainer import Trainer
 
@@ -72,7 +72,7 @@ def run(stages: list[Config], resume: bool = False) -> list[dict]:
 
 
 def _take_prompts(config: Config, prepared: Prepared) -> list[Row]:
-    return prepared.take_rows(config.data.train, config.data.train_rows, TRAIN, True)
+    return prepared.take_rows(config.data.train, config.data.train_rows, TRAIN, needed_outputs(config))
 
 
 def _free_memory() -> None:
@@ -159,7 +159,7 @@ def show_rows(stages: list[Config], count: int) -> None:
         data = resolve(config).data
         if config.data.stage and not pathlib.Path(data.train).exists():
             continue  # nothing is written yet
-        rows = read_rows(data.train, min(count, data.train_rows or count), TRAIN, config.method == "generate")
+        rows = read_rows(data.train, min(count, data.train_rows or count), TRAIN, needed_outputs(config))
         samples += shown_samples(rows, tokenizer, data)
     print_samples(samples)
 
@@ -206,7 +206,8 @@ def _check(config: Config, earlier: dict[str, Config], read: ReadRows) -> Prepar
 
 
 def _check_rows(config: Config, earlier: dict[str, Config], prepared: Prepared, read: ReadRows) -> None:
-    data, prompts_only = config.data, config.method == "generate"
+    data, outputs = config.data, needed_outputs(config)
+    needed = {"train": outputs, "dev": "ignored" if outputs == "ignored" else "required"}
     if data.stage:
         where = f"data.train: {data.train}"
         _check_earlier(where, data.stage, earlier)
@@ -216,7 +217,7 @@ def _check_rows(config: Config, earlier: dict[str, Config], prepared: Prepared, 
         source = getattr(data, key)
         if source is not None and (key == "dev" or not data.stage):
             try:
-                arguments = source, getattr(data, f"{key}_rows"), split, prompts_only
+                arguments = source, getattr(data, f"{key}_rows"), split, needed[key]
                 prepared.rows[arguments] = read(*arguments)
             except ConfigError as error:
                 raise ConfigError(f"data.{key}: {error}") from None

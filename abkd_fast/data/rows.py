@@ -27,7 +27,7 @@ class Row:
 
 
 def read_rows(
-    source: str, limit: int | None = None, splits: tuple[str, ...] = TRAIN, prompts_only: bool = False
+    source: str, limit: int | None = None, splits: tuple[str, ...] = TRAIN, outputs: str = "required"
 ) -> list[Row]:
     """Reads and checks rows. At most `limit` rows are read.
 
@@ -35,18 +35,19 @@ def read_rows(
         source: a JSONL or .bin file, a folder, a data set of the Hub (its train split), or "quickstart:SPLIT". In a
             folder, indexed binary files of `splits` are read, or else all JSONL files: the papers' tools leave the same
             rows, of all splits, as JSONL beside the binary files.
-        prompts_only: outputs of JSON rows are not read; all are empty.
+        outputs: "required"; "optional", where the method of a run writes responses itself; or "ignored": those of JSON
+            rows are not read, and all are empty.
 
     Raises ConfigError, which names file and line, for a missing or empty source, broken JSON, and rows without a prompt
     or with an output that is missing, not text, or empty.
     """
-    rows = list(itertools.islice(_rows(source, splits, prompts_only), limit))
+    rows = list(itertools.islice(_rows(source, splits, outputs), limit))
     if not rows:
         raise ConfigError(f"{source}: has no rows")
     return rows
 
 
-def _rows(source: str, splits: tuple[str, ...], prompts_only: bool) -> Iterator[Row]:
+def _rows(source: str, splits: tuple[str, ...], outputs: str) -> Iterator[Row]:
     parts = indexed_dataset.find(source, splits)
     for part in parts:
         for where, ids in indexed_dataset.read_items(part):
@@ -54,8 +55,23 @@ def _rows(source: str, splits: tuple[str, ...], prompts_only: bool) -> Iterator[
             yield Row(where, {"prompt_ids": prompt, "output_ids": output})
     if not parts:
         for where, values in _raw_rows(source):
-            checked = check_row(without_output(values) if prompts_only else values, where, prompts_only)
-            yield Row(where, checked, outputs_in(values))
+            has_none = outputs == "optional" and not _is_answered(values)
+            is_left_out = outputs == "ignored" or has_none
+            checked = check_row(without_output(values) if is_left_out else values, where, is_left_out)
+            yield Row(where, _prompt(checked) if has_none else checked, outputs_in(values))
+
+
+def _is_answered(values: object) -> bool:
+    messages = values.get("messages") if isinstance(values, dict) else None
+    if isinstance(messages, list) and messages and isinstance(messages[-1], dict):
+        return messages[-1].get("role") == "assistant"
+    return not isinstance(values, dict) or "output" in values
+
+
+def _prompt(values: dict) -> dict:
+    if "messages" in values:
+        return {"messages": values["messages"][:-1]}
+    return {"prompt": values["prompt"]}
 
 
 def _raw_rows(source: str) -> Iterator[tuple[str, object]]:

@@ -13,6 +13,7 @@ from ..data.rows import DEV, TRAIN, Row, read_rows
 from ..data.tokenize import tokenize
 from ..errors import ConfigError
 from ..evaluation.test_sets import TestSet
+from ..methods import METHODS
 from ..methods.base import Method
 from ..models import loading
 from ..models.loading import MetaModel
@@ -24,7 +25,7 @@ class Prepared:
     """The inputs that the checks of a run have read. The run reads the others: an earlier stage may write them."""
 
     models: dict[str, MetaModel] = dataclasses.field(default_factory=dict)  # by role
-    rows: dict[tuple, list[Row]] = dataclasses.field(default_factory=dict)  # by the four arguments of `read_rows`
+    rows: dict[tuple, list[Row]] = dataclasses.field(default_factory=dict)  # by the arguments of `read_rows`
     test_sets: list[TestSet] | None = None
 
     def model(self, role: str, spec: ModelConfig) -> MetaModel:
@@ -48,6 +49,16 @@ class TrainData:
     notes: list[str]  # for people: how the training rows become tokens, and which rows are cut or left out
     steps_per_epoch: int
     steps: int
+
+
+def needed_outputs(config: Config) -> str:
+    """How `read_rows` takes the outputs of data.train: a method that writes all responses itself needs none.
+
+    Raises ConfigError for settings that don't fit the method.
+    """
+    if config.method == "generate":
+        return "ignored"
+    return "required" if METHODS[config.method](config).off_policy_fraction else "optional"
 
 
 def read_tokenizer(config: Config) -> PreTrainedTokenizerBase:
@@ -80,13 +91,13 @@ def read_train_data(
     """Reads and tokenizes the data of a run. Raises ConfigError where they don't fit the configuration."""
     data = config.data
     settings = data.max_length, data.max_prompt_length, PromptFormat.from_config(data), data.on_bad_row
-    rows = prepared.take_rows(data.train, data.train_rows, TRAIN, False)
+    rows = prepared.take_rows(data.train, data.train_rows, TRAIN, needed_outputs(config))
     tokenized = tokenize(rows, tokenizer, *settings)
     train_set, where = tokenized.dataset, [row.where for row in rows]
     notes = [tokenized.format, *tokenized.notes(rows, data.max_length)]
     dev = None
     if data.dev is not None:
-        rows = prepared.take_rows(data.dev, data.dev_rows, DEV, False)
+        rows = prepared.take_rows(data.dev, data.dev_rows, DEV, "required")
         tokenized = tokenize(rows, tokenizer, *settings)
         notes += [f"data.dev: {note}" for note in tokenized.notes(rows, data.max_length)]
         dev = DevEvaluator(config, rows, tokenized.dataset, tokenizer)

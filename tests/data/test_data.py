@@ -295,5 +295,5 @@ def test_cut_answer_teaches_no_end(write_jsonl, row):
 
 def test_prompts_of_messages_that_call_a_tool(write_jsonl):
     messages = [{"role": "user", "content": "What time is it?"}, {"role": "assistant", "tool_calls": []}]
-    (row,) = read_rows(write_jsonl([{"messages": messages}]), prompts_only=True)
+    (row,) = read_rows(write_jsonl([{"messages": messages}]), outputs="ignored")
     assert row.values["messages"][:-1] == messages[:1]
