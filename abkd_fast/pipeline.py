@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 from rich.table import Table
+from transformers import PreTrainedTokenizerBase
 
 from . import distributed
 from .config.methods import WITHOUT_TEACHER
@@ -20,7 +21,7 @@ from .console import console
 from .data import pretrain
 from .data.rows import DEV, TRAIN, Row, read_rows
 from .device import choose_device, choose_dtype
-from .errors import ConfigError
+from .errors import ConfigError, check_number
 from .evaluation import tables
 from .evaluation.evaluator import Evaluation
 from .evaluation.runs import read_runs
@@ -30,7 +31,8 @@ from .generation import answers
 from .losses.divergences import AlphaNet, parse
 from .models import loading
 from .training.dry_run import describe
-from .training.prepare import Prepared
+from .training.prepare import Prepared, read_tokenizer
+from .training.show_rows import print_samples, shown_samples
 from .training.trainer import Trainer
 
 ReadRows = Callable[..., list[Row]]
@@ -145,6 +147,24 @@ def plan(stages: list[Config], resume: bool = False) -> None:
             console.print(line, markup=False)
 
 
+def show_rows(stages: list[Config], count: int) -> None:
+    """Prints the first rows of each stage's training data as its model sees them. Loads no weights.
+
+    Stages that see the same print it once. Raises ConfigError.
+    """
+    check_number("show-rows", count, 1)
+    samples, earlier = [], {}
+    for config in stages:
+        earlier[config.run.stage] = config
+        tokenizer = _read_tokenizer(config, earlier)
+        data = resolve(config).data
+        if config.data.stage and not pathlib.Path(data.train).exists():
+            continue  # nothing is written yet
+        rows = read_rows(data.train, min(count, data.train_rows or count), TRAIN, config.method == "generate")
+        samples += shown_samples(rows, tokenizer, data)
+    print_samples(samples)
+
+
 def _as_begun(spec: ModelConfig, students: dict[str, ModelConfig]) -> ModelConfig:
     """The same model, with the result of a stage replaced by what that stage starts from. Shapes are the same."""
     begun = {key: students[name] for key, name in spec.stages.items()}
@@ -203,15 +223,25 @@ def _check_rows(config: Config, earlier: dict[str, Config], prepared: Prepared, 
                 raise ConfigError(f"data.{key}: {error}") from None
 
 
-def _read_test_sets(config: Config, earlier: dict[str, Config], read: ReadRows) -> list[TestSet]:
-    """The test sets of a stage, tokenized. Raises ConfigError for those that its result could not answer."""
-    chain = [config]  # back to the first stage whose student is not the result of another
+def _ancestry(config: Config, earlier: dict[str, Config]) -> list[Config]:
+    """The stage, the one whose result is its student, and so on, to the first whose student is nobody's result."""
+    chain = [config]
     while "path" in chain[-1].student.stages:
         chain.append(earlier[chain[-1].student.stages["path"]])
+    return chain
+
+
+def _read_tokenizer(config: Config, earlier: dict[str, Config]) -> PreTrainedTokenizerBase:
+    """The tokenizer of a stage, also where the model that brings it is not trained yet. Raises ConfigError."""
+    chain = _ancestry(config, earlier)
     named = next((stage for stage in chain if stage.tokenizer), chain[-1])
-    source, key = (named.tokenizer, "tokenizer") if named.tokenizer else (named.student.path, "student.path")
-    tokenizer = loading.read_tokenizer(source, key)
-    base = dataclasses.replace(chain[-1].student, adapter=None, lora=None)
+    return read_tokenizer(named)
+
+
+def _read_test_sets(config: Config, earlier: dict[str, Config], read: ReadRows) -> list[TestSet]:
+    """The test sets of a stage, tokenized. Raises ConfigError for those that its result could not answer."""
+    tokenizer = _read_tokenizer(config, earlier)
+    base = dataclasses.replace(_ancestry(config, earlier)[-1].student, adapter=None, lora=None)
     student = loading.read_meta_model(base, "student").config
     loading.check_length(student, "student", config.data.max_length)  # which prompts are cut to
     try:

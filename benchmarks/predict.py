@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig
 
 import harness
-from abkd_fast.data.batches import balance_by_tokens
+from abkd_fast.data.batches import balance_by_tokens, count_labels
 from abkd_fast.losses import reference
 from abkd_fast.losses.arguments import LossSpec, Rows
 from abkd_fast.losses.divergences import BY_NAME
@@ -85,14 +85,13 @@ def make_pairs() -> dict[str, Pair]:
 
 def make_samples(lengths: np.ndarray, prompts: np.ndarray) -> list[dict]:
     pairs = zip(lengths.tolist(), prompts.tolist(), strict=True)
-    return [{"input_ids": range(length), "prompt_length": prompt} for length, prompt in pairs]
+    return [{"input_ids": range(length), "spans": [prompt, length]} for length, prompt in pairs]
 
 
 def totals(samples: list[dict]) -> tuple[int, int, int]:
     """Sums of the samples' lengths, of their squares, and of the responses' lengths."""
     lengths = [len(sample["input_ids"]) for sample in samples]
-    prompts = sum(sample["prompt_length"] for sample in samples)
-    return sum(lengths), sum(length**2 for length in lengths), sum(lengths) - prompts
+    return sum(lengths), sum(length**2 for length in lengths), sum(map(count_labels, samples))
 
 
 class Traffic(TorchDispatchMode):

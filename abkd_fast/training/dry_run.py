@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
-import pyarrow.compute
 import torch
 from rich.markup import escape
 
@@ -16,7 +15,7 @@ from ..console import format_bytes
 from ..device import device_name, free_memory
 from ..losses import row_ops
 from ..models import attention, loading
-from ..teacher.store import table_of
+from ..teacher.store import label_counts, lengths_of, table_of
 from . import costs
 
 if TYPE_CHECKING:
@@ -56,7 +55,7 @@ def header(trainer: Trainer) -> Iterator[str]:
         f"  data       {len(lengths)} rows, {lengths.float().mean():.0f} tokens each on average, "
         f"the first {data.where[data.train_set['row'][0]]}"
     )
-    yield from _notes(trainer)
+    yield from map(escape, _notes(trainer))
     yield f"  device     {device_name(trainer.device)}, {str(trainer.dtype).removeprefix('torch.')}"
     yield f"  kernels    {_kernels(trainer)}; attention {attention.describe(trainer.device)}, packed and checked"
     for line in without_kernels(trainer.device):
@@ -112,11 +111,10 @@ def without_kernels(device: torch.device) -> Iterator[str]:
 
 
 def _data(trainer: Trainer) -> Iterator[str]:
-    ids, prompts = table_of(trainer.data.train_set)
-    lengths = pyarrow.compute.list_value_length(ids).to_numpy(zero_copy_only=False)
-    prompts = prompts.to_numpy(zero_copy_only=False)
+    ids, spans = table_of(trainer.data.train_set)
+    lengths, labels = lengths_of(ids), label_counts(spans)
     yield f"  data       {len(lengths)} rows, {lengths.sum()} tokens an epoch"
-    for name, counts in (("prompts", prompts), ("responses", lengths - prompts), ("together", lengths)):
+    for name, counts in (("prompts", lengths - labels), ("responses", labels), ("together", lengths)):
         median, most = np.percentile(counts, [50, 95])
         yield (
             f"    {name:10} mean {counts.mean():.1f}, median {median:.0f}, 95 % up to {most:.0f}, "
@@ -127,9 +125,7 @@ def _data(trainer: Trainer) -> Iterator[str]:
 
 def _notes(trainer: Trainer) -> Iterator[str]:
     """Lines about long rows, plain text, and generation, where there are any."""
-    for name, note in trainer.data.long_rows.items():
-        if note:
-            yield f"  long rows  {name}: {note}"
+    yield from (f"  rows       {note}" for note in trainer.data.notes)
     if trainer.data.pretrain_set is not None:
         data = trainer.config.data
         yield (
@@ -167,7 +163,8 @@ def _generation_memory(trainer: Trainer, cost: costs.StepCost) -> Iterator[tuple
     """The same for generation: the longest prompts with the longest responses."""
     data, sampling, method = trainer.config.data, trainer.config.sampling, trainer.method
     models = {"student": (cost.student, cost.adapter), "teacher": (cost.teacher, None)}
-    length = min(max(trainer.data.train_set["prompt_length"][:]) + sampling.max_new_tokens, data.max_length)
+    longest = max(spans[-2] for spans in trainer.data.train_set["spans"][:])
+    length = min(longest + sampling.max_new_tokens, data.max_length)
     sequences = min(sampling.batch_size, method.max_concurrent_responses)
     generators = [models[role] for role in method.generators]
     return costs.generation_memory(generators, sequences, length, trainer.dtype, trainer.device)

@@ -8,8 +8,9 @@ from transformers import PreTrainedTokenizerBase
 from .. import distributed
 from ..config.schema import Config, ModelConfig
 from ..data import pretrain
+from ..data.chat import PromptFormat
 from ..data.rows import DEV, TRAIN, Row, read_rows
-from ..data.tokenize import describe_long_rows, tokenize
+from ..data.tokenize import tokenize
 from ..errors import ConfigError
 from ..evaluation.test_sets import TestSet
 from ..methods.base import Method
@@ -44,7 +45,7 @@ class TrainData:
     where: list[str]  # file and line of every training row
     dev: DevEvaluator | None
     pretrain_set: datasets.Dataset | None
-    long_rows: dict[str, str]  # notes on rows that are cut or left out, by split
+    notes: list[str]  # for people: how the training rows become tokens, and which rows are cut or left out
     steps_per_epoch: int
     steps: int
 
@@ -78,21 +79,22 @@ def read_train_data(
 ) -> TrainData:
     """Reads and tokenizes the data of a run. Raises ConfigError where they don't fit the configuration."""
     data = config.data
-    limits = data.max_length, data.max_prompt_length
+    settings = data.max_length, data.max_prompt_length, PromptFormat.from_config(data), data.on_bad_row
     rows = prepared.take_rows(data.train, data.train_rows, TRAIN, False)
-    train_set = tokenize(rows, tokenizer, *limits)
-    where, long_rows = [row.where for row in rows], {"train": describe_long_rows(rows, train_set, *limits)}
+    tokenized = tokenize(rows, tokenizer, *settings)
+    train_set, where = tokenized.dataset, [row.where for row in rows]
+    notes = [tokenized.format, *tokenized.notes(rows, data.max_length)]
     dev = None
     if data.dev is not None:
         rows = prepared.take_rows(data.dev, data.dev_rows, DEV, False)
-        dev_set = tokenize(rows, tokenizer, *limits)
-        long_rows["dev"] = describe_long_rows(rows, dev_set, *limits)
-        dev = DevEvaluator(config, rows, dev_set, tokenizer)
+        tokenized = tokenize(rows, tokenizer, *settings)
+        notes += [f"data.dev: {note}" for note in tokenized.notes(rows, data.max_length)]
+        dev = DevEvaluator(config, rows, tokenized.dataset, tokenizer)
     steps_per_epoch = _steps_per_epoch(config, len(train_set))
     method.check_rows(len(train_set))
     pretrain_set = _read_pretrain_set(config, tokenizer) if data.uses_pretrain else None
     steps = config.train.steps or config.train.epochs * steps_per_epoch
-    return TrainData(train_set, where, dev, pretrain_set, long_rows, steps_per_epoch, steps)
+    return TrainData(train_set, where, dev, pretrain_set, notes, steps_per_epoch, steps)
 
 
 def _steps_per_epoch(config: Config, samples: int) -> int:

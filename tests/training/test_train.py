@@ -127,8 +127,10 @@ def test_step_is_the_token_mean_gradient(recipe):
     total, tokens = 0.0, 0
     for sample in batch.samples:  # one sample at a time: nothing packed, nothing padded
         ids = torch.tensor(sample["input_ids"])
-        logits = model(ids[None], use_cache=False).logits[0, sample["prompt_length"] - 1 : -1]
-        total = total + torch.nn.functional.cross_entropy(logits, ids[sample["prompt_length"] :], reduction="sum")
+        start, stop = sample["spans"]
+        assert stop == len(ids)
+        logits = model(ids[None], use_cache=False).logits[0, start - 1 : -1]
+        total = total + torch.nn.functional.cross_entropy(logits, ids[start:], reduction="sum")
         tokens += len(logits)
     model.zero_grad()
     (total / tokens).backward()
