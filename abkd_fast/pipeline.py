@@ -28,6 +28,7 @@ from .evaluation.runs import read_runs
 from .evaluation.test_sets import Protocol, TestSet, read_sets
 from .files import LOCK, check_folder, leftovers
 from .generation import answers
+from .losses.divergences import AlphaNet, parse
 from .models import loading
 from .training.dry_run import describe
 from .training.prepare import Prepared, needed_outputs, read_tokenizer
@@ -300,12 +301,23 @@ def _is_finished(config: Config, resume: bool) -> bool:
         check_folder(folder)
     if not finished and not resume:
         raise ConfigError(f"{folder} exists, but was not finished: add --resume, or choose another run.name")
-    (then,) = load(str(folder / "config.json"))
+    then = _as_meant(*load(str(folder / "config.json")))
     changed = "; ".join(_differences(_deciding(then.to_dict()), _deciding(config.to_dict())))
     if changed:
         way_out = "choose another run.name" if finished else "undo that to resume it, or choose another run.name"
         raise ConfigError(f"{folder} is the result of another configuration ({changed}): {way_out}")
     return finished
+
+
+def _as_meant(config: Config) -> Config:
+    """The configuration in a run's folder, with AlphaNet as it was meant.
+
+    `Config.to_dict` spells all its values. Earlier versions left them out, and then it decided per micro-batch.
+    """
+    loss = parse(config.loss)
+    if isinstance(loss, AlphaNet) and config.loss.count(",") < 2:
+        config = dataclasses.replace(config, loss=str(dataclasses.replace(loss, per="batch")))
+    return config
 
 
 def _read_summary(folder: pathlib.Path) -> dict:
