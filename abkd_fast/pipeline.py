@@ -70,7 +70,7 @@ def run(stages: list[Config], resume: bool = False) -> list[dict]:
 
 
 def _take_prompts(config: Config, prepared: Prepared) -> list[Row]:
-    return prepared.take_rows(config.data.train, config.data.train_rows, TRAIN, True)
+    return prepared.take_rows(config.data.train, config.data.train_rows, TRAIN, "ignored")
 
 
 def _free_memory() -> None:
@@ -186,7 +186,7 @@ def _check(config: Config, earlier: dict[str, Config], read: ReadRows) -> Prepar
 
 
 def _check_rows(config: Config, earlier: dict[str, Config], prepared: Prepared, read: ReadRows) -> None:
-    data, prompts_only = config.data, config.method == "generate"
+    data, outputs = config.data, "ignored" if config.method == "generate" else "required"
     if data.stage:
         where = f"data.train: {data.train}"
         _check_earlier(where, data.stage, earlier)
@@ -196,7 +196,7 @@ def _check_rows(config: Config, earlier: dict[str, Config], prepared: Prepared, 
         source = getattr(data, key)
         if source is not None and (key == "dev" or not data.stage):
             try:
-                arguments = source, getattr(data, f"{key}_rows"), split, prompts_only
+                arguments = source, getattr(data, f"{key}_rows"), split, outputs
                 prepared.rows[arguments] = read(*arguments)
             except ConfigError as error:
                 raise ConfigError(f"data.{key}: {error}") from None

@@ -132,7 +132,7 @@ class Generation:
         self.out, self.seed, self.max_prompt_length = out, seed, max_prompt_length
         self.model = Generator(spec, (tokenizer or spec.path, "tokenizer"), sampling, batch_size, device, dtype)
         self.tokenizer = self.model.tokenizer
-        self.rows = data if isinstance(data, list) else read_rows(data, rows, prompts_only=True)
+        self.rows = data if isinstance(data, list) else read_rows(data, rows, outputs="ignored")
         self.prompts = encode_prompts(self.rows, self.tokenizer)
         longest = math.inf if max_prompt_length is None else max_prompt_length
         self.used = [index for index, prompt in enumerate(self.prompts) if len(prompt) <= longest]

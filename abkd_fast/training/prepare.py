@@ -79,12 +79,12 @@ def read_train_data(
     """Reads and tokenizes the data of a run. Raises ConfigError where they don't fit the configuration."""
     data = config.data
     limits = data.max_length, data.max_prompt_length
-    rows = prepared.take_rows(data.train, data.train_rows, TRAIN, False)
+    rows = prepared.take_rows(data.train, data.train_rows, TRAIN, "required")
     train_set = tokenize(rows, tokenizer, *limits)
     where, long_rows = [row.where for row in rows], {"train": describe_long_rows(rows, train_set, *limits)}
     dev = None
     if data.dev is not None:
-        rows = prepared.take_rows(data.dev, data.dev_rows, DEV, False)
+        rows = prepared.take_rows(data.dev, data.dev_rows, DEV, "required")
         dev_set = tokenize(rows, tokenizer, *limits)
         long_rows["dev"] = describe_long_rows(rows, dev_set, *limits)
         dev = DevEvaluator(config, rows, dev_set, tokenizer)
