@@ -19,7 +19,7 @@ from .config.sampling import OPTIONS, SamplingParams
 from .config.schema import Config, ModelConfig
 from .console import console
 from .data import pretrain
-from .data.rows import DEV, TRAIN, Row, read_rows
+from .data.rows import Row, read_rows
 from .device import choose_device, choose_dtype
 from .errors import ConfigError, check_number
 from .evaluation import tables
@@ -31,7 +31,7 @@ from .generation import answers
 from .losses.divergences import AlphaNet, parse
 from .models import loading
 from .training.dry_run import describe
-from .training.prepare import Prepared, needed_outputs, read_tokenizer
+from .training.prepare import Prepared, dev_rows, read_tokenizer, train_rows
 from .training.show_rows import print_samples, shown_samples
 from .training.trainer import Trainer
 
@@ -73,7 +73,7 @@ def run(stages: list[Config], resume: bool = False) -> list[dict]:
 
 
 def _take_prompts(config: Config, prepared: Prepared) -> list[Row]:
-    return prepared.take_rows(config.data.train, config.data.train_rows, TRAIN, needed_outputs(config))
+    return prepared.take_rows(*train_rows(config))
 
 
 def _free_memory() -> None:
@@ -160,8 +160,8 @@ def show_rows(stages: list[Config], count: int) -> None:
         data = resolve(config).data
         if config.data.stage and not pathlib.Path(data.train).exists():
             continue  # nothing is written yet
-        rows = read_rows(data.train, min(count, data.train_rows or count), TRAIN, needed_outputs(config))
-        samples += shown_samples(rows, tokenizer, data)
+        source, limit, *others = train_rows(dataclasses.replace(config, data=data))
+        samples += shown_samples(read_rows(source, min(count, limit or count), *others), tokenizer, data)
     print_samples(samples)
 
 
@@ -207,18 +207,15 @@ def _check(config: Config, earlier: dict[str, Config], read: ReadRows) -> Prepar
 
 
 def _check_rows(config: Config, earlier: dict[str, Config], prepared: Prepared, read: ReadRows) -> None:
-    data, outputs = config.data, needed_outputs(config)
-    needed = {"train": outputs, "dev": "ignored" if outputs == "ignored" else "required"}
+    data = config.data
     if data.stage:
         where = f"data.train: {data.train}"
         _check_earlier(where, data.stage, earlier)
         if earlier[data.stage].method != "generate":
             raise ConfigError(f'{where} trains a model, and writes no rows: only method "generate" does')
-    for key, split in (("train", TRAIN), ("dev", DEV)):
-        source = getattr(data, key)
-        if source is not None and (key == "dev" or not data.stage):
+    for key, arguments in (("train", train_rows(config)), ("dev", dev_rows(config))):
+        if getattr(data, key) is not None and (key == "dev" or not data.stage):
             try:
-                arguments = source, getattr(data, f"{key}_rows"), split, needed[key]
                 prepared.rows[arguments] = read(*arguments)
             except ConfigError as error:
                 raise ConfigError(f"data.{key}: {error}") from None

@@ -87,7 +87,7 @@ def read_sets(
             raise ConfigError(f"{key}: there are two sets called {name}")
         try:
             _check_source(source)
-            chosen = read(source, rows, DEV, True)
+            chosen = read(source, rows, DEV, "ignored")
             prompts, cut = _encode(chosen, tokenizer, hf_config, protocol)
             found[name] = TestSet(name, source, prompts, [references(row, tokenizer) for row in chosen], cut)
         except ConfigError as error:
