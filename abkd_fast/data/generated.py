@@ -1,6 +1,6 @@
 """Rows that a model wrote: token ids, and beside them the text for people, which may have lost tokens."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable
 
 from transformers import PreTrainedTokenizerBase
 
@@ -15,35 +15,35 @@ def check_text(values: dict, tokenizer: PreTrainedTokenizerBase) -> None:
 
     values: `Row.values` with prompt_ids.
     """
-    if wrong := next(_differing(values, tokenizer), None):
+    wrong = None
+    if "output" in values and _decode(tokenizer, values["output_ids"], skip_special_tokens=True) != values["output"]:
+        wrong = "output"
+    elif "prompt" in values or "messages" in values:
+        wrong = _changed_before(values, tokenizer)
+    if wrong:
         raise ConfigError(
             f"its token ids are not those of its {wrong}: the text was edited, or another tokenizer wrote them; remove "
             "prompt_ids and output_ids to train on the text"
         )
 
 
-def _differing(values: dict, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
-    if (
-        "output" in values
-        and tokenizer.decode(_list(values["output_ids"]), skip_special_tokens=True) != values["output"]
-    ):
-        yield "output"
-    texts = {"prompt": [values["prompt"]] if "prompt" in values else []}
-    messages = [one for one in values.get("messages", ()) if one["role"] in ("system", "user")]
-    texts["messages"] = [one["content"] for one in messages if isinstance(one.get("content"), str)]
-    if not any(texts.values()):
-        return
-    before = _bare(tokenizer.decode(_list(values["prompt_ids"])))
-    for name, known in texts.items():
-        for text in known:
-            kept = _bare(tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]))
-            same = (before, before.removeprefix(tokenizer.bos_token or ""))
-            if kept not in (same if name == "prompt" else before):
-                yield name
+def _changed_before(values: dict, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """The key of a text before the answer that is not in the ids; None if all are."""
+    before = _bare(_decode(tokenizer, values["prompt_ids"]))
+
+    def kept(text: str) -> str:  # what the tokenizer makes of it
+        return _bare(_decode(tokenizer, tokenizer(text, add_special_tokens=False)["input_ids"]))
+
+    if "prompt" in values:
+        is_same = kept(values["prompt"]) in (before, before.removeprefix(tokenizer.bos_token or ""))
+        return None if is_same else "prompt"
+    texts = [one.get("content") for one in values["messages"] if one["role"] in ("system", "user")]
+    is_same = all(kept(text) in before for text in texts if isinstance(text, str))
+    return None if is_same else "messages"
 
 
-def _list(ids: object) -> list[int]:
-    return [int(token) for token in ids]
+def _decode(tokenizer: PreTrainedTokenizerBase, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
+    return tokenizer.decode([int(token) for token in ids], skip_special_tokens=skip_special_tokens)
 
 
 def _bare(text: str) -> str:
