@@ -258,7 +258,6 @@ BAD = {
         "mine: long.jsonl line 1: the prompt has 256 tokens, and the model 128 positions: no room for an answer",
     ),
     "no begin token": (["--bos"], "dolly: begin_token is true, but the tokenizer has no begin token"),
-    "begin token false, where true was": (["--begin-token", "true"], "dolly: begin_token is true, but"),
     "no template": (["--chat-template", "nowhere.jinja"], "chat_template: nowhere.jinja: can't be read (No such file"),
     "template is a folder": (["--chat-template", "model"], "chat_template: model: can't be read (Is a directory"),
     "empty template": (["--chat-template", "empty.jsonl"], "chat_template: empty.jsonl: is empty, expected a chat"),

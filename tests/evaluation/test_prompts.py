@@ -28,9 +28,9 @@ ANSWER = {"role": "assistant", "content": "It is 3."}
 def beginning(tokenizer=None):
     """A tokenizer that puts a begin token before plain text, as Llama's."""
     tokenizer = copy.deepcopy(tokenizer or quickstart.tokenizer())
-    tokenizer.bos_token = "a"
+    tokenizer.bos_token = "~"
     begin = tokenizer.bos_token_id
-    single = TemplateProcessing(single="a $A", special_tokens=[("a", begin)])
+    single = TemplateProcessing(single="~ $A", special_tokens=[("~", begin)])
     tokenizer.backend_tokenizer.post_processor = single
     assert tokenizer("b")["input_ids"][0] == begin
     return tokenizer
@@ -103,7 +103,6 @@ def test_a_runs_result_keeps_its_begin_token(tmp_path, write_jsonl, begins):
     assert settings_of(run.folder / "eval")["begin_token"] is begins
     (prompt,) = prompts_of(tmp_path, final, write_jsonl([{"prompt": "Say hello."}]))
     assert (prompt[0] == saved.bos_token_id) == begins
-    assert settings_of(run.folder / "eval") == settings_of(run.folder / "eval")
 
 
 def test_begin_token_of_evaluations_is_that_of_training_unless_given():
@@ -184,7 +183,6 @@ def test_chat_template_and_its_values(tmp_path, write_jsonl, capsys):
     assert line["prompt"].endswith("<|im_start|>assistant\nCalmly: ")
     assert line["output"] == [ANSWER["content"]]  # the reference is the last answer
     capsys.readouterr()
-    assert evaluate.main([*command, "--out", str(tmp_path / "of-calm")]) == 0 or True
     other = ["--chat-template-kwargs", '{"calm": false}']
     assert evaluate.main([*command, *other, "--out", str(tmp_path / "of-calm")]) == 2
     assert "is of other chat_template_kwargs" in capsys.readouterr().err

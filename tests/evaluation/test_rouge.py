@@ -55,7 +55,7 @@ def test_characters_are_symmetric_and_complete(first, second):
 
 
 SCRIPTS = {
-    "Chinese": (["今天天气很好，我们去公园。"], True),
+    "Chinese": (["今天天气很好。我们去公园。"], True),
     "Thai": (["สวัสดีครับ"], True),
     "Chinese with some English": (["今天天气很好 ok", "我们去公园吧"], True),
     "English": (["It's fine!"], False),
