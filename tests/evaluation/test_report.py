@@ -288,6 +288,51 @@ def test_scores_of_other_answers_are_not_compared_silently(make_run):
     assert notes[1:] == ["Not comparable: the runs differ in temperature, rows of test."]
 
 
+def in_characters(folder):
+    """Makes a run's scores those of characters."""
+    path = folder / "eval" / "scores.json"
+    scores = json.loads(path.read_text())
+    scores["settings"]["rouge_tokens"] = "characters"
+    path.write_text(json.dumps(scores))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "eval": {"rouge_tokens": "characters"}}))
+
+
+def test_scores_of_characters_are_named_and_in_columns_of_their_own(four_runs, tmp_path, monkeypatch):
+    in_characters(four_runs / "ab")
+    runs = read_runs([four_runs])
+    table = score_table(runs)
+    assert table.columns == ["Dolly", "Dolly (characters)", "Vicuna", "Vicuna (characters)", "Average"]
+    lines = table.markdown().splitlines()
+    assert lines[2:5] == [
+        "| Teacher | 24.0 (2.0) | - | 20.0 (0.0) | - | - |",
+        "| ABKD | - | **20.0 (0.5)** | - | **12.0 (1.0)** | - |",
+        "| SFT | **18.0 (0.2)** | - | **13.0** | - | - |",
+    ]
+    assert "Not comparable: the runs differ in rouge_tokens, seeds of Vicuna." in lines
+    assert gain(runs) is None
+    labels = []
+    monkeypatch.setattr(matplotlib.axes.Axes, "set", lambda self, **names: labels.append(names.get("ylabel")))
+    figures.rouge_curves(runs, tmp_path / "figure")
+    assert labels == ["ROUGE-L / ROUGE-L (characters) on development rows"]
+    for name in ("sft", "teacher"):
+        in_characters(four_runs / name)
+    runs = read_runs([four_runs])
+    table = score_table(runs)
+    assert table.columns == ["Dolly (characters)", "Vicuna (characters)", "Average (characters)"]
+    assert next(csv.reader(table.csv().splitlines()))[2] == "Dolly (characters) mean"
+    summary = four_runs / "ab" / "summary.json"
+    measured = {"dev_rouge_l_before": 1.0, "dev_rouge_l": 2.0}
+    summary.write_text(json.dumps({**json.loads(summary.read_text()), **measured}))
+    assert main([str(four_runs)]) == 0
+    report = (four_runs / "ab" / "report.md").read_text()
+    assert "dev ROUGE-L (characters): 1.00 before, 2.00 in the end" in report
+    assert "| Dolly (characters) |" in report
+    published = tmp_path / "paper.csv"
+    published.write_text("row,Dolly mean,Dolly std\nABKD,21.0,0.2\n")  # of words
+    assert main([str(four_runs), "--paper", str(published)]) == 2
+
+
 def test_one_run_by_two_paths_is_one_row(four_runs, monkeypatch):
     monkeypatch.chdir(four_runs)
     assert len(read_runs([four_runs / "ab", pathlib.Path("ab")])) == 1
