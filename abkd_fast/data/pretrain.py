@@ -17,7 +17,7 @@ from ..errors import ConfigError
 from ..files import atomic_file, file_digest, remove_leftovers
 from . import indexed_dataset
 from .rows import TRAIN
-from .sources import read_jsonl
+from .text_files import read_jsonl
 from .tokenize import SAMPLE, arrow_file, fingerprint
 
 NEWLINE = "<@x(x!>"  # MiniLLM's data.txt has this for a line end within a document
