@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator, Mapping
 
 from ..errors import ConfigError
 from . import formats, indexed_dataset, sources
-from .sources import RawRow
+from .text_files import RawRow
 
 # Splits: words in the names of files, and of splits of a data set. The first one that is there is read.
 TRAIN, DEV = ("train",), ("dev", "valid")
