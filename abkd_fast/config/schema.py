@@ -107,7 +107,7 @@ class PretrainConfig(Section):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig(Section):
-    """Rows in every common format, or the papers' .bin and .idx files: docs/data.md lists them. --show-rows shows some."""
+    """Rows in any common format, or the papers' .bin and .idx files (docs/data.md); --show-rows shows some."""
 
     train: Annotated[
         str,
