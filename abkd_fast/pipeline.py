@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 from rich.table import Table
+from transformers import PreTrainedTokenizerBase
 
 from . import distributed
 from .config.methods import WITHOUT_TEACHER
@@ -18,18 +19,20 @@ from .config.sampling import OPTIONS, SamplingParams
 from .config.schema import Config, ModelConfig
 from .console import console
 from .data import pretrain
-from .data.rows import DEV, TRAIN, Row, read_rows
+from .data.rows import Row, read_rows
 from .device import choose_device, choose_dtype
-from .errors import ConfigError
+from .errors import ConfigError, check_number
 from .evaluation import tables
 from .evaluation.evaluator import Evaluation
 from .evaluation.runs import read_runs
 from .evaluation.test_sets import Protocol, TestSet, read_sets
 from .files import LOCK, check_folder, leftovers
 from .generation import answers
+from .losses.divergences import AlphaNet, parse
 from .models import loading
 from .training.dry_run import describe
-from .training.prepare import Prepared
+from .training.prepare import Prepared, dev_rows, read_tokenizer, train_rows
+from .training.show_rows import print_samples, shown_samples
 from .training.trainer import Trainer
 
 ReadRows = Callable[..., list[Row]]
@@ -70,7 +73,7 @@ def run(stages: list[Config], resume: bool = False) -> list[dict]:
 
 
 def _take_prompts(config: Config, prepared: Prepared) -> list[Row]:
-    return prepared.take_rows(config.data.train, config.data.train_rows, TRAIN, "ignored")
+    return prepared.take_rows(*train_rows(config))
 
 
 def _free_memory() -> None:
@@ -144,6 +147,24 @@ def plan(stages: list[Config], resume: bool = False) -> None:
             console.print(line, markup=False)
 
 
+def show_rows(stages: list[Config], count: int) -> None:
+    """Prints the first rows of each stage's training data as its model sees them. Loads no weights.
+
+    Stages that see the same print it once. Raises ConfigError.
+    """
+    check_number("show-rows", count, 1)
+    samples, earlier = [], {}
+    for config in stages:
+        earlier[config.run.stage] = config
+        tokenizer = _read_tokenizer(config, earlier)
+        data = resolve(config).data
+        if config.data.stage and not pathlib.Path(data.train).exists():
+            continue  # nothing is written yet
+        source, limit, *others = train_rows(dataclasses.replace(config, data=data))
+        samples += shown_samples(read_rows(source, min(count, limit or count), *others), tokenizer, data)
+    print_samples(samples)
+
+
 def _as_begun(spec: ModelConfig, students: dict[str, ModelConfig]) -> ModelConfig:
     """The same model, with the result of a stage replaced by what that stage starts from. Shapes are the same."""
     begun = {key: students[name] for key, name in spec.stages.items()}
@@ -186,31 +207,39 @@ def _check(config: Config, earlier: dict[str, Config], read: ReadRows) -> Prepar
 
 
 def _check_rows(config: Config, earlier: dict[str, Config], prepared: Prepared, read: ReadRows) -> None:
-    data, outputs = config.data, "ignored" if config.method == "generate" else "required"
+    data = config.data
     if data.stage:
         where = f"data.train: {data.train}"
         _check_earlier(where, data.stage, earlier)
         if earlier[data.stage].method != "generate":
             raise ConfigError(f'{where} trains a model, and writes no rows: only method "generate" does')
-    for key, split in (("train", TRAIN), ("dev", DEV)):
-        source = getattr(data, key)
-        if source is not None and (key == "dev" or not data.stage):
+    for key, arguments in (("train", train_rows(config)), ("dev", dev_rows(config))):
+        if getattr(data, key) is not None and (key == "dev" or not data.stage):
             try:
-                arguments = source, getattr(data, f"{key}_rows"), split, outputs
                 prepared.rows[arguments] = read(*arguments)
             except ConfigError as error:
                 raise ConfigError(f"data.{key}: {error}") from None
 
 
-def _read_test_sets(config: Config, earlier: dict[str, Config], read: ReadRows) -> list[TestSet]:
-    """The test sets of a stage, tokenized. Raises ConfigError for those that its result could not answer."""
-    chain = [config]  # back to the first stage whose student is not the result of another
+def _ancestry(config: Config, earlier: dict[str, Config]) -> list[Config]:
+    """The stage, the one whose result is its student, and so on, to the first whose student is nobody's result."""
+    chain = [config]
     while "path" in chain[-1].student.stages:
         chain.append(earlier[chain[-1].student.stages["path"]])
+    return chain
+
+
+def _read_tokenizer(config: Config, earlier: dict[str, Config]) -> PreTrainedTokenizerBase:
+    """The tokenizer of a stage, also where the model that brings it is not trained yet. Raises ConfigError."""
+    chain = _ancestry(config, earlier)
     named = next((stage for stage in chain if stage.tokenizer), chain[-1])
-    source, key = (named.tokenizer, "tokenizer") if named.tokenizer else (named.student.path, "student.path")
-    tokenizer = loading.read_tokenizer(source, key)
-    base = dataclasses.replace(chain[-1].student, adapter=None, lora=None)
+    return read_tokenizer(named)
+
+
+def _read_test_sets(config: Config, earlier: dict[str, Config], read: ReadRows) -> list[TestSet]:
+    """The test sets of a stage, tokenized. Raises ConfigError for those that its result could not answer."""
+    tokenizer = _read_tokenizer(config, earlier)
+    base = dataclasses.replace(_ancestry(config, earlier)[-1].student, adapter=None, lora=None)
     student = loading.read_meta_model(base, "student").config
     loading.check_length(student, "student", config.data.max_length)  # which prompts are cut to
     try:
@@ -269,12 +298,23 @@ def _is_finished(config: Config, resume: bool) -> bool:
         check_folder(folder)
     if not finished and not resume:
         raise ConfigError(f"{folder} exists, but was not finished: add --resume, or choose another run.name")
-    (then,) = load(str(folder / "config.json"))
+    then = _as_meant(*load(str(folder / "config.json")))
     changed = "; ".join(_differences(_deciding(then.to_dict()), _deciding(config.to_dict())))
     if changed:
         way_out = "choose another run.name" if finished else "undo that to resume it, or choose another run.name"
         raise ConfigError(f"{folder} is the result of another configuration ({changed}): {way_out}")
     return finished
+
+
+def _as_meant(config: Config) -> Config:
+    """The configuration in a run's folder, with AlphaNet as it was meant.
+
+    `Config.to_dict` spells all its values. Earlier versions left them out, and then it decided per micro-batch.
+    """
+    loss = parse(config.loss)
+    if isinstance(loss, AlphaNet) and config.loss.count(",") < 2:
+        config = dataclasses.replace(config, loss=str(dataclasses.replace(loss, per="batch")))
+    return config
 
 
 def _read_summary(folder: pathlib.Path) -> dict:

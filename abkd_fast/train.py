@@ -24,6 +24,9 @@ def _train(options: argparse.Namespace) -> None:
     stages = load(options.config, options.overrides)
     from . import distributed, pipeline  # not before the configuration is checked: this loads PyTorch
 
+    if options.show_rows is not None:
+        pipeline.show_rows(stages, options.show_rows)
+        return
     with distributed.process_group(stages[0].train.timeout_minutes):
         work = pipeline.plan if options.dry_run else pipeline.run
         work(stages, options.resume or distributed.is_restarted())
@@ -47,6 +50,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--resume", action="store_true", help=text)
     text = "print configuration, data, steps, memory and cache of each stage, and train nothing"
     add("--dry-run", action="store_true", help=text)
+    text = (
+        "print the first N rows of data.train as the model sees them, one JSON object a line (in color on a terminal): "
+        "text, trained parts, numbers of tokens; no weights are read"
+    )
+    add("--show-rows", metavar="N", type=int, help=text)
     return parser
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import LogitsProcessor
 from transformers.activations import ACT2FN
 
-from abkd_fast.data.batches import StepBatch
+from abkd_fast.data.batches import StepBatch, prompt_of
 from abkd_fast.losses.divergences import AlphaBeta, AlphaNet, JensenShannon, SkewForwardKL
 from abkd_fast.teacher.teacher import Teacher
 from abkd_fast.training.trainer import Trainer
@@ -63,15 +63,15 @@ def pad_samples(samples: list[dict], length: int | None, device: torch.device) -
     ids, mask = pad([sample["input_ids"] for sample in samples], length, "cpu")
     labels = torch.full_like(ids, -100)
     for row, sample in enumerate(samples):
-        begin, end = sample["prompt_length"], len(sample["input_ids"])
+        begin, end = sample["spans"]
         labels[row, begin - 1 : end - 1] = ids[row, begin:end]
     return PaddedBatch(*(x.to(device) for x in (ids, mask, labels)))
 
 
 def split(samples: list[dict]) -> tuple[list[list[int]], list[list[int]]]:
     """Prompts and responses of samples."""
-    prompts = [sample["input_ids"][: sample["prompt_length"]] for sample in samples]
-    return prompts, [sample["input_ids"][sample["prompt_length"] :] for sample in samples]
+    responses = [sample["input_ids"][slice(*sample["spans"])] for sample in samples]
+    return [prompt_of(sample) for sample in samples], responses
 
 
 def generate(model: nn.Module, prompts: list[list[int]], length: int | None, new_tokens: int, **more: object) -> Tensor:
@@ -173,7 +173,7 @@ METHODS = {
     "DISTILLM": Method(
         "distillm", "sfkl:0.1", skew_forward_kl, has_entropy=True, parts=REPLAY, on_policy={"threshold": 1.0}
     ),
-    "AlphaNet": Method("kd", "alphanet:0.2,0.8", alphanet),
+    "AlphaNet": Method("kd", "alphanet:0.2,0.8,batch", alphanet),
     "ABKD": Method("ab", "ab:0.2,0.7", alpha_beta),
 }
 NOTES = {  # where the shares come from
@@ -295,7 +295,7 @@ class Baseline:
         tokens = generate(self.student, prompts, PROMPT_LENGTH, NEW_TOKENS, **rules).tolist()
         self.student.train(training)
         return [
-            {"input_ids": prompt + response[:length], "prompt_length": len(prompt)}
+            {"input_ids": prompt + response[:length], "spans": [len(prompt), len(prompt + response[:length])]}
             for prompt, response, length in zip(prompts, tokens, lengths, strict=True)
         ]
 

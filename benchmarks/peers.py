@@ -96,7 +96,7 @@ class PeerBenchmark(Benchmark):
             ids, mask = pad([sample["input_ids"] for sample in turn.samples], None, self.device)
             labels = ids.masked_fill(mask == 0, -100)
             for row, sample in enumerate(turn.samples):
-                labels[row, : sample["prompt_length"]] = -100
+                labels[row, : sample["spans"][0]] = -100
             inputs = {"input_ids": ids, "attention_mask": mask, "labels": labels}
             return trainer.training_step(self.student, inputs, (labels != -100).sum()), self.baseline.step_optimizer()
 

@@ -16,10 +16,10 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig
 
 import harness
-from abkd_fast.data.batches import balance_by_tokens
+from abkd_fast.data.batches import balance_by_tokens, count_labels
 from abkd_fast.losses import reference
 from abkd_fast.losses.arguments import LossSpec, Rows
-from abkd_fast.losses.divergences import BY_NAME, AlphaNet
+from abkd_fast.losses.divergences import BY_NAME
 from abkd_fast.models.loading import meta_model
 from abkd_fast.training.costs import PEAK_FLOPS, ModelCost, StepCost
 from baseline import alpha_beta, cross_entropy
@@ -85,14 +85,13 @@ def make_pairs() -> dict[str, Pair]:
 
 def make_samples(lengths: np.ndarray, prompts: np.ndarray) -> list[dict]:
     pairs = zip(lengths.tolist(), prompts.tolist(), strict=True)
-    return [{"input_ids": range(length), "prompt_length": prompt} for length, prompt in pairs]
+    return [{"input_ids": range(length), "spans": [prompt, length]} for length, prompt in pairs]
 
 
 def totals(samples: list[dict]) -> tuple[int, int, int]:
     """Sums of the samples' lengths, of their squares, and of the responses' lengths."""
     lengths = [len(sample["input_ids"]) for sample in samples]
-    prompts = sum(sample["prompt_length"] for sample in samples)
-    return sum(lengths), sum(length**2 for length in lengths), sum(lengths) - prompts
+    return sum(lengths), sum(length**2 for length in lengths), sum(map(count_labels, samples))
 
 
 class Traffic(TorchDispatchMode):
@@ -173,7 +172,7 @@ def without_kernels(pair: Pair, seconds: float, options: argparse.Namespace, rep
     """
     rows, (student, teacher) = [], torch.randn(2, 2, pair.models[0].vocab)
     logits = pair.response_tokens * pair.models[0].vocab
-    for kind in (AlphaNet(per="token") if kind is AlphaNet else kind() for kind in BY_NAME.values()):
+    for kind in (kind() for kind in BY_NAME.values()):
         with Traffic() as traffic:
             reference.row_losses(Rows(student, teacher, None, LossSpec(kind)), torch.empty_like(student))
         row = {"name": str(kind), "bytes": traffic.bytes / student.numel()}

@@ -24,7 +24,7 @@ import harness
 import profiling
 from abkd_fast.config.recipe import load
 from abkd_fast.config.schema import Config
-from abkd_fast.data.batches import make_step_batch
+from abkd_fast.data.batches import count_labels, make_step_batch, prompt_of
 from abkd_fast.generation import sampling
 from abkd_fast.methods import METHODS as TRAINED
 from abkd_fast.methods.rollouts import Rollouts
@@ -134,8 +134,8 @@ class Benchmark:
             optimizer.zero_grad()
         self.tolerance = 1e-4 if trainer.dtype == torch.float32 else 2e-2  # relative, of loss and gradient norm
         self.turns = [self.turn(number) for number in range(self.options.repeats + 1)]
-        prompt = statistics.fmean(sample["prompt_length"] for sample in samples)
-        response = statistics.fmean(len(sample["input_ids"]) for sample in samples) - prompt
+        prompt = statistics.fmean(len(prompt_of(sample)) for sample in samples)
+        response = statistics.fmean(map(count_labels, samples))
         student, teacher = (sum(p.numel() for p in m.parameters()) / 1e6 for m in (trainer.student, live.model))
         dolly = f"Dolly: {MEAN_PROMPT} and {MEAN_RESPONSE}"
         text = f"; every step has plain text, too, {LENGTH} tokens a sample" if self.options.pretrain else ""

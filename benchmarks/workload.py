@@ -12,6 +12,8 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
+from abkd_fast.data.batches import count_labels
+
 LENGTH = 512  # most tokens of a sample; the published way pads every sample to it
 NEW_TOKENS = 256  # most tokens of a generated response
 # Tokens of prompt and response of Dolly's training rows, cut at LENGTH: quantiles 0, 1/32, … 1. A test measures them.
@@ -107,7 +109,7 @@ def write_tokenizer(folder: pathlib.Path, vocab: int, before: str = "", end: str
 
 def response_lengths(samples: list[dict]) -> list[int]:
     """Lengths of the responses to generate: those of the data. Random weights would hardly ever end one."""
-    return [min(NEW_TOKENS, len(sample["input_ids"]) - sample["prompt_length"]) for sample in samples]
+    return [min(NEW_TOKENS, count_labels(sample)) for sample in samples]
 
 
 def random_gpt2(sizes: argparse.Namespace, end: int | None) -> GPT2LMHeadModel:

@@ -11,7 +11,7 @@ from abkd_fast.models.packed import PackedCausalLM
 def samples(lengths, vocab=211, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return [
-        {"input_ids": torch.randint(vocab, (n,), generator=generator).tolist(), "prompt_length": max(1, n // 3)}
+        {"input_ids": torch.randint(vocab, (n,), generator=generator).tolist(), "spans": [max(1, n // 3), n]}
         for n in lengths
     ]
 
@@ -36,5 +36,5 @@ def padded_logits(model, rows):
     model.set_attn_implementation("sdpa")
     logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
     model.set_attn_implementation(attention.NAME)
-    kept = [logits[i, row["prompt_length"] - 1 : len(row["input_ids"]) - 1] for i, row in enumerate(rows)]
+    kept = [logits[i, row["spans"][0] - 1 : len(row["input_ids"]) - 1] for i, row in enumerate(rows)]
     return torch.cat(kept)

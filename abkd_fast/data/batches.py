@@ -18,13 +18,13 @@ from .. import distributed
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """A micro-batch: whole sequences, one after the other, of T tokens. N of these predict a token of a response."""
+    """A micro-batch: whole sequences, one after the other, of T tokens. N of these predict a trained token: a label."""
 
     input_ids: Tensor  # [1, T]
     position_ids: Tensor  # [1, T], from 0 in every sequence
     cu_seqlens: Tensor  # [sequences + 1], int32: the start of each sequence, and T
     max_seqlen: int
-    positions: Tensor  # [N], indices into T: the next token belongs to a response
+    positions: Tensor  # [N], indices into T: the next token is a label
     labels: Tensor  # [N], these next tokens; always on the CPU
     samples: list[dict]  # in the order of the sequences
     is_pretrain: bool = False  # whether the samples are blocks of plain text
@@ -59,14 +59,25 @@ class StepBatch:
 
     @property
     def num_labels(self) -> int:
-        return sum(len(sample["input_ids"]) - sample["prompt_length"] for sample in self.samples)
+        return sum(map(count_labels, self.samples))
 
     @property
     def num_pretrain_labels(self) -> int:
-        return sum(len(block["input_ids"]) - block["prompt_length"] for block in self.pretrain_blocks)
+        return sum(map(count_labels, self.pretrain_blocks))
 
     def pin(self) -> StepBatch:
         return dataclasses.replace(self, micro_batches=[micro_batch.pin() for micro_batch in self.micro_batches])
+
+
+def count_labels(sample: dict) -> int:
+    """The number of a sample's trained tokens: those in its spans."""
+    spans = sample["spans"]
+    return sum(spans[1::2]) - sum(spans[::2])
+
+
+def prompt_of(sample: dict) -> list[int]:
+    """The tokens before the last trained span: what a model answers in its place."""
+    return sample["input_ids"][: sample["spans"][-2]]
 
 
 def make_step_batch(samples: list[dict], pretrain_blocks: list[dict], max_tokens: int) -> StepBatch:
@@ -112,9 +123,13 @@ def collate(samples: list[dict]) -> Batch:
     """Packs samples into one micro-batch."""
     lengths = [len(sample["input_ids"]) for sample in samples]
     starts = [0, *torch.tensor(lengths).cumsum(0).tolist()]
-    # The last token of a prompt predicts the first one of the response. The last token of a sequence predicts nothing.
-    firsts = [start + sample["prompt_length"] - 1 for start, sample in zip(starts[:-1], samples, strict=True)]
-    positions = torch.cat([torch.arange(first, end - 1) for first, end in zip(firsts, starts[1:], strict=True)])
+    # The token before a label predicts it.
+    places = [
+        torch.arange(start + first - 1, start + stop - 1)
+        for start, sample in zip(starts[:-1], samples, strict=True)
+        for first, stop in zip(sample["spans"][::2], sample["spans"][1::2], strict=True)
+    ]
+    positions = torch.cat(places)
     input_ids = torch.tensor([token for sample in samples for token in sample["input_ids"]])
     return Batch(
         input_ids=input_ids[None],

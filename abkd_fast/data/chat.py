@@ -1,18 +1,25 @@
-"""Chat templates: from a checked row to the text of its prompt."""
+"""Chat templates: a row of messages becomes turns, each a prompt and the response that the assistant gives to it."""
 
 import dataclasses
+import inspect
+import itertools
+import json
 import typing
+from collections.abc import Iterator
 
 from transformers import PreTrainedTokenizerBase
 
 from ..config.schema import DataConfig
+from ..errors import ConfigError, first_line
+
+PROBE = "answer"  # an answer that no template changes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PromptFormat:
     """How rows become tokens, besides the tokenizer and its chat template: the keys of `data` with these names."""
 
-    train_on: str = "all"
+    train_on: typing.Literal["all", "last"] = "all"
     begin_token: typing.Literal["auto", True, False] = "auto"
     chat_template_kwargs: dict | None = None
 
@@ -21,8 +28,152 @@ class PromptFormat:
         return cls(**{field.name: getattr(data, field.name) for field in dataclasses.fields(cls)})
 
 
-def render_prompt(row: dict, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The text of a row's prompt: all messages but the last one, by the tokenizer's chat template, or the prompt."""
-    if "messages" in row:
-        return tokenizer.apply_chat_template(row["messages"][:-1], tokenize=False, add_generation_prompt=True)
-    return row["prompt"]
+class Turn(typing.NamedTuple):
+    """An answer of the assistant, as text."""
+
+    prompt: str  # everything before it: what the model is given when it answers
+    response: str  # with the end of turn that the template renders
+    is_closed: bool  # whether that is a token; if not, the tokenizer's end token has to follow
+
+
+class ChatTemplate:
+    """A tokenizer's chat template, and what one trial conversation tells about it.
+
+    Attributes:
+        end: the token that ends a turn of the assistant; None if the template has none.
+        tail: the text of a turn after the answer, up to this token.
+        header: what the model has to write before an answer, because the generation prompt lacks it.
+        opening: what the generation prompt has and the rendering of an answer lacks: "<think>" and a line end in R1's.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, kwargs: dict | None) -> None:
+        """Raises ConfigError for a template that can't render a question and an answer, and for reserved arguments."""
+        self.tokenizer, self.kwargs = tokenizer, kwargs or {}
+        reserved = inspect.signature(tokenizer.apply_chat_template).parameters.keys() & self.kwargs.keys()
+        if reserved:
+            raise ConfigError(f"data.chat_template_kwargs: {min(reserved)} is no value of the template: leave it out")
+        self.added = {str(token): index for index, token in tokenizer.added_tokens_decoder.items()}
+        question, answer = {"role": "user", "content": "question"}, {"role": "assistant", "content": PROBE}
+        try:
+            prompt, whole = self.render([question], True), self.render([question, answer], False)
+        except ConfigError as error:
+            raise ConfigError(f"the chat template can't render a question and an answer: {error}") from None
+        before, found, after = whole.rpartition(PROBE)
+        if not found:
+            raise ConfigError("the chat template renders no answer of the assistant: give data.chat_template")
+        same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(prompt, before, strict=False)))
+        self.opening, self.header = prompt[same:], before[same:]
+        places = [(after.index(token), token) for token in self.added if token and token in after]
+        first = min(places, default=None, key=lambda place: (place[0], -len(place[1])))
+        self.end = None if first is None else self.added[first[1]]
+        self.end_text = "" if first is None else first[1]
+        self.after = after
+        self.tail = after.rstrip() if first is None else after[: first[0] + len(first[1])]
+
+    def render(self, messages: list[dict], generates: bool, tools: list | None = None) -> str:
+        """The text of messages; with `generates` the beginning of an answer follows. Raises ConfigError."""
+        try:
+            return self.tokenizer.apply_chat_template(
+                messages, tools=tools, tokenize=False, add_generation_prompt=generates, **self.kwargs
+            )
+        except Exception as error:  # a template is a program, and may fail in any way
+            raise ConfigError(f"the chat template fails: {type(error).__name__}: {first_line(error)}") from None
+
+    def prompt(self, values: dict) -> str:
+        """The text before the last answer, or of all messages where the last is not the assistant's."""
+        messages = values["messages"]
+        is_answered = messages[-1]["role"] == "assistant"
+        return self._render_prompt(messages[:-1] if is_answered else messages, values.get("tools"))
+
+    def turns(self, values: dict, train_on: str) -> Iterator[Turn]:
+        """The trained answers of a row. Raises ConfigError where the template can't render it, or would lose a part."""
+        messages = values["messages"]
+        answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+        trained = [index for index in answers if index in values.get("trained", answers)]
+        for index in trained if train_on == "all" else trained[-1:]:
+            yield self._turn(messages[:index], messages[index], values.get("tools"))
+
+    def _render_prompt(self, messages: list[dict], tools: list | None) -> str:
+        prompt = self.render(messages, True, tools)
+        for message in messages:
+            if message["role"] in ("system", "user"):
+                _check_rendered(f"a {message['role']} message", message.get("content"), prompt)
+        for tool in tools or ():
+            _check_rendered("a tool", _function_name(tool), prompt)
+        return prompt
+
+    def _turn(self, before: list[dict], answer: dict, tools: list | None) -> Turn:
+        answer = self._without_end(answer)
+        prompt, whole = self._render_prompt(before, tools), self.render([*before, answer], False, tools)
+        if whole.startswith(prompt):
+            response, is_closed = self._cut(whole.removeprefix(prompt))
+        elif self.opening:
+            response, is_closed = self._as_written(answer) + self.tail, self.end is not None
+            whole = prompt + response
+        else:
+            raise ConfigError("the chat template renders the messages before an answer in another way once it is there")
+        shown = whole[len(prompt) - len(self.opening) :]
+        _check_rendered("content", answer.get("content"), shown)
+        _check_rendered("reasoning_content", answer.get("reasoning_content"), shown)
+        for call in answer.get("tool_calls") or ():
+            _check_rendered("a tool call", _function_name(call), shown)
+        return Turn(prompt, response, is_closed)
+
+    def _without_end(self, answer: dict) -> dict:
+        """The answer without the end token that it may bring itself."""
+        content = answer.get("content")
+        if not self.end_text or not content or self.end_text not in content:
+            return answer
+        content = content.rstrip().removesuffix(self.end_text)
+        if self.end_text in content:
+            raise ConfigError(f"an answer has the end of turn {self.end_text} in its middle: remove it")
+        return {**answer, "content": content}
+
+    def _cut(self, rendered: str) -> tuple[str, bool]:
+        """A rendered answer up to its end of turn, and whether this is a token."""
+        if self.end_text and self.end_text in rendered:
+            return rendered[: rendered.rindex(self.end_text) + len(self.end_text)], True
+        if self.end is None and rendered.endswith(self.after):
+            return rendered.removesuffix(self.after) + self.tail, False
+        rendered = rendered.rstrip()  # calls of tools may have an end of their own
+        return rendered, any(rendered.endswith(token) for token in self.added if token)
+
+    def _as_written(self, answer: dict) -> str:
+        """An answer after the generation prompt, where the template's own rendering does not begin with that."""
+        content, opening = answer.get("content") or "", self.opening.strip()
+        if not opening:
+            return content
+        if thoughts := answer.get("reasoning_content"):
+            return f"{thoughts}\n{opening.replace('<', '</', 1)}\n\n{content}"
+        if content.lstrip().startswith(opening):
+            return content.lstrip().removeprefix(opening).lstrip("\n")
+        raise ConfigError(
+            f"the chat template's generation prompt opens {opening}, but the answer has none: give reasoning_content, "
+            "or a template without it as data.chat_template"
+        )
+
+
+def chat_template(tokenizer: PreTrainedTokenizerBase, style: PromptFormat) -> ChatTemplate | None:
+    """The tokenizer's chat template; None where it has none. Raises ConfigError for one that can't be used."""
+    return None if tokenizer.chat_template is None else ChatTemplate(tokenizer, style.chat_template_kwargs)
+
+
+def end_of_turn(tokenizer: PreTrainedTokenizerBase, style: PromptFormat) -> int | None:
+    """The token with which the chat template ends a turn of the assistant; None where there is none."""
+    template = chat_template(tokenizer, style)
+    return None if template is None else template.end
+
+
+def _function_name(values: dict) -> str | None:
+    """The name in a tool or in a call of one, where it has the usual form."""
+    function = values.get("function", values) if isinstance(values, dict) else None
+    return function.get("name") if isinstance(function, dict) else None
+
+
+def _check_rendered(what: str, text: str | None, rendered: str) -> None:
+    """Raises ConfigError if a text of the user's is lost. White space may change, and JSON may escape characters."""
+    if not isinstance(text, str):
+        return
+    bare, rest = "".join(rendered.split()), "".join(text.split())
+    if rest not in bare and json.dumps(rest, ensure_ascii=False)[1:-1] not in bare:
+        raise ConfigError(f"the chat template loses {what} ({text[:40]!r}): give another as data.chat_template")

@@ -96,11 +96,11 @@ def split_item(where: str, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return prompt, response
 
 
-def check_ids(where: str, ids: np.ndarray, vocabulary: int) -> None:
+def check_ids(ids: np.ndarray, vocabulary: int) -> None:
     """Raises ConfigError if a tokenizer with a vocabulary of this size can't have made the ids."""
     if vocabulary > np.iinfo(ids.dtype).max:
-        raise ConfigError(f"{where}: {ids.dtype} has no room for the tokenizer's {vocabulary} tokens and a separator")
+        raise ConfigError(f"{ids.dtype} has no room for the tokenizer's {vocabulary} tokens and a separator")
     wrong = ids[(ids < 0) | (ids >= vocabulary)]
     if len(wrong):
         known = f"the tokenizer has {vocabulary} tokens"
-        raise ConfigError(f"{where}: has token id {wrong[0]}, but {known}: another one made the file")
+        raise ConfigError(f"has token id {wrong[0]}, but {known}: another one made the file")

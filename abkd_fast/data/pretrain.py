@@ -1,24 +1,22 @@
 """Plain text for the language-modeling loss: documents become tokens, and these become blocks of one length."""
 
 import itertools
+import json
 import pathlib
 from collections.abc import Iterator
 
 import datasets
-import filelock
 import numpy as np
 import pyarrow
-from datasets.table import MemoryMappedTable
 from transformers import PreTrainedTokenizerBase
 
 from ..config.schema import PretrainConfig
-from ..console import console
 from ..errors import ConfigError
-from ..files import atomic_file, file_digest, remove_leftovers
+from ..files import file_digest
 from . import indexed_dataset
 from .rows import TRAIN
 from .text_files import read_jsonl
-from .tokenize import SAMPLE, arrow_file, fingerprint
+from .tokenize import SAMPLE, fingerprint, stored
 
 NEWLINE = "<@x(x!>"  # MiniLLM's data.txt has this for a line end within a document
 PIECE = 1 << 20  # about so many characters are tokenized at once
@@ -32,7 +30,7 @@ def check_source(source: str) -> None:
 
 
 def load_blocks(spec: PretrainConfig, tokenizer: PreTrainedTokenizerBase, max_length: int) -> datasets.Dataset:
-    """Columns input_ids (blocks of max_length tokens) and prompt_length (always 1: the first token has no prediction).
+    """Columns input_ids (blocks of max_length tokens) and spans (all but the first token, which nothing predicts).
 
     Documents follow each other, with an end token after each. Items of binary files are taken as they are. An
     incomplete block at the end is dropped. The result is stored beside tokenized rows, under a hash of files, tokenizer
@@ -41,20 +39,12 @@ def load_blocks(spec: PretrainConfig, tokenizer: PreTrainedTokenizerBase, max_le
     Raises ConfigError for files that can't be read, foreign token ids, and too little text for a block.
     """
     files = _find_files(spec.path)
-    key = fingerprint([_identity(file) for file in files], tokenizer, (max_length, spec.rows))
-    path = arrow_file(key)
-    if not path.exists():
-        try:
-            with filelock.FileLock(f"{path}.lock"):  # another run that starts now waits, and finds the file
-                if not path.exists():
-                    console.print(f"plain text: tokenizing {spec.path}; later runs find the result in {path.parent}")
-                    remove_leftovers(path.parent, f"{path.name}.")
-                    with atomic_file(path) as temporary:
-                        _write(temporary, _cut(_token_ids(files, tokenizer, spec.rows), max_length))
-        except OSError as error:
-            problem = f"data.pretrain: {path}: can't be written ({error})"
-            raise ConfigError(f"{problem}; HF_DATASETS_CACHE moves it") from None
-    dataset = datasets.Dataset(MemoryMappedTable.from_file(str(path)), fingerprint=key)
+    key = fingerprint([json.dumps(_identity(file)) for file in files], tokenizer, max_length, spec.rows)
+    dataset = stored(
+        key,
+        lambda path: _write(path, _cut(_token_ids(files, tokenizer, spec.rows), max_length)),
+        f"plain text: tokenizing {spec.path}",
+    )
     if not len(dataset):
         raise ConfigError(f"data.pretrain: {spec.path}: is too short for one block of data.max_length = {max_length}")
     return dataset
@@ -127,7 +117,10 @@ def _token_ids(
         items = itertools.islice((item for file in files for item in indexed_dataset.read_items(file)), limit)
         while some := list(itertools.islice(items, ITEMS)):
             for where, ids in some:
-                indexed_dataset.check_ids(where, ids, len(tokenizer))
+                try:
+                    indexed_dataset.check_ids(ids, len(tokenizer))
+                except ConfigError as error:
+                    raise ConfigError(f"{where}: {error}") from None
             yield np.concatenate([ids for _, ids in some]).astype(np.int32)
         return
     documents = itertools.islice((document for file in files for document in _read_documents(file)), limit)
@@ -168,4 +161,5 @@ def _write(path: pathlib.Path, blocks: Iterator[np.ndarray]) -> None:
         for some in blocks:
             ends = np.arange(0, some.size + 1, some.shape[1], dtype=np.int32)
             ids = pyarrow.ListArray.from_arrays(ends, some.reshape(-1))
-            writer.write_batch(pyarrow.record_batch([ids, np.ones(len(some), np.int32)], schema=schema))
+            spans = pyarrow.array([[1, some.shape[1]]] * len(some), schema.field("spans").type)
+            writer.write_batch(pyarrow.record_batch([ids, spans], schema=schema))

@@ -1,17 +1,24 @@
 """Tokenization of checked rows. The result is stored on the disk."""
 
+import dataclasses
 import hashlib
+import itertools
 import json
-import math
 import pathlib
+from collections.abc import Callable, Iterable, Iterator
 
 import datasets
+import filelock
 import numpy as np
+import pyarrow
+from datasets.table import MemoryMappedTable
 from transformers import PreTrainedTokenizerBase
 
+from ..console import console
 from ..errors import ConfigError
-from . import indexed_dataset
-from .chat import render_prompt
+from ..files import atomic_file, atomic_write, remove_leftovers
+from .chat import PromptFormat
+from .encode import Encoder, Sample
 from .rows import Row
 
 # Columns of tokenized data: of a sample, and of a sample that comes from a row.
@@ -19,47 +26,85 @@ SAMPLE = datasets.Features(
     {"input_ids": datasets.List(datasets.Value("int32")), "spans": datasets.List(datasets.Value("int32"))}
 )
 ROW = datasets.Features({**SAMPLE, "row": datasets.Value("int64"), "row_length": datasets.Value("int32")})
+FORMAT = 2  # of the stored data; data in another format are made anew
+ROWS_AT_ONCE = 1000
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokenized:
+    """The samples of a data set, and the rows that gave none."""
+
+    dataset: datasets.Dataset  # the columns of ROW
+    left_out: dict[int, str]  # why, by the index of the row
+    format: str  # for people: what prompts begin with, what is trained, and what ends it
+
+    def notes(self, rows: list[Row], max_length: int) -> Iterator[str]:
+        """Lines for people about rows that are cut or left out."""
+        if cut := int((self.dataset.with_format("numpy")["row_length"][:] > max_length).sum()):
+            yield f"{cut} of {len(self.dataset)} samples exceed {max_length} tokens and are cut"
+        if self.left_out:
+            (first, reason), *others = self.left_out.items()
+            others = f", and {len(others)} others" if others else ""
+            yield f"{len(self.left_out)} of {len(rows)} rows are left out: {rows[first].where}: {reason}{others}"
 
 
 def tokenize(
-    rows: list[Row], tokenizer: PreTrainedTokenizerBase, max_length: int, max_prompt_length: int | None = None
-) -> datasets.Dataset:
-    """Tokenizes rows into the columns of ROW, one sample for each row that is not left out; lengths are in tokens:
+    rows: list[Row],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    max_prompt_length: int | None = None,
+    style: PromptFormat = PromptFormat(),  # noqa: B008 - it is frozen
+    on_bad_row: str = "stop",
+) -> Tokenized:
+    """Tokenizes rows as `Encoder` says into the columns of ROW; lengths are in tokens:
 
-    - input_ids: prompt, response and end token, cut to max_length tokens;
-    - prompt_length: the number of tokens of the prompt;
-    - row: the index of the sample's row in `rows`;
-    - row_length: the length of the row before the cut.
+    - input_ids: the sample, cut to max_length tokens;
+    - spans: start and stop of every response that is trained, one after the other;
+    - row: the index of the sample's row in `rows`; a row of messages may give several samples;
+    - row_length: the length of the sample before the cut (of a very long one: more than max_length).
 
-    As in the papers, the prompt is tokenized alone, and the response is the rest of prompt and response tokenized
-    together. There is no begin token. Rows whose prompt has more than max_prompt_length tokens are left out. The result
-    is stored in the cache of `datasets`, under a hash of rows, tokenizer and limits.
+    Samples with more than max_prompt_length tokens before the first response are left out. The result is stored in the
+    cache of `datasets`, under a hash of rows, tokenizer, format and limits.
 
-    Raises ConfigError if no row is left, if a prompt leaves no room for a response, and for foreign token ids.
+    Raises ConfigError if no row is left, and, unless on_bad_row is "skip", for a row that can't be used: a prompt that
+    is empty or leaves no room for a response, a chat template that fails or loses a part, foreign token ids.
     """
-    _check_rows(rows, tokenizer)
-    content = [json.dumps(row.values, default=np.ndarray.tolist) for row in rows]
-    limits = max_length, max_prompt_length
-    key = fingerprint(content, tokenizer, limits)
-    progress = datasets.utils.logging.is_progress_bar_enabled()
-    datasets.disable_progress_bar()
-    dataset = datasets.Dataset.from_dict({"row": content}).map(
-        lambda batch, numbers: _encode([json.loads(row) for row in batch["row"]], numbers, tokenizer, *limits),
-        batched=True,
-        with_indices=True,
-        remove_columns=["row"],
-        features=ROW,
-        cache_file_name=str(arrow_file(key)),
-        new_fingerprint=key,
-    )
-    if progress:
-        datasets.enable_progress_bar()
+    encoder = Encoder(tokenizer, style, max_length)
+    contents = (json.dumps(row.values, default=np.ndarray.tolist) for row in rows)
+    key = fingerprint(contents, tokenizer, dataclasses.asdict(style), max_length, max_prompt_length)
+    notes = arrow_file(key).with_suffix(".json")
+
+    def write(path: pathlib.Path) -> None:
+        bad, long = {}, {}
+        with pyarrow.ipc.new_stream(str(path), ROW.arrow_schema) as writer:
+            for start in range(0, len(rows), ROWS_AT_ONCE):
+                some = encoder.encode(rows[start : start + ROWS_AT_ONCE])
+                columns = _columns(dict(enumerate(some, start)), max_length, max_prompt_length, bad, long)
+                writer.write_batch(pyarrow.record_batch(columns, schema=ROW.arrow_schema))
+        atomic_write(notes, json.dumps({"bad": bad, "long": long}))
+
+    dataset = stored(key, write)
+    left_out = json.loads(notes.read_text(encoding="utf-8"))
+    bad, long = ({int(row): reason for row, reason in left_out[kind].items()} for kind in ("bad", "long"))
+    if bad and (on_bad_row == "stop" or len(bad) == len(rows)):
+        first = min(bad)
+        raise ConfigError(f"{rows[first].where}: {bad[first]}")
     if not len(dataset):
         reason = f"the prompts exceed {max_prompt_length} tokens, so no row is left; raise data.max_prompt_length"
         raise ConfigError(f"{rows[0].where} and all others: {reason}")
-    for number, spans in zip(dataset["row"][:], dataset["spans"][:], strict=True):
-        _check_prompt(rows[number].where, spans[0], max_length)
-    return dataset
+    return Tokenized(dataset, bad | long, encoder.describe(rows))
+
+
+def encode_prompts(
+    rows: list[Row],
+    tokenizer: PreTrainedTokenizerBase,
+    style: PromptFormat = PromptFormat(),  # noqa: B008 - it is frozen
+) -> list[list[int]]:
+    """The tokens before the last answer of each row, as in `tokenize`.
+
+    Raises ConfigError for an empty prompt, foreign token ids, and messages that the chat template can't render.
+    """
+    return Encoder(tokenizer, style).encode_prompts(rows)
 
 
 def references(row: Row, tokenizer: PreTrainedTokenizerBase) -> list[str]:
@@ -67,7 +112,7 @@ def references(row: Row, tokenizer: PreTrainedTokenizerBase) -> list[str]:
 
     Raises ConfigError for a row of JSON that has none, or one that is not text.
     """
-    if "output_ids" in row.values:
+    if row.outputs is None and "output_ids" in row.values:
         return [tokenizer.decode(row.values["output_ids"], skip_special_tokens=True)]
     outputs = row.outputs if isinstance(row.outputs, list) else [row.outputs]
     if not outputs or not all(isinstance(text, str) for text in outputs):
@@ -76,45 +121,53 @@ def references(row: Row, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     return outputs
 
 
-def encode_prompts(rows: list[Row], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """The tokens of each prompt, as in `tokenize`.
-
-    Raises ConfigError for an empty prompt, foreign token ids, and messages without a chat template in the tokenizer.
-    """
-    _check_rows(rows, tokenizer)
-    values = [row.values for row in rows]
-    if "prompt_ids" in values[0]:  # then all have them
-        prompts = [np.asarray(row["prompt_ids"]).tolist() for row in values]
-    else:
-        prompts = tokenizer([render_prompt(row, tokenizer) for row in values], add_special_tokens=False)["input_ids"]
-    for row, prompt in zip(rows, prompts, strict=True):
-        _check_prompt(row.where, len(prompt))
-    return prompts
-
-
-def _check_rows(rows: list[Row], tokenizer: PreTrainedTokenizerBase) -> None:
-    chat = next((row for row in rows if "messages" in row.values), None)
-    if chat is not None and tokenizer.chat_template is None:
-        raise ConfigError(f"{chat.where}: has messages, but the tokenizer has no chat template; use prompt and output")
-    for row in rows:
-        for ids in (row.values[key] for key in ("prompt_ids", "output_ids") if key in row.values):
-            indexed_dataset.check_ids(row.where, ids, len(tokenizer))
-
-
-def _check_prompt(where: str, length: int, max_length: float = math.inf) -> None:
-    if length == 0:
-        raise ConfigError(f"{where}: the prompt is empty: nothing predicts the first token of the response")
-    if length >= max_length:
-        reason = f"the prompt has {length} tokens and fills all {max_length}: nothing to learn"
-        raise ConfigError(f"{where}: {reason}; raise data.max_length, or lower data.max_prompt_length")
+def _columns(
+    samples: dict[int, list[Sample] | ConfigError],
+    max_length: int,
+    max_prompt_length: int | None,
+    bad: dict[int, str],
+    long: dict[int, str],
+) -> list[pyarrow.Array]:
+    """The columns of ROW for the samples of some rows. Rows that don't give all of theirs go to `bad` and `long`."""
+    kept = []
+    for row, own in samples.items():
+        if isinstance(own, ConfigError):
+            bad[row] = str(own)
+            continue
+        for number, sample in enumerate(own):
+            start, length = sample.spans[0], len(sample.input_ids)
+            if max_prompt_length is not None and start > max_prompt_length:
+                long[row] = f"the prompt has {start} tokens, more than data.max_prompt_length = {max_prompt_length}"
+            elif start < max_length:
+                spans = [min(place, max_length) for place in _pairs_below(sample.spans, max_length)]
+                kept.append((sample.input_ids[:max_length], spans, row, length))
+            elif number:
+                long[row] = f"the prompt of a later answer has {start} tokens and fills all {max_length}"
+            else:
+                reason = f"the prompt has {start} tokens and fills all {max_length}: nothing to learn"
+                bad[row] = f"{reason}; raise data.max_length, or lower data.max_prompt_length"
+    return [
+        pyarrow.array([sample[place] for sample in kept], feature)
+        for place, feature in enumerate(ROW.arrow_schema.types)
+    ]
 
 
-def fingerprint(content: list, tokenizer: PreTrainedTokenizerBase, limits: tuple[int | None, ...]) -> str:
-    """A hash of everything that tokenized data depend on. `content` holds JSON values."""
+def _pairs_below(spans: list[int], limit: int) -> Iterator[int]:
+    """The spans that start before a position."""
+    pairs = zip(spans[::2], spans[1::2], strict=True)
+    return itertools.chain.from_iterable(pair for pair in pairs if pair[0] < limit)
+
+
+def fingerprint(contents: Iterable[str], tokenizer: PreTrainedTokenizerBase, *settings: object) -> str:
+    """A hash of everything that tokenized data depend on."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     state = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
-    identity = [content, state, tokenizer.eos_token, getattr(tokenizer, "chat_template", None), limits]
-    return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
+    special = {name: str(token) for name, token in sorted(tokenizer.special_tokens_map.items())}
+    adds = tokenizer("a")["input_ids"]
+    digest = hashlib.sha256(json.dumps([FORMAT, state, special, adds, tokenizer.chat_template, settings]).encode())
+    for content in contents:
+        digest.update(hashlib.sha256(content.encode()).digest())
+    return digest.hexdigest()[:32]
 
 
 def arrow_file(key: str) -> pathlib.Path:
@@ -124,42 +177,21 @@ def arrow_file(key: str) -> pathlib.Path:
     return folder / f"{key}.arrow"
 
 
-def _encode(
-    rows: list[dict], numbers: list[int], tokenizer: PreTrainedTokenizerBase, max_length: int, max_prompt: int | None
-) -> dict[str, list]:
-    """The columns of ROW for the rows with these numbers."""
-    binary = "prompt_ids" in rows[0]  # then all rows are
-    pairs = [(row["prompt_ids"], row["output_ids"]) for row in rows] if binary else _token_ids(rows, tokenizer)
-    samples = [
-        ((prompt + response)[:max_length], [len(prompt), min(max_length, len(prompt + response))], number, len(prompt) + len(response))
-        for number, (prompt, response) in zip(numbers, pairs, strict=True)
-        if max_prompt is None or len(prompt) <= max_prompt
-    ]
-    return {name: [sample[place] for sample in samples] for place, name in enumerate(ROW)}
+def stored(key: str, write: Callable[[pathlib.Path], None], doing: str = "") -> datasets.Dataset:
+    """The tokenized data with this fingerprint, memory-mapped. If there is no file of them yet, `write` makes it.
 
-
-def _token_ids(rows: list[dict], tokenizer: PreTrainedTokenizerBase) -> list[tuple[list[int], list[int]]]:
-    """The tokens of each row's prompt, and those of its response, with an end token unless the response was cut."""
-    prompts = [render_prompt(row, tokenizer) for row in rows]
-    outputs = [row["messages"][-1]["content"] if "messages" in row else row["output"] for row in rows]
-    wholes = [prompt + output for prompt, output in zip(prompts, outputs, strict=True)]
-    prompt_ids = tokenizer(prompts, add_special_tokens=False)["input_ids"]
-    whole_ids = tokenizer(wholes, add_special_tokens=False)["input_ids"]
-    ends = [[tokenizer.eos_token_id] if row.get("ended", True) else [] for row in rows]
-    return [
-        (prompt, whole[len(prompt) :] + end) for prompt, whole, end in zip(prompt_ids, whole_ids, ends, strict=True)
-    ]
-
-
-def describe_long_rows(rows: list[Row], dataset: datasets.Dataset, max_length: int, max_prompt: int | None) -> str:
-    """A text for people about rows that `tokenize` has cut or left out; empty if there are none."""
-    kept = set(dataset["row"][:])
-    left_out = [row.where for number, row in enumerate(rows) if number not in kept]
-    cut = sum(length > max_length for length in dataset["row_length"][:])
-    notes = []
-    if cut:
-        notes.append(f"{cut} of {len(rows)} rows exceed {max_length} tokens and are cut")
-    if left_out:
-        first = left_out[0] + ", …" * (len(left_out) > 1)
-        notes.append(f"{len(left_out)} rows are left out: their prompts exceed {max_prompt} tokens ({first})")
-    return "; ".join(notes)
+    doing: what is printed before that. Raises ConfigError for a folder that can't be written to.
+    """
+    path = arrow_file(key)
+    if not path.exists():
+        try:
+            with filelock.FileLock(f"{path}.lock"):  # another run that starts now waits, and finds the file
+                if not path.exists():
+                    if doing:
+                        console.print(f"{doing}; later runs find the result in {path.parent}", markup=False)
+                    remove_leftovers(path.parent, f"{path.name}.")
+                    with atomic_file(path) as temporary:
+                        write(temporary)
+        except OSError as error:
+            raise ConfigError(f"{path}: can't be written ({error}); HF_DATASETS_CACHE moves it") from None
+    return datasets.Dataset(MemoryMappedTable.from_file(str(path)), fingerprint=key)

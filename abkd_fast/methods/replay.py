@@ -38,7 +38,7 @@ class ReplayBuffer:
 
     def state_dict(self) -> dict:
         """The state as JSON values, without the teacher's hidden states: they are computed again when needed."""
-        columns = "input_ids", "prompt_length", "row"
+        columns = "input_ids", "spans", "row"
         samples = [{name: sample[name] for name in columns} for sample in self.samples]
         return {"samples": samples, "random": self.random.getstate()}
 

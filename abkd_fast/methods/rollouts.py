@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .. import distributed
 from ..config.schema import Config
-from ..data.batches import step_samples
+from ..data.batches import prompt_of, step_samples
 from ..generation.sampling import SamplingParams, sample, sample_mixture
 from ..losses.arguments import shared_vocabulary
 from ..models.packed import PackedCausalLM
@@ -82,7 +82,7 @@ class Rollouts:
 
     def _arguments(self, samples: list[dict], step: int) -> tuple[list[list[int]], SamplingParams, list[int], int]:
         """The arguments of sampling for this rank's share of the responses."""
-        prompts = [_prompt(sample) for sample in samples]
+        prompts = [prompt_of(sample) for sample in samples]
         first = (self.config.run.seed << 40) + (step << 20)
         seeds = [first + place for place in range(len(samples))]
         prompts, seeds = map(distributed.local_shard, (prompts, seeds))
@@ -97,11 +97,11 @@ class Rollouts:
     def _with_responses(self, samples: list[dict], responses: Sequence[list[int]], started: float) -> list[dict]:
         tokens, seconds = sum(map(len, responses)), time.perf_counter() - started
         self.counts.update(calls=1, sequences=len(responses), tokens=tokens, seconds=seconds)
-        return [
-            {"input_ids": _prompt(sample) + response, "prompt_length": sample["prompt_length"], "row": sample["row"]}
-            for sample, response in zip(samples, responses, strict=True)
-        ]
+        return [_answered(sample, response) for sample, response in zip(samples, responses, strict=True)]
 
 
-def _prompt(sample: dict) -> list[int]:
-    return sample["input_ids"][: sample["prompt_length"]]
+def _answered(sample: dict, response: list[int]) -> dict:
+    """The sample with this response in place of its last one, which alone is trained: the data wrote the others."""
+    prompt = prompt_of(sample)
+    ids = prompt + response
+    return {"input_ids": ids, "spans": [len(prompt), len(ids)], "row": sample["row"]}

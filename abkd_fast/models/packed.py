@@ -128,7 +128,7 @@ class PackedCausalLM(nn.Module):
         device = next(self.model.parameters()).device
         generator = torch.Generator().manual_seed(0)
         rows = [torch.randint(config.vocab_size, (length,), generator=generator) for length in (9, 5)]
-        samples = [{"input_ids": row.tolist(), "prompt_length": 1} for row in rows]
+        samples = [{"input_ids": row.tolist(), "spans": [1, len(row)]} for row in rows]
         (batch,) = pack(samples, max_tokens=14)
         batch = batch.to(device)
         training = self.model.training

@@ -33,22 +33,33 @@ BLOCK_TOKENS = 8192  # prompt and response: enough to fill a GPU, and the most t
 DISK_MARGIN = 1 << 30  # bytes that a cache leaves free on its disk
 
 
-def table_of(dataset: datasets.Dataset) -> tuple[pyarrow.ListArray, pyarrow.Array]:
-    """The columns input_ids and prompt_length of a tokenized data set."""
+def table_of(dataset: datasets.Dataset) -> tuple[pyarrow.ListArray, pyarrow.ListArray]:
+    """The columns input_ids and spans of a tokenized data set."""
     table = dataset.with_format("arrow")[:]
-    return tuple(table.column(name).combine_chunks() for name in ("input_ids", "prompt_length"))
+    return tuple(table.column(name).combine_chunks() for name in ("input_ids", "spans"))
+
+
+def lengths_of(lists: pyarrow.ListArray) -> np.ndarray:
+    return pyarrow.compute.list_value_length(lists).to_numpy(zero_copy_only=False)
+
+
+def label_counts(spans: pyarrow.ListArray) -> np.ndarray:
+    """The number of trained tokens of every sample."""
+    bounds = pyarrow.compute.list_flatten(spans).to_numpy(zero_copy_only=False).astype(np.int64)
+    before = np.concatenate([[0], np.cumsum(bounds[1::2] - bounds[::2])])  # trained tokens before each span
+    ends = np.cumsum(lengths_of(spans) // 2)
+    return np.diff(before[ends], prepend=0)
 
 
 class Layout:
     """The place of every sample's rows. Samples go from long to short, so packs are even and the largest is first.
 
-    rows: the response tokens of all samples. blocks: sample indices, at most BLOCK_TOKENS tokens (or one sample) each.
+    rows: the trained tokens of all samples. blocks: sample indices, at most BLOCK_TOKENS tokens (or one sample) each.
     """
 
     def __init__(self, dataset: datasets.Dataset) -> None:
-        ids, prompts = table_of(dataset)
-        lengths = pyarrow.compute.list_value_length(ids).to_numpy(zero_copy_only=False)
-        counts = lengths - prompts.to_numpy(zero_copy_only=False)
+        ids, spans = table_of(dataset)
+        lengths, counts = lengths_of(ids), label_counts(spans)
         order = np.argsort(-lengths, kind="stable")
         self.ends = np.empty(len(order), dtype=np.int64)
         self.ends[order] = np.cumsum(counts[order])
@@ -72,11 +83,11 @@ class Layout:
 
 
 def hash_samples(dataset: datasets.Dataset) -> str:
-    """A hash of token ids and prompt lengths. Tokenizer, template, rows and max_length act through these alone."""
-    ids, prompts = table_of(dataset)
+    """A hash of token ids and spans. Tokenizer, template, rows and max_length act through these alone."""
     digest = hashlib.sha256()
-    for column in (pyarrow.compute.list_flatten(ids), pyarrow.compute.list_value_length(ids), prompts):
-        digest.update(column.to_numpy(zero_copy_only=False).astype("<i8").tobytes())
+    for lists in table_of(dataset):
+        for values in (pyarrow.compute.list_flatten(lists).to_numpy(zero_copy_only=False), lengths_of(lists)):
+            digest.update(values.astype("<i8").tobytes())
     return digest.hexdigest()
 
 

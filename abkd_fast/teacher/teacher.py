@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import distributed
-from ..data.batches import Batch, pack
+from ..data.batches import Batch, count_labels, pack
 from ..losses.arguments import LinearHead
 from ..models.packed import PackedCausalLM
 from .store import Layout
@@ -105,8 +105,9 @@ class OnPolicyTeacher:
             fresh = fresh or batch.samples  # no rank can compute without the others
         if fresh:
             part = pack(fresh, batch.tokens)[0].to(batch.input_ids.device)
-            counts = [len(sample["input_ids"]) - sample["prompt_length"] for sample in fresh]
-            for sample, rows in zip(fresh, self.live.linear_head(part).hidden.split(counts), strict=True):
+            for sample, rows in zip(
+                fresh, self.live.linear_head(part).hidden.split([*map(count_labels, fresh)]), strict=True
+            ):
                 sample["hidden_states"] = rows.clone()  # a view would keep the whole batch alive
         distributed.unshard_root(self.live.model)
         head, hidden = self.live.model.head, batch.teacher_hidden

@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from ..config.schema import TrainConfig
-from ..data.batches import Batch
+from ..data.batches import Batch, count_labels
 from ..generation import decoder, graphs
 from ..losses.chunks import choose_chunk_tokens, gradient_dtype, row_bytes
 from ..models import loading
@@ -64,8 +64,8 @@ class ModelCost:
         """Operations of a causal forward pass, by the sum of the sequences' lengths and the sum of their squares."""
         return 2 * self.body * tokens + 2 * self.attention * squares
 
-    def head_flops(self, responses: int) -> int:
-        return 2 * self.head * responses
+    def head_flops(self, labels: int) -> int:
+        return 2 * self.head * labels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,11 +84,11 @@ class StepCost:
         read: the samples that the teacher's body reads (default: all, or none with the cache).
         """
         tokens, squares = _lengths(samples)
-        responses = tokens - sum(sample["prompt_length"] for sample in samples)
+        labels = sum(map(count_labels, samples))
         passes = 3 if self.adapter is None else 2  # forward, gradients of the activations, and of the weights
-        flops = passes * (self.student.body_flops(tokens, squares) + self.student.head_flops(responses))
+        flops = passes * (self.student.body_flops(tokens, squares) + self.student.head_flops(labels))
         if self.teacher and taught:
-            flops += self.teacher.head_flops(responses)
+            flops += self.teacher.head_flops(labels)
             read = ([] if self.cached else samples) if read is None else read
             flops += self.teacher.body_flops(*_lengths(read))
         return flops

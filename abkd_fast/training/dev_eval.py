@@ -10,9 +10,10 @@ from transformers import PreTrainedTokenizerBase
 from .. import distributed
 from ..config.schema import Config
 from ..data.batches import make_step_batch
+from ..data.chat import PromptFormat
 from ..data.rows import Row
-from ..data.tokenize import references
-from ..errors import Interrupted
+from ..data.tokenize import encode_prompts, references
+from ..errors import ConfigError, Interrupted
 from ..evaluation.rouge import score_response
 from ..generation.sampling import SamplingParams, response_seeds, sample
 from ..methods.base import cross_entropy
@@ -55,9 +56,14 @@ class DevRouge:
         self, config: Config, rows: list[Row], dev_set: datasets.Dataset, tokenizer: PreTrainedTokenizerBase
     ) -> None:
         """Takes the checked rows, and the same rows tokenized."""
-        samples = dev_set[: config.eval.rouge_rows]
-        self.prompts = [ids[:n] for ids, n in zip(samples["input_ids"], samples["prompt_length"], strict=True)]
-        self.references = [references(rows[number], tokenizer) for number in samples["row"]]
+        # One answer a row, the last: a row of messages may have several samples, and its last turn may be cut away.
+        known = [rows[index] for index in dict.fromkeys(dev_set["row"])]
+        prompts = encode_prompts(known, tokenizer, PromptFormat.from_config(config.data))
+        pairs = [pair for pair in zip(known, prompts, strict=True) if len(pair[1]) < config.data.max_length]
+        if not pairs:
+            raise ConfigError("eval.rouge_rows: no prompt of data.dev leaves room for an answer; raise data.max_length")
+        answered, self.prompts = zip(*pairs[: config.eval.rouge_rows], strict=True)
+        self.references = [references(row, tokenizer) for row in answered]
         self.seeds = response_seeds((config.run.seed, row) for row in range(len(self.prompts)))
         self.tokenizer, ends = tokenizer, (tokenizer.eos_token_id,)
         self.settings = SamplingParams(max_new_tokens=config.eval.max_new_tokens, eos_token_ids=ends)

@@ -7,16 +7,16 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
-import pyarrow.compute
 import torch
 from rich.markup import escape
 
 from .. import distributed
 from ..console import format_bytes
+from ..data.batches import StepBatch, make_step_batch, prompt_of
 from ..device import device_name, free_memory
 from ..losses import row_ops
 from ..models import attention, loading
-from ..teacher.store import table_of
+from ..teacher.store import label_counts, lengths_of, table_of
 from . import costs
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def header(trainer: Trainer) -> Iterator[str]:
         f"  data       {len(lengths)} rows, {lengths.float().mean():.0f} tokens each on average, "
         f"the first {data.where[data.train_set['row'][0]]}"
     )
-    yield from _notes(trainer)
+    yield from map(escape, _notes(trainer))
     yield f"  device     {device_name(trainer.device)}, {str(trainer.dtype).removeprefix('torch.')}"
     yield f"  kernels    {_kernels(trainer)}; attention {attention.describe(trainer.device)}, packed and checked"
     for line in without_kernels(trainer.device):
@@ -112,11 +112,14 @@ def without_kernels(device: torch.device) -> Iterator[str]:
 
 
 def _data(trainer: Trainer) -> Iterator[str]:
-    ids, prompts = table_of(trainer.data.train_set)
-    lengths = pyarrow.compute.list_value_length(ids).to_numpy(zero_copy_only=False)
-    prompts = prompts.to_numpy(zero_copy_only=False)
+    ids, spans = table_of(trainer.data.train_set)
+    lengths, labels = lengths_of(ids), label_counts(spans)
     yield f"  data       {len(lengths)} rows, {lengths.sum()} tokens an epoch"
-    for name, counts in (("prompts", prompts), ("responses", lengths - prompts), ("together", lengths)):
+    groups = {"prompts": lengths - labels, "responses": labels, "together": lengths}
+    if not labels.any():
+        yield "    responses  none: the run writes them"
+        groups = {"prompts": lengths}
+    for name, counts in groups.items():
         median, most = np.percentile(counts, [50, 95])
         yield (
             f"    {name:10} mean {counts.mean():.1f}, median {median:.0f}, 95 % up to {most:.0f}, "
@@ -127,9 +130,7 @@ def _data(trainer: Trainer) -> Iterator[str]:
 
 def _notes(trainer: Trainer) -> Iterator[str]:
     """Lines about long rows, plain text, and generation, where there are any."""
-    for name, note in trainer.data.long_rows.items():
-        if note:
-            yield f"  long rows  {name}: {note}"
+    yield from (f"  rows       {note}" for note in trainer.data.notes)
     if trainer.data.pretrain_set is not None:
         data = trainer.config.data
         yield (
@@ -147,7 +148,7 @@ def _notes(trainer: Trainer) -> Iterator[str]:
 def _memory(trainer: Trainer, cached: bool) -> Iterator[str]:
     """An estimate of what training needs, for the largest micro-batch of the first step."""
     train = trainer.config.train
-    step = next(trainer.batches())
+    step = _first_step(trainer)
     batch = max(step.micro_batches, key=lambda part: part.tokens)
     cost = trainer.step_cost(cached)
     student = trainer.student_meta.config
@@ -163,11 +164,25 @@ def _memory(trainer: Trainer, cached: bool) -> Iterator[str]:
     yield f"  work       {work / 1e9:.3g} GFLOP a sample"
 
 
+def _first_step(trainer: Trainer) -> StepBatch:
+    """The first step. Where the run writes all responses, each one is as long as it may be."""
+    step, config = next(trainer.batches()), trainer.config
+    if trainer.method.off_policy_fraction:
+        return step
+    samples = []
+    for sample in step.samples:
+        start = len(prompt_of(sample))
+        stop = min(start + config.sampling.max_new_tokens, config.data.max_length)
+        samples.append({"input_ids": [0] * stop, "spans": [start, stop]})
+    return make_step_batch(samples, step.pretrain_blocks, config.train.max_tokens)
+
+
 def _generation_memory(trainer: Trainer, cost: costs.StepCost) -> Iterator[tuple[str, int]]:
     """The same for generation: the longest prompts with the longest responses."""
     data, sampling, method = trainer.config.data, trainer.config.sampling, trainer.method
     models = {"student": (cost.student, cost.adapter), "teacher": (cost.teacher, None)}
-    length = min(max(trainer.data.train_set["prompt_length"][:]) + sampling.max_new_tokens, data.max_length)
+    longest = max(spans[-2] for spans in trainer.data.train_set["spans"][:])
+    length = min(longest + sampling.max_new_tokens, data.max_length)
     sequences = min(sampling.batch_size, method.max_concurrent_responses)
     generators = [models[role] for role in method.generators]
     return costs.generation_memory(generators, sequences, length, trainer.dtype, trainer.device)

@@ -7,11 +7,13 @@ from transformers import PreTrainedTokenizerBase
 
 from .. import distributed
 from ..config.schema import Config, ModelConfig
-from ..data import pretrain
-from ..data.rows import DEV, TRAIN, Row, read_rows
-from ..data.tokenize import describe_long_rows, tokenize
+from ..data import formats, pretrain
+from ..data.chat import PromptFormat
+from ..data.rows import DEV, TRAIN, Rows, read_rows
+from ..data.tokenize import tokenize
 from ..errors import ConfigError
 from ..evaluation.test_sets import TestSet
+from ..methods import METHODS
 from ..methods.base import Method
 from ..models import loading
 from ..models.loading import MetaModel
@@ -23,7 +25,7 @@ class Prepared:
     """The inputs that the checks of a run have read. The run reads the others: an earlier stage may write them."""
 
     models: dict[str, MetaModel] = dataclasses.field(default_factory=dict)  # by role
-    rows: dict[tuple, list[Row]] = dataclasses.field(default_factory=dict)  # by the four arguments of `read_rows`
+    rows: dict[tuple, Rows] = dataclasses.field(default_factory=dict)  # by the arguments of `read_rows`
     test_sets: list[TestSet] | None = None
 
     def model(self, role: str, spec: ModelConfig) -> MetaModel:
@@ -31,7 +33,7 @@ class Prepared:
         known = self.models.get(role)
         return known if known and known.spec == spec else loading.read_meta_model(spec, role)
 
-    def take_rows(self, *arguments: object) -> list[Row]:
+    def take_rows(self, *arguments: object) -> Rows:
         """The rows. They are not kept any longer, because they may fill much memory. Raises ConfigError."""
         return self.rows.pop(arguments, None) or read_rows(*arguments)
 
@@ -44,9 +46,34 @@ class TrainData:
     where: list[str]  # file and line of every training row
     dev: DevEvaluator | None
     pretrain_set: datasets.Dataset | None
-    long_rows: dict[str, str]  # notes on rows that are cut or left out, by split
+    notes: list[str]  # for people: how the training rows become tokens, and which rows are cut or left out
     steps_per_epoch: int
     steps: int
+
+
+def train_rows(config: Config) -> tuple:
+    """The arguments of `read_rows` for data.train. A method that writes all responses itself needs none in the data.
+
+    Raises ConfigError for settings that don't fit the method, and for a data.columns that can't be meant.
+    """
+    outputs = "ignored"
+    if config.method != "generate":
+        outputs = "required" if METHODS[config.method](config).off_policy_fraction else "optional"
+    return config.data.train, config.data.train_rows, TRAIN, outputs, *_reading(config)
+
+
+def dev_rows(config: Config) -> tuple:
+    """The arguments of `read_rows` for data.dev. Raises ConfigError for a data.columns that can't be meant."""
+    outputs = "ignored" if config.method == "generate" else "required"
+    return config.data.dev, config.data.dev_rows, DEV, outputs, *_reading(config)
+
+
+def _reading(config: Config) -> tuple:
+    columns = config.data.columns
+    if columns is not None:
+        formats.check_columns(columns)
+        columns = tuple(columns.items())
+    return columns, config.data.on_bad_row
 
 
 def read_tokenizer(config: Config) -> PreTrainedTokenizerBase:
@@ -78,21 +105,22 @@ def read_train_data(
 ) -> TrainData:
     """Reads and tokenizes the data of a run. Raises ConfigError where they don't fit the configuration."""
     data = config.data
-    limits = data.max_length, data.max_prompt_length
-    rows = prepared.take_rows(data.train, data.train_rows, TRAIN, "required")
-    train_set = tokenize(rows, tokenizer, *limits)
-    where, long_rows = [row.where for row in rows], {"train": describe_long_rows(rows, train_set, *limits)}
+    settings = data.max_length, data.max_prompt_length, PromptFormat.from_config(data), data.on_bad_row
+    rows = prepared.take_rows(*train_rows(config))
+    tokenized = tokenize(rows, tokenizer, *settings)
+    train_set, where = tokenized.dataset, [row.where for row in rows]
+    notes = [*rows.notes, tokenized.format, *tokenized.notes(rows, data.max_length)]
     dev = None
     if data.dev is not None:
-        rows = prepared.take_rows(data.dev, data.dev_rows, DEV, "required")
-        dev_set = tokenize(rows, tokenizer, *limits)
-        long_rows["dev"] = describe_long_rows(rows, dev_set, *limits)
-        dev = DevEvaluator(config, rows, dev_set, tokenizer)
+        rows = prepared.take_rows(*dev_rows(config))
+        tokenized = tokenize(rows, tokenizer, *settings)
+        notes += [*rows.notes, *(f"data.dev: {note}" for note in tokenized.notes(rows, data.max_length))]
+        dev = DevEvaluator(config, rows, tokenized.dataset, tokenizer)
     steps_per_epoch = _steps_per_epoch(config, len(train_set))
     method.check_rows(len(train_set))
     pretrain_set = _read_pretrain_set(config, tokenizer) if data.uses_pretrain else None
     steps = config.train.steps or config.train.epochs * steps_per_epoch
-    return TrainData(train_set, where, dev, pretrain_set, long_rows, steps_per_epoch, steps)
+    return TrainData(train_set, where, dev, pretrain_set, notes, steps_per_epoch, steps)
 
 
 def _steps_per_epoch(config: Config, samples: int) -> int:

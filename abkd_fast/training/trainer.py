@@ -64,7 +64,8 @@ class Trainer:
             self.data = read_train_data(config, self.method, self.tokenizer, prepared)
         self.cache = None
         if self.teacher_meta:
-            samples = round(self.data.steps * config.train.batch_size * self.method.off_policy_fraction)
+            fraction = self.method.off_policy_fraction
+            samples = round(self.data.steps * config.train.batch_size * fraction) or int(fraction > 0)
             self.cache = TeacherCache(config, self.teacher_meta, self.data.train_set, samples, self.device, self.dtype)
 
     def build(self) -> None:

@@ -126,8 +126,8 @@ def test_timing_responses_are_as_long_as_the_datas(benchmark, workload):
                 lengths, expected = written.mask.sum(1).tolist(), workload.response_lengths(turn.prompts[:16])
             else:
                 lengths, expected = workload.response_lengths(written), workload.response_lengths(turn.samples)
-                assert [s["input_ids"][: s["prompt_length"]] for s in written] == [
-                    s["input_ids"][: s["prompt_length"]] for s in turn.samples
+                assert [s["input_ids"][: s["spans"][0]] for s in written] == [
+                    s["input_ids"][: s["spans"][0]] for s in turn.samples
                 ]
             assert lengths == expected
             assert max(lengths) <= 256
@@ -291,8 +291,8 @@ def test_timing_overhead(timing, profiling, tmp_path):
 
 def test_timing_lengths_are_dollys(workload, shared):
     tokenizer = read_tokenizer(str(shared / "tokenizers/gpt2"), "tokenizer")
-    dataset = tokenize(read_rows(str(shared / "data/dolly/train.jsonl")), tokenizer, max_length=1 << 20)
-    prompts = np.array(dataset["prompt_length"])
+    dataset = tokenize(read_rows(str(shared / "data/dolly/train.jsonl")), tokenizer, max_length=1 << 20).dataset
+    prompts = np.array([start for start, _ in dataset["spans"]])
     responses = np.array([len(ids) for ids in dataset["input_ids"]]) - prompts
     for lengths, expected in ((prompts, workload.PROMPTS), (responses, workload.RESPONSES)):
         quantiles = np.quantile(lengths.clip(max=workload.LENGTH), np.linspace(0, 1, len(expected)))
@@ -319,10 +319,10 @@ def test_timing_rows_have_the_lengths_drawn(workload, tmp_path):
     train = {"steps": 1, "batch_size": 4, "device": "cpu"}
     workload.write_recipe(tmp_path, workload.SCALES["tiny"], 5, train, {})
     rows = read_rows(str(tmp_path / "rows.jsonl"))
-    dataset = tokenize(rows, read_tokenizer(str(tmp_path / "tokenizer"), "tokenizer"), 512)
-    for row, ids, prompt in zip(rows, dataset["input_ids"], dataset["prompt_length"], strict=True):
+    dataset = tokenize(rows, read_tokenizer(str(tmp_path / "tokenizer"), "tokenizer"), 512).dataset
+    for row, ids, (prompt, _) in zip(rows, dataset["input_ids"], dataset["spans"], strict=True):
         whole = [*map(int, (row.values["prompt"] + row.values["output"]).split()), 0]
         assert ids == whole[:512]
         assert prompt == len(row.values["prompt"].split())
     assert len(rows) == 20
-    assert np.mean(dataset["prompt_length"]) == pytest.approx(71.3, rel=0.1)
+    assert np.mean([prompt for prompt, _ in dataset["spans"]]) == pytest.approx(71.3, rel=0.1)

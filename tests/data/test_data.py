@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 from abkd_fast.data import quickstart
 from abkd_fast.data.batches import balance_by_tokens, pack, prefetch, step_samples
 from abkd_fast.data.rows import read_rows
-from abkd_fast.data.tokenize import describe_long_rows, tokenize
+from abkd_fast.data.tokenize import tokenize
 from abkd_fast.errors import ConfigError
 from runs import Run, poison
 
@@ -20,7 +20,7 @@ GOOD = {"instruction": "Say hello.", "input": "", "output": "Hello."}
 
 
 def tokenized(rows, max_length=64, max_prompt_length=None):
-    return tokenize(rows, quickstart.tokenizer(), max_length, max_prompt_length)
+    return tokenize(rows, quickstart.tokenizer(), max_length, max_prompt_length).dataset
 
 
 def test_tokens_are_prompt_response_and_end(write_jsonl):
@@ -28,7 +28,7 @@ def test_tokens_are_prompt_response_and_end(write_jsonl):
     rows = read_rows(write_jsonl([{"prompt": "Add 1 and 2.", "output": " It is 3."}]))
     sample = tokenized(rows)[0]
     prompt = tokenizer("Add 1 and 2.")["input_ids"]
-    assert sample["prompt_length"] == len(prompt)
+    assert sample["spans"] == [len(prompt), len(sample["input_ids"])]
     assert sample["input_ids"][: len(prompt)] == prompt
     assert sample["input_ids"][-1] == tokenizer.eos_token_id
     assert tokenizer.decode(sample["input_ids"]) == "Add 1 and 2. It is 3.<end>"
@@ -72,7 +72,7 @@ def test_chat_template(write_jsonl):
         sample = tokenized(read_rows(write_jsonl([{"messages": messages}])))[0]
         text = tokenizer.decode(sample["input_ids"])
         assert text == "user: Hi\nassistant: Hello<end>"
-        assert tokenizer.decode(sample["input_ids"][: sample["prompt_length"]]) == "user: Hi\nassistant: "
+        assert tokenizer.decode(sample["input_ids"][: sample["spans"][0]]) == "user: Hi\nassistant: "
     finally:
         tokenizer.chat_template = None
 
@@ -90,15 +90,18 @@ def test_long_prompts_are_left_out_and_long_sequences_counted(write_jsonl):
         dataset = tokenized(rows, 512, max_prompt_length)
         assert dataset["row"][:] == kept
         assert dataset["input_ids"][:] == [wholes[row] for row in kept]
-        assert dataset["prompt_length"][:] == [prompts[row] for row in kept]
-        left_out = f"1 rows are left out: their prompts exceed {max_prompt_length} tokens ({path} line 2)"
-        note = describe_long_rows(rows, dataset, 512, max_prompt_length)
-        assert note == ("" if len(kept) == 4 else left_out)
-    dataset = tokenized(rows, limit, prompts[1] - 1)
+        assert [start for start, _ in dataset["spans"]] == [prompts[row] for row in kept]
+        notes = [*tokenize(rows, tokenizer, 512, max_prompt_length).notes(rows, 512)]
+        reason = f"the prompt has {prompts[1]} tokens, more than data.max_prompt_length = {max_prompt_length}"
+        left_out = f"1 of 4 rows are left out: {path} line 2: {reason}"
+        assert notes == ([] if len(kept) == 4 else [left_out])
+    result = tokenize(rows, tokenizer, limit, prompts[1] - 1)
+    dataset = result.dataset
     assert dataset["input_ids"][:] == [wholes[row][:limit] for row in (0, 2, 3)]
     assert dataset["row_length"][:] == [len(wholes[row]) for row in (0, 2, 3)]
-    note = describe_long_rows(rows, dataset, limit, prompts[1] - 1)
-    assert note == f"1 of 4 rows exceed {limit} tokens and are cut; {left_out.replace('None', str(prompts[1] - 1))}"
+    cut, left_out = result.notes(rows, limit)
+    assert cut == f"1 of 3 samples exceed {limit} tokens and are cut"
+    assert left_out.startswith(f"1 of 4 rows are left out: {path} line 2: ")
     with pytest.raises(ConfigError, match=r"line 1 and all others: the prompts exceed 2 tokens.*raise data.max_prompt"):
         tokenized(rows, 512, 2)
 
@@ -109,7 +112,8 @@ def test_rows_of_a_bad_step_are_named_rightly_where_others_are_left_out(write_js
     poison(monkeypatch, 1)
     assert Run(tmp_path, f"data.train={path}", "data.max_prompt_length=20", "data.dev=null")() == 1
     captured = capsys.readouterr()
-    assert f"2 rows are left out: their prompts exceed 20 tokens ({path} line 1, …)" in captured.out
+    assert f"2 of 6 rows are left out: {path} line 1: the prompt has 54 tokens, more than" in captured.out
+    assert "data.max_prompt_length = 20, and 1 others" in captured.out
     assert f"samples {path} line 2, 3, 4, 5; " in captured.err
 
 
@@ -132,14 +136,14 @@ lengths = st.lists(st.tuples(st.integers(1, 12), st.integers(1, 12)), min_size=1
 @given(lengths=lengths, max_tokens=st.integers(24, 64))
 def test_packing_keeps_every_response_token_once(lengths, max_tokens):
     samples = [
-        {"input_ids": list(range(100 * i, 100 * i + prompt + response)), "prompt_length": prompt}
+        {"input_ids": list(range(100 * i, 100 * i + prompt + response)), "spans": [prompt, prompt + response]}
         for i, (prompt, response) in enumerate(lengths)
     ]
     batches = pack(samples, max_tokens)
     assert all(batch.tokens <= max_tokens for batch in batches)
     assert [sample for batch in batches for sample in batch.samples] == samples
     labels = torch.cat([batch.labels for batch in batches]).tolist()
-    assert labels == [token for sample in samples for token in sample["input_ids"][sample["prompt_length"] :]]
+    assert labels == [token for sample in samples for token in sample["input_ids"][sample["spans"][0] :]]
     for batch in batches:
         # A position predicts its successor within the same sequence.
         assert batch.labels.tolist() == (batch.input_ids[0, batch.positions] + 1).tolist()
@@ -169,14 +173,15 @@ def test_real_dolly_has_the_published_lengths(shared):
     tokenizer = AutoTokenizer.from_pretrained(shared / "tokenizers" / "gpt2")
     rows = read_rows(str(shared / "data" / "dolly" / "train.jsonl"))
     assert len(rows) == 11435
-    dataset = tokenize(rows, tokenizer, 512, 256)
-    prompt = torch.tensor(dataset["prompt_length"]).double()
+    result = tokenize(rows, tokenizer, 512, 256)
+    dataset = result.dataset
+    prompt = torch.tensor([start for start, _ in dataset["spans"]]).double()
     total = torch.tensor([len(ids) for ids in dataset["input_ids"]]).double()
     assert prompt.mean().item() == pytest.approx(71.3, abs=0.1)
     assert total.mean().item() == pytest.approx(145.6, abs=0.2)
     assert int(total.max()) == 512
-    note = describe_long_rows(rows, dataset, 512, 256)  # the papers' tools left the long prompts out already
-    assert note == "198 of 11435 rows exceed 512 tokens and are cut"
+    # The papers' tools left the long prompts out already.
+    assert [*result.notes(rows, 512)] == ["198 of 11435 samples exceed 512 tokens and are cut"]
 
 
 def test_items_made_ahead_are_the_same():
@@ -231,6 +236,7 @@ def test_cut_answer_teaches_no_end(write_jsonl, row):
     tokenizer = copy.deepcopy(quickstart.tokenizer())
     tokenizer.chat_template = "{% for message in messages %}{{ message.content }} {% endfor %}"
     whole, cut = (
-        tokenize(read_rows(write_jsonl([row | more])), tokenizer, 64)["input_ids"][0] for more in ({}, {"ended": False})
+        tokenize(read_rows(write_jsonl([row | more])), tokenizer, 64).dataset["input_ids"][0]
+        for more in ({}, {"ended": False})
     )
     assert whole == [*cut, tokenizer.eos_token_id]

@@ -130,8 +130,8 @@ def test_samples_are_those_of_the_same_rows_as_jsonl(write_indexed, write_jsonl,
     write_indexed(items[30:], "train_1")
     write_jsonl([row.values for row in rows[:5]], "valid.jsonl")
     limits = 42, 38  # some are cut, some left out
-    expected = tokenize(rows, tokenizer, *limits)
-    binary = tokenize(read_rows(str(tmp_path)), tokenizer, *limits)
+    expected = tokenize(rows, tokenizer, *limits).dataset
+    binary = tokenize(read_rows(str(tmp_path)), tokenizer, *limits).dataset
     assert 0 < len(binary) < 50
     assert max(expected["row_length"]) > 42
     assert binary.features == expected.features

@@ -29,7 +29,7 @@ END = quickstart.tokenizer().eos_token_id
 
 def blocks(path, length=16, **options):
     dataset = pretrain.load_blocks(PretrainConfig(path=str(path), **options), quickstart.tokenizer(), length)
-    assert set(dataset["prompt_length"]) == {1}
+    assert all(spans == [1, length] for spans in dataset["spans"])
     return dataset["input_ids"][:]
 
 
@@ -226,7 +226,7 @@ def test_loss_and_gradient(tmp_path, text, method):
 
     model = run_trainer.student.model
     model.set_attn_implementation("sdpa")
-    sequences = [sample["input_ids"] for sample in samples], [sample["prompt_length"] for sample in samples]
+    sequences = [sample["input_ids"] for sample in samples], [sample["spans"][0] for sample in samples]
     logits, labels = padded_loss(model, *sequences)
     by_method = torch.nn.functional.cross_entropy(logits, labels)
     if method == "kd":

@@ -62,7 +62,7 @@ def test_answers_are_the_samples_and_can_be_trained_on(command, model_folder, tm
     assert [answer["ended"] for answer in answers] == [r[-1] == tokenizer.eos_token_id for r in responses]
     again = read_rows(str(tmp_path / "answers.jsonl"))
     assert [row.values["output"] for row in again] == texts
-    assert len(tokenize(again, tokenizer, 512)) == 12
+    assert len(tokenize(again, tokenizer, 512).dataset) == 12
     assert "12 answers in" in capsys.readouterr().out
 
 

@@ -157,12 +157,12 @@ class FakeRollouts:
 
     def prompts(self, count, turn):
         self.asked.append((count, turn))
-        return [{"input_ids": [7] * (number + 3), "prompt_length": 2} for number in range(count)]
+        return [{"input_ids": [7] * (number + 3), "spans": [2, number + 3]} for number in range(count)]
 
     def write_mixed(self, samples, step, teacher_weight):
         self.asked.append((step, teacher_weight))
         for sample in samples:
-            length = len(sample["input_ids"]) - sample["prompt_length"]
+            length = len(sample["input_ids"]) - sample["spans"][0]
             for name, seed in (("student_log_probs", length + 100 * step), ("teacher_log_probs", length + 7)):
                 sample[name] = (-5 * normal(length, seed=seed).abs()).tolist()
             sample["row"] = length

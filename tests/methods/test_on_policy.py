@@ -72,7 +72,7 @@ def trainer_of(run):
 def test_dry_run_counts_the_memory_of_generation(make, capsys, monkeypatch):
     run = make("gkd", "data.max_length=128")
     assert run("--dry-run") == 0
-    longest = max(trainer_of(run).data.train_set["prompt_length"][:]) + 6
+    longest = max(spans[-2] for spans in trainer_of(run).data.train_set["spans"]) + 6
     held = 4 * longest * 2 * 2 * 2 * 4 * 4  # sequences, tokens, keys and values, layers, key heads, their width, bytes
     out = capsys.readouterr().out
     assert f"while it generates, instead of the last two, keys and values of 4 sequences {format_bytes(held)}" in out
@@ -91,15 +91,15 @@ def test_labels_of_generated_text_are_the_next_tokens_end_included(make, monkeyp
     trainer = trainer_of(make("gkd", "on_policy.fraction=1", "on_policy.replay_rows=0"))
     lengths = [3, 2, 4, 1]
     samples = [
-        {"input_ids": [*range(20, 20 + length), 11, 12], "prompt_length": length, "row": number, "index": number}
+        {"input_ids": [*range(20, 20 + length), 11, 12], "spans": [length, length + 2], "row": number, "index": number}
         for number, length in enumerate(lengths)
     ]
     written = trainer.method.select_batch(0, 0.1, samples, trainer.rollouts)
     assert written == [
-        {"input_ids": [20, 21, 22, 8, 9, 0], "prompt_length": 3, "row": 0},
-        {"input_ids": [20, 21, 8], "prompt_length": 2, "row": 1},
-        {"input_ids": [20, 21, 22, 23, 0], "prompt_length": 4, "row": 2},
-        {"input_ids": [20, 5, 5], "prompt_length": 1, "row": 3},
+        {"input_ids": [20, 21, 22, 8, 9, 0], "spans": [3, 6], "row": 0},
+        {"input_ids": [20, 21, 8], "spans": [2, 3], "row": 1},
+        {"input_ids": [20, 21, 22, 23, 0], "spans": [4, 5], "row": 2},
+        {"input_ids": [20, 5, 5], "spans": [1, 3], "row": 3},
     ]
     monkeypatch.setattr(trainer.method, "select_batch", lambda *arguments: written)
     (batch,) = trainer.select_batch(next(trainer.batches())).micro_batches
@@ -146,7 +146,7 @@ def test_loss_and_gradient_of_generated_text_are_those_of_a_padded_batch(make, m
         length = len(sample["input_ids"])
         ids[row, :length] = torch.tensor(sample["input_ids"])
         mask[row, :length] = 1
-        counts[row, sample["prompt_length"] - 1 : length - 1] = True
+        counts[row, sample["spans"][0] - 1 : length - 1] = True
     models = trainer.student.model, trainer.teacher.live.model.model
     for model in models:
         model.set_attn_implementation("sdpa")
@@ -195,7 +195,7 @@ class Writer:
 
     def write(self, samples, step):
         self.steps.append(step)
-        return [{"input_ids": [1, 2], "prompt_length": 1, "row": sample, "step": step} for sample in samples]
+        return [{"input_ids": [1, 2], "spans": [1, 2], "row": sample, "step": step} for sample in samples]
 
 
 def method_of(make, name, *overrides):
@@ -415,7 +415,7 @@ def test_seqkd_trains_on_the_teachers_text(seqkd, teacher, tmp_path, capsys):
     originals = read_rows("quickstart:small", 20)
     assert [answer["prompt"] for answer in answers] == [row.values["prompt"] for row in originals]
     assert all(answer["output"] != row.values["output"] for answer, row in zip(answers, originals, strict=True))
-    dev = tokenize(read_rows("quickstart:dev", 4), tokenizer, 96)
+    dev = tokenize(read_rows("quickstart:dev", 4), tokenizer, 96).dataset
     assert trainer.data.dev.dev_set["input_ids"][:] == dev["input_ids"][:]
 
     losses = [point["loss"] for point in run.points() if point.get("kind") == "train"]

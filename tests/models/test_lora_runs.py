@@ -98,7 +98,7 @@ def test_final_is_an_adapter_that_peft_loads(tmp_path, base, capsys):
     theirs = peft.AutoPeftModelForCausalLM.from_pretrained(final).eval()
     ours = load_packed("student", torch.float32, path=base, adapter=str(final)).eval()
     ids = torch.tensor([AutoTokenizer.from_pretrained(final)("Add 1 and 2.")["input_ids"]])
-    (batch,) = pack([{"input_ids": [*ids[0].tolist(), 0], "prompt_length": 1}], max_tokens=64)
+    (batch,) = pack([{"input_ids": [*ids[0].tolist(), 0], "spans": [1, ids.shape[1] + 1]}], max_tokens=64)
     logits = ours.head(ours.hidden_states(batch))
     torch.testing.assert_close(logits, theirs(ids).logits[0], rtol=1e-5, atol=1e-5)
     without = AutoModelForCausalLM.from_pretrained(base)(ids).logits[0]

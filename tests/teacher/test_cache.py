@@ -103,7 +103,7 @@ def test_rows_are_the_padded_model_states(recipe):
         sample = trainer.data.train_set[index]
         ids = torch.tensor(sample["input_ids"])[None]
         with torch.no_grad():
-            expected = model.model(ids).last_hidden_state[0, sample["prompt_length"] - 1 : -1]
+            expected = model.model(ids).last_hidden_state[0, sample["spans"][0] - 1 : -1]
         rows = trainer.teacher.rows[trainer.teacher.layout.sample(index)]
         torch.testing.assert_close(rows, expected, rtol=1e-10, atol=1e-12)
 
@@ -194,11 +194,17 @@ def test_key_changes_with_everything_that_rows_depend_on(recipe, tmp_path):
 def test_samples_hash_tells_tokens_from_boundaries():
     import datasets
 
-    def digest(ids, prompts):
-        return store.hash_samples(datasets.Dataset.from_dict({"input_ids": ids, "prompt_length": prompts}))
+    def digest(ids, spans):
+        return store.hash_samples(datasets.Dataset.from_dict({"input_ids": ids, "spans": spans}))
 
-    variants = [([[1, 2, 3], [4, 5]], [1, 1]), ([[1, 2], [3, 4, 5]], [1, 1]), ([[1, 2, 3], [4, 5]], [2, 1])]
-    assert len({digest(*variant) for variant in variants}) == 3
+    variants = [
+        ([[1, 2, 3], [4, 5]], [[1, 3], [1, 2]]),
+        ([[1, 2], [3, 4, 5]], [[1, 2], [1, 3]]),
+        ([[1, 2, 3], [4, 5]], [[2, 3], [1, 2]]),
+        ([[1, 2, 3], [4, 5]], [[1, 2, 2, 3], [1, 2]]),
+        ([[1, 2, 3], [4, 5]], [[1, 2], [2, 3, 1, 2]]),  # the same bounds, one after the other
+    ]
+    assert len({digest(*variant) for variant in variants}) == len(variants)
 
 
 def test_weights_are_hashed_once(recipe, cache_folder, monkeypatch):
@@ -485,7 +491,8 @@ def test_layout_covers_every_row_once():
     lengths = torch.randint(2, 200, (500,), generator=generator).tolist()
     prompts = [1 + index % (length - 1) for index, length in enumerate(lengths)]
     ids = [list(range(length)) for length in lengths]
-    layout = store.Layout(datasets.Dataset.from_dict({"input_ids": ids, "prompt_length": prompts}))
+    spans = [list(pair) for pair in zip(prompts, lengths, strict=True)]
+    layout = store.Layout(datasets.Dataset.from_dict({"input_ids": ids, "spans": spans}))
     slices = sorted((layout.sample(index) for index in range(500)), key=lambda s: s.start)
     assert [s.start for s in slices] == [0, *(s.stop for s in slices[:-1])]
     assert slices[-1].stop == layout.rows == sum(lengths) - sum(prompts)

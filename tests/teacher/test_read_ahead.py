@@ -47,7 +47,7 @@ def test_an_on_policy_teacher_reads_the_datas_samples_ahead(trainer):
 
 
 def test_plain_text_and_states_on_the_device_are_left_alone(trainer, monkeypatch):
-    (block,) = pack([{"input_ids": [1, 2, 3], "prompt_length": 1}], max_tokens=8)
+    (block,) = pack([{"input_ids": [1, 2, 3], "spans": [1, 3]}], max_tokens=8)
     block = type(block)(**{**vars(block), "is_pretrain": True})
     assert trainer.teacher.read_ahead(block) is block
     monkeypatch.setattr(CachedTeacher, "_is_on_device", True)

@@ -34,7 +34,7 @@ def test_operations_are_those_that_pytorch_counts(config):
 def test_teacher_and_adapter_in_a_step():
     cost, rows = costs.ModelCost(loading.meta_model(AutoConfig.for_model(**LLAMA))), samples([40, 17])
     tokens, squares = 57, 40**2 + 17**2
-    responses = tokens - sum(row["prompt_length"] for row in rows)
+    responses = tokens - sum(row["spans"][0] for row in rows)
     body, head = cost.body_flops(tokens, squares), cost.head_flops(responses)
     assert costs.StepCost(cost, None, cost, False).flops(rows) == 4 * (body + head)
     assert costs.StepCost(cost, None, cost, True).flops(rows) == 3 * body + 4 * head
