@@ -115,11 +115,13 @@ def _evaluate(config: Config, prepared: Prepared) -> Evaluation:
 
 def protocol(config: Config) -> Protocol:
     """How a result answers test sets: the papers' protocol with the recipe's changes."""
-    evaluated = config.eval
+    evaluated, data = config.eval, config.data
     return Protocol(
         sampling=SamplingParams.from_options(evaluated),
-        max_prompt_length=min(256, config.data.max_length - 1),
-        begin_token=evaluated.begin_token,
+        max_prompt_length=min(256, data.max_length - 1),
+        begin_token=data.begin_token if evaluated.begin_token is None else evaluated.begin_token,
+        chat_template_kwargs=data.chat_template_kwargs,
+        rouge_tokens=evaluated.rouge_tokens,
     )
 
 
@@ -232,8 +234,8 @@ def _ancestry(config: Config, earlier: dict[str, Config]) -> list[Config]:
 def _read_tokenizer(config: Config, earlier: dict[str, Config]) -> PreTrainedTokenizerBase:
     """The tokenizer of a stage, also where the model that brings it is not trained yet. Raises ConfigError."""
     chain = _ancestry(config, earlier)
-    named = next((stage for stage in chain if stage.tokenizer), chain[-1])
-    return read_tokenizer(named)
+    first = next((place for place, stage in enumerate(chain) if stage.tokenizer), len(chain) - 1)
+    return read_tokenizer(*reversed(chain[: first + 1]))
 
 
 def _read_test_sets(config: Config, earlier: dict[str, Config], read: ReadRows) -> list[TestSet]:

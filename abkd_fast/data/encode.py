@@ -9,7 +9,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import ConfigError
-from . import indexed_dataset
+from . import generated, indexed_dataset
 from .chat import ChatTemplate, PromptFormat, Turn, chat_template
 from .rows import Row
 
@@ -115,6 +115,7 @@ class Encoder:
         prompt, response = (_array(row.values.get(key, ())) for key in ("prompt_ids", "output_ids"))
         for ids in (prompt, response):
             indexed_dataset.check_ids(ids, len(self.tokenizer))
+        generated.check_text(row.values, self.tokenizer)
         if not len(prompt):
             raise ConfigError(EMPTY_PROMPT)
         ids = [*prompt.tolist(), *response.tolist()]
@@ -216,7 +217,7 @@ def begin_token(tokenizer: PreTrainedTokenizerBase, style: PromptFormat, is_chat
     begin = tokenizer.bos_token_id
     if style.begin_token is True:
         if begin is None:
-            raise ConfigError("data.begin_token is true, but the tokenizer has no begin token (bos_token)")
+            raise ConfigError("begin_token is true, but the tokenizer has no begin token (bos_token)")
         return [begin]
     adds = begin is not None and not is_chat and tokenizer("a")["input_ids"][:1] == [begin]
     return [begin] if style.begin_token == "auto" and adds else []

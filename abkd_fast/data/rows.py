@@ -20,7 +20,8 @@ class Row:
     - {"prompt": text, "output": text}, and "ended": False if the output was cut;
     - {"messages": [{"role", "content", …}, …]}, with "tools": [object, …] if it has some, "trained": [index, …] if not
       all of the assistant's messages may be trained, and "ended": False if the last one was cut;
-    - {"prompt_ids": int array, "output_ids": int array}.
+    - {"prompt_ids": int array, "output_ids": int array}, and the text of these if there is some: "output", and "prompt"
+      or "messages", those before the answer.
 
     A row of a prompt alone has no output or output_ids, or its last message is not the assistant's.
     """
