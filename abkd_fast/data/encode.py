@@ -90,12 +90,13 @@ class Encoder:
         is_chat = any("messages" in row.values for row in rows)
         if any("prompt_ids" in row.values for row in rows):
             return "token ids as they are in the data"
-        begin, end = self.begins[is_chat], self.tokenizer.eos_token_id
+        begin, end = self.begins[False], self.tokenizer.eos_token_id
         if is_chat and self.template and self.template.end is not None:
             end = self.template.end
-        begin, end = (self.tokenizer.convert_ids_to_tokens(token) for token in (begin[0] if begin else None, end))
+        end = self.tokenizer.convert_ids_to_tokens(end)
         if not is_chat:
-            return f"{f'prompts begin with {begin}' if begin else 'no begin token'}, responses end with {end}"
+            begin = f"prompts begin with {self.tokenizer.bos_token}" if begin else "no begin token"
+            return f"{begin}, responses end with {end}"
         turns = "all turns" if self.style.train_on == "all" else "the last turn"
         line = f"chat template; {turns} of the assistant are trained, up to {end}"
         header = self.template.header.strip()

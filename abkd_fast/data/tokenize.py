@@ -36,6 +36,7 @@ class Tokenized:
 
     dataset: datasets.Dataset  # the columns of ROW
     left_out: dict[int, str]  # why, by the index of the row
+    format: str  # for people: what prompts begin with, what is trained, and what ends it
 
     def notes(self, rows: list[Row], max_length: int) -> Iterator[str]:
         """Lines for people about rows that are cut or left out."""
@@ -91,7 +92,7 @@ def tokenize(
     if not len(dataset):
         reason = f"the prompts exceed {max_prompt_length} tokens, so no row is left; raise data.max_prompt_length"
         raise ConfigError(f"{rows[0].where} and all others: {reason}")
-    return Tokenized(dataset, bad | long)
+    return Tokenized(dataset, bad | long, encoder.describe(rows))
 
 
 def encode_prompts(

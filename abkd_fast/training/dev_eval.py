@@ -56,16 +56,14 @@ class DevRouge:
         self, config: Config, rows: list[Row], dev_set: datasets.Dataset, tokenizer: PreTrainedTokenizerBase
     ) -> None:
         """Takes the checked rows, and the same rows tokenized."""
-        # A sample may end before the last answer of its row, which is the one that is compared.
-        kept = [rows[number] for number in dict.fromkeys(dev_set["row"][:])]
-        prompts = encode_prompts(kept, tokenizer, PromptFormat.from_config(config.data))
-        fits = [pair for pair in zip(kept, prompts, strict=True) if len(pair[1]) < config.data.max_length]
-        if not fits:
-            raise ConfigError(
-                f"data.dev: the prompts of all last answers fill data.max_length = {config.data.max_length}"
-            )
-        kept, self.prompts = zip(*fits[: config.eval.rouge_rows], strict=True)
-        self.references = [references(row, tokenizer) for row in kept]
+        # One answer a row, the last: a row of messages may have several samples, and its last turn may be cut away.
+        known = [rows[index] for index in dict.fromkeys(dev_set["row"])]
+        prompts = encode_prompts(known, tokenizer, PromptFormat.from_config(config.data))
+        pairs = [pair for pair in zip(known, prompts, strict=True) if len(pair[1]) < config.data.max_length]
+        if not pairs:
+            raise ConfigError("eval.rouge_rows: no prompt of data.dev leaves room for an answer; raise data.max_length")
+        answered, self.prompts = zip(*pairs[: config.eval.rouge_rows], strict=True)
+        self.references = [references(row, tokenizer) for row in answered]
         self.seeds = response_seeds((config.run.seed, row) for row in range(len(self.prompts)))
         self.tokenizer, ends = tokenizer, (tokenizer.eos_token_id,)
         self.settings = SamplingParams(max_new_tokens=config.eval.max_new_tokens, eos_token_ids=ends)

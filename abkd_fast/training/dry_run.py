@@ -56,7 +56,7 @@ def header(trainer: Trainer) -> Iterator[str]:
         f"  data       {len(lengths)} rows, {lengths.float().mean():.0f} tokens each on average, "
         f"the first {data.where[data.train_set['row'][0]]}"
     )
-    yield from _notes(trainer)
+    yield from map(escape, _notes(trainer))
     yield f"  device     {device_name(trainer.device)}, {str(trainer.dtype).removeprefix('torch.')}"
     yield f"  kernels    {_kernels(trainer)}; attention {attention.describe(trainer.device)}, packed and checked"
     for line in without_kernels(trainer.device):
@@ -130,8 +130,7 @@ def _data(trainer: Trainer) -> Iterator[str]:
 
 def _notes(trainer: Trainer) -> Iterator[str]:
     """Lines about long rows, plain text, and generation, where there are any."""
-    for name, notes in trainer.data.notes.items():
-        yield from (f"  rows       {name}: {note}" for note in notes)
+    yield from (f"  rows       {note}" for note in trainer.data.notes)
     if trainer.data.pretrain_set is not None:
         data = trainer.config.data
         yield (

@@ -46,7 +46,7 @@ class TrainData:
     where: list[str]  # file and line of every training row
     dev: DevEvaluator | None
     pretrain_set: datasets.Dataset | None
-    notes: dict[str, list[str]]  # lines for people about the rows, by split
+    notes: list[str]  # for people: how the training rows become tokens, and which rows are cut or left out
     steps_per_epoch: int
     steps: int
 
@@ -94,12 +94,12 @@ def read_train_data(
     rows = prepared.take_rows(data.train, data.train_rows, TRAIN, needed_outputs(config))
     tokenized = tokenize(rows, tokenizer, *settings)
     train_set, where = tokenized.dataset, [row.where for row in rows]
-    notes = {"train": [*tokenized.notes(rows, data.max_length)]}
+    notes = [tokenized.format, *tokenized.notes(rows, data.max_length)]
     dev = None
     if data.dev is not None:
         rows = prepared.take_rows(data.dev, data.dev_rows, DEV, "required")
         tokenized = tokenize(rows, tokenizer, *settings)
-        notes["dev"] = [*tokenized.notes(rows, data.max_length)]
+        notes += [f"data.dev: {note}" for note in tokenized.notes(rows, data.max_length)]
         dev = DevEvaluator(config, rows, tokenized.dataset, tokenizer)
     steps_per_epoch = _steps_per_epoch(config, len(train_set))
     method.check_rows(len(train_set))

@@ -163,7 +163,7 @@ def test_rows_of_a_bad_step_are_named_rightly_where_others_are_left_out(write_js
     poison(monkeypatch, 1)
     assert Run(tmp_path, f"data.train={path}", "data.max_prompt_length=20", "data.dev=null")() == 1
     captured = capsys.readouterr()
-    assert f"2 of 6 rows are left out: {path} line 1: the prompt has 63 tokens, more than" in captured.out
+    assert f"2 of 6 rows are left out: {path} line 1: the prompt has 54 tokens, more than" in captured.out
     assert "data.max_prompt_length = 20, and 1 others" in captured.out
     assert f"samples {path} line 2, 3, 4, 5; " in captured.err
 
