@@ -173,7 +173,7 @@ METHODS = {
     "DISTILLM": Method(
         "distillm", "sfkl:0.1", skew_forward_kl, has_entropy=True, parts=REPLAY, on_policy={"threshold": 1.0}
     ),
-    "AlphaNet": Method("kd", "alphanet:0.2,0.8", alphanet),
+    "AlphaNet": Method("kd", "alphanet:0.2,0.8,batch", alphanet),
     "ABKD": Method("ab", "ab:0.2,0.7", alpha_beta),
 }
 NOTES = {  # where the shares come from

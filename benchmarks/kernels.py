@@ -192,7 +192,7 @@ class Benchmark:
 
     def families(self) -> None:
         student, teacher = self.logits()
-        kinds = DIVERGENCE, *(kind() for kind in BY_NAME.values()), AlphaNet(per="token")
+        kinds = DIVERGENCE, *(kind() for kind in BY_NAME.values()), AlphaNet(per="batch")
         candidates = {str(kind): step(divergence_loss, student, teacher, kind) for kind in kinds}
         rows = compare(candidates, self.options.repeats)
         for row in rows:
@@ -250,7 +250,7 @@ class Benchmark:
         """The worst row's relative errors: of the loss, and of the gradient in the Euclidean norm."""
         student, teacher = (x.detach() for x in self.logits())
         rows = []
-        for kind in (AlphaNet(per="token") if kind is AlphaNet else kind() for kind in BY_NAME.values()):
+        for kind in (kind() for kind in BY_NAME.values()):
             spec, gradient = LossSpec(kind), torch.empty_like(student)
             exact = torch.empty_like(student, dtype=torch.float64)
             expected = reference.row_losses(Rows(student.double(), teacher.double(), None, spec), exact)

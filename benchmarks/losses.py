@@ -33,7 +33,7 @@ from abkd_fast.losses.divergences import BY_NAME
 from harness import Report
 
 SFT, SEARCH_SEED = "sft", 10
-TABLE_2 = (SFT, "fkl", "rkl", "wsd:0.5", "bdkd", "jsd:0.1", "akl:0.5", "alphanet:0.2,0.9", "ab:0.2,0.7")
+TABLE_2 = (SFT, "fkl", "rkl", "wsd:0.5", "bdkd", "jsd:0.1", "akl:0.5", "alphanet:0.2,0.9,batch", "ab:0.2,0.7")
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ import harness
 from abkd_fast.data.batches import balance_by_tokens, count_labels
 from abkd_fast.losses import reference
 from abkd_fast.losses.arguments import LossSpec, Rows
-from abkd_fast.losses.divergences import BY_NAME, AlphaNet
+from abkd_fast.losses.divergences import BY_NAME
 from abkd_fast.models.loading import meta_model
 from abkd_fast.training.costs import PEAK_FLOPS, ModelCost, StepCost
 from baseline import alpha_beta, cross_entropy
@@ -172,7 +172,7 @@ def without_kernels(pair: Pair, seconds: float, options: argparse.Namespace, rep
     """
     rows, (student, teacher) = [], torch.randn(2, 2, pair.models[0].vocab)
     logits = pair.response_tokens * pair.models[0].vocab
-    for kind in (AlphaNet(per="token") if kind is AlphaNet else kind() for kind in BY_NAME.values()):
+    for kind in (kind() for kind in BY_NAME.values()):
         with Traffic() as traffic:
             reference.row_losses(Rows(student, teacher, None, LossSpec(kind)), torch.empty_like(student))
         row = {"name": str(kind), "bytes": traffic.bytes / student.numel()}

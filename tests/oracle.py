@@ -20,7 +20,7 @@ GRID = LIMITS + REGULAR
 ALPHA_BETA = [f"ab:{alpha:g},{beta:g}" for alpha, beta in GRID]
 # At least one spelling of every other family. The weights of wsd and of the mixtures are not symmetric.
 SMOOTH = ["fkl", "rkl", "wsd:0.3", "jsd:0.1", "jsd:0.7", "sfkl:0.1", "srkl:0.1", "hellinger", "alpha:0.3"]
-ADAPTIVE = ["bdkd", "akl", "akl:0.9", "alphanet", "alphanet:0.2,0.8,token"]
+ADAPTIVE = ["bdkd", "akl", "akl:0.9", "alphanet:0.2,0.8,batch", "alphanet:0.2,0.8,token"]
 FAMILIES = [*SMOOTH, *ADAPTIVE, "tvd"]
 
 

@@ -60,7 +60,7 @@ def test_kernel_agrees_with_oracle(alpha, beta, vocab, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("vocab", [1003, 50257, 151936])
-@pytest.mark.parametrize("spelling", [*BY_NAME, "alphanet:0.2,0.8,token"])
+@pytest.mark.parametrize("spelling", [*BY_NAME, "alphanet:0.2,0.8,batch"])
 def test_every_divergence_agrees_with_oracle(spelling, vocab, dtype):
     divergence = parse(spelling)
     student, teacher = (x.to(dtype).cuda() for x in oracle.gpt2_like_logits(3, vocab))

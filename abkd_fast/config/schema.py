@@ -107,12 +107,12 @@ class PretrainConfig(Section):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig(Section):
-    """Rows with instruction, input and output, prompt and output, or messages; or the papers' .bin and .idx files."""
+    """Rows in any common format, or the papers' .bin and .idx files (docs/data.md); --show-rows shows some."""
 
     train: Annotated[
         str,
-        'training rows: JSONL or .bin file, folder or Hub name; "quickstart:train" means generated tasks, "stage:NAME" '
-        "the responses of an earlier stage with method generate",
+        "training rows: a file (JSONL, JSON, CSV, Parquet, .bin), a folder, or a Hub name, also as NAME:CONFIG:SPLIT; "
+        '"quickstart:train" means generated tasks, "stage:NAME" the responses of an earlier stage with method generate',
     ]
     dev: Annotated[str | None, "rows for evaluation during training"] = None
     train_rows: Annotated[int | None, "use only so many rows, the first ones", 1] = None
@@ -286,7 +286,8 @@ class Config(Section):
     loss: Annotated[
         str,
         "the divergence: ab:ALPHA,BETA, fkl, rkl, wsd:LAM, bdkd, jsd:LAM, akl:MU, tvd, sfkl:LAM, srkl:LAM, "
-        "alphanet:ALPHA1,ALPHA2[,token], hellinger or alpha:ALPHA",
+        "hellinger, alpha:ALPHA or alphanet:ALPHA1,ALPHA2[,batch] (the larger of two; batch decides once for a "
+        "micro-batch, as published, so results depend on train.max_tokens and on the number of processes)",
     ] = "ab:0.2,0.7"
     temperature: Annotated[float, "divides the logits of both models in the divergence", 1e-3, 1e3] = 1.0
     hard_weight: Annotated[float, "w in (1 - w) divergence + w cross-entropy", 0, 1] = 0.0
@@ -344,4 +345,5 @@ class Config(Section):
             raise ConfigError("student: method generate trains nothing: give the path of a model", "student")
 
     def to_dict(self) -> dict:
-        return json.loads(json.dumps(dataclasses.asdict(self)))
+        """All keys as JSON values. The loss has all its values, so no change of a default changes what it means."""
+        return json.loads(json.dumps(dataclasses.asdict(self) | {"loss": str(parse(self.loss))}))

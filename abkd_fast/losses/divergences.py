@@ -181,13 +181,14 @@ class SkewReverseKL(Divergence):
 class AlphaNet(Divergence):
     """The larger of two alpha-divergences (AlphaNet). Only the larger one has a gradient.
 
-    `per="batch"` compares the means over all rows of a call, which is one micro-batch, as the published code of ABKD
-    does. `per="token"` compares the divergences row by row.
+    `per="token"` compares the two divergences of each row. `per="batch"` compares their means over all rows of a call,
+    as the published code of ABKD does. In training a call is one micro-batch, so the loss then depends on
+    train.max_tokens and on the number of processes.
     """
 
     alpha1: float = 0.2
     alpha2: float = 0.8
-    per: str = "batch"
+    per: str = "token"
     name, title, family = "alphanet", "AlphaNet", Family.ALPHA_NET
 
     def __post_init__(self) -> None:

@@ -14,6 +14,7 @@ from .. import distributed
 from ..config.schema import Config, ModelConfig
 from ..console import console
 from ..data.batches import Batch, StepBatch, make_step_batch, prefetch, step_samples
+from ..data.chat import PromptFormat
 from ..device import choose_device, choose_dtype
 from ..errors import Interrupted
 from ..files import WRITE_ERRORS, check_folder, locked, write_json
@@ -98,6 +99,8 @@ class Trainer:
         train, spec = self.config.train, self.config.student
         spec = spec.saved_in(self.resumed_from) if self.resumed_from else spec
         student = self._load(spec, self.student_meta, "student").train()
+        ends = loading.end_tokens(self.config.student.path, self.tokenizer, PromptFormat.from_config(self.config.data))
+        loading.set_end_tokens(student.causal_lm, ends)
         if train.gradient_checkpointing:
             student.checkpoint_layers()
         return student

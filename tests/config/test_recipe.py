@@ -144,7 +144,7 @@ TABLE = {
     "gpt2-bdkd.json": ("gpt2", "kd", "bdkd", 5e-4, 20, 32, True),
     "gpt2-jsd.json": ("gpt2", "kd", "jsd:0.1", 5e-4, 20, 32, True),
     "gpt2-akl.json": ("gpt2", "kd", "akl:0.5", 5e-4, 20, 32, True),
-    "gpt2-alphanet.json": ("gpt2", "kd", "alphanet:0.2,0.9", 5e-4, 20, 32, True),
+    "gpt2-alphanet.json": ("gpt2", "kd", "alphanet:0.2,0.9,batch", 5e-4, 20, 32, True),
     "gpt2-kd.json": ("gpt2", "kd", "fkl", 5e-4, 20, 32, False),
     "gpt2-minillm.json": ("gpt2", "minillm", "rkl", 5e-6, 20, 32, True),
     "gpt2-sft.json": ("gpt2", "sft", None, 5e-4, 20, 32, False),

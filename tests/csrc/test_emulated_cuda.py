@@ -36,7 +36,10 @@ from oracle import independent_logits
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 POINTS = ["ab:1,0", "ab:0,1", "ab:0,0", "ab:0.5,-0.5", "ab:2,-1", "ab:1,1"]
-FAMILIES = [divergences.parse(name) for name in ("ab", "hellinger", "alphanet", "wsd", "bdkd", "akl", "jsd", "tvd")]
+FAMILIES = [
+    divergences.parse(name)
+    for name in ("ab", "hellinger", "alphanet:0.2,0.8,batch", "wsd", "bdkd", "akl", "jsd", "tvd")
+]
 FAMILIES.append(divergences.CrossEntropy())
 OTHERS = [divergences.parse(text) for text in [*divergences.BY_NAME, *POINTS]]
 
@@ -195,7 +198,7 @@ def test_one_pass_and_exact_passes(sanitized, divergence, out):
         assert_close(result, launch)
 
 
-ONE_PASS = ["ab", "hellinger", "alphanet", "fkl", "rkl", "wsd", "bdkd"]
+ONE_PASS = ["ab", "hellinger", "alphanet:0.2,0.8,batch", "fkl", "rkl", "wsd", "bdkd"]
 
 
 @pytest.mark.parametrize("name", ONE_PASS)
@@ -255,7 +258,17 @@ def test_types_and_maps_of_each_model(sanitized, divergence, teacher, student):
 @pytest.mark.parametrize("kept", [0, 1, 2])
 @pytest.mark.parametrize(
     "divergence",
-    ["jsd:0.5", "sfkl:0.1", "srkl:0.1", "tvd", "hellinger", "alpha:0.3", "alpha:0.8", "alphanet", "alphanet:0.3,2"],
+    [
+        "jsd:0.5",
+        "sfkl:0.1",
+        "srkl:0.1",
+        "tvd",
+        "hellinger",
+        "alpha:0.3",
+        "alpha:0.8",
+        "alphanet:0.2,0.8,batch",
+        "alphanet:0.3,2,batch",
+    ],
 )
 def test_distributions_that_hardly_overlap(sanitized, divergence, kept):
     """In float32 and 16 bits. The statistics of either make the same gradient in float32."""
@@ -419,7 +432,7 @@ BARRIERS = [
 
 @pytest.mark.parametrize("place", BARRIERS)
 def test_without_a_barrier_threads_race(races, place):
-    chosen = [divergences.parse(name) for name in ("akl", "alphanet")]
+    chosen = [divergences.parse(name) for name in ("akl", "alphanet:0.2,0.8,batch")]
     launches = [launch for x in chosen for dtype in DTYPES[:2] for launch in launches_of_every_kind(x, dtype)]
     assert "race: thread" in report(races, launches, place)
 
@@ -488,6 +501,6 @@ inline bool planted(const char* fault) { return std::strcmp(std::getenv("PLANTED
 def test_planted_faults_are_reported(faulty, fault, message):
     in_step = Layout(3), Layout(3), Layout(7)  # the second element is the first on a 16-byte boundary
     options = {"kept": 2, "layouts": LAYOUTS[1] if fault == "alignment" else in_step}
-    launch = make(divergences.AlphaNet(), 1, 1004, torch.float32, gradient_dtype=torch.bfloat16, **options)
+    launch = make(divergences.AlphaNet(per="batch"), 1, 1004, torch.float32, gradient_dtype=torch.bfloat16, **options)
     assert re.search(message, report(faulty, [launch], PLANTED_FAULT=fault))
     run(faulty, [launch], PLANTED_FAULT="")

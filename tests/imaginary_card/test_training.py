@@ -17,7 +17,7 @@ RUNS = {
     "gkd": (GROUPED, {}),
     "distillm": (GPT2, {}),
     "minillm": (GROUPED, {}),
-    "ab alphanet": (GROUPED, {"loss": "alphanet"}),
+    "ab alphanet": (GROUPED, {"loss": "alphanet:0.2,0.8,batch"}),
     "ab alphanet:0.2,0.8,token": (GROUPED, {"loss": "alphanet:0.2,0.8,token"}),
     "ab akl": (GROUPED, {"loss": "akl"}),
     "ab bdkd": (GROUPED, {"loss": "bdkd"}),

@@ -29,7 +29,17 @@ from abkd_fast.losses.reference import STATE
 from oracle import ALPHA_BETA, FAMILIES, gpt2_like_logits, mild_logits, relative_errors
 from row_kernels import ALL, FLOAT32, FLOAT64, assert_close, by_reference, kernel
 
-ONE_OF_EACH_KERNEL = ["ab:0.2,0.7", "hellinger", "ab:0.5,-0.5", "wsd:0.3", "jsd:0.1", "bdkd", "akl", "alphanet", "tvd"]
+ONE_OF_EACH_KERNEL = [
+    "ab:0.2,0.7",
+    "hellinger",
+    "ab:0.5,-0.5",
+    "wsd:0.3",
+    "jsd:0.1",
+    "bdkd",
+    "akl",
+    "alphanet:0.2,0.8,batch",
+    "tvd",
+]
 
 
 def assert_close_to_oracle(student, teacher, divergence, **options):
@@ -117,14 +127,14 @@ def test_tolerance_notices_small_errors(divergence):
 def test_float64_kernel_and_reference_agree_with_oracle(divergence):
     kind = parse(divergence) if isinstance(divergence, str) else divergence
     student, teacher = (x.double() for x in gpt2_like_logits(2, 4001, seed=3))
-    if kind == AlphaNet():
+    if kind == AlphaNet(per="batch"):
         kind = AlphaNet(per="token")  # the reference decides row by row
     expected = oracle.evaluate(student, teacher, kind)
     assert_close(kernel(student, teacher, kind), expected, FLOAT64)
     assert_close(by_reference(student, teacher, kind), expected, FLOAT64)
 
 
-@pytest.mark.parametrize("divergence", [x for x in ALL if x != "alphanet"])
+@pytest.mark.parametrize("divergence", [x for x in ALL if x != "alphanet:0.2,0.8,batch"])
 @pytest.mark.parametrize(("make", "rows", "vocab"), [(mild_logits, 64, 3), (gpt2_like_logits, 3, 4001)])
 def test_float32_reference_agrees_with_oracle(make, rows, vocab, divergence):
     student, teacher = make(rows, vocab)
@@ -184,7 +194,7 @@ def test_16_bit_logits(divergence, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("divergence", ["ab:0.2,0.7", "akl", "alphanet"])
+@pytest.mark.parametrize("divergence", ["ab:0.2,0.7", "akl", "alphanet:0.2,0.8,batch"])
 def test_strided_logits(divergence, dtype):
     student, teacher = mild_logits(6, 50, dtype)
     labels = torch.tensor([3, -100, 0, 49, 1, 2])
@@ -223,7 +233,7 @@ def test_padded_vocabularies(student_vocab, teacher_vocab):
 @pytest.mark.parametrize("divergence", ALL)
 def test_rows_do_not_depend_on_their_neighbors(divergence):
     student, teacher = gpt2_like_logits(9, 2503)
-    if divergence == "alphanet":
+    if divergence == "alphanet:0.2,0.8,batch":
         pytest.skip("its rows decide together")
     for together, alone in zip(
         kernel(student, teacher, divergence), kernel(student[4:5], teacher[4:5], divergence), strict=True
@@ -307,7 +317,7 @@ def test_alphanet_per_batch_takes_one_branch_that_ignored_rows_do_not_choose(har
         labels = torch.where(counts, 2, -100)
         assert (first[0] - second[0])[counts].sum() * (1 - 2 * chosen) > 0
         options = {"labels": labels, "hard_weight": hard_weight}
-        got = kernel(student, teacher, AlphaNet(0.2, 0.8), **options)
+        got = kernel(student, teacher, AlphaNet(0.2, 0.8, "batch"), **options)
         expected = kernel(student, teacher, AlphaDivergence((0.2, 0.8)[chosen]), **options)
         assert_close([x[counts] for x in got], [x[counts] for x in expected], FLOAT32)
         assert all(x[~counts].eq(0).all() for x in got)
@@ -316,7 +326,7 @@ def test_alphanet_per_batch_takes_one_branch_that_ignored_rows_do_not_choose(har
 # ---- reductions
 
 
-@pytest.mark.parametrize("divergence", ["ab", "alphanet"])
+@pytest.mark.parametrize("divergence", ["ab", "alphanet:0.2,0.8,batch"])
 def test_reductions_and_upstream_gradients(divergence):
     student, teacher = mild_logits(5, 40, torch.float64)
     labels = torch.tensor([1, -100, 3, 4, 5])
@@ -330,7 +340,7 @@ def test_reductions_and_upstream_gradients(divergence):
         torch.testing.assert_close(z.grad, gradient * expected)
 
 
-@pytest.mark.parametrize("divergence", ["ab", "bdkd", "alphanet"])
+@pytest.mark.parametrize("divergence", ["ab", "bdkd", "alphanet:0.2,0.8,batch"])
 def test_everything_ignored(divergence):
     student, teacher = (x.requires_grad_() for x in mild_logits(3, 9))
     for reduction in ("mean", "sum", "none"):
@@ -340,7 +350,7 @@ def test_everything_ignored(divergence):
         assert torch.autograd.grad(loss.sum(), student)[0].eq(0).all()
 
 
-@pytest.mark.parametrize("divergence", ["ab", "akl", "alphanet"])
+@pytest.mark.parametrize("divergence", ["ab", "akl", "alphanet:0.2,0.8,batch"])
 def test_no_rows(divergence):
     student = torch.zeros(0, 5, requires_grad=True)
     loss = divergence_loss(student, torch.zeros(0, 5), parse(divergence))

@@ -112,7 +112,7 @@ def test_alphanet_per_batch_decides_over_all_chunks(reduction):
     assert (first < second)[order[:2]].all()
     assert (first > second)[order[-2:]].all()
     student, teacher = (hidden[order], weight, bias), (teacher[0][order], *teacher[1:])
-    options = {"reduction": reduction, "divergence": "alphanet"}
+    options = {"reduction": reduction, "divergence": "alphanet:0.2,0.8,batch"}
     chosen = "alpha:0.2" if first.sum() > second.sum() else "alpha:0.8"
     expected = differentiate(full, student, teacher, None, **options | {"divergence": chosen})
     for chunk_tokens in (1, 2, 7):
@@ -145,7 +145,7 @@ LOGITS_TOLERANCE = {torch.bfloat16: 2**-6, torch.float16: 2**-9}
 
 
 @pytest.mark.parametrize("logits_dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("divergence", ["ab", "jsd:0.1", "akl", "alphanet", "cross-entropy"])
+@pytest.mark.parametrize("divergence", ["ab", "jsd:0.1", "akl", "alphanet:0.2,0.8,batch", "cross-entropy"])
 def test_16_bit_logits(divergence, logits_dtype):
     student, teacher, labels = make(torch.float32)
     for reduction, chunk_tokens in (("mean", None), ("none", 3)):
@@ -217,7 +217,7 @@ def test_frozen_inputs_get_no_gradient(frozen, reduction):
 @pytest.mark.parametrize("need", list(itertools.product([False, True], repeat=3)))
 def test_only_needed_gradients_are_made(need):
     student, teacher, labels = make()
-    for divergence in ("ab", "alphanet"):
+    for divergence in ("ab", "alphanet:0.2,0.8,batch"):
         arguments = (*student, *teacher, labels, divergence, 1.0, 0.0, [], 0, torch.float64, *WHOLE, list(need), None)
         _, _, *gradients = torch.ops.abkd_fast.fused_linear(*arguments)
         assert [g.numel() for g in gradients] == [x.numel() if n else 0 for n, x in zip(need, student, strict=True)]
@@ -280,7 +280,7 @@ def test_compile(reduction):
     assert all(torch.equal(*pair) for pair in zip(got, expected, strict=True))
 
 
-@pytest.mark.parametrize("divergence", ["ab", "alphanet", ""])
+@pytest.mark.parametrize("divergence", ["ab", "alphanet:0.2,0.8,batch", ""])
 def test_opcheck(divergence):
     student, teacher, labels = make()
     teacher = teacher if divergence else (None, None, None)
@@ -306,7 +306,7 @@ def test_gradcheck(with_teacher, reduction):
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize("divergence", ["ab", "alphanet"])
+@pytest.mark.parametrize("divergence", ["ab", "alphanet:0.2,0.8,batch"])
 def test_backward_twice(divergence, reduction):
     student, teacher, labels = make(torch.float32)
     expected = differentiate(fused, student, teacher, labels, divergence=divergence, reduction=reduction)[1:]
@@ -322,7 +322,7 @@ def test_backward_twice(divergence, reduction):
         loss.backward(torch.ones_like(loss))
 
 
-@pytest.mark.parametrize("divergence", ["ab", "akl", "alphanet"])
+@pytest.mark.parametrize("divergence", ["ab", "akl", "alphanet:0.2,0.8,batch"])
 def test_same_bits_twice(divergence):
     student, teacher, labels = make(torch.float32, tokens=100, vocab=1003, teacher_vocab=1003)
     options = {"divergence": divergence, "chunk_tokens": 48}
@@ -455,7 +455,7 @@ def peak_of_allocations(function):
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize("divergence", ["ab", "alphanet", None])
+@pytest.mark.parametrize("divergence", ["ab", "alphanet:0.2,0.8,batch", None])
 def test_memory_of_512_and_8192_tokens_is_the_same(divergence, reduction, monkeypatch):
     vocab = 2048
     chunk_bytes = 128 * vocab * 2 * 4  # 128 rows of both models or 256 of one: 256 and 4096 tokens are whole chunks
@@ -478,7 +478,7 @@ def test_memory_of_512_and_8192_tokens_is_the_same(divergence, reduction, monkey
             x.grad = None
         # Memory per row: labels, indices of the rows that count, a few numbers, and for AlphaNet 6 float64 for each of
         # two branches and for the chosen one.
-        rows = tokens * (64 + (160 if divergence == "alphanet" else 0))
+        rows = tokens * (64 + (160 if divergence == "alphanet:0.2,0.8,batch" else 0))
         peaks.append(peak_of_allocations(step) - results - rows)
     assert peaks[1] < 1.05 * peaks[0]
     assert peaks[0] > 0.9 * chunk_bytes  # the measurement has seen the chunk itself

@@ -42,7 +42,9 @@ def test_maps_of_logits(monkeypatch, divergence, maps, compiled):
     student, teacher = mild_logits(3, 2050, torch.float64)
     for dtype, bound in ((torch.float64, FLOAT64), (torch.float32, FLOAT32)):
         z, y = student.to(dtype), teacher.to(dtype)
-        spec = LossSpec(parse(divergence if divergence != "alphanet" else "alphanet:0.2,0.8,token"), 2.0, 0.3, *maps)
+        spec = LossSpec(
+            parse(divergence if divergence != "alphanet:0.2,0.8,batch" else "alphanet:0.2,0.8,token"), 2.0, 0.3, *maps
+        )
         rows = Rows(z, y, LABELS, spec)
         gradient, later, statistics = torch.empty_like(z), torch.empty_like(z), torch.zeros(3, 6).double()
         losses = row_ops.row_losses(rows, gradient, statistics)
@@ -71,7 +73,7 @@ def test_each_model_has_its_own_type(divergence, student, teacher):
 @COMPILED
 @pytest.mark.parametrize("out", TYPES)
 @pytest.mark.parametrize("source", TYPES)
-@pytest.mark.parametrize("divergence", ["ab", "akl", "alphanet"])
+@pytest.mark.parametrize("divergence", ["ab", "akl", "alphanet:0.2,0.8,batch"])
 def test_gradient_in_another_type(divergence, source, out):
     student, teacher = (x.to(source) for x in mild_logits(3, 1003))
     spec = LossSpec(parse(divergence), 2.0, 0.3)

@@ -99,7 +99,7 @@ def test_same_seed_same_bits_and_micro_batches_do_not_matter(recipe):
     assert losses("train.steps=3", "train.max_tokens=8192") == pytest.approx(first, rel=1e-5)
 
 
-@pytest.mark.parametrize("loss", [*BY_NAME, "alphanet:0.2,0.8,token"])
+@pytest.mark.parametrize("loss", [*BY_NAME, "alphanet:0.2,0.8,batch"])
 def test_every_divergence_trains(recipe, teacher_folder, loss):
     overrides = [f"loss={loss}", "method=kd", f"teacher.path={teacher_folder()}", "temperature=1.5", "hard_weight=0.1"]
     trainer = Trainer(load(recipe()[1], overrides)[0])
