@@ -107,12 +107,12 @@ class PretrainConfig(Section):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig(Section):
-    """Rows with instruction, input and output, prompt and output, or messages; or the papers' .bin and .idx files."""
+    """Rows in any common format, or the papers' .bin and .idx files (docs/data.md); --show-rows shows some."""
 
     train: Annotated[
         str,
-        'training rows: JSONL or .bin file, folder or Hub name; "quickstart:train" means generated tasks, "stage:NAME" '
-        "the responses of an earlier stage with method generate",
+        "training rows: a file (JSONL, JSON, CSV, Parquet, .bin), a folder, or a Hub name, also as NAME:CONFIG:SPLIT; "
+        '"quickstart:train" means generated tasks, "stage:NAME" the responses of an earlier stage with method generate',
     ]
     dev: Annotated[str | None, "rows for evaluation during training"] = None
     train_rows: Annotated[int | None, "use only so many rows, the first ones", 1] = None

@@ -14,7 +14,8 @@ from ..config.schema import PretrainConfig
 from ..errors import ConfigError
 from ..files import file_digest
 from . import indexed_dataset
-from .rows import TRAIN, read_jsonl
+from .rows import TRAIN
+from .text_files import read_jsonl
 from .tokenize import SAMPLE, fingerprint, stored
 
 NEWLINE = "<@x(x!>"  # MiniLLM's data.txt has this for a line end within a document

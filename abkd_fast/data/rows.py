@@ -1,103 +1,124 @@
-"""Rows of instruction data: read from files, the Hub, or the quickstart, and checked."""
+"""Rows of instruction data, read and checked."""
 
+import collections
 import dataclasses
-import itertools
-import json
-import pathlib
-from collections.abc import Iterator
-
-import datasets
+import os
+from collections.abc import Collection, Iterator, Mapping
 
 from ..errors import ConfigError
-from ..files import is_local_path
-from . import indexed_dataset, quickstart
-from .formats import check_row, outputs_in, without_output
+from . import formats, indexed_dataset, sources
+from .text_files import RawRow
 
-# Splits: names of the indexed binary files in a folder. The first one that has files is read.
+# Splits: words in the names of files, and of splits of a data set. The first one that is there is read.
 TRAIN, DEV = ("train",), ("dev", "valid")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class Row:
-    """One checked row."""
+    """One checked row. `values` is one of these:
+
+    - {"prompt": text, "output": text}, and "ended": False if the output was cut;
+    - {"messages": [{"role", "content", …}, …]}, with "tools": [object, …] if it has some, "trained": [index, …] if not
+      all of the assistant's messages may be trained, and "ended": False if the last one was cut;
+    - {"prompt_ids": int array, "output_ids": int array}, and the text of these if there is some: "output", and "prompt"
+      or "messages", those before the answer.
+
+    A row of a prompt alone has no output or output_ids, or its last message is not the assistant's.
+    """
 
     where: str  # file and line, for messages
-    values: dict  # prompt and output, messages, or prompt_ids and output_ids
-    outputs: object = None  # all outputs of a row of JSON, unchecked; `values` has the first one
+    values: dict
+    outputs: object = None  # the reference text, or a list of several, unchecked; `values` has the first one
+
+
+class Rows(list):
+    """The rows of a source."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.notes: list[str] = []  # for people: what was read, how it was understood, what was left out
 
 
 def read_rows(
-    source: str, limit: int | None = None, splits: tuple[str, ...] = TRAIN, prompts_only: bool = False
-) -> list[Row]:
-    """Reads and checks rows. At most `limit` rows are read.
+    source: str,
+    limit: int | None = None,
+    splits: tuple[str, ...] = TRAIN,
+    outputs: str = "required",
+    columns: Mapping[str, str] | tuple[tuple[str, str], ...] | None = None,
+    on_bad_row: str = "stop",
+) -> Rows:
+    """Reads and checks rows. At most `limit` rows are returned.
 
     Args:
-        source: a JSONL or .bin file, a folder, a data set of the Hub (its train split), or "quickstart:SPLIT". In a
-            folder, indexed binary files of `splits` are read, or else all JSONL files: the papers' tools leave the same
-            rows, of all splits, as JSONL beside the binary files.
-        prompts_only: outputs of JSON rows are not read; all are empty.
+        source: a file, a folder, a data set of the Hub, or "quickstart:SPLIT". docs/data.md says which are read.
+        splits: what is read of a folder, or of a data set with splits. Indexed binary files come first: the papers'
+            tools leave the same rows, of all splits, as JSONL beside them.
+        outputs: "required"; "optional": rows of a prompt alone are good; "ignored": outputs are taken away. They are
+            then in `Row.outputs` alone (token ids stay in `values`).
+        columns: names of columns by ours, or the items of such a mapping; then no other column is read.
+        on_bad_row: "stop", or "skip": bad rows are left out, and `notes` of the result names them.
 
-    Raises ConfigError, which names file and line, for a missing or empty source, broken JSON, and rows without a prompt
-    or with an output that is missing, not text, or empty.
+    Raises ConfigError, one line with file and line, for a source that is missing or empty, a file that can't be read,
+    and, unless they are skipped, rows that can't be used.
     """
-    rows = list(itertools.islice(_rows(source, splits, prompts_only), limit))
+    columns = None if columns is None else dict(columns)
+    if columns is not None:
+        formats.check_columns(columns)
+    rows, bad, titles = Rows(), [], collections.Counter()
+    seen, used = {}, set()  # columns in the order in which they appear, and those that are read
+    for where, values in _raw_rows(
+        source, splits, formats.COLUMNS if columns is None else columns.values(), rows.notes
+    ):
+        try:
+            if isinstance(values, ConfigError):
+                raise values
+            if isinstance(values, dict):
+                seen.update(dict.fromkeys(values))
+                if columns is not None:
+                    values = {ours: values[theirs] for ours, theirs in columns.items() if theirs in values}
+            checked = formats.check_row(values, where, outputs)
+        except ConfigError as error:
+            if on_bad_row == "stop":
+                raise ConfigError(f"{error}{_unseen(columns, seen)}") from None
+            bad.append(str(error))
+            continue
+        rows.append(Row(where, checked.values, checked.outputs))
+        titles[checked.format.title] += 1
+        used |= checked.format.used
+        if len(rows) == limit:
+            break
+    unseen = _unseen(columns, seen)
     if not rows:
-        raise ConfigError(f"{source}: has no rows")
+        raise ConfigError(f"{source}: has no rows" + (f" that can be used: {bad[0]}{unseen}" if bad else ""))
+    if unseen:
+        raise ConfigError(f"{source}{unseen}")
+    rows.notes += _notes(source, titles, [] if columns else [key for key in seen if key not in used], bad)
     return rows
 
 
-def _rows(source: str, splits: tuple[str, ...], prompts_only: bool) -> Iterator[Row]:
-    parts = indexed_dataset.find(source, splits)
+def _raw_rows(source: str, splits: tuple[str, ...], known: Collection[str], notes: list[str]) -> Iterator[RawRow]:
+    if os.path.isdir(source) and not os.access(source, os.R_OK | os.X_OK):
+        raise ConfigError(f"{source}: can't be read (Permission denied)")
+    may_be_binary = os.path.isdir(source) or source.endswith((".bin", ".idx"))
+    if not (parts := indexed_dataset.find(source, splits) if may_be_binary else []):
+        yield from sources.read(source, splits, known, notes)
     for part in parts:
         for where, ids in indexed_dataset.read_items(part):
-            prompt, output = indexed_dataset.split_item(where, ids)
-            yield Row(where, {"prompt_ids": prompt, "output_ids": output})
-    if not parts:
-        for where, values in _raw_rows(source):
-            checked = check_row(without_output(values) if prompts_only else values, where, prompts_only)
-            yield Row(where, checked, outputs_in(values))
+            try:
+                prompt, output = indexed_dataset.split_item(where, ids)
+                yield where, {"prompt_ids": prompt, "output_ids": output}
+            except ConfigError as error:
+                yield where, error
 
 
-def _raw_rows(source: str) -> Iterator[tuple[str, object]]:
-    path = pathlib.Path(source)
-    files, numbered = [], []
-    if source.startswith("quickstart:"):
-        numbered = quickstart.rows(source.removeprefix("quickstart:"))
-    elif path.is_dir():
-        if not (files := sorted(path.glob("*.jsonl"))):
-            raise ConfigError(f"{source}: a folder without .jsonl files")
-    elif path.is_file():
-        files = [path]
-    elif path.suffix or is_local_path(source) or "/" not in source:
-        raise ConfigError(f"{source}: no such file or folder")
-    else:
-        try:
-            numbered = datasets.load_dataset(source, split="train")
-        except Exception as error:
-            reason = str(error).splitlines()[0]
-            raise ConfigError(f"{source}: no such file, and no data set of that name on the Hub ({reason})") from None
-    for file in files:
-        yield from read_jsonl(file)
-    for number, values in enumerate(numbered, 1):
-        yield f"{source} row {number}", values
+def _unseen(columns: dict | None, seen: dict) -> str:
+    """What to add to a message if `columns` names one that no row has."""
+    missing = [theirs for theirs in (columns or {}).values() if theirs not in seen]
+    return f'; data.columns names "{missing[0]}", and the columns are {", ".join(seen)}' if missing and seen else ""
 
 
-def read_jsonl(path: pathlib.Path) -> Iterator[tuple[str, object]]:
-    """Yields file and line, for messages, and the JSON value of every line. Raises ConfigError for a broken line."""
-    number = 0
-    try:
-        with path.open(encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    values = json.loads(line)
-                    if "\\u" in line:  # only an escape can make half of a surrogate pair
-                        json.dumps(values, ensure_ascii=False).encode()
-                    yield f"{path} line {number}", values
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{path} line {number}: broken JSON: {error.msg}") from None
-    except UnicodeEncodeError:
-        raise ConfigError(f"{path} line {number}: has half of a surrogate pair, which no text has") from None
-    except OSError as error:
-        raise ConfigError(f"{path}: can't be read ({error.strerror})") from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: is not UTF-8 text after line {number} ({error.reason})") from None
+def _notes(source: str, titles: collections.Counter, unread: list[str], bad: list[str]) -> Iterator[str]:
+    found = " and ".join(f"{count} rows of {title}" for title, count in titles.items())
+    yield f"{source}: {found}" + (f"; not read: {', '.join(unread)}" if unread else "")
+    if bad:
+        yield f"{source}: {len(bad)} rows are left out: {'; '.join(bad[:3])}" + ("; …" if len(bad) > 3 else "")

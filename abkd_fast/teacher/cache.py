@@ -40,7 +40,7 @@ class TeacherCache:
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
-        """samples: how many samples of `dataset` the run will see, counting repetitions.
+        """samples: how many samples of `dataset` the run will see, counting repetitions; 0: none with its own response.
 
         Raises ConfigError for a folder that can't hold the cache, where mode insists on it.
         """
@@ -51,7 +51,7 @@ class TeacherCache:
         self.layout = store.Layout(dataset)
         self.width = teacher.model.get_output_embeddings().weight.shape[1]
         self.bytes = self.layout.rows * self.width * dtype.itemsize
-        if self.mode == "off":
+        if self.mode == "off" or not samples:
             return
         weights = None  # random weights are known only after they are drawn
         if self.spec.path is not None:
@@ -78,6 +78,8 @@ class TeacherCache:
         """
         if self.mode == "off":
             return False, False, "cache.mode is off"
+        if not self.samples:
+            return False, False, "the run trains on no response of the data"
         found = self.file.is_recorded
         problem = None if found else self.file.problem()
         if self.mode == "auto" and not found and self.samples <= len(self.dataset):
@@ -115,7 +117,7 @@ class TeacherCache:
         least = -distributed.all_reduce_max(-free_memory(self.device))  # all ranks have to make the same choice
         on_disk, in_memory, reason = distributed.run_on_rank0(lambda: self.choose(max(0, least - reserved)))
         if not on_disk and not in_memory:
-            return Teacher(load(), f"runs in every step ({reason})")
+            return Teacher(load(), f"{'runs in every step' if self.samples else 'never runs'} ({reason})")
         self.load, self.precision, self.build_seconds = functools.cache(load), precision, 0.0
         if self.spec.path is None:
             tensors = self.load().state_dict().items()

@@ -12,6 +12,7 @@ from rich.markup import escape
 
 from .. import distributed
 from ..console import format_bytes
+from ..data.batches import StepBatch, make_step_batch, prompt_of
 from ..device import device_name, free_memory
 from ..losses import row_ops
 from ..models import attention, loading
@@ -114,7 +115,11 @@ def _data(trainer: Trainer) -> Iterator[str]:
     ids, spans = table_of(trainer.data.train_set)
     lengths, labels = lengths_of(ids), label_counts(spans)
     yield f"  data       {len(lengths)} rows, {lengths.sum()} tokens an epoch"
-    for name, counts in (("prompts", lengths - labels), ("responses", labels), ("together", lengths)):
+    groups = {"prompts": lengths - labels, "responses": labels, "together": lengths}
+    if not labels.any():
+        yield "    responses  none: the run writes them"
+        groups = {"prompts": lengths}
+    for name, counts in groups.items():
         median, most = np.percentile(counts, [50, 95])
         yield (
             f"    {name:10} mean {counts.mean():.1f}, median {median:.0f}, 95 % up to {most:.0f}, "
@@ -143,7 +148,7 @@ def _notes(trainer: Trainer) -> Iterator[str]:
 def _memory(trainer: Trainer, cached: bool) -> Iterator[str]:
     """An estimate of what training needs, for the largest micro-batch of the first step."""
     train = trainer.config.train
-    step = next(trainer.batches())
+    step = _first_step(trainer)
     batch = max(step.micro_batches, key=lambda part: part.tokens)
     cost = trainer.step_cost(cached)
     student = trainer.student_meta.config
@@ -157,6 +162,19 @@ def _memory(trainer: Trainer, cached: bool) -> Iterator[str]:
     yield f"  memory     about {format_bytes(total)} with micro-batches of {batch.tokens} tokens: {details}"
     work = (cost.flops(step.samples) + cost.flops(step.pretrain_blocks, taught=False)) / train.batch_size
     yield f"  work       {work / 1e9:.3g} GFLOP a sample"
+
+
+def _first_step(trainer: Trainer) -> StepBatch:
+    """The first step. Where the run writes all responses, each one is as long as it may be."""
+    step, config = next(trainer.batches()), trainer.config
+    if trainer.method.off_policy_fraction:
+        return step
+    samples = []
+    for sample in step.samples:
+        start = len(prompt_of(sample))
+        stop = min(start + config.sampling.max_new_tokens, config.data.max_length)
+        samples.append({"input_ids": [0] * stop, "spans": [start, stop]})
+    return make_step_batch(samples, step.pretrain_blocks, config.train.max_tokens)
 
 
 def _generation_memory(trainer: Trainer, cost: costs.StepCost) -> Iterator[tuple[str, int]]:

@@ -1,18 +1,20 @@
 """Reading before any weights load: rows, models' configurations, tokenizers, tokenized data."""
 
 import dataclasses
+import json
 
 import datasets
 from transformers import PreTrainedTokenizerBase
 
 from .. import distributed
 from ..config.schema import Config, ModelConfig
-from ..data import pretrain
+from ..data import formats, pretrain
 from ..data.chat import PromptFormat
-from ..data.rows import DEV, TRAIN, Row, read_rows
+from ..data.rows import DEV, TRAIN, Rows, read_rows
 from ..data.tokenize import tokenize
 from ..errors import ConfigError
 from ..evaluation.test_sets import TestSet
+from ..methods import METHODS
 from ..methods.base import Method
 from ..models import loading
 from ..models.loading import MetaModel
@@ -24,7 +26,7 @@ class Prepared:
     """The inputs that the checks of a run have read. The run reads the others: an earlier stage may write them."""
 
     models: dict[str, MetaModel] = dataclasses.field(default_factory=dict)  # by role
-    rows: dict[tuple, list[Row]] = dataclasses.field(default_factory=dict)  # by the four arguments of `read_rows`
+    rows: dict[tuple, Rows] = dataclasses.field(default_factory=dict)  # by the arguments of `read_rows`
     test_sets: list[TestSet] | None = None
 
     def model(self, role: str, spec: ModelConfig) -> MetaModel:
@@ -32,7 +34,7 @@ class Prepared:
         known = self.models.get(role)
         return known if known and known.spec == spec else loading.read_meta_model(spec, role)
 
-    def take_rows(self, *arguments: object) -> list[Row]:
+    def take_rows(self, *arguments: object) -> Rows:
         """The rows. They are not kept any longer, because they may fill much memory. Raises ConfigError."""
         return self.rows.pop(arguments, None) or read_rows(*arguments)
 
@@ -50,10 +52,42 @@ class TrainData:
     steps: int
 
 
-def read_tokenizer(config: Config) -> PreTrainedTokenizerBase:
-    """The tokenizer of a run: that of its key, or the student's. Raises ConfigError."""
+def train_rows(config: Config) -> tuple:
+    """The arguments of `read_rows` for data.train. A method that writes all responses itself needs none in the data.
+
+    Raises ConfigError for settings that don't fit the method, and for a data.columns that can't be meant.
+    """
+    outputs = "ignored"
+    if config.method != "generate":
+        outputs = "required" if METHODS[config.method](config).off_policy_fraction else "optional"
+    return config.data.train, config.data.train_rows, TRAIN, outputs, *_reading(config)
+
+
+def dev_rows(config: Config) -> tuple:
+    """The arguments of `read_rows` for data.dev. Raises ConfigError for a data.columns that can't be meant."""
+    outputs = "ignored" if config.method == "generate" else "required"
+    return config.data.dev, config.data.dev_rows, DEV, outputs, *_reading(config)
+
+
+def _reading(config: Config) -> tuple:
+    columns = config.data.columns
+    if columns is not None:
+        formats.check_columns(columns)
+        columns = tuple(columns.items())
+    return columns, config.data.on_bad_row
+
+
+def read_tokenizer(config: Config, *later: Config) -> PreTrainedTokenizerBase:
+    """The tokenizer of a run: that of its key, or the student's, with the chat template and begin token of `data`.
+
+    later: the stages after this one that take its tokenizer, each from the one before. Raises ConfigError.
+    """
     source, key = (config.tokenizer, "tokenizer") if config.tokenizer else (config.student.path, "student.path")
-    return loading.read_tokenizer(source, key)
+    tokenizer = loading.read_tokenizer(source, key)
+    for data in (config.data, *(stage.data for stage in later)):
+        loading.use_chat_template(tokenizer, data.chat_template, "data.chat_template")
+        loading.keep_begin_token(tokenizer, PromptFormat.from_config(data))
+    return tokenizer
 
 
 def check_models(
@@ -80,16 +114,20 @@ def read_train_data(
     """Reads and tokenizes the data of a run. Raises ConfigError where they don't fit the configuration."""
     data = config.data
     settings = data.max_length, data.max_prompt_length, PromptFormat.from_config(data), data.on_bad_row
-    rows = prepared.take_rows(data.train, data.train_rows, TRAIN, False)
+    rows = prepared.take_rows(*train_rows(config))
     tokenized = tokenize(rows, tokenizer, *settings)
     train_set, where = tokenized.dataset, [row.where for row in rows]
-    notes = [tokenized.format, *tokenized.notes(rows, data.max_length)]
+    notes = [*rows.notes, tokenized.format, *tokenized.notes(rows, data.max_length)]
     dev = None
     if data.dev is not None:
-        rows = prepared.take_rows(data.dev, data.dev_rows, DEV, False)
+        rows = prepared.take_rows(*dev_rows(config))
         tokenized = tokenize(rows, tokenizer, *settings)
-        notes += [f"data.dev: {note}" for note in tokenized.notes(rows, data.max_length)]
+        notes += [*rows.notes, *(f"data.dev: {note}" for note in tokenized.notes(rows, data.max_length))]
         dev = DevEvaluator(config, rows, tokenized.dataset, tokenizer)
+        notes += dev.notes
+    if not loading.keep_begin_token(tokenizer, settings[2]):
+        begin = json.dumps(data.begin_token)
+        notes.append(f"the tokenizer in final/ can't keep data.begin_token: give later commands --begin-token {begin}")
     steps_per_epoch = _steps_per_epoch(config, len(train_set))
     method.check_rows(len(train_set))
     pretrain_set = _read_pretrain_set(config, tokenizer) if data.uses_pretrain else None

@@ -14,6 +14,7 @@ from .. import distributed
 from ..config.schema import Config, ModelConfig
 from ..console import console
 from ..data.batches import Batch, StepBatch, make_step_batch, prefetch, step_samples
+from ..data.chat import PromptFormat
 from ..device import choose_device, choose_dtype
 from ..errors import Interrupted
 from ..files import WRITE_ERRORS, check_folder, locked, write_json
@@ -65,7 +66,8 @@ class Trainer:
             self.data = read_train_data(config, self.method, self.tokenizer, prepared)
         self.cache = None
         if self.teacher_meta:
-            samples = round(self.data.steps * config.train.batch_size * self.method.off_policy_fraction)
+            fraction = self.method.off_policy_fraction
+            samples = round(self.data.steps * config.train.batch_size * fraction) or int(fraction > 0)
             self.cache = TeacherCache(config, self.teacher_meta, self.data.train_set, samples, self.device, self.dtype)
 
     def build(self) -> None:
@@ -99,6 +101,8 @@ class Trainer:
         train, spec = self.config.train, self.config.student
         spec = spec.saved_in(self.resumed_from) if self.resumed_from else spec
         student = self._load(spec, self.student_meta, "student").train()
+        ends = loading.end_tokens(self.config.student.path, self.tokenizer, PromptFormat.from_config(self.config.data))
+        loading.set_end_tokens(student.causal_lm, ends)
         if train.gradient_checkpointing:
             student.checkpoint_layers()
         return student
