@@ -45,6 +45,7 @@ RECIPE = {
 STAGES = {
     "sft": {"method": "sft", "eval": {"rouge_rows": 1, "max_new_tokens": 8}},
     "ab": {"method": "ab", "data": {"dev_rows": 1}},  # which only one rank has
+    "alphanet": {"method": "kd", "loss": "alphanet", "eval": {"every_steps": 20}},
     "gkd": {"method": "gkd", "loss": "jsd:0.1", "on_policy": {"replay_rows": 16}},
     "distillm": {"method": "distillm", "loss": "srkl:0.1", "on_policy": {"replay_rows": 16, "threshold": 0.5}},
     "minillm": {"method": "minillm", "loss": "rkl", "minillm": {"rollouts": 16, "inner_epochs": 2}},
@@ -219,6 +220,21 @@ def test_losses_and_files_are_those_of_one_process(context, tmp_path, recipe, al
     if mode == "ddp":  # a sharded teacher reads packed samples and rounds differently
         for path in states.glob("*/states.bin"):
             assert (cache_folder / path.parent.name / path.name).read_bytes() == path.read_bytes()
+
+
+@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
+@pytest.mark.parametrize("cache", ["off", "disk"])
+def test_likelihoods_are_those_of_one_process(context, tmp_path, recipe, capsys, cache, mode):
+    values = {"cache": {"mode": cache}, "method": "kd", "loss": "fkl"}
+    values["train"] = {**RECIPE["train"], "steps": 1, "batch_size": 6, "max_tokens": 96, "parallel": mode}
+    assert train.main(recipe("alone", **values)) == 0
+    ranks = Ranks(context, tmp_path, 3, recipe("several", **values))
+    assert ranks.wait() == [0, 0, 0], ranks.output()
+    outputs = capsys.readouterr().out, *ranks.output()
+    told = [re.findall(r"log-probability .*student (\S+), teacher (\S+)", output) for output in outputs]
+    (alone,), (several,), *others = told
+    assert [float(number) for number in several] == pytest.approx([float(number) for number in alone], abs=2e-3)
+    assert others == [[], []]
 
 
 def tell_memory():

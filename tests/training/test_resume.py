@@ -435,6 +435,26 @@ def test_method_state_is_kept(tmp_path, monkeypatch):
     assert trainer.method.calls == 6
 
 
+def test_earlier_alphanet_without_a_last_word_was_per_batch(tmp_path, monkeypatch, capsys):
+    """So a run that an earlier version began goes on per batch or not at all. Runs now write the word."""
+    sections = {"method": "kd", "teacher": {"config": TIED}, "cache": {"mode": "off"}}
+    run = Run(tmp_path, "loss=alphanet:0.2,0.9,batch", **sections)
+    with monkeypatch.context() as patch:
+        at_step(patch, 7, send(signal.SIGTERM))
+        assert run() == INTERRUPTED
+    file = run.folder / "config.json"
+    values = json.loads(file.read_text())
+    assert values["loss"] == "alphanet:0.2,0.9,batch"
+    file.write_text(json.dumps({**values, "loss": "alphanet:0.2,0.9"}))
+    message = 'loss was "alphanet:0.2,0.9,batch", is "alphanet:0.2,0.9,token"): undo that to resume it'
+    for loss in ("alphanet:0.2,0.9", "alphanet:0.2,0.9,token"):
+        assert run("--resume", "--set", f"loss={loss}") == 2
+        assert message in capsys.readouterr().err
+    assert run("--resume") == 0
+    assert json.loads(file.read_text())["loss"] == "alphanet:0.2,0.9,batch"
+    assert run("--resume", "--set", "loss=alphanet:0.2,0.9") == 2
+
+
 def test_teacher_of_random_weights_is_the_same_one_on_resume(tmp_path, monkeypatch):
     sections = {"method": "kd", "teacher": {"config": {**TIED, "num_hidden_layers": 1}}, "cache": {"mode": "off"}}
     (undisturbed := Run(tmp_path / "undisturbed", **sections))()
