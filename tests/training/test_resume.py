@@ -305,6 +305,20 @@ def test_changed_data_are_refused(tmp_path, monkeypatch, write_jsonl, capsys):
     assert "data.train: its text or the tokenizer has changed since" in capsys.readouterr().err
 
 
+def test_state_of_an_earlier_version_is_refused(tmp_path, monkeypatch, capsys):
+    """Its samples have other columns. Its rows, stored in another format, have another fingerprint."""
+    run = Run(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr("abkd_fast.data.tokenize.FORMAT", 1)
+        at_step(patch, 6, send(signal.SIGTERM))
+        assert run() == INTERRUPTED
+    capsys.readouterr()
+    assert run("--resume") == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("error: data.train: its text or the tokenizer has changed since ")
+    assert line.endswith(", or another version of abkd_fast saved it: begin again in another folder")
+
+
 def test_stop_while_models_load(tmp_path, monkeypatch, undisturbed, capsys):
     """Outside of the loop, Ctrl-C has no step to finish: it prints how to continue, and no traceback."""
     run = Run(tmp_path)
