@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from torch.distributed.checkpoint import HuggingFaceStorageWriter
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import chat
 from abkd_fast import distributed, train
 from abkd_fast.cli import INTERRUPTED
 from abkd_fast.console import console
@@ -109,6 +110,9 @@ def models(tmp_path_factory):
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**MODEL, initializer_range=0.1))
     model.save_pretrained(folder)
     quickstart.tokenizer().save_pretrained(folder)
+    model.save_pretrained(folder / "chat")
+    chat.write_tokenizer(folder / "chat")
+    chat.write_conversations(folder / "chat" / "rows.jsonl", 24)
     return str(folder)
 
 
@@ -116,11 +120,16 @@ def write_recipe(folder, models, name, stages=None, **sections):
     """Writes a recipe. Returns the arguments that train it."""
     text = folder / "text.jsonl"
     text.write_text("".join(json.dumps({"text": f"{number} is a number. " * 40}) + "\n" for number in range(16)))
+    prompts = folder / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"What is {number} plus 2?"}) + "\n" for number in range(20)))
     values = {**RECIPE, **sections, "run": {"name": name, "dir": str(folder)}, "teacher": {"path": models}}
     if stages:
         values["stages"] = stages
     path = folder / f"{name}.json"
-    path.write_text(json.dumps(values).replace("TEXT", str(text)).replace("MODEL", models))
+    recipe = json.dumps(values)
+    for name, value in {"TEXT": text, "PROMPTS": prompts, "MODEL": models}.items():
+        recipe = recipe.replace(name, str(value))
+    path.write_text(recipe)
     return ["--config", str(path)]
 
 
@@ -141,7 +150,8 @@ def assert_same_losses(ours, theirs):
     assert values == pytest.approx(expected, rel=1e-5)
 
 
-# Besides every method: plain text, LoRA with recomputed layers, rows that a stage writes, scores on a test set.
+# Besides every method: plain text, LoRA with recomputed layers, rows that a stage writes, scores on a test set, rows of
+# several turns, rows without responses.
 MORE = {
     "text": {"method": "minillm", "loss": "rkl", "minillm": {"rollouts": 16}, "data": {"pretrain": {"path": "TEXT"}}},
     "lora": {
@@ -152,6 +162,13 @@ MORE = {
     },
     "answers": {"method": "generate", "student": {"path": "MODEL", "config": None}},
     "seqkd": {"method": "seqkd", "data": {"train": "stage:answers"}, "eval": {"sets": {"dolly": "quickstart:dev"}}},
+    "turns": {
+        "method": "ab",
+        "tokenizer": "MODEL/chat",
+        "teacher": {"path": "MODEL/chat"},
+        "data": {"train": "MODEL/chat/rows.jsonl", "dev": "MODEL/chat/rows.jsonl"},
+    },
+    "prompts": {"method": "imitkd", "data": {"train": "PROMPTS"}, "on_policy": {"replay_rows": 16}},
 }
 EVALUATION = {"seeds": [1, 2], "max_new_tokens": 8, "every_steps": 10}
 

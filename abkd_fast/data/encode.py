@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from ..errors import ConfigError
 from . import generated, indexed_dataset
 from .chat import ChatTemplate, PromptFormat, Turn, chat_template
+from .generated import check_text
 from .rows import Row
 
 LONG_TEXT = 32  # characters a token: where a text has more, only its beginning can matter
@@ -118,6 +119,7 @@ class Encoder:
         generated.check_text(row.values, self.tokenizer)
         if not len(prompt):
             raise ConfigError(EMPTY_PROMPT)
+        check_text(row.values, self.tokenizer)
         ids = [*prompt.tolist(), *response.tolist()]
         return Sample(ids, [len(prompt), len(ids)])
 

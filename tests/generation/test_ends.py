@@ -84,7 +84,7 @@ def test_damaged_settings_are_one_line(model_folder, data, tmp_path, capsys, nam
     content, message = DAMAGED[name]
     path = tmp_path / "model" / "generation_config.json"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(ConfigError, match="generation_config.json"):
+    with pytest.raises(ConfigError, match=r"generation_config\.json"):
         end_tokens(model_folder, chat_tokenizer(), PromptFormat())
     out = str(tmp_path / "answers.jsonl")
     assert generate.main(["--model", model_folder, "--data", data, "--out", out, "--device", "cpu"]) == 2
