@@ -31,9 +31,7 @@ def folders(tmp_path_factory):
         torch.manual_seed(seed)
         config = AutoConfig.for_model(**{**config, **STILL, "initializer_range": spread})
         AutoModelForCausalLM.from_config(config).save_pretrained(root / name)
-        tokenizer = quickstart.tokenizer()
-        tokenizer.chat_template = TEMPLATE
-        tokenizer.save_pretrained(root / name)
+        quickstart.tokenizer().save_pretrained(root / name)
     return root
 
 
@@ -46,6 +44,7 @@ def talks(tmp_path):
         turns = [("user", "assistant")[i % 2] for i in range(2 + 2 * (row % 3))]
         rows.append({"messages": [{"role": role, "content": words[(row + i) % 5]} for i, role in enumerate(turns)]})
     (tmp_path / "talks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "template.jinja").write_text(TEMPLATE)
     return {
         "train": str(tmp_path / "talks.jsonl"),
         "chat_template": str(tmp_path / "template.jinja"),
@@ -82,7 +81,6 @@ def told(text):
 )
 def test_means_are_those_of_transformers(tmp_path, folders, talks, capsys, student, teacher, dtype, tolerance, mode):
     sections = pair(folders, student, teacher, data=talks, cache={"mode": mode, "dir": str(tmp_path / "cache")})
-    sections["tokenizer"] = str(folders / student)
     run = Run(tmp_path / "run", "train.steps=6", f"train.dtype={dtype}", **sections)
     assert run() == 0
     batch = next(Trainer(load(run.arguments[1], [*run.arguments[3::2], "run.name=other"])[0]).batches())
