@@ -5,7 +5,7 @@ import os
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-console = Console(soft_wrap=True, highlight=False, quiet=os.environ.get("RANK", "0") != "0")
+console = Console(soft_wrap=True, highlight=False, emoji=False, quiet=os.environ.get("RANK", "0") != "0")
 
 
 def format_bytes(number: float) -> str:

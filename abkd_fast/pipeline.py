@@ -300,7 +300,7 @@ def _is_finished(config: Config, resume: bool) -> bool:
         check_folder(folder)
     if not finished and not resume:
         raise ConfigError(f"{folder} exists, but was not finished: add --resume, or choose another run.name")
-    then = _as_meant(*load(str(folder / "config.json")))
+    then = _read_config(folder / "config.json")
     changed = "; ".join(_differences(_deciding(then.to_dict()), _deciding(config.to_dict())))
     if changed:
         way_out = "choose another run.name" if finished else "undo that to resume it, or choose another run.name"
@@ -308,15 +308,19 @@ def _is_finished(config: Config, resume: bool) -> bool:
     return finished
 
 
-def _as_meant(config: Config) -> Config:
-    """The configuration in a run's folder, with AlphaNet as it was meant.
+def _read_config(path: pathlib.Path) -> Config:
+    """The configuration of a run. A value that an earlier version left out is what it meant then, not today's default.
 
-    `Config.to_dict` spells all its values. Earlier versions left them out, and then it decided per micro-batch.
+    It trained the last turn alone, without a begin token, and AlphaNet decided per micro-batch.
     """
-    loss = parse(config.loss)
-    if isinstance(loss, AlphaNet) and config.loss.count(",") < 2:
-        config = dataclasses.replace(config, loss=str(dataclasses.replace(loss, per="batch")))
-    return config
+    (then,) = load(str(path))
+    given = json.loads(path.read_text(encoding="utf-8-sig"))["data"]
+    meant = {"train_on": "last", "begin_token": False}
+    left_out = {key: value for key, value in meant.items() if key not in given}
+    loss = parse(then.loss)
+    if isinstance(loss, AlphaNet) and then.loss.count(",") < 2:
+        loss = dataclasses.replace(loss, per="batch")
+    return dataclasses.replace(then, loss=str(loss), data=dataclasses.replace(then.data, **left_out))
 
 
 def _read_summary(folder: pathlib.Path) -> dict:

@@ -224,7 +224,7 @@ CASES = {
     "broken row": case("data.train: rows.jsonl line 2: broken JSON", **data(ROW, '{"instruction": ')),
     "row that is no object": case("rows.jsonl line 1: expected a JSON object", **data("5")),
     "row of NULs": case("rows.jsonl line 2: broken JSON", **data(ROW, b"\0\0\0")),
-    "row that is not UTF-8": case("rows.jsonl: is not UTF-8 text", **data(b'{"instruction": "\xff"}')),
+    "row that is not UTF-8": case("rows.jsonl line 1: is not UTF-8 text", **data(b'{"instruction": "\xff"}')),
     "row with half a character": case(
         "rows.jsonl line 1: has half of a surrogate pair", **data('{"prompt": "x", "output": "\\ud800"}')
     ),

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from ..errors import ConfigError
 from . import generated, indexed_dataset
 from .chat import ChatTemplate, PromptFormat, Turn, chat_template
+from .generated import check_text
 from .rows import Row
 
 LONG_TEXT = 32  # characters a token: where a text has more, only its beginning can matter
@@ -41,7 +42,8 @@ class Encoder:
         """
         self.tokenizer, self.style, self.max_length = tokenizer, style, max_length
         self.template = chat_template(tokenizer, style)
-        self.ends = {tokenizer.eos_token_id, self.template.end if self.template else None} - {None}
+        self.end = tokenizer.eos_token_id
+        self.ends = {self.end, self.template.end if self.template else None} - {None}
         self.begins = {is_chat: begin_token(tokenizer, style, is_chat) for is_chat in (False, True)}
 
     def encode(self, rows: Sequence[Row]) -> list[list[Sample] | ConfigError]:
@@ -90,7 +92,7 @@ class Encoder:
         is_chat = any("messages" in row.values for row in rows)
         if any("prompt_ids" in row.values for row in rows):
             return "token ids as they are in the data"
-        begin, end = self.begins[False], self.tokenizer.eos_token_id
+        begin, end = self.begins[False], self.end
         if is_chat and self.template and self.template.end is not None:
             end = self.template.end
         end = self.tokenizer.convert_ids_to_tokens(end)
@@ -117,6 +119,7 @@ class Encoder:
         generated.check_text(row.values, self.tokenizer)
         if not len(prompt):
             raise ConfigError(EMPTY_PROMPT)
+        check_text(row.values, self.tokenizer)
         ids = [*prompt.tolist(), *response.tolist()]
         return Sample(ids, [len(prompt), len(ids)])
 
@@ -180,7 +183,10 @@ class Encoder:
         return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
-        return self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+        if not texts:
+            return []
+        options = {"add_special_tokens": False, "return_attention_mask": False, "return_token_type_ids": False}
+        return self.tokenizer(texts, **options, verbose=False)["input_ids"]
 
     def _with_begin(self, prompt: list[int], is_chat: bool) -> list[int]:
         begin = self.begins[is_chat]
@@ -201,8 +207,8 @@ class Encoder:
                 "where prompt and output meet"
             )
         if not turn.is_closed and response[-1] not in self.ends:
-            response = [*response, self.tokenizer.eos_token_id]
-        if middle := self.ends.intersection(response[:-1]):
+            response = [*response, self.end]
+        if middle := [end for end in self.ends if end in response[:-1]]:
             token = self.tokenizer.convert_ids_to_tokens(min(middle))
             raise ConfigError(f"the response has the end token {token} in its middle: generation would end there")
         return prompt, response

@@ -166,12 +166,11 @@ def _read_prompt(values: dict, answer: str) -> tuple[dict, object]:
     _only(values, PROMPTS)
     key = _only(values, OUTPUTS)
     completion = values.get(key)
-    is_chat = isinstance(completion, list) and completion and isinstance(completion[0], dict)
-    if not isinstance(values["prompt"], list):
+    is_chat = _is_messages(completion)
+    if not _is_messages(before := values["prompt"]):
         if is_chat:
             raise ConfigError(f'"{key}" is a list of messages, but "prompt" is not: give two texts, or two lists')
         return _read_text(values, _text(values, "prompt"), answer)
-    before = values["prompt"]
     if isinstance(completion, list) and not is_chat and completion:
         completion = completion[0]  # the first of several references
     after = completion if is_chat else [{"role": "assistant", "content": completion}] if completion else []
@@ -179,6 +178,10 @@ def _read_prompt(values: dict, answer: str) -> tuple[dict, object]:
         raise _missing_output(values, key)
     key = f"prompt and {key}" if after else "prompt"
     return messages.convert_row(values, [*before, *after], key, answer, len(before))
+
+
+def _is_messages(value: object) -> bool:
+    return isinstance(value, list) and bool(value) and isinstance(value[0], dict)
 
 
 def _read_instruction(values: dict, answer: str) -> tuple[dict, object]:

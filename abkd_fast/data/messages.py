@@ -162,7 +162,7 @@ def _system(values: dict) -> str | None:
 
 
 def _tools(values: dict) -> dict:
-    tools = _from_json(values.get("tools") or [], "tools")
+    tools = _from_json(values.get("tools") or None, "tools") or []
     tools = [tools] if isinstance(tools, dict) else tools
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise ConfigError(f'"tools" must be a list of objects, or the JSON text of one, got {show(tools)}')

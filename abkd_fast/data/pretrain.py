@@ -15,7 +15,7 @@ from ..errors import ConfigError
 from ..files import file_digest
 from . import indexed_dataset
 from .rows import TRAIN
-from .sources import read_jsonl
+from .text_files import read_jsonl
 from .tokenize import SAMPLE, fingerprint, stored
 
 NEWLINE = "<@x(x!>"  # MiniLLM's data.txt has this for a line end within a document

@@ -1,61 +1,22 @@
-"""Where rows come from: files of several formats, folders, data sets on the disk or on the Hub.
+"""Where rows come from: files, folders, data sets on the disk or on the Hub. Names say which split is read."""
 
-Every reader yields pairs: the place of a row, for messages, and its value, or a ConfigError for a row that is broken.
-What is wrong with a whole file is raised.
-"""
-
-import bz2
 import contextlib
-import csv
 import glob
-import gzip
-import io
-import lzma
 import os
 import pathlib
 import re
-import typing
-import zlib
 from collections.abc import Collection, Iterator
 
 import datasets
-import pyarrow
 
-from ..errors import ConfigError, first_line
+from ..errors import ConfigError
 from ..files import is_local_path
-from . import quickstart
-from .strict_json import SPACE, BadValue, parse, parse_at, show
-
-RawRow = tuple[str, object]
+from . import quickstart, text_files
+from .text_files import COMPRESSED, RawRow
 
 # The name of a file says its format. A file with any other name is read as JSON.
 FORMATS = (".jsonl", ".parquet", ".arrow", ".csv", ".tsv", ".json")  # a folder is read in the first that it has
-COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
-# What binary files begin with, and the end of the name by which they are read.
-MAGIC = {
-    b"\x1f\x8b": ("gzip", ".gz"),
-    b"BZh": ("bzip2", ".bz2"),
-    b"\xfd7zXZ\0": ("xz", ".xz"),
-    b"\x28\xb5\x2f\xfd": ("Zstandard", ".zst"),
-    b"PAR1": ("Parquet", ".parquet"),
-    b"ARROW1": ("Arrow", ".arrow"),
-    b"PK\3\4": ("zip", None),
-    b"PK\5\6": ("zip", None),
-    b"7z\xbc\xaf": ("7z", None),
-    b"\x89HDF": ("HDF5", None),
-    b"SQLite format 3": ("SQLite", None),
-    b"version https://git-lfs": ("Git LFS pointer", None),
-}
-UNICODE = {b"\xff\xfe\0\0": "UTF-32", b"\0\0\xfe\xff": "UTF-32", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
-# Without such a mark, ASCII in these encodings has zeros among its first four bytes: True is another byte.
-ZEROS = {
-    (True, False, False, False): "UTF-32",
-    (False, False, False, True): "UTF-32",
-    (True, False, True, False): "UTF-16",
-    (False, True, False, True): "UTF-16",
-}
-BOM = b"\xef\xbb\xbf"
-
+SAVED = (("dataset_dict.json",), ("dataset_info.json", "state.json"))  # what `save_to_disk` leaves in a folder
 # Words of a name that say a split, by the names in `splits` of `read_rows`.
 WORDS = {
     "train": {"train", "training"},
@@ -84,11 +45,11 @@ def read(source: str, splits: tuple[str, ...], known: Collection[str], notes: li
     if not os.path.isdir(name):
         if name.endswith(FORMATS + COMPRESSED) or is_local_path(name) or "/" not in name:
             raise ConfigError(f"{source}: no such file or folder")
-        yield from _load(source, config, split, splits, notes)
-    elif (path / "dataset_dict.json").exists() or (path / "state.json").exists():
+        yield from _load(source, name, config, split, splits, notes)
+    elif any(all(os.path.exists(path / file) for file in files) for files in SAVED):
         yield from _load_saved(source, path, split, splits, notes)
     elif _is_clone(path):
-        yield from _load(source, config, split, splits, notes)
+        yield from _load(source, name, config, split, splits, notes)
     elif config:
         raise ConfigError(f"{source}: a folder of files has no configurations; name a split as {name}::{config}")
     else:
@@ -107,25 +68,18 @@ def _is_clone(path: pathlib.Path) -> bool:
 
 
 def _split_name(source: str) -> tuple[str, str, str]:
-    name, *rest = source.split(":")
-    if len(rest) > 2:
-        raise ConfigError(f"{source}: no such file or folder; expected NAME, NAME:CONFIG or NAME:CONFIG:SPLIT")
-    return (name, *rest, *[""] * (2 - len(rest)))
+    name, config, split = [*source.split(":", 2), "", ""][:3]  # a split may be a slice: train[:10]
+    return name, config, split
 
 
 def _read_file(path: pathlib.Path, known: Collection[str]) -> Iterator[RawRow]:
     """Yields the rows of one file. Raises ConfigError for one that can't be read, or is not what its name says."""
     kind = _format(path.name)
     if kind in (".parquet", ".arrow"):
-        yield from _read_arrow(path, kind)
-        return
-    with _open(path) as file:
-        if kind in (".csv", ".tsv"):
-            yield from _read_csv(path, file, known, "\t" if kind == ".tsv" else ",")
-        elif file.peek(1 << 12).removeprefix(BOM).lstrip().startswith(b"["):
-            yield from _read_array(path, file)
-        else:
-            yield from _read_lines(path, file)
+        return _read_arrow(path, kind)
+    if kind in (".csv", ".tsv"):
+        return text_files.read_csv(path, known, "\t" if kind == ".tsv" else ",")
+    return text_files.read_json(path)
 
 
 def _format(name: str) -> str:
@@ -136,132 +90,11 @@ def _format(name: str) -> str:
     return next((end for end in FORMATS if name.endswith(end)), "")
 
 
-def read_jsonl(path: pathlib.Path) -> Iterator[RawRow]:
-    """Yields the place and the value of every line. Raises ConfigError for a broken one, too."""
-    with _open(path) as file:
-        for where, value in _read_lines(path, file):
-            if isinstance(value, ConfigError):
-                raise value
-            yield where, value
-
-
-@contextlib.contextmanager
-def _open(path: pathlib.Path) -> Iterator[typing.BinaryIO]:
-    """The decompressed content of a file of text. Raises ConfigError for other files."""
-    try:
-        with contextlib.ExitStack() as stack:
-            file = stack.enter_context(path.open("rb"))
-            match path.suffix.lower():
-                case ".gz":
-                    file = stack.enter_context(gzip.GzipFile(fileobj=file))
-                case ".bz2":
-                    file = stack.enter_context(bz2.BZ2File(file))
-                case ".xz":
-                    file = stack.enter_context(lzma.LZMAFile(file))
-                case ".zst":
-                    file = stack.enter_context(pyarrow.CompressedInputStream(file, "zstd"))
-            file = stack.enter_context(io.BufferedReader(file, 1 << 16))
-            _check_text(path, file.peek(16)[:16])
-            yield file
-    except (OSError, EOFError, zlib.error, lzma.LZMAError, pyarrow.ArrowException) as error:
-        raise ConfigError(f"{path}: can't be read ({getattr(error, 'strerror', None) or first_line(error)})") from None
-
-
-def _check_text(path: pathlib.Path, start: bytes) -> None:
-    for magic, (kind, end) in MAGIC.items():
-        if start.startswith(magic):
-            way_out = f"its name must end in {end}" if end else "unpack it, or fetch it with git lfs pull"
-            raise ConfigError(f"{path}: is not text but a {kind} file; {way_out}")
-    encoding = next((name for mark, name in UNICODE.items() if start.startswith(mark)), None)
-    encoding = encoding or ZEROS.get(tuple(map(bool, start[:4])))
-    if encoding:
-        raise ConfigError(f"{path}: is {encoding} text; save it as UTF-8")
-
-
-def _read_lines(path: pathlib.Path, file: typing.BinaryIO) -> Iterator[RawRow]:
-    # The lines are decoded one by one, so that an error has a line, and ends no more than its row.
-    for number, line in enumerate(file, 1):
-        if not (line := line.removeprefix(BOM).strip()):
-            continue
-        where = f"{path} line {number}"
-        if line == b"{":
-            problem = "an object that spans lines"
-            raise ConfigError(f"{where}: {problem}; each line must be an object, or the file an array of objects")
-        try:
-            value = parse(_decode(line))
-        except ConfigError as error:
-            value = ConfigError(f"{where}: {error}")
-        yield where, value
-
-
-def _decode(line: bytes) -> str:
-    try:
-        text = line.decode()
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"is not UTF-8 text ({error.reason}); save the file as UTF-8") from None
-    if "\0" in text:
-        raise ConfigError("broken JSON: has NUL bytes: the file is damaged, or not text")
-    return text
-
-
-def _read_array(path: pathlib.Path, file: typing.BinaryIO) -> Iterator[RawRow]:
-    try:
-        text = file.read().removeprefix(BOM).decode()
-    except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1
-        raise ConfigError(f"{path} line {line}: is not UTF-8 text ({error.reason}); save the file as UTF-8") from None
-    place, number = SPACE.match(text, text.index("[") + 1).end(), 0
-    while text[place : place + 1] != "]" or number:
-        number += 1
-        where = f"{path} row {number}"
-        try:
-            value, place = parse_at(text, place)
-        except BadValue as error:
-            value, place = ConfigError(f"{where}: {error}"), error.end
-        except ConfigError as error:
-            raise ConfigError(f"{where} (line {text.count(chr(10), 0, place) + 1}): {error}") from None
-        yield where, value
-        place = SPACE.match(text, place).end()
-        if text[place : place + 1] != ",":
-            break
-        place = SPACE.match(text, place + 1).end()
-    if text[place : place + 1] != "]":
-        raise ConfigError(f"{path} row {number}: broken JSON: the array goes on without a comma, or has no end")
-    if text[place + 1 :].strip():
-        raise ConfigError(f"{path}: broken JSON: there is more after the array")
-
-
-def _read_csv(path: pathlib.Path, file: typing.BinaryIO, known: Collection[str], delimiter: str) -> Iterator[RawRow]:
-    # `datasets` would guess types: "007" would be a number. Here every value is text, and an empty one is missing.
-    csv.field_size_limit((1 << 31) - 1)
-    reader = csv.reader(io.TextIOWrapper(file, encoding="utf-8-sig", newline=""), delimiter=delimiter, strict=True)
-    line = 0
-    try:
-        header = next(reader, None)
-        if header is not None and not {*header} & {*known}:
-            problem = "expected the names of the columns, separated by commas (in a .tsv file by tabs)"
-            raise ConfigError(f"{path} line 1: {problem}, got {show(header)}")
-        if twice := [name for name in header or () if name and header.count(name) > 1]:
-            raise ConfigError(f'{path} line 1: has the column "{twice[0][:60]}" twice')
-        line = reader.line_num
-        for fields in reader:
-            where, line = f"{path} line {line + 1}", reader.line_num
-            if len(fields) == len(header):
-                yield where, {key: value or None for key, value in zip(header, fields, strict=True)}
-            elif fields:
-                problem = f"has {len(fields)} fields, but the first line names {len(header)} columns"
-                yield where, ConfigError(f"{where}: {problem}")
-    except csv.Error as error:
-        raise ConfigError(f"{path} line {line + 1}: broken CSV: {error}") from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: is not UTF-8 text after line {line} ({error.reason}); save it as UTF-8") from None
-
-
 def _read_arrow(path: pathlib.Path, kind: str) -> Iterator[RawRow]:
     try:
         with path.open("rb") as file:
-            start = file.read(16)
-            _check_text(path, b"" if start.startswith((b"PAR1", b"ARROW1", b"\xff\xff\xff\xff")) else start)
+            if not (start := file.read(16)).startswith((b"PAR1", b"ARROW1", b"\xff\xff\xff\xff")):
+                text_files.check_start(path, start)
     except OSError as error:
         raise ConfigError(f"{path}: can't be read ({error.strerror})") from None
     with _errors(str(path), f"can't be read as a {kind} file"), _quiet():
@@ -270,15 +103,13 @@ def _read_arrow(path: pathlib.Path, kind: str) -> Iterator[RawRow]:
     yield from _rows_of(str(path), data)
 
 
-def _load(source: str, config: str, split: str, splits: tuple[str, ...], notes: list[str]) -> Iterator[RawRow]:
+def _load(
+    source: str, name: str, config: str, split: str, splits: tuple[str, ...], notes: list[str]
+) -> Iterator[RawRow]:
     """Rows of a data set on the Hub, or of a clone of one."""
-    name = source.split(":")[0] if config or split else source
-    problem = (
-        "can't be read"
-        if os.path.isdir(name)
-        else "no such file, and no data set of that name on the Hub can be loaded"
-    )
-    with _errors(source, problem), _quiet() if os.path.isdir(name) else contextlib.nullcontext():
+    is_local = os.path.isdir(name)
+    problem = "can't be read" if is_local else "no such file, and no data set of that name on the Hub can be loaded"
+    with _errors(source, problem), _quiet() if is_local else contextlib.nullcontext():
         if not split:
             split = _choose_split(source, datasets.get_dataset_split_names(name, config or None), splits)
             notes.append(f"{source}: split {split}")
@@ -309,16 +140,23 @@ def _rows_of(source: str, data: datasets.Dataset) -> Iterator[RawRow]:
         for batch in data.iter(256):
             for row in zip(*batch.values(), strict=True):
                 number += 1
-                yield f"{source} row {number}", _without_nulls(dict(zip(batch, row, strict=True)))
+                pairs = zip(batch, row, strict=True)
+                values = {key: _as_json(part) if isinstance(part, (dict, list)) else part for key, part in pairs}
+                yield f"{source} row {number}", values
 
 
-def _without_nulls(value: object) -> object:
-    """The value without keys that are null: Arrow gives all objects of a column the same keys."""
+def _as_json(value: object) -> object:
+    """An object or a list of Arrow as JSON would have it.
+
+    Keys that are null are left out: Arrow gives all objects of a column the same keys. So are bytes. Dates are text.
+    """
     if isinstance(value, dict):
-        return {key: _without_nulls(part) for key, part in value.items() if part is not None}
-    if isinstance(value, list) and value and isinstance(value[0], (dict, list)):
-        return [_without_nulls(part) for part in value]
-    return value
+        return {key: part for key, part in ((key, _as_json(part)) for key, part in value.items()) if part is not None}
+    if isinstance(value, list):
+        return value if value and isinstance(value[0], (str, int)) else [_as_json(part) for part in value]
+    if value is None or isinstance(value, bytes):
+        return None
+    return value if isinstance(value, (str, int, float)) else str(value)
 
 
 @contextlib.contextmanager
@@ -329,7 +167,8 @@ def _errors(source: str, problem: str) -> Iterator[None]:
     except ConfigError:
         raise
     except Exception as error:
-        raise ConfigError(f"{source}: {problem} ({first_line(error.__cause__ or error)})") from None
+        lines = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
+        raise ConfigError(f"{source}: {problem} ({' '.join(lines[:2])[:300]})") from None  # the 2nd names choices
 
 
 @contextlib.contextmanager
@@ -373,9 +212,9 @@ def _choose_files(source: str, path: pathlib.Path, splits: tuple[str, ...], note
         there = sorted(path.iterdir())
         inner = [one for one in there if one.is_dir() and (_said(one.name) or one.name == "data")]
         there += [file for folder in inner for file in sorted(folder.iterdir())]
+        names = [file for file in there if file.is_file() and not file.name.startswith(".")]
     except OSError as error:
         raise ConfigError(f"{error.filename}: can't be read ({error.strerror})") from None
-    names = [file for file in there if file.is_file() and not file.name.startswith(".")]
     said = {file: _said(str(file.relative_to(path))) for file in names if _format(file.name)}
     if not said:
         raise ConfigError(f"{source}: a folder without .jsonl files, or {', '.join(FORMATS[1:])} files")

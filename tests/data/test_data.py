@@ -23,57 +23,6 @@ def tokenized(rows, max_length=64, max_prompt_length=None):
     return tokenize(rows, quickstart.tokenizer(), max_length, max_prompt_length).dataset
 
 
-@pytest.mark.parametrize(
-    ("rows", "message"),
-    [
-        ([], "has no rows"),
-        ([GOOD, '{"instruction": '], "line 2: broken JSON"),
-        ([GOOD, {"instruction": "x"}], 'line 2: missing "output"; keys are instruction'),
-        ([{"output": "x"}], 'line 1: missing "instruction"; keys are output'),
-        ([{**GOOD, "output": 5}], 'line 1: "output" must be text, got 5'),
-        ([{**GOOD, "output": []}], 'line 1: "output" must be text, got []'),
-        ([{**GOOD, "output": [5, "b"]}], 'line 1: "output" must be text, got 5'),
-        ([{**GOOD, "output": [" ", "b"]}], 'line 1: "output" is empty'),
-        ([{**GOOD, "output": None}], 'line 1: "output" must be text, got null'),
-        ([{**GOOD, "output": "  \n"}], 'line 1: "output" is empty'),
-        ([{**GOOD, "input": 3}], 'line 1: "input" must be text'),
-        ([{"messages": [{"role": "user", "content": "x"}]}], "the last by the assistant"),
-        (["5"], "line 1: expected a JSON object"),
-        (['{"prompt": "x", "output": "\\ud800"}'], "line 1: has half of a surrogate pair"),
-    ],
-)  # fmt: skip
-def test_bad_rows_are_named(write_jsonl, rows, message):
-    path = write_jsonl(rows)
-    with pytest.raises(ConfigError) as error:
-        read_rows(path)
-    assert message in str(error.value)
-    assert path in str(error.value)
-
-
-@pytest.mark.parametrize("source", ["nowhere.jsonl", "/nowhere/at/all", "./nowhere", "a/b/c"])
-def test_missing_file(source):
-    with pytest.raises(ConfigError, match="no such file"):
-        read_rows(source)
-
-
-def test_not_text(tmp_path):
-    (tmp_path / "rows.jsonl").write_bytes(b'{"instruction": "\xff\xfe"}')
-    with pytest.raises(ConfigError, match="not UTF-8"):
-        read_rows(str(tmp_path / "rows.jsonl"))
-
-
-def test_folder_limit_and_formats(write_jsonl, tmp_path):
-    write_jsonl([GOOD, "", {"prompt": "P", "output": "O", "other": 1}], "a.jsonl")
-    write_jsonl([{**GOOD, "input": "I"}, {**GOOD, "output": ["One.", "Another."]}], "b.jsonl")
-    first, second, third, references = read_rows(str(tmp_path))
-    assert first.values["prompt"].endswith("### Instruction:\nSay hello.\n\n### Response:\n")
-    assert second.values == {"prompt": "P", "output": "O"}
-    assert second.where.endswith("a.jsonl line 3")
-    assert "### Input:\nI\n" in third.values["prompt"]
-    assert references.values["output"] == "One."
-    assert len(read_rows(str(tmp_path), limit=2)) == 2
-
-
 def test_tokens_are_prompt_response_and_end(write_jsonl):
     tokenizer = quickstart.tokenizer()
     rows = read_rows(write_jsonl([{"prompt": "Add 1 and 2.", "output": " It is 3."}]))
@@ -291,9 +240,3 @@ def test_cut_answer_teaches_no_end(write_jsonl, row):
         for more in ({}, {"ended": False})
     )
     assert whole == [*cut, tokenizer.eos_token_id]
-
-
-def test_prompts_of_messages_that_call_a_tool(write_jsonl):
-    messages = [{"role": "user", "content": "What time is it?"}, {"role": "assistant", "tool_calls": []}]
-    (row,) = read_rows(write_jsonl([{"messages": messages}]), outputs="ignored")
-    assert row.values["messages"][:-1] == messages[:1]
