@@ -4,7 +4,7 @@ import argparse
 import pathlib
 
 from .cli import leave, run
-from .config.options import add_model_options, add_options
+from .config.options import add_model_options, add_options, prompt_options
 from .config.sampling import OPTIONS, SamplingParams
 from .config.schema import SEEDS, EvalConfig
 from .errors import ConfigError
@@ -18,14 +18,16 @@ def main(arguments: list[str] | None = None) -> int:
 def _evaluate(options: argparse.Namespace) -> None:
     sets, seeds = _sets(options.data), [_seed(text) for text in options.seeds]
     out = options.out or _run_folder(options.model) / "eval"
-    sampling = SamplingParams.from_options(options)
+    sampling, prompts = SamplingParams.from_options(options), prompt_options(options)
     from . import distributed  # not before the options are checked: this loads PyTorch
     from .console import console
     from .evaluation.evaluator import Evaluation
     from .evaluation.test_sets import Protocol
 
-    protocol = Protocol(sampling=sampling, max_prompt_length=options.max_prompt_length, begin_token=options.bos)
-    others = {name: getattr(options, name) for name in ("rows", "tokenizer", "batch_size", "device", "dtype")}
+    kept = {name: getattr(options, name) for name in ("max_prompt_length", "rouge_tokens")}
+    protocol = Protocol(sampling=sampling, **kept, **prompts)
+    names = ("rows", "tokenizer", "chat_template", "batch_size", "device", "dtype")
+    others = {name: getattr(options, name) for name in names}
     with distributed.process_group():
         evaluation = Evaluation(options.model, sets, out, seeds, protocol, **others)
         evaluation.run()
@@ -72,10 +74,12 @@ def _parser() -> argparse.ArgumentParser:
     seeds = list(map(str, SEEDS))
     add("--seeds", nargs="+", default=seeds, metavar="N", help=f"seeds of sampling [{' '.join(seeds)}]")
     add("--rows", metavar="N", type=int, help="use only the first rows of each set")
-    add("--bos", action="store_true", help="a begin token before every prompt, as the papers' Llama had")
+    bos = {"action": "store_const", "const": "true", "dest": "begin_token", "default": "auto"}
+    add("--bos", **bos, help="the same as --begin-token true: the papers' Llama prompts had one, here alone")
     text = "longer prompts are cut to their first tokens [256]"
     add("--max-prompt-length", metavar="N", type=int, default=256, help=text)
     names = [name for name in OPTIONS if name not in ("max_length", "min_new_tokens")]
+    add_options(parser, EvalConfig, "rouge_tokens")
     add_options(parser, SamplingParams, *names, no_repeat_ngram_size=EvalConfig.no_repeat_ngram_size)
     add_model_options(parser)
     return parser

@@ -4,7 +4,7 @@ import argparse
 import pathlib
 
 from .cli import leave, run
-from .config.options import add_model_options, add_options
+from .config.options import add_model_options, add_options, prompt_options
 from .config.sampling import OPTIONS, SamplingParams
 from .config.schema import RunConfig
 
@@ -15,13 +15,14 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _generate(options: argparse.Namespace) -> None:
-    sampling = SamplingParams.from_options(options)
+    sampling, prompts = SamplingParams.from_options(options), prompt_options(options)
     from . import distributed  # not before the options are checked: this loads PyTorch
+    from .data.chat import PromptFormat
     from .generation.answers import Generation
     from .models.loading import model_spec
 
-    names = ("rows", "max_prompt_length", "seed", "batch_size", "tokenizer", "device", "dtype")
-    others = {name: getattr(options, name) for name in names}
+    names = ("rows", "max_prompt_length", "seed", "batch_size", "tokenizer", "chat_template", "device", "dtype")
+    others = {name: getattr(options, name) for name in names} | {"style": PromptFormat(**prompts)}
     with distributed.process_group():
         Generation(model_spec(options.model), options.data, options.out, sampling, **others).run()
 
@@ -30,8 +31,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m abkd_fast.generate",
         description="Answer the prompts of a data set with a model. The result is data to train on, one row a line: "
-        "prompt and output (or messages), the number of its row, and whether the response ended by itself. After an "
-        "interruption the same command continues.",
+        "prompt and output (or messages), both also in token ids, the number of its row, and whether the response "
+        "ended by itself. After an interruption the same command continues.",
     )
     parser.add_argument("--model", required=True, metavar="DIR", help="folder or Hub name, or a LoRA adapter's folder")
     parser.add_argument("--data", required=True, help="JSONL file, folder, or Hub name; outputs are not read")

@@ -115,11 +115,13 @@ def _evaluate(config: Config, prepared: Prepared) -> Evaluation:
 
 def protocol(config: Config) -> Protocol:
     """How a result answers test sets: the papers' protocol with the recipe's changes."""
-    evaluated = config.eval
+    evaluated, data = config.eval, config.data
     return Protocol(
         sampling=SamplingParams.from_options(evaluated),
-        max_prompt_length=min(256, config.data.max_length - 1),
-        begin_token=evaluated.begin_token,
+        max_prompt_length=min(256, data.max_length - 1),
+        begin_token=data.begin_token if evaluated.begin_token is None else evaluated.begin_token,
+        chat_template_kwargs=data.chat_template_kwargs,
+        rouge_tokens=evaluated.rouge_tokens,
     )
 
 
@@ -232,8 +234,8 @@ def _ancestry(config: Config, earlier: dict[str, Config]) -> list[Config]:
 def _read_tokenizer(config: Config, earlier: dict[str, Config]) -> PreTrainedTokenizerBase:
     """The tokenizer of a stage, also where the model that brings it is not trained yet. Raises ConfigError."""
     chain = _ancestry(config, earlier)
-    named = next((stage for stage in chain if stage.tokenizer), chain[-1])
-    return read_tokenizer(named)
+    first = next((place for place, stage in enumerate(chain) if stage.tokenizer), len(chain) - 1)
+    return read_tokenizer(*reversed(chain[: first + 1]))
 
 
 def _read_test_sets(config: Config, earlier: dict[str, Config], read: ReadRows) -> list[TestSet]:
@@ -298,7 +300,7 @@ def _is_finished(config: Config, resume: bool) -> bool:
         check_folder(folder)
     if not finished and not resume:
         raise ConfigError(f"{folder} exists, but was not finished: add --resume, or choose another run.name")
-    then = _as_meant(*load(str(folder / "config.json")))
+    then = _read_config(folder / "config.json")
     changed = "; ".join(_differences(_deciding(then.to_dict()), _deciding(config.to_dict())))
     if changed:
         way_out = "choose another run.name" if finished else "undo that to resume it, or choose another run.name"
@@ -306,15 +308,19 @@ def _is_finished(config: Config, resume: bool) -> bool:
     return finished
 
 
-def _as_meant(config: Config) -> Config:
-    """The configuration in a run's folder, with AlphaNet as it was meant.
+def _read_config(path: pathlib.Path) -> Config:
+    """The configuration of a run. A value that an earlier version left out is what it meant then, not today's default.
 
-    `Config.to_dict` spells all its values. Earlier versions left them out, and then it decided per micro-batch.
+    It trained the last turn alone, without a begin token, and AlphaNet decided per micro-batch.
     """
-    loss = parse(config.loss)
-    if isinstance(loss, AlphaNet) and config.loss.count(",") < 2:
-        config = dataclasses.replace(config, loss=str(dataclasses.replace(loss, per="batch")))
-    return config
+    (then,) = load(str(path))
+    given = json.loads(path.read_text(encoding="utf-8-sig"))["data"]
+    meant = {"train_on": "last", "begin_token": False}
+    left_out = {key: value for key, value in meant.items() if key not in given}
+    loss = parse(then.loss)
+    if isinstance(loss, AlphaNet) and then.loss.count(",") < 2:
+        loss = dataclasses.replace(loss, per="batch")
+    return dataclasses.replace(then, loss=str(loss), data=dataclasses.replace(then.data, **left_out))
 
 
 def _read_summary(folder: pathlib.Path) -> dict:

@@ -132,6 +132,29 @@ CASES = {
     "selection without dev rows": case(
         "eval.select is dev_loss, but data.dev is missing", sets=["eval.select=dev_loss", "data.dev=null"]
     ),
+    "cross-entropy on what imitkd's student writes": case(
+        'recipe.json: hard_weight is 0.1, but method "imitkd" trains on the student\'s responses',
+        "set hard_weight=0",
+        method="imitkd",
+        hard_weight=0.1,
+        teacher={"config": SMALL},
+    ),
+    "cross-entropy on what gkd's student writes": case(
+        "--set hard_weight=0.5: hard_weight is 0.5, but",
+        "set hard_weight=0; or on_policy.fraction=0, to train on the data's alone",
+        method="gkd",
+        teacher={"config": SMALL},
+        sets=["hard_weight=0.5"],
+    ),
+    "cross-entropy on what distillm's student writes": case(
+        'hard_weight is 1.0, but method "distillm"', method="distillm", hard_weight=1, teacher={"config": SMALL}
+    ),
+    "cross-entropy that a stage shares with gkd": case(
+        'recipe.json: hard_weight is 0.2, but method "gkd" trains on',
+        hard_weight=0.2,
+        teacher={"config": SMALL},
+        stages={"first": {"method": "ab"}, "second": {"method": "gkd"}},
+    ),
     # Bases
     "no base": case("recipe.json: base: quikstart: no such file; did you mean quickstart.json?", base="quikstart"),
     "base is a number": case("recipe.json: base must be text, got 5", base=5),

@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from torch.distributed.checkpoint import HuggingFaceStorageWriter
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import chat
 from abkd_fast import distributed, train
 from abkd_fast.cli import INTERRUPTED
 from abkd_fast.console import console
@@ -44,6 +45,7 @@ RECIPE = {
 STAGES = {
     "sft": {"method": "sft", "eval": {"rouge_rows": 1, "max_new_tokens": 8}},
     "ab": {"method": "ab", "data": {"dev_rows": 1}},  # which only one rank has
+    "alphanet": {"method": "kd", "loss": "alphanet", "eval": {"every_steps": 20}},
     "gkd": {"method": "gkd", "loss": "jsd:0.1", "on_policy": {"replay_rows": 16}},
     "distillm": {"method": "distillm", "loss": "srkl:0.1", "on_policy": {"replay_rows": 16, "threshold": 0.5}},
     "minillm": {"method": "minillm", "loss": "rkl", "minillm": {"rollouts": 16, "inner_epochs": 2}},
@@ -108,6 +110,9 @@ def models(tmp_path_factory):
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**MODEL, initializer_range=0.1))
     model.save_pretrained(folder)
     quickstart.tokenizer().save_pretrained(folder)
+    model.save_pretrained(folder / "chat")
+    chat.write_tokenizer(folder / "chat")
+    chat.write_conversations(folder / "chat" / "rows.jsonl", 24)
     return str(folder)
 
 
@@ -115,11 +120,16 @@ def write_recipe(folder, models, name, stages=None, **sections):
     """Writes a recipe. Returns the arguments that train it."""
     text = folder / "text.jsonl"
     text.write_text("".join(json.dumps({"text": f"{number} is a number. " * 40}) + "\n" for number in range(16)))
+    prompts = folder / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"What is {number} plus 2?"}) + "\n" for number in range(20)))
     values = {**RECIPE, **sections, "run": {"name": name, "dir": str(folder)}, "teacher": {"path": models}}
     if stages:
         values["stages"] = stages
     path = folder / f"{name}.json"
-    path.write_text(json.dumps(values).replace("TEXT", str(text)).replace("MODEL", models))
+    recipe = json.dumps(values)
+    for name, value in {"TEXT": text, "PROMPTS": prompts, "MODEL": models}.items():
+        recipe = recipe.replace(name, str(value))
+    path.write_text(recipe)
     return ["--config", str(path)]
 
 
@@ -140,7 +150,8 @@ def assert_same_losses(ours, theirs):
     assert values == pytest.approx(expected, rel=1e-5)
 
 
-# Besides every method: plain text, LoRA with recomputed layers, rows that a stage writes, scores on a test set.
+# Besides every method: plain text, LoRA with recomputed layers, rows that a stage writes, scores on a test set, rows of
+# several turns, rows without responses.
 MORE = {
     "text": {"method": "minillm", "loss": "rkl", "minillm": {"rollouts": 16}, "data": {"pretrain": {"path": "TEXT"}}},
     "lora": {
@@ -151,6 +162,13 @@ MORE = {
     },
     "answers": {"method": "generate", "student": {"path": "MODEL", "config": None}},
     "seqkd": {"method": "seqkd", "data": {"train": "stage:answers"}, "eval": {"sets": {"dolly": "quickstart:dev"}}},
+    "turns": {
+        "method": "ab",
+        "tokenizer": "MODEL/chat",
+        "teacher": {"path": "MODEL/chat"},
+        "data": {"train": "MODEL/chat/rows.jsonl", "dev": "MODEL/chat/rows.jsonl"},
+    },
+    "prompts": {"method": "imitkd", "data": {"train": "PROMPTS"}, "on_policy": {"replay_rows": 16}},
 }
 EVALUATION = {"seeds": [1, 2], "max_new_tokens": 8, "every_steps": 10}
 
@@ -202,6 +220,21 @@ def test_losses_and_files_are_those_of_one_process(context, tmp_path, recipe, al
     if mode == "ddp":  # a sharded teacher reads packed samples and rounds differently
         for path in states.glob("*/states.bin"):
             assert (cache_folder / path.parent.name / path.name).read_bytes() == path.read_bytes()
+
+
+@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
+@pytest.mark.parametrize("cache", ["off", "disk"])
+def test_likelihoods_are_those_of_one_process(context, tmp_path, recipe, capsys, cache, mode):
+    values = {"cache": {"mode": cache}, "method": "kd", "loss": "fkl"}
+    values["train"] = {**RECIPE["train"], "steps": 1, "batch_size": 6, "max_tokens": 96, "parallel": mode}
+    assert train.main(recipe("alone", **values)) == 0
+    ranks = Ranks(context, tmp_path, 3, recipe("several", **values))
+    assert ranks.wait() == [0, 0, 0], ranks.output()
+    outputs = capsys.readouterr().out, *ranks.output()
+    told = [re.findall(r"log-probability .*student (\S+), teacher (\S+)", output) for output in outputs]
+    (alone,), (several,), *others = told
+    assert [float(number) for number in several] == pytest.approx([float(number) for number in alone], abs=2e-3)
+    assert others == [[], []]
 
 
 def tell_memory():

@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from abkd_fast.train import main
+from runs import Run
 
 GPT2 = {"model_type": "gpt2", "vocab_size": 50257, "n_positions": 512, "n_layer": 2, "n_head": 2}
 
@@ -113,3 +115,26 @@ def test_rows_on_generated_text_share_teacher_and_initial_student(shared, text, 
             assert (0 < sum(point["generating_share"] for point in steps) < 5) == (row != "imitkd")
     lines = (tmp_path / "gpt2" / "answers" / "final" / "answers.jsonl").read_text().splitlines()
     assert len(lines) == 24
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "loss", "message"),
+    [
+        ("data", "train_on", "fkl", 'data.train_on was "last", is "all"'),
+        ("data", "begin_token", "fkl", 'data.begin_token was false, is "auto"'),
+        (None, "loss", "alphanet:0.2,0.8", 'loss was "alphanet:0.2,0.8,batch", is "alphanet:0.2,0.8,token"'),
+    ],
+)
+def test_a_value_that_an_earlier_version_left_out_is_what_it_meant(tmp_path, section, key, loss, message, capsys):
+    run = Run(tmp_path, f"loss={loss}")
+    assert run() == 0
+    path = run.folder / "config.json"
+    config = json.loads(path.read_text())
+    if section:
+        del config[section][key]
+    else:
+        config[key] = loss
+    path.write_text(json.dumps(config))
+    shutil.rmtree(run.folder / "final")
+    assert run("--resume") == 2
+    assert f"is the result of another configuration ({message})" in capsys.readouterr().err

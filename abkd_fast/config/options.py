@@ -4,12 +4,14 @@ Imports no PyTorch.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import typing
 from collections.abc import Iterator
 
-from .schema import Config, SamplingConfig, TrainConfig
+from ..errors import ConfigError
+from .schema import Config, DataConfig, SamplingConfig, TrainConfig
 
 
 def add_options(parser: argparse.ArgumentParser, section: type, *names: str, **defaults: object) -> None:
@@ -27,8 +29,26 @@ def add_options(parser: argparse.ArgumentParser, section: type, *names: str, **d
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """Adds what all commands that sample from a model say about it, besides its name."""
     parser.add_argument("--tokenizer", metavar="DIR", help="folder or Hub name (default: the model's)")
+    help_of = {name: note.__metadata__[0] for name, note in DataConfig.__annotations__.items()}
+    begins = {"choices": ("auto", "true", "false"), "default": "auto"}
+    parser.add_argument("--begin-token", **begins, help=f"{help_of['begin_token']} [auto]")
+    parser.add_argument("--chat-template", metavar="FILE", help=help_of["chat_template"])
+    parser.add_argument("--chat-template-kwargs", metavar="JSON", help=help_of["chat_template_kwargs"])
     add_options(parser, SamplingConfig, "batch_size")
     add_options(parser, TrainConfig, "device", "dtype")
+
+
+def prompt_options(options: argparse.Namespace) -> dict:
+    """The values of begin_token and chat_template_kwargs. Raises ConfigError for what is no JSON object."""
+    text, kwargs = options.chat_template_kwargs, None
+    if text is not None:
+        with contextlib.suppress(ValueError, RecursionError):
+            kwargs = json.loads(text)
+        if not isinstance(kwargs, dict):
+            problem = f"chat_template_kwargs: {text[:60]}: expected a JSON object"
+            raise ConfigError(f'{problem}, for example {{"enable_thinking": false}}')
+    begins = {"auto": "auto", "true": True, "false": False}
+    return {"begin_token": begins[options.begin_token], "chat_template_kwargs": kwargs}
 
 
 def describe(cls: type = Config, prefix: str = "") -> Iterator[str]:

@@ -331,6 +331,7 @@ class Config(Section):
             problem = f"train.max_tokens is {self.train.max_tokens}, but one sample may have {longest}"
             raise ConfigError(f"{problem}; raise the first or lower the second")
         self._check_generation()
+        self._check_labels()
 
     def _check_generation(self) -> None:
         self.on_policy.check_method(self.method)
@@ -343,6 +344,17 @@ class Config(Section):
             raise ConfigError("data.dev: missing, and method distillm follows its loss", "data.dev")
         if self.method == "generate" and (self.student.path is None or self.student.lora is not None):
             raise ConfigError("student: method generate trains nothing: give the path of a model", "student")
+
+    def _check_labels(self) -> None:
+        """Raises ConfigError where the student's own responses would be the labels of the cross-entropy."""
+        writes = self.method in ("imitkd", "distillm") or (self.method == "gkd" and self.on_policy.fraction > 0)
+        if writes and self.hard_weight > 0:
+            problem = (
+                f'hard_weight is {self.hard_weight}, but method "{self.method}" trains on the student\'s responses'
+            )
+            instead = "; or on_policy.fraction=0, to train on the data's alone" if self.method == "gkd" else ""
+            way_out = f"which are no right answers: set hard_weight=0{instead}"
+            raise ConfigError(f"{problem}, {way_out}", "hard_weight")
 
     def to_dict(self) -> dict:
         """All keys as JSON values. The loss has all its values, so no change of a default changes what it means."""

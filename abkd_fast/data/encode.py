@@ -9,8 +9,9 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import ConfigError
-from . import indexed_dataset
+from . import generated, indexed_dataset
 from .chat import ChatTemplate, PromptFormat, Turn, chat_template
+from .generated import check_text
 from .rows import Row
 
 LONG_TEXT = 32  # characters a token: where a text has more, only its beginning can matter
@@ -115,8 +116,10 @@ class Encoder:
         prompt, response = (_array(row.values.get(key, ())) for key in ("prompt_ids", "output_ids"))
         for ids in (prompt, response):
             indexed_dataset.check_ids(ids, len(self.tokenizer))
+        generated.check_text(row.values, self.tokenizer)
         if not len(prompt):
             raise ConfigError(EMPTY_PROMPT)
+        check_text(row.values, self.tokenizer)
         ids = [*prompt.tolist(), *response.tolist()]
         return Sample(ids, [len(prompt), len(ids)])
 
@@ -216,7 +219,7 @@ def begin_token(tokenizer: PreTrainedTokenizerBase, style: PromptFormat, is_chat
     begin = tokenizer.bos_token_id
     if style.begin_token is True:
         if begin is None:
-            raise ConfigError("data.begin_token is true, but the tokenizer has no begin token (bos_token)")
+            raise ConfigError("begin_token is true, but the tokenizer has no begin token (bos_token)")
         return [begin]
     adds = begin is not None and not is_chat and tokenizer("a")["input_ids"][:1] == [begin]
     return [begin] if style.begin_token == "auto" and adds else []

@@ -78,7 +78,7 @@ def check_row(values: object, where: str, answer: str = "required") -> CheckedRo
         row, outputs = form.read(present, answer)
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None
-    if not ended and answer != "ignored" and ("output" in row or "messages" in row):
+    if not ended and answer != "ignored" and "prompt_ids" not in row and ("output" in row or "messages" in row):
         row["ended"] = False  # an answer that was cut has no end token
     return CheckedRow(row, outputs, form)
 
@@ -126,8 +126,15 @@ def _text(values: dict, key: str) -> str:
 
 
 def _read_ids(values: dict, answer: str) -> tuple[dict, object]:
-    """Token ids beside their text, as `generate` writes them. Those of an ignored answer stay, as references."""
-    row = {}
+    """Token ids, and the text beside them if there is some, as `generate` writes them.
+
+    The ids of an ignored answer stay, as references. `messages` are those before the answer.
+    """
+    row, reference = {}, values.get("output")
+    if "messages" in values:
+        row, reference = messages.convert_row(values, values["messages"], "messages", "ignored")
+    elif "prompt" in values:
+        row["prompt"] = _text(values, "prompt")
     for key in ("prompt_ids", "output_ids"):
         ids = values.get(key)
         if ids is None and key == "output_ids" and answer != "required":
@@ -145,7 +152,9 @@ def _read_ids(values: dict, answer: str) -> tuple[dict, object]:
         if answer == "required":
             raise ConfigError('"output_ids" is empty: nothing to learn')
         del row["output_ids"]
-    return row, values.get("output")
+    if "output_ids" in row and answer != "ignored" and isinstance(reference, str):
+        row["output"] = reference
+    return row, reference
 
 
 def _read_messages(values: dict, answer: str) -> tuple[dict, object]:
@@ -211,7 +220,7 @@ def _missing_output(values: dict, key: str | None) -> ConfigError:
 
 
 FORMATS = (
-    Format("token ids", "prompt_ids", ("output_ids", "prompt", "output"), _read_ids),
+    Format("token ids", "prompt_ids", ("output_ids", "prompt", "output", "messages", *CHAT_COLUMNS), _read_ids),
     Format("messages", "messages", CHAT_COLUMNS, _read_messages),
     Format("conversations (ShareGPT)", "conversations", CHAT_COLUMNS, _read_messages),
     Format("prompt and output", "prompt", (*OUTPUTS, *CHAT_COLUMNS), _read_prompt),

@@ -20,7 +20,8 @@ class Row:
     - {"prompt": text, "output": text}, and "ended": False if the output was cut;
     - {"messages": [{"role", "content", …}, …]}, with "tools": [object, …] if it has some, "trained": [index, …] if not
       all of the assistant's messages may be trained, and "ended": False if the last one was cut;
-    - {"prompt_ids": int array, "output_ids": int array}.
+    - {"prompt_ids": int array, "output_ids": int array}, and the text of these if there is some: "output", and "prompt"
+      or "messages", those before the answer.
 
     A row of a prompt alone has no output or output_ids, or its last message is not the assistant's.
     """
@@ -78,8 +79,7 @@ def read_rows(
             checked = formats.check_row(values, where, outputs)
         except ConfigError as error:
             if on_bad_row == "stop":
-                _check_seen(source, columns, seen)
-                raise
+                raise ConfigError(f"{error}{_unseen(columns, seen)}") from None
             bad.append(str(error))
             continue
         rows.append(Row(where, checked.values, checked.outputs))
@@ -87,14 +87,18 @@ def read_rows(
         used |= checked.format.used
         if len(rows) == limit:
             break
-    _check_seen(source, columns, seen)
+    unseen = _unseen(columns, seen)
     if not rows:
-        raise ConfigError(f"{source}: has no rows" + (f" that can be used: {bad[0]}" if bad else ""))
+        raise ConfigError(f"{source}: has no rows" + (f" that can be used: {bad[0]}{unseen}" if bad else ""))
+    if unseen:
+        raise ConfigError(f"{source}{unseen}")
     rows.notes += _notes(source, titles, [] if columns else [key for key in seen if key not in used], bad)
     return rows
 
 
 def _raw_rows(source: str, splits: tuple[str, ...], known: Collection[str], notes: list[str]) -> Iterator[RawRow]:
+    if os.path.isdir(source) and not os.access(source, os.R_OK | os.X_OK):
+        raise ConfigError(f"{source}: can't be read (Permission denied)")
     may_be_binary = os.path.isdir(source) or source.endswith((".bin", ".idx"))
     if not (parts := indexed_dataset.find(source, splits) if may_be_binary else []):
         yield from sources.read(source, splits, known, notes)
@@ -107,10 +111,10 @@ def _raw_rows(source: str, splits: tuple[str, ...], known: Collection[str], note
                 yield where, error
 
 
-def _check_seen(source: str, columns: dict | None, seen: dict) -> None:
+def _unseen(columns: dict | None, seen: dict) -> str:
+    """What to add to a message if `columns` names one that no row has."""
     missing = [theirs for theirs in (columns or {}).values() if theirs not in seen]
-    if missing and seen:
-        raise ConfigError(f'{source}: data.columns names "{missing[0]}", and the columns are {", ".join(seen)}')
+    return f'; data.columns names "{missing[0]}", and the columns are {", ".join(seen)}' if missing and seen else ""
 
 
 def _notes(source: str, titles: collections.Counter, unread: list[str], bad: list[str]) -> Iterator[str]:

@@ -16,6 +16,7 @@ from .text_files import COMPRESSED, RawRow
 
 # The name of a file says its format. A file with any other name is read as JSON.
 FORMATS = (".jsonl", ".parquet", ".arrow", ".csv", ".tsv", ".json")  # a folder is read in the first that it has
+SAVED = (("dataset_dict.json",), ("dataset_info.json", "state.json"))  # what `save_to_disk` leaves in a folder
 # Words of a name that say a split, by the names in `splits` of `read_rows`.
 WORDS = {
     "train": {"train", "training"},
@@ -45,7 +46,7 @@ def read(source: str, splits: tuple[str, ...], known: Collection[str], notes: li
         if name.endswith(FORMATS + COMPRESSED) or is_local_path(name) or "/" not in name:
             raise ConfigError(f"{source}: no such file or folder")
         yield from _load(source, name, config, split, splits, notes)
-    elif (path / "dataset_dict.json").exists() or (path / "state.json").exists():
+    elif any(all(os.path.exists(path / file) for file in files) for files in SAVED):
         yield from _load_saved(source, path, split, splits, notes)
     elif _is_clone(path):
         yield from _load(source, name, config, split, splits, notes)
@@ -139,16 +140,23 @@ def _rows_of(source: str, data: datasets.Dataset) -> Iterator[RawRow]:
         for batch in data.iter(256):
             for row in zip(*batch.values(), strict=True):
                 number += 1
-                yield f"{source} row {number}", _without_nulls(dict(zip(batch, row, strict=True)))
+                pairs = zip(batch, row, strict=True)
+                values = {key: _as_json(part) if isinstance(part, (dict, list)) else part for key, part in pairs}
+                yield f"{source} row {number}", values
 
 
-def _without_nulls(value: object) -> object:
-    """The value without keys that are null: Arrow gives all objects of a column the same keys."""
+def _as_json(value: object) -> object:
+    """An object or a list of Arrow as JSON would have it.
+
+    Keys that are null are left out: Arrow gives all objects of a column the same keys. So are bytes. Dates are text.
+    """
     if isinstance(value, dict):
-        return {key: _without_nulls(part) for key, part in value.items() if part is not None}
-    if isinstance(value, list) and value and isinstance(value[0], (dict, list)):
-        return [_without_nulls(part) for part in value]
-    return value
+        return {key: part for key, part in ((key, _as_json(part)) for key, part in value.items()) if part is not None}
+    if isinstance(value, list):
+        return value if value and isinstance(value[0], (str, int)) else [_as_json(part) for part in value]
+    if value is None or isinstance(value, bytes):
+        return None
+    return value if isinstance(value, (str, int, float)) else str(value)
 
 
 @contextlib.contextmanager
@@ -204,9 +212,9 @@ def _choose_files(source: str, path: pathlib.Path, splits: tuple[str, ...], note
         there = sorted(path.iterdir())
         inner = [one for one in there if one.is_dir() and (_said(one.name) or one.name == "data")]
         there += [file for folder in inner for file in sorted(folder.iterdir())]
+        names = [file for file in there if file.is_file() and not file.name.startswith(".")]
     except OSError as error:
         raise ConfigError(f"{error.filename}: can't be read ({error.strerror})") from None
-    names = [file for file in there if file.is_file() and not file.name.startswith(".")]
     said = {file: _said(str(file.relative_to(path))) for file in names if _format(file.name)}
     if not said:
         raise ConfigError(f"{source}: a folder without .jsonl files, or {', '.join(FORMATS[1:])} files")

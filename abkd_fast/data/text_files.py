@@ -32,8 +32,8 @@ MAGIC = {
     b"\x28\xb5\x2f\xfd": ("Zstandard", ".zst"),
     b"PAR1": ("Parquet", ".parquet"),
     b"ARROW1": ("Arrow", ".arrow"),
-    b"PK\3\4": ("zip", None),
-    b"PK\5\6": ("zip", None),
+    b"PK\3\4": ("zip or Excel", None),
+    b"PK\5\6": ("zip or Excel", None),
     b"7z\xbc\xaf": ("7z", None),
     b"\x89HDF": ("HDF5", None),
     b"SQLite format 3": ("SQLite", None),
@@ -93,8 +93,8 @@ def check_start(path: pathlib.Path, start: bytes) -> None:
         raise ConfigError(f"{path}: is a Git LFS pointer; git lfs pull fetches the file")
     for magic, (kind, end) in MAGIC.items():
         if start.startswith(magic):
-            way_out = f"its name must end in {end}" if end else "unpack it"
-            raise ConfigError(f"{path}: is not text but a {kind} file; {way_out}")
+            way_out = f"it must end in {end}" if end else "unpack it"
+            raise ConfigError(f"{path}: is {kind}, not what its name says; {way_out}")
     encoding = next((name for mark, name in UNICODE.items() if start.startswith(mark)), None)
     encoding = encoding or ZEROS.get(tuple(map(bool, start[:4])))
     if encoding:

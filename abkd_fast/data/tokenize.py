@@ -20,6 +20,7 @@ from ..files import atomic_file, atomic_write, remove_leftovers
 from .chat import PromptFormat
 from .encode import Encoder, Sample
 from .rows import Row
+from .strict_json import show
 
 # Columns of tokenized data: of a sample, and of a sample that comes from a row.
 SAMPLE = datasets.Features(
@@ -116,7 +117,7 @@ def references(row: Row, tokenizer: PreTrainedTokenizerBase) -> list[str]:
         return [tokenizer.decode(row.values["output_ids"], skip_special_tokens=True)]
     outputs = row.outputs if isinstance(row.outputs, list) else [row.outputs]
     if not outputs or not all(isinstance(text, str) for text in outputs):
-        got = json.dumps(row.outputs)[:60]
+        got = show(row.outputs)
         raise ConfigError(f'{row.where}: "output" must be a text or a list of texts to compare with, got {got}')
     return outputs
 

@@ -41,6 +41,7 @@ class Evaluation:
         *,
         rows: int | None = None,
         tokenizer: str | None = None,
+        chat_template: str | None = None,
         batch_size: int = SamplingConfig.batch_size,
         device: str = "auto",
         dtype: str = "auto",
@@ -54,6 +55,7 @@ class Evaluation:
             seeds: seeds of sampling; at temperature 0, where they change nothing, only the first one is used.
             rows: use only the first ones of each set.
             tokenizer: folder or Hub name; the model's by default.
+            chat_template: a file with one in place of the tokenizer's.
 
         Raises ConfigError.
         """
@@ -64,14 +66,15 @@ class Evaluation:
             del self.seeds[1:]
         check_number("rows", rows, 1)
         named = (tokenizer, "tokenizer") if tokenizer else (model, "model")
-        self.model = Generator(loading.model_spec(model), named, protocol.sampling, batch_size, device, dtype)
+        options = batch_size, device, dtype, protocol.style, chat_template
+        self.model = Generator(loading.model_spec(model), named, protocol.sampling, *options)
         self.tokenizer = self.model.tokenizer
         is_read = isinstance(sets, list)
         self.sets = sets if is_read else read_sets(sets, self.tokenizer, self.model.hf_config, protocol, rows)
         self.scores = {
             "model": model,
             "weights": self.model.hash_weights(),
-            "settings": {**protocol.to_dict(), "dtype": self.model.dtype_name},
+            "settings": {**protocol.to_dict(), **self.model.token_settings(), "dtype": self.model.dtype_name},
             "sets": {},
         }
         self._take_over()
@@ -86,7 +89,9 @@ class Evaluation:
         path, then = self.out / SCORES, {"sets": {}}
         if path.exists():
             then = read_scores(path)
-            changed = [key for key, value in self.scores["settings"].items() if then["settings"].get(key) != value]
+            # Earlier versions did not write all settings: the tokenizer's end token alone ended responses.
+            known = {"end_tokens": str(self.tokenizer.eos_token_id), **then["settings"]}
+            changed = [key for key, value in self.scores["settings"].items() if known.get(key, value) != value]
             if then["weights"] != self.scores["weights"]:
                 changed = ["weights", *changed]
             if changed:
@@ -123,15 +128,14 @@ class Evaluation:
         return [(test, seeds) for test, seeds in todo if seeds]
 
     def _describe(self) -> Iterable[str]:
-        settings = ", ".join(f"{name} {value}" for name, value in self.scores["settings"].items())
+        known = {name: value for name, value in self.scores["settings"].items() if value is not None}
+        settings = ", ".join(f"{name} {value}" for name, value in known.items())
         yield f"{self.name}: {settings}; on {self.model.device}"
         for test in self.sets:
             cut = f", {test.cut} prompts cut to {self.protocol.max_prompt_length} tokens" if test.cut else ""
             yield f"  {test.name}: {len(test.prompts)} rows of {test.source}{cut}"
-        begins = self.tokenizer("a")["input_ids"][:1] == [self.tokenizer.bos_token_id]
-        if begins and not self.protocol.begin_token:
-            begin = self.tokenizer.bos_token
-            yield f"  prompts have no {begin}, as in training; the papers' test prompts had one: --bos"
+            if note := rouge.unsuited(test.references, self.protocol.rouge_tokens):
+                yield f"  {test.name}: {note} --rouge-tokens characters (eval.rouge_tokens)"
 
     def _score(self, test: TestSet, seeds: list[int]) -> None:
         """Answers a set with all seeds in one stream, so that the batch stays full to the end, and scores it."""
@@ -146,7 +150,9 @@ class Evaluation:
             def keep(number: int, response: list[int]) -> None:
                 seed, row = todo[number]
                 values = {"prompt": self.tokenizer.decode(test.prompts[row]), "output": test.references[row]}
-                files[seed].add(row, values | rouge.score_response(self.tokenizer, response, test.references[row]))
+                unit = self.protocol.rouge_tokens
+                scored = rouge.score_response(self.tokenizer, response, test.references[row], unit)
+                files[seed].add(row, values | scored)
 
             prompts = [test.prompts[row] for _, row in todo]
             self.model.generate(prompts, response_seeds(todo), keep, f"answers to {test.name}")
@@ -162,7 +168,7 @@ class Evaluation:
 
     def table(self) -> Table:
         """The scores of this evaluation's sets, for the terminal: over all seeds that `scores.json` has."""
-        table = Table("set", "rows", "seeds", "ROUGE-L", "exact match")
+        table = Table("set", "rows", "seeds", rouge.named("ROUGE-L", self.protocol.rouge_tokens), "exact match")
         for test in self.sets:
             scores = self.scores["sets"][test.name]
             seeds = str(len(scores["rouge_l"]["seeds"]))
@@ -177,6 +183,7 @@ def read_scores(path: pathlib.Path) -> dict:
         scores = json.loads(path.read_text(encoding="utf-8"))
         if not _is_complete(scores):
             raise ValueError("it is no evaluation's")
+        scores["settings"].setdefault("rouge_tokens", "words")  # earlier versions knew no other unit
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path} can't be read ({error}): move it aside") from None
     return scores

@@ -39,15 +39,17 @@ def rouge_curves(runs: list[Run], stem: pathlib.Path) -> list[pathlib.Path]:
     if not shown:
         return []
     teacher = next((run for run in runs if any(other.learns_from(run) for other in shown)), None)
+    names = {run.dev_rouge for run in shown}
     with _figure(1, (4.5, max(2.8, 0.2 * len(shown))), stem) as (panel,):  # high enough for the legend
         for index, run in enumerate(shown):
             turn, place = divmod(index, len(COLORS))
             style = {"color": COLORS[place], "marker": MARKERS[(index + turn) % len(MARKERS)]}
             style["linestyle"] = LINES[turn % len(LINES)]
-            panel.plot(*run.curve("dev", "rouge_l"), **style, label=run.label, clip_on=False)
-        if teacher and (values := teacher.curve("dev", "rouge_l")[1]):
+            label = run.label if len(names) == 1 else f"{run.label}: {run.dev_rouge}"
+            panel.plot(*run.curve("dev", "rouge_l"), **style, label=label, clip_on=False)
+        if teacher and names == {teacher.dev_rouge} and (values := teacher.curve("dev", "rouge_l")[1]):
             panel.axhline(values[-1], color="#555555", linestyle="--", label=teacher.label)
-        panel.set(xlabel="Training step", ylabel="ROUGE-L on development rows")
+        panel.set(xlabel="Training step", ylabel=f"{' / '.join(sorted(names))} on development rows")
         panel.set_xlim(left=0)
         panel.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return _paths(stem)

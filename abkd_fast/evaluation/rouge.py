@@ -7,8 +7,10 @@ time, as the bits of one number. A response is scored in less than a millisecond
 
 import collections
 import functools
+import re
 import string
-from collections.abc import Sequence
+import unicodedata
+from collections.abc import Iterable, Sequence
 
 from nltk.stem.porter import PorterStemmer  # what rouge_score takes
 from rouge_score import scoring, tokenize
@@ -21,10 +23,44 @@ class _Stemmer:
     stem = staticmethod(functools.lru_cache(maxsize=1 << 16)(PorterStemmer().stem))
 
 
-def rouge_l(response: str, references: Sequence[str]) -> float:
-    """100 times the F1 of ROUGE-L, the best over one or more references."""
-    words = tokenize.tokenize(response, _Stemmer)
-    return 100 * max(_f1(tokenize.tokenize(reference, _Stemmer), words) for reference in references)
+def rouge_l(response: str, references: Sequence[str], unit: str = "words") -> float:
+    """100 times the F1 of ROUGE-L, the best over one or more references.
+
+    unit: "words", those of rouge_score; or "characters": letters of any script, with their marks, and all other
+    characters but white space, in lower case.
+    """
+    split = _characters if unit == "characters" else _words
+    units = split(response)
+    return 100 * max(_f1(split(reference), units) for reference in references)
+
+
+def _words(text: str) -> list[str]:
+    return tokenize.tokenize(text, _Stemmer)
+
+
+def _characters(text: str) -> list[str]:
+    units = []
+    for character in unicodedata.normalize("NFC", text.lower()):
+        if units and unicodedata.category(character).startswith("M"):  # a mark belongs to its letter
+            units[-1] += character
+        elif not character.isspace():
+            units.append(character)
+    return units
+
+
+def named(name: str, unit: str) -> str:
+    """A name in tables. Scores of different units are never in one column."""
+    return name if unit == "words" else f"{name} ({unit})"
+
+
+def unsuited(references: Iterable[Sequence[str]], unit: str) -> str | None:
+    """A note where words leave out most of the references, and their scores mean little; None where they don't."""
+    text = "".join("".join(outputs) for outputs in references).lower()
+    known, every = len(re.findall("[a-z0-9]", text)), len(re.findall(r"\S", text))
+    if unit != "words" or 2 * known >= every:
+        return None
+    share = f"only {known / every:.0%} of the references' characters are a-z or 0-9"
+    return f"{share}, of which ROUGE-L's words are made: scores mean little; for other scripts there is"
 
 
 def _f1(reference: list[str], response: list[str]) -> float:
@@ -58,7 +94,9 @@ def _bare(text: str) -> str:
     return " ".join(text.lower().translate(str.maketrans("", "", string.punctuation)).split())
 
 
-def score_response(tokenizer: PreTrainedTokenizerBase, response: list[int], outputs: list[str]) -> dict:
+def score_response(
+    tokenizer: PreTrainedTokenizerBase, response: list[int], outputs: list[str], unit: str = "words"
+) -> dict:
     """The text of a response, given in tokens, and its scores."""
     text = tokenizer.decode(response, skip_special_tokens=True).strip()
-    return {"response": text, "rouge_l": rouge_l(text, outputs), "exact_match": exact_match(text, outputs)}
+    return {"response": text, "rouge_l": rouge_l(text, outputs, unit), "exact_match": exact_match(text, outputs)}

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from ..config.methods import WITHOUT_TEACHER
 from ..errors import ConfigError
 from ..losses.divergences import BY_NAME
+from . import rouge
 from .evaluator import SCORES, read_scores
 
 TEACHER = "Teacher"
@@ -40,6 +41,16 @@ class Run:
     @property
     def is_teacher(self) -> bool:
         return self.label.startswith(TEACHER)
+
+    @property
+    def columns(self) -> dict[str, dict]:
+        """The scores of its sets, by the name of their column in tables."""
+        return {rouge.named(name, self.settings["rouge_tokens"]): scores for name, scores in self.sets.items()}
+
+    @property
+    def dev_rouge(self) -> str:
+        """ROUGE-L on dev rows, named."""
+        return rouge.named("ROUGE-L", self.config.get("eval", {}).get("rouge_tokens", "words"))
 
     @property
     def start(self) -> list:

@@ -16,7 +16,7 @@ from rich.text import Text
 from ..console import format_bytes
 from ..errors import ConfigError
 from ..files import atomic_write
-from . import figures
+from . import figures, rouge
 from .evaluator import spread, summarize
 from .runs import Run
 from .test_sets import NAMES
@@ -98,14 +98,17 @@ def score_table(runs: list[Run]) -> ScoreTable | None:
     """The scores of the runs that have some; None if no run has. Sets are in the papers' order, then by name."""
     scored = [run for run in runs if run.sets]
     order = list(dict.fromkeys(NAMES.values()))
-    names = {name for run in scored for name in run.sets}
-    names = sorted(names, key=lambda name: (order.index(name) if name in order else len(order), name))
+    sets = {column: name for run in scored for column, name in zip(run.columns, run.sets, strict=True)}
+    places = {column: order.index(name) if name in order else len(order) for column, name in sets.items()}
+    names = sorted(places, key=lambda column: (places[column], column))
     rows = []
     for run in scored:
-        cells = [run.sets[name]["rouge_l"] if name in run.sets else None for name in names]
+        cells = [run.columns[name]["rouge_l"] if name in run.columns else None for name in names]
         cells = [None if cell is None or cell["mean"] is None else cell for cell in cells]
         rows.append((run.label, run, [*cells, _average(cells)] if len(names) > 1 else cells))
-    columns = [*names, *(["Average"] if len(names) > 1 else [])]
+    units = {run.settings["rouge_tokens"] for run in scored}
+    average = rouge.named("Average", *units) if len(units) == 1 else "Average"  # of different units there is none
+    columns = [*names, *([average] if len(names) > 1 else [])]
     return ScoreTable(columns, rows, [*_notes(scored, names)]) if rows else None
 
 
@@ -115,12 +118,14 @@ def _notes(runs: list[Run], names: list[str]) -> Iterator[str]:
     for run in runs:
         for key, value in run.settings.items():
             found[key].add(value)
-        for name, scores in run.sets.items():
+        for name, scores in run.columns.items():
             found[f"rows of {name}"].add(scores["content"])
             found[f"seeds of {name}"].add(", ".join(scores["rouge_l"]["seeds"]))
     differing = [key for key, values in found.items() if len(values) > 1]
-    settings = ", ".join(f"{key} {value}" for key, value in runs[0].settings.items() if key not in differing)
-    first = {name: next(run.sets[name] for run in runs if name in run.sets) for name in names}
+    hidden = {"rouge_tokens", *differing}  # the names of columns tell the former
+    shared = {key: value for key, value in runs[0].settings.items() if key not in hidden and value is not None}
+    settings = ", ".join(f"{key} {value}" for key, value in shared.items())
+    first = {name: next(run.columns[name] for run in runs if name in run.columns) for name in names}
     seeds = {name: ", ".join(scores["rouge_l"]["seeds"]) for name, scores in first.items()}
     sets = "; ".join(f"{first[name]['rows']} rows of {name} with seeds {seeds[name]}" for name in names)
     yield f"Answers: {settings}; {sets}."
@@ -203,7 +208,7 @@ def _report(run: Run) -> str:
         "steps": f"{summary['steps']} of {config['train']['batch_size']} samples; final/ is of step "
         f"{summary['selected_step']}",
         "dev loss": _change(summary["dev_loss_before"], summary["dev_loss"], 4),
-        "dev ROUGE-L": _change(summary["dev_rouge_l_before"], summary["dev_rouge_l"], 2),
+        f"dev {run.dev_rouge}": _change(summary["dev_rouge_l_before"], summary["dev_rouge_l"], 2),
         "seconds a sample": f"{summary['seconds_per_sample']:.4f}",
         "peak memory": format_bytes(summary["peak_memory_bytes"]),
     }

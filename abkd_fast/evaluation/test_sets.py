@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import pathlib
+import typing
 from collections.abc import Callable
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -11,6 +12,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from ..config.sampling import SamplingParams
 from ..config.schema import EvalConfig
 from ..data import indexed_dataset
+from ..data.chat import PromptFormat
 from ..data.rows import DEV, Row, read_rows
 from ..data.tokenize import encode_prompts, references
 from ..errors import ConfigError, check_number
@@ -34,15 +36,21 @@ class Protocol:
 
     sampling: SamplingParams = PAPERS_SAMPLING
     max_prompt_length: int = 256  # longer prompts are cut to their first tokens
-    begin_token: bool = False  # before every prompt; the papers' Llama models had one here, but not in training
+    begin_token: typing.Literal["auto", True, False] = "auto"  # before every prompt; as in training, by default
+    chat_template_kwargs: dict | None = None
+    rouge_tokens: str = "words"  # or "characters": the units of ROUGE-L
 
     def __post_init__(self) -> None:
         check_number("max_prompt_length", self.max_prompt_length, 1)
 
+    @property
+    def style(self) -> PromptFormat:
+        return PromptFormat(begin_token=self.begin_token, chat_template_kwargs=self.chat_template_kwargs)
+
     def to_dict(self) -> dict:
-        """The settings of scores.json."""
+        """The settings of scores.json, besides those that the tokenizer decides, too."""
         sampling = {key: value for key, value in self.sampling.to_dict().items() if value is not None}
-        return {**sampling, "max_prompt_length": self.max_prompt_length, "begin_token": self.begin_token}
+        return {**sampling, "max_prompt_length": self.max_prompt_length, "rouge_tokens": self.rouge_tokens}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,10 +117,7 @@ def _encode(
     rows: list[Row], tokenizer: PreTrainedTokenizerBase, hf_config: PretrainedConfig, protocol: Protocol
 ) -> tuple[list[list[int]], int]:
     """Returns the prompts in tokens, and how many of them are cut."""
-    if protocol.begin_token and tokenizer.bos_token_id is None:
-        raise ConfigError("a begin token is asked for, but the tokenizer has none")
-    begin = [tokenizer.bos_token_id] if protocol.begin_token else []
-    whole = [begin + prompt for prompt in encode_prompts(rows, tokenizer)]
+    whole = encode_prompts(rows, tokenizer, protocol.style)
     limit = protocol.max_prompt_length
     prompts = [prompt[:limit] for prompt in whole]
     loading.check_prompts(hf_config, zip((row.where for row in rows), prompts, strict=True))

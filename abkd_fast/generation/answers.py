@@ -18,6 +18,8 @@ from .. import distributed
 from ..config.sampling import SamplingParams
 from ..config.schema import Config, ModelConfig, RunConfig, SamplingConfig
 from ..console import console, progress_bar
+from ..data.chat import PromptFormat
+from ..data.encode import begin_token
 from ..data.rows import Row, read_rows
 from ..data.tokenize import encode_prompts
 from ..device import choose_device, choose_dtype
@@ -39,20 +41,37 @@ class Generator:
         batch_size: int,
         device: str,
         dtype: str,
+        style: PromptFormat = PromptFormat(),  # noqa: B008 - it is frozen
+        chat_template: str | None = None,
     ) -> None:
         """Checks all that can be checked without weights. Raises ConfigError.
 
-        tokenizer: folder or Hub name, and what to call it in messages.
+        Args:
+            tokenizer: folder or Hub name, and what to call it in messages.
+            chat_template: a file with one in place of the tokenizer's.
         """
         check_number("batch_size", batch_size, 1)
-        self.spec, self.batch_size = spec, batch_size
+        self.spec, self.batch_size, self.style = spec, batch_size, style
         self.device = choose_device(device)
         self.dtype = choose_dtype(dtype, self.device)
         self.dtype_name = str(self.dtype).removeprefix("torch.")
         self.hf_config = loading.read_meta_model(spec, "model").config
         self.tokenizer = loading.read_tokenizer(*tokenizer)
+        loading.use_chat_template(self.tokenizer, chat_template, "chat_template")
         loading.check_vocabularies(self.tokenizer, self.hf_config)
-        self.sampling = dataclasses.replace(sampling, eos_token_ids=(self.tokenizer.eos_token_id,))
+        self.ends = loading.end_tokens(spec.path, self.tokenizer, style)
+        self.sampling = dataclasses.replace(sampling, eos_token_ids=self.ends)
+
+    def token_settings(self) -> dict:
+        """What the tokens of prompts and the ends of responses depend on, besides the tokenizer: for files, as text."""
+        template = json.dumps(self.tokenizer.chat_template, sort_keys=True)
+        kwargs = self.style.chat_template_kwargs
+        return {
+            "begin_token": bool(begin_token(self.tokenizer, self.style, is_chat=False)),  # before plain text
+            "chat_template": self.tokenizer.chat_template and hashlib.sha256(template.encode()).hexdigest()[:12],
+            "chat_template_kwargs": kwargs and json.dumps(kwargs, sort_keys=True),
+            "end_tokens": " ".join(map(str, self.ends)),
+        }
 
     def hash_weights(self) -> dict[str, str]:
         return identity.hash_weights(self.spec, self.hf_config, "model")
@@ -112,6 +131,8 @@ class Generation:
         seed: int = RunConfig.seed,
         batch_size: int = SamplingConfig.batch_size,
         tokenizer: str | None = None,
+        style: PromptFormat = PromptFormat(),  # noqa: B008 - it is frozen
+        chat_template: str | None = None,
         device: str = "auto",
         dtype: str = "auto",
     ) -> None:
@@ -124,16 +145,19 @@ class Generation:
             max_prompt_length: rows with longer prompts, in tokens, are left out.
             seed: a response depends on it, its row's number and its prompt.
             tokenizer: folder or Hub name; the model's by default.
+            style: how rows become prompts.
+            chat_template: a file with one in place of the tokenizer's.
 
         Raises ConfigError.
         """
         for name, value in {"rows": rows, "max_prompt_length": max_prompt_length}.items():
             check_number(name, value, 1)
         self.out, self.seed, self.max_prompt_length = out, seed, max_prompt_length
-        self.model = Generator(spec, (tokenizer or spec.path, "tokenizer"), sampling, batch_size, device, dtype)
+        named = tokenizer or loading.tokenizer_path(spec), "tokenizer"
+        self.model = Generator(spec, named, sampling, batch_size, device, dtype, style, chat_template)
         self.tokenizer = self.model.tokenizer
         self.rows = data if isinstance(data, list) else read_rows(data, rows, outputs="ignored")
-        self.prompts = encode_prompts(self.rows, self.tokenizer)
+        self.prompts = encode_prompts(self.rows, self.tokenizer, style)
         longest = math.inf if max_prompt_length is None else max_prompt_length
         self.used = [index for index, prompt in enumerate(self.prompts) if len(prompt) <= longest]
         loading.check_prompts(self.model.hf_config, ((self.rows[i].where, self.prompts[i]) for i in self.used))
@@ -144,6 +168,7 @@ class Generation:
             "max_prompt_length": max_prompt_length,
             "seed": seed,
             "dtype": self.model.dtype_name,
+            **self.model.token_settings(),
             **sampling.to_dict(),
         }
         self.answers = Answers(out, self.identity)
@@ -187,15 +212,18 @@ class Generation:
 
     def _keep(self, number: int, response: list[int]) -> None:
         index = self.todo[number]
-        text = self.tokenizer.decode(response, skip_special_tokens=True)
+        ids = [token for token in response if token < len(self.tokenizer)]  # a model may have more, which say nothing
+        text = self.tokenizer.decode(ids, skip_special_tokens=True)
         values = self.rows[index].values
         if "messages" in values:
-            row = {"messages": [*values["messages"][:-1], {"role": "assistant", "content": text}]}
+            row = {"messages": [*values["messages"], {"role": "assistant", "content": text}]}
+            row |= {"tools": values["tools"]} if "tools" in values else {}
         else:
-            prompt = self.tokenizer.decode(self.prompts[index]) if "prompt_ids" in values else values["prompt"]
+            prompt = values["prompt"] if "prompt" in values else self.tokenizer.decode(self.prompts[index])
             row = {"prompt": prompt, "output": text}
+        row |= {"prompt_ids": self.prompts[index], "output_ids": ids}  # a text may have lost tokens
         if text.strip():  # an empty response teaches nothing
-            self.answers.add(index, {**row, "ended": response[-1] == self.tokenizer.eos_token_id})
+            self.answers.add(index, {**row, "ended": response[-1] in self.model.ends})
         self.tokens += len(response)
 
 
@@ -218,6 +246,8 @@ def write_stage(config: Config, rows: list[Row]) -> dict:
             seed=config.run.seed,
             batch_size=config.sampling.batch_size,
             tokenizer=config.tokenizer,
+            style=PromptFormat.from_config(config.data),
+            chat_template=config.data.chat_template,
             device=config.train.device,
             dtype=config.train.dtype,
         )

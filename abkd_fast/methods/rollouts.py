@@ -12,8 +12,10 @@ from transformers import PreTrainedTokenizerBase
 from .. import distributed
 from ..config.schema import Config
 from ..data.batches import prompt_of, step_samples
+from ..data.chat import PromptFormat
 from ..generation.sampling import SamplingParams, sample, sample_mixture
 from ..losses.arguments import shared_vocabulary
+from ..models import loading
 from ..models.packed import PackedCausalLM
 
 
@@ -35,11 +37,12 @@ class Rollouts:
     ) -> None:
         """precision: makes the context that the models run in."""
         self.config, self.train_set = config, train_set
+        ends = loading.end_tokens(config.student.path, tokenizer, PromptFormat.from_config(config.data))
         self.student, self.teacher, self.precision = student, teacher, precision
         self.settings = SamplingParams.from_options(
             config.sampling,
             max_length=config.data.max_length,
-            eos_token_ids=(tokenizer.eos_token_id,),
+            eos_token_ids=ends,
             # Vocabularies may be padded to different sizes, and both models read what is written.
             vocabulary=shared_vocabulary(*(len(model.head.weight) for model in (student, teacher))),
         )

@@ -14,9 +14,11 @@ from ..data.chat import PromptFormat
 from ..data.rows import Row
 from ..data.tokenize import encode_prompts, references
 from ..errors import ConfigError, Interrupted
+from ..evaluation import rouge
 from ..evaluation.rouge import score_response
 from ..generation.sampling import SamplingParams, response_seeds, sample
 from ..methods.base import cross_entropy
+from ..models import loading
 from ..models.packed import PackedCausalLM
 from ..signals import StopSignals
 
@@ -30,6 +32,9 @@ class DevEvaluator:
         """Takes the checked rows, and the same rows tokenized."""
         self.dev_set, self.every_steps, self.max_tokens = dev_set, config.eval.every_steps, config.train.max_tokens
         self.rouge = DevRouge(config, rows, dev_set, tokenizer) if config.eval.rouge_rows else None
+        self.notes: list[str] = []  # for people
+        if self.rouge and (note := rouge.unsuited(self.rouge.references, self.rouge.unit)):
+            self.notes.append(f"data.dev: {note} eval.rouge_tokens=characters")
 
     def is_due(self, step: int, steps: int, steps_per_epoch: int) -> bool:
         """Before the first step, after the last, and every eval.every_steps (by default once an epoch)."""
@@ -58,14 +63,16 @@ class DevRouge:
         """Takes the checked rows, and the same rows tokenized."""
         # One answer a row, the last: a row of messages may have several samples, and its last turn may be cut away.
         known = [rows[index] for index in dict.fromkeys(dev_set["row"])]
-        prompts = encode_prompts(known, tokenizer, PromptFormat.from_config(config.data))
+        style = PromptFormat.from_config(config.data)
+        prompts = encode_prompts(known, tokenizer, style)
         pairs = [pair for pair in zip(known, prompts, strict=True) if len(pair[1]) < config.data.max_length]
         if not pairs:
             raise ConfigError("eval.rouge_rows: no prompt of data.dev leaves room for an answer; raise data.max_length")
         answered, self.prompts = zip(*pairs[: config.eval.rouge_rows], strict=True)
         self.references = [references(row, tokenizer) for row in answered]
         self.seeds = response_seeds((config.run.seed, row) for row in range(len(self.prompts)))
-        self.tokenizer, ends = tokenizer, (tokenizer.eos_token_id,)
+        self.tokenizer, self.unit = tokenizer, config.eval.rouge_tokens
+        ends = loading.end_tokens(config.student.path, tokenizer, style)
         self.settings = SamplingParams(max_new_tokens=config.eval.max_new_tokens, eos_token_ids=ends)
 
     def measure(self, student: PackedCausalLM, signals: StopSignals) -> float | None:
@@ -74,7 +81,7 @@ class DevRouge:
         scores = [0.0] * len(prompts)
 
         def on_response(row: int, response: list[int]) -> None:
-            scores[row] = score_response(self.tokenizer, response, outputs[row])["rouge_l"]
+            scores[row] = score_response(self.tokenizer, response, outputs[row], self.unit)["rouge_l"]
             if signals.received:
                 raise Interrupted(signals.received)
 

@@ -53,7 +53,7 @@ def header(trainer: Trainer) -> Iterator[str]:
     yield f"[bold]{config.run.folder}[/bold]  method {config.method}{loss}"
     yield f"  models     {_models(trainer)}"
     yield (
-        f"  data       {len(lengths)} rows, {lengths.float().mean():.0f} tokens each on average, "
+        f"  data       {_size(trainer)}, {lengths.float().mean():.0f} tokens each on average, "
         f"the first {data.where[data.train_set['row'][0]]}"
     )
     yield from map(escape, _notes(trainer))
@@ -111,10 +111,15 @@ def without_kernels(device: torch.device) -> Iterator[str]:
     )
 
 
+def _size(trainer: Trainer) -> str:
+    samples, rows = len(trainer.data.train_set), len({*trainer.data.train_set["row"][:]})
+    return f"{rows} rows" if rows == samples else f"{samples} samples of {rows} rows"
+
+
 def _data(trainer: Trainer) -> Iterator[str]:
     ids, spans = table_of(trainer.data.train_set)
     lengths, labels = lengths_of(ids), label_counts(spans)
-    yield f"  data       {len(lengths)} rows, {lengths.sum()} tokens an epoch"
+    yield f"  data       {_size(trainer)}, {lengths.sum()} tokens an epoch"
     groups = {"prompts": lengths - labels, "responses": labels, "together": lengths}
     if not labels.any():
         yield "    responses  none: the run writes them"

@@ -20,6 +20,7 @@ from ..console import console, progress_bar
 from ..data.batches import StepBatch
 from ..device import peak_memory
 from ..errors import ConfigError, first_line
+from ..evaluation.rouge import named
 from .costs import peak_flops
 
 
@@ -137,7 +138,7 @@ class RunLog:
 
     def evaluation(self, step: int, dev_loss: float, rouge_l: float | None) -> None:
         self._write("dev", step, {"loss": dev_loss} | ({} if rouge_l is None else {"rouge_l": rouge_l}))
-        rouge = "" if rouge_l is None else f"  ROUGE-L {rouge_l:.2f}"
+        rouge = "" if rouge_l is None else f"  {named('ROUGE-L', self.config.eval.rouge_tokens)} {rouge_l:.2f}"
         console.print(f"step {step}/{self.steps}  dev loss {dev_loss:.4f}{rouge}")
 
     def _write(self, kind: str, step: int, values: dict[str, float | None]) -> None:

@@ -1,6 +1,7 @@
 """Reading before any weights load: rows, models' configurations, tokenizers, tokenized data."""
 
 import dataclasses
+import json
 
 import datasets
 from transformers import PreTrainedTokenizerBase
@@ -76,10 +77,17 @@ def _reading(config: Config) -> tuple:
     return columns, config.data.on_bad_row
 
 
-def read_tokenizer(config: Config) -> PreTrainedTokenizerBase:
-    """The tokenizer of a run: that of its key, or the student's. Raises ConfigError."""
+def read_tokenizer(config: Config, *later: Config) -> PreTrainedTokenizerBase:
+    """The tokenizer of a run: that of its key, or the student's, with the chat template and begin token of `data`.
+
+    later: the stages after this one that take its tokenizer, each from the one before. Raises ConfigError.
+    """
     source, key = (config.tokenizer, "tokenizer") if config.tokenizer else (config.student.path, "student.path")
-    return loading.read_tokenizer(source, key)
+    tokenizer = loading.read_tokenizer(source, key)
+    for data in (config.data, *(stage.data for stage in later)):
+        loading.use_chat_template(tokenizer, data.chat_template, "data.chat_template")
+        loading.keep_begin_token(tokenizer, PromptFormat.from_config(data))
+    return tokenizer
 
 
 def check_models(
@@ -116,6 +124,10 @@ def read_train_data(
         tokenized = tokenize(rows, tokenizer, *settings)
         notes += [*rows.notes, *(f"data.dev: {note}" for note in tokenized.notes(rows, data.max_length))]
         dev = DevEvaluator(config, rows, tokenized.dataset, tokenizer)
+        notes += dev.notes
+    if not loading.keep_begin_token(tokenizer, settings[2]):
+        begin = json.dumps(data.begin_token)
+        notes.append(f"the tokenizer in final/ can't keep data.begin_token: give later commands --begin-token {begin}")
     steps_per_epoch = _steps_per_epoch(config, len(train_set))
     method.check_rows(len(train_set))
     pretrain_set = _read_pretrain_set(config, tokenizer) if data.uses_pretrain else None

@@ -70,7 +70,10 @@ def load_state_dict(trainer: Trainer, tensors: dict[str, Tensor], values: dict) 
     """The inverse, after model and optimizer are loaded. Raises ConfigError where the data have changed."""
     for key, now in _fingerprints(trainer).items():
         if values["data"][key] != now:
-            raise ConfigError(f"{key}: its text or the tokenizer has changed since {trainer.resumed_from} was saved")
+            raise ConfigError(
+                f"{key}: its text or the tokenizer has changed since {trainer.resumed_from} was saved, or another "
+                "version of abkd_fast saved it: begin again in another folder"
+            )
     for key, now in _environment(trainer).items():
         then = values["environment"][key]
         if then != now:

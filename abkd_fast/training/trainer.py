@@ -14,6 +14,7 @@ from .. import distributed
 from ..config.schema import Config, ModelConfig
 from ..console import console
 from ..data.batches import Batch, StepBatch, make_step_batch, prefetch, step_samples
+from ..data.chat import PromptFormat
 from ..device import choose_device, choose_dtype
 from ..errors import Interrupted
 from ..files import WRITE_ERRORS, check_folder, locked, write_json
@@ -30,6 +31,7 @@ from ..teacher.teacher import CachedTeacher, OnPolicyTeacher, Teacher
 from . import checkpoint, costs, dry_run, state
 from .checkpoint_policy import CheckpointPolicy
 from .checkpoint_writer import CheckpointWriter, load_optimizer
+from .likelihoods import ResponseLikelihoods
 from .metrics import MetricsWindow, RunLog, check_wandb, is_finite
 from .optim import build_optimizer, build_scheduler
 from .prepare import Prepared, check_models, is_sharded, read_tokenizer, read_train_data
@@ -92,12 +94,15 @@ class Trainer:
         every_steps = config.checkpoint.every_steps or self.data.steps_per_epoch
         self.saves = CheckpointPolicy(self.checkpoint_writer, self.state, every_steps, self.resumed_from)
         self.resumed_samples = self.state.samples
+        self.likelihoods = ResponseLikelihoods(self.device, bool(self.teacher) and not self.resumed_from)
         self.cost = self.step_cost(isinstance(self.teacher, CachedTeacher))
 
     def _build_student(self) -> PackedCausalLM:
         train, spec = self.config.train, self.config.student
         spec = spec.saved_in(self.resumed_from) if self.resumed_from else spec
         student = self._load(spec, self.student_meta, "student").train()
+        ends = loading.end_tokens(self.config.student.path, self.tokenizer, PromptFormat.from_config(self.config.data))
+        loading.set_end_tokens(student.causal_lm, ends)
         if train.gradient_checkpointing:
             student.checkpoint_layers()
         return student
@@ -168,7 +173,8 @@ class Trainer:
                 batch = self.select_batch(batch)
                 self.state.step += 1
                 flops = self._flops(batch)  # before the step, which gives samples their teacher's hidden states
-                loss, norm, parts = self.train_step(batch)
+                with self.likelihoods.measured(batch):
+                    loss, norm, parts = self.train_step(batch)
                 self.window.add(self.state.step, loss, norm, parts, batch, flops)
                 self._log(lr)
                 self.state.seconds += time.perf_counter() - started
@@ -233,8 +239,9 @@ class Trainer:
         part = dataclasses.replace(part.to(self.device), loss_scale=weight / max(1, num_labels))
         with self.precision():
             loss_of = self.method.pretrain_loss if part.is_pretrain else self.method.loss
-            loss_of = functools.partial(loss_of, batch=part, teacher=self._teacher_head(part))
-            loss = self.replica(part, loss_of)
+            teacher = self._teacher_head(part)
+            loss_of = functools.partial(loss_of, batch=part, teacher=teacher)
+            loss = self.replica(part, self.likelihoods.around(loss_of, part, teacher))
         loss.backward()
         return loss.detach() / weight
 

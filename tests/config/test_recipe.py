@@ -87,6 +87,23 @@ def test_shared_values_of_on_policy_reach_the_stages_that_read_them(write):
             load(recipe, [*overrides])
 
 
+def test_cross_entropy_has_the_datas_labels_alone(write):
+    """gkd never writes with on_policy.fraction = 0, wherever that is said."""
+    recipe = write({**GOOD, "hard_weight": 0.3, "stages": {"ab": {}, "gkd": {"method": "gkd"}}})
+    message = f'{recipe}: hard_weight is 0.3, but method "gkd" trains on the student\'s responses'
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        load(recipe)
+    assert load(recipe, ["gkd:hard_weight=0"])[0].hard_weight == 0.3
+    for key in ("on_policy.fraction=0", "gkd:on_policy.fraction=0"):
+        assert [config.hard_weight for config in load(recipe, [key])] == [0.3, 0.3]
+
+
+def test_configuration_spells_every_value_of_a_loss(write):
+    spelled = {"alphanet": "alphanet:0.2,0.8,token", "alphanet:.1,2,batch": "alphanet:0.1,2,batch", "fkl": "fkl"}
+    for loss, full in spelled.items():
+        assert load(write({**GOOD, "loss": loss}))[0].to_dict()["loss"] == full
+
+
 def test_recipe_states_only_what_differs_from_its_bases(write):
     stages = {"teacher": {"method": "sft"}, "ab": {"optim": {"lr": 1e-4}}, "rest": {}}
     write({**GOOD, "optim": {"lr": 1e-3, "eps": 1e-6}, "stages": stages}, "lowest.json")

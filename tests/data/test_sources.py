@@ -2,6 +2,7 @@
 
 import bz2
 import csv
+import datetime
 import gzip
 import io
 import json
@@ -114,6 +115,23 @@ def test_chat_rows_are_the_same_from_every_file(tmp_path, kind):
     assert [row.values for row in read_rows(str(tmp_path / f"rows.{kind}"))] == CHAT
 
 
+def test_values_that_json_has_not(tmp_path):
+    """Dates in messages become text. A date as an output is refused, and one that is not read doesn't matter."""
+    date = datetime.datetime(2020, 1, 2)
+    messages = [
+        {"role": "user", "content": "Hi", "time": date},
+        {"role": "assistant", "content": "Hello", "time": None},
+    ]
+    path = tmp_path / "rows.parquet"
+    path.write_bytes(parquet([{"messages": messages, "date": date, "raw": b"x", "tags": [None, {"x": None}]}]))
+    (row,) = read_rows(str(path))
+    assert json.loads(json.dumps(row.values))["messages"][0]["time"] == "2020-01-02 00:00:00"
+    path = tmp_path / "dates.parquet"
+    path.write_bytes(parquet([{"prompt": "x", "output": b"y"}]))
+    with pytest.raises(ConfigError, match='row 1: "output" must be text, got '):
+        read_rows(str(path))
+
+
 GOOD = b'{"prompt": "x", "output": "y"}\n'
 BAD = {
     "utf-16.jsonl": (GOOD.decode().encode("utf-16"), "is UTF-16 text; save it as UTF-8"),
@@ -124,18 +142,18 @@ BAD = {
     "latin-1.jsonl": (GOOD + '{"prompt": "é"}'.encode("latin-1"), "line 2: is not UTF-8 text"),
     "latin-1.json": ('[\n{"prompt": "é"}]'.encode("latin-1"), "line 2: is not UTF-8 text"),
     "latin-1.csv": ("prompt,output\né,x\n".encode("latin-1"), "is not UTF-8 text after line"),
-    "parquet.jsonl": (parquet(ROWS), "is not text but a Parquet file; its name must end in .parquet"),
-    "arrow.jsonl": (arrow(ROWS, pyarrow.ipc.new_file), "is not text but a Arrow file; its name must end in .arrow"),
-    "gzip.jsonl": (gzip.compress(GOOD), "is not text but a gzip file; its name must end in .gz"),
-    "zstd.json": (zstd(GOOD), "is not text but a Zstandard file; its name must end in .zst"),
-    "bzip2.csv": (bz2.compress(GOOD), "is not text but a bzip2 file"),
-    "xz.csv": (lzma.compress(GOOD), "is not text but a xz file"),
-    "zip.jsonl": (b"PK\3\4rest", "is not text but a zip file; unpack it"),
-    "zip.jsonl.gz": (gzip.compress(b"PK\3\4rest"), "is not text but a zip file; unpack it"),
+    "parquet.jsonl": (parquet(ROWS), "is Parquet, not what its name says; it must end in .parquet"),
+    "arrow.jsonl": (arrow(ROWS, pyarrow.ipc.new_file), "is Arrow, not what its name says; it must end in .arrow"),
+    "gzip.jsonl": (gzip.compress(GOOD), "is gzip, not what its name says; it must end in .gz"),
+    "zstd.json": (zstd(GOOD), "is Zstandard, not what its name says; it must end in .zst"),
+    "bzip2.csv": (bz2.compress(GOOD), "is bzip2, not what its name says"),
+    "xz.csv": (lzma.compress(GOOD), "is xz, not what its name says"),
+    "zip.jsonl": (b"PK\3\4rest", "is zip or Excel, not what its name says; unpack it"),
+    "zip.jsonl.gz": (gzip.compress(b"PK\3\4rest"), "is zip or Excel, not what its name says; unpack it"),
     "pointer.parquet": (b"version https://git-lfs.github.com/spec/v1\n", "is a Git LFS pointer; git lfs pull"),
     "pointer.jsonl": (b"version https://git-lfs.github.com/spec/v1\n", "is a Git LFS pointer; git lfs pull"),
     "json.parquet": (GOOD, "can't be read as a .parquet file ("),
-    "gzip.parquet": (gzip.compress(parquet(ROWS)), "is not text but a gzip file"),
+    "gzip.parquet": (gzip.compress(parquet(ROWS)), "is gzip, not what its name says; it must end in .gz"),
     "cut.parquet": (parquet(ROWS)[:-9], "can't be read as a .parquet file ("),
     "cut.arrow": (arrow(ROWS)[:100], "can't be read as a .arrow file ("),
     "empty.parquet": (b"", "can't be read as a .parquet file ("),
@@ -235,6 +253,10 @@ def test_unreadable_files(tmp_path, monkeypatch):
     for name in ("rows.jsonl", "rows.parquet"):
         with pytest.raises(ConfigError, match=rf"{name}: can't be read \(Permission denied\)"):
             read_rows(str(tmp_path / name))
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(ConfigError, match=r"can't be read \(Permission denied\)"):
+        read_rows(str(tmp_path))
+    monkeypatch.undo()
     monkeypatch.setattr(pathlib.Path, "iterdir", refuse)
     with pytest.raises(ConfigError, match=r"can't be read \(Permission denied\)"):
         read_rows(str(tmp_path))

@@ -1,4 +1,3 @@
-import copy
 import functools
 import json
 import shutil
@@ -9,7 +8,6 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers.processors import TemplateProcessing
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from abkd_fast import train
@@ -179,28 +177,6 @@ def test_other_model_settings_and_rows_are_refused(command, model_folder, write_
     assert "Dolly.seed10.jsonl exists, and not as the result of this command" in capsys.readouterr().err
 
 
-def test_begin_token_only_when_asked_for(command, model_folder, tmp_path, monkeypatch, capsys):
-    tokenizer = copy.deepcopy(quickstart.tokenizer())
-    tokenizer.bos_token = "<end>"
-    begin = TemplateProcessing(single="<end> $A", special_tokens=[("<end>", 0)])
-    tokenizer.backend_tokenizer.post_processor = begin  # as Llama's
-    tokenizer.save_pretrained(model_folder)
-    seen = []
-
-    def generate(self, prompts, seeds, keep, name):
-        seen.append(prompts)
-        for number in range(len(prompts)):
-            keep(number, [0])
-
-    monkeypatch.setattr(evaluator.Generator, "generate", generate)
-    assert main(command(seeds=[10])) == 0
-    assert "prompts have no <end>, as in training; the papers' test prompts had one: --bos" in capsys.readouterr().out
-    assert main(command("--bos", "--out", str(tmp_path / "other"), seeds=[10])) == 0
-    assert "--bos" not in capsys.readouterr().out
-    assert seen[0] == encode_prompts(read_rows(str(tmp_path / "set.jsonl")), quickstart.tokenizer())
-    assert seen[1] == [[0, *prompt] for prompt in seen[0]]
-
-
 def test_adapter_is_merged_into_its_base(command, model_folder, tmp_path):
     folder = tmp_path / "adapter"
     model = AutoModelForCausalLM.from_pretrained(model_folder)
@@ -281,7 +257,22 @@ BAD = {
         ["--data", "mine=long.jsonl"],
         "mine: long.jsonl line 1: the prompt has 256 tokens, and the model 128 positions: no room for an answer",
     ),
-    "no begin token": (["--bos"], "dolly: a begin token is asked for, but the tokenizer has none"),
+    "no begin token": (["--bos"], "dolly: begin_token is true, but the tokenizer has no begin token"),
+    "no template": (["--chat-template", "nowhere.jinja"], "chat_template: nowhere.jinja: can't be read (No such file"),
+    "template is a folder": (["--chat-template", "model"], "chat_template: model: can't be read (Is a directory"),
+    "empty template": (["--chat-template", "empty.jsonl"], "chat_template: empty.jsonl: is empty, expected a chat"),
+    "binary template": (
+        ["--chat-template", "model/model.safetensors"],
+        "chat_template: model/model.safetensors: can't be",
+    ),
+    "broken template": (["--chat-template", "broken.jinja"], "the chat template can't render a question and an answer"),
+    "text as template": (["--chat-template", "bare.jsonl"], "the chat template renders no answer of the assistant"),
+    "template's values": (
+        ["--chat-template-kwargs", "{"],
+        "chat_template_kwargs: {: expected a JSON object, for example",
+    ),
+    "values that are none": (["--chat-template-kwargs", "[1]"], "chat_template_kwargs: [1]: expected a JSON object"),
+    "deep values": (["--chat-template-kwargs", "[" * 99999], "chat_template_kwargs: [[["),
     "lonely adapter": (["--model", "adapter"], "model: adapter/adapter_config.json names no base model"),
 }
 
@@ -297,6 +288,7 @@ def test_bad_input_is_one_line_and_status_2(model_folder, write_jsonl, tmp_path,
         "long.jsonl": [{"prompt": "word " * 400, "output": "x"}],
     }.items():
         write_jsonl(rows, file)
+    (tmp_path / "broken.jinja").write_text("{% for m in messages %}{{ m.content }}")
     (tmp_path / "bare").mkdir()
     for file in model_folder.glob("[!t]*"):
         (tmp_path / "bare" / file.name).write_bytes(file.read_bytes())
@@ -352,7 +344,7 @@ def test_result_is_scored_once(recipe, tmp_path, monkeypatch, capsys):
         ("eval.seeds=[]", "eval.seeds are [], expected at least one"),
         ("eval.seeds=[1,1]", "eval.seeds are [1, 1]: one is given twice"),
         ("eval.temperature=-1", "eval.temperature is -1.0, expected at least 0"),
-        ("eval.begin_token=true", "eval.sets.dolly: a begin token is asked for, but the tokenizer has none"),
+        ("eval.begin_token=true", "eval.sets.dolly: begin_token is true, but the tokenizer has no begin token"),
         ('eval.seeds="ten"', 'eval.seeds must be a list of numbers, got "ten"'),
         ('eval.sets={"dolly": 5}', "eval.sets.dolly must be text, got 5"),
         ('eval.sets={"dolly": "nowhere.jsonl"}', "eval.sets.dolly: nowhere.jsonl: no such file"),

@@ -408,10 +408,11 @@ def test_seqkd_trains_on_the_teachers_text(seqkd, teacher, tmp_path, capsys):
     tokenizer = quickstart.tokenizer()
     (_, config) = (resolve(config) for config in load(run.arguments[1], run.arguments[3::2]))
     trainer = Trainer(config, resume=True)
-    assert trainer.data.train_set["input_ids"][:] == [
-        tokenizer(answer["prompt"] + answer["output"])["input_ids"] + [tokenizer.eos_token_id] * answer["ended"]
-        for answer in answers
-    ]
+    assert trainer.data.train_set["input_ids"][:] == [answer["prompt_ids"] + answer["output_ids"] for answer in answers]
+    for answer in answers:
+        assert tokenizer.decode(answer["prompt_ids"]) == answer["prompt"]
+        assert tokenizer.decode(answer["output_ids"], skip_special_tokens=True) == answer["output"]
+        assert (answer["output_ids"][-1] == tokenizer.eos_token_id) == answer["ended"]
     originals = read_rows("quickstart:small", 20)
     assert [answer["prompt"] for answer in answers] == [row.values["prompt"] for row in originals]
     assert all(answer["output"] != row.values["output"] for answer, row in zip(answers, originals, strict=True))

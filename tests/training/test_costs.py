@@ -21,6 +21,7 @@ CPU = torch.device("cpu")
 def test_operations_are_those_that_pytorch_counts(config):
     model = build(config, torch.float32)
     rows = samples([40, 17, 60])
+    rows[0]["spans"] = [3, 9, 20, 40]
     (batch,) = pack(rows, max_tokens=128)
     # The mathematics of attention as plain products: those it counts, all of them, causal or not.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:

@@ -305,6 +305,20 @@ def test_changed_data_are_refused(tmp_path, monkeypatch, write_jsonl, capsys):
     assert "data.train: its text or the tokenizer has changed since" in capsys.readouterr().err
 
 
+def test_state_of_an_earlier_version_is_refused(tmp_path, monkeypatch, capsys):
+    """Its samples have other columns. Its rows, stored in another format, have another fingerprint."""
+    run = Run(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr("abkd_fast.data.tokenize.FORMAT", 1)
+        at_step(patch, 6, send(signal.SIGTERM))
+        assert run() == INTERRUPTED
+    capsys.readouterr()
+    assert run("--resume") == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("error: data.train: its text or the tokenizer has changed since ")
+    assert line.endswith(", or another version of abkd_fast saved it: begin again in another folder")
+
+
 def test_stop_while_models_load(tmp_path, monkeypatch, undisturbed, capsys):
     """Outside of the loop, Ctrl-C has no step to finish: it prints how to continue, and no traceback."""
     run = Run(tmp_path)
@@ -433,6 +447,26 @@ def test_method_state_is_kept(tmp_path, monkeypatch):
     trainer = Trainer(load(run.arguments[1], run.arguments[3::2])[0], resume=True)
     trainer.build()
     assert trainer.method.calls == 6
+
+
+def test_earlier_alphanet_without_a_last_word_was_per_batch(tmp_path, monkeypatch, capsys):
+    """So a run that an earlier version began goes on per batch or not at all. Runs now write the word."""
+    sections = {"method": "kd", "teacher": {"config": TIED}, "cache": {"mode": "off"}}
+    run = Run(tmp_path, "loss=alphanet:0.2,0.9,batch", **sections)
+    with monkeypatch.context() as patch:
+        at_step(patch, 7, send(signal.SIGTERM))
+        assert run() == INTERRUPTED
+    file = run.folder / "config.json"
+    values = json.loads(file.read_text())
+    assert values["loss"] == "alphanet:0.2,0.9,batch"
+    file.write_text(json.dumps({**values, "loss": "alphanet:0.2,0.9"}))
+    message = 'loss was "alphanet:0.2,0.9,batch", is "alphanet:0.2,0.9,token"): undo that to resume it'
+    for loss in ("alphanet:0.2,0.9", "alphanet:0.2,0.9,token"):
+        assert run("--resume", "--set", f"loss={loss}") == 2
+        assert message in capsys.readouterr().err
+    assert run("--resume") == 0
+    assert json.loads(file.read_text())["loss"] == "alphanet:0.2,0.9,batch"
+    assert run("--resume", "--set", "loss=alphanet:0.2,0.9") == 2
 
 
 def test_teacher_of_random_weights_is_the_same_one_on_resume(tmp_path, monkeypatch):

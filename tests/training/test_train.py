@@ -110,6 +110,25 @@ def test_every_divergence_trains(recipe, teacher_folder, loss):
     assert losses[-1] < 0.95 * losses[0]
 
 
+def test_only_alphanet_per_batch_depends_on_micro_batches(recipe, teacher_folder):
+    teacher, exact = f"teacher.path={teacher_folder(initializer_range=0.2)}", ["train.steps=3", "train.dtype=float64"]
+
+    def trained(loss, max_tokens):
+        overrides = ["method=kd", f"loss={loss}", teacher, *exact, f"train.max_tokens={max_tokens}"]
+        trainer = Trainer(load(recipe()[1], overrides)[0])
+        trainer.build()
+        losses = torch.stack([trainer.train_step(batch)[0] for batch in trainer.batches()])
+        return losses, torch.cat([parameter.flatten() for parameter in trainer.student.parameters()]).detach()
+
+    losses, weights = trained("alphanet", 128)
+    for max_tokens in (256, 8192):
+        again = trained("alphanet", max_tokens)
+        torch.testing.assert_close(again[0], losses, rtol=1e-10, atol=0)
+        torch.testing.assert_close(again[1], weights, rtol=0, atol=1e-8)
+    per_batch = [trained("alphanet:0.2,0.8,batch", max_tokens)[0] for max_tokens in (128, 8192)]
+    assert ((per_batch[0] - per_batch[1]).abs() > 1e-6 * losses).any()
+
+
 def test_step_is_the_token_mean_gradient(recipe):
     trainer = Trainer(load(recipe()[1], ["train.dtype=float64", "optim.clip_norm=1e9"])[0])
     trainer.build()
