@@ -4,6 +4,7 @@ import dataclasses
 import inspect
 import itertools
 import json
+import re
 import typing
 from collections.abc import Iterator
 
@@ -13,6 +14,7 @@ from ..config.schema import DataConfig
 from ..errors import ConfigError, first_line
 
 PROBE = "answer"  # an answer that no template changes
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # names of thoughts in a message; a template knows one
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,7 +45,8 @@ class ChatTemplate:
         end: the token that ends a turn of the assistant; None if the template has none.
         tail: the text of a turn after the answer, up to this token.
         header: what the model has to write before an answer, because the generation prompt lacks it.
-        opening: what the generation prompt has and the rendering of an answer lacks: "<think>" and a line end in R1's.
+        generation: the generation prompt.
+        opening: what it has and the rendering of an answer lacks: "<think>" and a line end in R1's.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, kwargs: dict | None) -> None:
@@ -55,14 +58,16 @@ class ChatTemplate:
         self.added = {str(token): index for index, token in tokenizer.added_tokens_decoder.items()}
         question, answer = {"role": "user", "content": "question"}, {"role": "assistant", "content": PROBE}
         try:
-            prompt, whole = self.render([question], True), self.render([question, answer], False)
+            alone, prompt = (self.render([question], generates) for generates in (False, True))
+            whole = self.render([question, answer], False)
         except ConfigError as error:
             raise ConfigError(f"the chat template can't render a question and an answer: {error}") from None
         before, found, after = whole.rpartition(PROBE)
         if not found:
             raise ConfigError("the chat template renders no answer of the assistant: give data.chat_template")
-        same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(prompt, before, strict=False)))
+        same = _common_length(prompt, before)
         self.opening, self.header = prompt[same:], before[same:]
+        self.generation = prompt[_common_length(alone, prompt) :]
         places = [(after.index(token), token) for token in self.added if token and token in after]
         first = min(places, default=None, key=lambda place: (place[0], -len(place[1])))
         self.end = None if first is None else self.added[first[1]]
@@ -73,17 +78,20 @@ class ChatTemplate:
     def render(self, messages: list[dict], generates: bool, tools: list | None = None) -> str:
         """The text of messages; with `generates` the beginning of an answer follows. Raises ConfigError."""
         try:
-            return self.tokenizer.apply_chat_template(
+            text = self.tokenizer.apply_chat_template(
                 messages, tools=tools, tokenize=False, add_generation_prompt=generates, **self.kwargs
             )
+            text.encode()  # half of a surrogate pair is no text
+            return text
         except Exception as error:  # a template is a program, and may fail in any way
             raise ConfigError(f"the chat template fails: {type(error).__name__}: {first_line(error)}") from None
 
     def prompt(self, values: dict) -> str:
         """The text before the last answer, or of all messages where the last is not the assistant's."""
-        messages = values["messages"]
-        is_answered = messages[-1]["role"] == "assistant"
-        return self._render_prompt(messages[:-1] if is_answered else messages, values.get("tools"))
+        messages, tools = values["messages"], values.get("tools")
+        before = messages[:-1] if messages[-1]["role"] == "assistant" else messages
+        self._check_marks(before, None, tools)
+        return self._render_prompt(before, tools)
 
     def turns(self, values: dict, train_on: str) -> Iterator[Turn]:
         """The trained answers of a row. Raises ConfigError where the template can't render it, or would lose a part."""
@@ -98,26 +106,47 @@ class ChatTemplate:
         for message in messages:
             if message["role"] in ("system", "user"):
                 _check_rendered(f"a {message['role']} message", message.get("content"), prompt)
-        for tool in tools or ():
-            _check_rendered("a tool", _function_name(tool), prompt)
         return prompt
 
     def _turn(self, before: list[dict], answer: dict, tools: list | None) -> Turn:
+        if not before:
+            raise ConfigError(
+                "begins with an answer, to which there is no prompt: begin with the user's message, give the answer "
+                '"weight": 0, or set data.train_on=last'
+            )
         answer = self._without_end(answer)
         prompt, whole = self._render_prompt(before, tools), self.render([*before, answer], False, tools)
-        if whole.startswith(prompt):
+        is_whole = whole.startswith(prompt)
+        self._check_marks(before, answer if is_whole else {**answer, **dict.fromkeys(THOUGHTS)}, tools)
+        if is_whole:
             response, is_closed = self._cut(whole.removeprefix(prompt))
         elif self.opening:
             response, is_closed = self._as_written(answer) + self.tail, self.end is not None
-            whole = prompt + response
         else:
-            raise ConfigError("the chat template renders the messages before an answer in another way once it is there")
-        shown = whole[len(prompt) - len(self.opening) :]
-        _check_rendered("content", answer.get("content"), shown)
-        _check_rendered("reasoning_content", answer.get("reasoning_content"), shown)
-        for call in answer.get("tool_calls") or ():
-            _check_rendered("a tool call", _function_name(call), shown)
+            raise ConfigError(
+                "the chat template renders the messages before an answer in another way once it is there: give another "
+                "as data.chat_template"
+            )
+        _check_rendered("content", answer.get("content"), self.generation + response)
         return Turn(prompt, response, is_closed)
+
+    def _check_marks(self, before: list[dict], answer: dict | None, tools: list | None) -> None:
+        """Raises ConfigError if a tool, a result or call of one, or the thoughts of an answer reach no text.
+
+        A word is written at the end of each, and has to be in the text. Thoughts of earlier answers may be left out.
+        """
+        marks: dict[str, str] = {}
+        offered = [_mark_function(marks, "a tool", tool) for tool in tools] if tools else tools
+        marked = [_mark(marks, message, ()) for message in before]
+        marked += [] if answer is None else [_mark(marks, answer, THOUGHTS)]
+        if not marks:
+            return
+        try:
+            text = self.render(marked, answer is None, offered)
+        except ConfigError:  # of a template that knows the names of its tools
+            return
+        if lost := next((what for mark, what in marks.items() if mark not in text), None):
+            raise ConfigError(f"the chat template loses {lost}: give another as data.chat_template")
 
     def _without_end(self, answer: dict) -> dict:
         """The answer without the end token that it may bring itself."""
@@ -132,20 +161,30 @@ class ChatTemplate:
     def _cut(self, rendered: str) -> tuple[str, bool]:
         """A rendered answer up to its end of turn, and whether this is a token."""
         if self.end_text and self.end_text in rendered:
-            return rendered[: rendered.rindex(self.end_text) + len(self.end_text)], True
+            stops = [place.end() for place in re.finditer(re.escape(self.end_text), rendered)]
+            # Phi 3's template may write the end token once more. Elsewhere the token may also end a part of an answer.
+            stop = next((stop for stop in stops if not self._without_tokens(rendered[stop:])), stops[-1])
+            return rendered[:stop], True
         if self.end is None and rendered.endswith(self.after):
             return rendered.removesuffix(self.after) + self.tail, False
         rendered = rendered.rstrip()  # calls of tools may have an end of their own
         return rendered, any(rendered.endswith(token) for token in self.added if token)
+
+    def _without_tokens(self, text: str) -> str:
+        """What is left of a text without white space and tokens of the tokenizer's own."""
+        for token in filter(None, self.added):
+            text = text.replace(token, "")
+        return text.strip()
 
     def _as_written(self, answer: dict) -> str:
         """An answer after the generation prompt, where the template's own rendering does not begin with that."""
         content, opening = answer.get("content") or "", self.opening.strip()
         if not opening:
             return content
+        closing = opening.replace("<", "</", 1)
         if thoughts := answer.get("reasoning_content"):
-            return f"{thoughts}\n{opening.replace('<', '</', 1)}\n\n{content}"
-        if content.lstrip().startswith(opening):
+            return f"{thoughts}\n{closing}\n\n{content}"
+        if content.lstrip().startswith(opening) or closing in content:
             return content.lstrip().removeprefix(opening).lstrip("\n")
         raise ConfigError(
             f"the chat template's generation prompt opens {opening}, but the answer has none: give reasoning_content, "
@@ -164,10 +203,44 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase, style: PromptFormat) -> int 
     return None if template is None else template.end
 
 
-def _function_name(values: dict) -> str | None:
-    """The name in a tool or in a call of one, where it has the usual form."""
-    function = values.get("function", values) if isinstance(values, dict) else None
-    return function.get("name") if isinstance(function, dict) else None
+def _common_length(first: str, second: str) -> int:
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))
+
+
+def _mark(marks: dict[str, str], message: dict, thoughts: tuple[str, ...]) -> dict:
+    """A copy of a message with a mark in each part that a template may lose. Adds what the marks stand for."""
+    marked = {**message}
+    if message["role"] not in ("system", "user", "assistant") and isinstance(message.get("content"), str):
+        marked["content"] = _mark_text(marks, f"a {message['role']} message", message["content"])
+    for key in thoughts:
+        if isinstance(message.get(key), str) and message[key].strip():
+            marked[key] = _mark_text(marks, key, message[key])
+    if isinstance(message.get("tool_calls"), list):
+        marked["tool_calls"] = [_mark_function(marks, "a tool call", call) for call in message["tool_calls"]]
+    return marked
+
+
+def _mark_function(marks: dict[str, str], what: str, value: object) -> object:
+    """A tool, or a call of one, with marks in its name and the texts of its arguments."""
+    if not isinstance(value, dict):
+        return value
+    if isinstance(value.get("function"), dict):
+        return {**value, "function": _mark_function(marks, what, value["function"])}
+    marked = {**value}
+    if isinstance(value.get("name"), str):
+        marked["name"] = _mark_text(marks, what, value["name"])
+    arguments = value.get("arguments")
+    if isinstance(arguments, dict):
+        marked["arguments"] = {
+            key: _mark_text(marks, what, one) if isinstance(one, str) else one for key, one in arguments.items()
+        }
+    return marked
+
+
+def _mark_text(marks: dict[str, str], what: str, text: str) -> str:
+    mark = f"qzx{len(marks)}xzq"  # a word that no template changes
+    marks[mark] = what
+    return text + mark
 
 
 def _check_rendered(what: str, text: str | None, rendered: str) -> None:

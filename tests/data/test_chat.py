@@ -93,10 +93,8 @@ def refusal(name, values, train_on="all"):
 @pytest.mark.parametrize("train_on", ["all", "last"])
 @pytest.mark.parametrize("conversation", CONVERSATIONS)
 @pytest.mark.parametrize("name", FORMATS)
-def test_trained_are_the_turns_of_the_assistant(name, conversation, train_on, request):
+def test_trained_are_the_turns_of_the_assistant(name, conversation, train_on):
     """And the tokens before each are those of the prompt: what the model is given when it answers."""
-    if (name, conversation) == ("qwen3 that has to think", "reasoning"):
-        request.applymarker(pytest.mark.xfail(strict=True, reason="<think> in the prompt is not found in the answer"))
     form, row = FORMATS[name], row_of(conversation)
     if reason := (form.refused if train_on == "all" else form.last_refused).get(conversation):
         message = refusal(name, row, train_on)
@@ -218,8 +216,6 @@ def test_calls_of_tools_that_a_template_has_no_place_for(name):
         message = refusal(name, values)
         if name == "mistral":  # it shows calls in place of the content
             assert "loses content" in message
-        elif name == "r1":
-            assert "opens <think>" in message
         else:
             assert "loses a tool call" in message
 
@@ -230,36 +226,30 @@ def test_a_message_before_an_answer_that_a_template_loses(role, conversation, ch
     assert f"loses a {role} message" in refusal("chatml", row_of(conversation))
 
 
-# Losses that a look for the part's name in the text does not find, because the name stands elsewhere too.
-not_found = pytest.mark.xfail(strict=True, reason="lost in silence")
+# Losses that a look for the part's name in the text would not find, because the name stands elsewhere too.
 
 
-@not_found
 def test_tools_that_a_question_names():
     values = {"messages": [user("Use get_weather for Lima."), assistant("It rains.")], "tools": TOOLS}
     assert "loses a tool" in refusal("chatml", values)
     assert trained("qwen2.5", values) == [["It rains.<|im_end|>"]]
 
 
-@not_found
 def test_a_call_that_the_content_names():
     answer = assistant("I ask get_weather.", tool_calls=calls("Lima"))
     assert "loses a tool call" in refusal("chatml", {"messages": [CITIES, answer]})
 
 
-@not_found
 def test_one_of_two_calls(changed):
     changed("qwen2.5", "in message.tool_calls or []", "in (message.tool_calls or [])[:1]")
     assert "loses a tool call" in refusal("qwen2.5", row_of("tools"))
 
 
-@not_found
 def test_the_arguments_of_a_call(changed):
     changed("qwen2.5", "call.function.arguments | tojson", "'{}'")
     assert "loses a tool call" in refusal("qwen2.5", row_of("tools"))
 
 
-@not_found
 @pytest.mark.parametrize(
     "thoughts", [{"reasoning_content": "5"}, {"reasoning": "Two and three."}, {"thinking": "Two and three."}]
 )
@@ -269,7 +259,6 @@ def test_thoughts_that_the_content_repeats_or_of_another_name(thoughts):
     assert f"loses {min(thoughts)}" in refusal("chatml", values)
 
 
-@not_found
 def test_a_result_of_a_tool_that_a_template_loses(changed):
     changed("chatml", "in messages", "in messages if message.role != 'tool'")
     values = {"messages": [CITIES, assistant("I look."), RESULTS[0], LAST]}
@@ -283,7 +272,6 @@ def test_thoughts_that_the_template_removes_from_the_content(changed):
     assert trained("r1", row_of("plain")) == [["It is 5.<|end|>"]]
 
 
-@pytest.mark.xfail(strict=True, reason="cut after the last end of turn, and refused")
 def test_an_end_of_turn_and_an_end_token_that_are_the_same(changed):
     """Phi 3's template writes the end token again where no answer is asked for. The first is the end of the turn."""
     changed("phi3").eos_token = "<|end|>"
@@ -339,3 +327,17 @@ def test_thoughts_of_earlier_turns_are_no_part_of_the_prompt():
     values = {"messages": [QUESTION, THOUGHTFUL, user("Sure?"), assistant("Yes.")]}
     assert trained("chatml", values, "last") == [["Yes.<|im_end|>"]]
     assert "loses reasoning_content" in refusal("chatml", values)
+
+
+def test_a_conversation_that_begins_with_an_answer():
+    values = {"messages": [assistant("Hello."), QUESTION, ANSWER]}
+    message = refusal("chatml", values)
+    assert "begins with an answer, to which there is no prompt" in message
+    assert trained("chatml", values, "last") == [["It is 5.<|im_end|>"]]
+    assert trained("chatml", {**values, "trained": [2]}) == [["It is 5.<|im_end|>"]]
+
+
+def test_thoughts_whose_beginning_the_generation_prompt_has():
+    """As servers of R1 write them."""
+    values = {"messages": [QUESTION, assistant("Hm.\n</think>\n\nIt is 5.")]}
+    assert trained("r1", values) == [["Hm.\n</think>\n\nIt is 5.<|end|>"]]
