@@ -20,11 +20,11 @@ EXPRESSIONS = (
     "|raise_exception('no')|raise_exception('a\\nb')|raise_exception()|raise_exception('')|loop.index|loop.last"
     "|loop.nextitem.role|self.x()|super()|tools|message.tool_calls|message.reasoning_content|'\\x00'|'\\u2028'"
     "|strftime_now('%Y')|strftime_now(5)|'%d' % 'a'|'{}'.format()|namespace(a=1).b.c|dict(a=1).a|[1, 2][5]|{}['a']"
-    "|add_generation_prompt|'a' * 10000|cycler()|joiner()|{{ }}|)|'|\"|"
+    "|add_generation_prompt|'a' * 10000|{{ }}|)|'|\"|"
 )
 FILTERS = (
     "trim|upper|lower|length|first|last|tojson|safe|e|string|int|float|list|join|title|capitalize|nofilter|indent(3)"
-    "|replace('a', 'b')|replace()|selectattr('role')|map(attribute='a')|truncate(5)|default('x')|wordwrap(5)|center(99)"
+    "|replace('a', 'b')|replace()|truncate(5)|default('x')|wordwrap(5)|center(99)"
 )
 STATEMENTS = (
     "{% if %}|{% endif %}|{% endfor %}|{% for %}|{% for x in 5 %}{% endfor %}|{% for x in message %}{{ x }}{% endfor %}"
