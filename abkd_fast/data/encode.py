@@ -9,7 +9,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import ConfigError
-from . import generated, indexed_dataset
+from . import indexed_dataset
 from .chat import ChatTemplate, PromptFormat, Turn, chat_template
 from .generated import check_text
 from .rows import Row
@@ -116,7 +116,6 @@ class Encoder:
         prompt, response = (_array(row.values.get(key, ())) for key in ("prompt_ids", "output_ids"))
         for ids in (prompt, response):
             indexed_dataset.check_ids(ids, len(self.tokenizer))
-        generated.check_text(row.values, self.tokenizer)
         if not len(prompt):
             raise ConfigError(EMPTY_PROMPT)
         check_text(row.values, self.tokenizer)

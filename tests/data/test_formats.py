@@ -83,7 +83,7 @@ GOOD = {
                                       {"messages": [SYSTEM, USER, HELLO, USER, HELLO], "trained": [4]}),
     "weight 1": ({"messages": [USER, {**HELLO, "weight": 1}]}, CHAT),
     "token ids": ({"prompt_ids": [1, 2], "output_ids": [3], "prompt": "a", "output": "b", "ended": True},
-                  {"prompt_ids": [1, 2], "output_ids": [3]}),
+                  {"prompt": "a", "prompt_ids": [1, 2], "output_ids": [3], "output": "b"}),
 }  # fmt: skip
 
 # Rows that are refused, and what the line says.
