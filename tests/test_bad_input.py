@@ -73,6 +73,7 @@ def data(*rows):
 
 
 FINISHED = {"runs/test/final/config.json": "{}"}
+WRITTEN = {**GOOD, "data": {**GOOD["data"], "train_on": "all", "begin_token": "auto"}}  # in a run's folder
 
 CASES = {
     **bad_recipes.CASES,
@@ -190,7 +191,7 @@ CASES = {
     ),
     "changed key": case(
         "(optim.lr was 0.0005, is 0.1; train.steps was 12, is 5): undo that",
-        files={"runs/test/config.json": GOOD},
+        files={"runs/test/config.json": WRITTEN},
         sets=["optim.lr=0.1", "train.steps=5"],
         arguments=["--resume"],
     ),
@@ -199,7 +200,7 @@ CASES = {
     ),
     "broken summary of a run": case(
         "runs/test/summary.json can't be read",
-        files={**FINISHED, "runs/test/config.json": GOOD, "runs/test/summary.json": "{"},
+        files={**FINISHED, "runs/test/config.json": WRITTEN, "runs/test/summary.json": "{"},
         arguments=["--resume"],
     ),
     "cache in a file": case(

@@ -24,6 +24,7 @@ FLOAT64_ORACLE = 1e-10
 TOKENS, VOCAB = 20, 37
 SIZES = {2: [26, 11], 3: [5, 0, 32]}  # rows of each rank's part
 OPTIONS = {"temperature": 2.0, "hard_weight": 0.3, "chunk_tokens": 7}
+ALPHANET = "alphanet:0.2,0.8,batch"
 
 
 # ---- ranks
@@ -195,7 +196,7 @@ def test_cross_entropy(worlds, reduction):
     ("sizes", "tokens"),
     [([2, 1], 5), ([1, 0], 5), ([1, 1], 1), ([18, 19], 1), ([0, 37], 1), ([36, 1], 0), ([7, 2, 1], 1)],
 )
-@pytest.mark.parametrize("divergence", ["ab", "akl", "bdkd", "alphanet:0.2,0.8,batch"])
+@pytest.mark.parametrize("divergence", ["ab", "akl", "bdkd", ALPHANET])
 def test_small_sizes(worlds, divergence, sizes, tokens):
     case = *make(tokens=tokens, vocab=sum(sizes)), divergence
     got = join(worlds(len(sizes))(on_a_rank, sizes, *case, **OPTIONS))
@@ -211,7 +212,7 @@ def test_large_vocabulary(worlds, divergence):
     assert_close(got, differentiate(*case), FLOAT32)
 
 
-@pytest.mark.parametrize("divergence", ["fkl", "alphanet:0.2,0.8,batch", "akl", ""])
+@pytest.mark.parametrize("divergence", ["fkl", ALPHANET, "akl", ""])
 def test_all_labels_ignored(worlds, divergence):
     student, teacher, labels = make()
     case = student, teacher if divergence else None, labels.fill_(-100), divergence
@@ -279,9 +280,7 @@ def test_huge_gaps(worlds, divergence):
         assert got[1][0].div(1.7).tolist() == pytest.approx(gradient, abs=bound)
 
 
-@pytest.mark.parametrize(
-    "divergence", ["jsd:0.5", "sfkl:0.1", "tvd", "hellinger", "alphanet:0.2,0.8,batch", "alphanet:0.3,2,token"]
-)
+@pytest.mark.parametrize("divergence", ["jsd:0.5", "sfkl:0.1", "tvd", "hellinger", ALPHANET, "alphanet:0.3,2,token"])
 def test_distributions_that_hardly_overlap(worlds, divergence):
     student, teacher = oracle.independent_logits(4, 2001)
     value, gradient = oracle.evaluate(student, teacher, parse(divergence))
@@ -325,7 +324,7 @@ def with_little_memory(*arguments, **options):
         return on_a_rank(*arguments, **options)
 
 
-@pytest.mark.parametrize("divergence", ["akl", "bdkd", "alphanet:0.2,0.8,batch"])
+@pytest.mark.parametrize("divergence", ["akl", "bdkd", ALPHANET])
 def test_all_ranks_take_the_same_steps_whatever_their_sizes(worlds, divergence):
     case = *make(tokens=100), divergence
     got = join(worlds(2)(with_little_memory, [36, 1], *case))
@@ -348,9 +347,7 @@ def steps_of(sizes, *case, **options):
     return counted
 
 
-@pytest.mark.parametrize(
-    ("divergence", "steps"), [("ab", 2), ("alphanet:0.2,0.8,batch", 3), ("bdkd", 3), ("akl", 2 + 1 + 8 + 1)]
-)
+@pytest.mark.parametrize(("divergence", "steps"), [("ab", 2), (ALPHANET, 3), ("bdkd", 3), ("akl", 2 + 1 + 8 + 1)])
 def test_a_few_numbers_a_row_are_exchanged(worlds, divergence, steps):
     student, teacher, _ = make(torch.float32)
     for counted in worlds(2)(steps_of, SIZES[2], student, teacher, None, divergence, frozen=(1, 2)):

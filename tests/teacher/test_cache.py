@@ -197,13 +197,9 @@ def test_samples_hash_tells_tokens_from_boundaries():
     def digest(ids, spans):
         return store.hash_samples(datasets.Dataset.from_dict({"input_ids": ids, "spans": spans}))
 
-    variants = [
-        ([[1, 2, 3], [4, 5]], [[1, 3], [1, 2]]),
-        ([[1, 2], [3, 4, 5]], [[1, 2], [1, 3]]),
-        ([[1, 2, 3], [4, 5]], [[2, 3], [1, 2]]),
-        ([[1, 2, 3], [4, 5]], [[1, 2, 2, 3], [1, 2]]),
-        ([[1, 2, 3], [4, 5]], [[1, 2], [2, 3, 1, 2]]),  # the same bounds, one after the other
-    ]
+    ids, others = [[1, 2, 3], [4, 5]], ([[1, 2], [3, 4, 5]], [[1, 2], [1, 3]])
+    spans = [[1, 3], [1, 2]], [[2, 3], [1, 2]], [[1, 2, 2, 3], [1, 2]], [[1, 2], [2, 3, 1, 2]]
+    variants = [others, *((ids, some) for some in spans)]  # the last two have the same bounds, one after the other
     assert len({digest(*variant) for variant in variants}) == len(variants)
 
 
