@@ -198,6 +198,7 @@ def test_one_pass_and_exact_passes(sanitized, divergence, out):
         assert_close(result, launch)
 
 
+CENTERED = "jsd:0.5 sfkl:0.1 srkl:0.1 tvd hellinger alpha:0.3 alpha:0.8 alphanet:0.2,0.8,batch alphanet:0.3,2,batch"
 ONE_PASS = ["ab", "hellinger", "alphanet:0.2,0.8,batch", "fkl", "rkl", "wsd", "bdkd"]
 
 
@@ -256,20 +257,7 @@ def test_types_and_maps_of_each_model(sanitized, divergence, teacher, student):
 
 
 @pytest.mark.parametrize("kept", [0, 1, 2])
-@pytest.mark.parametrize(
-    "divergence",
-    [
-        "jsd:0.5",
-        "sfkl:0.1",
-        "srkl:0.1",
-        "tvd",
-        "hellinger",
-        "alpha:0.3",
-        "alpha:0.8",
-        "alphanet:0.2,0.8,batch",
-        "alphanet:0.3,2,batch",
-    ],
-)
+@pytest.mark.parametrize("divergence", CENTERED.split())
 def test_distributions_that_hardly_overlap(sanitized, divergence, kept):
     """In float32 and 16 bits. The statistics of either make the same gradient in float32."""
     divergence = divergences.parse(divergence)

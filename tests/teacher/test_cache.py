@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 
+import datasets
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, set_seed
@@ -192,8 +193,6 @@ def test_key_changes_with_everything_that_rows_depend_on(recipe, tmp_path):
 
 
 def test_samples_hash_tells_tokens_from_boundaries():
-    import datasets
-
     def digest(ids, spans):
         return store.hash_samples(datasets.Dataset.from_dict({"input_ids": ids, "spans": spans}))
 
@@ -481,8 +480,6 @@ def test_finished_stage_is_used_whatever_the_cache(recipe, capsys):
 
 
 def test_layout_covers_every_row_once():
-    import datasets
-
     generator = torch.Generator().manual_seed(0)
     lengths = torch.randint(2, 200, (500,), generator=generator).tolist()
     prompts = [1 + index % (length - 1) for index, length in enumerate(lengths)]
