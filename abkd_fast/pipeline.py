@@ -6,6 +6,7 @@ import gc
 import itertools
 import json
 import pathlib
+import sys
 from collections.abc import Callable, Iterator
 
 import torch
@@ -31,7 +32,7 @@ from .generation import answers
 from .losses.divergences import AlphaNet, parse
 from .models import loading
 from .training.dry_run import describe
-from .training.prepare import Prepared, dev_rows, read_tokenizer, train_rows
+from .training.prepare import Prepared, dev_rows, read_tokenizer, train_format, train_rows
 from .training.show_rows import print_samples, shown_samples
 from .training.trainer import Trainer
 
@@ -152,10 +153,10 @@ def plan(stages: list[Config], resume: bool = False) -> None:
 def show_rows(stages: list[Config], count: int) -> None:
     """Prints the first rows of each stage's training data as its model sees them. Loads no weights.
 
-    Stages that see the same print it once. Raises ConfigError.
+    Stages that see the same print it once. What was read, and what not, goes to stderr. Raises ConfigError.
     """
     check_number("show-rows", count, 1)
-    samples, earlier = [], {}
+    samples, notes, earlier = [], {}, {}
     for config in stages:
         earlier[config.run.stage] = config
         tokenizer = _read_tokenizer(config, earlier)
@@ -163,7 +164,10 @@ def show_rows(stages: list[Config], count: int) -> None:
         if config.data.stage and not pathlib.Path(data.train).exists():
             continue  # nothing is written yet
         source, limit, *others = train_rows(dataclasses.replace(config, data=data))
-        samples += shown_samples(read_rows(source, min(count, limit or count), *others), tokenizer, data)
+        rows = read_rows(source, min(count, limit or count), *others)
+        notes |= dict.fromkeys(rows.notes)
+        samples += shown_samples(rows, tokenizer, data, train_format(config))
+    print(*notes, sep="\n", file=sys.stderr)
     print_samples(samples)
 
 

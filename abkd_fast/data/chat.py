@@ -34,8 +34,8 @@ class Turn(typing.NamedTuple):
     """An answer of the assistant, as text."""
 
     prompt: str  # everything before it: what the model is given when it answers
-    response: str  # with the end of turn that the template renders
-    is_closed: bool  # whether that is a token; if not, the tokenizer's end token has to follow
+    response: str | None  # with the end of turn that the template renders; None where a model is to write it
+    is_closed: bool  # whether nothing has to follow; else the tokenizer's end token does
 
 
 class ChatTemplate:
@@ -43,7 +43,9 @@ class ChatTemplate:
 
     Attributes:
         end: the token that ends a turn of the assistant; None if the template has none.
-        tail: the text of a turn after the answer, up to this token.
+        end_text: its text; empty if there is none.
+        after: the text after the answer where it is the last message.
+        tail: the text of a turn after the answer, up to the end token.
         header: what the model has to write before an answer, because the generation prompt lacks it.
         generation: the generation prompt.
         opening: what it has and the rendering of an answer lacks: "<think>" and a line end in R1's.
@@ -55,25 +57,36 @@ class ChatTemplate:
         reserved = inspect.signature(tokenizer.apply_chat_template).parameters.keys() & self.kwargs.keys()
         if reserved:
             raise ConfigError(f"data.chat_template_kwargs: {min(reserved)} is no value of the template: leave it out")
-        self.added = {str(token): index for index, token in tokenizer.added_tokens_decoder.items()}
+        added = {str(token): index for index, token in tokenizer.added_tokens_decoder.items()}
+        self.added = {token: index for token, index in added.items() if token.strip()}  # Gemma's has line ends, too
         question, answer = {"role": "user", "content": "question"}, {"role": "assistant", "content": PROBE}
         try:
             alone, prompt = (self.render([question], generates) for generates in (False, True))
             whole = self.render([question, answer], False)
         except ConfigError as error:
             raise ConfigError(f"the chat template can't render a question and an answer: {error}") from None
-        before, found, after = whole.rpartition(PROBE)
+        before, found, self.after = whole.rpartition(PROBE)
         if not found:
             raise ConfigError("the chat template renders no answer of the assistant: give data.chat_template")
         same = _common_length(prompt, before)
         self.opening, self.header = prompt[same:], before[same:]
         self.generation = prompt[_common_length(alone, prompt) :]
-        places = [(after.index(token), token) for token in self.added if token and token in after]
-        first = min(places, default=None, key=lambda place: (place[0], -len(place[1])))
-        self.end = None if first is None else self.added[first[1]]
-        self.end_text = "" if first is None else first[1]
-        self.after = after
-        self.tail = after.rstrip() if first is None else after[: first[0] + len(first[1])]
+        try:
+            history = self.render([question, answer, question], True).partition(PROBE)[2]
+        except ConfigError:
+            history = self.after
+        self._find_end(self.after[: _common_length(self.after, history)] or self.after)
+
+    def _find_end(self, after: str) -> None:
+        """Finds the end of a turn in what follows an answer everywhere, in the middle of a conversation as at its end.
+
+        It is the first token of the tokenizer's own there, with those that follow at once (Command R7B has two).
+        """
+        tokens = "|".join(re.escape(token) for token in sorted(self.added, key=len, reverse=True))
+        found = re.search(f"(?:{tokens})*({tokens})", after) if tokens else None
+        self.end_text = found[1] if found else ""
+        self.end = self.added[found[1]] if found else None
+        self.tail = after[: found.end()] if found else self.after.rstrip()
 
     def render(self, messages: list[dict], generates: bool, tools: list | None = None) -> str:
         """The text of messages; with `generates` the beginning of an answer follows. Raises ConfigError."""
@@ -88,25 +101,21 @@ class ChatTemplate:
 
     def prompt(self, values: dict) -> str:
         """The text before the last answer, or of all messages where the last is not the assistant's."""
-        messages, tools = values["messages"], values.get("tools")
-        before = messages[:-1] if messages[-1]["role"] == "assistant" else messages
+        messages, tools, trained = values["messages"], values.get("tools"), _trained(values)
+        before = messages[: trained[-1]] if trained else messages
         self._check_marks(before, None, tools)
-        return self._render_prompt(before, tools)
+        return self.render(before, True, tools)
 
     def turns(self, values: dict, train_on: str) -> Iterator[Turn]:
         """The trained answers of a row. Raises ConfigError where the template can't render it, or would lose a part."""
-        messages = values["messages"]
-        answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-        trained = [index for index in answers if index in values.get("trained", answers)]
+        messages, trained = values["messages"], _trained(values)
+        if not trained:
+            raise ConfigError("no answer of the assistant is trained: all have weight 0")
         for index in trained if train_on == "all" else trained[-1:]:
-            yield self._turn(messages[:index], messages[index], values.get("tools"))
-
-    def _render_prompt(self, messages: list[dict], tools: list | None) -> str:
-        prompt = self.render(messages, True, tools)
-        for message in messages:
-            if message["role"] in ("system", "user"):
-                _check_rendered(f"a {message['role']} message", message.get("content"), prompt)
-        return prompt
+            turn = self._turn(messages[:index], messages[index], values.get("tools"))
+            if values.get("ended") is False and index == len(messages) - 1:
+                turn = Turn(turn.prompt, turn.response.removesuffix(self.tail), True)
+            yield turn
 
     def _turn(self, before: list[dict], answer: dict, tools: list | None) -> Turn:
         if not before:
@@ -115,7 +124,7 @@ class ChatTemplate:
                 '"weight": 0, or set data.train_on=last'
             )
         answer = self._without_end(answer)
-        prompt, whole = self._render_prompt(before, tools), self.render([*before, answer], False, tools)
+        prompt, whole = self.render(before, True, tools), self.render([*before, answer], False, tools)
         is_whole = whole.startswith(prompt)
         self._check_marks(before, answer if is_whole else {**answer, **dict.fromkeys(THOUGHTS)}, tools)
         if is_whole:
@@ -125,13 +134,13 @@ class ChatTemplate:
         else:
             raise ConfigError(
                 "the chat template renders the messages before an answer in another way once it is there: give another "
-                "as data.chat_template"
+                "as data.chat_template, or other data.chat_template_kwargs"
             )
         _check_rendered("content", answer.get("content"), self.generation + response)
         return Turn(prompt, response, is_closed)
 
     def _check_marks(self, before: list[dict], answer: dict | None, tools: list | None) -> None:
-        """Raises ConfigError if a tool, a result or call of one, or the thoughts of an answer reach no text.
+        """Raises ConfigError if a message before an answer, a tool, a call of one, or its thoughts reach no text.
 
         A word is written at the end of each, and has to be in the text. Thoughts of earlier answers may be left out.
         """
@@ -181,11 +190,21 @@ class ChatTemplate:
         content, opening = answer.get("content") or "", self.opening.strip()
         if not opening:
             return content
-        closing = opening.replace("<", "</", 1)
-        if thoughts := answer.get("reasoning_content"):
-            return f"{thoughts}\n{closing}\n\n{content}"
-        if content.lstrip().startswith(opening) or closing in content:
-            return content.lstrip().removeprefix(opening).lstrip("\n")
+        begin = opening.split()[0]
+        end = begin[0] + "/" + begin[1:]  # <think> and </think>
+        thoughts = answer.get("reasoning_content")
+        if end in opening:  # the thoughts are over, and there are none
+            if thoughts or begin in content:
+                raise ConfigError(
+                    f"the generation prompt closes {begin}, but the answer has thoughts: see data.chat_template_kwargs"
+                )
+            return content
+        if thoughts and begin in content:
+            raise ConfigError(f"has both reasoning_content and {begin} in its content: give one")
+        if thoughts:
+            return f"{thoughts}\n{end}\n\n{content}"
+        if content.lstrip().startswith(begin) or end in content:
+            return content.lstrip().removeprefix(begin).lstrip("\n")
         raise ConfigError(
             f"the chat template's generation prompt opens {opening}, but the answer has none: give reasoning_content, "
             "or a template without it as data.chat_template"
@@ -198,9 +217,23 @@ def chat_template(tokenizer: PreTrainedTokenizerBase, style: PromptFormat) -> Ch
 
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase, style: PromptFormat) -> int | None:
-    """The token with which the chat template ends a turn of the assistant; None where there is none."""
-    template = chat_template(tokenizer, style)
+    """The token with which the chat template ends a turn of the assistant; None where there is none.
+
+    A template that can't be used has none: rows without messages don't need it.
+    """
+    try:
+        template = chat_template(tokenizer, style)
+    except ConfigError:
+        return None
     return None if template is None else template.end
+
+
+def _trained(values: dict) -> list[int]:
+    """The places of the answers that are trained; none where all messages come before an answer to be written."""
+    if values.get("is_prompt") or values["messages"][-1]["role"] != "assistant":
+        return []
+    answers = [index for index, message in enumerate(values["messages"]) if message["role"] == "assistant"]
+    return [index for index in answers if index in values.get("trained", answers)]
 
 
 def _common_length(first: str, second: str) -> int:
@@ -210,7 +243,7 @@ def _common_length(first: str, second: str) -> int:
 def _mark(marks: dict[str, str], message: dict, thoughts: tuple[str, ...]) -> dict:
     """A copy of a message with a mark in each part that a template may lose. Adds what the marks stand for."""
     marked = {**message}
-    if message["role"] not in ("system", "user", "assistant") and isinstance(message.get("content"), str):
+    if message["role"] != "assistant" and isinstance(message.get("content"), str) and message["content"].strip():
         marked["content"] = _mark_text(marks, f"a {message['role']} message", message["content"])
     for key in thoughts:
         if isinstance(message.get(key), str) and message[key].strip():
@@ -247,6 +280,6 @@ def _check_rendered(what: str, text: str | None, rendered: str) -> None:
     """Raises ConfigError if a text of the user's is lost. White space may change, and JSON may escape characters."""
     if not isinstance(text, str):
         return
-    bare, rest = "".join(rendered.split()), "".join(text.split())
-    if rest not in bare and json.dumps(rest, ensure_ascii=False)[1:-1] not in bare:
+    escaped = json.dumps(text, ensure_ascii=False)[1:-1]
+    if not any("".join(form.split()) in "".join(rendered.split()) for form in (text, escaped)):
         raise ConfigError(f"the chat template loses {what} ({text[:40]!r}): give another as data.chat_template")

@@ -16,6 +16,10 @@ from .rows import Row
 
 LONG_TEXT = 32  # characters a token: where a text has more, only its beginning can matter
 ANCHORS = ("\n", "", "a", ".")  # where a token would cross the seam, a response is encoded after one of these
+NO_TEMPLATE = (
+    "has messages, but the tokenizer has no chat template; name another tokenizer (the teacher's may have one), or "
+    "give data.chat_template, or use prompt and output"
+)
 EMPTY_PROMPT = "the prompt is empty: nothing predicts the first token of the response"
 
 
@@ -38,10 +42,13 @@ class Encoder:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, style: PromptFormat, max_length: float = math.inf) -> None:
         """Of texts that give more than max_length tokens only the beginning is encoded.
 
-        Raises ConfigError for a chat template that can't be used, and for a begin token that the tokenizer lacks.
+        Raises ConfigError for a begin token that the tokenizer lacks.
         """
         self.tokenizer, self.style, self.max_length = tokenizer, style, max_length
-        self.template = chat_template(tokenizer, style)
+        try:
+            self.template, self.problem = chat_template(tokenizer, style), NO_TEMPLATE
+        except ConfigError as error:  # of no importance to rows without messages
+            self.template, self.problem = None, str(error)
         self.end = tokenizer.eos_token_id
         self.ends = {self.end, self.template.end if self.template else None} - {None}
         self.begins = {is_chat: begin_token(tokenizer, style, is_chat) for is_chat in (False, True)}
@@ -89,20 +96,23 @@ class Encoder:
 
     def describe(self, rows: Sequence[Row]) -> str:
         """One line for people: what prompts begin with, what is trained, and what ends it."""
-        is_chat = any("messages" in row.values for row in rows)
         if any("prompt_ids" in row.values for row in rows):
-            return "token ids as they are in the data"
-        begin, end = self.begins[False], self.end
-        if is_chat and self.template and self.template.end is not None:
-            end = self.template.end
-        end = self.tokenizer.convert_ids_to_tokens(end)
+            is_mixed = not all("prompt_ids" in row.values for row in rows)
+            return "token ids as they are in the data" + (", other rows as text" if is_mixed else "")
+        is_chat = self.template is not None and any("messages" in row.values for row in rows)
+        begin = f"prompts begin with {self.tokenizer.bos_token}" if self.begins[is_chat] else "no begin token"
         if not is_chat:
-            begin = f"prompts begin with {self.tokenizer.bos_token}" if begin else "no begin token"
-            return f"{begin}, responses end with {end}"
-        turns = "all turns" if self.style.train_on == "all" else "the last turn"
-        line = f"chat template; {turns} of the assistant are trained, up to {end}"
-        header = self.template.header.strip()
-        return f"{line}; the template has no generation prompt, so the model also learns {header!r}" if header else line
+            return f"{begin}, responses end with {self.tokenizer.eos_token}"
+        turns = "all turns of the assistant are" if self.style.train_on == "all" else "the assistant's last turn is"
+        end, header = self.template.end_text or self.tokenizer.eos_token, self.template.header.strip()
+        line = f"chat template; {turns} trained, up to {end}"
+        if self.begins[True]:
+            line += f"; {begin}"
+        if header:
+            line += f"; the model also learns {header!r}, which the template's generation prompt lacks"
+        if "strftime_now" in str(self.tokenizer.chat_template):
+            line += "; the template writes the date, which stored tokens keep"
+        return line
 
     def _prompt(self, row: Row) -> list[int] | str:
         """The tokens before the last answer of a row, or their text."""
@@ -127,19 +137,13 @@ class Encoder:
         if "messages" not in values:
             return [Turn(values["prompt"], values.get("output"), values.get("ended") is False)]
         template = self._need_template()
-        if values["messages"][-1]["role"] != "assistant":
+        if values.get("is_prompt") or values["messages"][-1]["role"] != "assistant":
             return [Turn(template.prompt(values), None, True)]
-        turns = list(template.turns(values, self.style.train_on))
-        if values.get("ended") is False and turns:
-            turns[-1] = Turn(turns[-1].prompt, turns[-1].response.removesuffix(template.tail), True)
-        return turns
+        return list(template.turns(values, self.style.train_on))
 
     def _need_template(self) -> ChatTemplate:
         if self.template is None:
-            raise ConfigError(
-                "has messages, but the tokenizer has no chat template; name another tokenizer (the teacher's may have "
-                "one), or give data.chat_template, or use prompt and output"
-            )
+            raise ConfigError(self.problem)
         return self.template
 
     def _encode_turns(self, turns: list[Turn]) -> list[tuple[list[int], list[int] | None]]:

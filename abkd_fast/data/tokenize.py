@@ -36,17 +36,22 @@ class Tokenized:
     """The samples of a data set, and the rows that gave none."""
 
     dataset: datasets.Dataset  # the columns of ROW
-    left_out: dict[int, str]  # why, by the index of the row
+    bad: dict[int, str]  # rows that can't be used, by their index, and why
+    long: dict[int, str]  # rows whose prompts are too long, likewise
     format: str  # for people: what prompts begin with, what is trained, and what ends it
 
     def notes(self, rows: list[Row], max_length: int) -> Iterator[str]:
         """Lines for people about rows that are cut or left out."""
         if cut := int((self.dataset.with_format("numpy")["row_length"][:] > max_length).sum()):
             yield f"{cut} of {len(self.dataset)} samples exceed {max_length} tokens and are cut"
-        if self.left_out:
-            (first, reason), *others = self.left_out.items()
-            others = f", and {len(others)} others" if others else ""
-            yield f"{len(self.left_out)} of {len(rows)} rows are left out: {rows[first].where}: {reason}{others}"
+        for left_out, named in ((self.bad, 3), (self.long, 1)):
+            if left_out:
+                shown = "; ".join(f"{rows[row].where}: {left_out[row]}" for row in [*left_out][:named])
+                others = f", and {len(left_out) - named} others" if len(left_out) > named else ""
+                yield f"{len(left_out)} of {len(rows)} rows are left out: {shown}{others}"
+
+    def why_left_out(self, row: int) -> str | None:
+        return self.bad.get(row) or self.long.get(row)
 
 
 def tokenize(
@@ -84,6 +89,8 @@ def tokenize(
                 writer.write_batch(pyarrow.record_batch(columns, schema=ROW.arrow_schema))
         atomic_write(notes, json.dumps({"bad": bad, "long": long}))
 
+    if not notes.exists():  # somebody has deleted it
+        arrow_file(key).unlink(missing_ok=True)
     dataset = stored(key, write)
     left_out = json.loads(notes.read_text(encoding="utf-8"))
     bad, long = ({int(row): reason for row, reason in left_out[kind].items()} for kind in ("bad", "long"))
@@ -93,7 +100,7 @@ def tokenize(
     if not len(dataset):
         reason = f"the prompts exceed {max_prompt_length} tokens, so no row is left; raise data.max_prompt_length"
         raise ConfigError(f"{rows[0].where} and all others: {reason}")
-    return Tokenized(dataset, bad | long, encoder.describe(rows))
+    return Tokenized(dataset, bad, long, encoder.describe(rows))
 
 
 def encode_prompts(

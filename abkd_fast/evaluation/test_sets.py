@@ -116,9 +116,12 @@ def _check_source(source: str) -> None:
 def _encode(
     rows: list[Row], tokenizer: PreTrainedTokenizerBase, hf_config: PretrainedConfig, protocol: Protocol
 ) -> tuple[list[list[int]], int]:
-    """Returns the prompts in tokens, and how many of them are cut."""
+    """Returns the prompts in tokens, and how many of them are cut.
+
+    Messages stay whole: a prompt without its end and the beginning of an answer asks for nothing.
+    """
     whole = encode_prompts(rows, tokenizer, protocol.style)
-    limit = protocol.max_prompt_length
-    prompts = [prompt[:limit] for prompt in whole]
+    limits = [None if "messages" in row.values else protocol.max_prompt_length for row in rows]
+    prompts = [prompt[:limit] for prompt, limit in zip(whole, limits, strict=True)]
     loading.check_prompts(hf_config, zip((row.where for row in rows), prompts, strict=True))
-    return prompts, sum(len(prompt) > limit for prompt in whole)
+    return prompts, sum(len(prompt) < len(uncut) for prompt, uncut in zip(prompts, whole, strict=True))

@@ -19,7 +19,7 @@ from transformers.utils import GENERATION_CONFIG_NAME, cached_file
 
 from ..config.schema import ModelConfig
 from ..data import quickstart
-from ..data.chat import PromptFormat, end_of_turn
+from ..data.chat import PromptFormat, chat_template, end_of_turn
 from ..data.encode import begin_token
 from ..errors import ConfigError, first_line
 from ..files import is_local_path
@@ -172,6 +172,30 @@ def use_chat_template(tokenizer: PreTrainedTokenizerBase, path: str | None, key:
     if not text.strip():
         raise ConfigError(f"{key}: {path}: is empty, expected a chat template")
     tokenizer.chat_template = text
+
+
+def keep_chat_format(tokenizer: PreTrainedTokenizerBase, style: PromptFormat) -> None:
+    """Writes the values of a chat template, and a begin token that it lacks, into the template itself.
+
+    The tokenizer is saved with the model, so later commands and other tools render prompts as in training. They may
+    still give other values. A template that can't be used stays as it is: rows without messages don't need it.
+    """
+    try:
+        template = chat_template(tokenizer, style)
+    except ConfigError:
+        return
+    if template is None or not isinstance(tokenizer.chat_template, str):
+        return
+    values = [
+        f"{{% if {key} is not defined %}}{{% set {key} = {value!r} %}}{{% endif %}}"
+        for key, value in (style.chat_template_kwargs or {}).items()
+    ]
+    added = "".join(values) + ("{{ '' }}" if values else "")  # else a line end that follows a block would vanish
+    question = template.render([{"role": "user", "content": "question"}], True)
+    if style.begin_token is True and not question.startswith(tokenizer.bos_token or ""):
+        added += "{{ bos_token }}"
+    if not tokenizer.chat_template.startswith(added):
+        tokenizer.chat_template = added + tokenizer.chat_template
 
 
 def keep_begin_token(tokenizer: PreTrainedTokenizerBase, style: PromptFormat) -> bool:

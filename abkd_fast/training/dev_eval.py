@@ -65,7 +65,11 @@ class DevRouge:
         known = [rows[index] for index in dict.fromkeys(dev_set["row"])]
         style = PromptFormat.from_config(config.data)
         prompts = encode_prompts(known, tokenizer, style)
-        pairs = [pair for pair in zip(known, prompts, strict=True) if len(pair[1]) < config.data.max_length]
+        pairs = [
+            (row, prompt)
+            for row, prompt in zip(known, prompts, strict=True)
+            if len(prompt) < config.data.max_length and any(references(row, tokenizer))  # a call of a tool has no text
+        ]
         if not pairs:
             raise ConfigError("eval.rouge_rows: no prompt of data.dev leaves room for an answer; raise data.max_length")
         answered, self.prompts = zip(*pairs[: config.eval.rouge_rows], strict=True)

@@ -63,6 +63,13 @@ def train_rows(config: Config) -> tuple:
     return config.data.train, config.data.train_rows, TRAIN, outputs, *_reading(config)
 
 
+def train_format(config: Config) -> PromptFormat:
+    """The format of data.train. A method that writes all responses itself answers the last turn of each row alone."""
+    style = PromptFormat.from_config(config.data)
+    is_answered = config.method != "generate" and not METHODS[config.method](config).off_policy_fraction
+    return dataclasses.replace(style, train_on="last") if is_answered else style
+
+
 def dev_rows(config: Config) -> tuple:
     """The arguments of `read_rows` for data.dev. Raises ConfigError for a data.columns that can't be meant."""
     outputs = "ignored" if config.method == "generate" else "required"
@@ -87,6 +94,7 @@ def read_tokenizer(config: Config, *later: Config) -> PreTrainedTokenizerBase:
     for data in (config.data, *(stage.data for stage in later)):
         loading.use_chat_template(tokenizer, data.chat_template, "data.chat_template")
         loading.keep_begin_token(tokenizer, PromptFormat.from_config(data))
+        loading.keep_chat_format(tokenizer, PromptFormat.from_config(data))
     return tokenizer
 
 
@@ -113,19 +121,19 @@ def read_train_data(
 ) -> TrainData:
     """Reads and tokenizes the data of a run. Raises ConfigError where they don't fit the configuration."""
     data = config.data
-    settings = data.max_length, data.max_prompt_length, PromptFormat.from_config(data), data.on_bad_row
+    style, limits = PromptFormat.from_config(data), (data.max_length, data.max_prompt_length)
     rows = prepared.take_rows(*train_rows(config))
-    tokenized = tokenize(rows, tokenizer, *settings)
+    tokenized = tokenize(rows, tokenizer, *limits, train_format(config), data.on_bad_row)
     train_set, where = tokenized.dataset, [row.where for row in rows]
     notes = [*rows.notes, tokenized.format, *tokenized.notes(rows, data.max_length)]
     dev = None
     if data.dev is not None:
         rows = prepared.take_rows(*dev_rows(config))
-        tokenized = tokenize(rows, tokenizer, *settings)
+        tokenized = tokenize(rows, tokenizer, *limits, style, data.on_bad_row)
         notes += [*rows.notes, *(f"data.dev: {note}" for note in tokenized.notes(rows, data.max_length))]
         dev = DevEvaluator(config, rows, tokenized.dataset, tokenizer)
         notes += dev.notes
-    if not loading.keep_begin_token(tokenizer, settings[2]):
+    if not loading.keep_begin_token(tokenizer, style):
         begin = json.dumps(data.begin_token)
         notes.append(f"the tokenizer in final/ can't keep data.begin_token: give later commands --begin-token {begin}")
     steps_per_epoch = _steps_per_epoch(config, len(train_set))

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..config.schema import DataConfig
 from ..console import console
+from ..data.batches import count_labels
 from ..data.chat import PromptFormat
 from ..data.rows import Row
 from ..data.tokenize import tokenize
@@ -42,18 +43,19 @@ class ShownSample(NamedTuple):
         return Text.assemble((f"{self.where}: {counts}\n", "dim"), *styled, "\n")
 
 
-def shown_samples(rows: list[Row], tokenizer: PreTrainedTokenizerBase, data: DataConfig) -> Iterator[ShownSample]:
+def shown_samples(
+    rows: list[Row], tokenizer: PreTrainedTokenizerBase, data: DataConfig, style: PromptFormat
+) -> Iterator[ShownSample]:
     """Every sample of the rows as it is trained on, and rows that are left out. Raises ConfigError as `tokenize`."""
-    settings = data.max_length, data.max_prompt_length, PromptFormat.from_config(data), data.on_bad_row
-    tokenized = tokenize(rows, tokenizer, *settings)
+    tokenized = tokenize(rows, tokenizer, data.max_length, data.max_prompt_length, style, data.on_bad_row)
     samples = {index: [*own] for index, own in itertools.groupby(tokenized.dataset, lambda sample: sample["row"])}
     for index, row in enumerate(rows):
         for sample in samples.get(index, ()):
             ids, spans = sample["input_ids"], sample["spans"]
-            trained = sum(spans[1::2]) - sum(spans[::2])
-            yield ShownSample(row.where, tuple(_pieces(tokenizer, ids, spans)), len(ids), trained)
-        if index in tokenized.left_out:
-            yield ShownSample(row.where, (), left_out=tokenized.left_out[index])
+            pieces = tuple(_pieces(tokenizer, ids, spans))
+            yield ShownSample(row.where, pieces, len(ids), count_labels(sample))
+        if reason := tokenized.why_left_out(index):
+            yield ShownSample(row.where, (), left_out=reason)
 
 
 def _pieces(tokenizer: PreTrainedTokenizerBase, ids: list[int], spans: list[int]) -> Iterator[tuple[str, bool]]:

@@ -364,8 +364,8 @@ FORMATS = {
         mistral,
         "",
         mistral_answer,
-        {"tools": None, "agent": "loses reasoning_content", "system": ANOTHER_WAY},
-        {"tools": None, "agent": None, "system": ANOTHER_WAY},
+        {"tools": None, "agent": "loses reasoning_content", "system": "loses a system message"},
+        {"tools": None, "agent": None, "system": "loses a system message"},
         bos="<s>",
     ),
     "chatml": build(

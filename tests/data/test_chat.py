@@ -341,3 +341,63 @@ def test_thoughts_whose_beginning_the_generation_prompt_has():
     """As servers of R1 write them."""
     values = {"messages": [QUESTION, assistant("Hm.\n</think>\n\nIt is 5.")]}
     assert trained("r1", values) == [["Hm.\n</think>\n\nIt is 5.<|end|>"]]
+
+
+def test_a_generation_prompt_that_closes_the_thoughts(changed):
+    """And a template that renders answers without them."""
+    changed("r1", "<think>\n", "<think>\n\n</think>\n\n")
+    assert trained("r1", row_of("plain")) == [["It is 5.<|end|>"]]
+    for thoughts in ({"reasoning_content": "Hm."}, {"content": "<think>\nHm.\n</think>\n\n5"}):
+        message = refusal("r1", {"messages": [QUESTION, assistant("It is 5.") | thoughts]})
+        assert "closes <think>, but the answer has thoughts" in message
+
+
+def test_thoughts_in_two_places():
+    answer = assistant("<think>\nHm.\n</think>\n\nIt is 5.", reasoning_content="Hm.")
+    assert "has both reasoning_content and <think>" in refusal("r1", {"messages": [QUESTION, answer]})
+
+
+def test_an_end_of_turn_of_two_tokens(changed):
+    """As Command R7B's. The last one is the end, and both are trained."""
+    changed("chatml", "<|im_end|>", "<|im_end|><end>")
+    assert end_of_turn(tokenizer_of("chatml"), style_of("chatml")) == tokenizer_of("chatml").convert_tokens_to_ids(
+        "<end>"
+    )
+    assert trained("chatml", row_of("turns"))[0][0] == "It is 5.<|im_end|><end>"
+
+
+def test_a_line_end_that_is_a_token_of_its_own(changed):
+    """As in Gemma's tokenizer. It ends no turn."""
+    changed("chatml").add_tokens(["\n"])
+    assert trained("chatml", row_of("plain")) == [["It is 5.<|im_end|>"]]
+    changed("no end token").add_tokens(["\n"])
+    assert end_of_turn(tokenizer_of("no end token"), style_of("no end token")) is None
+
+
+def test_a_cut_answer_without_weight_leaves_the_ends_of_others():
+    values = {"messages": [*CONVERSATIONS["turns"]], "trained": [1, 3], "ended": False}
+    assert trained("chatml", values) == [["It is 5.<|im_end|>", "Then 9.<|im_end|>"]]
+    assert trained("chatml", {**values, "trained": [1, 3, 5]})[0][-1] == "Welcome!"
+    assert "all have weight 0" in refusal("chatml", {**values, "trained": []})
+
+
+def test_messages_before_an_answer_that_is_to_be_written():
+    """They may end with an answer, which stays in the prompt."""
+    values = {"messages": [QUESTION, ANSWER], "is_prompt": True}
+    (prompt,) = encode_prompts([Row("rows line 1", values)], tokenizer_of("chatml"), style_of("chatml"))
+    ((ids, spans),) = tokenized("chatml", values)
+    assert prompt == ids
+    assert spans == [len(ids)] * 2
+    assert "It is 5." in text_of("chatml", prompt)
+
+
+def test_a_template_that_nobody_needs_disturbs_nobody(changed):
+    tokenizer = changed("chatml")
+    tokenizer.chat_template = "{{ raise_exception('no') }}"
+    rows = [Row("rows line 1", {"prompt": "Add", "output": " 3"}), Row("rows line 2", {"messages": [QUESTION, ANSWER]})]
+    assert len(tokenize(rows[:1], tokenizer, 64).dataset) == 1
+    assert end_of_turn(tokenizer, PromptFormat()) is None
+    with pytest.raises(ConfigError, match="line 2: the chat template can't render a question and an answer"):
+        tokenize(rows, tokenizer, 64)
+    (note,) = tokenize(rows, tokenizer, 64, on_bad_row="skip").notes(rows, 64)
+    assert note.startswith("1 of 2 rows are left out: rows line 2: the chat template can't")
