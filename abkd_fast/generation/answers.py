@@ -57,7 +57,7 @@ class Generator:
         self.dtype_name = str(self.dtype).removeprefix("torch.")
         self.hf_config = loading.read_meta_model(spec, "model").config
         self.tokenizer = loading.read_tokenizer(*tokenizer)
-        loading.use_chat_template(self.tokenizer, chat_template, "chat_template")
+        loading.use_chat_template(self.tokenizer, chat_template, "chat_template", style)
         loading.check_vocabularies(self.tokenizer, self.hf_config)
         self.ends = loading.end_tokens(spec.path, self.tokenizer, style)
         self.sampling = dataclasses.replace(sampling, eos_token_ids=self.ends)

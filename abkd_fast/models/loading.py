@@ -160,8 +160,8 @@ def tokenizer_path(spec: ModelConfig) -> str:
     return spec.adapter if spec.adapter and settings.exists() else spec.path
 
 
-def use_chat_template(tokenizer: PreTrainedTokenizerBase, path: str | None, key: str) -> None:
-    """Takes the chat template in a file in place of the tokenizer's. Raises ConfigError for a file without text."""
+def use_chat_template(tokenizer: PreTrainedTokenizerBase, path: str | None, key: str, style: PromptFormat) -> None:
+    """Takes the chat template in a file in place of the tokenizer's. Raises ConfigError for a file that has none."""
     if path is None:
         return
     try:
@@ -172,6 +172,10 @@ def use_chat_template(tokenizer: PreTrainedTokenizerBase, path: str | None, key:
     if not text.strip():
         raise ConfigError(f"{key}: {path}: is empty, expected a chat template")
     tokenizer.chat_template = text
+    try:
+        chat_template(tokenizer, style)
+    except ConfigError as error:
+        raise ConfigError(f"{key}: {path}: {error}") from None
 
 
 def keep_chat_format(tokenizer: PreTrainedTokenizerBase, style: PromptFormat) -> None:

@@ -92,9 +92,10 @@ def read_tokenizer(config: Config, *later: Config) -> PreTrainedTokenizerBase:
     source, key = (config.tokenizer, "tokenizer") if config.tokenizer else (config.student.path, "student.path")
     tokenizer = loading.read_tokenizer(source, key)
     for data in (config.data, *(stage.data for stage in later)):
-        loading.use_chat_template(tokenizer, data.chat_template, "data.chat_template")
-        loading.keep_begin_token(tokenizer, PromptFormat.from_config(data))
-        loading.keep_chat_format(tokenizer, PromptFormat.from_config(data))
+        style = PromptFormat.from_config(data)
+        loading.use_chat_template(tokenizer, data.chat_template, "data.chat_template", style)
+        loading.keep_begin_token(tokenizer, style)
+        loading.keep_chat_format(tokenizer, style)
     return tokenizer
 
 
