@@ -265,8 +265,14 @@ BAD = {
         ["--chat-template", "model/model.safetensors"],
         "chat_template: model/model.safetensors: can't be",
     ),
-    "broken template": (["--chat-template", "broken.jinja"], "the chat template can't render a question and an answer"),
-    "text as template": (["--chat-template", "bare.jsonl"], "the chat template renders no answer of the assistant"),
+    "broken template": (
+        ["--chat-template", "broken.jinja"],
+        "chat_template: broken.jinja: the chat template can't render a question and an answer",
+    ),
+    "text as template": (
+        ["--chat-template", "bare.jsonl"],
+        "chat_template: bare.jsonl: the chat template renders no answer of the assistant",
+    ),
     "template's values": (
         ["--chat-template-kwargs", "{"],
         "chat_template_kwargs: {: expected a JSON object, for example",
