@@ -167,7 +167,8 @@ def show_rows(stages: list[Config], count: int) -> None:
         rows = read_rows(source, min(count, limit or count), *others)
         notes |= dict.fromkeys(rows.notes)
         samples += shown_samples(rows, tokenizer, data, train_format(config))
-    print(*notes, sep="\n", file=sys.stderr)
+    for note in notes:
+        print(note, file=sys.stderr)
     print_samples(samples)
 
 
