@@ -171,13 +171,18 @@ def _read_prompt(values: dict, answer: str) -> tuple[dict, object]:
         if is_chat:
             raise ConfigError(f'"{key}" is a list of messages, but "prompt" is not: give two texts, or two lists')
         return _read_text(values, _text(values, "prompt"), answer)
-    if isinstance(completion, list) and not is_chat and completion:
-        completion = completion[0]  # the first of several references
+    for extra in INPUTS:
+        if values.get(extra):
+            raise ConfigError(f'has "{extra}", for which a "prompt" of messages has no place; {WAY_OUT}')
+    outputs = completion if isinstance(completion, list) and not is_chat else None
+    if outputs:
+        completion = outputs[0]  # the first of several references
     after = completion if is_chat else [{"role": "assistant", "content": completion}] if completion else []
     if not after and answer == "required":
         raise _missing_output(values, key)
     key = f"prompt and {key}" if after else "prompt"
-    return messages.convert_row(values, [*before, *after], key, answer, len(before))
+    row, reference = messages.convert_row(values, [*before, *after], key, answer, len(before))
+    return row, outputs or reference
 
 
 def _is_messages(value: object) -> bool:
@@ -186,7 +191,7 @@ def _is_messages(value: object) -> bool:
 
 def _read_instruction(values: dict, answer: str) -> tuple[dict, object]:
     key, extra = _only(values, PROMPTS), _only(values, INPUTS)
-    context = _text(values, extra) if extra and values[extra] else ""
+    context = _text(values, extra) if extra and values[extra] != "" else ""
     template = PROMPT_WITH_INPUT if context else PROMPT
     return _read_text(values, template.format(instruction=_text(values, key), input=context), answer)
 

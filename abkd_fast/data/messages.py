@@ -16,6 +16,7 @@ ROLES = {
 }
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # keys in which templates look for a thought
 TEXT_PARTS = ("text", "input_text", "output_text")
+WEIGHTS = ("weight", "train")
 
 
 def convert_row(values: dict, messages: object, key: str, answer: str, first: int = 0) -> tuple[dict, object]:
@@ -34,7 +35,9 @@ def convert_row(values: dict, messages: object, key: str, answer: str, first: in
         raise ConfigError(f'"{key}" must be a list of objects with role and content, got {show(messages)}')
     reference = None
     if answer == "ignored" and _role(messages[-1], key) == "assistant":
-        *messages, last = messages
+        places = [place for place, one in enumerate(messages) if _role(one, key) == "assistant" and _is_trained(one)]
+        place = max((place for place in places if place >= first), default=len(messages) - 1)
+        messages, last = messages[:place], messages[place]
         reference = last.get("content", last.get("value"))  # unchecked: it isn't given to a model
         reference = _join_parts(reference) if _is_text_parts(reference) else reference
     converted, weights = zip(*(_convert(one, key) for one in messages), strict=True) if messages else ((), ())
@@ -48,7 +51,7 @@ def convert_row(values: dict, messages: object, key: str, answer: str, first: in
     if answer == "ignored":
         if not converted:
             raise ConfigError(f'"{key}" has no message before the answer')
-        return row, reference
+        return row | _prompt_mark(row["messages"]), reference
     trained = [
         number + len(head)
         for number, (one, weight) in enumerate(zip(converted, weights, strict=True))
@@ -64,16 +67,20 @@ def _check_answer(row: dict, trained: list[int], key: str, answer: str) -> tuple
     """Checks the last message, and adds "trained" unless all of the assistant's messages are trained."""
     messages = row["messages"]
     last, reference = messages[-1], None
+    for number, one in enumerate(messages[:-1], 1):
+        if one["role"] == "assistant" and not _says_something(one):
+            raise ConfigError(f"message {number}, by the assistant, is empty: nothing to learn")
     if last["role"] == "assistant":
         if not _says_something(last):
             if answer == "required":
                 raise ConfigError("the last message is empty: nothing to learn")
             del messages[-1]
             trained = [number for number in trained if number < len(messages)]
+            row |= _prompt_mark(messages)
         else:
-            reference = last["content"]
             if not trained:
                 raise ConfigError("all messages of the assistant have weight 0: nothing to learn")
+            reference = messages[trained[-1]]["content"]
     elif answer == "required":
         expected = f'"{key}" must be objects with role and content, the last by the assistant'
         raise ConfigError(f"{expected}, but the last is by the {last['role']}")
@@ -84,6 +91,11 @@ def _check_answer(row: dict, trained: list[int], key: str, answer: str) -> tuple
     return row, reference
 
 
+def _prompt_mark(messages: list[dict]) -> dict:
+    """What says that messages come before an answer to be written, where their roles don't say it."""
+    return {"is_prompt": True} if messages and messages[-1]["role"] == "assistant" else {}
+
+
 def _convert(raw: dict, key: str) -> tuple[dict, bool]:
     """The message with role and content, and whether it may be trained. Other keys stay, unless they are null."""
     role = _role(raw, key)
@@ -91,9 +103,7 @@ def _convert(raw: dict, key: str) -> tuple[dict, bool]:
     content = others.pop("value", None) if "from" in others else None
     named = others.pop("role", None) or others.pop("from")
     content = others.pop("content", content)
-    weight = others.pop("weight", 1)
-    if weight not in (0, 1):
-        raise ConfigError(f'"weight" of a message must be 0 or 1, got {show(weight)}')
+    is_trained = _is_trained({name: others.pop(name) for name in WEIGHTS if name in others})
     call = others.pop("function_call", None)
     if str(named).lower() == "function_call":  # ShareGPT's role of a message that is a call
         call, content = _from_json(content, "function_call"), None
@@ -102,13 +112,47 @@ def _convert(raw: dict, key: str) -> tuple[dict, bool]:
             raise ConfigError(f"a function call must be an object with name and arguments, got {show(call)}")
         others["tool_calls"] = [{"type": "function", "function": call}]
     calls = others.get("tool_calls")
-    if calls is not None and not (isinstance(calls, list) and all(isinstance(one, dict) for one in calls)):
-        raise ConfigError(f'"tool_calls" must be a list of objects, got {show(calls)}')
-    if not calls:
+    if calls is not None and not (isinstance(calls, list) and all(_function(one) for one in calls)):
+        raise ConfigError(
+            f'"tool_calls" must be a list of objects, each with the name of a function, got {show(calls)}'
+        )
+    if calls:
+        others["tool_calls"] = [_with_object(one) for one in calls]
+    else:
         others.pop("tool_calls", None)
+    for name in THOUGHTS:
+        if not isinstance(others.get(name, ""), str):
+            raise ConfigError(f'"{name}" of a message must be text, got {show(others[name])}')
     if content is None and role == "assistant" and ("tool_calls" in raw or _says_something(others)):
         content = ""
-    return {"role": role, "content": _join_parts(content), **others}, bool(weight)
+    return {"role": role, "content": _join_parts(content), **others}, is_trained
+
+
+def _is_trained(message: dict) -> bool:
+    """Whether a message may be trained: OpenAI's "weight" (0 or 1) and Axolotl's "train" (false or true) say so."""
+    for name in WEIGHTS:
+        if message.get(name) not in (None, 0, 1):
+            raise ConfigError(f'"{name}" of a message must be 0 or 1, got {show(message[name])}')
+    return all(message.get(name) in (None, 1) for name in WEIGHTS)
+
+
+def _function(value: object) -> dict | None:
+    """The part of a tool, or of a call of one, that has its name; None where there is no name."""
+    function = value.get("function", value) if isinstance(value, dict) else None
+    return function if isinstance(function, dict) and isinstance(function.get("name"), str) else None
+
+
+def _with_object(call: dict) -> dict:
+    """The call of a tool with its arguments as an object. OpenAI writes them as text; templates would quote that."""
+    function = _function(call)
+    try:
+        arguments = parse(function["arguments"]) if isinstance(function.get("arguments"), str) else None
+    except ConfigError:  # they stay as they are
+        arguments = None
+    if not isinstance(arguments, dict):
+        return call
+    function = {**function, "arguments": arguments}
+    return {**call, "function": function} if "function" in call else function
 
 
 def _says_something(message: dict) -> bool:
@@ -164,8 +208,9 @@ def _system(values: dict) -> str | None:
 def _tools(values: dict) -> dict:
     tools = _from_json(values.get("tools") or None, "tools") or []
     tools = [tools] if isinstance(tools, dict) else tools
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise ConfigError(f'"tools" must be a list of objects, or the JSON text of one, got {show(tools)}')
+    if not isinstance(tools, list) or not all(map(_function, tools)):
+        expected = "must be a list of objects, each with a function's name, or the JSON text of one"
+        raise ConfigError(f'"tools" {expected}, got {show(tools)}')
     return {"tools": tools} if tools else {}
 
 

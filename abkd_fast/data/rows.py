@@ -23,7 +23,8 @@ class Row:
     - {"prompt_ids": int array, "output_ids": int array}, and the text of these if there is some: "output", and "prompt"
       or "messages", those before the answer.
 
-    A row of a prompt alone has no output or output_ids, or its last message is not the assistant's.
+    A row of a prompt alone has no output or output_ids, or its last message is not the assistant's. If it is, though an
+    answer is still to be written, "is_prompt" is True.
     """
 
     where: str  # file and line, for messages

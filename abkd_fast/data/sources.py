@@ -47,6 +47,8 @@ def read(source: str, splits: tuple[str, ...], known: Collection[str], notes: li
             raise ConfigError(f"{source}: no such file or folder")
         yield from _load(source, name, config, split, splits, notes)
     elif any(all(os.path.exists(path / file) for file in files) for files in SAVED):
+        if config:
+            raise ConfigError(f"{source}: has no configurations; name a split as {name}::{config}")
         yield from _load_saved(source, path, split, splits, notes)
     elif _is_clone(path):
         yield from _load(source, name, config, split, splits, notes)
@@ -54,7 +56,7 @@ def read(source: str, splits: tuple[str, ...], known: Collection[str], notes: li
         raise ConfigError(f"{source}: a folder of files has no configurations; name a split as {name}::{config}")
     else:
         splits = tuple(key for key, words in WORDS.items() if split in words) or (split,) if split else splits
-        for file in _choose_files(source, path, splits, notes):
+        for file in _choose_files(source, path, splits, notes, is_named=bool(split)):
             yield from _read_file(file, known)
 
 
@@ -186,8 +188,9 @@ def _quiet() -> Iterator[None]:
 
 
 def _said(name: str) -> set[str]:
-    """The splits that the words of a name say, by the keys of WORDS."""
-    words = {*re.findall(r"[a-z0-9]+", name.lower())}
+    """The splits that the words of a name say, by the keys of WORDS: also in train1, trainset and dollyTrain."""
+    words = {word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", name)}
+    words |= {word.removesuffix("set").removesuffix("data") for word in words}
     return {split for split, names in WORDS.items() if words & names}
 
 
@@ -206,8 +209,13 @@ def _choose_split(source: str, names: list[str], splits: tuple[str, ...]) -> str
     raise ConfigError(f"{source}: which split is meant by {splits[0]}? Name it: {ways}")
 
 
-def _choose_files(source: str, path: pathlib.Path, splits: tuple[str, ...], notes: list[str]) -> list[pathlib.Path]:
-    """The files of a folder that `splits` mean. Names decide, and a folder where they don't is read whole."""
+def _choose_files(
+    source: str, path: pathlib.Path, splits: tuple[str, ...], notes: list[str], is_named: bool
+) -> list[pathlib.Path]:
+    """The files of a folder that `splits` mean. Names decide, and a folder where they don't is read whole.
+
+    is_named: the user has named the split, so a name has to say it.
+    """
     try:
         there = sorted(path.iterdir())
         inner = [one for one in there if one.is_dir() and (_said(one.name) or one.name == "data")]
@@ -220,7 +228,7 @@ def _choose_files(source: str, path: pathlib.Path, splits: tuple[str, ...], note
         raise ConfigError(f"{source}: a folder without .jsonl files, or {', '.join(FORMATS[1:])} files")
     listed = ", ".join(str(file.relative_to(path)) for file in said)
     chosen = next(filter(None, ([file for file in said if said[file] == {split}] for split in splits)), None)
-    if chosen is None and (splits[0] == "train" or not any(said.values())):
+    if chosen is None and not is_named and (splits[0] == "train" or not any(said.values())):
         chosen = [file for file in said if not said[file]]
     if not chosen:
         raise ConfigError(f"{source}: no name of its files says {' or '.join(splits)}; name a file ({listed})")

@@ -127,10 +127,17 @@ BAD = {
     "empty message": ({"messages": [USER, {"role": "assistant", "content": " "}]}, "is empty: nothing to learn"),
     "weights 0": ({"messages": [USER, {**HELLO, "weight": 0}]}, "have weight 0: nothing to learn"),
     "weight": ({"messages": [USER, {**HELLO, "weight": 0.5}]}, '"weight" of a message must be 0 or 1, got 0.5'),
-    "calls": ({"messages": [USER, {**HELLO, "tool_calls": "x"}]}, '"tool_calls" must be a list of objects, got "x"'),
+    "calls": ({"messages": [USER, {**HELLO, "tool_calls": "x"}]}, '"tool_calls" must be a list of objects, each'),
+    "call without a name": ({"messages": [USER, {**HELLO, "tool_calls": [{"function": 5}]}]}, "got [{"),
+    "thoughts": ({"messages": [USER, {**HELLO, "reasoning_content": 5}]}, '"reasoning_content" of a message must be'),
+    "empty turn": ({"messages": [USER, {**HELLO, "content": " "}, USER, HELLO]}, "message 2, by the assistant, is"),
+    "other weight": ({"messages": [USER, {**HELLO, "train": "no"}]}, '"train" of a message must be 0 or 1, got "no"'),
+    "tool without a name": ({**CHAT, "tools": [{"a": 1}]}, "each with a function's name"),
+    "input of zero": ({"instruction": "x", "input": 0, "output": "y"}, '"input" must be text, got 0'),
+    "input beside messages": ({"prompt": [USER], "completion": [HELLO], "input": "y"}, 'has "input", for which'),
     "call": ({"conversations": said(("human", "x"), ("function_call", "[]"))}, "must be an object with name"),
     "call that is no JSON": ({"conversations": said(("human", "x"), ("function_call", "f()"))}, "broken JSON"),
-    "tools": ({**CHAT, "tools": [1]}, '"tools" must be a list of objects, or the JSON text of one, got [1]'),
+    "tools": ({**CHAT, "tools": [1]}, '"tools" must be a list of objects, each with'),
     "text and messages": ({"prompt": "x", "completion": [HELLO]}, "give two texts, or two lists"),
     "half of the ids": ({"prompt_ids": [1], "output": "x"}, '"output_ids" must be a list of whole numbers, got null'),
     "ids of another kind": ({"prompt_ids": [1, True], "output_ids": [2]}, '"prompt_ids" must be a list of whole'),
@@ -314,10 +321,28 @@ def test_any_row_is_read_or_refused_in_one_line(row):
             assert line.startswith("file line 1: ")
             assert "\n" not in line
             continue
-        assert {*values} <= {"prompt", "output", "messages", "tools", "trained", "ended", "prompt_ids", "output_ids"}
+        assert {*values} <= {
+            "prompt",
+            "output",
+            "messages",
+            "tools",
+            "trained",
+            "ended",
+            "prompt_ids",
+            "output_ids",
+            "is_prompt",
+        }
         for message in values.get("messages", []):
             assert isinstance(message["role"], str)
             assert isinstance(message["content"], str)
         if outputs == "required":
             has_output = "output" in values or "output_ids" in values
             assert has_output or values["messages"][-1]["role"] == "assistant"
+
+
+def test_arguments_as_text_become_an_object():
+    """OpenAI's are text. A template that writes them as JSON would quote that."""
+    for arguments, expected in (('{"city": "Köln"}', {"city": "Köln"}), ("Köln", "Köln"), ("[1]", "[1]"), ({}, {})):
+        call = {"type": "function", "function": {"name": "weather", "arguments": arguments}}
+        row = check_row({"messages": [USER, {"role": "assistant", "tool_calls": [call]}]}, "here").values
+        assert row["messages"][1]["tool_calls"][0]["function"]["arguments"] == expected

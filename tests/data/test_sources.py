@@ -467,3 +467,25 @@ def test_any_file_is_read_or_refused_in_one_line(tmp_path, capfd, content, end, 
     else:
         assert all({*row.values} == {"prompt", "output"} for row in rows)
     assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("names", [("train1", "test1"), ("trainset", "testset"), ("dollyTrain", "dollyTest")])
+def test_words_with_numbers_and_others_say_splits(tmp_path, names):
+    for name in names:
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"prompt": name, "output": "x"}) + "\n")
+    assert [row.values["prompt"] for row in read_rows(str(tmp_path))] == [names[0]]
+    assert [row.values["prompt"] for row in read_rows(f"{tmp_path}::test")] == [names[1]]
+
+
+def test_a_split_that_is_named_has_to_be_there(tmp_path):
+    for name in ("data", "heldout"):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"prompt": name, "output": "x"}) + "\n")
+    for split in ("test", "heldout"):
+        with pytest.raises(ConfigError, match=f"no name of its files says {split}; name a file"):
+            read_rows(f"{tmp_path}::{split}")
+    parts = {name: datasets.Dataset.from_list([{"prompt": name, "output": "x"}]) for name in ("train", "test")}
+    datasets.DatasetDict(parts).save_to_disk(tmp_path / "saved")
+    assert [row.values["prompt"] for row in read_rows(f"{tmp_path / 'saved'}::test")] == ["test"]
+    for source in (f"{tmp_path / 'saved'}:test", f"{tmp_path / 'saved'}:other:test"):
+        with pytest.raises(ConfigError, match="has no configurations; name a split as"):
+            read_rows(source)
