@@ -78,7 +78,8 @@ def check_row(values: object, where: str, answer: str = "required") -> CheckedRo
         row, outputs = form.read(present, answer)
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None
-    if not ended and answer != "ignored" and "prompt_ids" not in row and ("output" in row or "messages" in row):
+    has_answer = "output" in row or ("messages" in row and "is_prompt" not in row)
+    if not ended and has_answer and "prompt_ids" not in row:
         row["ended"] = False  # an answer that was cut has no end token
     return CheckedRow(row, outputs, form)
 
@@ -171,18 +172,19 @@ def _read_prompt(values: dict, answer: str) -> tuple[dict, object]:
         if is_chat:
             raise ConfigError(f'"{key}" is a list of messages, but "prompt" is not: give two texts, or two lists')
         return _read_text(values, _text(values, "prompt"), answer)
-    for extra in INPUTS:
-        if values.get(extra):
-            raise ConfigError(f'has "{extra}", for which a "prompt" of messages has no place; {WAY_OUT}')
-    outputs = completion if isinstance(completion, list) and not is_chat else None
-    if outputs:
-        completion = outputs[0]  # the first of several references
-    after = completion if is_chat else [{"role": "assistant", "content": completion}] if completion else []
+    _refuse(values, INPUTS)
+    first = _first(completion)
+    after = completion if is_chat else [{"role": "assistant", "content": first}] if first else []
     if not after and answer == "required":
         raise _missing_output(values, key)
-    key = f"prompt and {key}" if after else "prompt"
-    row, reference = messages.convert_row(values, [*before, *after], key, answer, len(before))
-    return row, outputs or reference
+    title = f"prompt and {key}" if after else "prompt"
+    row, reference = messages.convert_row(values, [*before, *after], title, answer, len(before))
+    return row, completion if after and not is_chat else reference
+
+
+def _first(outputs: object) -> object:
+    """The answer that is trained: of several, as in the papers, the first."""
+    return outputs[0] if isinstance(outputs, list) and outputs else outputs
 
 
 def _is_messages(value: object) -> bool:
@@ -191,21 +193,18 @@ def _is_messages(value: object) -> bool:
 
 def _read_instruction(values: dict, answer: str) -> tuple[dict, object]:
     key, extra = _only(values, PROMPTS), _only(values, INPUTS)
-    context = _text(values, extra) if extra and values[extra] != "" else ""
+    context = _text(values, extra) if extra else ""
     template = PROMPT_WITH_INPUT if context else PROMPT
     return _read_text(values, template.format(instruction=_text(values, key), input=context), answer)
 
 
 def _read_text(values: dict, prompt: str, answer: str) -> tuple[dict, object]:
-    for key in (*CHAT_COLUMNS, *(INPUTS if "prompt" in values else ())):
-        if values.get(key):
-            problem = f'has "{key}", for which "{_only(values, PROMPTS)}" has no place'
-            raise ConfigError(f"{problem}: bring messages, or name the columns to read in data.columns")
+    _refuse(values, (*CHAT_COLUMNS, *(INPUTS if _only(values, PROMPTS) == "prompt" else ())))
     key = _only(values, OUTPUTS)
     outputs = values.get(key)
     if answer == "ignored":
         return {"prompt": prompt}, outputs
-    first = outputs[0] if isinstance(outputs, list) and outputs else outputs  # the papers train on the first of several
+    first = _first(outputs)
     if answer == "optional" and (first is None or (isinstance(first, str) and not first.strip())):
         return {"prompt": prompt}, outputs
     if first is None:
@@ -213,6 +212,14 @@ def _read_text(values: dict, prompt: str, answer: str) -> tuple[dict, object]:
     if not _text({key: first}, key).strip():
         raise ConfigError(f'"{key}" is empty: nothing to learn')
     return {"prompt": prompt, "output": first}, outputs
+
+
+def _refuse(values: dict, keys: tuple[str, ...]) -> None:
+    """Raises ConfigError for a value that the prompt has no place for."""
+    for key in keys:
+        if not _is_blank(values.get(key, "")) and (key, values[key]) not in (("tools", []), ("tools", {})):
+            problem = f'has "{key}", for which "{_only(values, PROMPTS)}" has no place'
+            raise ConfigError(f"{problem}: bring messages, or name the columns to read in data.columns")
 
 
 def _missing_output(values: dict, key: str | None) -> ConfigError:

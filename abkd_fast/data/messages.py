@@ -16,16 +16,16 @@ ROLES = {
 }
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # keys in which templates look for a thought
 TEXT_PARTS = ("text", "input_text", "output_text")
-WEIGHTS = ("weight", "train")
 
 
 def convert_row(values: dict, messages: object, key: str, answer: str, first: int = 0) -> tuple[dict, object]:
-    """The row {"messages", "tools", "trained"} (the last two only where they say something), and the reference text.
+    """The row {"messages"}, with "tools", "trained" and "is_prompt" where they say something; and the reference text.
 
     Args:
         values: the row, for the columns system, system_prompt and tools.
         messages: its messages, or their JSON text; `key` is their name in errors.
-        answer: "required", "optional" or "ignored", as in `read_rows`.
+        answer: "required", "optional" or "ignored", as in `read_rows`. The ignored answer is the last message; if that
+            has weight 0, the last that is trained. The messages from it on are taken away.
         first: the first message that may be trained.
 
     Raises ConfigError, with the reason alone.
@@ -33,13 +33,11 @@ def convert_row(values: dict, messages: object, key: str, answer: str, first: in
     messages = _from_json(messages, key)
     if not isinstance(messages, list) or not messages or not all(isinstance(one, dict) for one in messages):
         raise ConfigError(f'"{key}" must be a list of objects with role and content, got {show(messages)}')
-    reference = None
-    if answer == "ignored" and _role(messages[-1], key) == "assistant":
-        places = [place for place, one in enumerate(messages) if _role(one, key) == "assistant" and _is_trained(one)]
-        place = max((place for place in places if place >= first), default=len(messages) - 1)
-        messages, last = messages[:place], messages[place]
-        reference = last.get("content", last.get("value"))  # unchecked: it isn't given to a model
-        reference = _join_parts(reference) if _is_text_parts(reference) else reference
+    last = messages[-1]
+    has_answer = _role(last, key) == "assistant"
+    is_last = has_answer and _is_trained(last)
+    if answer == "ignored" and is_last:
+        messages = messages[:-1]  # unchecked: it isn't given to a model
     converted, weights = zip(*(_convert(one, key) for one in messages), strict=True) if messages else ((), ())
     system = _system(values)
     if system is not None and converted and converted[0]["role"] == "system":
@@ -48,52 +46,58 @@ def convert_row(values: dict, messages: object, key: str, answer: str, first: in
         system = None
     head = [] if system is None else [{"role": "system", "content": system}]
     row = {"messages": [*head, *converted], **_tools(values)}
-    if answer == "ignored":
-        if not converted:
-            raise ConfigError(f'"{key}" has no message before the answer')
-        return row | _prompt_mark(row["messages"]), reference
     trained = [
         number + len(head)
         for number, (one, weight) in enumerate(zip(converted, weights, strict=True))
-        if one["role"] == "assistant" and weight and number >= first
+        if one["role"] == "assistant" and weight and number >= first and _says_something(one)
     ]
-    return _check_answer(row, trained, key, answer)
+    if answer != "ignored":
+        return _check_answer(row, trained, key, answer)
+    reference = None
+    if is_last:
+        reference = last.get("content", last.get("value"))
+        reference = _join_parts(reference) if _is_text_parts(reference) else reference
+    elif has_answer:
+        if not trained:
+            raise ConfigError(UNTRAINED)
+        reference = row["messages"][trained[-1]]["content"]
+        del row["messages"][trained[-1] :]
+    if len(row["messages"]) == len(head):
+        raise ConfigError(f'"{key}" has no message before the answer')
+    return {**row, "is_prompt": True}, reference
 
 
 WAY_OUT = "data.columns says which columns are read"
+UNTRAINED = "all messages of the assistant are empty or have weight 0: nothing to learn"
 
 
 def _check_answer(row: dict, trained: list[int], key: str, answer: str) -> tuple[dict, object]:
-    """Checks the last message, and adds "trained" unless all of the assistant's messages are trained."""
+    """Checks the last message, and adds "trained" unless all of the assistant's messages are trained.
+
+    Adds "is_prompt" where there is no answer.
+    """
     messages = row["messages"]
     last, reference = messages[-1], None
-    for number, one in enumerate(messages[:-1], 1):
-        if one["role"] == "assistant" and not _says_something(one):
-            raise ConfigError(f"message {number}, by the assistant, is empty: nothing to learn")
     if last["role"] == "assistant":
         if not _says_something(last):
             if answer == "required":
                 raise ConfigError("the last message is empty: nothing to learn")
             del messages[-1]
-            trained = [number for number in trained if number < len(messages)]
-            row |= _prompt_mark(messages)
+            row["is_prompt"] = True
         else:
+            reference = last["content"]
             if not trained:
-                raise ConfigError("all messages of the assistant have weight 0: nothing to learn")
-            reference = messages[trained[-1]]["content"]
+                raise ConfigError(UNTRAINED)
     elif answer == "required":
         expected = f'"{key}" must be objects with role and content, the last by the assistant'
         raise ConfigError(f"{expected}, but the last is by the {last['role']}")
+    else:
+        row["is_prompt"] = True
     if not messages or (reference is not None and len(messages) < 2):
         raise ConfigError(f'"{key}" begins with the answer: the last by the assistant must follow a question')
     if trained != [number for number, one in enumerate(messages) if one["role"] == "assistant"]:
         row["trained"] = trained
     return row, reference
-
-
-def _prompt_mark(messages: list[dict]) -> dict:
-    """What says that messages come before an answer to be written, where their roles don't say it."""
-    return {"is_prompt": True} if messages and messages[-1]["role"] == "assistant" else {}
 
 
 def _convert(raw: dict, key: str) -> tuple[dict, bool]:
@@ -103,65 +107,59 @@ def _convert(raw: dict, key: str) -> tuple[dict, bool]:
     content = others.pop("value", None) if "from" in others else None
     named = others.pop("role", None) or others.pop("from")
     content = others.pop("content", content)
-    is_trained = _is_trained({name: others.pop(name) for name in WEIGHTS if name in others})
+    for name in ("weight", "train"):
+        others.pop(name, None)
+    for name in THOUGHTS:
+        if not isinstance(others.get(name, ""), str):
+            raise ConfigError(f'"{name}" of a message must be text, got {show(others[name])}')
     call = others.pop("function_call", None)
     if str(named).lower() == "function_call":  # ShareGPT's role of a message that is a call
         call, content = _from_json(content, "function_call"), None
     if call is not None:
-        if not isinstance(call, dict) or not isinstance(call.get("name"), str):
-            raise ConfigError(f"a function call must be an object with name and arguments, got {show(call)}")
         others["tool_calls"] = [{"type": "function", "function": call}]
-    calls = others.get("tool_calls")
-    if calls is not None and not (isinstance(calls, list) and all(_function(one) for one in calls)):
-        raise ConfigError(
-            f'"tool_calls" must be a list of objects, each with the name of a function, got {show(calls)}'
-        )
+    calls = others.pop("tool_calls", [])
+    if not isinstance(calls, list) or not all(isinstance(one, dict) for one in calls):
+        raise ConfigError(f'"tool_calls" must be a list of objects, got {show(calls)}')
     if calls:
-        others["tool_calls"] = [_with_object(one) for one in calls]
-    else:
-        others.pop("tool_calls", None)
-    for name in THOUGHTS:
-        if not isinstance(others.get(name, ""), str):
-            raise ConfigError(f'"{name}" of a message must be text, got {show(others[name])}')
+        others["tool_calls"] = [_convert_call(one) for one in calls]
     if content is None and role == "assistant" and ("tool_calls" in raw or _says_something(others)):
         content = ""
-    return {"role": role, "content": _join_parts(content), **others}, is_trained
+    return {"role": role, "content": _join_parts(content), **others}, _is_trained(raw)
 
 
 def _is_trained(message: dict) -> bool:
-    """Whether a message may be trained: OpenAI's "weight" (0 or 1) and Axolotl's "train" (false or true) say so."""
-    for name in WEIGHTS:
-        if message.get(name) not in (None, 0, 1):
-            raise ConfigError(f'"{name}" of a message must be 0 or 1, got {show(message[name])}')
-    return all(message.get(name) in (None, 1) for name in WEIGHTS)
+    """Whether "weight" (OpenAI) or "train" (Axolotl) of a message leave it to be trained."""
+    weight, train = message.get("weight"), message.get("train")
+    if weight not in (None, 0, 1):
+        raise ConfigError(f'"weight" of a message must be 0 or 1, got {show(weight)}')
+    if not isinstance(train, (bool, type(None))):
+        raise ConfigError(f'"train" of a message must be true or false, got {show(train)}')
+    if None not in (weight, train) and weight != train:
+        raise ConfigError(f'a message has "weight" {show(weight)} and "train" {show(train)}: leave out one')
+    return weight != 0 and train is not False
 
 
-def _function(value: object) -> dict | None:
-    """The part of a tool, or of a call of one, that has its name; None where there is no name."""
-    function = value.get("function", value) if isinstance(value, dict) else None
-    return function if isinstance(function, dict) and isinstance(function.get("name"), str) else None
-
-
-def _with_object(call: dict) -> dict:
-    """The call of a tool with its arguments as an object. OpenAI writes them as text; templates would quote that."""
-    function = _function(call)
+def _convert_call(call: dict) -> dict:
+    """A call of a tool, with arguments as an object: templates write them as JSON, and would write text twice so."""
+    function = call.get("function", call)
+    if not _has_name(function):
+        raise ConfigError(f"a function call must be an object with name and arguments, got {show(function)}")
     try:
-        arguments = parse(function["arguments"]) if isinstance(function.get("arguments"), str) else None
-    except ConfigError:  # they stay as they are
-        arguments = None
+        arguments = _from_json(function.get("arguments"), "arguments")
+    except ConfigError:  # no JSON: what the model wrote
+        return call
     if not isinstance(arguments, dict):
         return call
     function = {**function, "arguments": arguments}
     return {**call, "function": function} if "function" in call else function
 
 
+def _has_name(function: object) -> bool:
+    return isinstance(function, dict) and isinstance(function.get("name"), str) and bool(function["name"])
+
+
 def _says_something(message: dict) -> bool:
-    thoughts = (message.get(key) for key in THOUGHTS)
-    return bool(
-        message.get("content", "").strip()
-        or message.get("tool_calls")
-        or any(isinstance(text, str) and text.strip() for text in thoughts)
-    )
+    return bool(message.get("tool_calls")) or any(message.get(key, "").strip() for key in ("content", *THOUGHTS))
 
 
 def _role(message: dict, key: str) -> str:
@@ -195,7 +193,7 @@ def _join_parts(content: object) -> str:
 
 
 def _system(values: dict) -> str | None:
-    named = [key for key in ("system", "system_prompt") if values.get(key)]
+    named = [key for key in ("system", "system_prompt") if values.get(key) not in (None, "")]
     if len(named) > 1:
         raise ConfigError(f'has both "system" and "system_prompt"; {WAY_OUT}')
     if not named:
@@ -206,12 +204,16 @@ def _system(values: dict) -> str | None:
 
 
 def _tools(values: dict) -> dict:
-    tools = _from_json(values.get("tools") or None, "tools") or []
+    tools = values.get("tools")
+    tools = None if tools == "" else _from_json(tools, "tools")
+    if tools in (None, [], {}):
+        return {}
     tools = [tools] if isinstance(tools, dict) else tools
-    if not isinstance(tools, list) or not all(map(_function, tools)):
-        expected = "must be a list of objects, each with a function's name, or the JSON text of one"
-        raise ConfigError(f'"tools" {expected}, got {show(tools)}')
-    return {"tools": tools} if tools else {}
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise ConfigError(f'"tools" must be a list of objects, or the JSON text of one, got {show(tools)}')
+    if nameless := [tool for tool in tools if not _has_name(tool.get("function", tool))]:
+        raise ConfigError(f'"tools" must be functions with a name, got {show(nameless[0])}')
+    return {"tools": tools}
 
 
 def _from_json(value: object, key: str) -> object:

@@ -19,12 +19,12 @@ class Row:
 
     - {"prompt": text, "output": text}, and "ended": False if the output was cut;
     - {"messages": [{"role", "content", …}, …]}, with "tools": [object, …] if it has some, "trained": [index, …] if not
-      all of the assistant's messages may be trained, and "ended": False if the last one was cut;
+      all of the assistant's messages may be trained, "ended": False if the last one was cut, and "is_prompt": True if
+      all of them come before the answer that is to be written, whoever wrote the last one;
     - {"prompt_ids": int array, "output_ids": int array}, and the text of these if there is some: "output", and "prompt"
-      or "messages", those before the answer.
+      or "messages", those before the answer, with "is_prompt".
 
-    A row of a prompt alone has no output or output_ids, or its last message is not the assistant's. If it is, though an
-    answer is still to be written, "is_prompt" is True.
+    A row of a prompt alone has no output or output_ids, or it has "is_prompt".
     """
 
     where: str  # file and line, for messages
@@ -55,7 +55,8 @@ def read_rows(
         splits: what is read of a folder, or of a data set with splits. Indexed binary files come first: the papers'
             tools leave the same rows, of all splits, as JSONL beside them.
         outputs: "required"; "optional": rows of a prompt alone are good; "ignored": outputs are taken away. They are
-            then in `Row.outputs` alone (token ids stay in `values`).
+            then in `Row.outputs` alone (token ids stay in `values`). Of messages that end with the assistant's, the
+            output is the last one; if that has weight 0, the last that is trained, and what follows it goes, too.
         columns: names of columns by ours, or the items of such a mapping; then no other column is read.
         on_bad_row: "stop", or "skip": bad rows are left out, and `notes` of the result names them.
 
@@ -66,7 +67,7 @@ def read_rows(
     if columns is not None:
         formats.check_columns(columns)
     rows, bad, titles = Rows(), [], collections.Counter()
-    seen, used = {}, set()  # columns in the order in which they appear, and those that are read
+    seen, unread = {}, {}  # columns in the order in which they appear; those with a value that its row's format drops
     for where, values in _raw_rows(
         source, splits, formats.COLUMNS if columns is None else columns.values(), rows.notes
     ):
@@ -80,20 +81,22 @@ def read_rows(
             checked = formats.check_row(values, where, outputs)
         except ConfigError as error:
             if on_bad_row == "stop":
-                raise ConfigError(f"{error}{_unseen(columns, seen)}") from None
+                raise ConfigError(_explain(source, str(error), columns, seen)) from None
             bad.append(str(error))
             continue
         rows.append(Row(where, checked.values, checked.outputs))
         titles[checked.format.title] += 1
-        used |= checked.format.used
+        if columns is None:
+            used = checked.format.used
+            unread |= {key: None for key, value in values.items() if key not in used and value not in (None, "")}
         if len(rows) == limit:
             break
-    unseen = _unseen(columns, seen)
     if not rows:
-        raise ConfigError(f"{source}: has no rows" + (f" that can be used: {bad[0]}{unseen}" if bad else ""))
-    if unseen:
-        raise ConfigError(f"{source}{unseen}")
-    rows.notes += _notes(source, titles, [] if columns else [key for key in seen if key not in used], bad)
+        error = f"{source}: has no rows" + (f" that can be used: {bad[0]}" if bad else "")
+        raise ConfigError(_explain(source, error, columns, seen))
+    if unseen := _unseen(columns, seen):
+        raise ConfigError(f"{source}: {unseen}")
+    rows.notes += _notes(source, titles, [key for key in seen if key in unread], bad)
     return rows
 
 
@@ -113,9 +116,17 @@ def _raw_rows(source: str, splits: tuple[str, ...], known: Collection[str], note
 
 
 def _unseen(columns: dict | None, seen: dict) -> str:
-    """What to add to a message if `columns` names one that no row has."""
+    """What is wrong if `columns` names one that no row has."""
     missing = [theirs for theirs in (columns or {}).values() if theirs not in seen]
-    return f'; data.columns names "{missing[0]}", and the columns are {", ".join(seen)}' if missing and seen else ""
+    return f'data.columns names "{missing[0]}", and the columns are {", ".join(seen)}' if missing and seen else ""
+
+
+def _explain(source: str, error: str, columns: dict | None, seen: dict) -> str:
+    """An error, with the name of a column that is missing. If all are, this alone explains it."""
+    unseen = _unseen(columns, seen)
+    if unseen and not seen.keys() & {*columns.values()}:
+        return f"{source}: {unseen}"
+    return f"{error}; {unseen}" if unseen else error
 
 
 def _notes(source: str, titles: collections.Counter, unread: list[str], bad: list[str]) -> Iterator[str]:

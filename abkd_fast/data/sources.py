@@ -42,21 +42,23 @@ def read(source: str, splits: tuple[str, ...], known: Collection[str], notes: li
         return
     name, config, split = (source, "", "") if os.path.isdir(source) else _split_name(source)
     path = pathlib.Path(name)
+    if os.path.isfile(name):
+        raise ConfigError(f"{source}: a file has no splits and no configurations; name it as {name}")
     if not os.path.isdir(name):
         if name.endswith(FORMATS + COMPRESSED) or is_local_path(name) or "/" not in name:
             raise ConfigError(f"{source}: no such file or folder")
         yield from _load(source, name, config, split, splits, notes)
     elif any(all(os.path.exists(path / file) for file in files) for files in SAVED):
-        if config:
-            raise ConfigError(f"{source}: has no configurations; name a split as {name}::{config}")
-        yield from _load_saved(source, path, split, splits, notes)
+        yield from _load_saved(source, path, config, split, splits, notes)
     elif _is_clone(path):
         yield from _load(source, name, config, split, splits, notes)
     elif config:
-        raise ConfigError(f"{source}: a folder of files has no configurations; name a split as {name}::{config}")
+        raise ConfigError(
+            f"{source}: a folder of files has no configurations; name a split as {name}::{split or config}"
+        )
     else:
-        splits = tuple(key for key, words in WORDS.items() if split in words) or (split,) if split else splits
-        for file in _choose_files(source, path, splits, notes, is_named=bool(split)):
+        named = tuple(key for key, words in WORDS.items() if split in words) or (split,)
+        for file in _choose_files(source, path, named if split else splits, bool(split), notes):
             yield from _read_file(file, known)
 
 
@@ -111,6 +113,8 @@ def _load(
     """Rows of a data set on the Hub, or of a clone of one."""
     is_local = os.path.isdir(name)
     problem = "can't be read" if is_local else "no such file, and no data set of that name on the Hub can be loaded"
+    if not split and _said(config):
+        problem += f"; if {config} is a split, name it as {name}::{config}"
     with _errors(source, problem), _quiet() if is_local else contextlib.nullcontext():
         if not split:
             split = _choose_split(source, datasets.get_dataset_split_names(name, config or None), splits)
@@ -120,12 +124,16 @@ def _load(
 
 
 def _load_saved(
-    source: str, path: pathlib.Path, split: str, splits: tuple[str, ...], notes: list[str]
+    source: str, path: pathlib.Path, config: str, split: str, splits: tuple[str, ...], notes: list[str]
 ) -> Iterator[RawRow]:
     """Rows that `save_to_disk` has written."""
     with _errors(source, "can't be read"), _quiet():
         data = datasets.load_from_disk(str(path))
-        if isinstance(data, datasets.DatasetDict):
+        has_splits = isinstance(data, datasets.DatasetDict)
+        if config:
+            ways = " or ".join(f"{path}::{name}" for name in data) if has_splits else str(path)
+            raise ConfigError(f"{source}: a saved data set has no configurations; name it as {ways}")
+        if has_splits:
             split = split or _choose_split(source, [*data], splits)
             if split not in data:
                 raise ConfigError(f"{source}: has no split {split}; its splits are {', '.join(data)}")
@@ -188,9 +196,9 @@ def _quiet() -> Iterator[None]:
 
 
 def _said(name: str) -> set[str]:
-    """The splits that the words of a name say, by the keys of WORDS: also in train1, trainset and dollyTrain."""
-    words = {word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", name)}
-    words |= {word.removesuffix("set").removesuffix("data") for word in words}
+    """The splits that the words of a name say, by the keys of WORDS."""
+    words = re.findall("[a-z]+", name.lower() + " " + re.sub("(?<=[a-z])(?=[A-Z])", " ", name).lower())
+    words = {word.removesuffix("set").removesuffix("data") for word in words}
     return {split for split, names in WORDS.items() if words & names}
 
 
@@ -210,11 +218,11 @@ def _choose_split(source: str, names: list[str], splits: tuple[str, ...]) -> str
 
 
 def _choose_files(
-    source: str, path: pathlib.Path, splits: tuple[str, ...], notes: list[str], is_named: bool
+    source: str, path: pathlib.Path, splits: tuple[str, ...], must_say: bool, notes: list[str]
 ) -> list[pathlib.Path]:
-    """The files of a folder that `splits` mean. Names decide, and a folder where they don't is read whole.
+    """The files of a folder that `splits` mean.
 
-    is_named: the user has named the split, so a name has to say it.
+    Names decide, and a folder where they don't is read whole, unless they must say it: the user has named the split.
     """
     try:
         there = sorted(path.iterdir())
@@ -228,7 +236,7 @@ def _choose_files(
         raise ConfigError(f"{source}: a folder without .jsonl files, or {', '.join(FORMATS[1:])} files")
     listed = ", ".join(str(file.relative_to(path)) for file in said)
     chosen = next(filter(None, ([file for file in said if said[file] == {split}] for split in splits)), None)
-    if chosen is None and not is_named and (splits[0] == "train" or not any(said.values())):
+    if chosen is None and not must_say and (splits[0] == "train" or not any(said.values())):
         chosen = [file for file in said if not said[file]]
     if not chosen:
         raise ConfigError(f"{source}: no name of its files says {' or '.join(splits)}; name a file ({listed})")

@@ -183,4 +183,6 @@ def _read_table(path: pathlib.Path, file: typing.BinaryIO, known: Collection[str
     except csv.Error as error:
         raise ConfigError(f"{path} line {line + 1}: broken CSV: {error}") from None
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: is not UTF-8 text after line {line} ({error.reason}); save it as UTF-8") from None
+        # The file is decoded in blocks, each ahead of the lines that are read.
+        problem = f"is not UTF-8 text in line {line + 1} or after it ({error.reason})"
+        raise ConfigError(f"{path}: {problem}; save it as UTF-8") from None

@@ -11,6 +11,7 @@ import torch
 
 from abkd_fast.losses import row_ops
 from abkd_fast.training import costs, dry_run
+from conftest import needs_proc
 
 BENCHMARKS = pathlib.Path(__file__).parents[2] / "benchmarks"
 
@@ -21,8 +22,8 @@ def path(monkeypatch):
     monkeypatch.syspath_prepend(BENCHMARKS)
 
 
-def run(script, *arguments):
-    command = [sys.executable, BENCHMARKS / script, "--device", "cpu", *arguments]
+def run(script, *arguments, device=("--device", "cpu")):
+    command = [sys.executable, BENCHMARKS / script, *device, *arguments]
     result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONIOENCODING": "utf-8"})
     assert result.returncode == 0, result.stderr
     return result.stdout
@@ -52,6 +53,15 @@ def test_kernels_quick(tmp_path):
     held = {(row["name"], row["tokens"]): row["bytes"] for row in content["sections"]["memory"][0]["rows"]}
     assert 0 < held["fused_linear_divergence", 128] < held["published formulation", 128]
     assert (tmp_path / "kernels.png").read_bytes().startswith(b"\x89PNG")
+
+
+@needs_proc
+def test_data_quick(tmp_path):
+    run("data.py", "--quick", "--out", tmp_path, device=())
+    sections = json.loads((tmp_path / "data.json").read_text())["sections"]
+    rows = sections["rows"][0]["rows"] + sections["long"][0]["rows"]
+    assert [row["samples"] for row in rows] == [500, 500, 500, 1, 0, 1]  # the long prompt is left out
+    assert all(row["seconds"] > 0 for row in rows)
 
 
 def test_peers_tiny(tmp_path, capsys):

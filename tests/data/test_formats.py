@@ -12,8 +12,10 @@ from abkd_fast.data.rows import read_rows
 from abkd_fast.errors import ConfigError
 
 USER, HELLO = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}
+EMPTY = {"role": "assistant", "content": " "}
 CALL = {"type": "function", "function": {"name": "time", "arguments": {"zone": "UTC"}}}
 TOOL = {"type": "function", "function": {"name": "time", "parameters": {"type": "object"}}}
+RESULT = {"role": "tool", "content": "12"}
 SYSTEM = {"role": "system", "content": "Be kind."}
 SAY = {"prompt": PROMPT.format(instruction="Say"), "output": "Hello"}
 SAY_WITH = {"prompt": PROMPT_WITH_INPUT.format(instruction="Say", input="it"), "output": "Hello"}
@@ -24,6 +26,14 @@ ALPACA = {"instruction": "Say hello.", "input": "", "output": "Hello."}
 
 def said(*turns):
     return [{"from": name, "value": text} for name, text in turns]
+
+
+def call(**function):
+    return {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [{"type": "function", "function": {"name": "time", **function}}],
+    }
 
 
 # Rows of each format, and what they come to.
@@ -68,7 +78,7 @@ GOOD = {
         {"tools": json.dumps([TOOL]), "conversations": said(
             ("human", "Hi"), ("function_call", json.dumps(CALL["function"])), ("observation", "12"), ("gpt", "Hello"))},
         {"messages": [USER, {"role": "assistant", "content": "", "tool_calls": [CALL]},
-                      {"role": "tool", "content": "12"}, HELLO], "tools": [TOOL]}),
+                      RESULT, HELLO], "tools": [TOOL]}),
     "parts": ({"messages": [{"role": "user", "content": [{"type": "text", "text": "H"}, {"type": "text", "text": "i"}]},
                             {"role": "assistant", "content": ["Hel", "lo"]}]}, CHAT),
     "tools": ({"messages": [USER, {"role": "assistant", "content": None, "tool_calls": [CALL]}], "tools": [TOOL]},
@@ -81,6 +91,18 @@ GOOD = {
                 {"messages": [USER, HELLO, USER, HELLO], "trained": [3]}),
     "weights after a system column": ({"system": "Be kind.", "messages": [USER, {**HELLO, "weight": 0}, USER, HELLO]},
                                       {"messages": [SYSTEM, USER, HELLO, USER, HELLO], "trained": [4]}),
+    "train": ({"messages": [USER, {**HELLO, "train": False}, USER, {**HELLO, "train": True}]},
+              {"messages": [USER, HELLO, USER, HELLO], "trained": [3]}),
+    "train and weight": ({"messages": [USER, {**HELLO, "train": True, "weight": 1}]}, CHAT),
+    "an empty answer is not trained": ({"messages": [USER, EMPTY, USER, HELLO]},
+                                       {"messages": [USER, EMPTY, USER, HELLO], "trained": [3]}),
+    "arguments as text": ({"messages": [USER, call(arguments='{"zone": "UTC"}'), RESULT, HELLO]},
+                          {"messages": [USER, call(arguments={"zone": "UTC"}), RESULT, HELLO]}),
+    **{f"arguments that are no object: {text}": ({"messages": [USER, call(arguments=text)]},
+                                                 {"messages": [USER, call(arguments=text)]})
+       for text in ("[1]", "f(", "", '{"a": 1, "a": 2}')},
+    "a bare call": ({"messages": [USER, {**HELLO, "tool_calls": [{"name": "time", "arguments": "{}"}]}]},
+                    {"messages": [USER, {**HELLO, "tool_calls": [{"name": "time", "arguments": {}}]}]}),
     "weight 1": ({"messages": [USER, {**HELLO, "weight": 1}]}, CHAT),
     "token ids": ({"prompt_ids": [1, 2], "output_ids": [3], "prompt": "a", "output": "b", "ended": True},
                   {"prompt": "a", "prompt_ids": [1, 2], "output_ids": [3], "output": "b"}),
@@ -101,6 +123,14 @@ BAD = {
     "two system prompts": ({**CHAT, "system": "a", "system_prompt": "b"}, 'has both "system" and "system_prompt"'),
     "another system prompt": ({"system": "Rude.", "messages": [SYSTEM, USER, HELLO]}, "and another one in"),
     "input beside prompt": ({"prompt": "x", "input": "y", "output": "z"}, 'has "input", for which "prompt" has no'),
+    "input beside messages": ({"prompt": [USER], "input": "y", "output": "z"}, 'has "input", for which "prompt"'),
+    "input 0 beside prompt": ({"prompt": "x", "input": 0, "output": "z"}, 'has "input", for which "prompt" has no'),
+    "input 0": ({"instruction": "x", "input": 0, "output": "z"}, '"input" must be text, got 0'),
+    "input false": ({"instruction": "x", "input": False, "output": "z"}, '"input" must be text, got false'),
+    "context of nothing": ({"question": "x", "context": [], "answer": "z"}, '"context" must be text, got []'),
+    "system false": ({**CHAT, "system": False}, '"system" must be text, got false'),
+    "system 0 beside text": ({"prompt": "x", "system": 0, "output": "z"}, 'has "system", for which "prompt"'),
+    "tools 0": ({**CHAT, "tools": 0}, '"tools" must be a list of objects'),
     "system beside text": ({"instruction": "x", "system": "y", "output": "z"}, 'has "system", for which "instruction"'),
     "tools beside text": ({"prompt": "x", "tools": [TOOL], "output": "z"}, "bring messages, or name the columns"),
     "columns of lists": ({"prompt": ["x", "y"], "output": "z"}, '"prompt" must be text, got ["x", "y"]; write one'),
@@ -127,17 +157,21 @@ BAD = {
     "empty message": ({"messages": [USER, {"role": "assistant", "content": " "}]}, "is empty: nothing to learn"),
     "weights 0": ({"messages": [USER, {**HELLO, "weight": 0}]}, "have weight 0: nothing to learn"),
     "weight": ({"messages": [USER, {**HELLO, "weight": 0.5}]}, '"weight" of a message must be 0 or 1, got 0.5'),
-    "calls": ({"messages": [USER, {**HELLO, "tool_calls": "x"}]}, '"tool_calls" must be a list of objects, each'),
-    "call without a name": ({"messages": [USER, {**HELLO, "tool_calls": [{"function": 5}]}]}, "got [{"),
-    "thoughts": ({"messages": [USER, {**HELLO, "reasoning_content": 5}]}, '"reasoning_content" of a message must be'),
-    "empty turn": ({"messages": [USER, {**HELLO, "content": " "}, USER, HELLO]}, "message 2, by the assistant, is"),
-    "other weight": ({"messages": [USER, {**HELLO, "train": "no"}]}, '"train" of a message must be 0 or 1, got "no"'),
-    "tool without a name": ({**CHAT, "tools": [{"a": 1}]}, "each with a function's name"),
-    "input of zero": ({"instruction": "x", "input": 0, "output": "y"}, '"input" must be text, got 0'),
-    "input beside messages": ({"prompt": [USER], "completion": [HELLO], "input": "y"}, 'has "input", for which'),
+    "calls": ({"messages": [USER, {**HELLO, "tool_calls": "x"}]}, '"tool_calls" must be a list of objects, got "x"'),
+    "call of a number": ({"messages": [USER, {**HELLO, "tool_calls": [{"function": 5}]}]}, "name and arguments, got 5"),
+    "call without a name": ({"messages": [USER, {**HELLO, "tool_calls": [{"function": {"arguments": {}}}]}]},
+                            'a function call must be an object with name and arguments, got {"arguments": {}}'),
+    "tool without a name": ({**CHAT, "tools": [TOOL, {"a": 1}]}, '"tools" must be functions with a name, got {"a": 1}'),
+    "function without a name": ({**CHAT, "tools": [{"function": {}, "name": "f"}]}, "must be functions with a name"),
+    "reasoning_content": ({"messages": [USER, {**HELLO, "reasoning_content": 5}]},
+                          '"reasoning_content" of a message must be text, got 5'),
+    "thinking": ({"messages": [USER, {**HELLO, "thinking": ["x"]}]}, '"thinking" of a message must be text, got ["x"]'),
+    "train": ({"messages": [USER, {**HELLO, "train": "no"}]}, '"train" of a message must be true or false, got "no"'),
+    "train against weight": ({"messages": [USER, {**HELLO, "train": False, "weight": 1}]}, '1 and "train" false'),
+    "empty and weight 0": ({"messages": [USER, EMPTY, USER, {**HELLO, "weight": 0}]}, "are empty or have weight 0"),
     "call": ({"conversations": said(("human", "x"), ("function_call", "[]"))}, "must be an object with name"),
     "call that is no JSON": ({"conversations": said(("human", "x"), ("function_call", "f()"))}, "broken JSON"),
-    "tools": ({**CHAT, "tools": [1]}, '"tools" must be a list of objects, each with'),
+    "tools": ({**CHAT, "tools": [1]}, '"tools" must be a list of objects, or the JSON text of one, got [1]'),
     "text and messages": ({"prompt": "x", "completion": [HELLO]}, "give two texts, or two lists"),
     "half of the ids": ({"prompt_ids": [1], "output": "x"}, '"output_ids" must be a list of whole numbers, got null'),
     "ids of another kind": ({"prompt_ids": [1, True], "output_ids": [2]}, '"prompt_ids" must be a list of whole'),
@@ -194,15 +228,16 @@ def test_bad_rows_are_named(write_jsonl, rows, message):
     assert path in str(error.value)
 
 
+ASKED, ASKED_AGAIN = ({"messages": messages, "is_prompt": True} for messages in ([USER], [USER, HELLO, USER]))
 PROMPT_ONLY = {
     "prompt": ({"prompt": "Say"}, {"prompt": "Say"}),
     "empty output": ({"prompt": "Say", "output": ""}, {"prompt": "Say"}),
     "null output": ({"instruction": "Say", "output": None}, {"prompt": SAY["prompt"]}),
     "no outputs": ({"question": "Say", "answer": None}, {"prompt": SAY["prompt"]}),
-    "messages": ({"messages": [USER]}, {"messages": [USER]}),
-    "last empty": ({"messages": [USER, {"role": "assistant", "content": ""}]}, {"messages": [USER]}),
-    "more turns": ({"messages": [USER, HELLO, USER]}, {"messages": [USER, HELLO, USER]}),
-    "list of messages": ({"prompt": [USER]}, {"messages": [USER]}),
+    "messages": ({"messages": [USER]}, ASKED),
+    "last empty": ({"messages": [USER, {"role": "assistant", "content": ""}]}, ASKED),
+    "more turns": ({"messages": [USER, HELLO, USER]}, ASKED_AGAIN),
+    "list of messages": ({"prompt": [USER]}, ASKED),
     "token ids": ({"prompt_ids": [1, 2]}, {"prompt_ids": [1, 2]}),
 }
 
@@ -230,13 +265,23 @@ def test_optional_outputs_are_read_where_they_are(write_jsonl, name):
         ({"prompt": "Say", "output": 5}, {"prompt": "Say"}, 5),
         ({"prompt": "Say", "output": "x", "ended": False}, {"prompt": "Say"}, "x"),
         ({"question": "Say", "answer": "Hello"}, {"prompt": SAY["prompt"]}, "Hello"),
-        ({"prompt": [USER], "completion": [HELLO]}, {"messages": [USER]}, "Hello"),
-        ({"conversations": said(("human", "Hi"), ("gpt", "Hello"))}, {"messages": [USER]}, "Hello"),
+        ({"prompt": [USER], "completion": [HELLO]}, ASKED, "Hello"),
+        ({"conversations": said(("human", "Hi"), ("gpt", "Hello"))}, ASKED, "Hello"),
         ({"messages": [USER, {"role": "assistant", "content": [{"type": "text", "text": "Hello"}]}]},
-         {"messages": [USER]}, "Hello"),
-        ({"messages": [USER, {"role": "assistant", "tool_calls": []}]}, {"messages": [USER]}, None),
+         ASKED, "Hello"),
+        ({"messages": [USER, {"role": "assistant", "tool_calls": []}]}, ASKED, None),
         ({"messages": [USER, HELLO, USER, HELLO], "tools": [TOOL]},
-         {"messages": [USER, HELLO, USER], "tools": [TOOL]}, "Hello"),
+         {**ASKED_AGAIN, "tools": [TOOL]}, "Hello"),
+        ({"messages": [USER, HELLO, USER, {**HELLO, "weight": 0}]}, ASKED, "Hello"),
+        ({"messages": [USER, {**HELLO, "train": True}, USER, EMPTY, USER, {**HELLO, "train": False}]}, ASKED, "Hello"),
+        ({"messages": [USER, HELLO, HELLO, USER, {**HELLO, "weight": 0}]},
+         {**ASKED, "messages": [USER, HELLO]}, "Hello"),
+        ({"system": "Be kind.", "messages": [USER, HELLO, USER, {**HELLO, "weight": 0}]},
+         {"messages": [SYSTEM, USER], "is_prompt": True}, "Hello"),
+        ({"messages": [USER, HELLO, HELLO]}, {**ASKED, "messages": [USER, HELLO]}, "Hello"),
+        ({"messages": [USER, HELLO, USER]}, ASKED_AGAIN, None),
+        ({"prompt": [USER], "completion": ["Hello", "Hey"]}, ASKED, ["Hello", "Hey"]),
+        ({"prompt_ids": [1], "messages": [USER]}, {"prompt_ids": [1], **ASKED}, None),
         ({"prompt_ids": [1], "output_ids": [2], "output": "x"}, {"prompt_ids": [1], "output_ids": [2]}, "x"),
     ],
 )  # fmt: skip
@@ -265,6 +310,7 @@ def test_columns(write_jsonl):
         ({"outptu": "x"}, '"outptu" is no name of ours; did you mean output?'),
         ({"prompt": 5}, "prompt must be a column's name, got 5"),
         ({"prompt": "prompt", "output": "anwser"}, 'data.columns names "anwser", and the columns are prompt, answer'),
+        ({"prompt": "frage", "output": "antwort"}, ': data.columns names "frage", and the columns are prompt, answer'),
         ({"prompt": "prompt", "instruction": "answer"}, 'has both "prompt" and "instruction"'),
     ],
 )
@@ -280,6 +326,33 @@ def test_notes_say_what_was_recognized_and_what_was_not_read(write_jsonl):
     (note,) = read_rows(path).notes
     expected = "2 rows of prompt and output and 1 rows of question and answer (the papers' prompt)"
     assert note == f"{path}: {expected}; not read: id, category"
+
+
+def test_a_column_that_one_format_reads_and_another_drops_is_named(write_jsonl):
+    path = write_jsonl(
+        [
+            {**CHAT, "input": "dropped", "answer": "", "response": None},
+            {"question": "x", "input": "read", "answer": "y"},
+        ]
+    )
+    (note,) = read_rows(path).notes
+    assert note.endswith("; not read: input")
+
+
+def test_a_prompt_of_messages_has_both_references(write_jsonl):
+    (row,) = read_rows(write_jsonl([{"prompt": [USER], "completion": ["Hello", "Hey"]}]))
+    assert (row.values, row.outputs) == (CHAT, ["Hello", "Hey"])
+
+
+def test_a_prompt_of_messages_has_no_cut_answer(write_jsonl):
+    (row,) = read_rows(write_jsonl([{"messages": [USER], "ended": False}]), outputs="optional")
+    assert row.values == ASKED
+
+
+def test_an_answer_without_weight_is_no_reference(write_jsonl):
+    path = write_jsonl([{"messages": [USER, {**HELLO, "weight": 0}]}])
+    with pytest.raises(ConfigError, match="are empty or have weight 0: nothing to learn"):
+        read_rows(path, outputs="ignored")
 
 
 def test_bad_rows_are_left_out_and_named(write_jsonl):
@@ -300,7 +373,20 @@ TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
 KEYS = st.sampled_from(
     [
         *(*OURS, "question", "context", "completion", "response", "answer", "system", "conversations", "ended"),
-        *("images", "prompt_ids", "output_ids", "role", "content", "from", "value", "weight", "tool_calls", "text"),
+        *(
+            "images",
+            "prompt_ids",
+            "output_ids",
+            "role",
+            "content",
+            "from",
+            "value",
+            "weight",
+            "tool_calls",
+            "text",
+            "train",
+            "thinking",
+        ),
     ]
 )
 LEAVES = st.none() | st.booleans() | st.integers() | st.floats() | TEXT | st.sampled_from(["user", "gpt", "assistant"])
@@ -338,11 +424,3 @@ def test_any_row_is_read_or_refused_in_one_line(row):
         if outputs == "required":
             has_output = "output" in values or "output_ids" in values
             assert has_output or values["messages"][-1]["role"] == "assistant"
-
-
-def test_arguments_as_text_become_an_object():
-    """OpenAI's are text. A template that writes them as JSON would quote that."""
-    for arguments, expected in (('{"city": "Köln"}', {"city": "Köln"}), ("Köln", "Köln"), ("[1]", "[1]"), ({}, {})):
-        call = {"type": "function", "function": {"name": "weather", "arguments": arguments}}
-        row = check_row({"messages": [USER, {"role": "assistant", "tool_calls": [call]}]}, "here").values
-        assert row["messages"][1]["tool_calls"][0]["function"]["arguments"] == expected

@@ -141,7 +141,7 @@ BAD = {
     "utf-32-be.json": (GOOD.decode().encode("utf-32-be"), "is UTF-32 text"),
     "latin-1.jsonl": (GOOD + '{"prompt": "é"}'.encode("latin-1"), "line 2: is not UTF-8 text"),
     "latin-1.json": ('[\n{"prompt": "é"}]'.encode("latin-1"), "line 2: is not UTF-8 text"),
-    "latin-1.csv": ("prompt,output\né,x\n".encode("latin-1"), "is not UTF-8 text after line"),
+    "latin-1.csv": ("prompt,output\né,x\n".encode("latin-1"), "is not UTF-8 text in line 1 or after it"),
     "parquet.jsonl": (parquet(ROWS), "is Parquet, not what its name says; it must end in .parquet"),
     "arrow.jsonl": (arrow(ROWS, pyarrow.ipc.new_file), "is Arrow, not what its name says; it must end in .arrow"),
     "gzip.jsonl": (gzip.compress(GOOD), "is gzip, not what its name says; it must end in .gz"),
@@ -290,6 +290,11 @@ FOLDERS = [
     (["a.jsonl", "a.jsonl.gz", "b.jsonl.gz"], ["a.jsonl", "b.jsonl.gz"], ["a.jsonl", "b.jsonl.gz"]),
     (["data/train-0.parquet", "data/validation-0.parquet"], ["data/train-0.parquet"], ["data/validation-0.parquet"]),
     (["train/a.jsonl", "test/a.jsonl", "other/a.jsonl"], ["train/a.jsonl"], "says dev or valid; name a file"),
+    (["train1.jsonl", "test1.jsonl", "val2.jsonl"], ["train1.jsonl"], ["val2.jsonl"]),
+    (["trainset.jsonl", "testset.jsonl", "devdata.jsonl"], ["trainset.jsonl"], ["devdata.jsonl"]),
+    (["dollyTrain.jsonl", "dollyTest.jsonl", "dollyValSet.jsonl"], ["dollyTrain.jsonl"], ["dollyValSet.jsonl"]),
+    (["TRAIN.jsonl", "TESTset.jsonl"], ["TRAIN.jsonl"], "says dev or valid"),
+    (["dataset.jsonl", "TestData2.jsonl"], ["dataset.jsonl"], "says dev or valid"),
     ([".train.jsonl", "notes.md", "deep/a.json"], "a folder without .jsonl files", "a folder without .jsonl files"),
 ]  # fmt: skip
 
@@ -323,8 +328,21 @@ def test_a_split_of_a_folder_by_name(tmp_path):
         else:
             with pytest.raises(ConfigError, match="says valid; name a file"):
                 read_rows(f"{tmp_path}::{split}")
-    with pytest.raises(ConfigError, match="a folder of files has no configurations"):
-        read_rows(f"{tmp_path}:test")
+    for source in (f"{tmp_path}:test", f"{tmp_path}:foo:test"):
+        with pytest.raises(ConfigError, match=r"a folder of files has no configurations; name a split as .*::test$"):
+            read_rows(source)
+    with pytest.raises(ConfigError, match=r"a file has no splits and no configurations; name it as .*test.jsonl$"):
+        read_rows(f"{tmp_path}/test.jsonl::test")
+
+
+@pytest.mark.parametrize("split", ["train", "test", "foo", "train[:10]"])
+def test_a_named_split_that_no_file_says_is_refused(tmp_path, split):
+    """The folder is not read whole in its place."""
+    (tmp_path / "rows.jsonl").write_bytes(GOOD)
+    assert len(read_rows(str(tmp_path))) == 1
+    with pytest.raises(ConfigError) as error:
+        read_rows(f"{tmp_path}::{split}")
+    assert f"no name of its files says {split}; name a file (rows.jsonl)" in str(error.value)
 
 
 def test_papers_folder_trains_on_its_training_rows(shared):
@@ -350,6 +368,13 @@ def test_saved_data_sets(tmp_path):
         read_rows(f"{source}::dev")
     with pytest.raises(ConfigError, match="has one split, without a name; leave out :dev"):
         read_rows(f"{tmp_path / 'one'}::dev")
+    for end in (":test", ":foo:test", ":foo"):
+        with pytest.raises(ConfigError) as error:
+            read_rows(source + end)
+        ways = " or ".join(f"{source}::{name}" for name in parts)
+        assert str(error.value) == f"{source}{end}: a saved data set has no configurations; name it as {ways}"
+    with pytest.raises(ConfigError, match=r"has no configurations; name it as .*one$"):
+        read_rows(f"{tmp_path / 'one'}:test")
     next((tmp_path / "one").glob("*.arrow")).write_bytes(b"x")
     with pytest.raises(ConfigError, match=r"one: can't be read \("):
         read_rows(str(tmp_path / "one"))
@@ -377,6 +402,8 @@ def test_clone_of_a_hub_data_set_with_configurations(tmp_path):
             read_rows(name)
         assert str(error.value).startswith(f"{name}: can't be read (")
         assert message in str(error.value)
+    with pytest.raises(ConfigError, match=rf"if test is a split, name it as {source}::test \(.*'main', 'extra'"):
+        read_rows(f"{source}:test")
     with pytest.raises(ConfigError, match=rf"which split is meant by dev\? Name it: {source}:main:train or"):
         read_rows(f"{source}:main", splits=DEV)
 
@@ -467,25 +494,3 @@ def test_any_file_is_read_or_refused_in_one_line(tmp_path, capfd, content, end, 
     else:
         assert all({*row.values} == {"prompt", "output"} for row in rows)
     assert capfd.readouterr().err == ""
-
-
-@pytest.mark.parametrize("names", [("train1", "test1"), ("trainset", "testset"), ("dollyTrain", "dollyTest")])
-def test_words_with_numbers_and_others_say_splits(tmp_path, names):
-    for name in names:
-        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"prompt": name, "output": "x"}) + "\n")
-    assert [row.values["prompt"] for row in read_rows(str(tmp_path))] == [names[0]]
-    assert [row.values["prompt"] for row in read_rows(f"{tmp_path}::test")] == [names[1]]
-
-
-def test_a_split_that_is_named_has_to_be_there(tmp_path):
-    for name in ("data", "heldout"):
-        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"prompt": name, "output": "x"}) + "\n")
-    for split in ("test", "heldout"):
-        with pytest.raises(ConfigError, match=f"no name of its files says {split}; name a file"):
-            read_rows(f"{tmp_path}::{split}")
-    parts = {name: datasets.Dataset.from_list([{"prompt": name, "output": "x"}]) for name in ("train", "test")}
-    datasets.DatasetDict(parts).save_to_disk(tmp_path / "saved")
-    assert [row.values["prompt"] for row in read_rows(f"{tmp_path / 'saved'}::test")] == ["test"]
-    for source in (f"{tmp_path / 'saved'}:test", f"{tmp_path / 'saved'}:other:test"):
-        with pytest.raises(ConfigError, match="has no configurations; name a split as"):
-            read_rows(source)
