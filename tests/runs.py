@@ -55,6 +55,18 @@ class Run:
         return sorted(path.name for path in (self.folder / "checkpoints").iterdir())
 
 
+def step_and_gradients(trainer, batch):
+    """The loss of one step and the gradients that it applied, by name. The weights are then what they were."""
+    gradients = {}
+    trainer.optimizer.register_step_pre_hook(
+        lambda *_: gradients.update({name: p.grad.clone() for name, p in trainer.student.named_parameters()})
+    )
+    weights = {name: p.detach().clone() for name, p in trainer.student.named_parameters()}
+    value, *_ = trainer.train_step(batch)
+    trainer.student.load_state_dict(weights, strict=False)
+    return value, gradients
+
+
 def assert_same(run, undisturbed):
     assert run.points() == undisturbed.points()
     ours, theirs = run.weights(), undisturbed.weights()

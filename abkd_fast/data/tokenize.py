@@ -37,18 +37,26 @@ class Tokenized:
 
     dataset: datasets.Dataset  # the columns of ROW
     bad: dict[int, str]  # rows that can't be used, by their index, and why
-    long: dict[int, str]  # rows whose prompts are too long, likewise
+    long: dict[int, str]  # rows with a prompt that is too long, likewise; of messages other turns may have samples
     format: str  # for people: what prompts begin with, what is trained, and what ends it
 
     def notes(self, rows: list[Row], max_length: int) -> Iterator[str]:
         """Lines for people about rows that are cut or left out."""
         if cut := int((self.dataset.with_format("numpy")["row_length"][:] > max_length).sum()):
             yield f"{cut} of {len(self.dataset)} samples exceed {max_length} tokens and are cut"
-        for left_out, named in ((self.bad, 3), (self.long, 1)):
+        whole, parts = {}, {}
+        kept = set(self.dataset["row"][:]) if self.long else ()
+        for row, reason in self.long.items():
+            (parts if row in kept else whole)[row] = reason
+        for what, left_out, named in (
+            ("rows are left out", self.bad, 3),
+            ("rows are left out", whole, 1),
+            ("rows lack some of their answers", parts, 1),
+        ):
             if left_out:
                 shown = "; ".join(f"{rows[row].where}: {left_out[row]}" for row in [*left_out][:named])
                 others = f", and {len(left_out) - named} others" if len(left_out) > named else ""
-                yield f"{len(left_out)} of {len(rows)} rows are left out: {shown}{others}"
+                yield f"{len(left_out)} of {len(rows)} {what}: {shown}{others}"
 
     def why_left_out(self, row: int) -> str | None:
         return self.bad.get(row) or self.long.get(row)

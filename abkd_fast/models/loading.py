@@ -188,7 +188,7 @@ def keep_chat_format(tokenizer: PreTrainedTokenizerBase, style: PromptFormat) ->
         template = chat_template(tokenizer, style)
     except ConfigError:
         return
-    if template is None or not isinstance(tokenizer.chat_template, str):
+    if template is None:
         return
     values = [
         f"{{% if {key} is not defined %}}{{% set {key} = {value!r} %}}{{% endif %}}"
@@ -198,8 +198,15 @@ def keep_chat_format(tokenizer: PreTrainedTokenizerBase, style: PromptFormat) ->
     question = template.render([{"role": "user", "content": "question"}], True)
     if style.begin_token is True and not question.startswith(tokenizer.bos_token or ""):
         added += "{{ bos_token }}"
-    if not tokenizer.chat_template.startswith(added):
-        tokenizer.chat_template = added + tokenizer.chat_template
+
+    def kept(text: str) -> str:
+        return text if text.startswith(added) else added + text
+
+    texts = tokenizer.chat_template
+    if isinstance(texts, dict):  # several by name, as Command R has
+        tokenizer.chat_template = {name: kept(text) for name, text in texts.items()}
+    else:
+        tokenizer.chat_template = kept(texts)
 
 
 def keep_begin_token(tokenizer: PreTrainedTokenizerBase, style: PromptFormat) -> bool:

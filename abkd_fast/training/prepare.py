@@ -59,15 +59,19 @@ def train_rows(config: Config) -> tuple:
     """
     outputs = "ignored"
     if config.method != "generate":
-        outputs = "required" if METHODS[config.method](config).off_policy_fraction else "optional"
+        outputs = "optional" if _writes_all_responses(config) else "required"
     return config.data.train, config.data.train_rows, TRAIN, outputs, *_reading(config)
 
 
 def train_format(config: Config) -> PromptFormat:
     """The format of data.train. A method that writes all responses itself answers the last turn of each row alone."""
     style = PromptFormat.from_config(config.data)
-    is_answered = config.method != "generate" and not METHODS[config.method](config).off_policy_fraction
+    is_answered = config.method != "generate" and _writes_all_responses(config)
     return dataclasses.replace(style, train_on="last") if is_answered else style
+
+
+def _writes_all_responses(config: Config) -> bool:
+    return METHODS[config.method](config).off_policy_fraction == 0
 
 
 def dev_rows(config: Config) -> tuple:

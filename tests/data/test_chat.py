@@ -401,3 +401,17 @@ def test_a_template_that_nobody_needs_disturbs_nobody(changed):
         tokenize(rows, tokenizer, 64)
     (note,) = tokenize(rows, tokenizer, 64, on_bad_row="skip").notes(rows, 64)
     assert note.startswith("1 of 2 rows are left out: rows line 2: the chat template can't")
+
+
+def test_rows_that_lack_some_answers_are_told_from_rows_that_are_left_out():
+    """Qwen 3's template gives each turn a sample. Those with a long history have too long a prompt."""
+    rows = [row_of("turns"), row_of("plain")]
+    tokenizer, style = tokenizer_of("qwen3"), style_of("qwen3")
+    prompts = [spans[0] for _, spans in tokenized("qwen3", row_of("turns"))]
+    assert prompts == sorted(prompts)
+    result = tokenize(rows, tokenizer, 2048, prompts[0], style)
+    assert result.dataset["row"][:] == [0, 1]
+    (note,) = result.notes(rows, 2048)
+    assert note.startswith(
+        f"1 of 2 rows lack some of their answers: {rows[0].where}: the prompt has {prompts[-1]} tokens"
+    )

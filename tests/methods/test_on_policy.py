@@ -30,7 +30,7 @@ from abkd_fast.pipeline import resolve
 from abkd_fast.teacher.teacher import Teacher
 from abkd_fast.training.trainer import Trainer
 from conftest import LLAMA
-from runs import Killed, Run, assert_same, at_step, crash, poison, send
+from runs import Killed, Run, assert_same, at_step, crash, poison, send, step_and_gradients
 
 TEACHER = {**LLAMA, "vocab_size": 1024, "eos_token_id": 0, "bos_token_id": 0}
 OVERRIDES = ["sampling.max_new_tokens=6", "log.every_steps=4", "data.max_length=96"]
@@ -131,13 +131,7 @@ def test_loss_and_gradient_of_generated_text_are_those_of_a_padded_batch(make, m
     assert len(batch.micro_batches) > 1
     samples = batch.samples
     assert all("index" not in sample for sample in samples), "all of them are generated"
-    gradients = {}
-    trainer.optimizer.register_step_pre_hook(
-        lambda *_: gradients.update({name: p.grad.clone() for name, p in trainer.student.named_parameters()})
-    )
-    weights = {name: p.detach().clone() for name, p in trainer.student.named_parameters()}
-    value, *_ = trainer.train_step(batch)
-    trainer.student.load_state_dict(weights, strict=False)
+    value, gradients = step_and_gradients(trainer, batch)
 
     longest = max(len(sample["input_ids"]) for sample in samples)
     ids = torch.zeros(len(samples), longest, dtype=torch.long)

@@ -37,6 +37,13 @@ def test_values_of_the_template(tokenizer, tmp_path, value):
     assert rendered(type(tokenizer).from_pretrained(tmp_path)) == expected
 
 
+def test_several_templates(tokenizer):
+    tokenizer.chat_template = {"default": TEMPLATE, "other": "other" + TEMPLATE}
+    keep_chat_format(tokenizer, PromptFormat(chat_template_kwargs={"mode": "B"}))
+    assert rendered(tokenizer) == "\n[userB] Hi"
+    assert rendered(tokenizer, chat_template="other") == "other\n[userB] Hi"
+
+
 def test_a_begin_token_that_the_template_lacks(tokenizer):
     keep_chat_format(tokenizer, PromptFormat(begin_token=False))
     assert tokenizer.chat_template == TEMPLATE

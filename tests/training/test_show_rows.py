@@ -1,6 +1,5 @@
 """`--show-rows`: what is printed is what is trained on."""
 
-import copy
 import json
 
 import pytest
@@ -8,15 +7,11 @@ import torch
 
 from abkd_fast import console
 from abkd_fast.config.recipe import load
-from abkd_fast.data import quickstart
 from abkd_fast.training import show_rows
 from abkd_fast.training.trainer import Trainer
+from chat import write_tokenizer
 from runs import Run
 
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 MESSAGES = [
     {"role": "user", "content": "Add 1 and 2."},
     {"role": "assistant", "content": "It is 3."},
@@ -27,10 +22,7 @@ MESSAGES = [
 
 @pytest.fixture
 def chat_tokenizer(tmp_path):
-    tokenizer = copy.deepcopy(quickstart.tokenizer())
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
-    tokenizer.chat_template = CHATML
-    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    write_tokenizer(tmp_path / "tokenizer")
     return str(tmp_path / "tokenizer")
 
 

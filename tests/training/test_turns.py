@@ -12,7 +12,7 @@ from abkd_fast.config.recipe import load
 from abkd_fast.teacher.teacher import CachedTeacher, Teacher
 from abkd_fast.training.trainer import Trainer
 from conftest import LLAMA
-from runs import Killed, Run, assert_same, at_step, crash
+from runs import Killed, Run, assert_same, at_step, crash, step_and_gradients
 
 MODEL = {**LLAMA, "vocab_size": 1024, "eos_token_id": 0, "bos_token_id": 0}
 
@@ -73,13 +73,7 @@ def test_loss_gradient_and_dev_loss_are_those_of_marked_tokens_alone(make, metho
     trainer = trainer_of(make(method, *exact, "train.max_tokens=200"))
     batch = next(trainer.batches())
     assert any(len(sample["spans"]) > 2 for sample in batch.samples)
-    gradients = {}
-    trainer.optimizer.register_step_pre_hook(
-        lambda *_: gradients.update({name: p.grad.clone() for name, p in trainer.student.named_parameters()})
-    )
-    weights = {name: p.detach().clone() for name, p in trainer.student.named_parameters()}
-    value, *_ = trainer.train_step(batch)
-    trainer.student.load_state_dict(weights, strict=False)
+    value, gradients = step_and_gradients(trainer, batch)
     signals = type("Signals", (), {"received": None, "of_any_rank": lambda self: None})()
     dev_loss = trainer.data.dev.loss(trainer.student, trainer.device, signals)
 
