@@ -14,6 +14,7 @@ import random
 import tempfile
 import time
 from collections.abc import Callable
+from typing import Any
 
 import datasets
 import torch
@@ -81,10 +82,15 @@ def _alone(work: Callable, path: str, name: str, cache: str) -> tuple[float, int
     return seconds, samples, _status("VmHWM") - before
 
 
+def in_own_process(work: Callable, *arguments: object) -> Any:
+    """What `work` returns in a fork of this process, which has imported everything, and has used no tokenizer yet."""
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        return pool.apply(work, arguments)
+
+
 def measure(work: Callable, path: pathlib.Path, options: argparse.Namespace, cache: str) -> dict:
     """A row of the table, measured in a process of its own."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        seconds, samples, held = pool.apply(_alone, (work, str(path), options.tokenizer, cache))
+    seconds, samples, held = in_own_process(_alone, work, str(path), options.tokenizer, cache)
     return {"seconds": seconds, "samples": samples, "mib": held / MIB}
 
 
@@ -97,7 +103,7 @@ def main() -> None:
     report = Report(torch.device("cpu"), vars(options), judge=not options.quick)
     with report.kept("data"), tempfile.TemporaryDirectory() as folder:
         path = pathlib.Path(folder, "rows.jsonl")
-        write_texts(path, count, options.tokenizer)
+        in_own_process(write_texts, path, count, options.tokenizer)
         rows = [
             {"name": "datasets.map, bare tokenizer", **measure(bare, path, options, folder)},
             {"name": "abkd_fast, from the file", **measure(ours, path, options, folder)},
