@@ -25,7 +25,7 @@ from ..data.tokenize import encode_prompts
 from ..device import choose_device, choose_dtype
 from ..errors import ConfigError, Interrupted, check_number
 from ..files import WRITE_ERRORS, atomic_folder, atomic_write, exclusive, locked, remove_leftovers, write_json
-from ..models import identity, loading
+from ..models import identity, loading, tokenizers
 from ..signals import StopSignals
 from .sampling import response_seeds, sample
 
@@ -56,10 +56,10 @@ class Generator:
         self.dtype = choose_dtype(dtype, self.device)
         self.dtype_name = str(self.dtype).removeprefix("torch.")
         self.hf_config = loading.read_meta_model(spec, "model").config
-        self.tokenizer = loading.read_tokenizer(*tokenizer)
-        loading.use_chat_template(self.tokenizer, chat_template, "chat_template", style)
-        loading.check_vocabularies(self.tokenizer, self.hf_config)
-        self.ends = loading.end_tokens(spec.path, self.tokenizer, style)
+        self.tokenizer = tokenizers.read_tokenizer(*tokenizer)
+        tokenizers.use_chat_template(self.tokenizer, chat_template, "chat_template", style)
+        tokenizers.check_vocabularies(self.tokenizer, self.hf_config)
+        self.ends = tokenizers.end_tokens(spec.path, self.tokenizer, style)
         self.sampling = dataclasses.replace(sampling, eos_token_ids=self.ends)
 
     def token_settings(self) -> dict:
@@ -153,7 +153,7 @@ class Generation:
         for name, value in {"rows": rows, "max_prompt_length": max_prompt_length}.items():
             check_number(name, value, 1)
         self.out, self.seed, self.max_prompt_length = out, seed, max_prompt_length
-        named = tokenizer or loading.tokenizer_path(spec), "tokenizer"
+        named = tokenizer or tokenizers.tokenizer_path(spec), "tokenizer"
         self.model = Generator(spec, named, sampling, batch_size, device, dtype, style, chat_template)
         self.tokenizer = self.model.tokenizer
         self.rows = data if isinstance(data, list) else read_rows(data, rows, outputs="ignored")

@@ -13,8 +13,10 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import ConfigError
+from ..models import forms
 from ..models.attention import packed_attention
-from ..models.packed import PackedCausalLM, compute_dtype
+from ..models.causal_lm import CausalLM, compute_dtype
+from ..models.packed import PackedCausalLM
 
 NAME = "abkd_slots"
 
@@ -72,7 +74,7 @@ class Decoder:
 
     def _logits(self, hidden: Tensor) -> Tensor:
         head = self.model.head
-        logits = head(hidden.to(head.weight.dtype))  # [B, V]
+        logits = self.model.logit_map(head(hidden.to(head.weight.dtype)))  # [B, V]
         return logits if logits.dtype == torch.float64 else logits.float()
 
     def store(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -144,24 +146,24 @@ def slot_attention(
 
 
 @contextlib.contextmanager
-def prepared(model: PackedCausalLM | PreTrainedModel) -> Iterator[PackedCausalLM]:
+def prepared(model: CausalLM | PreTrainedModel) -> Iterator[CausalLM]:
     """Makes a model ready for a Decoder, in eval mode; undoes that at the end.
 
     Raises ConfigError for a model that can't take packed sequences, and on a GPU for one that computes in more than 16
-    bits. A PackedCausalLM has been checked already.
+    bits. A CausalLM has been checked already.
     """
-    is_packed = isinstance(model, PackedCausalLM)
-    inner = model.causal_lm if is_packed else model
+    is_checked = isinstance(model, CausalLM)
+    inner = model.causal_lm if is_checked else model
     implementation, training = inner.config._attn_implementation, inner.training
     try:
-        if not is_packed:
-            model = PackedCausalLM(model, "model")
+        if not is_checked:
+            model = forms.choose(model.config, "model", model.device).build(model, "model")
         weight = model.head.weight
         if weight.device.type == "cuda" and (dtype := compute_dtype(weight)).itemsize > 2:
             name, way_out = str(dtype).removeprefix("torch."), 'torch.autocast("cuda", torch.bfloat16)'
             problem = f"it computes in {name}, but attention on a GPU needs 16 bits"
             raise ConfigError(f"{model.key}: {problem}: sample under {way_out}, or convert it to bfloat16")
-        if not is_packed:
+        if not is_checked:
             model.check()
         inner.eval()
         inner.set_attn_implementation(NAME)

@@ -14,7 +14,8 @@ from transformers.pytorch_utils import Conv1D
 
 from .. import distributed
 from ..errors import first_line
-from ..models.packed import PackedCausalLM, compute_dtype
+from ..models.causal_lm import compute_dtype
+from ..models.packed import PackedCausalLM
 from .decoder import Decoder, projections, upload
 
 KEPT_SHARE = 1 / 8  # of the GPU's memory: what all decoders together may keep between calls

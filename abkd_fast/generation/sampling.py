@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from ..config.sampling import SamplingParams
 from ..errors import ConfigError
 from ..losses.arguments import shared_vocabulary
-from ..models.packed import PackedCausalLM
+from ..models.causal_lm import CausalLM
 from .decoder import Decoder, prepared, upload
 from .graphs import graph_decoder
 
@@ -26,7 +26,7 @@ PREFILL_TOKENS = 4096  # the most tokens of prompts that enter together; a singl
 
 
 def sample(
-    model: PackedCausalLM | PreTrainedModel,
+    model: CausalLM | PreTrainedModel,
     prompts: list[list[int]],
     settings: SamplingParams,
     seeds: list[int],
@@ -60,8 +60,8 @@ def sample(
 
 
 def sample_mixture(
-    student: PackedCausalLM | PreTrainedModel,
-    teacher: PackedCausalLM | PreTrainedModel,
+    student: CausalLM | PreTrainedModel,
+    teacher: CausalLM | PreTrainedModel,
     teacher_weight: float,
     prompts: list[list[int]],
     settings: SamplingParams,
@@ -125,7 +125,7 @@ def response_seeds(questions: Iterable[tuple[int, int]]) -> list[int]:
 
 @torch.no_grad()
 def _run(
-    models: list[PackedCausalLM | PreTrainedModel],
+    models: list[CausalLM | PreTrainedModel],
     teacher_weight: float,
     prompts: list[list[int]],
     settings: SamplingParams,
@@ -165,7 +165,7 @@ def _run(
     return sequences
 
 
-def _limit(models: list[PackedCausalLM], prompt: list[int], settings: SamplingParams, index: int) -> int:
+def _limit(models: list[CausalLM], prompt: list[int], settings: SamplingParams, index: int) -> int:
     """How many new tokens a prompt may get. Raises ConfigError if it is none."""
     if not prompt:
         raise ConfigError(f"prompt {index} is empty: nothing predicts the first token of the response")

@@ -11,14 +11,6 @@ from .divergences import Divergence
 MAX_PADDING = 1024
 
 
-class LinearHead(NamedTuple):
-    """The hidden states of a model and the output projection that reads them: logits = hidden weight^T + bias."""
-
-    hidden: Tensor  # [N, H]
-    weight: Tensor  # [V, H]
-    bias: Tensor | None = None  # [V]
-
-
 class LogitMap(NamedTuple):
     """What a model does to the products of its output projection: x becomes softcap tanh(scale x / softcap).
 
@@ -37,6 +29,30 @@ class LogitMap(NamedTuple):
         if not self.softcap:
             return self.scale
         return self.scale / (logits * (self.scale / self.softcap)).cosh().square()
+
+
+class LinearHead(NamedTuple):
+    """The hidden states of a model and the output projection that reads them: logits = map(hidden weight^T + bias)."""
+
+    hidden: Tensor  # [N, H]
+    weight: Tensor  # [V, H]
+    bias: Tensor | None = None  # [V]
+    logit_map: LogitMap = LogitMap()
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        return self[:3]
+
+    def arguments(self, role: str) -> dict[str, Tensor | float | None]:
+        """The keyword arguments of a fused loss that describe this model: "student" or "teacher"."""
+        values = {
+            "hidden": self.hidden,
+            "weight": self.weight,
+            "bias": self.bias,
+            "logit_scale": self.logit_map.scale,
+            "softcap": self.logit_map.softcap or None,
+        }
+        return {f"{role}_{name}": value for name, value in values.items()}
 
 
 class LossSpec(NamedTuple):
@@ -103,7 +119,7 @@ def check_labels(labels: Tensor | None, tokens: int, hard_weight: float) -> Tens
 
 def check_head(model: str, head: LinearHead) -> None:
     """Raises ValueError if the shapes of hidden states, projection and bias don't fit together."""
-    hidden, weight, bias = head
+    hidden, weight, bias = head.tensors
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         shapes = f"{list(hidden.shape)} and {list(weight.shape)}"
         raise ValueError(f"{model} hidden states and projection have shapes {shapes}, expected [N, H] and [V, H]")

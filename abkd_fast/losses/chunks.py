@@ -75,7 +75,7 @@ def _round_up(number: int, multiple: int) -> int:
 def _operands(head: LinearHead, dtype: torch.dtype) -> LinearHead:
     """The head in one type: `dtype`, but 16 bits for hidden states of 16 bits on a GPU. Products of those are exact in
     float32."""
-    hidden, weight, bias = head
+    hidden, weight, bias = head.tensors
     if not (hidden.is_cuda and hidden.dtype in (torch.bfloat16, torch.float16)):
         hidden = hidden.to(dtype)
     return LinearHead(hidden, weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype))
@@ -150,7 +150,7 @@ class Chunks:
             index = index if self.kept is None else self.kept[index]
             logits = [buffer[:size, : self.vocab] for buffer in self.buffer]
             if self.held != start:
-                for (hidden, weight, bias), out in zip(self.heads, logits, strict=True):
+                for (hidden, weight, bias, _), out in zip(self.heads, logits, strict=True):
                     _product(hidden[index], weight.T, out)
                     if bias is not None:
                         out += bias
@@ -166,7 +166,7 @@ class HeadGradients:
     """
 
     def __init__(self, chunks: Chunks, need: list[bool]) -> None:
-        hidden, weight, _ = chunks.heads[0]
+        hidden, weight, *_ = chunks.heads[0]
         self.chunks, self.need = chunks, need
         self.hidden = hidden.new_zeros(hidden.shape if need[0] else 0, dtype=chunks.dtype)
         self.weight = new_large(hidden, *(weight.shape if need[1] else (0,)), dtype=chunks.dtype)
@@ -177,7 +177,7 @@ class HeadGradients:
 
     def add(self, index: slice | Tensor, gradient: Tensor) -> None:
         """Adds the gradients of a chunk, from `gradient` by its logits [n, V], which has taken the place of these."""
-        hidden, weight, _ = self.chunks.heads[0]
+        hidden, weight, *_ = self.chunks.heads[0]
         if self.need[0]:
             chunk_gradient = hidden.new_empty(len(gradient), hidden.shape[1], dtype=self.chunks.dtype)  # [n, H]
             _product(gradient, weight, chunk_gradient)

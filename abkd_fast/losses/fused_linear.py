@@ -136,7 +136,7 @@ class _LossPerRow(torch.autograd.Function):
 
 def need_gradients(head: LinearHead) -> list[bool]:
     """Whether hidden states, projection and bias need gradients."""
-    return [torch.is_grad_enabled() and x is not None and x.requires_grad for x in head]
+    return [torch.is_grad_enabled() and x is not None and x.requires_grad for x in head.tensors]
 
 
 def _prefix(rows: Tensor | None, count: int) -> Tensor | None:
@@ -158,10 +158,12 @@ def pair_heads(
         vocab = shared_vocabulary(*sizes)
     else:
         vocab, shard = divide_vocabulary(student.hidden, *sizes, group)
-    student, teacher = (LinearHead(x.hidden, *(_prefix(y, vocab) for y in x[1:])) for x in (student, teacher))
+    student, teacher = (
+        x._replace(weight=_prefix(x.weight, vocab), bias=_prefix(x.bias, vocab)) for x in (student, teacher)
+    )
     check_head("student", student)  # after the exchange, so that no rank waits for one that raises
     check_head("teacher", teacher)
-    return student, LinearHead(*(None if x is None else x.detach() for x in teacher)), shard
+    return student, LinearHead(*(None if x is None else x.detach() for x in teacher.tensors)), shard
 
 
 def _loss(
@@ -185,7 +187,7 @@ def _loss(
         raise ValueError(f"logits_dtype is {logits_dtype}, expected {names} for {student.hidden.dtype} hidden states")
     numbers = (str(spec.divergence), *spec[1:3], spec.maps, chunk_tokens or 0, logits_dtype or accumulate)
     numbers += shard or Shard("", 0, 0)
-    tensors = (*student, *(teacher or (None, None, None)), labels)
+    tensors = (*student.tensors, *(teacher.tensors if teacher else (None, None, None)), labels)
     need = need_gradients(student)
     if reduction == "none":
         losses = _LossPerRow.apply(need, numbers, *tensors)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .arguments import LinearHead, LossSpec, Rows, check_labels, loss_dtype
+from .arguments import LinearHead, LogitMap, LossSpec, Rows, check_loss, loss_dtype
 from .chunks import Chunks, HeadGradients
 from .divergences import ReverseKL
 from .fused_linear import need_gradients, pair_heads, saved_gradients
@@ -21,7 +21,7 @@ def policy_rows(
     gradient: Tensor | None = None,
     scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """KL(q, p) [N] of rows with the spec `REVERSE_KL`, and the ratios r = q(label) / e^log_probs [N].
+    """KL(q, p) [N] of rows whose divergence is the reverse KL, and the ratios r = q(label) / e^log_probs [N].
 
     Both have the type of the losses, as advantages and log_probs [N] must. `gradient` [N, V], which may be
     `rows.student`, receives `scale` times the derivative of each row's KL(q, p) + `clipped_surrogate` by the student's
@@ -29,7 +29,8 @@ def policy_rows(
     """
     labels = rows.labels[:, None]
     divergences, statistics = measure_rows(rows)
-    log_q, log_p = (x.gather(1, labels)[:, 0].double() for x in (rows.student, rows.teacher))
+    of_student, of_teacher = (x.gather(1, labels)[:, 0].double() for x in (rows.student, rows.teacher))
+    log_q, log_p = rows.spec.student_map(of_student), rows.spec.teacher_map(of_teacher)
     log_q, log_p = log_q - statistics[:, STUDENT_LSE], log_p - statistics[:, TEACHER_LSE]
     ratios = (log_q - log_probs).exp().to(divergences.dtype)
     if gradient is not None:
@@ -39,7 +40,8 @@ def policy_rows(
         of_label = log_q.exp() * (log_q - log_p - statistics[:, SLOPE]) + weights * log_q.expm1()
         statistics[:, SLOPE] -= weights
         row_gradients(rows, statistics, torch.full_like(divergences, scale), gradient)
-        gradient.scatter_(1, labels, (scale * of_label)[:, None].to(gradient.dtype))
+        of_label = scale * of_label * rows.spec.student_map.slope(of_student)
+        gradient.scatter_(1, labels, of_label[:, None].to(gradient.dtype))
     return divergences, ratios
 
 
@@ -68,6 +70,7 @@ class _PolicyGradient(torch.autograd.Function):
         log_probs: Tensor,
         clip_ratio: float,
         scale: float,
+        maps: list[float],
         teacher: LinearHead,
         *student: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -75,7 +78,8 @@ class _PolicyGradient(torch.autograd.Function):
         dtype = loss_dtype(student.hidden)
         advantages, log_probs = advantages.to(dtype), log_probs.to(dtype)
         with torch.autocast(student.hidden.device.type, enabled=False):
-            chunks = Chunks(student, teacher, labels, REVERSE_KL, 0, dtype)
+            spec = LossSpec.of(REVERSE_KL.divergence, 1.0, 0.0, maps)
+            chunks = Chunks(student, teacher, labels, spec, 0, dtype)
             gradients = HeadGradients(chunks, need)
             divergences, ratios = (torch.zeros_like(advantages) for _ in range(2))
             for index, rows in chunks:
@@ -84,7 +88,7 @@ class _PolicyGradient(torch.autograd.Function):
                 divergences[index], ratios[index] = policy_rows(rows, *policy, gradient, scale)
                 if gradient is not None:
                     gradients.add(index, gradient)
-        ctx.need, ctx.dtypes = need, [None if x is None else x.dtype for x in student]
+        ctx.need, ctx.dtypes = need, [None if x is None else x.dtype for x in student.tensors]
         ctx.save_for_backward(*gradients)
         ctx.mark_non_differentiable(divergences, ratios)
         total = (divergences + clipped_surrogate(ratios, advantages, clip_ratio)).sum()
@@ -92,7 +96,7 @@ class _PolicyGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, upstream: Tensor, *_: Tensor) -> tuple:  # noqa: ANN001
-        return *[None] * 7, *saved_gradients(ctx, upstream)
+        return *[None] * 8, *saved_gradients(ctx, upstream)
 
 
 def fused_linear_policy_gradient(
@@ -107,6 +111,10 @@ def fused_linear_policy_gradient(
     *,
     student_bias: Tensor | None = None,
     teacher_bias: Tensor | None = None,
+    student_logit_scale: float = 1.0,
+    teacher_logit_scale: float = 1.0,
+    student_softcap: float | None = None,
+    teacher_softcap: float | None = None,
     scale: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The sum over tokens of KL(q, p) + max(-A r, -A clip(r, 1 - clip_ratio, 1 + clip_ratio)), r = q(label) / b(label).
@@ -115,8 +123,8 @@ def fused_linear_policy_gradient(
     next token. Both come from the same logits, so it costs hardly more than the divergence alone.
 
     Args:
-        student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias: as in
-            `fused_linear_divergence`.
+        student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias, and the factors and
+            softcaps of both: as in `fused_linear_divergence`.
         labels: [N], the tokens that the policy b chose; rows with -100 don't count. Labels may stay on the CPU.
         advantages: [N], A. log_probs: [N], log b(label). Both on the student's device.
         scale: multiplies the sum, at no cost.
@@ -132,9 +140,13 @@ def fused_linear_policy_gradient(
     student = LinearHead(student_hidden, student_weight, student_bias)
     teacher = LinearHead(teacher_hidden, teacher_weight, teacher_bias)
     student, teacher, _ = pair_heads(student, teacher)
-    labels = check_labels(labels, len(student_hidden), 1.0)
+    maps = LogitMap(student_logit_scale, student_softcap or 0.0), LogitMap(teacher_logit_scale, teacher_softcap or 0.0)
+    spec = REVERSE_KL._replace(student_map=maps[0], teacher_map=maps[1])
+    labels = check_loss(spec._replace(hard_weight=1.0), "sum", labels, len(student_hidden))
     for name, values in (("advantages", advantages), ("log_probs", log_probs)):
         if values.shape != labels.shape:
             raise ValueError(f"{name} have shape {list(values.shape)}, expected [{len(labels)}], one for each label")
     need = need_gradients(student)
-    return _PolicyGradient.apply(need, labels, advantages, log_probs, clip_ratio, scale, teacher, *student)
+    return _PolicyGradient.apply(
+        need, labels, advantages, log_probs, clip_ratio, scale, spec.maps, teacher, *student.tensors
+    )

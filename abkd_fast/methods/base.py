@@ -11,8 +11,8 @@ from .rollouts import Rollouts
 
 def cross_entropy(student: LinearHead, batch: Batch, teacher: LinearHead | None = None) -> Tensor:
     """The cross-entropy of a batch's labels, summed, times its scale. The teacher plays no part."""
-    options = {"student_bias": student.bias, "reduction": "sum", "scale": batch.loss_scale}
-    return fused_linear_cross_entropy(student.hidden, student.weight, batch.labels, **options)
+    options = {"reduction": "sum", "scale": batch.loss_scale}
+    return fused_linear_cross_entropy(**student.arguments("student"), labels=batch.labels, **options)
 
 
 class Method:

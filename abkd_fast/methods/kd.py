@@ -20,14 +20,10 @@ class WordLevelKD(Method):
 
     def loss(self, student: LinearHead, batch: Batch, teacher: LinearHead | None) -> Tensor:
         return fused_linear_divergence(
-            student.hidden,
-            student.weight,
-            teacher.hidden,
-            teacher.weight,
-            self.divergence,
-            batch.labels,
-            student_bias=student.bias,
-            teacher_bias=teacher.bias,
+            **student.arguments("student"),
+            **teacher.arguments("teacher"),
+            divergence=self.divergence,
+            labels=batch.labels,
             temperature=self.temperature,
             hard_weight=self.hard_weight,
             reduction="sum",

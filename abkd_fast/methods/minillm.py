@@ -125,16 +125,12 @@ class MiniLLM(OnPolicyMethod):
             for name in ("advantages", "log_probs")
         )  # [N] each
         total, divergences, ratios = fused_linear_policy_gradient(
-            student.hidden,
-            student.weight,
-            teacher.hidden,
-            teacher.weight,
-            batch.labels,
-            advantages,
-            log_probs,
-            self.settings.clip_ratio,
-            student_bias=student.bias,
-            teacher_bias=teacher.bias,
+            **student.arguments("student"),
+            **teacher.arguments("teacher"),
+            labels=batch.labels,
+            advantages=advantages,
+            log_probs=log_probs,
+            clip_ratio=self.settings.clip_ratio,
             scale=batch.loss_scale,
         )
         clipped = is_clipped(ratios, advantages, self.settings.clip_ratio)
@@ -145,14 +141,10 @@ class MiniLLM(OnPolicyMethod):
     def pretrain_loss(self, student: LinearHead, batch: Batch, teacher: LinearHead | None) -> Tensor:
         """(1 - text_kd) cross-entropy + text_kd KL(p, q), summed over the labels of plain text."""
         return fused_linear_divergence(
-            student.hidden,
-            student.weight,
-            teacher.hidden,
-            teacher.weight,
-            ForwardKL(),
-            batch.labels,
-            student_bias=student.bias,
-            teacher_bias=teacher.bias,
+            **student.arguments("student"),
+            **teacher.arguments("teacher"),
+            divergence=ForwardKL(),
+            labels=batch.labels,
             hard_weight=1 - self.settings.text_kd,
             reduction="sum",
             scale=batch.loss_scale,

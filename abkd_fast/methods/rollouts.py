@@ -15,8 +15,8 @@ from ..data.batches import prompt_of, step_samples
 from ..data.chat import PromptFormat
 from ..generation.sampling import SamplingParams, sample, sample_mixture
 from ..losses.arguments import shared_vocabulary
-from ..models import loading
-from ..models.packed import PackedCausalLM
+from ..models import tokenizers
+from ..models.causal_lm import CausalLM
 
 
 class Rollouts:
@@ -31,13 +31,13 @@ class Rollouts:
         config: Config,
         tokenizer: PreTrainedTokenizerBase,
         train_set: datasets.Dataset,
-        student: PackedCausalLM,
-        teacher: PackedCausalLM,
+        student: CausalLM,
+        teacher: CausalLM,
         precision: Callable[[], contextlib.AbstractContextManager],
     ) -> None:
         """precision: makes the context that the models run in."""
         self.config, self.train_set = config, train_set
-        ends = loading.end_tokens(config.student.path, tokenizer, PromptFormat.from_config(config.data))
+        ends = tokenizers.end_tokens(config.student.path, tokenizer, PromptFormat.from_config(config.data))
         self.student, self.teacher, self.precision = student, teacher, precision
         self.settings = SamplingParams.from_options(
             config.sampling,

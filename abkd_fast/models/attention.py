@@ -1,10 +1,11 @@
 """Padding-free causal attention over sequences packed end to end: one function, registered with transformers."""
 
+import contextlib
 import importlib.util
 import inspect
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +16,8 @@ from transformers import AttentionInterface
 from ..errors import first_line
 
 NAME = "abkd_packed"
-calls = 0  # how often the function ran; the start-up check expects one call a layer
+used: set[str] = set()  # what the function was asked for beside windows; `forms.choose` reads it
+_given: dict[str, Any] = {}  # the options of models that lose them between their forward pass and attention
 
 
 class Kernel(NamedTuple):
@@ -60,6 +62,22 @@ def supports_windows(device: torch.device) -> bool:
     return device.type != "cuda" or gpu_kernel().has_windows
 
 
+def missing(device: torch.device, needs: frozenset[str]) -> str | None:
+    """What a model's attention needs and has not on this device, in words; None if nothing."""
+    return None
+
+
+@contextlib.contextmanager
+def given(options: dict[str, Any]) -> Iterator[None]:
+    """A context in which `options` reach attention also from models that lose keyword arguments on the way."""
+    global _given
+    before, _given = _given, options
+    try:
+        yield
+    finally:
+        _given = before
+
+
 def packed_attention(
     module: torch.nn.Module,
     query: Tensor,  # [1, heads, T, dim]
@@ -81,13 +99,10 @@ def packed_attention(
     Raises RuntimeError for what packing can't express: soft-capping, attention sinks, a model that loses the
     sequence boundaries (cu_seq_lens_q) on the way.
     """
-    global calls
-    if not torch.compiler.is_compiling():  # a compiled counter would be compiled again at every value
-        calls += 1
     if softcap is not None or s_aux is not None:
         raise RuntimeError(f"{'soft-capping' if s_aux is None else 'sinks'} in its attention, which packing lacks")
     if cu_seq_lens_q is None:
-        raise RuntimeError("its layers lose the sequence boundaries on the way to attention")
+        cu_seq_lens_q, max_length_q = _given["cu_seq_lens_q"], _given["max_length_q"]
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     window = -1 if sliding_window is None else sliding_window - 1  # transformers counts the current token
     if query.device.type == "cuda":

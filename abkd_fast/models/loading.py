@@ -1,6 +1,5 @@
 """Hugging Face causal language models: load, check, split into body and output projection, save."""
 
-import copy
 import dataclasses
 import json
 import logging
@@ -13,20 +12,16 @@ import safetensors
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.activations import NewGELUActivation
-from transformers.utils import GENERATION_CONFIG_NAME, cached_file
 
 from ..config.schema import ModelConfig
-from ..data import quickstart
-from ..data.chat import PromptFormat, chat_template, end_of_turn
-from ..data.encode import begin_token
 from ..errors import ConfigError, first_line
 from ..files import is_local_path
-from ..losses.arguments import shared_vocabulary
-from . import attention
+from . import attention, forms
+from .causal_lm import CausalLM
+from .forms import Form
 from .identity import ADAPTER_SETTINGS
-from .packed import PackedCausalLM
 
 transformers.utils.logging.disable_progress_bar()  # the run shows its own
 # Newer versions of transformers renamed what peft and this module still call by the old name.
@@ -90,6 +85,7 @@ class MetaModel:
     spec: ModelConfig
     config: PretrainedConfig
     model: PreTrainedModel  # on the meta device: shapes without memory
+    form: Form  # how it is trained
     adapter_size: int | None  # weights of its LoRA adapter; None without one
 
 
@@ -114,7 +110,7 @@ def read_meta_model(spec: ModelConfig, key: str) -> MetaModel:
         from . import lora
 
         adapter_size = lora.check_adapter(meta_model(config), spec, key)
-    return MetaModel(spec, config, model, adapter_size)
+    return MetaModel(spec, config, model, forms.choose(config, key), adapter_size)
 
 
 def meta_model(config: PretrainedConfig) -> PreTrainedModel:
@@ -134,166 +130,6 @@ def describe(model: nn.Module) -> str:
         return text
     trained = millions(p for p in model.parameters() if p.requires_grad)
     return f"{text}, LoRA rank {model.peft_config['default'].r}: {trained} trained"
-
-
-def read_tokenizer(path: str, key: str) -> PreTrainedTokenizerBase:
-    """A tokenizer; "quickstart" is that of the generated tasks. Raises ConfigError where there is none."""
-    if path == "quickstart":
-        return copy.deepcopy(quickstart.tokenizer())  # runs may change theirs
-    folder = pathlib.Path(path)
-    if folder.is_dir() and not any([*folder.glob(f"{kind}*")] for kind in ("tokenizer", "vocab", "spiece")):
-        raise ConfigError(f"{key}: {path} is a folder without a tokenizer; name another as tokenizer")
-    try:
-        if not folder.exists() and is_local_path(path):
-            raise OSError("no such folder")
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path)
-    except Exception as error:  # of many kinds: a broken file, no network, a missing package
-        raise ConfigError(f"{key}: {path}: no tokenizer there ({first_line(error)})") from None
-    if tokenizer.eos_token_id is None:
-        raise ConfigError(f"{key}: {path}: has no end token (eos_token), which every response needs")
-    return tokenizer
-
-
-def tokenizer_path(spec: ModelConfig) -> str:
-    """Where a model's tokenizer is: in the folder of its adapter if that has one, or with the model."""
-    settings = pathlib.Path(spec.adapter or "", "tokenizer_config.json")
-    return spec.adapter if spec.adapter and settings.exists() else spec.path
-
-
-def use_chat_template(tokenizer: PreTrainedTokenizerBase, path: str | None, key: str, style: PromptFormat) -> None:
-    """Takes the chat template in a file in place of the tokenizer's. Raises ConfigError for a file that has none."""
-    if path is None:
-        return
-    try:
-        text = pathlib.Path(path).read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise ConfigError(f"{key}: {path}: can't be read ({reason}); expected a file with a chat template") from None
-    if not text.strip():
-        raise ConfigError(f"{key}: {path}: is empty, expected a chat template")
-    tokenizer.chat_template = text
-    try:
-        chat_template(tokenizer, style)
-    except ConfigError as error:
-        raise ConfigError(f"{key}: {path}: {error}") from None
-
-
-def keep_chat_format(tokenizer: PreTrainedTokenizerBase, style: PromptFormat) -> None:
-    """Writes the values of a chat template, and a begin token that it lacks, into the template itself.
-
-    The tokenizer is saved with the model, so later commands and other tools render prompts as in training. They may
-    still give other values. A template that can't be used stays as it is: rows without messages don't need it.
-    """
-    try:
-        template = chat_template(tokenizer, style)
-    except ConfigError:
-        return
-    if template is None:
-        return
-    values = [
-        f"{{% if {key} is not defined %}}{{% set {key} = {value!r} %}}{{% endif %}}"
-        for key, value in (style.chat_template_kwargs or {}).items()
-    ]
-    added = "".join(values) + ("{{ '' }}" if values else "")  # else a line end that follows a block would vanish
-    question = template.render([{"role": "user", "content": "question"}], True)
-    if style.begin_token is True and not question.startswith(tokenizer.bos_token or ""):
-        added += "{{ bos_token }}"
-
-    def kept(text: str) -> str:
-        return text if text.startswith(added) else added + text
-
-    texts = tokenizer.chat_template
-    if isinstance(texts, dict):  # several by name, as Command R has
-        tokenizer.chat_template = {name: kept(text) for name, text in texts.items()}
-    else:
-        tokenizer.chat_template = kept(texts)
-
-
-def keep_begin_token(tokenizer: PreTrainedTokenizerBase, style: PromptFormat) -> bool:
-    """Makes a tokenizer add a begin token to plain text, or none, as the style says. Returns whether it does now.
-
-    The tokenizer is saved with the model, and later commands and other tools ask it.
-    """
-    if style.begin_token == "auto":
-        return True
-    auto, wanted = PromptFormat(), begin_token(tokenizer, style, is_chat=False)
-    if begin_token(tokenizer, auto, is_chat=False) != wanted:
-        tokenizer.add_bos_token = bool(wanted)
-    return begin_token(tokenizer, auto, is_chat=False) == wanted
-
-
-def end_tokens(path: str | None, tokenizer: PreTrainedTokenizerBase, style: PromptFormat) -> tuple[int, ...]:
-    """The tokens that end what a model writes, from three sources; each is one of the tokenizer's:
-
-    - the tokenizer's end token;
-    - `eos_token_id` of the model's generation_config.json, a number or a list;
-    - the token with which the chat template ends a turn of the assistant.
-
-    Args:
-        path: the model's folder or Hub name; None for random weights.
-
-    Raises ConfigError for a damaged generation_config.json, and for a chat template that can't be used.
-    """
-    ends = {tokenizer.eos_token_id, end_of_turn(tokenizer, style), *(_generation_ends(path) if path else ())}
-    return tuple(sorted(token for token in ends - {None} if 0 <= token < len(tokenizer)))
-
-
-def _generation_ends(path: str) -> list[int]:
-    try:
-        file = cached_file(path, GENERATION_CONFIG_NAME)
-    except OSError:  # there is none, or the Hub can't be asked; transformers goes on without it, too
-        return []
-    try:
-        values = json.loads(pathlib.Path(file).read_text(encoding="utf-8"))
-        ends, is_derived = values.get("eos_token_id"), values.get("_from_model_config", False)
-    except (OSError, ValueError, AttributeError, RecursionError) as error:
-        raise ConfigError(f"{file} can't be read ({first_line(error)}): get it again") from None
-    several = ends if isinstance(ends, list) else [] if ends is None else [ends]
-    if not all(type(token) is int for token in several):
-        shown = json.dumps(ends)[:60]
-        raise ConfigError(f"{file}: eos_token_id is {shown}, expected the number of a token, or a list of such")
-    if is_derived and ends is not None and ends == getattr(_default_config(path), "eos_token_id", None):
-        return []  # the default of the configuration's class; with this tokenizer it may be another token
-    return several
-
-
-def _default_config(path: str) -> PretrainedConfig:
-    return type(AutoConfig.from_pretrained(path))()
-
-
-def set_end_tokens(model: PreTrainedModel, ends: tuple[int, ...]) -> None:
-    """Makes the generation_config.json that is saved with a model name these tokens."""
-    settings = model.generation_config
-    settings.eos_token_id, settings._from_model_config = ends[0] if len(ends) == 1 else list(ends), False
-
-
-def check_vocabularies(
-    tokenizer: PreTrainedTokenizerBase,
-    student: PretrainedConfig,
-    teacher: PretrainedConfig | None = None,
-    teacher_tokenizer: PreTrainedTokenizerBase | None = None,
-) -> None:
-    """Raises ConfigError unless student and teacher read the same tokens and have room for all of them."""
-    needed = len(tokenizer)
-    if teacher_tokenizer is not None:
-        vocabularies = tokenizer.get_vocab(), teacher_tokenizer.get_vocab()
-        ours, theirs = ({index: token for token, index in vocabulary.items()} for vocabulary in vocabularies)
-        different = next((index for index in sorted({*ours, *theirs}) if ours.get(index) != theirs.get(index)), None)
-        if different is not None:
-            raise ConfigError(
-                f"tokenizers of student ({len(tokenizer)} tokens) and teacher ({len(teacher_tokenizer)}) differ at id "
-                f"{different} ({ours.get(different)!r} / {theirs.get(different)!r}): distillation needs one vocabulary"
-            )
-    sizes = {"student": student.vocab_size} | ({} if teacher is None else {"teacher": teacher.vocab_size})
-    for role, size in sizes.items():
-        if size < needed:
-            text = ", ".join(f"{name} has {number}" for name, number in sizes.items())
-            raise ConfigError(f"vocabulary: the tokenizer has {needed} tokens, but the {role} fewer ({text})")
-    if teacher is not None:
-        try:
-            shared_vocabulary(student.vocab_size, teacher.vocab_size)
-        except ValueError as error:
-            raise ConfigError(f"vocabulary: {error}") from None
 
 
 def check_length(config: PretrainedConfig, key: str, max_length: int) -> None:
@@ -321,7 +157,7 @@ def load(
     dtype: torch.dtype,
     device: torch.device,
     in_parts: bool = False,
-) -> PackedCausalLM:
+) -> CausalLM:
     """Loads a model with its weights in `dtype`; without a path they are random. Its activations are fused.
 
     A student's adapter is attached, and it alone is trained. Other adapters are merged.
@@ -374,7 +210,7 @@ def load(
         if key == "student" and spec.has_adapter:
             model = lora.attach_adapter(model, spec, key)
     fuse_activations(model)
-    return PackedCausalLM(model if in_parts else model.to(device), key)
+    return forms.choose(config, key, device).build(model if in_parts else model.to(device), key)
 
 
 def _type_in_files(path: str, otherwise: torch.dtype) -> torch.dtype:

@@ -19,9 +19,9 @@ from ..data.batches import pack
 from ..device import free_memory
 from ..errors import ConfigError
 from ..files import cache_folder
+from ..models.causal_lm import CausalLM
 from ..models.identity import describe_model, hash_tensors, hash_weights
 from ..models.loading import DROPOUT, MetaModel
-from ..models.packed import PackedCausalLM
 from . import store
 from .teacher import CachedTeacher, Teacher
 
@@ -45,6 +45,7 @@ class TeacherCache:
         Raises ConfigError for a folder that can't hold the cache, where mode insists on it.
         """
         self.mode, self.spec, self.config = config.cache.mode, config.teacher, teacher.config
+        self.logit_map = teacher.form.logit_map
         self.root = pathlib.Path(config.cache.dir) if config.cache.dir else cache_folder()
         self.dataset, self.samples, self.device, self.dtype = dataset, samples, device, dtype
         self.max_tokens = config.train.max_tokens
@@ -101,7 +102,7 @@ class TeacherCache:
 
     def open(
         self,
-        load: Callable[[], PackedCausalLM],
+        load: Callable[[], CausalLM],
         precision: Callable[[], contextlib.AbstractContextManager],
         reserved: int,
     ) -> Teacher | CachedTeacher:
@@ -170,7 +171,7 @@ class TeacherCache:
     def _cached(self, rows: Tensor, head: tuple[Tensor, Tensor | None], where: str, seconds: float) -> CachedTeacher:
         """The cached teacher; the body is freed. seconds: what one pass over the data takes."""
         head = tuple(None if tensor is None else tensor.detach().to(self.device) for tensor in head)
-        teacher = CachedTeacher(rows, self.layout, head, (seconds, self.build_seconds))
+        teacher = CachedTeacher(rows, self.layout, head, self.logit_map, (seconds, self.build_seconds))
         built = f"built in {self.build_seconds:.1f} s" if self.build_seconds else "found"
         saved = max(0, teacher.seconds_saved(self.samples))
         teacher.note = f"states cached, {format_bytes(self.bytes)} {where}; {built}, will save about {saved:.1f} s"

@@ -7,15 +7,15 @@ from torch import Tensor
 
 from .. import distributed
 from ..data.batches import Batch, count_labels, pack
-from ..losses.arguments import LinearHead
-from ..models.packed import PackedCausalLM
+from ..losses.arguments import LinearHead, LogitMap
+from ..models.causal_lm import CausalLM
 from .store import Layout
 
 
 class Teacher:
     """A live teacher: its body runs in every step."""
 
-    def __init__(self, model: PackedCausalLM, note: str = "runs in every step") -> None:
+    def __init__(self, model: CausalLM, note: str = "runs in every step") -> None:
         self.model = model.eval().requires_grad_(False)
         self.note = note
 
@@ -34,18 +34,27 @@ class Teacher:
         alone = head.weight.device.type == "cpu" and not distributed.is_sharded(self.model)
         batches = [pack([sample], batch.tokens)[0] for sample in batch.samples] if alone else [batch]
         hidden = torch.cat([self.model(part, lambda student: student.hidden) for part in batches])
-        return LinearHead(hidden.to(head.weight.dtype), head.weight, head.bias)
+        return LinearHead(hidden.to(head.weight.dtype), head.weight, head.bias, self.model.logit_map)
 
 
 class CachedTeacher:
     """Looks hidden states up: rows [R, H] in device memory, or mapped from disk."""
 
     def __init__(
-        self, rows: Tensor, layout: Layout, head: tuple[Tensor, Tensor | None], seconds: tuple[float, float]
+        self,
+        rows: Tensor,
+        layout: Layout,
+        head: tuple[Tensor, Tensor | None],
+        logit_map: LogitMap,
+        seconds: tuple[float, float],
     ) -> None:
-        """seconds: what one process takes to compute all rows, and what this run spent on it."""
+        """head: the output projection and its bias; logit_map: what follows it.
+
+        seconds: what one process takes to compute all rows, and what this run spent on it.
+        """
         self.rows, self.layout = rows, layout
         self.weight, self.bias = head
+        self.logit_map = logit_map
         self.pass_seconds, self.build_seconds = seconds
         self.note = ""
 
@@ -61,7 +70,7 @@ class CachedTeacher:
 
     def linear_head(self, batch: Batch) -> LinearHead:
         hidden = self._gather(batch.samples) if batch.teacher_hidden is None else batch.teacher_hidden
-        return LinearHead(self._to_device(hidden), self.weight, self.bias)
+        return LinearHead(self._to_device(hidden), self.weight, self.bias, self.logit_map)
 
     def hidden_states(self, sample: dict) -> Tensor:
         """The hidden states [n, H] of one sample's response."""
@@ -118,4 +127,4 @@ class OnPolicyTeacher:
                     for sample in batch.samples
                 ]
             )
-        return LinearHead(hidden, head.weight, head.bias)
+        return LinearHead(hidden, head.weight, head.bias, self.live.model.logit_map)

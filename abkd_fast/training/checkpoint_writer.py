@@ -28,7 +28,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .. import distributed
 from ..files import atomic_folder
-from ..models.packed import PackedCausalLM
+from ..models.causal_lm import CausalLM
 from .checkpoint import OPTIMIZER, STATE, TENSORS, Checkpoints
 
 # Intended: every process reads on its own.
@@ -52,7 +52,7 @@ class CheckpointWriter:
     def __init__(
         self,
         checkpoints: Checkpoints,
-        model: PackedCausalLM,
+        model: CausalLM,
         optimizer: torch.optim.Optimizer,
         tokenizer: PreTrainedTokenizerBase,
     ) -> None:

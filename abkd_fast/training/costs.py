@@ -13,8 +13,7 @@ from ..config.schema import TrainConfig
 from ..data.batches import Batch, count_labels
 from ..generation import decoder, graphs
 from ..losses.chunks import choose_chunk_tokens, gradient_dtype, row_bytes
-from ..models import loading
-from ..models.packed import PackedCausalLM
+from ..models import forms, loading
 
 # Operations a second of dense bfloat16 products with float32 sums, as the makers state them.
 PEAK_FLOPS = {
@@ -124,12 +123,13 @@ def _saved_bytes(config: PretrainedConfig, layers: int, batch: Batch, dtype: tor
         kept[tensor.untyped_storage()._cdata] = tensor
         return tensor
 
+    form = forms.choose(config, "student")
     half = dtype in (torch.bfloat16, torch.float16)
     storage = torch.float32 if half else dtype
     with FakeTensorMode(allow_non_fake_inputs=True), torch.autocast("cpu", dtype, enabled=half):
         model = AutoModelForCausalLM.from_config(config, dtype=storage)
         loading.fuse_activations(model)
-        model = PackedCausalLM(model, "student").train()
+        model = form.build(model, "student").train()
         if recompute:
             model.checkpoint_layers()
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):

@@ -18,8 +18,8 @@ from ..evaluation import rouge
 from ..evaluation.rouge import score_response
 from ..generation.sampling import SamplingParams, response_seeds, sample
 from ..methods.base import cross_entropy
-from ..models import loading
-from ..models.packed import PackedCausalLM
+from ..models import tokenizers
+from ..models.causal_lm import CausalLM
 from ..signals import StopSignals
 
 
@@ -41,7 +41,7 @@ class DevEvaluator:
         return step in (0, steps) or step % (self.every_steps or steps_per_epoch) == 0
 
     @torch.no_grad()
-    def loss(self, student: PackedCausalLM, device: torch.device, signals: StopSignals) -> float | None:
+    def loss(self, student: CausalLM, device: torch.device, signals: StopSignals) -> float | None:
         """The cross-entropy of the responses, mean over their tokens; None after a signal. Collective."""
         student.eval()
         total = torch.zeros((), device=device, dtype=torch.float64)
@@ -76,10 +76,10 @@ class DevRouge:
         self.references = [references(row, tokenizer) for row in answered]
         self.seeds = response_seeds((config.run.seed, row) for row in range(len(self.prompts)))
         self.tokenizer, self.unit = tokenizer, config.eval.rouge_tokens
-        ends = loading.end_tokens(config.student.path, tokenizer, style)
+        ends = tokenizers.end_tokens(config.student.path, tokenizer, style)
         self.settings = SamplingParams(max_new_tokens=config.eval.max_new_tokens, eos_token_ids=ends)
 
-    def measure(self, student: PackedCausalLM, signals: StopSignals) -> float | None:
+    def measure(self, student: CausalLM, signals: StopSignals) -> float | None:
         """The mean over the rows; None after a signal. Ranks share the rows. Collective."""
         prompts, outputs, seeds = map(distributed.local_shard, (self.prompts, self.references, self.seeds))
         scores = [0.0] * len(prompts)

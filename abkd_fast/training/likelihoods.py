@@ -57,4 +57,4 @@ class ResponseLikelihoods:
 
 @torch.no_grad()
 def _cross_entropy(head: LinearHead, labels: Tensor) -> Tensor:
-    return fused_linear_cross_entropy(head.hidden, head.weight, labels, student_bias=head.bias, reduction="sum")
+    return fused_linear_cross_entropy(**head.arguments("student"), labels=labels, reduction="sum")

@@ -5,10 +5,10 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_scheduler
 
 from ..config.schema import OptimConfig
-from ..models.packed import PackedCausalLM
+from ..models.causal_lm import CausalLM
 
 
-def build_optimizer(student: PackedCausalLM, optim: OptimConfig) -> AdamW:
+def build_optimizer(student: CausalLM, optim: OptimConfig) -> AdamW:
     """AdamW over what is trained. Biases and norms don't decay; every weight of an adapter does."""
     trained = [p for p in student.parameters() if p.requires_grad]
     decayed = [p for p in trained if p.dim() > 1 or student.has_adapter]

@@ -16,7 +16,7 @@ from ..errors import ConfigError
 from ..evaluation.test_sets import TestSet
 from ..methods import METHODS
 from ..methods.base import Method
-from ..models import loading
+from ..models import loading, tokenizers
 from ..models.loading import MetaModel
 from .dev_eval import DevEvaluator
 
@@ -94,12 +94,12 @@ def read_tokenizer(config: Config, *later: Config) -> PreTrainedTokenizerBase:
     later: the stages after this one that take its tokenizer, each from the one before. Raises ConfigError.
     """
     source, key = (config.tokenizer, "tokenizer") if config.tokenizer else (config.student.path, "student.path")
-    tokenizer = loading.read_tokenizer(source, key)
+    tokenizer = tokenizers.read_tokenizer(source, key)
     for data in (config.data, *(stage.data for stage in later)):
         style = PromptFormat.from_config(data)
-        loading.use_chat_template(tokenizer, data.chat_template, "data.chat_template", style)
-        loading.keep_begin_token(tokenizer, style)
-        loading.keep_chat_format(tokenizer, style)
+        tokenizers.use_chat_template(tokenizer, data.chat_template, "data.chat_template", style)
+        tokenizers.keep_begin_token(tokenizer, style)
+        tokenizers.keep_chat_format(tokenizer, style)
     return tokenizer
 
 
@@ -109,8 +109,8 @@ def check_models(
     """Raises ConfigError unless the models share the tokenizer's vocabulary and have room for the samples."""
     theirs = None
     if teacher and config.teacher.path is not None:
-        theirs = loading.read_tokenizer(config.teacher.path, "teacher.path")
-    loading.check_vocabularies(tokenizer, student.config, teacher and teacher.config, theirs)
+        theirs = tokenizers.read_tokenizer(config.teacher.path, "teacher.path")
+    tokenizers.check_vocabularies(tokenizer, student.config, teacher and teacher.config, theirs)
     loading.check_length(student.config, "student", config.data.max_length)
     if teacher:
         loading.check_length(teacher.config, "teacher", config.data.max_length)
@@ -138,7 +138,7 @@ def read_train_data(
         notes += [*rows.notes, *(f"data.dev: {note}" for note in tokenized.notes(rows, data.max_length))]
         dev = DevEvaluator(config, rows, tokenized.dataset, tokenizer)
         notes += dev.notes
-    if not loading.keep_begin_token(tokenizer, style):
+    if not tokenizers.keep_begin_token(tokenizer, style):
         begin = json.dumps(data.begin_token)
         notes.append(f"the tokenizer in final/ can't keep data.begin_token: give later commands --begin-token {begin}")
     steps_per_epoch = _steps_per_epoch(config, len(train_set))

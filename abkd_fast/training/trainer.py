@@ -22,9 +22,9 @@ from ..losses.arguments import LinearHead
 from ..methods import METHODS
 from ..methods.base import OnPolicyMethod
 from ..methods.rollouts import Rollouts
-from ..models import loading
+from ..models import loading, tokenizers
+from ..models.causal_lm import CausalLM
 from ..models.loading import MetaModel
-from ..models.packed import PackedCausalLM
 from ..signals import StopSignals
 from ..teacher.cache import TeacherCache
 from ..teacher.teacher import CachedTeacher, OnPolicyTeacher, Teacher
@@ -97,12 +97,14 @@ class Trainer:
         self.likelihoods = ResponseLikelihoods(self.device, bool(self.teacher) and not self.resumed_from)
         self.cost = self.step_cost(isinstance(self.teacher, CachedTeacher))
 
-    def _build_student(self) -> PackedCausalLM:
+    def _build_student(self) -> CausalLM:
         train, spec = self.config.train, self.config.student
         spec = spec.saved_in(self.resumed_from) if self.resumed_from else spec
         student = self._load(spec, self.student_meta, "student").train()
-        ends = loading.end_tokens(self.config.student.path, self.tokenizer, PromptFormat.from_config(self.config.data))
-        loading.set_end_tokens(student.causal_lm, ends)
+        ends = tokenizers.end_tokens(
+            self.config.student.path, self.tokenizer, PromptFormat.from_config(self.config.data)
+        )
+        tokenizers.set_end_tokens(student.causal_lm, ends)
         if train.gradient_checkpointing:
             student.checkpoint_layers()
         return student
@@ -118,7 +120,7 @@ class Trainer:
             of_data = self.cache.open((lambda: live.model) if live else load, self.precision, optimizer_bytes)
         return OnPolicyTeacher(live, of_data) if live else of_data
 
-    def _load(self, spec: ModelConfig, meta: MetaModel, role: str) -> PackedCausalLM:
+    def _load(self, spec: ModelConfig, meta: MetaModel, role: str) -> CausalLM:
         # Trained weights stay in float32; bfloat16 is then the type of the computation only.
         storage = torch.float64 if self.dtype == torch.float64 else torch.float32
         if (role == "teacher" or spec.has_adapter) and self.dtype == torch.bfloat16:

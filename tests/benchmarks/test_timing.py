@@ -15,7 +15,7 @@ import torch
 
 from abkd_fast.data.rows import read_rows
 from abkd_fast.data.tokenize import tokenize
-from abkd_fast.models.loading import read_tokenizer
+from abkd_fast.models.tokenizers import read_tokenizer
 
 BENCHMARKS = pathlib.Path(__file__).parents[2] / "benchmarks"
 

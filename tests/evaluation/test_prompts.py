@@ -14,7 +14,7 @@ from abkd_fast.data import quickstart
 from abkd_fast.data.chat import PromptFormat
 from abkd_fast.data.rows import read_rows
 from abkd_fast.data.tokenize import encode_prompts
-from abkd_fast.models import loading
+from abkd_fast.models import loading, tokenizers
 from abkd_fast.pipeline import protocol
 from chains import CHATML, chat_tokenizer, save_chain_model
 from runs import Run
@@ -129,9 +129,9 @@ class Stubborn:
 
 
 def test_a_tokenizer_that_can_not_keep_the_begin_token(tmp_path, monkeypatch, capsys):
-    assert loading.keep_begin_token(Stubborn(), PromptFormat())
-    assert loading.keep_begin_token(Stubborn(), PromptFormat(begin_token=True))
-    assert not loading.keep_begin_token(Stubborn(), PromptFormat(begin_token=False))
+    assert tokenizers.keep_begin_token(Stubborn(), PromptFormat())
+    assert tokenizers.keep_begin_token(Stubborn(), PromptFormat(begin_token=True))
+    assert not tokenizers.keep_begin_token(Stubborn(), PromptFormat(begin_token=False))
     monkeypatch.setattr(loading, "keep_begin_token", lambda *_: False)
     assert Run(tmp_path / "run", "train.steps=1", "data.begin_token=false")() == 0
     assert "can't keep data.begin_token: give later commands --begin-token false" in capsys.readouterr().out
@@ -141,7 +141,7 @@ def test_a_tokenizer_that_can_not_keep_the_begin_token(tmp_path, monkeypatch, ca
 @pytest.mark.parametrize("begins", [True, False])
 def test_real_tokenizers_keep_the_begin_token(shared, tmp_path, name, begins):
     tokenizer = AutoTokenizer.from_pretrained(shared / "tokenizers" / name)
-    assert loading.keep_begin_token(tokenizer, PromptFormat(begin_token=begins))
+    assert tokenizers.keep_begin_token(tokenizer, PromptFormat(begin_token=begins))
     tokenizer.save_pretrained(tmp_path)
     saved = AutoTokenizer.from_pretrained(tmp_path)
     assert (saved("a")["input_ids"][0] == saved.bos_token_id) == begins

@@ -10,7 +10,7 @@ from abkd_fast.config.recipe import load
 from abkd_fast.data import quickstart
 from abkd_fast.data.chat import PromptFormat
 from abkd_fast.errors import ConfigError
-from abkd_fast.models.loading import end_tokens
+from abkd_fast.models.tokenizers import end_tokens
 from abkd_fast.training import dev_eval
 from abkd_fast.training.trainer import Trainer
 from chains import chat_tokenizer, save_chain_model

@@ -6,7 +6,7 @@ import pytest
 
 from abkd_fast.data import quickstart
 from abkd_fast.data.chat import PromptFormat
-from abkd_fast.models.loading import keep_chat_format
+from abkd_fast.models.tokenizers import keep_chat_format
 
 QUESTION = [{"role": "user", "content": "Hi"}]
 TEMPLATE = "\n{% for m in messages %}[{{ m.role }}{{ mode }}] {{ m.content }}{% endfor %}"

@@ -1,0 +1,52 @@
+"""The form of a causal language model that can't be packed: its own forward pass on sequences of similar length."""
+
+import torch
+from torch import Tensor
+
+from .. import distributed
+from ..data.batches import Batch, collate, count_labels
+from .causal_lm import CausalLM
+
+SHORTEST_SHARE = 0.75  # of a group's longest sequence: the others have at least so many tokens
+
+
+class PaddedCausalLM(CausalLM):
+    """A causal language model on groups of sequences, each padded at its end to the longest of its group.
+
+    A causal model does not see what follows. So no mask is needed, and attention keeps its fast kernels.
+    """
+
+    form = "padded"
+
+    def hidden_states(self, batch: Batch) -> Tensor:
+        parts: dict[int, Tensor] = {}  # by sample
+        lengths = [len(sample["input_ids"]) for sample in batch.samples]
+        # Where weights are gathered in every pass, all ranks have to make equally many.
+        groups = [[*range(len(lengths))]] if distributed.is_sharded(self) else group_by_length(lengths)
+        for group in groups:
+            samples = [batch.samples[index] for index in group]
+            input_ids, places = pad(samples)
+            states = self.run(input_ids=input_ids.to(batch.input_ids.device, non_blocking=True))  # [B, L, H]
+            states = states.flatten(0, 1).index_select(0, places.to(states.device, non_blocking=True))
+            parts |= zip(group, states.split([*map(count_labels, samples)]), strict=True)
+        return torch.cat([parts[index] for index in range(len(lengths))])
+
+
+def group_by_length(lengths: list[int]) -> list[list[int]]:
+    """Indices of sequences in groups of similar length, the longest first."""
+    groups: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
+        if not groups or lengths[index] < SHORTEST_SHARE * lengths[groups[-1][0]]:
+            groups.append([])
+        groups[-1].append(index)
+    return groups
+
+
+def pad(samples: list[dict]) -> tuple[Tensor, Tensor]:
+    """The tokens [B, L], padded at the end with zeros, and the places of the labels' predictions [N] in them, flat."""
+    packed = collate(samples)
+    rows = [torch.tensor(sample["input_ids"]) for sample in samples]
+    input_ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    starts = packed.cu_seqlens[:-1].long()
+    row = torch.searchsorted(packed.cu_seqlens.long(), packed.positions, right=True) - 1
+    return input_ids, row * input_ids.shape[1] + packed.positions - starts[row]
