@@ -48,9 +48,7 @@ def check_adapter(model: PreTrainedModel, spec: ModelConfig, key: str) -> int:
     inside = f"base_model.model.{place}." if (place := wrappers.language_place(model)) else ""
     outside = [name for name in ours if not name.startswith(inside)]
     if key == "student" and outside:
-        raise ConfigError(
-            f"{source} adapts {outside[0]}, but of this model the language model ({place}) alone is trained"
-        )
+        raise ConfigError(f"{source} adapts {outside[0]}, but the language model ({place}) alone is trained here")
     for name in sorted({*theirs, *ours}):
         there, here = (shapes.get(name, "missing") for shapes in sizes)
         if there != here:
