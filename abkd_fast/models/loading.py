@@ -102,22 +102,23 @@ def read_meta_model(spec: ModelConfig, key: str) -> MetaModel:
         what = f"{key}.path: {spec.path}"
     try:
         whole = AutoConfig.for_model(**spec.config) if spec.path is None else read_config(spec.path)
-        model = meta_model(whole)  # fails where the configuration's numbers don't fit together
         config = wrappers.language_config(whole)
+        model = wrappers.language_model(meta_model(whole))  # fails where its numbers don't fit together
     except Exception as error:  # transformers checks with many kinds of errors
         raise ConfigError(f"{what}{_hub_problem(error)} ({first_line(error)})") from None
     if spec.dropout is not None:
         config.update({name: spec.dropout for name in DROPOUT if hasattr(config, name)})
+    form = forms.choose(config, key)
     try:
         wrappers.check(whole)
-    except Exception as error:  # models have code of their own
-        raise ConfigError(f"{what} ({first_line(error)})") from None
+    except ValueError as error:
+        raise ConfigError(f"{what} ({error})") from None
     adapter_size = None
     if spec.has_adapter:
         from . import lora
 
         adapter_size = lora.check_adapter(meta_model(whole), spec, key)
-    return MetaModel(spec, config, wrappers.language_model(model), forms.choose(config, key), adapter_size, whole)
+    return MetaModel(spec, config, model, form, adapter_size, whole)
 
 
 def read_config(path: str) -> PretrainedConfig:
