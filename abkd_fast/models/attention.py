@@ -92,8 +92,8 @@ def given(options: dict[str, Any]) -> Iterator[None]:
 
 
 def option(options: dict[str, Any], name: str) -> Any:
-    """An option that reached attention as a keyword argument, or else by `given`."""
-    return _given[name] if (value := options.get(name)) is None else value
+    """An option that reached attention as a keyword argument, or else by `given`; None where it didn't."""
+    return _given.get(name) if (value := options.get(name)) is None else value
 
 
 class Settings(NamedTuple):
@@ -104,6 +104,11 @@ class Settings(NamedTuple):
     chunk: int | None = None  # a sequence consists of chunks of so many tokens, which do not see each other
     softcap: float | None = None  # scores z become softcap tanh(z / softcap)
     sinks: Tensor | None = None  # [heads], one more score in each head's softmax, without a value
+
+    @property
+    def before(self) -> int:
+        """How many tokens before the current one are seen; -1: all."""
+        return -1 if self.window is None else self.window - 1
 
     def first_seen(self, length: int) -> int:
         """The first token that the last one of `length` tokens sees."""
@@ -141,12 +146,12 @@ def note_masks(model: nn.Module) -> None:
         config, index = getattr(module, "config", None), getattr(module, "layer_idx", None)
         if config is None or index is None:
             continue
-        window, chunk = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
-        if (kinds := getattr(config, "layer_types", None)) is not None:
+        # A configuration may also have a value that its family does not know.
+        known = {name: value for name, value in vars(config).items() if hasattr(type(config), name)}
+        window, chunk, kinds = map(known.get, ("sliding_window", "attention_chunk_size", "layer_types"))
+        if kinds is not None:
             window = window if kinds[index] == "sliding_attention" else None
             chunk = chunk if kinds[index] == "chunked_attention" else None
-        elif window is not None:
-            chunk = None
         module.masked_window, module.masked_chunk = window, chunk
 
 
@@ -197,29 +202,33 @@ def packed_attention(
     """
     settings, dropout = read_settings(module, query, options), options.get("dropout", 0.0)
     query = by_own_place(module, query, options)
-    names = ("cu_seq_lens_q", "max_length_q") if settings.chunk is None else ("chunk_cu_seq_lens", "max_chunk_length")
-    cu, longest = (option(options, name) for name in names)
-    window = -1 if settings.window is None else settings.window - 1  # transformers counts the current token
-    arguments, extras = (settings.scale, window, dropout), (settings.softcap, settings.sinks)
-    is_gpu, has_sinks = query.device.type == "cuda", settings.sinks is not None
-    if is_gpu or (has_sinks and settings.softcap is None and not dropout):
-        # Kernels need one type, those of GPUs 16 bits. Rotary embeddings may leave queries and keys in float32, but
-        # never values.
-        kind = query.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else value.dtype
-        q, k, v = (x[0].transpose(0, 1).to(dtype) for x in (query, key, value))  # [T, heads, dim]
-        kernel = sink_attention if has_sinks else gpu_kernel().attend
-        extras = (x for x in extras if x is not None)
-        return _in_multiples_of_8(kernel, q, k, v, cu, longest, *arguments, *extras)[None], None
+    has_kernel = settings.sinks is not None and settings.softcap is None and settings.chunk is None and not dropout
+    if query.device.type == "cuda" or has_kernel:
+        return _by_kernel(query, key, value, settings, dropout, options)[None], None
     outputs = []
-    for start, end in spans(cu):
-        sequence = [x[:, :, start:end] for x in (query, key, value)]
-        if extras == (None, None):
-            out = _one_sequence(*sequence, *arguments)
+    for start, end in spans(option(options, "cu_seq_lens_q"), settings.chunk):
+        q, k, v = (x[:, :, start:end] for x in (query, key, value))
+        if settings.sinks is None and settings.softcap is None:
+            out = _one_sequence(q, k, v, settings.scale, settings.before, dropout)
         else:
-            out = one_sequence_written_out(*sequence, *arguments, *extras)
+            caps = settings.softcap, settings.sinks
+            out = one_sequence_written_out(q, k, v, settings.scale, settings.before, dropout, *caps)
         outputs.append(out.transpose(1, 2))
     return torch.cat(outputs, dim=1).contiguous(), None
+
+
+def _by_kernel(
+    query: Tensor, key: Tensor, value: Tensor, settings: Settings, dropout: float, options: dict[str, Any]
+) -> Tensor:
+    names = ("cu_seq_lens_q", "max_length_q") if settings.chunk is None else ("chunk_cu_seq_lens", "max_chunk_length")
+    # The kernels need one type, those of GPUs 16 bits. Rotary embeddings may leave queries and keys in float32, but
+    # never values.
+    kind = query.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else value.dtype
+    tensors = (x[0].transpose(0, 1).to(dtype) for x in (query, key, value))  # [T, heads, dim]
+    kernel = gpu_kernel().attend if settings.sinks is None else sink_attention
+    arguments = *(option(options, name) for name in names), settings.scale, settings.before, dropout
+    return _in_multiples_of_8(kernel, *tensors, *arguments, *(x for x in settings[-2:] if x is not None))
 
 
 def _one_sequence(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int, dropout: float) -> Tensor:

@@ -22,7 +22,7 @@ def sink_attention(
     Args:
         q: [T, heads, dim]; on a GPU in 16 bits.
         k, v: [T, key heads, dim].
-        cu: the start of each sequence, and T, in int32. Sequences may be empty.
+        cu: the start of each sequence, and T, in int32.
         longest: tokens of the longest sequence, which GPUs need.
         window: how many tokens before the current one are seen; -1: all.
         dropout: of the weights, on a GPU alone.
@@ -37,7 +37,7 @@ class _SinkAttention(torch.autograd.Function):
         attend = _forward_on_gpu if q.is_cuda else _forward_on_cpu
         out, lse, *random = attend(q, k, v, cu, *settings)  # lse: [heads, T]
         scores = sinks.to(lse.dtype)[:, None]
-        out = out * (lse - scores).sigmoid().T[..., None].to(out.dtype)
+        out = (out * (lse - scores).sigmoid().T[..., None]).to(q.dtype)
         ctx.save_for_backward(q, k, v, sinks, cu, out, lse.logaddexp(scores), *random)
         ctx.settings = settings
         return out
@@ -48,9 +48,12 @@ class _SinkAttention(torch.autograd.Function):
         q, k, v, sinks, cu, out, lse, *random = ctx.saved_tensors
         backward = _backward_on_gpu if q.is_cuda else _backward_on_cpu
         gradients = backward(gradient.contiguous(), q, k, v, out, lse, cu, *ctx.settings, *random)
-        share = (sinks.to(lse.dtype)[:, None] - lse).exp()  # of the sinks in the softmax
-        products = (gradient.to(lse.dtype) * out.to(lse.dtype)).sum(-1).T
-        return *gradients, -(share * products).sum(1).to(sinks.dtype), *[None] * (1 + len(ctx.settings))
+        of_sinks = None
+        if ctx.needs_input_grad[3]:
+            share = (sinks.to(lse.dtype)[:, None] - lse).exp()  # of the sinks in the softmax
+            products = (gradient.to(lse.dtype) * out.to(lse.dtype)).sum(-1).T
+            of_sinks = -(share * products).sum(1).to(sinks.dtype)
+        return *gradients, of_sinks, *[None] * (1 + len(ctx.settings))
 
 
 def _forward_on_gpu(
@@ -125,9 +128,12 @@ def _backward_on_cpu(
     return tuple(map(torch.cat, zip(*parts, strict=True)))
 
 
-def spans(cu: Tensor) -> list[tuple[int, int]]:
-    """Start and end of each sequence that is not empty, on the host."""
-    return [(start, end) for start, end in itertools.pairwise(cu.tolist()) if start < end]
+def spans(cu: Tensor, chunk: int | None = None) -> list[tuple[int, int]]:
+    """Start and end of each sequence, or of its chunks of so many tokens, on the host."""
+    sequences = itertools.pairwise(cu.tolist())
+    if chunk is None:
+        return [*sequences]
+    return [(first, min(first + chunk, end)) for start, end in sequences for first in range(start, end, chunk)]
 
 
 def window_mask(length: int, window: int, device: torch.device) -> Tensor | None:
