@@ -21,6 +21,7 @@ from ..losses.arguments import shared_vocabulary
 from ..models.causal_lm import CausalLM
 from .decoder import Decoder, prepared, upload
 from .graphs import graph_decoder
+from .own_cache import OwnCacheDecoder
 
 PREFILL_TOKENS = 4096  # the most tokens of prompts that enter together; a single prompt may have more
 
@@ -142,10 +143,11 @@ def _run(
         for index, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
             limit = _limit(models, prompt, settings, index)
             sequences.append(_Sequence(index, prompt, seed, limit, settings.no_repeat_ngram_size))
-        slots = min(batch_size, len(prompts))
         capacity = max((len(sequence.tokens) + sequence.limit for sequence in sequences), default=0)
-        make = graph_decoder if models[0].head.weight.device.type == "cuda" else Decoder
-        decoders = [stack.enter_context(make(model, slots, capacity)) for model in models]
+        kinds = [_decoder_kind(model, capacity) for model in models]
+        # Decoders that read sequences one by one gain nothing from several in progress.
+        slots = min(batch_size, len(prompts)) if set(kinds) != {OwnCacheDecoder} else 1
+        decoders = [stack.enter_context(make(m, slots, capacity)) for make, m in zip(kinds, models, strict=True)]
         waiting = collections.deque(sorted(sequences, key=lambda sequence: -len(sequence.tokens)))
         running: dict[int, _Sequence] = {}
         while waiting or running:
@@ -163,6 +165,14 @@ def _run(
                     if on_response:
                         on_response(sequence.index, sequence.response)
     return sequences
+
+
+def _decoder_kind(model: CausalLM, capacity: int) -> Callable[[CausalLM, int, int], Decoder]:
+    """What makes the decoder for a model and sequences of up to `capacity` tokens."""
+    longest = capacity if model.longest_decoded is None else model.longest_decoded
+    if model.form != "packed" or longest < capacity:
+        return OwnCacheDecoder
+    return graph_decoder if model.head.weight.device.type == "cuda" else Decoder
 
 
 def _limit(models: list[CausalLM], prompt: list[int], settings: SamplingParams, index: int) -> int:
