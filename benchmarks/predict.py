@@ -51,11 +51,12 @@ class Pair:
         # Operations of a sample by part, and in all, for each way. An adapter's frozen weights have no gradient.
         self.ways, passes = {}, 2 if adapter_rank else 3
         for way, samples in self.samples.items():
-            tokens, squares, responses = (total / len(samples) for total in totals(samples))
+            tokens = [len(sample["input_ids"]) for sample in samples]
+            responses = sum(map(count_labels, samples)) / len(samples)
             self.ways[way] = {
-                "student's layers": passes * student.body_flops(tokens, squares),
+                "student's layers": passes * student.body_flops(tokens) / len(samples),
                 "student's output projection": passes * student.head_flops(responses),
-                "teacher's layers": teacher.body_flops(tokens, squares),
+                "teacher's layers": teacher.body_flops(tokens) / len(samples),
                 "teacher's output projection": teacher.head_flops(responses),
             }
         self.ways["cached"] = self.ways["ours"] | {"teacher's layers": 0.0}
@@ -86,12 +87,6 @@ def make_pairs() -> dict[str, Pair]:
 def make_samples(lengths: np.ndarray, prompts: np.ndarray) -> list[dict]:
     pairs = zip(lengths.tolist(), prompts.tolist(), strict=True)
     return [{"input_ids": range(length), "spans": [prompt, length]} for length, prompt in pairs]
-
-
-def totals(samples: list[dict]) -> tuple[int, int, int]:
-    """Sums of the samples' lengths, of their squares, and of the responses' lengths."""
-    lengths = [len(sample["input_ids"]) for sample in samples]
-    return sum(lengths), sum(length**2 for length in lengths), sum(map(count_labels, samples))
 
 
 class Traffic(TorchDispatchMode):
@@ -194,7 +189,7 @@ def step(pair: Pair, cached: bool, ranks: int, batch_size: int, machine: argpars
     samples = make_samples(np.minimum(prompts + responses, LENGTH), prompts)
     places = balance_by_tokens([len(sample["input_ids"]) for sample in samples], ranks)
     shares = [[samples[place] for place in each] for each in places]
-    tokens = [totals(each)[0] for each in shares]
+    tokens = [sum(len(sample["input_ids"]) for sample in each) for each in shares]
     text = make_samples(*np.array([[LENGTH, 1]] * -(-batch_size // ranks)).T)
     flops = max(map(cost.flops, shares)) + cost.flops(text, taught=False)
     of_samples = -(-max(tokens) // pair.max_tokens)
