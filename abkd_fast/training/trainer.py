@@ -132,7 +132,7 @@ class Trainer:
             distributed.shard(model, model.layers, self.device, storage, self.dtype)
         with self.precision(), distributed.unsharded(model):
             model.check()
-        if self.device.type == "cuda" and self.config.train.compile == "auto":
+        if self.device.type == "cuda" and self.config.train.compile == "auto" and model.form == "packed":
             model.compile()
         return model
 
