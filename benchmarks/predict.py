@@ -25,12 +25,11 @@ from abkd_fast.training.costs import PEAK_FLOPS, ModelCost, StepCost
 from baseline import alpha_beta, cross_entropy
 from harness import Report
 from head import predict_heads
+from model_recipes import BANDWIDTH, OPTIMIZER_BYTES, predict_recipes
 from workload import LENGTH, SCALES, draw_samples
 
-BANDWIDTH = {"B200": 8.0, "H200": 4.8, "H100": 3.35, "A100": 2.04}  # terabytes a second, as the maker states them
 LOGITS_PASSES = 7  # ours: the student's written, read, overwritten, read twice; the teacher's written, read
 KERNEL_BYTES = 12  # a logit: the kernel reads the student's and the teacher's in float32, and writes the gradient
-OPTIMIZER_BYTES = 40  # a weight: clipping reads twice and writes the gradient; AdamW reads 4 numbers and writes 3
 BUCKET_BYTES = 25e6  # DistributedDataParallel's default: it sums so many at a time
 BACKWARD_SHARE = 2 / 3  # of a student's forward and backward passes
 
@@ -245,8 +244,13 @@ def main(arguments: list[str] | None = None) -> None:
     }
     for name, (default, text) in numbers.items():
         add(name, type=type(default), metavar="N", default=default, help=f"{text} (default: %(default)s)")
+    add("--recipes", action="store_true", help="only the packaged recipes for today's models")
     options = parser.parse_args(arguments)
     report = Report(torch.device("cpu"), vars(options), judge=False)
+    if options.recipes:
+        with report.kept("recipes"):
+            predict_recipes(options, report)
+        return
     pairs = make_pairs()
     with report.kept("predict"):
         operations(pairs[RECIPES[0]], report)
