@@ -11,6 +11,7 @@ from transformers import AutoConfig, PretrainedConfig
 from abkd_fast.config.recipe import load
 from abkd_fast.config.schema import Config
 from abkd_fast.data.batches import collate, count_labels, fill_micro_batches
+from abkd_fast.losses.chunks import MOST_CHUNK_BYTES
 from abkd_fast.models.loading import meta_model
 from abkd_fast.training import costs
 from abkd_fast.training.costs import PEAK_FLOPS, ModelCost, StepCost
@@ -67,15 +68,17 @@ def draw(config: Config, count: int = 1024) -> list[dict]:
 
 def memory(recipe: Recipe) -> int:
     """Bytes on a GPU: of training, or of the two models while the cache is filled."""
-    config, device, dtype = recipe.stages[-1], torch.device("cuda"), torch.bfloat16
+    config, dtype = recipe.stages[-1], torch.bfloat16
     batch = collate(fill_micro_batches(draw(config), config.train.max_tokens)[0])
-    parts = dict(costs.memory(recipe.cost, recipe.student_config, batch, config.train, dtype, device))
-    total = sum(parts.values())
+    *parts, logits = costs.memory(recipe.cost, recipe.student_config, batch, config.train, dtype, torch.device("cpu"))
+    held = {name: size for name, size in parts if not name.startswith("copies")}  # a CPU's
+    activations, logits = held.popitem()[1], MOST_CHUNK_BYTES + 4 * recipe.student.head
+    generation = {}
     if recipe.generates:
         sequences, length = config.sampling.batch_size, config.data.max_length
-        generation = costs.generation_memory([(recipe.student, None)], sequences, length, dtype, device)
-        *_, activations, logits = parts.values()
-        total += max(0, sum(dict(generation).values()) - activations - logits)
+        of_student, device = [(recipe.student, None)], torch.device("cuda")
+        generation = dict(costs.generation_memory(of_student, sequences, length, dtype, device))
+    total = sum(held.values()) + max(activations + logits, sum(generation.values()))
     filling = 4 * recipe.student.parameters + 2 * (recipe.teacher.parameters if recipe.teacher else 0)
     return max(total, filling)
 
