@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import logging
-import math
 import pathlib
 import warnings
 from collections.abc import Iterable, Iterator
@@ -27,6 +26,7 @@ transformers.utils.logging.disable_progress_bar()  # the run shows its own
 # Newer versions of transformers renamed what peft and this module still call by the old name.
 warnings.filterwarnings("ignore", r".*gradient_checkpointing.* is deprecated", FutureWarning)
 
+POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "seq_length")
 ATTENTION_DROPOUT = ("attn_pdrop", "attention_dropout")
 DROPOUT = (*ATTENTION_DROPOUT, "resid_pdrop", "embd_pdrop", "dropout", "hidden_dropout", "activation_dropout")
 
@@ -132,18 +132,33 @@ def describe(model: nn.Module) -> str:
     return f"{text}, LoRA rank {model.peft_config['default'].r}: {trained} trained"
 
 
+def max_positions(config: PretrainedConfig) -> int | None:
+    """How many tokens a sequence may have; None where attention has ALiBi, or nothing knows positions."""
+    if getattr(config, "alibi", False):  # Falcon's, of any length
+        return None
+    return next((value for name in POSITIONS if (value := getattr(config, name, None)) is not None), None)
+
+
 def check_length(config: PretrainedConfig, key: str, max_length: int) -> None:
     """Raises ConfigError where samples may be longer than the model has positions."""
-    positions = getattr(config, "max_position_embeddings", None)
+    positions = max_positions(config)
     if positions is not None and max_length > positions:
         raise ConfigError(f"data.max_length is {max_length}, but the {key} has {positions} positions; lower it")
 
 
 def check_prompts(config: PretrainedConfig, prompts: Iterable[tuple[str, list[int]]]) -> None:
-    """Raises ConfigError where a prompt leaves no room for a response. Each is given with its place in the data."""
-    positions = getattr(config, "max_position_embeddings", math.inf)
+    """Raises ConfigError where a prompt has a token that the model lacks, or leaves no room for a response.
+
+    Each prompt is given with its place in the data.
+    """
+    positions, size = max_positions(config), config.vocab_size
     for where, prompt in prompts:
-        if len(prompt) >= positions:
+        if (highest := max(prompt, default=0)) >= size:
+            raise ConfigError(
+                f"{where}: the prompt has token id {highest}, and the model {size} vocabulary entries; drop the row, "
+                "or give the model's own tokenizer"
+            )
+        if positions is not None and len(prompt) >= positions:
             raise ConfigError(
                 f"{where}: the prompt has {len(prompt)} tokens, and the model {positions} positions: no room for an "
                 "answer; drop the row, or lower max_prompt_length"
