@@ -101,6 +101,8 @@ def packed_attention(
     """
     if softcap is not None or s_aux is not None:
         raise RuntimeError(f"{'soft-capping' if s_aux is None else 'sinks'} in its attention, which packing lacks")
+    if dropout:
+        used.add("dropout")
     if cu_seq_lens_q is None:
         cu_seq_lens_q, max_length_q = _given["cu_seq_lens_q"], _given["max_length_q"]
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling

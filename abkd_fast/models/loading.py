@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import logging
 import pathlib
 import warnings
 from collections.abc import Iterable, Iterator
@@ -17,7 +16,7 @@ from transformers.activations import NewGELUActivation
 from ..config.schema import ModelConfig
 from ..errors import ConfigError, first_line
 from ..files import is_local_path
-from . import attention, forms
+from . import attention, dropout, forms
 from .causal_lm import CausalLM
 from .forms import Form
 from .identity import ADAPTER_SETTINGS
@@ -27,8 +26,6 @@ transformers.utils.logging.disable_progress_bar()  # the run shows its own
 warnings.filterwarnings("ignore", r".*gradient_checkpointing.* is deprecated", FutureWarning)
 
 POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "seq_length")
-ATTENTION_DROPOUT = ("attn_pdrop", "attention_dropout")
-DROPOUT = (*ATTENTION_DROPOUT, "resid_pdrop", "embd_pdrop", "dropout", "hidden_dropout", "activation_dropout")
 
 
 def check_path(path: str, key: str) -> None:
@@ -104,7 +101,7 @@ def read_meta_model(spec: ModelConfig, key: str) -> MetaModel:
     except Exception as error:  # transformers checks with many kinds of errors
         raise ConfigError(f"{what} ({first_line(error)})") from None
     if spec.dropout is not None:
-        config.update({name: spec.dropout for name in DROPOUT if hasattr(config, name)})
+        dropout.set_rates(config, spec.dropout, key)
     adapter_size = None
     if spec.has_adapter:
         from . import lora
@@ -185,13 +182,8 @@ def load(
     """
     if spec.path is None and spec.has_adapter:
         raise ConfigError(f"{key}: an adapter needs the same weights every time, config gives random ones: use path")
-    for name in ATTENTION_DROPOUT:
-        if key == "student" and getattr(config, name, 0) and not attention.supports_dropout(device):
-            logging.getLogger("abkd_fast").warning(
-                f"{key}: {name} is {getattr(config, name)}, but PyTorch's attention has no dropout on a GPU; it is set "
-                "to 0 (install flash-attn to keep it)"
-            )
-            setattr(config, name, 0.0)
+    if key == "student" and not attention.supports_dropout(device):
+        dropout.remove_from_attention(config, key, device)
     if getattr(config, "sliding_window", None) is not None and not attention.supports_windows(device):
         raise ConfigError(
             f"{key}: a {config.model_type} model whose attention has a sliding window needs torch 2.11 or flash-attn "
@@ -225,6 +217,8 @@ def load(
         if key == "student" and spec.has_adapter:
             model = lora.attach_adapter(model, spec, key)
     fuse_activations(model)
+    if spec.dropout is not None:
+        dropout.set_modules(model, spec.dropout)
     return forms.choose(config, key, device).build(model if in_parts else model.to(device), key)
 
 
