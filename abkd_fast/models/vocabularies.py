@@ -93,13 +93,12 @@ class Vocabulary:
             if index >= size:
                 return (
                     f"uses id {index} ({ours!r}), which the {role} lacks: the tokenizer has {len(self.tokenizer)} "
-                    f"tokens, but the {role} fewer ({sizes}); leave it out of the data, or take the tokenizer of the "
-                    f"{role}"
+                    f"tokens, but the {role} fewer ({sizes}); leave the token out there, or give a {role} that has it"
                 )
         return (
             f"uses an id that is another token for the teacher: the tokenizers of student ({len(self.tokenizer)} "
             f"tokens) and teacher ({len(self.teacher_tokenizer)}) differ at id {index} ({ours!r} / {theirs!r}), and "
-            "distillation needs one vocabulary; leave it out of the data, or give the teacher's tokenizer as tokenizer"
+            "distillation needs one vocabulary; leave it out there, or give the teacher's tokenizer as tokenizer"
         )
 
     def notes(self) -> Iterable[str]:
@@ -107,10 +106,11 @@ class Vocabulary:
         ours, theirs = self._tokens
         if self.lacking:
             named = _list(self.lacking, lambda index: repr(ours[index]))
-            yield f"no row uses the {len(self.lacking)} tokens of the tokenizer that a model lacks: {named}"
+            count = f"{len(self.lacking)} of the tokenizer's {len(self.tokenizer)} tokens"
+            yield f"a model lacks {count}, which nothing uses: {named}"
         if self.different:
             named = _list(self.different, lambda index: f"{ours.get(index)!r} / {theirs.get(index)!r}")
-            text = f"no row uses the {len(self.different)} ids at which student and teacher differ: {named}"
+            text = f"student and teacher differ at {len(self.different)} ids, which nothing uses: {named}"
             if self.shared is not None:
                 text += f"; the loss compares the first {self.shared} tokens, which end before them"
             if inside := sum(self.shared is None or index < self.shared for index in self.different):

@@ -28,7 +28,11 @@ FAMILIES = {
     "seed_oss": {**FFN, "num_key_value_heads": 2, "head_dim": 8},
     "biogpt": FFN,
     "dbrx": {"vocab_size": 211, "d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 128}
-    | {"attn_config": {"attn_pdrop": 0.1, "kv_n_heads": 2, "rope_theta": 1e4}, "emb_pdrop": 0.1, "resid_pdrop": 0.1}
+    | {
+        "attn_config": {"attn_pdrop": 0.1, "kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
+        "emb_pdrop": 0.1,
+        "resid_pdrop": 0.1,
+    }
     | {"ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 2, "moe_top_k": 1}},
     "opt": {**SMALL, "ffn_dim": 48, "word_embed_proj_dim": 32, "layerdrop": 0.1},
     "xglm": {"vocab_size": 211, "d_model": 32, "ffn_dim": 48, "num_layers": 2, "attention_heads": 4, "layerdrop": 0.1},
