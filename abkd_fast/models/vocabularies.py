@@ -30,8 +30,10 @@ class Vocabulary:
     @functools.cached_property
     def _tokens(self) -> tuple[dict[int, str], dict[int, str]]:
         """The tokens of both tokenizers by id."""
-        vocabularies = (x.get_vocab() for x in (self.tokenizer, self.teacher_tokenizer or self.tokenizer))
-        return tuple({index: token for token, index in vocabulary.items()} for vocabulary in vocabularies)
+        ours = {index: token for token, index in self.tokenizer.get_vocab().items()}
+        if self.teacher_tokenizer is None:
+            return ours, ours
+        return ours, {index: token for token, index in self.teacher_tokenizer.get_vocab().items()}
 
     @functools.cached_property
     def different(self) -> list[int]:

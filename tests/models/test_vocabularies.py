@@ -73,7 +73,7 @@ def refusal(config):
     return str(error.value)
 
 
-def test_a_model_may_have_fewer_entries_than_its_tokenizer_has_tokens(make):
+def test_a_model_may_have_fewer_entries_than_its_tokenizer_has_tokens(make, tmp_path):
     """Gemma 3 1B has one fewer."""
     small = {"vocabs": (TOKENS, TOKENS + 5), "tokens": (["<image>"], ["<image>"])}
     assert "a model lacks 1 of the tokenizer's 841 tokens, which nothing uses: 840 ('<image>')" in notes(
@@ -84,6 +84,11 @@ def test_a_model_may_have_fewer_entries_than_its_tokenizer_has_tokens(make):
     assert f"rows.jsonl line 3: {reason}(student has 840, teacher has 845)" in refusal(make("ab", **small, rows=used))
     lacking = {**small, "vocabs": (TOKENS + 5, TOKENS)}
     assert f"line 3: {reason.replace('student', 'teacher')}" in refusal(make("ab", **lacking, rows=used))
+    text = tmp_path / "text.txt"
+    text.write_text("The sun is bright. " * 120 + "<image>" + "The sun is bright. " * 120)
+    told = refusal(make("sft", f"data.pretrain.path={text}", "data.max_length=32", **small))
+    assert f"data.pretrain: {text}: block " in told
+    assert reason in told
     assert f"the chat template: {reason}" in refusal(make("sft", **small, template="<image>" + TEMPLATE))
 
 
