@@ -19,6 +19,7 @@ from ..config.sampling import SamplingParams
 from ..errors import ConfigError
 from ..losses.arguments import shared_vocabulary
 from ..models.causal_lm import CausalLM
+from ..models.loading import max_positions
 from .decoder import Decoder, prepared, upload
 from .graphs import graph_decoder
 from .own_cache import OwnCacheDecoder
@@ -180,7 +181,7 @@ def _limit(models: list[CausalLM], prompt: list[int], settings: SamplingParams, 
     if not prompt:
         raise ConfigError(f"prompt {index} is empty: nothing predicts the first token of the response")
     limit = settings.max_new_tokens
-    positions = [(m.key, getattr(m.causal_lm.config, "max_position_embeddings", None)) for m in models]
+    positions = [(model.key, max_positions(model.causal_lm.config)) for model in models]
     rooms = {f"the {key} {room} positions": room for key, room in positions if room is not None}
     if settings.max_length is not None:
         rooms[f"max_length is {settings.max_length}"] = settings.max_length
@@ -206,7 +207,8 @@ def _advance(sequences: list[_Sequence], logits: list[Tensor], teacher_weight: f
     """Appends the next token to B sequences, given logits [B, V] of the model, or of student and teacher."""
     scores = logits[0]
     if len(logits) > 1:
-        vocabulary = shared_vocabulary(*(x.shape[1] for x in logits))
+        # The losses of what is written compare the same tokens.
+        vocabulary = settings.vocabulary or shared_vocabulary(*(x.shape[1] for x in logits))
         student, teacher = (x[:, :vocabulary].log_softmax(1) for x in logits)
         scores = ((1 - teacher_weight) * student.exp() + teacher_weight * teacher.exp()).log()
     tokens = _choose(scores, sequences, settings)
