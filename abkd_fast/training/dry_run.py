@@ -153,6 +153,7 @@ def _data(trainer: Trainer) -> Iterator[str]:
 def _notes(trainer: Trainer) -> Iterator[str]:
     """Lines about long rows, plain text, and generation, where there are any."""
     yield from (f"  rows       {note}" for note in trainer.data.notes)
+    yield from (f"  tokens     {note}" for note in trainer.vocabulary.notes())
     if trainer.data.pretrain_set is not None:
         data = trainer.config.data
         yield (
