@@ -18,7 +18,7 @@ from transformers.activations import NewGELUActivation
 from ..config.schema import ModelConfig
 from ..errors import ConfigError, first_line
 from ..files import is_local_path
-from . import attention, forms
+from . import attention, experts, forms
 from .causal_lm import CausalLM
 from .forms import Form
 from .identity import ADAPTER_SETTINGS
@@ -87,6 +87,7 @@ class MetaModel:
     model: PreTrainedModel  # on the meta device: shapes without memory
     form: Form  # how it is trained
     adapter_size: int | None  # weights of its LoRA adapter; None without one
+    router_loss_weight: float = 0.0  # of the auxiliary loss of its routers in training
 
 
 def read_meta_model(spec: ModelConfig, key: str) -> MetaModel:
@@ -110,7 +111,8 @@ def read_meta_model(spec: ModelConfig, key: str) -> MetaModel:
         from . import lora
 
         adapter_size = lora.check_adapter(meta_model(config), spec, key)
-    return MetaModel(spec, config, model, forms.choose(config, key), adapter_size)
+    router_loss_weight = experts.loss_weight(model, spec.router_aux_loss, key)
+    return MetaModel(spec, config, model, forms.choose(config, key), adapter_size, router_loss_weight)
 
 
 def meta_model(config: PretrainedConfig) -> PreTrainedModel:
