@@ -79,7 +79,7 @@ class Trainer:
         self.resumed_from = distributed.run_on_rank0(self.checkpoints.newest) if self.resume else None
         set_seed(config.run.seed)
         self.student = self._build_student()
-        self.replica = distributed.replicate(self.student)
+        self.replica = distributed.replicate(self.student, may_idle=self.student.experts is not None)
         self.teacher = self._build_teacher() if self.cache else None
         self.optimizer = build_optimizer(self.student, config.optim)
         self.scheduler = build_scheduler(self.optimizer, config.optim, self.data.steps)
