@@ -44,6 +44,11 @@ def group_by_length(lengths: list[int]) -> list[list[int]]:
     return groups
 
 
+def padded_tokens(lengths: list[int]) -> int:
+    """How many tokens the model reads for one micro-batch of sequences of these lengths."""
+    return sum(lengths[group[0]] * len(group) for group in group_by_length(lengths))
+
+
 def _is_token(samples: list[dict]) -> Tensor:
     """[B, L]: 1 for the samples' tokens, 0 for the padding at their ends."""
     lengths = torch.tensor([len(sample["input_ids"]) for sample in samples])
