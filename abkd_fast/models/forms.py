@@ -255,6 +255,8 @@ def _enlarge(model: PreTrainedModel) -> None:
                 parameter.normal_()
             elif isinstance(module, nn.Linear | Conv1D) and parameter.dim() == 2:
                 parameter.normal_(std=2 / module.weight.shape[1] ** 0.5)
+            elif re.search("Experts|Router|Gate", type(module).__name__) and parameter.dim() > 1:
+                parameter.normal_(std=2 / max(parameter.shape[1:]) ** 0.5)
             elif parameter.dim() == 1:
                 parameter.add_(torch.randn_like(parameter), alpha=0.1)
 
