@@ -109,8 +109,8 @@ def read_meta_model(spec: ModelConfig, key: str) -> MetaModel:
     form = forms.choose(config, key)
     try:
         wrappers.check(whole)
-    except ValueError as error:
-        raise ConfigError(f"{what} ({error})") from None
+    except Exception as error:  # models have code of their own
+        raise ConfigError(f"{what} ({first_line(error)})") from None
     adapter_size = None
     if spec.has_adapter:
         from . import lora
