@@ -26,6 +26,7 @@ from ..device import choose_device, choose_dtype
 from ..errors import ConfigError, Interrupted, check_number
 from ..files import WRITE_ERRORS, atomic_folder, atomic_write, exclusive, locked, remove_leftovers, write_json
 from ..models import identity, loading, tokenizers
+from ..models.vocabularies import Vocabulary
 from ..signals import StopSignals
 from .sampling import response_seeds, sample
 
@@ -55,11 +56,12 @@ class Generator:
         self.device = choose_device(device)
         self.dtype = choose_dtype(dtype, self.device)
         self.dtype_name = str(self.dtype).removeprefix("torch.")
-        self.hf_config = loading.read_meta_model(spec, "model").config
+        meta = loading.read_meta_model(spec, "model")
+        self.hf_config, self.whole_config = meta.config, meta.whole
         self.tokenizer = tokenizers.read_tokenizer(*tokenizer)
         tokenizers.use_chat_template(self.tokenizer, chat_template, "chat_template", style)
-        tokenizers.check_vocabularies(self.tokenizer, self.hf_config)
         self.ends = tokenizers.end_tokens(spec.path, self.tokenizer, style)
+        Vocabulary(self.tokenizer, {"model": self.hf_config.vocab_size}).check(self.ends, "the end of responses")
         self.sampling = dataclasses.replace(sampling, eos_token_ids=self.ends)
 
     def token_settings(self) -> dict:
@@ -74,12 +76,12 @@ class Generator:
         }
 
     def hash_weights(self) -> dict[str, str]:
-        return identity.hash_weights(self.spec, self.hf_config, "model")
+        return identity.hash_weights(self.spec, self.whole_config, "model")
 
     @contextlib.contextmanager
     def loaded(self, out: pathlib.Path) -> Iterator[None]:
         """A context in which `generate` can be called. Raises Interrupted where `out` can't be written to."""
-        self.model = loading.load(self.spec, self.hf_config, "model", self.dtype, self.device)
+        self.model = loading.load(self.spec, self.whole_config, "model", self.dtype, self.device)
         try:
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
                 self.model.check()

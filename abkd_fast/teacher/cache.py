@@ -21,7 +21,7 @@ from ..errors import ConfigError
 from ..files import cache_folder
 from ..models.causal_lm import CausalLM
 from ..models.identity import describe_model, hash_tensors, hash_weights
-from ..models.loading import DROPOUT, MetaModel
+from ..models.loading import MetaModel
 from . import store
 from .teacher import CachedTeacher, Teacher
 
@@ -56,7 +56,7 @@ class TeacherCache:
             return
         weights = None  # random weights are known only after they are drawn
         if self.spec.path is not None:
-            weights = hash_weights(self.spec, teacher.config, "teacher", self.root)
+            weights = hash_weights(self.spec, teacher.whole, "teacher", self.root)
         self._identify(weights)
         problem = self.file.problem()
         if self.mode == "disk" and problem and not self.file.is_recorded:
@@ -65,7 +65,7 @@ class TeacherCache:
     def _identify(self, weights: dict | str | None) -> None:
         identity = {
             "weights": weights,
-            "model": describe_model(self.config, DROPOUT),
+            "model": describe_model(self.config),
             "samples": store.hash_samples(self.dataset),
             "dtype": str(self.dtype),
             "device": self.device.type,

@@ -82,10 +82,9 @@ def _steps(trainer: Trainer) -> str:
 
 
 def _models(trainer: Trainer) -> str:
-    models = {"student": trainer.student.model}
+    sizes = f"student {loading.describe(trainer.student.causal_lm, trainer.student.adapter_rank)}"
     if trainer.teacher:  # a cached teacher's body is not in memory
-        models["teacher"] = trainer.teacher_meta.model
-    sizes = ", ".join(f"{role} {loading.describe(model)}" for role, model in models.items())
+        sizes += f", teacher {loading.describe(trainer.teacher_meta.model)}"
     adapter = trainer.config.teacher.adapter if trainer.teacher else None
     return f"{sizes} with {adapter} merged" if adapter else sizes
 
@@ -154,6 +153,7 @@ def _data(trainer: Trainer) -> Iterator[str]:
 def _notes(trainer: Trainer) -> Iterator[str]:
     """Lines about long rows, plain text, and generation, where there are any."""
     yield from (f"  rows       {note}" for note in trainer.data.notes)
+    yield from (f"  tokens     {note}" for note in trainer.vocabulary.notes())
     if trainer.data.pretrain_set is not None:
         data = trainer.config.data
         yield (
