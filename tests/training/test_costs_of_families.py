@@ -1,4 +1,4 @@
-"""The cost of models that are not alike in all layers, or not dense, or not packed. `test_families.py` has all of them."""
+"""The cost of models whose layers differ, that have experts, or that are not packed. `test_families.py` has all."""
 
 import pathlib
 import sys
