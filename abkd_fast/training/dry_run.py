@@ -82,10 +82,9 @@ def _steps(trainer: Trainer) -> str:
 
 
 def _models(trainer: Trainer) -> str:
-    models = {"student": trainer.student.model}
+    sizes = f"student {loading.describe(trainer.student.causal_lm, trainer.student.adapter_rank)}"
     if trainer.teacher:  # a cached teacher's body is not in memory
-        models["teacher"] = trainer.teacher_meta.model
-    sizes = ", ".join(f"{role} {loading.describe(model)}" for role, model in models.items())
+        sizes += f", teacher {loading.describe(trainer.teacher_meta.model)}"
     adapter = trainer.config.teacher.adapter if trainer.teacher else None
     return f"{sizes} with {adapter} merged" if adapter else sizes
 

@@ -126,7 +126,7 @@ class Trainer:
         storage = torch.float64 if self.dtype == torch.float64 else torch.float32
         if (role == "teacher" or spec.has_adapter) and self.dtype == torch.bfloat16:
             storage = torch.bfloat16
-        model = loading.load(spec, meta.config, role, storage, self.device, self.is_sharded)
+        model = loading.load(spec, meta.whole, role, storage, self.device, self.is_sharded)
         if role == "teacher":
             model.requires_grad_(False)
         if self.is_sharded:
