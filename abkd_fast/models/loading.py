@@ -17,7 +17,7 @@ from transformers.activations import NewGELUActivation
 from ..config.schema import ModelConfig
 from ..errors import ConfigError, first_line
 from ..files import is_local_path
-from . import attention, dropout, forms, wrappers
+from . import attention, dropout, experts, forms, wrappers
 from .causal_lm import CausalLM
 from .forms import Form
 from .identity import ADAPTER_SETTINGS
@@ -86,6 +86,7 @@ class MetaModel:
     form: Form  # how it is trained
     adapter_size: int | None  # weights of its LoRA adapter; None without one
     whole: PretrainedConfig  # as it is published; `config` is a part of it where the model is multimodal
+    router_loss_weight: float = 0.0  # of the auxiliary loss of its routers in training
 
 
 def read_meta_model(spec: ModelConfig, key: str) -> MetaModel:
@@ -108,14 +109,15 @@ def read_meta_model(spec: ModelConfig, key: str) -> MetaModel:
     form = forms.choose(config, key)
     try:
         wrappers.check(whole)
-    except ValueError as error:
-        raise ConfigError(f"{what} ({error})") from None
+    except Exception as error:  # models have code of their own
+        raise ConfigError(f"{what} ({first_line(error)})") from None
     adapter_size = None
     if spec.has_adapter:
         from . import lora
 
         adapter_size = lora.check_adapter(meta_model(whole), spec, key)
-    return MetaModel(spec, config, model, form, adapter_size, whole)
+    router_loss_weight = experts.loss_weight(model, spec.router_aux_loss, key)
+    return MetaModel(spec, config, model, form, adapter_size, whole, router_loss_weight)
 
 
 def read_config(path: str) -> PretrainedConfig:
