@@ -35,7 +35,7 @@ VOCABULARY = 211
 
 # The sizes of a small model, by the names that configurations have for them.
 SIZES = {
-    **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input"), VOCABULARY),
+    **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input", "unpadded_vocab_size"), VOCABULARY),
     **dict.fromkeys(("hidden_size", "d_model", "n_embd", "embedding_size", "word_embed_proj_dim"), 32),
     **dict.fromkeys(("intermediate_size", "ffn_dim", "n_inner", "decoder_ffn_dim", "encoder_ffn_dim"), 48),
     **dict.fromkeys(("shared_intermediate_size", "ffn_hidden_size", "intermediate_size_mlp"), 48),
@@ -59,7 +59,7 @@ HALVES = ["linear_attention", "full_attention"]
 # What else a small model of a family needs, so that all kinds of its layers are there.
 CHANGES: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("axk1", "axk2", "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite"), MLA),
-    **dict.fromkeys(("glm_moe_dsa", "minicpm3", "sarvam_mla", "youtu"), MLA),
+    **dict.fromkeys(("glm_moe_dsa", "minicpm3", "sarvam_mla", "youtu", "dots3_note_text"), MLA),
     "bamba": {"mamba_n_heads": 8, "mamba_d_head": 8, "attn_layer_indices": [1]},
     "codegen": {"rotary_dim": 4},
     "dbrx": {

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -182,7 +183,8 @@ class CausalLM(nn.Module):
         device = self.head.weight.device
         (batch,) = pack(samples, max_tokens=sum(lengths))
         hidden = self(batch.to(device), lambda student: student.hidden)
-        ours = self.logit_map(self.head(hidden.to(self.head.weight.dtype))).float()
+        head = self.head
+        ours = self.logit_map(F.linear(hidden.to(head.weight.dtype), head.weight, head.bias)).float()
         own = self.own_logits([row.to(device) for row in rows])
         if ours.shape != own.shape:
             raise ValueError(f"its output projection gives {ours.shape[1]} logits, the model {own.shape[1]}")

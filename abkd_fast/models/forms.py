@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -262,11 +263,12 @@ def _enlarge(model: PreTrainedModel) -> None:
 
 
 def _products_and_logits(model: PreTrainedModel) -> tuple[Tensor, Tensor]:
-    """What the output projection gives for a row of tokens, and the model's logits."""
+    """The products of the output projection's weight for a row of tokens, and the model's logits."""
     head, products = model.get_output_embeddings(), []
     if head is None:
         raise ValueError("it has no output projection (get_output_embeddings)")
-    hook = head.register_forward_hook(lambda module, inputs, output: products.append(output))
+    # Not the projection's own result: it may do more than the product, such as scale each token by a learned number.
+    hook = head.register_forward_hook(lambda head, x, _: products.append(F.linear(x[0], head.weight, head.bias)))
     try:
         row = torch.arange(LENGTHS[0])[None] % model.config.vocab_size
         logits = model(input_ids=row, use_cache=False).logits
