@@ -47,8 +47,10 @@ class PackedCausalLM(CausalLM):
         for chunk in self.chunks if cu_seqlens is not None else ():
             options["chunk_cu_seq_lens"] = attention.chunk_boundaries(cu_seqlens, position_ids, chunk)
             options["max_chunk_length"] = min(chunk, max_seqlen)
-        # Some models lose the options on their way to attention, which then takes the ones given here.
-        with attention.given(options), self._own_rope_factors(position_ids, cu_seqlens):
+        # Some models lose the options on their way to attention, which then takes the ones given here. Compiled layers
+        # take a number of these for a constant. Few different ones are as good: kernels need a bound alone.
+        bound = None if max_seqlen is None else 1 << (max_seqlen - 1).bit_length()
+        with attention.given(options | {"max_length_q": bound}), self._own_rope_factors(position_ids, cu_seqlens):
             options = options if self.passes_options else {}
             return self.run(input_ids=input_ids, position_ids=position_ids, **options)
 

@@ -11,7 +11,7 @@ from abkd_fast.config.sampling import SamplingParams
 from abkd_fast.data.batches import pack
 from abkd_fast.generation.sampling import sample
 from abkd_fast.losses.fused_linear import fused_linear_cross_entropy
-from abkd_fast.models import forms
+from abkd_fast.models import attention, forms
 from abkd_fast.models.packed import PackedCausalLM
 from packed_models import samples
 
@@ -139,6 +139,15 @@ def test_compiled_layers_of_one_kind_share_their_code():
     for module in attentions:
         compiled(module)
     assert counter.frame_count == 2
+
+
+def test_compiled_layers_are_given_few_lengths(monkeypatch):
+    """They are compiled again for each number that does not come as a keyword argument."""
+    model, seen = PackedCausalLM(own_model(small_config("stablelm")), "student"), set()
+    monkeypatch.setattr(model, "run", lambda **_: seen.add(attention.option({}, "max_length_q")))
+    for length in range(9, 21):
+        model.run_body(torch.zeros(1, length), torch.arange(length)[None], torch.tensor([0, length]), length)
+    assert seen == {16, 32}
 
 
 def test_a_window_that_a_family_does_not_know_changes_nothing():
