@@ -157,9 +157,9 @@ def slot_attention(
 
 @contextlib.contextmanager
 def prepared(model: CausalLM | PreTrainedModel) -> Iterator[CausalLM]:
-    """Makes a model ready for a Decoder, in eval mode; undoes that at the end.
+    """Makes a model ready for a decoder, in eval mode; undoes that at the end.
 
-    Raises ConfigError for a model that can't take packed sequences, and on a GPU for one that computes in more than 16
+    Raises ConfigError for a model that is right in no form, and on a GPU for a packed one that computes in more than 16
     bits. A CausalLM has been checked already.
     """
     is_checked = isinstance(model, CausalLM)
@@ -168,22 +168,24 @@ def prepared(model: CausalLM | PreTrainedModel) -> Iterator[CausalLM]:
     try:
         if not is_checked:
             model = forms.choose(model.config, "model", model.device).build(model, "model")
-        weight = model.head.weight
-        if weight.device.type == "cuda" and (dtype := compute_dtype(weight)).itemsize > 2:
+        weight, is_packed = model.head.weight, model.form == "packed"
+        if is_packed and weight.device.type == "cuda" and (dtype := compute_dtype(weight)).itemsize > 2:
             name, way_out = str(dtype).removeprefix("torch."), 'torch.autocast("cuda", torch.bfloat16)'
             problem = f"it computes in {name}, but attention on a GPU needs 16 bits"
             raise ConfigError(f"{model.key}: {problem}: sample under {way_out}, or convert it to bfloat16")
         if not is_checked:
             model.check()
         inner.eval()
-        inner.set_attn_implementation(NAME)
+        if is_packed:
+            inner.set_attn_implementation(NAME)
         # Compiled layers would be compiled again for every step.
         is_compiled = any(module._compiled_call_impl for module in inner.modules())
         eager = torch.compiler.set_stance("force_eager") if is_compiled else contextlib.nullcontext()
         with eager:
             yield model
     finally:
-        inner.set_attn_implementation(implementation)
+        if inner.config._attn_implementation != implementation:
+            inner.set_attn_implementation(implementation)
         inner.train(training)
 
 

@@ -140,6 +140,7 @@ def read_settings(module: nn.Module, query: Tensor, options: dict[str, Any]) -> 
             "softcap": softcap is not None,
             "sinks": sinks is not None,
             "wide heads": query.shape[-1] > WIDEST_HEAD,
+            "dropout": bool(options.get("dropout")),
         }
         used.update(name for name, is_asked in asked.items() if is_asked)
     return settings
