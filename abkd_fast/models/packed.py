@@ -29,6 +29,8 @@ class PackedCausalLM(CausalLM):
         self.chunks = {chunk for x in modules if (chunk := getattr(x, "masked_chunk", None)) is not None}
         self.scales_by_place = any(getattr(x, "attn_temperature_tuning", False) for x in modules)
         self.long_ropes = [x for x in modules if getattr(x, "rope_type", None) == "longrope"]
+        # LongRoPE rotates the keys of longer sequences differently, from their first token on.
+        self.longest_decoded = min(map(_original_length, self.long_ropes), default=None)
         parameters = inspect.signature(self.causal_lm.forward).parameters.values()
         self.passes_options = any(parameter.kind == parameter.VAR_KEYWORD for parameter in parameters)
 
@@ -53,14 +55,6 @@ class PackedCausalLM(CausalLM):
         with attention.given(options | {"max_length_q": bound}), self._own_rope_factors(position_ids, cu_seqlens):
             options = options if self.passes_options else {}
             return self.run(input_ids=input_ids, position_ids=position_ids, **options)
-
-    @property
-    def longest_decoded(self) -> int | None:
-        """Up to how many tokens a sequence may grow token by token; None: as many as the model has positions.
-
-        LongRoPE rotates the keys of longer sequences differently, from their first token on.
-        """
-        return min(map(_original_length, self.long_ropes), default=None)
 
     @contextlib.contextmanager
     def _own_rope_factors(self, position_ids: Tensor, cu_seqlens: Tensor | None) -> Iterator[None]:
