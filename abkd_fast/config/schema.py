@@ -67,6 +67,12 @@ class ModelConfig(Section):
     )
     adapter: Annotated[str | None, "LoRA adapter, given as path is: a student trains it, a teacher merges it"] = None
     lora: Annotated[LoraConfig | None, "trains a new LoRA adapter instead of all weights"] = None
+    router_aux_loss: Annotated[
+        float | None,
+        "factor of the auxiliary loss that balances a student's experts; 0: none (null: as the model's own "
+        "configuration says, by output_router_logits and router_aux_loss_coef)",
+        0,
+    ] = None
 
     def __post_init__(self) -> None:
         if self.path is None and self.config is None:
@@ -319,6 +325,8 @@ class Config(Section):
             raise ConfigError(f'teacher: missing, and method "{self.method}" needs one; give teacher.path')
         if self.teacher is not None and self.teacher.lora is not None:
             raise ConfigError("teacher.lora: a teacher is not trained; teacher.adapter merges an adapter into it")
+        if self.teacher is not None and self.teacher.router_aux_loss is not None:
+            raise ConfigError("teacher.router_aux_loss: a teacher is not trained; give it as student.router_aux_loss")
         if self.tokenizer is None and self.student.path is None:
             raise ConfigError("tokenizer: missing, and a student with random weights brings none")
         if self.eval.select != "last" and self.data.dev is None:

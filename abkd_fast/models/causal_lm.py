@@ -3,7 +3,7 @@
 import contextlib
 import pathlib
 from collections.abc import Callable, Iterator
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,10 @@ from ..data.batches import Batch, pack
 from ..errors import ConfigError, first_line
 from ..losses.arguments import LinearHead, LogitMap
 from .attention import recomputation
+from .experts import Experts
+
+if TYPE_CHECKING:
+    from .wrappers import Wrapper
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -36,15 +40,26 @@ class CausalLM(nn.Module):
         """Takes a transformers model, or peft's wrapper around one. logit_map: what follows its output projection."""
         super().__init__()
         self.model, self.key, self.logit_map = model, key, logit_map
+        self.experts: Experts | None = None  # those of a student that is a mixture
+        self.wrapper: Wrapper | None = None  # the multimodal model that it is a part of; for saving
+
+    @property
+    def saved_model(self) -> nn.Module:
+        """What is saved: the model, the multimodal model around it, or peft's wrapper around either."""
+        return self.wrapper.model if self.wrapper else self.model
 
     @property
     def has_adapter(self) -> bool:
-        return not isinstance(self.model, PreTrainedModel)
+        return not isinstance(self.saved_model, PreTrainedModel)
+
+    @property
+    def adapter_rank(self) -> int | None:
+        return self.saved_model.peft_config["default"].r if self.has_adapter else None
 
     @property
     def causal_lm(self) -> PreTrainedModel:
         """The transformers model. An attached adapter lies within its projections."""
-        return self.model.get_base_model() if self.has_adapter else self.model
+        return self.model if isinstance(self.model, PreTrainedModel) else self.model.get_base_model()
 
     @property
     def head(self) -> nn.Linear:
@@ -78,8 +93,12 @@ class CausalLM(nn.Module):
         """What the output projection reads [N, H] at batch.positions."""
         raise NotImplementedError
 
-    def run(self, **inputs: Any) -> Tensor:
-        """What the output projection reads [B, L, H]: the model's own forward pass without that product."""
+    def run(self, is_token: Tensor | None = None, **inputs: Any) -> Tensor:
+        """What the output projection reads [B, L, H]: the model's own forward pass without that product.
+
+        is_token: [B, L], 0 at padding, else 1; None: there is no padding. In training it decides which tokens the
+        experts count.
+        """
         kept, given = [], self.head.__dict__.get("forward")
 
         def keep(hidden: Tensor) -> Tensor:
@@ -89,7 +108,10 @@ class CausalLM(nn.Module):
         self.head.forward = keep
         try:
             with self._without_casts() if self.head.weight.is_cuda else contextlib.nullcontext():
-                self.causal_lm(use_cache=False, **inputs)
+                if self.experts and self.model.training and torch.is_grad_enabled():
+                    self.experts.run(self.causal_lm, is_token, inputs)
+                else:
+                    self.causal_lm(use_cache=False, **inputs)
         finally:
             del self.head.forward
             if given is not None:
@@ -107,18 +129,23 @@ class CausalLM(nn.Module):
         has_type = all(parameter.dtype == torch.bfloat16 for parameter in self.model.parameters())
         return torch.autocast("cuda", enabled=False) if has_type else contextlib.nullcontext()
 
-    def forward(self, batch: Batch, loss: Callable[[LinearHead], Tensor]) -> Tensor:
+    def forward(self, batch: Batch, loss: Callable[[LinearHead], Tensor]) -> Tensor | tuple[Tensor, Tensor]:
         """`loss` of the hidden states at batch.positions, in the type of products, and the output projection.
 
         The projection has that type, too, on a CPU. On a GPU it stays as it is: the fused losses cast it themselves,
         and its gradient then keeps their float32.
+
+        In training with an auxiliary loss of routers the result is a pair, `loss` and this loss before its factor, for
+        the micro-batch's share of the step's tokens.
         """
         hidden = self.hidden_states(batch)
         hidden = hidden.to(compute_dtype(hidden))
         weight, bias = self.head.weight, self.head.bias
         if not hidden.is_cuda:
             weight, bias = weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
-        return loss(LinearHead(hidden, weight, bias, self.logit_map))
+        value = loss(LinearHead(hidden, weight, bias, self.logit_map))
+        router_loss = self.experts.take_loss() if self.experts else None
+        return value if router_loss is None else (value, router_loss * (batch.token_share / batch.tokens))
 
     @contextlib.contextmanager
     def explained(self) -> Iterator[None]:
@@ -173,20 +200,28 @@ class CausalLM(nn.Module):
         return contextlib.nullcontext()
 
     def weights(self) -> dict[str, Tensor]:
-        """The tensors to save, by the model's own names. Tied ones are left out; so are frozen ones with an adapter."""
+        """The tensors to save, by the names of the model that is saved.
+
+        Tied ones are left out; so are frozen ones with an adapter.
+        """
         parameters = dict(self.model.named_parameters())
         tied = {name for name, _ in self.model.named_parameters(remove_duplicate=False)} - parameters.keys()
         frozen = {name for name, parameter in parameters.items() if self.has_adapter and not parameter.requires_grad}
-        return {name: tensor for name, tensor in self.model.state_dict().items() if name not in tied | frozen}
+        kept = {name: tensor for name, tensor in self.model.state_dict().items() if name not in tied | frozen}
+        return {self.wrapper.names[name]: tensor for name, tensor in kept.items()} if self.wrapper else kept
 
     def save(self, folder: pathlib.Path, tokenizer: PreTrainedTokenizerBase, weights: dict[str, Tensor]) -> None:
         """Writes weights, configuration and tokenizer in Hugging Face layout. A LoRA model writes its adapter alone.
 
         weights: the result of `weights`, or a copy of it.
         """
-        # Without this peft asks the Hub every time whether embeddings belong to the adapter.
-        options = {"save_embedding_layers": False} if self.has_adapter else {}
-        self.model.save_pretrained(folder, state_dict=weights, **options)
+        if self.has_adapter:
+            # Without the option peft asks the Hub every time whether embeddings belong to the adapter.
+            self.saved_model.save_pretrained(folder, state_dict=weights, save_embedding_layers=False)
+        elif self.wrapper:
+            self.wrapper.save(folder, weights)
+        else:
+            self.model.save_pretrained(folder, state_dict=weights)
         tokenizer.save_pretrained(folder)
 
 

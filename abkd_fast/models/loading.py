@@ -9,14 +9,15 @@ from collections.abc import Iterable, Iterator
 import safetensors
 import torch
 import transformers
+from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.activations import NewGELUActivation
 
 from ..config.schema import ModelConfig
 from ..errors import ConfigError, first_line
 from ..files import is_local_path
-from . import attention, dropout, forms
+from . import attention, dropout, experts, forms, wrappers
 from .causal_lm import CausalLM
 from .forms import Form
 from .identity import ADAPTER_SETTINGS
@@ -84,6 +85,8 @@ class MetaModel:
     model: PreTrainedModel  # on the meta device: shapes without memory
     form: Form  # how it is trained
     adapter_size: int | None  # weights of its LoRA adapter; None without one
+    whole: PretrainedConfig  # as it is published; `config` is a part of it where the model is multimodal
+    router_loss_weight: float = 0.0  # of the auxiliary loss of its routers in training
 
 
 def read_meta_model(spec: ModelConfig, key: str) -> MetaModel:
@@ -94,39 +97,72 @@ def read_meta_model(spec: ModelConfig, key: str) -> MetaModel:
     what = f"{key}.config"
     if spec.path is not None:
         check_path(spec.path, f"{key}.path")
-        what = f"{key}.path: {spec.path}: no such folder, and no such model on the Hub"
+        what = f"{key}.path: {spec.path}"
     try:
-        config = AutoConfig.for_model(**spec.config) if spec.path is None else AutoConfig.from_pretrained(spec.path)
-        model = meta_model(config)  # fails where the configuration's numbers don't fit together
+        whole = AutoConfig.for_model(**spec.config) if spec.path is None else read_config(spec.path)
+        config = wrappers.language_config(whole)
+        model = wrappers.language_model(meta_model(whole))  # fails where its numbers don't fit together
     except Exception as error:  # transformers checks with many kinds of errors
-        raise ConfigError(f"{what} ({first_line(error)})") from None
+        raise ConfigError(f"{what}{_hub_problem(error)} ({first_line(error)})") from None
     if spec.dropout is not None:
         dropout.set_rates(config, spec.dropout, key)
+    form = forms.choose(config, key)
+    try:
+        wrappers.check(whole)
+    except Exception as error:  # models have code of their own
+        raise ConfigError(f"{what} ({first_line(error)})") from None
     adapter_size = None
     if spec.has_adapter:
         from . import lora
 
-        adapter_size = lora.check_adapter(meta_model(config), spec, key)
-    return MetaModel(spec, config, model, forms.choose(config, key), adapter_size)
+        adapter_size = lora.check_adapter(meta_model(whole), spec, key)
+    router_loss_weight = experts.loss_weight(model, spec.router_aux_loss, key)
+    return MetaModel(spec, config, model, form, adapter_size, whole, router_loss_weight)
+
+
+def read_config(path: str) -> PretrainedConfig:
+    """A model's configuration, from a folder or the Hub. A model's own code is not run.
+
+    Raises ValueError for a model that needs it, and transformers' errors.
+    """
+    values, _ = PretrainedConfig.get_config_dict(path)
+    if "auto_map" in values and values.get("model_type") not in CONFIG_MAPPING:
+        kind = values.get("model_type")
+        raise ValueError(f"it has code of its own (auto_map), which is not run, and transformers knows no {kind} model")
+    return AutoConfig.from_pretrained(path, trust_remote_code=False)
+
+
+def _hub_problem(error: BaseException | None) -> str:
+    """What the Hub said, in words; nothing for an error that has another cause."""
+    problems = {
+        GatedRepoError: ": its owner lets only chosen accounts read it: accept its terms on the Hub, then log in",
+        RepositoryNotFoundError: ": no such folder, and no such model on the Hub (a private one needs a login)",
+        LocalEntryNotFoundError: ": no such folder, and no such model on the Hub can be asked for: it can't be reached",
+    }
+    while error is not None:
+        for kind, text in problems.items():
+            if isinstance(error, kind):
+                return text
+        error = error.__cause__ or error.__context__
+    return ""
 
 
 def meta_model(config: PretrainedConfig) -> PreTrainedModel:
-    """The model on the meta device: shapes without memory for weights."""
+    """The whole model on the meta device: shapes without memory for weights."""
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+        return wrappers.from_config(config)
 
 
-def describe(model: nn.Module) -> str:
+def describe(model: PreTrainedModel, rank: int | None = None) -> str:
     """Size and kind of a model, and of its adapter: "3431.8M (llama), LoRA rank 16: 5.3M trained"."""
 
     def millions(parameters: Iterator[Tensor]) -> str:
         return f"{sum(p.numel() for p in parameters) / 1e6:.1f}M"
 
     text = f"{millions(model.parameters())} ({model.config.model_type})"
-    if isinstance(model, PreTrainedModel):
+    if rank is None:
         return text
-    trained = millions(p for p in model.parameters() if p.requires_grad)
-    return f"{text}, LoRA rank {model.peft_config['default'].r}: {trained} trained"
+    return f"{text}, LoRA rank {rank}: {millions(p for p in model.parameters() if p.requires_grad)} trained"
 
 
 def max_positions(config: PretrainedConfig) -> int | None:
@@ -172,14 +208,17 @@ def load(
 ) -> CausalLM:
     """Loads a model with its weights in `dtype`; without a path they are random. Its activations are fused.
 
-    A student's adapter is attached, and it alone is trained. Other adapters are merged.
+    A student's adapter is attached, and it alone is trained. Other adapters are merged. Of a multimodal model the
+    language model is returned; a student keeps the whole for saving.
 
+    config: of the whole model.
     in_parts: the weights will be sharded over processes. They stay mapped from the disk in their files' type where
         possible, so that memory never holds more than a process's part.
 
     Raises ConfigError for weights that are missing, damaged or of another shape, for an adapter without a path, and for
     a sliding window where attention has none.
     """
+    whole, config = config, wrappers.language_config(config)
     if spec.path is None and spec.has_adapter:
         raise ConfigError(f"{key}: an adapter needs the same weights every time, config gives random ones: use path")
     if key == "student" and not attention.supports_dropout(device):
@@ -190,7 +229,8 @@ def load(
             f"on a GPU; this is torch {torch.__version__}, without flash-attn"
         )
     if spec.path is None:
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model = wrappers.from_config(whole, dtype=dtype)
+        language = wrappers.language_model(model)
     else:
         if spec.has_adapter:
             from . import lora
@@ -200,8 +240,8 @@ def load(
         if in_parts and not spec.has_adapter:
             read_dtype = _type_in_files(spec.path, dtype)
         try:
-            model, found = AutoModelForCausalLM.from_pretrained(
-                spec.path, config=config, dtype=read_dtype, output_loading_info=True
+            model, found = wrappers.model_class(whole).from_pretrained(
+                spec.path, config=whole, dtype=read_dtype, output_loading_info=True
             )
         except Exception as error:  # of many kinds: missing, truncated or foreign files
             raise ConfigError(f"{key}.path: {spec.path}: its weights can't be read ({first_line(error)})") from None
@@ -210,16 +250,21 @@ def load(
             raise ConfigError(f"{key}.path: {spec.path}: its weights don't fit its config.json: no {names}")
         if merges:
             model = lora.merge_adapter(model, spec, key, dtype)
+        language = wrappers.language_model(model)
         if not in_parts:
             # Copied out of the mapped file: each file has its own alignment, which may change a product's last bit.
-            for parameter in model.parameters():
+            for parameter in language.parameters():
                 parameter.data = parameter.data.clone()
         if key == "student" and spec.has_adapter:
             model = lora.attach_adapter(model, spec, key)
-    fuse_activations(model)
+    trained = model if config is whole else language
+    fuse_activations(trained)
     if spec.dropout is not None:
-        dropout.set_modules(model, spec.dropout)
-    return forms.choose(config, key, device).build(model if in_parts else model.to(device), key)
+        dropout.set_modules(trained, spec.dropout)
+    student = forms.choose(config, key, device).build(trained if in_parts else trained.to(device), key)
+    if config is not whole and key == "student":
+        student.wrapper = wrappers.Wrapper(model, language, spec.path)
+    return student
 
 
 def _type_in_files(path: str, otherwise: torch.dtype) -> torch.dtype:

@@ -15,7 +15,7 @@ from ..console import format_bytes
 from ..data.batches import StepBatch, make_step_batch, prompt_of
 from ..device import device_name, free_memory
 from ..losses import row_ops
-from ..models import attention, forms, loading, padded
+from ..models import attention, experts, forms, loading, padded
 from ..teacher.store import label_counts, lengths_of, table_of
 from . import costs
 
@@ -61,6 +61,10 @@ def header(trainer: Trainer) -> Iterator[str]:
     yield f"  device     {device_name(trainer.device)}, {str(trainer.dtype).removeprefix('torch.')}"
     yield f"  kernels    {_kernels(trainer)}; attention {attention.describe(trainer.device)}"
     yield from _forms(trainer)
+    if trainer.student.experts:
+        meta = trainer.student_meta
+        lines = experts.describe(meta.model, meta.router_loss_weight, meta.spec.router_aux_loss)
+        yield from (f"  router     {line}" for line in lines)
     for line in without_kernels(trainer.device):
         yield f"[bold red]{escape(line)}[/bold red]"
     if trainer.teacher:
@@ -82,10 +86,9 @@ def _steps(trainer: Trainer) -> str:
 
 
 def _models(trainer: Trainer) -> str:
-    models = {"student": trainer.student.model}
+    sizes = f"student {loading.describe(trainer.student.causal_lm, trainer.student.adapter_rank)}"
     if trainer.teacher:  # a cached teacher's body is not in memory
-        models["teacher"] = trainer.teacher_meta.model
-    sizes = ", ".join(f"{role} {loading.describe(model)}" for role, model in models.items())
+        sizes += f", teacher {loading.describe(trainer.teacher_meta.model)}"
     adapter = trainer.config.teacher.adapter if trainer.teacher else None
     return f"{sizes} with {adapter} merged" if adapter else sizes
 
