@@ -15,7 +15,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedCon
 
 from ..data.batches import Batch
 from ..errors import ConfigError
-from ..models import forms, loading
+from ..models import attention, forms, loading
 from ..models.causal_lm import CausalLM
 from ..models.padded import PaddedCausalLM, group_by_length
 
@@ -31,7 +31,7 @@ class AttentionCost(NamedTuple):
     chunk: int | None = None  # tokens of a chunk that sees itself alone; None: no chunks
 
     def visible(self, length: int) -> int:
-        """Twice the pairs of tokens that see each other in a sequence, without its diagonal's half."""
+        """Twice the area of what a sequence's tokens see: the square of its length, where nothing limits that."""
         if self.chunk and length > self.chunk:
             whole, rest = divmod(length, self.chunk)
             return whole * self.chunk**2 + rest**2
@@ -66,20 +66,19 @@ def _note_attention(config: PretrainedConfig, most_alike: int) -> list[Attention
     kinds = getattr(config, "layer_types", None) or [None] * config.num_hidden_layers
 
     def note(
-        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_: Any, sliding_window: Any = None, **__: Any
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any
     ) -> tuple[Tensor, None]:
-        layer = getattr(module, "layer_idx", None)
-        is_chunked = isinstance(layer, int) and kinds[layer : layer + 1] == ["chunked_attention"]
+        settings = attention.read_settings(module, query, options)
         work = query.shape[1] * (query.shape[3] + value.shape[3])
         stored = key.shape[1] * (key.shape[3] + value.shape[3])
-        chunk = config.attention_chunk_size if is_chunked else None
-        found[layers.current].append(AttentionCost(work, stored, sliding_window, chunk))
+        found[layers.current].append(AttentionCost(work, stored, settings.window, settings.chunk))
         return value.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3]), None
 
     AttentionInterface.register(NAME, note)
     with torch.no_grad(), torch.device("meta"), WithoutValues():
         model = AutoModelForCausalLM.from_config(config)
         model.set_attn_implementation(NAME)
+        attention.note_masks(model)
         layers = _LayersAlike(CausalLM(model, "model"), kinds, most_alike)
         model(input_ids=torch.zeros(1, 2, dtype=torch.int64), use_cache=False)
     return [layer for number in (None, *layers.stands_for) for layer in found[number]]
