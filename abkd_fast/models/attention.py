@@ -5,7 +5,7 @@ import importlib.util
 import inspect
 import math
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -82,15 +82,24 @@ def missing(device: torch.device, needs: frozenset[str]) -> str | None:
     return None
 
 
-@contextlib.contextmanager
-def given(options: dict[str, Any]) -> Iterator[None]:
+class given(contextlib.AbstractContextManager):
     """A context in which `options` reach attention also from models that lose keyword arguments on the way."""
-    global _given
-    before, _given = _given, options
-    try:
-        yield
-    finally:
-        _given = before
+
+    def __init__(self, options: dict[str, Any]) -> None:
+        self.options = options
+
+    def __enter__(self) -> None:
+        global _given
+        self.before, _given = _given, self.options
+
+    def __exit__(self, *error: object) -> None:
+        global _given
+        _given = self.before
+
+
+def recomputation() -> tuple[contextlib.AbstractContextManager, contextlib.AbstractContextManager]:
+    """Contexts of a checkpointed layer and of its second pass, which has the options that are given now."""
+    return contextlib.nullcontext(), given(_given)
 
 
 def option(options: dict[str, Any], name: str) -> Any:

@@ -14,6 +14,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from ..data.batches import Batch, pack
 from ..errors import ConfigError, first_line
 from ..losses.arguments import LinearHead, LogitMap
+from .attention import recomputation
 from .experts import Experts
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ class CausalLM(nn.Module):
         if not self.causal_lm.supports_gradient_checkpointing:
             kind = self.causal_lm.config.model_type
             raise ConfigError(f"train.gradient_checkpointing: a {kind} model has none; set it to false")
-        self.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
+        self.causal_lm.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": recomputation})
         # The line above also made the embeddings require a gradient, which only the reentrant kind needs.
         self.causal_lm.disable_input_require_grads()
 

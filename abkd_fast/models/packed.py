@@ -29,6 +29,8 @@ class PackedCausalLM(CausalLM):
         self.chunks = {chunk for x in modules if (chunk := getattr(x, "masked_chunk", None)) is not None}
         self.scales_by_place = any(getattr(x, "attn_temperature_tuning", False) for x in modules)
         self.long_ropes = [x for x in modules if getattr(x, "rope_type", None) == "longrope"]
+        # LongRoPE rotates the keys of longer sequences differently, from their first token on.
+        self.longest_decoded = min(map(_original_length, self.long_ropes), default=None)
         parameters = inspect.signature(self.causal_lm.forward).parameters.values()
         self.passes_options = any(parameter.kind == parameter.VAR_KEYWORD for parameter in parameters)
 
@@ -47,18 +49,12 @@ class PackedCausalLM(CausalLM):
         for chunk in self.chunks if cu_seqlens is not None else ():
             options["chunk_cu_seq_lens"] = attention.chunk_boundaries(cu_seqlens, position_ids, chunk)
             options["max_chunk_length"] = min(chunk, max_seqlen)
-        # Some models lose the options on their way to attention, which then takes the ones given here.
-        with attention.given(options), self._own_rope_factors(position_ids, cu_seqlens):
+        # Some models lose the options on their way to attention, which then takes the ones given here. Compiled layers
+        # take a number of these for a constant. Few different ones are as good: kernels need a bound alone.
+        bound = None if max_seqlen is None else 1 << (max_seqlen - 1).bit_length()
+        with attention.given(options | {"max_length_q": bound}), self._own_rope_factors(position_ids, cu_seqlens):
             options = options if self.passes_options else {}
             return self.run(input_ids=input_ids, position_ids=position_ids, **options)
-
-    @property
-    def longest_decoded(self) -> int | None:
-        """Up to how many tokens a sequence may grow token by token; None: as many as the model has positions.
-
-        LongRoPE rotates the keys of longer sequences differently, from their first token on.
-        """
-        return min(map(_original_length, self.long_ropes), default=None)
 
     @contextlib.contextmanager
     def _own_rope_factors(self, position_ids: Tensor, cu_seqlens: Tensor | None) -> Iterator[None]:

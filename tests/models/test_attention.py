@@ -63,7 +63,15 @@ def test_every_versions_varlen_attn_computes_the_same(version, key_heads, dim, s
     )
     cu = torch.tensor([0, 9, 14], dtype=torch.int32)
     expected, _ = attention.packed_attention(
-        None, q, k, v, None, scaling=scaling, sliding_window=sliding_window, cu_seq_lens_q=cu, max_length_q=9
+        torch.nn.Module(),
+        q,
+        k,
+        v,
+        None,
+        scaling=scaling,
+        sliding_window=sliding_window,
+        cu_seq_lens_q=cu,
+        max_length_q=9,
     )
     attend = attention._with_varlen_attn(VERSIONS[version])
     scale, window = scaling or dim**-0.5, -1 if sliding_window is None else sliding_window - 1
@@ -173,7 +181,7 @@ def test_compiled_layers_find_their_kernel_without_a_warning(flash_attn):
 
 def test_a_window_that_attention_lacks_is_refused_before_weights_load(monkeypatch):
     monkeypatch.setattr(attention, "supports_windows", lambda device: False)
-    monkeypatch.setattr(loading, "AutoModelForCausalLM", None)
+    monkeypatch.setattr(loading.wrappers, "from_config", None)
     config = {**LLAMA, "model_type": "mistral", "sliding_window": 4}
     spec = ModelConfig(config=config)
     with pytest.raises(ConfigError, match=r"student: a mistral model .* needs torch 2\.11 or flash-attn"):

@@ -4,13 +4,14 @@ import copy
 
 import pytest
 import torch
+import torch._dynamo.testing
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from abkd_fast.config.sampling import SamplingParams
 from abkd_fast.data.batches import pack
 from abkd_fast.generation.sampling import sample
 from abkd_fast.losses.fused_linear import fused_linear_cross_entropy
-from abkd_fast.models import forms
+from abkd_fast.models import attention, forms
 from abkd_fast.models.packed import PackedCausalLM
 from packed_models import samples
 
@@ -47,7 +48,6 @@ FAMILIES = {
         **{"original_max_position_embeddings": 21},
         "rope_parameters": {**LONG_ROPE, "long_factor": [2.0, 3.0, 4.0, 5.0], "short_factor": [1.0, 1.1, 1.2, 1.3]},
     },
-    "phimoe": {"num_local_experts": 4, "sliding_window": 8},
     "qwen2_moe": {**EXPERTS, "use_sliding_window": True, "max_window_layers": 1, "sliding_window": 8},
     "stablelm": {},
 }
@@ -105,18 +105,49 @@ def test_training_and_generation_equal_transformers(family):
         assert greedy[0, len(prompt) :].tolist() == response
 
 
+@pytest.mark.parametrize("family", ["gpt_oss", "llama4_text", "phi3", "stablelm"])
+def test_checkpointed_layers_are_computed_again_with_the_same_options(family):
+    """Backward comes after the forward pass has left its contexts, and after that of another model."""
+    model = PackedCausalLM(own_model(small_config(family)), "student").train()
+    gradients = []
+    for _ in range(2):
+        (batch,) = pack(samples([9, 31, 5], vocab=61), max_tokens=64)
+        loss = model(batch, lambda head: head.hidden.square().sum())
+        if len(gradients) == 1:
+            with torch.no_grad():
+                model.hidden_states(pack(samples([4, 4], vocab=61), max_tokens=64)[0])
+        gradients.append(
+            torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad], allow_unused=True)
+        )
+        if len(gradients) == 1:
+            model.checkpoint_layers()
+    for plain, recomputed in zip(*gradients[:2], strict=True):
+        assert (plain is None) == (recomputed is None)
+        if plain is not None:
+            torch.testing.assert_close(recomputed, plain)
+
+
 def test_compiled_layers_of_one_kind_share_their_code():
     """What a layer is not told is no matter of its number, by which compiled code would differ."""
     config = small_config("qwen2_moe", num_hidden_layers=4)
     model = PackedCausalLM(AutoModelForCausalLM.from_config(config), "student")
     attentions = [module for module in model.modules() if hasattr(module, "masked_window")]
-    assert {module.layer_idx: module.masked_window for module in attentions} == {0: None, 1: 8, 2: 8, 3: 8}
+    assert {module.layer_idx: module.masked_window for module in attentions} == {0: 8, 1: None, 2: None, 3: None}
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounter()
     compiled = torch.compile(lambda module: torch.zeros(1) + (module.masked_window or 0), backend=counter)
     for module in attentions:
         compiled(module)
     assert counter.frame_count == 2
+
+
+def test_compiled_layers_are_given_few_lengths(monkeypatch):
+    """They are compiled again for each number that does not come as a keyword argument."""
+    model, seen = PackedCausalLM(own_model(small_config("stablelm")), "student"), set()
+    monkeypatch.setattr(model, "run", lambda **_: seen.add(attention.option({}, "max_length_q")))
+    for length in range(9, 21):
+        model.run_body(torch.zeros(1, length), torch.arange(length)[None], torch.tensor([0, length]), length)
+    assert seen == {16, 32}
 
 
 def test_a_window_that_a_family_does_not_know_changes_nothing():

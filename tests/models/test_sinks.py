@@ -91,7 +91,7 @@ def tensors(key_heads=2, value_dim=8):
 def packed(q, k, v, sliding_window=None, **options):
     rows = (x.transpose(0, 1)[None] for x in (q, k, v))
     places = {"cu_seq_lens_q": CU, "max_length_q": LONGEST, "sliding_window": sliding_window}
-    out, _ = attention.packed_attention(None, *rows, None, **places, **options)
+    out, _ = attention.packed_attention(torch.nn.Module(), *rows, None, **places, **options)
     assert out.is_contiguous()
     return out[0]
 
@@ -154,7 +154,7 @@ def test_sinks_on_a_gpu(sliding_window, value_dim):
     q, k, v, sink = tensors(value_dim=value_dim)
     options = {"cu_seq_lens_q": CU.cuda(), "max_length_q": LONGEST, "sliding_window": sliding_window}
     rows = [x.transpose(0, 1)[None].to("cuda", torch.bfloat16) for x in (q, k, v)]
-    out, _ = attention.packed_attention(None, *rows, None, s_aux=sink.cuda(), **options)
+    out, _ = attention.packed_attention(torch.nn.Module(), *rows, None, s_aux=sink.cuda(), **options)
     q, k, v = (x.bfloat16().double() for x in (q, k, v))
     expected = oracle(q, k, v, 8**-0.5, (sliding_window or 0) - 1, sink=sink)
     torch.testing.assert_close(out[0].cpu().double(), expected, rtol=0, atol=0.02)
@@ -176,7 +176,7 @@ def test_compiled_layers_have_one_piece_of_code_with_sinks(monkeypatch):
     counter = torch._dynamo.testing.CompileCounter()
     compiled = torch.compile(packed, fullgraph=True, dynamic=True, backend=counter)
     for length in (14, 11):
-        inputs = [x[:length] for x in tensors(key_heads=4)]
+        inputs = [x[:length].detach().clone().requires_grad_() for x in tensors(key_heads=4)]
         *rows, sink = inputs
         for ours, theirs in zip(
             *(torch.autograd.grad(f(*rows, s_aux=sink).sum(), inputs) for f in (compiled, packed)), strict=True
