@@ -207,6 +207,24 @@ def loaded(spec, key):
     return loading.load(spec, whole, key, torch.float32, torch.device("cpu"))
 
 
+@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
+def test_names_of_older_files_stay(tmp_path, published, file):
+    for settings in published.glob("*.json"):
+        (tmp_path / settings.name).write_bytes(settings.read_bytes())
+    older = "vision_tower.vision_model."
+    weights = load_file(published / "model.safetensors")
+    weights = {name.replace("vision_tower.", older): tensor for name, tensor in weights.items()}
+    if file.endswith("bin"):
+        torch.save(weights, tmp_path / file)
+    else:
+        save_file(weights, tmp_path / file, {"format": "pt"})
+    student = loaded(ModelConfig(path=str(tmp_path)), "student")
+    student.save(tmp_path / "saved", quickstart.tokenizer(), student.weights())
+    ours = load_file(tmp_path / "saved" / "model.safetensors")
+    assert ours.keys() == weights.keys()
+    assert all(torch.equal(ours[name].to(weights[name].dtype), tensor) for name, tensor in weights.items())
+
+
 def test_an_adapter_of_the_vision_part(tmp_path, published):
     model = AutoModelForCausalLM.from_pretrained(published)
     peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], r=2)).save_pretrained(tmp_path)
