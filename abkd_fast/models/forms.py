@@ -31,7 +31,7 @@ MOST_KINDS = 8  # of layers; further ones are left out
 TOLERANCE = 1e-3  # of the largest logit. A wrong window, cap or boundary differs by much more, rounding by much less
 LARGEST_LOGIT = 100.0  # of the small model: soft caps show
 SPAN_NAMES = re.compile(
-    "(window|window_size|chunk_size|block_size|index_topk|local_attention\\w*|floor_scale|original_max_position_embeddings)$"
+    "(window|window_size|chunk_size|block_size|index_topk|compressed_attention|local_attention\\w*|floor_scale|original_max_position_embeddings)$"
 )
 WIDTH_NAMES = re.compile("intermediate_size|ffn|inner|mlp_hidden")
 LOGIT_NAMES = re.compile("^(?!attn).*(logit.*scal|logit.*cap|lm_head_multiplier|output_multiplier)")

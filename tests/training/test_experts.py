@@ -304,3 +304,11 @@ def test_routing_that_depends_on_company_is_refused(monkeypatch):
     config = AutoConfig.for_model(**{**MIXTRAL, "num_local_experts": 5})
     with pytest.raises(ConfigError, match="it is not causal"):
         forms.choose(config, "student")
+
+
+def test_keys_compressed_from_more_tokens_than_the_check_has_are_found():
+    """DeepSeek V4 makes one key of 128 tokens, also of several packed sequences."""
+    sizes = {"moe_intermediate_size": 8, "n_routed_experts": 4, "num_hidden_layers": 3}
+    config = AutoConfig.for_model(**{**SIZES, **sizes, "model_type": "deepseek_v4"})
+    assert {*config.layer_types} == {"heavily_compressed_attention"}
+    assert forms.choose(config, "student").problem is not None
