@@ -13,6 +13,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from ..data.batches import Batch, pack
 from ..errors import ConfigError, first_line
 from ..losses.arguments import LinearHead, LogitMap
+from . import quantized
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -29,6 +30,8 @@ class CausalLM(nn.Module):
     """
 
     form: ClassVar[str]  # "packed" or "padded"
+    tolerance: float | None = None  # of `check`, for weights whose rounding depends on the batch
+    can_compile = True
 
     def __init__(self, model: nn.Module, key: str, logit_map: LogitMap = LogitMap()) -> None:  # noqa: B008 - a tuple
         """Takes a transformers model, or peft's wrapper around one. logit_map: what follows its output projection."""
@@ -140,7 +143,7 @@ class CausalLM(nn.Module):
         with self.explained():
             difference, dtype = self.difference(lengths)
             self.model.train(training)
-            tolerance = 2e-3 if dtype in (torch.float32, torch.float64) else 5e-2
+            tolerance = self.tolerance or (2e-3 if dtype in (torch.float32, torch.float64) else 5e-2)
             if not difference < tolerance:
                 raise ValueError(f"its logits differ from those of its own forward pass by {difference:.1e} relative")
 
@@ -175,7 +178,10 @@ class CausalLM(nn.Module):
         parameters = dict(self.model.named_parameters())
         tied = {name for name, _ in self.model.named_parameters(remove_duplicate=False)} - parameters.keys()
         frozen = {name for name, parameter in parameters.items() if self.has_adapter and not parameter.requires_grad}
-        return {name: tensor for name, tensor in self.model.state_dict().items() if name not in tied | frozen}
+        saved = parameters.keys() | {name for name, _ in self.model.named_buffers()}  # not what quantized layers add
+        left_out = tied | frozen
+        state = self.model.state_dict()
+        return {name: tensor for name, tensor in state.items() if name in saved and name not in left_out}
 
     def save(self, folder: pathlib.Path, tokenizer: PreTrainedTokenizerBase, weights: dict[str, Tensor]) -> None:
         """Writes weights, configuration and tokenizer in Hugging Face layout. A LoRA model writes its adapter alone.
@@ -185,6 +191,7 @@ class CausalLM(nn.Module):
         # Without this peft asks the Hub every time whether embeddings belong to the adapter.
         options = {"save_embedding_layers": False} if self.has_adapter else {}
         self.model.save_pretrained(folder, state_dict=weights, **options)
+        quantized.save_settings(self.causal_lm, folder)
         tokenizer.save_pretrained(folder)
 
 

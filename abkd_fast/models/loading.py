@@ -6,22 +6,23 @@ import logging
 import math
 import pathlib
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 import safetensors
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.activations import NewGELUActivation
 
 from ..config.schema import ModelConfig
 from ..errors import ConfigError, first_line
 from ..files import is_local_path
-from . import attention, forms
+from . import attention, forms, quantized
 from .causal_lm import CausalLM
 from .forms import Form
 from .identity import ADAPTER_SETTINGS
+from .quantized import Quantization
 
 transformers.utils.logging.disable_progress_bar()  # the run shows its own
 # Newer versions of transformers renamed what peft and this module still call by the old name.
@@ -67,13 +68,13 @@ def _check_weights(folder: pathlib.Path, key: str) -> None:
 
 
 def model_spec(path: str) -> ModelConfig:
-    """The model at a path: a folder or Hub name, or the folder of a LoRA adapter, which is merged into its base."""
+    """The model at a path: a folder or Hub name, or the folder of a LoRA adapter and its base."""
     settings = pathlib.Path(path, ADAPTER_SETTINGS)
     if not settings.exists():
         return ModelConfig(path=path)
     try:
         base = json.loads(settings.read_text(encoding="utf-8"))["base_model_name_or_path"]
-        return ModelConfig(path=base, adapter=path)
+        return ModelConfig(path=base, adapter=path, quantize=quantized.saved_wish(settings.parent))
     except (OSError, ValueError, LookupError, TypeError):
         raise ConfigError(f"model: {settings} names no base model: the adapter can't be used alone") from None
 
@@ -87,12 +88,14 @@ class MetaModel:
     model: PreTrainedModel  # on the meta device: shapes without memory
     form: Form  # how it is trained
     adapter_size: int | None  # weights of its LoRA adapter; None without one
+    quantization: Quantization | None = None
 
 
 def read_meta_model(spec: ModelConfig, key: str) -> MetaModel:
     """Reads a model's configuration, and its adapter's, without weights.
 
-    Raises ConfigError where there is none, where its numbers don't fit together, and where the adapter doesn't fit it.
+    Raises ConfigError where there is none, where its numbers don't fit together, where the adapter doesn't fit it, and
+    for quantized weights that can't be used.
     """
     what = f"{key}.config"
     if spec.path is not None:
@@ -110,7 +113,10 @@ def read_meta_model(spec: ModelConfig, key: str) -> MetaModel:
         from . import lora
 
         adapter_size = lora.check_adapter(meta_model(config), spec, key)
-    return MetaModel(spec, config, model, forms.choose(config, key), adapter_size)
+    quantization = quantized.read(spec, config, key)
+    if quantization is not None:
+        quantized.check_head(quantization, config, key)
+    return MetaModel(spec, config, model, forms.choose(config, key), adapter_size, quantization)
 
 
 def meta_model(config: PretrainedConfig) -> PreTrainedModel:
@@ -119,17 +125,17 @@ def meta_model(config: PretrainedConfig) -> PreTrainedModel:
         return AutoModelForCausalLM.from_config(config)
 
 
-def describe(model: nn.Module) -> str:
-    """Size and kind of a model, and of its adapter: "3431.8M (llama), LoRA rank 16: 5.3M trained"."""
+def describe(meta: MetaModel, model: nn.Module) -> str:
+    """Size and kind of a model, and of its adapter: "3431.8M (llama), LoRA rank 16: 5.3M trained".
 
-    def millions(parameters: Iterator[Tensor]) -> str:
-        return f"{sum(p.numel() for p in parameters) / 1e6:.1f}M"
-
-    text = f"{millions(model.parameters())} ({model.config.model_type})"
+    meta: counts the weights. Quantized ones lie packed in other shapes.
+    """
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    size = sum(p.numel() for p in meta.model.parameters())
     if isinstance(model, PreTrainedModel):
-        return text
-    trained = millions(p for p in model.parameters() if p.requires_grad)
-    return f"{text}, LoRA rank {model.peft_config['default'].r}: {trained} trained"
+        return f"{size / 1e6:.1f}M ({model.config.model_type})"
+    text = f"{(size + meta.adapter_size) / 1e6:.1f}M ({model.config.model_type})"
+    return f"{text}, LoRA rank {model.peft_config['default'].r}: {trained / 1e6:.1f}M trained"
 
 
 def check_length(config: PretrainedConfig, key: str, max_length: int) -> None:
@@ -160,7 +166,8 @@ def load(
 ) -> CausalLM:
     """Loads a model with its weights in `dtype`; without a path they are random. Its activations are fused.
 
-    A student's adapter is attached, and it alone is trained. Other adapters are merged.
+    A student's adapter is attached, and it alone is trained. Other adapters are merged, except into quantized weights:
+    these would round the sum.
 
     in_parts: the weights will be sharded over processes. They stay mapped from the disk in their files' type where
         possible, so that memory never holds more than a process's part.
@@ -182,19 +189,21 @@ def load(
             f"{key}: a {config.model_type} model whose attention has a sliding window needs torch 2.11 or flash-attn "
             f"on a GPU; this is torch {torch.__version__}, without flash-attn"
         )
+    quantization = quantized.read(spec, config, key, dtype)
+    placed = _placement(spec, quantization, device)
     if spec.path is None:
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     else:
         if spec.has_adapter:
             from . import lora
 
-        merges = key != "student" and spec.adapter is not None
+        merges = key != "student" and spec.adapter is not None and quantization is None
         read_dtype = torch.promote_types(dtype, torch.float32) if merges else dtype
         if in_parts and not spec.has_adapter:
             read_dtype = _type_in_files(spec.path, dtype)
         try:
             model, found = AutoModelForCausalLM.from_pretrained(
-                spec.path, config=config, dtype=read_dtype, output_loading_info=True
+                spec.path, config=config, dtype=read_dtype, output_loading_info=True, **placed
             )
         except Exception as error:  # of many kinds: missing, truncated or foreign files
             raise ConfigError(f"{key}.path: {spec.path}: its weights can't be read ({first_line(error)})") from None
@@ -203,14 +212,50 @@ def load(
             raise ConfigError(f"{key}.path: {spec.path}: its weights don't fit its config.json: no {names}")
         if merges:
             model = lora.merge_adapter(model, spec, key, dtype)
+        if spec.device_map is not None:
+            _place_head(model, device)
         if not in_parts:
             # Copied out of the mapped file: each file has its own alignment, which may change a product's last bit.
             for parameter in model.parameters():
-                parameter.data = parameter.data.clone()
-        if key == "student" and spec.has_adapter:
-            model = lora.attach_adapter(model, spec, key)
+                if type(parameter) is nn.Parameter and not parameter.is_meta:
+                    parameter.data = parameter.data.clone()
+    is_quantized = getattr(model, "is_quantized", False)  # transformers dequantizes some that it can't compute with
+    if spec.has_adapter and not merges:
+        model = lora.attach_adapter(model, spec, key)
     fuse_activations(model)
-    return forms.choose(config, key, device).build(model if in_parts else model.to(device), key)
+    causal_lm = forms.choose(config, key, device).build(model if in_parts or placed else model.to(device), key)
+    if is_quantized:
+        quantized.without_cpu_packing(model)
+        causal_lm.tolerance = quantized.TOLERANCE
+        causal_lm.can_compile = quantization.quantizer().is_compileable
+    causal_lm.can_compile &= spec.device_map is None
+    return causal_lm
+
+
+def _placement(spec: ModelConfig, quantization: Quantization | None, device: torch.device) -> dict:
+    """Arguments of `from_pretrained` for weights that it places itself; none where all go to `device` afterwards."""
+    if quantization is None and spec.device_map is None:
+        return {}
+    settings = {} if quantization is None or quantization.is_stored else {"quantization_config": quantization.settings}
+    one = {"": torch.cuda.current_device() if device.type == "cuda" else str(device)}
+    return {"device_map": spec.device_map or one, **settings}
+
+
+def _place_head(model: PreTrainedModel, device: torch.device) -> None:
+    """Puts the output projection of a model that is spread over devices on `device`, where the losses read it.
+
+    It gets weights of its own: those that accelerate has offloaded are gone between forward passes.
+    """
+    from accelerate.hooks import remove_hook_from_module
+    from accelerate.utils import align_module_device
+
+    head = model.get_output_embeddings()
+    with align_module_device(head):
+        tensors = {name: parameter.detach().to(device) for name, parameter in head.named_parameters()}
+    remove_hook_from_module(head)
+    for name, tensor in tensors.items():
+        setattr(head, name, nn.Parameter(tensor, requires_grad=False))
+    head.register_forward_pre_hook(lambda _, inputs: tuple(x.to(device) for x in inputs))
 
 
 def _type_in_files(path: str, otherwise: torch.dtype) -> torch.dtype:

@@ -43,8 +43,9 @@ def peak_flops(device: torch.device) -> float | None:
 class ModelCost:
     """The sizes of one model that decide its work and memory. A mixture of experts counts with all experts."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        """model: on the meta device."""
+    def __init__(self, model: PreTrainedModel, quantized_bytes: int | None = None) -> None:
+        """model: on the meta device. quantized_bytes: of all its weights, if they are quantized."""
+        self.quantized_bytes = quantized_bytes
         config, head, body = model.config, model.get_output_embeddings().weight, model.base_model
         embeddings = [m.weight for m in body.modules() if isinstance(m, nn.Embedding)]
         lookups = {id(weight) for weight in embeddings}
@@ -58,6 +59,10 @@ class ModelCost:
         head_dim = getattr(config, "head_dim", None) or self.width // heads
         self.attention = layers * heads * head_dim
         self.keys_and_values = 2 * layers * (getattr(config, "num_key_value_heads", None) or heads) * head_dim
+
+    def weight_bytes(self, dtype: torch.dtype) -> int:
+        """Of frozen weights, in `dtype` unless they are quantized."""
+        return self.parameters * dtype.itemsize if self.quantized_bytes is None else self.quantized_bytes
 
     def body_flops(self, tokens: int, squares: int) -> int:
         """Operations of a causal forward pass, by the sum of the sequences' lengths and the sum of their squares."""
@@ -144,13 +149,13 @@ def memory(
     """Yields about how many bytes training on such micro-batches needs, each with what it holds."""
     student, master = cost.student, 8 if dtype == torch.float64 else 4
     trained = student.parameters if cost.adapter is None else cost.adapter
-    frozen = student.parameters if cost.adapter is not None else 0
-    yield "student's weights", trained * master + frozen * dtype.itemsize
+    frozen = student.weight_bytes(dtype) if cost.adapter is not None else 0
+    yield "student's weights", trained * master + frozen
     yield "gradients and optimizer", 3 * trained * master
     if device.type == "cpu":
         yield "copies, while a checkpoint is written", 3 * trained * master
     if cost.teacher:
-        yield "teacher", (cost.teacher.head if cost.cached else cost.teacher.parameters) * dtype.itemsize
+        yield "teacher", cost.teacher.head * dtype.itemsize if cost.cached else cost.teacher.weight_bytes(dtype)
     yield "activations", activation_bytes(config, batch, dtype, train.gradient_checkpointing)
     rows_of = 2 if cost.teacher else 1
     logits = torch.float64 if dtype == torch.float64 else torch.float32

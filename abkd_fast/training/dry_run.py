@@ -15,7 +15,7 @@ from ..console import format_bytes
 from ..data.batches import StepBatch, make_step_batch, prompt_of
 from ..device import device_name, free_memory
 from ..losses import row_ops
-from ..models import attention, loading
+from ..models import attention, loading, quantized
 from ..teacher.store import label_counts, lengths_of, table_of
 from . import costs
 
@@ -29,6 +29,7 @@ def describe(trainer: Trainer) -> Iterator[str]:
     yield json.dumps(trainer.config.to_dict(), indent=2)
     yield from _data(trainer)
     yield f"{_steps(trainer)}, {steps / steps_per_epoch:.1f} epochs"
+    yield from _quantized(trainer)
     yield from without_kernels(trainer.device)
     on_disk, in_memory, reason = False, False, ""
     if trainer.cache:
@@ -59,6 +60,7 @@ def header(trainer: Trainer) -> Iterator[str]:
     yield from map(escape, _notes(trainer))
     yield f"  device     {device_name(trainer.device)}, {str(trainer.dtype).removeprefix('torch.')}"
     yield f"  kernels    {_kernels(trainer)}; attention {attention.describe(trainer.device)}, packed and checked"
+    yield from _quantized(trainer)
     for line in without_kernels(trainer.device):
         yield f"[bold red]{escape(line)}[/bold red]"
     if trainer.teacher:
@@ -80,12 +82,23 @@ def _steps(trainer: Trainer) -> str:
 
 
 def _models(trainer: Trainer) -> str:
-    models = {"student": trainer.student.model}
-    if trainer.teacher:  # a cached teacher's body is not in memory
-        models["teacher"] = trainer.teacher_meta.model
-    sizes = ", ".join(f"{role} {loading.describe(model)}" for role, model in models.items())
-    adapter = trainer.config.teacher.adapter if trainer.teacher else None
-    return f"{sizes} with {adapter} merged" if adapter else sizes
+    sizes = f"student {loading.describe(trainer.student_meta, trainer.student.model)}"
+    if not trainer.teacher:
+        return sizes
+    meta, adapter = trainer.teacher_meta, trainer.config.teacher.adapter
+    sizes += f", teacher {loading.describe(meta, meta.model)}"  # a cached teacher's body is not in memory
+    joined = "merged" if meta.quantization is None else "attached"
+    return f"{sizes} with {adapter} {joined}" if adapter else sizes
+
+
+def _quantized(trainer: Trainer) -> Iterator[str]:
+    """Lines about the models whose weights are quantized."""
+    for role, meta in (("student", trainer.student_meta), ("teacher", trainer.teacher_meta)):
+        if meta and meta.quantization:
+            yield (
+                f"  quantized  {role}: {meta.quantization.name}; rounding may depend on the batch, so the check at the "
+                f"start allows {quantized.TOLERANCE} of the largest logit"
+            )
 
 
 def _kernels(trainer: Trainer) -> str:

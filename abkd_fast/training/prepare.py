@@ -16,7 +16,7 @@ from ..errors import ConfigError
 from ..evaluation.test_sets import TestSet
 from ..methods import METHODS
 from ..methods.base import Method
-from ..models import loading, tokenizers
+from ..models import loading, quantized, tokenizers
 from ..models.loading import MetaModel
 from .dev_eval import DevEvaluator
 
@@ -107,6 +107,9 @@ def check_models(
     config: Config, student: MetaModel, teacher: MetaModel | None, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     """Raises ConfigError unless the models share the tokenizer's vocabulary and have room for the samples."""
+    quantized.check_student(student.quantization, config.student)
+    if is_sharded(config) and any(model and model.quantization for model in (student, teacher)):
+        raise ConfigError("train.parallel is fsdp, but quantized weights can't be cut into parts; use ddp")
     theirs = None
     if teacher and config.teacher.path is not None:
         theirs = tokenizers.read_tokenizer(config.teacher.path, "teacher.path")
