@@ -14,6 +14,7 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.activations import NewGELUActivation
+from transformers.pytorch_utils import Conv1D
 
 from ..config.schema import ModelConfig
 from ..errors import ConfigError, first_line
@@ -115,7 +116,7 @@ def read_meta_model(spec: ModelConfig, key: str) -> MetaModel:
         adapter_size = lora.check_adapter(meta_model(config), spec, key)
     quantization = quantized.read(spec, config, key)
     if quantization is not None:
-        quantized.check_head(quantization, config, key)
+        quantization = quantized.check(quantization, config, key)
     return MetaModel(spec, config, model, forms.choose(config, key), adapter_size, quantization)
 
 
@@ -210,6 +211,9 @@ def load(
         if missing := sorted(found["missing_keys"]):  # transformers would use random weights for these
             names = f"{missing[0]} and {len(missing) - 1} others" if missing[1:] else missing[0]
             raise ConfigError(f"{key}.path: {spec.path}: its weights don't fit its config.json: no {names}")
+        if unread := _unread(model, found["unexpected_keys"]):
+            problem = f"its weights have {unread}, which is not read: is it quantized, and config.json doesn't say how?"
+            raise ConfigError(f"{key}.path: {spec.path}: {problem}")
         if merges:
             model = lora.merge_adapter(model, spec, key, dtype)
         if spec.device_map is not None:
@@ -230,6 +234,12 @@ def load(
         causal_lm.can_compile = quantization.quantizer().is_compileable
     causal_lm.can_compile &= spec.device_map is None
     return causal_lm
+
+
+def _unread(model: PreTrainedModel, names: Iterable[str]) -> str | None:
+    """A tensor of a checkpoint that belongs to a projection and is not read: a bias, or the scale of its numbers."""
+    projections = {name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
+    return next((name for name in sorted(names) if name.rpartition(".")[0] in projections), None)
 
 
 def _placement(spec: ModelConfig, quantization: Quantization | None, device: torch.device) -> dict:

@@ -55,8 +55,15 @@ class Quantization:
         if self.method == "bitsandbytes":
             bits = f"4-bit ({values['bnb_4bit_quant_type']})" if values["load_in_4bit"] else "8-bit"
             return f"bitsandbytes {bits}"
-        bits = f" {values['bits']}-bit" if values.get("bits") else ""
-        return f"{self.method}{bits}{' (dequantized while it loads)' if values.get('dequantize') else ''}"
+        return f"{self.method} {values['bits']}-bit" if values.get("bits") else self.method
+
+    @property
+    def note(self) -> str:
+        """What a run says about it in its first lines."""
+        if getattr(self.settings, "dequantize", False):
+            return f"{self.name}, dequantized while it loads: transformers can't compute with it here"
+        check = f"the check at the start allows {TOLERANCE} of the largest logit"
+        return f"{self.name}; rounding may depend on the batch, so {check}"
 
     def quantizer(self) -> HfQuantizer:
         """What transformers loads the weights with. It may change its settings, so every caller gets its own."""
@@ -68,16 +75,18 @@ class Quantization:
         version = f" {package} {importlib.metadata.version(package)}" if package and _has(package) else ""
         return json.dumps(self.settings.to_dict(), sort_keys=True, default=str) + version
 
-    def meta_model(self, config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    @staticmethod
+    def meta_model(config: PretrainedConfig, dtype: torch.dtype, quantizer: HfQuantizer) -> PreTrainedModel:
         """The model on the meta device, with the layers that it gets before its weights load in `dtype`."""
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-            self.quantizer().preprocess_model(model, dtype=dtype, device_map=_device_map(), use_kernels=False)
+            quantizer.preprocess_model(model, dtype=dtype, device_map=_device_map(), use_kernels=False)
         return model
 
     def bytes(self, config: PretrainedConfig, dtype: torch.dtype) -> int:
         """About how many bytes all weights take, with those that are not quantized in `dtype`."""
-        model, quantizer = self.meta_model(config, dtype), self.quantizer()
+        quantizer = self.quantizer()
+        model = self.meta_model(config, dtype, quantizer)
         sizes = (p.numel() * quantizer.param_element_size(model, name, p) for name, p in model.named_parameters())
         return int(sum(sizes)) + sum(buffer.nbytes for buffer in model.buffers())
 
@@ -96,6 +105,8 @@ def read(
     if stored is not None and spec.quantize is not None:
         problem = f"{spec.path} is quantized already, by {_method(stored)}"
         raise ConfigError(f"{key}.quantize: {problem}; leave {key}.quantize out", f"{key}.quantize")
+    if dtype == torch.float64:
+        raise ConfigError(f"{where}: quantized weights compute in float32 or bfloat16, but the run in float64")
     method = "bitsandbytes" if stored is None else _method(stored)
     package = PACKAGES.get(method)
     if package and package not in OPTIONAL and not _has(package):
@@ -139,19 +150,24 @@ def _device_map() -> dict[str, str]:
     return {"": "cuda" if torch.cuda.is_available() else "cpu"}
 
 
-def check_head(quantization: Quantization, config: PretrainedConfig, key: str) -> None:
-    """Raises ConfigError for a model whose output projection is quantized. The losses read it as a matrix."""
+def check(quantization: Quantization, config: PretrainedConfig, key: str) -> Quantization:
+    """Builds the model on the meta device. Returns what transformers then means to do with the weights.
+
+    Raises ConfigError where it can't be built, and for a quantized output projection: the losses read it as a matrix.
+    """
+    quantizer = quantization.quantizer()
     try:
-        model = quantization.meta_model(config, torch.float32)
+        model = quantization.meta_model(config, torch.float32, quantizer)
     except Exception as error:  # of many kinds
         raise ConfigError(f"{key}: its {quantization.name} layers can't be built ({first_line(error)})") from None
-    head, quantizer = model.get_output_embeddings(), quantization.quantizer()
+    head = model.get_output_embeddings()
     name = next(name for name, module in model.named_modules() if module is head)
     if type(head) is not nn.Linear or quantizer.param_needs_quantization(model, f"{name}.weight"):
         raise ConfigError(
             f"{key}: its output projection is quantized ({quantization.name}), which the losses read as a matrix; "
             "use a checkpoint that leaves it as it is"
         )
+    return Quantization(quantizer.quantization_config, quantization.is_stored)
 
 
 def without_cpu_packing(model: nn.Module) -> None:
@@ -174,6 +190,33 @@ def check_student(quantization: Quantization | None, spec: ModelConfig) -> None:
     if not quantization.quantizer().is_trainable:
         problem = f"no adapter can be trained on {quantization.name} weights"
         raise ConfigError(f"student.path: {spec.path}: {problem}; give others, and student.quantize for 4 or 8 bits")
+
+
+def check_gradients(model: nn.Module, name: str) -> None:
+    """Raises ConfigError for a student whose quantized projections lose the gradient of what they read.
+
+    Kernels that are made for inference do, and say nothing. A projection is linear, so for the gradient g of its
+    products with random numbers v, its product with g gives |g|^2 with the same v.
+    """
+    for module in model.modules():
+        is_projection = hasattr(module, "in_features") and not hasattr(module, "base_layer")
+        if not is_projection or any(p.requires_grad for p in module.parameters()):
+            continue
+        device = next(iter([*module.parameters(), *module.buffers()])).device
+        dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else torch.float32
+        zeros = torch.zeros(8, module.in_features, device=device, dtype=dtype, requires_grad=True)
+        products = module(zeros)
+        v = torch.randn(products.shape, generator=torch.Generator().manual_seed(0)).to(products)
+        has_gradient = products.requires_grad
+        gradient = torch.autograd.grad((products * v).sum(), zeros, allow_unused=True)[0] if has_gradient else None
+        expected = gradient is not None and gradient.float().square().sum()
+        with torch.no_grad():
+            found = gradient is not None and ((module(gradient) - products) * v).float().sum()
+        if gradient is None or not (found - expected).abs() < TOLERANCE * expected:
+            raise ConfigError(
+                f"student: gradients don't pass through its {type(module).__name__} layers ({name}), so an adapter "
+                "can't be trained; use other weights, and student.quantize for 4 or 8 bits"
+            )
 
 
 def save_settings(model: PreTrainedModel, folder: pathlib.Path) -> None:

@@ -15,7 +15,7 @@ from ..console import format_bytes
 from ..data.batches import StepBatch, make_step_batch, prompt_of
 from ..device import device_name, free_memory
 from ..losses import row_ops
-from ..models import attention, loading, quantized
+from ..models import attention, loading
 from ..teacher.store import label_counts, lengths_of, table_of
 from . import costs
 
@@ -95,10 +95,7 @@ def _quantized(trainer: Trainer) -> Iterator[str]:
     """Lines about the models whose weights are quantized."""
     for role, meta in (("student", trainer.student_meta), ("teacher", trainer.teacher_meta)):
         if meta and meta.quantization:
-            yield (
-                f"  quantized  {role}: {meta.quantization.name}; rounding may depend on the batch, so the check at the "
-                f"start allows {quantized.TOLERANCE} of the largest logit"
-            )
+            yield f"  quantized  {role}: {meta.quantization.note}"
 
 
 def _kernels(trainer: Trainer) -> str:

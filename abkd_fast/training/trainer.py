@@ -22,7 +22,7 @@ from ..losses.arguments import LinearHead
 from ..methods import METHODS
 from ..methods.base import OnPolicyMethod
 from ..methods.rollouts import Rollouts
-from ..models import loading, tokenizers
+from ..models import loading, quantized, tokenizers
 from ..models.causal_lm import CausalLM
 from ..models.loading import MetaModel
 from ..signals import StopSignals
@@ -137,6 +137,8 @@ class Trainer:
             distributed.shard(model, model.layers, self.device, storage, self.dtype)
         with self.precision(), distributed.unsharded(model):
             model.check()
+            if role == "student" and meta.quantization is not None:
+                quantized.check_gradients(model, meta.quantization.name)
         if self.device.type == "cuda" and self.config.train.compile == "auto" and model.can_compile:
             model.compile()
         return model
