@@ -134,7 +134,8 @@ def test_final_is_an_adapter_that_answers_on_the_quantized_base(tmp_path, base, 
     (answer,) = map(json.loads, pathlib.Path(out).read_text().splitlines())
     prompt = answer["prompt_ids"]
     greedy = theirs.generate(input_ids=torch.tensor([prompt]), max_new_tokens=3, do_sample=False)[0, len(prompt) :]
-    assert answer["output_ids"] == greedy.tolist()
+    known = len(AutoTokenizer.from_pretrained(final))
+    assert answer["output_ids"] == [token for token in greedy.tolist() if token < known]
 
 
 @needs_bitsandbytes
