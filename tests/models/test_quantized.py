@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_lora import CPU, SMALL, save_adapter, save_model
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from abkd_fast import distributed, generate
 from abkd_fast.config.recipe import load
