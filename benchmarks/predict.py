@@ -25,12 +25,11 @@ from abkd_fast.training.costs import PEAK_FLOPS, ModelCost, StepCost
 from baseline import alpha_beta, cross_entropy
 from harness import Report
 from head import predict_heads
+from model_recipes import BANDWIDTH, OPTIMIZER_BYTES, predict_recipes
 from workload import LENGTH, SCALES, draw_samples
 
-BANDWIDTH = {"B200": 8.0, "H200": 4.8, "H100": 3.35, "A100": 2.04}  # terabytes a second, as the maker states them
 LOGITS_PASSES = 7  # ours: the student's written, read, overwritten, read twice; the teacher's written, read
 KERNEL_BYTES = 12  # a logit: the kernel reads the student's and the teacher's in float32, and writes the gradient
-OPTIMIZER_BYTES = 40  # a weight: clipping reads twice and writes the gradient; AdamW reads 4 numbers and writes 3
 BUCKET_BYTES = 25e6  # DistributedDataParallel's default: it sums so many at a time
 BACKWARD_SHARE = 2 / 3  # of a student's forward and backward passes
 
@@ -51,11 +50,12 @@ class Pair:
         # Operations of a sample by part, and in all, for each way. An adapter's frozen weights have no gradient.
         self.ways, passes = {}, 2 if adapter_rank else 3
         for way, samples in self.samples.items():
-            tokens, squares, responses = (total / len(samples) for total in totals(samples))
+            tokens = [len(sample["input_ids"]) for sample in samples]
+            responses = sum(map(count_labels, samples)) / len(samples)
             self.ways[way] = {
-                "student's layers": passes * student.body_flops(tokens, squares),
+                "student's layers": passes * student.body_flops(tokens) / len(samples),
                 "student's output projection": passes * student.head_flops(responses),
-                "teacher's layers": teacher.body_flops(tokens, squares),
+                "teacher's layers": teacher.body_flops(tokens) / len(samples),
                 "teacher's output projection": teacher.head_flops(responses),
             }
         self.ways["cached"] = self.ways["ours"] | {"teacher's layers": 0.0}
@@ -86,12 +86,6 @@ def make_pairs() -> dict[str, Pair]:
 def make_samples(lengths: np.ndarray, prompts: np.ndarray) -> list[dict]:
     pairs = zip(lengths.tolist(), prompts.tolist(), strict=True)
     return [{"input_ids": range(length), "spans": [prompt, length]} for length, prompt in pairs]
-
-
-def totals(samples: list[dict]) -> tuple[int, int, int]:
-    """Sums of the samples' lengths, of their squares, and of the responses' lengths."""
-    lengths = [len(sample["input_ids"]) for sample in samples]
-    return sum(lengths), sum(length**2 for length in lengths), sum(map(count_labels, samples))
 
 
 class Traffic(TorchDispatchMode):
@@ -194,7 +188,7 @@ def step(pair: Pair, cached: bool, ranks: int, batch_size: int, machine: argpars
     samples = make_samples(np.minimum(prompts + responses, LENGTH), prompts)
     places = balance_by_tokens([len(sample["input_ids"]) for sample in samples], ranks)
     shares = [[samples[place] for place in each] for each in places]
-    tokens = [totals(each)[0] for each in shares]
+    tokens = [sum(len(sample["input_ids"]) for sample in each) for each in shares]
     text = make_samples(*np.array([[LENGTH, 1]] * -(-batch_size // ranks)).T)
     flops = max(map(cost.flops, shares)) + cost.flops(text, taught=False)
     of_samples = -(-max(tokens) // pair.max_tokens)
@@ -250,8 +244,13 @@ def main(arguments: list[str] | None = None) -> None:
     }
     for name, (default, text) in numbers.items():
         add(name, type=type(default), metavar="N", default=default, help=f"{text} (default: %(default)s)")
+    add("--recipes", action="store_true", help="only the packaged recipes for today's models")
     options = parser.parse_args(arguments)
     report = Report(torch.device("cpu"), vars(options), judge=False)
+    if options.recipes:
+        with report.kept("recipes"):
+            predict_recipes(options, report)
+        return
     pairs = make_pairs()
     with report.kept("predict"):
         operations(pairs[RECIPES[0]], report)

@@ -98,5 +98,6 @@ def score_response(
     tokenizer: PreTrainedTokenizerBase, response: list[int], outputs: list[str], unit: str = "words"
 ) -> dict:
     """The text of a response, given in tokens, and its scores."""
-    text = tokenizer.decode(response, skip_special_tokens=True).strip()
+    known = [token for token in response if token < len(tokenizer)]  # a model may have more, which say nothing
+    text = tokenizer.decode(known, skip_special_tokens=True).strip()
     return {"response": text, "rouge_l": rouge_l(text, outputs, unit), "exact_match": exact_match(text, outputs)}

@@ -26,6 +26,7 @@ from ..device import choose_device, choose_dtype
 from ..errors import ConfigError, Interrupted, check_number
 from ..files import WRITE_ERRORS, atomic_folder, atomic_write, exclusive, locked, remove_leftovers, write_json
 from ..models import identity, loading, tokenizers
+from ..models.vocabularies import Vocabulary
 from ..signals import StopSignals
 from .sampling import response_seeds, sample
 
@@ -58,8 +59,8 @@ class Generator:
         self.hf_config = loading.read_meta_model(spec, "model").config
         self.tokenizer = tokenizers.read_tokenizer(*tokenizer)
         tokenizers.use_chat_template(self.tokenizer, chat_template, "chat_template", style)
-        tokenizers.check_vocabularies(self.tokenizer, self.hf_config)
         self.ends = tokenizers.end_tokens(spec.path, self.tokenizer, style)
+        Vocabulary(self.tokenizer, {"model": self.hf_config.vocab_size}).check(self.ends, "the end of responses")
         self.sampling = dataclasses.replace(sampling, eos_token_ids=self.ends)
 
     def token_settings(self) -> dict:

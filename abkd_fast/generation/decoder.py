@@ -14,9 +14,10 @@ from transformers.pytorch_utils import Conv1D
 
 from ..errors import ConfigError
 from ..models import forms
-from ..models.attention import packed_attention
+from ..models.attention import Settings, by_own_place, option, packed_attention, read_settings
 from ..models.causal_lm import CausalLM, compute_dtype
 from ..models.packed import PackedCausalLM
+from ..models.sinks import written_out
 
 NAME = "abkd_slots"
 
@@ -92,19 +93,20 @@ class Decoder:
         self.layer += 1
         return keys, values
 
-    def attend(self, query: Tensor, keys: Tensor, values: Tensor, scale: float | None, window: int | None) -> Tensor:
-        """Attention of one query a sequence [1, heads, B, dim] over its slot's tokens: [1, B, heads, dim].
-
-        window: how many of the last tokens are seen; None: all.
-        """
+    def attend(self, query: Tensor, keys: Tensor, values: Tensor, settings: Settings) -> Tensor:
+        """Attention of one query a sequence [1, heads, B, dim] over its slot's tokens: [1, B, heads, values' dim]."""
         # One call takes all queries that share a key head, in the time of a single one.
         query = query[0].transpose(0, 1).to(keys.dtype)
         query = query.unflatten(1, (keys.shape[1], -1))  # [B, key heads, heads / key heads, dim]
+        is_plain = settings.softcap is None and settings.sinks is None
         outputs = []
         for row, (slot, length) in enumerate(self.rows):
-            seen = slice(0 if window is None else max(0, length - window), length)
-            k, v = keys[slot : slot + 1, :, seen], values[slot : slot + 1, :, seen]
-            outputs.append(F.scaled_dot_product_attention(query[row : row + 1], k, v, scale=scale))
+            seen = slice(settings.first_seen(length), length)
+            q, k, v = query[row : row + 1], keys[slot : slot + 1, :, seen], values[slot : slot + 1, :, seen]
+            if is_plain:
+                outputs.append(F.scaled_dot_product_attention(q, k, v, scale=settings.scale))
+            else:
+                outputs.append(one_query_written_out(q, k, v, None, settings))
         return torch.cat(outputs).flatten(1, 2)[None]
 
     def _fast_products(self) -> Iterator[tuple[nn.Module, Callable[[Tensor], Tensor]]]:
@@ -125,31 +127,39 @@ def upload(numbers: list[int], device: torch.device) -> Tensor:
     return torch.tensor(numbers, pin_memory=device.type == "cuda").to(device, non_blocking=True)
 
 
+def one_query_written_out(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, settings: Settings) -> Tensor:
+    """Attention of one query a sequence by matrix products. q: [B, key heads, heads / key heads, dim]; `written_out`
+    has the other arguments."""
+    sinks = None if settings.sinks is None else settings.sinks.view(*q.shape[1:3], 1)
+    return written_out(q, k, v, seen, settings.scale, settings.softcap, sinks)
+
+
 def slot_attention(
     module: nn.Module,
     query: Tensor,  # [1, heads, T, dim]
     key: Tensor,  # [1, key heads, T, dim]
-    value: Tensor,  # [1, key heads, T, dim]
+    value: Tensor,  # [1, key heads, T, its own dim]
     attention_mask: Tensor | None,
-    *,
-    decoder: Decoder,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    **settings: Any,
+    **options: Any,
 ) -> tuple[Tensor, None]:
-    """Attention within packed prompts, or of one new token a sequence over its slot: [1, T, heads, dim]."""
+    """Attention within packed prompts, or of one new token a sequence over its slot: [1, T, heads, values' dim].
+
+    options: as in `packed_attention`, and the decoder.
+    """
+    decoder = option(options, "decoder")
     keys, values = decoder.store(key, value)
     if decoder.reads_prompts:
-        settings |= {"scaling": scaling, "sliding_window": sliding_window}
-        return packed_attention(module, query, key, value, attention_mask, **settings)
-    return decoder.attend(query, keys, values, scaling, sliding_window), None
+        return packed_attention(module, query, key, value, attention_mask, **options)
+    query = by_own_place(module, query, options)
+    out = decoder.attend(query, keys, values, read_settings(module, query, options))
+    return out[..., : value.shape[-1]].contiguous(), None
 
 
 @contextlib.contextmanager
 def prepared(model: CausalLM | PreTrainedModel) -> Iterator[CausalLM]:
-    """Makes a model ready for a Decoder, in eval mode; undoes that at the end.
+    """Makes a model ready for a decoder, in eval mode; undoes that at the end.
 
-    Raises ConfigError for a model that can't take packed sequences, and on a GPU for one that computes in more than 16
+    Raises ConfigError for a model that is right in no form, and on a GPU for a packed one that computes in more than 16
     bits. A CausalLM has been checked already.
     """
     is_checked = isinstance(model, CausalLM)
@@ -158,22 +168,24 @@ def prepared(model: CausalLM | PreTrainedModel) -> Iterator[CausalLM]:
     try:
         if not is_checked:
             model = forms.choose(model.config, "model", model.device).build(model, "model")
-        weight = model.head.weight
-        if weight.device.type == "cuda" and (dtype := compute_dtype(weight)).itemsize > 2:
+        weight, is_packed = model.head.weight, model.form == "packed"
+        if is_packed and weight.device.type == "cuda" and (dtype := compute_dtype(weight)).itemsize > 2:
             name, way_out = str(dtype).removeprefix("torch."), 'torch.autocast("cuda", torch.bfloat16)'
             problem = f"it computes in {name}, but attention on a GPU needs 16 bits"
             raise ConfigError(f"{model.key}: {problem}: sample under {way_out}, or convert it to bfloat16")
         if not is_checked:
             model.check()
         inner.eval()
-        inner.set_attn_implementation(NAME)
+        if is_packed:
+            inner.set_attn_implementation(NAME)
         # Compiled layers would be compiled again for every step.
         is_compiled = any(module._compiled_call_impl for module in inner.modules())
         eager = torch.compiler.set_stance("force_eager") if is_compiled else contextlib.nullcontext()
         with eager:
             yield model
     finally:
-        inner.set_attn_implementation(implementation)
+        if inner.config._attn_implementation != implementation:
+            inner.set_attn_implementation(implementation)
         inner.train(training)
 
 

@@ -14,9 +14,10 @@ from transformers.pytorch_utils import Conv1D
 
 from .. import distributed
 from ..errors import first_line
+from ..models.attention import Settings
 from ..models.causal_lm import compute_dtype
 from ..models.packed import PackedCausalLM
-from .decoder import Decoder, projections, upload
+from .decoder import Decoder, one_query_written_out, projections, upload
 
 KEPT_SHARE = 1 / 8  # of the GPU's memory: what all decoders together may keep between calls
 BUCKET = 256  # capacities are multiples of this, so that calls with other prompts find a decoder that fits
@@ -141,22 +142,37 @@ class GraphDecoder(Decoder):
             raise
 
     def store(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """As in `Decoder`, but [slots, capacity, key heads, dim], with dim rounded up to what the kernel supports."""
+        """As in `Decoder`, but [slots, capacity, key heads, dim], with one dim that the kernel supports for both."""
         if self.layer == len(self.keys):
-            for kept, x in ((self.keys, key), (self.values, value)):
-                shape = self.slots, self.capacity, x.shape[1], -(-x.shape[3] // 8) * 8
-                kept.append(value.new_zeros(shape))
+            dim = -(-max(key.shape[3], value.shape[3]) // 8) * 8
+            for kept in (self.keys, self.values):
+                kept.append(value.new_zeros(self.slots, self.capacity, key.shape[1], dim))
         slots, positions = self.where
         for kept, x in ((self.keys, key), (self.values, value)):
             kept[self.layer][slots, positions, :, : x.shape[3]] = x[0].transpose(0, 1).to(value.dtype)
         self.layer += 1
         return self.keys[self.layer - 1], self.values[self.layer - 1]
 
-    def attend(self, query: Tensor, keys: Tensor, values: Tensor, scale: float | None, window: int | None) -> Tensor:
+    def attend(self, query: Tensor, keys: Tensor, values: Tensor, settings: Settings) -> Tensor:
         query, dim = query[0].transpose(0, 1).to(keys.dtype), query.shape[-1]  # [slots, heads, dim]
         query = F.pad(query, (0, keys.shape[-1] - dim))
-        scale = dim**-0.5 if scale is None else scale
-        return attend_slots(query, keys, values, self.starts, self.lengths, scale, window)[None, ..., :dim]
+        has_chunks = settings.chunk is not None and settings.chunk < self.capacity
+        if has_chunks or settings.softcap is not None or settings.sinks is not None:
+            return self._attend_written_out(query, keys, values, settings)[None]
+        lengths, scale, window = self.lengths, settings.scale, settings.window
+        return attend_slots(query, keys, values, self.starts, lengths, scale, window)[None]
+
+    def _attend_written_out(self, query: Tensor, keys: Tensor, values: Tensor, settings: Settings) -> Tensor:
+        """What the kernel can't do. It reads all keys and values that there is room for."""
+        places, lengths = torch.arange(self.capacity, device=self.device), self.lengths[:, None]
+        seen = places < lengths  # [slots, capacity]
+        if settings.window is not None:
+            seen &= places >= lengths - settings.window
+        if settings.chunk is not None:
+            seen &= places >= (lengths - 1) // settings.chunk * settings.chunk
+        query = query.unflatten(1, (keys.shape[2], -1))  # [slots, key heads, heads / key heads, dim]
+        keys, values = keys.transpose(1, 2), values.transpose(1, 2)
+        return one_query_written_out(query, keys, values, seen[:, None, None], settings).flatten(1, 2)
 
     def _fast_products(self) -> Iterator[tuple[nn.Module, Callable[[Tensor], Tensor]]]:
         """Layers whose weights are not in the type of products, and what computes them from copies that are."""

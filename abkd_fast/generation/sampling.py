@@ -19,8 +19,10 @@ from ..config.sampling import SamplingParams
 from ..errors import ConfigError
 from ..losses.arguments import shared_vocabulary
 from ..models.causal_lm import CausalLM
+from ..models.loading import max_positions
 from .decoder import Decoder, prepared, upload
 from .graphs import graph_decoder
+from .own_cache import OwnCacheDecoder
 
 PREFILL_TOKENS = 4096  # the most tokens of prompts that enter together; a single prompt may have more
 
@@ -142,10 +144,11 @@ def _run(
         for index, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
             limit = _limit(models, prompt, settings, index)
             sequences.append(_Sequence(index, prompt, seed, limit, settings.no_repeat_ngram_size))
-        slots = min(batch_size, len(prompts))
         capacity = max((len(sequence.tokens) + sequence.limit for sequence in sequences), default=0)
-        make = graph_decoder if models[0].head.weight.device.type == "cuda" else Decoder
-        decoders = [stack.enter_context(make(model, slots, capacity)) for model in models]
+        kinds = [_decoder_kind(model, capacity) for model in models]
+        # Decoders that read sequences one by one gain nothing from several in progress.
+        slots = min(batch_size, len(prompts)) if set(kinds) != {OwnCacheDecoder} else 1
+        decoders = [stack.enter_context(make(m, slots, capacity)) for make, m in zip(kinds, models, strict=True)]
         waiting = collections.deque(sorted(sequences, key=lambda sequence: -len(sequence.tokens)))
         running: dict[int, _Sequence] = {}
         while waiting or running:
@@ -165,12 +168,20 @@ def _run(
     return sequences
 
 
+def _decoder_kind(model: CausalLM, capacity: int) -> Callable[[CausalLM, int, int], Decoder]:
+    """What makes the decoder for a model and sequences of up to `capacity` tokens."""
+    longest = capacity if model.longest_decoded is None else model.longest_decoded
+    if model.form != "packed" or longest < capacity:
+        return OwnCacheDecoder
+    return graph_decoder if model.head.weight.device.type == "cuda" else Decoder
+
+
 def _limit(models: list[CausalLM], prompt: list[int], settings: SamplingParams, index: int) -> int:
     """How many new tokens a prompt may get. Raises ConfigError if it is none."""
     if not prompt:
         raise ConfigError(f"prompt {index} is empty: nothing predicts the first token of the response")
     limit = settings.max_new_tokens
-    positions = [(m.key, getattr(m.causal_lm.config, "max_position_embeddings", None)) for m in models]
+    positions = [(model.key, max_positions(model.causal_lm.config)) for model in models]
     rooms = {f"the {key} {room} positions": room for key, room in positions if room is not None}
     if settings.max_length is not None:
         rooms[f"max_length is {settings.max_length}"] = settings.max_length
@@ -196,7 +207,8 @@ def _advance(sequences: list[_Sequence], logits: list[Tensor], teacher_weight: f
     """Appends the next token to B sequences, given logits [B, V] of the model, or of student and teacher."""
     scores = logits[0]
     if len(logits) > 1:
-        vocabulary = shared_vocabulary(*(x.shape[1] for x in logits))
+        # The losses of what is written compare the same tokens.
+        vocabulary = settings.vocabulary or shared_vocabulary(*(x.shape[1] for x in logits))
         student, teacher = (x[:, :vocabulary].log_softmax(1) for x in logits)
         scores = ((1 - teacher_weight) * student.exp() + teacher_weight * teacher.exp()).log()
     tokens = _choose(scores, sequences, settings)

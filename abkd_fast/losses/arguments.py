@@ -54,6 +54,15 @@ class LinearHead(NamedTuple):
         }
         return {f"{role}_{name}": value for name, value in values.items()}
 
+    def prefix(self, count: int) -> "LinearHead":
+        """The head over the first `count` tokens of the vocabulary.
+
+        Where these are all, it is the head itself: the backward pass of a slice would copy the projection's gradient.
+        """
+        if len(self.weight) == count:
+            return self
+        return self._replace(weight=self.weight[:count], bias=None if self.bias is None else self.bias[:count])
+
 
 class LossSpec(NamedTuple):
     """The loss of a row: (1 - hard_weight) divergence at `temperature` + hard_weight cross-entropy at temperature 1."""

@@ -139,11 +139,6 @@ def need_gradients(head: LinearHead) -> list[bool]:
     return [torch.is_grad_enabled() and x is not None and x.requires_grad for x in head.tensors]
 
 
-def _prefix(rows: Tensor | None, count: int) -> Tensor | None:
-    """The first rows. All rows are the tensor itself: the backward pass of a slice would copy the gradient."""
-    return rows if rows is None or len(rows) == count else rows[:count]
-
-
 def pair_heads(
     student: LinearHead, teacher: LinearHead, group: dist.ProcessGroup | None = None
 ) -> tuple[LinearHead, LinearHead, Shard | None]:
@@ -158,9 +153,7 @@ def pair_heads(
         vocab = shared_vocabulary(*sizes)
     else:
         vocab, shard = divide_vocabulary(student.hidden, *sizes, group)
-    student, teacher = (
-        x._replace(weight=_prefix(x.weight, vocab), bias=_prefix(x.bias, vocab)) for x in (student, teacher)
-    )
+    student, teacher = student.prefix(vocab), teacher.prefix(vocab)
     check_head("student", student)  # after the exchange, so that no rank waits for one that raises
     check_head("teacher", teacher)
     return student, LinearHead(*(None if x is None else x.detach() for x in teacher.tensors)), shard

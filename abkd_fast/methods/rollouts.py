@@ -34,8 +34,12 @@ class Rollouts:
         student: CausalLM,
         teacher: CausalLM,
         precision: Callable[[], contextlib.AbstractContextManager],
+        vocabulary: int | None = None,
     ) -> None:
-        """precision: makes the context that the models run in."""
+        """precision: makes the context that the models run in.
+
+        vocabulary: how many tokens the models share, where that is fewer than both have.
+        """
         self.config, self.train_set = config, train_set
         ends = tokenizers.end_tokens(config.student.path, tokenizer, PromptFormat.from_config(config.data))
         self.student, self.teacher, self.precision = student, teacher, precision
@@ -44,7 +48,7 @@ class Rollouts:
             max_length=config.data.max_length,
             eos_token_ids=ends,
             # Vocabularies may be padded to different sizes, and both models read what is written.
-            vocabulary=shared_vocabulary(*(len(model.head.weight) for model in (student, teacher))),
+            vocabulary=vocabulary or shared_vocabulary(*(len(model.head.weight) for model in (student, teacher))),
         )
         self.counts = collections.Counter()  # since the last call of `metrics`
 

@@ -32,6 +32,7 @@ class CausalLM(nn.Module):
     form: ClassVar[str]  # "packed" or "padded"
     tolerance: float | None = None  # of `check`, for weights whose rounding depends on the batch
     can_compile = True
+    longest_decoded: int | None = None  # tokens of a sequence that generation's slots serve; None: any number
 
     def __init__(self, model: nn.Module, key: str, logit_map: LogitMap = LogitMap()) -> None:  # noqa: B008 - a tuple
         """Takes a transformers model, or peft's wrapper around one. logit_map: what follows its output projection."""

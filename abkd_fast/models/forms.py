@@ -22,6 +22,7 @@ from .padded import PaddedCausalLM
 LENGTHS = (23, 19, 13, 11, 5)  # tokens of the rows that are compared: beyond SPAN, and of similar length
 SPAN = 8  # windows, chunks and blocks of attention are no longer than this in the small model
 SMALL = 64  # vocabulary and inner widths of the small model
+MOST_WEIGHTS = 2**28  # of the small model
 MOST_KINDS = 8  # of layers; further ones are left out
 TOLERANCE = 1e-3  # of the largest logit. A wrong window, cap or boundary differs by much more, rounding by much less
 LARGEST_LOGIT = 100.0  # of the small model: soft caps show
@@ -96,16 +97,27 @@ def _difference(kind: type[CausalLM], model: PreTrainedModel, logit_map: LogitMa
     return f"its logits differ from its own by {difference:.1e} relative"
 
 
+@torch.no_grad()
 def small_model(config: PretrainedConfig) -> PreTrainedModel:
     """A random model with one layer of each kind, two at least, whose logits and attention scores are large.
 
     Raises the error of the configuration's own model where that can't be built, or its forward pass fails.
     """
-    attempts = (_shrink, _enlarge), (_shrink_layers, _enlarge), (_shrink, None), (lambda config: None, None)
+    attempts = (
+        (_narrow, _enlarge),
+        (_shrink, _enlarge),
+        (_shrink_layers, _enlarge),
+        (_shrink, None),
+        (lambda config: None, None),
+    )
     for change, enlarge in attempts:
         small = copy.deepcopy(config)
         try:
             change(small)
+            with torch.device("meta"):
+                weights = sum(p.numel() for p in AutoModelForCausalLM.from_config(small).parameters())
+            if weights > MOST_WEIGHTS:
+                raise ValueError(f"the smallest model of its configuration has {weights / 1e6:.0f}M weights")
             model = AutoModelForCausalLM.from_config(small, dtype=torch.float32, attn_implementation="eager").eval()
             if enlarge:
                 enlarge(model)
@@ -118,6 +130,23 @@ def small_model(config: PretrainedConfig) -> PreTrainedModel:
         raise failure
     model.get_output_embeddings().weight.mul_(LARGEST_LOGIT / products.abs().max().clamp(min=1e-3))
     return model
+
+
+def _narrow(config: PretrainedConfig) -> None:
+    """Keeps few heads, in groups as before, and few experts. Not every family can be changed that way."""
+    _shrink(config)
+    values = vars(config)
+    heads, keys = config.num_attention_heads, values.get("num_key_value_heads") or config.num_attention_heads
+    kept = min(keys, 2) * (heads // keys)
+    width = SMALL if values.get("head_dim") else config.hidden_size // heads * kept
+    config.hidden_size = min(config.hidden_size, max(SMALL, width))
+    config.num_attention_heads = kept
+    if values.get("num_key_value_heads"):
+        config.num_key_value_heads = min(keys, 2)
+    active = max(values.get(name) or 1 for name in ("num_experts_per_tok", "num_experts_per_token", "moe_topk"))
+    for name in ("num_experts", "num_local_experts", "n_routed_experts"):
+        if values.get(name):
+            setattr(config, name, min(values[name], max(4, 2 * active)))
 
 
 def _shrink(config: PretrainedConfig) -> None:
@@ -219,6 +248,7 @@ def _products_and_logits(model: PreTrainedModel) -> tuple[Tensor, Tensor]:
     return products[0].float(), logits.float()
 
 
+@torch.no_grad()
 def find_logit_map(model: PreTrainedModel) -> LogitMap:
     """What a model does to the products of its output projection, by the numbers of its configuration.
 

@@ -14,6 +14,7 @@ from ..config.schema import ModelConfig
 from ..errors import ConfigError, first_line
 from ..files import atomic_write, cache_folder, file_digest, is_local_path
 from . import quantized
+from .dropout import without_rates
 
 ADAPTER_SETTINGS = "adapter_config.json"
 # Keys of a configuration that don't change what the model computes.
@@ -97,10 +98,10 @@ def _hash_files(files: list[pathlib.Path], memo: pathlib.Path) -> dict[str, str]
     return hashes
 
 
-def describe_model(config: PretrainedConfig, dropout: tuple[str, ...]) -> dict:
+def describe_model(config: PretrainedConfig) -> dict:
     """A model's configuration as JSON values, without the keys that don't change its hidden states."""
     values = json.loads(json.dumps(config.to_dict(), default=str))
-    return {name: value for name, value in values.items() if name not in (*NOT_THE_MODEL, *dropout)}
+    return {name: value for name, value in without_rates(values).items() if name not in NOT_THE_MODEL}
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:

@@ -2,8 +2,6 @@
 
 import dataclasses
 import json
-import logging
-import math
 import pathlib
 import warnings
 from collections.abc import Iterable
@@ -19,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from ..config.schema import ModelConfig
 from ..errors import ConfigError, first_line
 from ..files import is_local_path
-from . import attention, forms, quantized
+from . import attention, dropout, forms, quantized
 from .causal_lm import CausalLM
 from .forms import Form
 from .identity import ADAPTER_SETTINGS
@@ -29,8 +27,7 @@ transformers.utils.logging.disable_progress_bar()  # the run shows its own
 # Newer versions of transformers renamed what peft and this module still call by the old name.
 warnings.filterwarnings("ignore", r".*gradient_checkpointing.* is deprecated", FutureWarning)
 
-ATTENTION_DROPOUT = ("attn_pdrop", "attention_dropout")
-DROPOUT = (*ATTENTION_DROPOUT, "resid_pdrop", "embd_pdrop", "dropout", "hidden_dropout", "activation_dropout")
+POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "seq_length")
 
 
 def check_path(path: str, key: str) -> None:
@@ -108,7 +105,7 @@ def read_meta_model(spec: ModelConfig, key: str) -> MetaModel:
     except Exception as error:  # transformers checks with many kinds of errors
         raise ConfigError(f"{what} ({first_line(error)})") from None
     if spec.dropout is not None:
-        config.update({name: spec.dropout for name in DROPOUT if hasattr(config, name)})
+        dropout.set_rates(config, spec.dropout, key)
     adapter_size = None
     if spec.has_adapter:
         from . import lora
@@ -139,18 +136,33 @@ def describe(meta: MetaModel, model: nn.Module) -> str:
     return f"{text}, LoRA rank {model.peft_config['default'].r}: {trained / 1e6:.1f}M trained"
 
 
+def max_positions(config: PretrainedConfig) -> int | None:
+    """How many tokens a sequence may have; None where attention has ALiBi, or nothing knows positions."""
+    if getattr(config, "alibi", False):  # Falcon's, of any length
+        return None
+    return next((value for name in POSITIONS if (value := getattr(config, name, None)) is not None), None)
+
+
 def check_length(config: PretrainedConfig, key: str, max_length: int) -> None:
     """Raises ConfigError where samples may be longer than the model has positions."""
-    positions = getattr(config, "max_position_embeddings", None)
+    positions = max_positions(config)
     if positions is not None and max_length > positions:
         raise ConfigError(f"data.max_length is {max_length}, but the {key} has {positions} positions; lower it")
 
 
 def check_prompts(config: PretrainedConfig, prompts: Iterable[tuple[str, list[int]]]) -> None:
-    """Raises ConfigError where a prompt leaves no room for a response. Each is given with its place in the data."""
-    positions = getattr(config, "max_position_embeddings", math.inf)
+    """Raises ConfigError where a prompt has a token that the model lacks, or leaves no room for a response.
+
+    Each prompt is given with its place in the data.
+    """
+    positions, size = max_positions(config), config.vocab_size
     for where, prompt in prompts:
-        if len(prompt) >= positions:
+        if (highest := max(prompt, default=0)) >= size:
+            raise ConfigError(
+                f"{where}: the prompt has token id {highest}, and the model {size} vocabulary entries; drop the row, "
+                "or give the model's own tokenizer"
+            )
+        if positions is not None and len(prompt) >= positions:
             raise ConfigError(
                 f"{where}: the prompt has {len(prompt)} tokens, and the model {positions} positions: no room for an "
                 "answer; drop the row, or lower max_prompt_length"
@@ -178,13 +190,8 @@ def load(
     """
     if spec.path is None and spec.has_adapter:
         raise ConfigError(f"{key}: an adapter needs the same weights every time, config gives random ones: use path")
-    for name in ATTENTION_DROPOUT:
-        if key == "student" and getattr(config, name, 0) and not attention.supports_dropout(device):
-            logging.getLogger("abkd_fast").warning(
-                f"{key}: {name} is {getattr(config, name)}, but PyTorch's attention has no dropout on a GPU; it is set "
-                "to 0 (install flash-attn to keep it)"
-            )
-            setattr(config, name, 0.0)
+    if key == "student" and not attention.supports_dropout(device):
+        dropout.remove_from_attention(config, key, device)
     if getattr(config, "sliding_window", None) is not None and not attention.supports_windows(device):
         raise ConfigError(
             f"{key}: a {config.model_type} model whose attention has a sliding window needs torch 2.11 or flash-attn "
@@ -227,6 +234,8 @@ def load(
     if spec.has_adapter and not merges:
         model = lora.attach_adapter(model, spec, key)
     fuse_activations(model)
+    if spec.dropout is not None:
+        dropout.set_modules(model, spec.dropout)
     causal_lm = forms.choose(config, key, device).build(model if in_parts or placed else model.to(device), key)
     if is_quantized:
         quantized.without_cpu_packing(model)

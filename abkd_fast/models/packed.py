@@ -2,9 +2,10 @@
 
 import contextlib
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..data.batches import Batch
@@ -23,6 +24,11 @@ class PackedCausalLM(CausalLM):
         super().__init__(model, key, logit_map)
         with self.explained():
             self.causal_lm.set_attn_implementation(attention.NAME)
+        attention.note_masks(self.causal_lm)
+        modules = [*self.causal_lm.modules()]
+        self.chunks = {chunk for x in modules if (chunk := getattr(x, "masked_chunk", None)) is not None}
+        self.scales_by_place = any(getattr(x, "attn_temperature_tuning", False) for x in modules)
+        self.long_ropes = [x for x in modules if getattr(x, "rope_type", None) == "longrope"]
         parameters = inspect.signature(self.causal_lm.forward).parameters.values()
         self.passes_options = any(parameter.kind == parameter.VAR_KEYWORD for parameter in parameters)
 
@@ -36,10 +42,40 @@ class PackedCausalLM(CausalLM):
         """What the output projection reads [1, T, H], for packed tokens [1, T]. options: for the attention function."""
         lengths = {"max_length_q": max_seqlen, "max_length_k": max_seqlen}
         options |= {"cu_seq_lens_q": cu_seqlens, "cu_seq_lens_k": cu_seqlens, **lengths}
+        if self.scales_by_place:
+            options["places"] = position_ids
+        for chunk in self.chunks if cu_seqlens is not None else ():
+            options["chunk_cu_seq_lens"] = attention.chunk_boundaries(cu_seqlens, position_ids, chunk)
+            options["max_chunk_length"] = min(chunk, max_seqlen)
         # Some models lose the options on their way to attention, which then takes the ones given here.
-        with attention.given(options):
+        with attention.given(options), self._own_rope_factors(position_ids, cu_seqlens):
             options = options if self.passes_options else {}
             return self.run(input_ids=input_ids, position_ids=position_ids, **options)
+
+    @property
+    def longest_decoded(self) -> int | None:
+        """Up to how many tokens a sequence may grow token by token; None: as many as the model has positions.
+
+        LongRoPE rotates the keys of longer sequences differently, from their first token on.
+        """
+        return min(map(_original_length, self.long_ropes), default=None)
+
+    @contextlib.contextmanager
+    def _own_rope_factors(self, position_ids: Tensor, cu_seqlens: Tensor | None) -> Iterator[None]:
+        """LongRoPE has other factors for long sequences. The longest one of a row decides for the row.
+
+        Meanwhile each sequence decides for itself. cu_seqlens: None for single tokens, whose positions decide.
+        """
+        before = [rope.__dict__.get("forward") for rope in self.long_ropes]
+        for rope in self.long_ropes:
+            rope.forward = _by_sequence(rope, position_ids, cu_seqlens)
+        try:
+            yield
+        finally:
+            for rope, forward in zip(self.long_ropes, before, strict=True):
+                del rope.forward
+                if forward is not None:
+                    rope.forward = forward
 
     @contextlib.contextmanager
     def own_attention(self) -> Iterator[None]:
@@ -48,3 +84,24 @@ class PackedCausalLM(CausalLM):
             yield
         finally:
             self.causal_lm.set_attn_implementation(attention.NAME)
+
+
+def _original_length(rope: nn.Module) -> int:
+    return rope.config.rope_parameters["original_max_position_embeddings"]
+
+
+def _by_sequence(rope: nn.Module, position_ids: Tensor, cu_seqlens: Tensor | None) -> Callable[..., tuple[Tensor, ...]]:
+    """The forward pass of a LongRoPE module with both kinds of factors, each where it belongs."""
+    lengths = position_ids[0] + 1
+    if cu_seqlens is not None:
+        lengths = cu_seqlens.diff()
+        lengths = lengths.repeat_interleave(lengths, output_size=position_ids.shape[1])
+    is_long = lengths > _original_length(rope)  # [T]
+    forward = rope.forward
+
+    def both(x: Tensor, position_ids: Tensor, **options: Any) -> tuple[Tensor, ...]:
+        short = forward(x, position_ids.masked_fill(is_long, 0), **options)
+        long = forward(x, position_ids, **options)
+        return tuple(torch.where(is_long[:, None], *pair) for pair in zip(long, short, strict=True))
+
+    return both

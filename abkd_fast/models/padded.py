@@ -42,6 +42,11 @@ def group_by_length(lengths: list[int]) -> list[list[int]]:
     return groups
 
 
+def padded_tokens(lengths: list[int]) -> int:
+    """How many tokens the model reads for one micro-batch of sequences of these lengths."""
+    return sum(lengths[group[0]] * len(group) for group in group_by_length(lengths))
+
+
 def pad(samples: list[dict]) -> tuple[Tensor, Tensor]:
     """The tokens [B, L], padded at the end with zeros, and the places of the labels' predictions [N] in them, flat."""
     packed = collate(samples)

@@ -14,7 +14,6 @@ from ..data.chat import PromptFormat, chat_template, end_of_turn
 from ..data.encode import begin_token
 from ..errors import ConfigError, first_line
 from ..files import is_local_path
-from ..losses.arguments import shared_vocabulary
 
 
 def read_tokenizer(path: str, key: str) -> PreTrainedTokenizerBase:
@@ -119,6 +118,19 @@ def end_tokens(path: str | None, tokenizer: PreTrainedTokenizerBase, style: Prom
     return tuple(sorted(token for token in ends - {None} if 0 <= token < len(tokenizer)))
 
 
+def template_ids(tokenizer: PreTrainedTokenizerBase, style: PromptFormat) -> list[int]:
+    """The tokens of a question and an answer, as the chat template renders them; none without a template of use."""
+    try:
+        template = chat_template(tokenizer, style)
+    except ConfigError:  # rows without messages don't need it
+        template = None
+    if template is None:
+        return []
+    question, answer = {"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}
+    texts = template.render([question], True), template.render([question, answer], False)
+    return [token for ids in tokenizer([*texts], add_special_tokens=False)["input_ids"] for token in ids]
+
+
 def _generation_ends(path: str) -> list[int]:
     try:
         file = cached_file(path, GENERATION_CONFIG_NAME)
@@ -146,32 +158,3 @@ def set_end_tokens(model: PreTrainedModel, ends: tuple[int, ...]) -> None:
     """Makes the generation_config.json that is saved with a model name these tokens."""
     settings = model.generation_config
     settings.eos_token_id, settings._from_model_config = ends[0] if len(ends) == 1 else list(ends), False
-
-
-def check_vocabularies(
-    tokenizer: PreTrainedTokenizerBase,
-    student: PretrainedConfig,
-    teacher: PretrainedConfig | None = None,
-    teacher_tokenizer: PreTrainedTokenizerBase | None = None,
-) -> None:
-    """Raises ConfigError unless student and teacher read the same tokens and have room for all of them."""
-    needed = len(tokenizer)
-    if teacher_tokenizer is not None:
-        vocabularies = tokenizer.get_vocab(), teacher_tokenizer.get_vocab()
-        ours, theirs = ({index: token for token, index in vocabulary.items()} for vocabulary in vocabularies)
-        different = next((index for index in sorted({*ours, *theirs}) if ours.get(index) != theirs.get(index)), None)
-        if different is not None:
-            raise ConfigError(
-                f"tokenizers of student ({len(tokenizer)} tokens) and teacher ({len(teacher_tokenizer)}) differ at id "
-                f"{different} ({ours.get(different)!r} / {theirs.get(different)!r}): distillation needs one vocabulary"
-            )
-    sizes = {"student": student.vocab_size} | ({} if teacher is None else {"teacher": teacher.vocab_size})
-    for role, size in sizes.items():
-        if size < needed:
-            text = ", ".join(f"{name} has {number}" for name, number in sizes.items())
-            raise ConfigError(f"vocabulary: the tokenizer has {needed} tokens, but the {role} fewer ({text})")
-    if teacher is not None:
-        try:
-            shared_vocabulary(student.vocab_size, teacher.vocab_size)
-        except ValueError as error:
-            raise ConfigError(f"vocabulary: {error}") from None

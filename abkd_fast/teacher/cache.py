@@ -21,7 +21,7 @@ from ..errors import ConfigError
 from ..files import cache_folder
 from ..models.causal_lm import CausalLM
 from ..models.identity import describe_model, hash_tensors, hash_weights
-from ..models.loading import DROPOUT, MetaModel
+from ..models.loading import MetaModel
 from . import store
 from .teacher import CachedTeacher, Teacher
 
@@ -65,7 +65,7 @@ class TeacherCache:
     def _identify(self, weights: dict | str | None) -> None:
         identity = {
             "weights": weights,
-            "model": describe_model(self.config, DROPOUT),
+            "model": describe_model(self.config),
             "samples": store.hash_samples(self.dataset),
             "dtype": str(self.dtype),
             "device": self.device.type,

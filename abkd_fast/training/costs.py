@@ -1,19 +1,21 @@
 """The cost of a run, computed from shapes alone: floating-point operations of a step, and memory."""
 
-import copy
+import collections
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
 
 from ..config.schema import TrainConfig
 from ..data.batches import Batch, count_labels
+from ..errors import ConfigError
 from ..generation import decoder, graphs
 from ..losses.chunks import choose_chunk_tokens, gradient_dtype, row_bytes
-from ..models import forms, loading
+from ..models import forms
+from .shapes import activation_bytes, attention_costs, padded_shapes
 
 # Operations a second of dense bfloat16 products with float32 sums, as the makers state them.
 PEAK_FLOPS = {
@@ -31,6 +33,8 @@ PEAK_FLOPS = {
     "RTX 3090": 71e12,
 }
 
+ESTIMATED_KEPT = 4 / 3  # bytes kept for each that products touch: the middle of what 100 families keep
+
 
 def peak_flops(device: torch.device) -> float | None:
     """The most operations a second that the GPU can do; None for a CPU, and for a card that is not in the table."""
@@ -41,35 +45,67 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 class ModelCost:
-    """The sizes of one model that decide its work and memory. A mixture of experts counts with all experts."""
+    """The sizes of one model that decide its work and memory.
+
+    A mixture of experts works with the experts that a token takes, and holds all.
+    """
 
     def __init__(self, model: PreTrainedModel, quantized_bytes: int | None = None) -> None:
         """model: on the meta device. quantized_bytes: of all its weights, if they are quantized."""
         self.quantized_bytes = quantized_bytes
-        config, head, body = model.config, model.get_output_embeddings().weight, model.base_model
-        embeddings = [m.weight for m in body.modules() if isinstance(m, nn.Embedding)]
-        lookups = {id(weight) for weight in embeddings}
+        head = model.get_output_embeddings().weight
+        skipped = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)} | {id(head)}
+        shares = _expert_shares(model)
+        matrices = [
+            (parameter, shares.get(id(parameter), 1.0))
+            for parameter in model.parameters()
+            if parameter.dim() > 1 and id(parameter) not in skipped
+        ]
         self.parameters = sum(p.numel() for p in model.parameters())
-        self.body = sum(p.numel() for p in body.parameters() if p.dim() > 1 and id(p) not in lookups)
+        self.body = round(sum(parameter.numel() * share for parameter, share in matrices))
+        # Numbers that the products of one token read and write.
+        self.features = sum(w.numel() * (1 / w.shape[-1] + 1 / w.shape[-2]) * share for w, share in matrices)
         self.vocab, self.width = head.shape
         self.head = head.numel()
         self.projections = sum(module.weight.numel() for module in decoder.projections(model))
-        heads, layers = config.num_attention_heads, config.num_hidden_layers
-        self.layers = layers
-        head_dim = getattr(config, "head_dim", None) or self.width // heads
-        self.attention = layers * heads * head_dim
-        self.keys_and_values = 2 * layers * (getattr(config, "num_key_value_heads", None) or heads) * head_dim
+        self.layers = model.config.num_hidden_layers
+        attention = attention_costs(model.config)
+        self.attention = collections.Counter()
+        for layer in attention:
+            self.attention[layer._replace(work=0, stored=0)] += layer.work
+        self.keys_and_values = sum(layer.stored for layer in attention)
 
     def weight_bytes(self, dtype: torch.dtype) -> int:
         """Of frozen weights, in `dtype` unless they are quantized."""
         return self.parameters * dtype.itemsize if self.quantized_bytes is None else self.quantized_bytes
 
-    def body_flops(self, tokens: int, squares: int) -> int:
-        """Operations of a causal forward pass, by the sum of the sequences' lengths and the sum of their squares."""
-        return 2 * self.body * tokens + 2 * self.attention * squares
+    def body_flops(self, lengths: Iterable[int]) -> int:
+        """Operations of a causal forward pass over sequences of these lengths."""
+        lengths = [*lengths]
+        return 2 * self.body * sum(lengths) + self.attention_flops(lengths)
+
+    def attention_flops(self, lengths: Iterable[int]) -> int:
+        """Those of its products of queries and keys, and of weights and values."""
+        lengths = [*lengths]
+        return sum(work * sum(map(span.visible, lengths)) for span, work in self.attention.items())
 
     def head_flops(self, labels: int) -> int:
         return 2 * self.head * labels
+
+
+def _expert_shares(model: PreTrainedModel) -> dict[int, float]:
+    """The share of experts that a token takes, by the id of each weight of the experts."""
+    chosen = [vars(module).get("top_k") for module in model.modules()]
+    chosen += [getattr(model.config, name, None) for name in ("num_experts_per_tok", "moe_topk", "moe_top_k", "moe_k")]
+    taken = next((number for number in chosen if isinstance(number, int)), None)
+    shares = {}
+    for name, module in model.named_modules():
+        is_list = isinstance(module, nn.ModuleList) and name.endswith(".experts")
+        if taken and (is_list or "Experts" in type(module).__name__):
+            for parameter in module.parameters():
+                experts = len(module) if is_list else getattr(module, "num_experts", parameter.shape[0])
+                shares[id(parameter)] = min(1.0, taken / experts)
+    return shares
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,60 +123,32 @@ class StepCost:
         taught: whether the teacher takes part in the loss; on plain text it mostly doesn't.
         read: the samples that the teacher's body reads (default: all, or none with the cache).
         """
-        tokens, squares = _lengths(samples)
+        lengths = _lengths(samples)
         labels = sum(map(count_labels, samples))
         passes = 3 if self.adapter is None else 2  # forward, gradients of the activations, and of the weights
-        flops = passes * (self.student.body_flops(tokens, squares) + self.student.head_flops(labels))
+        flops = passes * (self.student.body_flops(lengths) + self.student.head_flops(labels))
         if self.teacher and taught:
             flops += self.teacher.head_flops(labels)
             read = ([] if self.cached else samples) if read is None else read
-            flops += self.teacher.body_flops(*_lengths(read))
+            flops += self.teacher.body_flops(_lengths(read))
         return flops
 
 
-def _lengths(samples: list[dict]) -> tuple[int, int]:
-    """The sum of the samples' lengths in tokens, and the sum of their squares."""
-    lengths = [len(sample["input_ids"]) for sample in samples]
-    return sum(lengths), sum(length * length for length in lengths)
+def _lengths(samples: list[dict]) -> list[int]:
+    """The samples' lengths in tokens."""
+    return [len(sample["input_ids"]) for sample in samples]
 
 
-def activation_bytes(config: PretrainedConfig, batch: Batch, dtype: torch.dtype, recompute: bool) -> int:
-    """The bytes that a forward pass of the body keeps for its backward pass, counted on fake tensors.
-
-    recompute: layers keep their inputs alone; the one that is being recomputed keeps everything.
-    """
-    one, two = (_saved_bytes(config, layers, batch, dtype, False) for layers in (1, 2))
-    layers = config.num_hidden_layers
-    if not recompute:
-        return one + (layers - 1) * (two - one)
-    first, second = (_saved_bytes(config, count, batch, dtype, True) for count in (1, 2))
-    return first + (layers - 1) * (second - first) + (two - one)
-
-
-def _saved_bytes(config: PretrainedConfig, layers: int, batch: Batch, dtype: torch.dtype, recompute: bool) -> int:
-    config = copy.deepcopy(config)
-    config.num_hidden_layers = layers
-    if getattr(config, "layer_types", None):
-        config.layer_types = config.layer_types[:layers]
-    kept: dict[int, Tensor] = {}  # by storage; kept alive, so that no address is used twice
-
-    def keep(tensor: Tensor) -> Tensor:
-        kept[tensor.untyped_storage()._cdata] = tensor
-        return tensor
-
-    form = forms.choose(config, "student")
-    half = dtype in (torch.bfloat16, torch.float16)
-    storage = torch.float32 if half else dtype
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.autocast("cpu", dtype, enabled=half):
-        model = AutoModelForCausalLM.from_config(config, dtype=storage)
-        loading.fuse_activations(model)
-        model = form.build(model, "student").train()
-        if recompute:
-            model.checkpoint_layers()
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            model.hidden_states(batch)
-        weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
-    return sum(tensor.untyped_storage().nbytes() for key, tensor in kept.items() if key not in weights)
+def _estimated_activation_bytes(
+    cost: ModelCost, config: PretrainedConfig, batch: Batch, dtype: torch.dtype, recompute: bool
+) -> int:
+    """About what `activation_bytes` gives, for models that can't run on fake tensors: what their products touch."""
+    is_packed = forms.choose(config, "student").problem is None
+    tokens = batch.tokens if is_packed else sum(rows * length for rows, length in padded_shapes(batch))
+    features = cost.features
+    if recompute:
+        features = cost.layers * cost.width + features / cost.layers
+    return round(ESTIMATED_KEPT * tokens * features * dtype.itemsize)
 
 
 def memory(
@@ -156,13 +164,22 @@ def memory(
         yield "copies, while a checkpoint is written", 3 * trained * master
     if cost.teacher:
         yield "teacher", cost.teacher.head * dtype.itemsize if cost.cached else cost.teacher.weight_bytes(dtype)
-    yield "activations", activation_bytes(config, batch, dtype, train.gradient_checkpointing)
+    yield _activations(student, config, batch, dtype, train.gradient_checkpointing)
     rows_of = 2 if cost.teacher else 1
     logits = torch.float64 if dtype == torch.float64 else torch.float32
     bytes_of_row = row_bytes(student.vocab, rows_of, logits, gradient_dtype(dtype, logits, device))
     rows = choose_chunk_tokens(len(batch.labels), bytes_of_row, device)
     gradient = student.head * master if cost.adapter is None else 0
     yield "logits of a chunk and the projection's gradient", rows * bytes_of_row + gradient
+
+
+def _activations(student: ModelCost, *arguments: Any) -> tuple[str, int]:
+    try:
+        return "activations", activation_bytes(*arguments)
+    except ConfigError:
+        raise
+    except Exception:  # models have code of their own: it may read values, which fake tensors have not
+        return "activations (estimated)", _estimated_activation_bytes(student, *arguments)
 
 
 def generation_memory(

@@ -15,7 +15,7 @@ from ..console import format_bytes
 from ..data.batches import StepBatch, make_step_batch, prompt_of
 from ..device import device_name, free_memory
 from ..losses import row_ops
-from ..models import attention, loading
+from ..models import attention, forms, loading, padded
 from ..teacher.store import label_counts, lengths_of, table_of
 from . import costs
 
@@ -29,6 +29,7 @@ def describe(trainer: Trainer) -> Iterator[str]:
     yield json.dumps(trainer.config.to_dict(), indent=2)
     yield from _data(trainer)
     yield f"{_steps(trainer)}, {steps / steps_per_epoch:.1f} epochs"
+    yield from _forms(trainer)
     yield from _quantized(trainer)
     yield from without_kernels(trainer.device)
     on_disk, in_memory, reason = False, False, ""
@@ -59,7 +60,8 @@ def header(trainer: Trainer) -> Iterator[str]:
     )
     yield from map(escape, _notes(trainer))
     yield f"  device     {device_name(trainer.device)}, {str(trainer.dtype).removeprefix('torch.')}"
-    yield f"  kernels    {_kernels(trainer)}; attention {attention.describe(trainer.device)}, packed and checked"
+    yield f"  kernels    {_kernels(trainer)}; attention {attention.describe(trainer.device)}"
+    yield from _forms(trainer)
     yield from _quantized(trainer)
     for line in without_kernels(trainer.device):
         yield f"[bold red]{escape(line)}[/bold red]"
@@ -96,6 +98,22 @@ def _quantized(trainer: Trainer) -> Iterator[str]:
     for role, meta in (("student", trainer.student_meta), ("teacher", trainer.teacher_meta)):
         if meta and meta.quantization:
             yield f"  quantized  {role}: {meta.quantization.note}"
+
+
+def _forms(trainer: Trainer) -> Iterator[str]:
+    """How the models compute, and what that costs where it is not the fast way."""
+    metas = {"student": trainer.student_meta} | ({"teacher": trainer.teacher_meta} if trainer.teacher_meta else {})
+    chosen = {role: forms.choose(meta.config, role, trainer.device) for role, meta in metas.items()}
+    packed = " and ".join(role for role, form in chosen.items() if form.problem is None)
+    if packed:
+        yield f"  packed     {packed}: checked against their own passes"
+    parts = next(trainer.batches()).micro_batches
+    read = sum(padded.padded_tokens([len(sample["input_ids"]) for sample in part.samples]) for part in parts)
+    padding = read / sum(part.tokens for part in parts) - 1
+    for role, form in chosen.items():
+        if form.problem is not None:
+            kind = metas[role].config.model_type
+            yield f"  padded     {role}, a {kind} model: {form.problem}; padding adds {padding:.0%} (docs/models.md)"
 
 
 def _kernels(trainer: Trainer) -> str:
@@ -146,6 +164,7 @@ def _data(trainer: Trainer) -> Iterator[str]:
 def _notes(trainer: Trainer) -> Iterator[str]:
     """Lines about long rows, plain text, and generation, where there are any."""
     yield from (f"  rows       {note}" for note in trainer.data.notes)
+    yield from (f"  tokens     {note}" for note in trainer.vocabulary.notes())
     if trainer.data.pretrain_set is not None:
         data = trainer.config.data
         yield (

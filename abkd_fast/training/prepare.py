@@ -18,6 +18,7 @@ from ..methods import METHODS
 from ..methods.base import Method
 from ..models import loading, quantized, tokenizers
 from ..models.loading import MetaModel
+from ..models.vocabularies import Vocabulary
 from .dev_eval import DevEvaluator
 
 
@@ -105,18 +106,27 @@ def read_tokenizer(config: Config, *later: Config) -> PreTrainedTokenizerBase:
 
 def check_models(
     config: Config, student: MetaModel, teacher: MetaModel | None, tokenizer: PreTrainedTokenizerBase
-) -> None:
-    """Raises ConfigError unless the models share the tokenizer's vocabulary and have room for the samples."""
+) -> Vocabulary:
+    """The tokens that the models share.
+
+    Raises ConfigError unless these have what the chat template and the ends of responses need, and the models have room
+    for the samples.
+    """
     quantized.check_student(student.quantization, config.student)
     if is_sharded(config) and any(model and model.quantization for model in (student, teacher)):
         raise ConfigError("train.parallel is fsdp, but quantized weights can't be cut into parts; use ddp")
     theirs = None
     if teacher and config.teacher.path is not None:
         theirs = tokenizers.read_tokenizer(config.teacher.path, "teacher.path")
-    tokenizers.check_vocabularies(tokenizer, student.config, teacher and teacher.config, theirs)
-    loading.check_length(student.config, "student", config.data.max_length)
-    if teacher:
-        loading.check_length(teacher.config, "teacher", config.data.max_length)
+    models = {"student": student.config} | ({"teacher": teacher.config} if teacher else {})
+    vocabulary = Vocabulary(tokenizer, {role: model.vocab_size for role, model in models.items()}, theirs)
+    vocabulary.check_sizes()
+    style = PromptFormat.from_config(config.data)
+    vocabulary.check(tokenizers.end_tokens(config.student.path, tokenizer, style), "the end of responses")
+    vocabulary.check(tokenizers.template_ids(tokenizer, style), "the chat template")
+    for role, model in models.items():
+        loading.check_length(model, role, config.data.max_length)
+    return vocabulary
 
 
 def is_sharded(config: Config) -> bool:
@@ -125,7 +135,7 @@ def is_sharded(config: Config) -> bool:
 
 
 def read_train_data(
-    config: Config, method: Method, tokenizer: PreTrainedTokenizerBase, prepared: Prepared
+    config: Config, method: Method, tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary, prepared: Prepared
 ) -> TrainData:
     """Reads and tokenizes the data of a run. Raises ConfigError where they don't fit the configuration."""
     data = config.data
@@ -133,20 +143,26 @@ def read_train_data(
     rows = prepared.take_rows(*train_rows(config))
     tokenized = tokenize(rows, tokenizer, *limits, train_format(config), data.on_bad_row)
     train_set, where = tokenized.dataset, [row.where for row in rows]
+    vocabulary.check_samples(train_set, lambda index: where[train_set[index]["row"]])
     notes = [*rows.notes, tokenized.format, *tokenized.notes(rows, data.max_length)]
     dev = None
     if data.dev is not None:
         rows = prepared.take_rows(*dev_rows(config))
         tokenized = tokenize(rows, tokenizer, *limits, style, data.on_bad_row)
         notes += [*rows.notes, *(f"data.dev: {note}" for note in tokenized.notes(rows, data.max_length))]
-        dev = DevEvaluator(config, rows, tokenized.dataset, tokenizer)
+        dev_set, dev_where = tokenized.dataset, [row.where for row in rows]
+        vocabulary.check_samples(dev_set, lambda index: dev_where[dev_set[index]["row"]])
+        dev = DevEvaluator(config, rows, dev_set, tokenizer)
         notes += dev.notes
     if not tokenizers.keep_begin_token(tokenizer, style):
         begin = json.dumps(data.begin_token)
         notes.append(f"the tokenizer in final/ can't keep data.begin_token: give later commands --begin-token {begin}")
     steps_per_epoch = _steps_per_epoch(config, len(train_set))
     method.check_rows(len(train_set))
-    pretrain_set = _read_pretrain_set(config, tokenizer) if data.uses_pretrain else None
+    pretrain_set = None
+    if data.uses_pretrain:
+        pretrain_set, text = _read_pretrain_set(config, tokenizer), data.pretrain.path
+        vocabulary.check_samples(pretrain_set, lambda index: f"data.pretrain: {text}: block {index}")
     steps = config.train.steps or config.train.epochs * steps_per_epoch
     return TrainData(train_set, where, dev, pretrain_set, notes, steps_per_epoch, steps)
 

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -61,9 +61,9 @@ class Trainer:
         self.student_meta = prepared.model("student", config.student)
         self.teacher_meta = prepared.model("teacher", config.teacher) if self.method.needs_teacher else None
         self.tokenizer = read_tokenizer(config)
-        check_models(config, self.student_meta, self.teacher_meta, self.tokenizer)
+        self.vocabulary = check_models(config, self.student_meta, self.teacher_meta, self.tokenizer)
         with distributed.rank0_first():  # the other ranks find the tokenized rows on the disk
-            self.data = read_train_data(config, self.method, self.tokenizer, prepared)
+            self.data = read_train_data(config, self.method, self.tokenizer, self.vocabulary, prepared)
         self.cache = None
         if self.teacher_meta:
             fraction = self.method.off_policy_fraction
@@ -90,7 +90,8 @@ class Trainer:
         self.rollouts = None
         if self.is_on_policy:
             models = self.student, self.teacher.live.model
-            self.rollouts = Rollouts(config, self.tokenizer, self.data.train_set, *models, self.precision)
+            context = self.precision, self.vocabulary.shared
+            self.rollouts = Rollouts(config, self.tokenizer, self.data.train_set, *models, *context)
         self.checkpoint_writer = CheckpointWriter(self.checkpoints, self.student, self.optimizer, self.tokenizer)
         distributed.seed_per_rank(config.run.seed)
         if self.resumed_from:
@@ -139,7 +140,8 @@ class Trainer:
             model.check()
             if role == "student" and meta.quantization is not None:
                 quantized.check_gradients(model, meta.quantization.name)
-        if self.device.type == "cuda" and self.config.train.compile == "auto" and model.can_compile:
+        can_compile = model.can_compile and model.form == "packed"
+        if self.device.type == "cuda" and self.config.train.compile == "auto" and can_compile:
             model.compile()
         return model
 
@@ -253,10 +255,19 @@ class Trainer:
         with self.precision():
             loss_of = self.method.pretrain_loss if part.is_pretrain else self.method.loss
             teacher = self._teacher_head(part)
-            loss_of = functools.partial(loss_of, batch=part, teacher=teacher)
+            loss_of = self._over_shared_tokens(functools.partial(loss_of, batch=part), teacher)
             loss = self.replica(part, self.likelihoods.around(loss_of, part, teacher))
         loss.backward()
         return loss.detach() / weight
+
+    def _over_shared_tokens(
+        self, loss_of: Callable[..., Tensor], teacher: LinearHead | None
+    ) -> Callable[[LinearHead], Tensor]:
+        """The loss by the student's head. With a teacher it ends before tokens that differ at the vocabularies' end."""
+        count = self.vocabulary.shared
+        if teacher is None or count is None:
+            return functools.partial(loss_of, teacher=teacher)
+        return lambda student: loss_of(student.prefix(count), teacher=teacher.prefix(count))
 
     def _teacher_head(self, part: Batch) -> LinearHead | None:
         """The teacher's hidden states for a micro-batch, where the method needs them."""

@@ -26,6 +26,18 @@ MODELS = {
     "mistral-window": {**LLAMA, "model_type": "mistral", "sliding_window": 4},
     "odd-heads": {**LLAMA, "head_dim": 12},
 }
+MORE_THAN_WINDOWS = {
+    "sinks": {"model_type": "granite_swa", "sliding_window": 4},
+    "soft caps": {"model_type": "gemma2", "head_dim": 8, "sliding_window": 4, "attn_logit_softcapping": 2.0},
+    "chunks": {
+        **{"model_type": "llama4_text", "head_dim": 8, "intermediate_size_mlp": 32, "num_local_experts": 2},
+        **{"no_rope_layers": [1, 0], "attention_chunk_size": 6, "floor_scale": 4, "attn_temperature_tuning": True},
+    },
+    "narrow values": {
+        **{"model_type": "deepseek_v3", "num_key_value_heads": 4, "q_lora_rank": 8, "kv_lora_rank": 8},
+        **{"qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 5, "first_k_dense_replace": 9},
+    },
+}
 PROMPTS = [row["input_ids"] for row in samples([5, 17, 2, 9, 31, 1, 12, 3])]
 SETTINGS = SamplingParams(max_new_tokens=12, no_repeat_ngram_size=3)
 SEEDS = list(range(len(PROMPTS)))
@@ -86,6 +98,17 @@ def test_all_slots_at_once_is_the_same(captures, monkeypatch, name):
     ours = sample_mixture(model, teacher, 0.5, PROMPTS[:3], SETTINGS, SEEDS[:3])
     assert [tokens for tokens, *_ in ours] == [tokens for tokens, *_ in mixed]
     assert len(captures) == 2
+
+
+@pytest.mark.parametrize("name", MORE_THAN_WINDOWS)
+def test_what_attention_has_beside_windows(captures, monkeypatch, name):
+    model = build(LLAMA, torch.float64, **MORE_THAN_WINDOWS[name], num_hidden_layers=2)
+    arguments = PROMPTS[:3], SamplingParams(max_new_tokens=8), SEEDS[:3], 2
+    with monkeypatch.context() as patch:
+        patch.setattr("abkd_fast.generation.sampling.Decoder", Decoder)
+        expected = sample(model, *arguments)
+    assert sample(model, *arguments) == expected
+    assert len(captures) == 1
 
 
 def student(kind):

@@ -9,7 +9,7 @@ import torch
 
 from abkd_fast.config.schema import ModelConfig
 from abkd_fast.errors import ConfigError
-from abkd_fast.models import attention, loading
+from abkd_fast.models import attention, loading, sinks
 from conftest import LLAMA
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
@@ -101,6 +101,54 @@ def test_flash_attn_is_used_where_it_works(flash_attn):
     assert attention.supports_dropout(CUDA)
     assert attention.supports_windows(CUDA)
     assert attention.gpu_kernel().attend(*[None] * 8) == "its result"
+
+
+def test_soft_caps_of_a_gpu_need_a_flash_attn_that_has_them(flash_attn):
+    needs = frozenset({"softcap"})
+    assert attention.missing(CPU, needs) is None
+    flash_attn("def flash_attn_varlen_func(*settings, causal, window_size): return settings[3:], window_size")
+    assert attention.missing(CUDA, needs) == "soft caps in its attention, which need flash-attn 2.6 or later on a GPU"
+    flash_attn("def flash_attn_varlen_func(*_, softcap=0.0, **__): return softcap")
+    assert attention.missing(CUDA, needs) is None
+    assert [attention.gpu_kernel().attend(*[None] * 8, *caps) for caps in ((), (50.0,))] == [0.0, 50.0]
+    assert "together" in attention.missing(CUDA, needs | {"sinks"})
+    assert "wider than 256" in attention.missing(CUDA, frozenset({"wide heads"}))
+    flash_attn("raise ImportError('no such GPU')")
+    assert "flash-attn" in attention.missing(CUDA, needs)
+    assert attention.missing(CUDA, frozenset({"sinks", "dropout"})) is None
+
+
+@pytest.mark.parametrize("dims", [(12, 12, 7), (5, 5, 9), (8, 8, 8)])
+def test_values_may_have_another_width_than_keys(dims):
+    """A GPU's kernel sees one width for all, the caller that of the values."""
+    q, k, v = (torch.randn(14, 4, dim, dtype=torch.float64, requires_grad=True) for dim in dims)
+    cu, scale, seen = torch.tensor([0, 9, 14], dtype=torch.int32), 0.3, []
+
+    def kernel(q, k, v):
+        seen.extend(x.shape[-1] for x in (q, k, v))
+        return variable_length(q, k, v, cu, scale, -1)
+
+    result = attention._in_multiples_of_8(kernel, q, k, v)
+    assert {*seen} == {-(-max(dims) // 8) * 8}
+    assert result.is_contiguous()
+    expected = variable_length(q, k, v, cu, scale, -1)
+    torch.testing.assert_close(result, expected, rtol=1e-13, atol=1e-13)
+    upstream = torch.randn_like(expected)
+    for ours, theirs in zip(*(torch.autograd.grad(x, (q, k, v), upstream) for x in (result, expected)), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("lengths", [[9, 1, 4], [8], [4, 4], [1, 1, 1], [3, 30, 5]])
+@pytest.mark.parametrize("chunk", [1, 4, 8, 100])
+def test_boundaries_of_chunks_without_waiting_for_a_gpu(lengths, chunk):
+    cu = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+    positions = torch.cat([torch.arange(length) for length in lengths])[None]
+    found = attention.chunk_boundaries(cu, positions, chunk)
+    assert found.dtype == torch.int32
+    parts = [(start, end) for start, end in itertools.pairwise(found.tolist()) if start < end]
+    assert parts == sinks.spans(cu, chunk)
+    assert {end - start for start, end in parts} <= {*range(1, chunk + 1)}
+    assert len(parts) == sum(-(-length // chunk) for length in lengths)
 
 
 def test_broken_flash_attn_is_named_and_not_used(flash_attn):
