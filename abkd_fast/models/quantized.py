@@ -22,7 +22,7 @@ from ..errors import ConfigError, first_line
 # bitsandbytes says at every product of 8-bit weights that it casts to float16.
 logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
 
-TOLERANCE = 0.25  # of the largest logit. The rounding of 8-bit products depends on the rest of the batch, by 9e-2
+TOLERANCE = 0.25  # of the largest logit. The rounding of 8-bit products depends on the rest of the batch, by 8e-2
 SETTINGS = "quantization_config.json"  # beside an adapter: how its base was quantized
 # The packages that compute with weights of a method.
 PACKAGES = {
