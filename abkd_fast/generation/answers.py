@@ -56,7 +56,8 @@ class Generator:
         self.device = choose_device(device)
         self.dtype = choose_dtype(dtype, self.device)
         self.dtype_name = str(self.dtype).removeprefix("torch.")
-        self.hf_config = loading.read_meta_model(spec, "model").config
+        meta = loading.read_meta_model(spec, "model")
+        self.hf_config, self.whole_config = meta.config, meta.whole
         self.tokenizer = tokenizers.read_tokenizer(*tokenizer)
         tokenizers.use_chat_template(self.tokenizer, chat_template, "chat_template", style)
         self.ends = tokenizers.end_tokens(spec.path, self.tokenizer, style)
@@ -75,12 +76,12 @@ class Generator:
         }
 
     def hash_weights(self) -> dict[str, str]:
-        return identity.hash_weights(self.spec, self.hf_config, "model")
+        return identity.hash_weights(self.spec, self.whole_config, "model")
 
     @contextlib.contextmanager
     def loaded(self, out: pathlib.Path) -> Iterator[None]:
         """A context in which `generate` can be called. Raises Interrupted where `out` can't be written to."""
-        self.model = loading.load(self.spec, self.hf_config, "model", self.dtype, self.device)
+        self.model = loading.load(self.spec, self.whole_config, "model", self.dtype, self.device)
         try:
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
                 self.model.check()

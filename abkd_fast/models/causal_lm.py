@@ -3,7 +3,7 @@
 import contextlib
 import pathlib
 from collections.abc import Callable, Iterator
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,9 @@ from ..data.batches import Batch, pack
 from ..errors import ConfigError, first_line
 from ..losses.arguments import LinearHead, LogitMap
 from . import quantized
+
+if TYPE_CHECKING:
+    from .wrappers import Wrapper
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -38,15 +41,25 @@ class CausalLM(nn.Module):
         """Takes a transformers model, or peft's wrapper around one. logit_map: what follows its output projection."""
         super().__init__()
         self.model, self.key, self.logit_map = model, key, logit_map
+        self.wrapper: Wrapper | None = None  # the multimodal model that it is a part of; for saving
+
+    @property
+    def saved_model(self) -> nn.Module:
+        """What is saved: the model, the multimodal model around it, or peft's wrapper around either."""
+        return self.wrapper.model if self.wrapper else self.model
 
     @property
     def has_adapter(self) -> bool:
-        return not isinstance(self.model, PreTrainedModel)
+        return not isinstance(self.saved_model, PreTrainedModel)
+
+    @property
+    def adapter_rank(self) -> int | None:
+        return self.saved_model.peft_config["default"].r if self.has_adapter else None
 
     @property
     def causal_lm(self) -> PreTrainedModel:
         """The transformers model. An attached adapter lies within its projections."""
-        return self.model.get_base_model() if self.has_adapter else self.model
+        return self.model if isinstance(self.model, PreTrainedModel) else self.model.get_base_model()
 
     @property
     def head(self) -> nn.Linear:
@@ -175,24 +188,32 @@ class CausalLM(nn.Module):
         return contextlib.nullcontext()
 
     def weights(self) -> dict[str, Tensor]:
-        """The tensors to save, by the model's own names. Tied ones are left out; so are frozen ones with an adapter."""
+        """The tensors to save, by the names of the model that is saved.
+
+        Tied ones are left out; so are frozen ones with an adapter.
+        """
         parameters = dict(self.model.named_parameters())
         tied = {name for name, _ in self.model.named_parameters(remove_duplicate=False)} - parameters.keys()
         frozen = {name for name, parameter in parameters.items() if self.has_adapter and not parameter.requires_grad}
         saved = parameters.keys() | {name for name, _ in self.model.named_buffers()}  # not what quantized layers add
         left_out = tied | frozen
         state = self.model.state_dict()
-        return {name: tensor for name, tensor in state.items() if name in saved and name not in left_out}
+        kept = {name: tensor for name, tensor in state.items() if name in saved and name not in left_out}
+        return {self.wrapper.names[name]: tensor for name, tensor in kept.items()} if self.wrapper else kept
 
     def save(self, folder: pathlib.Path, tokenizer: PreTrainedTokenizerBase, weights: dict[str, Tensor]) -> None:
         """Writes weights, configuration and tokenizer in Hugging Face layout. A LoRA model writes its adapter alone.
 
         weights: the result of `weights`, or a copy of it.
         """
-        # Without this peft asks the Hub every time whether embeddings belong to the adapter.
-        options = {"save_embedding_layers": False} if self.has_adapter else {}
-        self.model.save_pretrained(folder, state_dict=weights, **options)
-        quantized.save_settings(self.causal_lm, folder)
+        if self.has_adapter:
+            # Without the option peft asks the Hub every time whether embeddings belong to the adapter.
+            self.saved_model.save_pretrained(folder, state_dict=weights, save_embedding_layers=False)
+            quantized.save_settings(self.saved_model.get_base_model(), folder)
+        elif self.wrapper:
+            self.wrapper.save(folder, weights)
+        else:
+            self.model.save_pretrained(folder, state_dict=weights)
         tokenizer.save_pretrained(folder)
 
 

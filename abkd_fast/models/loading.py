@@ -9,15 +9,16 @@ from collections.abc import Iterable
 import safetensors
 import torch
 import transformers
+from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.activations import NewGELUActivation
 from transformers.pytorch_utils import Conv1D
 
 from ..config.schema import ModelConfig
 from ..errors import ConfigError, first_line
 from ..files import is_local_path
-from . import attention, dropout, forms, quantized
+from . import attention, dropout, forms, quantized, wrappers
 from .causal_lm import CausalLM
 from .forms import Form
 from .identity import ADAPTER_SETTINGS
@@ -86,6 +87,7 @@ class MetaModel:
     model: PreTrainedModel  # on the meta device: shapes without memory
     form: Form  # how it is trained
     adapter_size: int | None  # weights of its LoRA adapter; None without one
+    whole: PretrainedConfig  # as it is published; `config` is a part of it where the model is multimodal
     quantization: Quantization | None = None
 
 
@@ -98,42 +100,74 @@ def read_meta_model(spec: ModelConfig, key: str) -> MetaModel:
     what = f"{key}.config"
     if spec.path is not None:
         check_path(spec.path, f"{key}.path")
-        what = f"{key}.path: {spec.path}: no such folder, and no such model on the Hub"
+        what = f"{key}.path: {spec.path}"
     try:
-        config = AutoConfig.for_model(**spec.config) if spec.path is None else AutoConfig.from_pretrained(spec.path)
-        model = meta_model(config)  # fails where the configuration's numbers don't fit together
+        whole = AutoConfig.for_model(**spec.config) if spec.path is None else read_config(spec.path)
+        config = wrappers.language_config(whole)
+        model = wrappers.language_model(meta_model(whole))  # fails where its numbers don't fit together
     except Exception as error:  # transformers checks with many kinds of errors
-        raise ConfigError(f"{what} ({first_line(error)})") from None
+        raise ConfigError(f"{what}{_hub_problem(error)} ({first_line(error)})") from None
     if spec.dropout is not None:
         dropout.set_rates(config, spec.dropout, key)
+    form = forms.choose(config, key)
+    try:
+        wrappers.check(whole)
+    except ValueError as error:
+        raise ConfigError(f"{what} ({error})") from None
     adapter_size = None
     if spec.has_adapter:
         from . import lora
 
-        adapter_size = lora.check_adapter(meta_model(config), spec, key)
-    quantization = quantized.read(spec, config, key)
+        adapter_size = lora.check_adapter(meta_model(whole), spec, key)
+    quantization = quantized.read(spec, whole, key)
     if quantization is not None:
-        quantization = quantized.check(quantization, config, key)
-    return MetaModel(spec, config, model, forms.choose(config, key), adapter_size, quantization)
+        quantization = quantized.check(quantization, meta_model(whole), key)
+    return MetaModel(spec, config, model, form, adapter_size, whole, quantization)
 
 
-def meta_model(config: PretrainedConfig) -> PreTrainedModel:
-    """The model on the meta device: shapes without memory for weights."""
+def read_config(path: str) -> PretrainedConfig:
+    """A model's configuration, from a folder or the Hub. A model's own code is not run.
+
+    Raises ValueError for a model that needs it, and transformers' errors.
+    """
+    values, _ = PretrainedConfig.get_config_dict(path)
+    if "auto_map" in values and values.get("model_type") not in CONFIG_MAPPING:
+        kind = values.get("model_type")
+        raise ValueError(f"it has code of its own (auto_map), which is not run, and transformers knows no {kind} model")
+    return AutoConfig.from_pretrained(path, trust_remote_code=False)
+
+
+def _hub_problem(error: BaseException | None) -> str:
+    """What the Hub said, in words; nothing for an error that has another cause."""
+    problems = {
+        GatedRepoError: ": its owner lets only chosen accounts read it: accept its terms on the Hub, then log in",
+        RepositoryNotFoundError: ": no such folder, and no such model on the Hub (a private one needs a login)",
+        LocalEntryNotFoundError: ": no such folder, and no such model on the Hub can be asked for: it can't be reached",
+    }
+    while error is not None:
+        for kind, text in problems.items():
+            if isinstance(error, kind):
+                return text
+        error = error.__cause__ or error.__context__
+    return ""
+
+
+def meta_model(config: PretrainedConfig, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """The whole model on the meta device: shapes without memory for weights."""
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+        return wrappers.from_config(config, **({} if dtype is None else {"dtype": dtype}))
 
 
-def describe(meta: MetaModel, model: nn.Module) -> str:
+def describe(meta: MetaModel, rank: int | None = None) -> str:
     """Size and kind of a model, and of its adapter: "3431.8M (llama), LoRA rank 16: 5.3M trained".
 
-    meta: counts the weights. Quantized ones lie packed in other shapes.
+    rank: of the adapter that is trained. Weights are counted before they load: quantized ones lie packed later.
     """
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    size = sum(p.numel() for p in meta.model.parameters())
-    if isinstance(model, PreTrainedModel):
-        return f"{size / 1e6:.1f}M ({model.config.model_type})"
-    text = f"{(size + meta.adapter_size) / 1e6:.1f}M ({model.config.model_type})"
-    return f"{text}, LoRA rank {model.peft_config['default'].r}: {trained / 1e6:.1f}M trained"
+    size, kind = sum(p.numel() for p in meta.model.parameters()), meta.model.config.model_type
+    if rank is None:
+        return f"{size / 1e6:.1f}M ({kind})"
+    added = meta.adapter_size
+    return f"{(size + added) / 1e6:.1f}M ({kind}), LoRA rank {rank}: {added / 1e6:.1f}M trained"
 
 
 def max_positions(config: PretrainedConfig) -> int | None:
@@ -180,14 +214,17 @@ def load(
     """Loads a model with its weights in `dtype`; without a path they are random. Its activations are fused.
 
     A student's adapter is attached, and it alone is trained. Other adapters are merged, except into quantized weights:
-    these would round the sum.
+    these would round the sum. Of a multimodal model the language model is returned; a student keeps the whole for
+    saving.
 
+    config: of the whole model.
     in_parts: the weights will be sharded over processes. They stay mapped from the disk in their files' type where
         possible, so that memory never holds more than a process's part.
 
     Raises ConfigError for weights that are missing, damaged or of another shape, for an adapter without a path, and for
     a sliding window where attention has none.
     """
+    whole, config = config, wrappers.language_config(config)
     if spec.path is None and spec.has_adapter:
         raise ConfigError(f"{key}: an adapter needs the same weights every time, config gives random ones: use path")
     if key == "student" and not attention.supports_dropout(device):
@@ -197,10 +234,11 @@ def load(
             f"{key}: a {config.model_type} model whose attention has a sliding window needs torch 2.11 or flash-attn "
             f"on a GPU; this is torch {torch.__version__}, without flash-attn"
         )
-    quantization = quantized.read(spec, config, key, dtype)
+    quantization = quantized.read(spec, whole, key, dtype)
     placed = _placement(spec, quantization, device)
     if spec.path is None:
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model = wrappers.from_config(whole, dtype=dtype)
+        language = wrappers.language_model(model)
     else:
         if spec.has_adapter:
             from . import lora
@@ -210,8 +248,8 @@ def load(
         if in_parts and not spec.has_adapter:
             read_dtype = _type_in_files(spec.path, dtype)
         try:
-            model, found = AutoModelForCausalLM.from_pretrained(
-                spec.path, config=config, dtype=read_dtype, output_loading_info=True, **placed
+            model, found = wrappers.model_class(whole).from_pretrained(
+                spec.path, config=whole, dtype=read_dtype, output_loading_info=True, **placed
             )
         except Exception as error:  # of many kinds: missing, truncated or foreign files
             raise ConfigError(f"{key}.path: {spec.path}: its weights can't be read ({first_line(error)})") from None
@@ -225,20 +263,24 @@ def load(
             model = lora.merge_adapter(model, spec, key, dtype)
         if spec.device_map is not None:
             _place_head(model, device)
+        language = wrappers.language_model(model)
         if not in_parts:
             # Copied out of the mapped file: each file has its own alignment, which may change a product's last bit.
-            for parameter in model.parameters():
+            for parameter in language.parameters():
                 if type(parameter) is nn.Parameter and not parameter.is_meta:
                     parameter.data = parameter.data.clone()
     is_quantized = getattr(model, "is_quantized", False)  # transformers dequantizes some that it can't compute with
     if spec.has_adapter and not merges:
         model = lora.attach_adapter(model, spec, key)
-    fuse_activations(model)
+    trained = model if config is whole else language
+    fuse_activations(trained)
     if spec.dropout is not None:
-        dropout.set_modules(model, spec.dropout)
-    causal_lm = forms.choose(config, key, device).build(model if in_parts or placed else model.to(device), key)
+        dropout.set_modules(trained, spec.dropout)
+    causal_lm = forms.choose(config, key, device).build(trained if in_parts or placed else trained.to(device), key)
+    if config is not whole and key == "student":
+        causal_lm.wrapper = wrappers.Wrapper(model, language, spec.path)
     if is_quantized:
-        quantized.without_cpu_packing(model)
+        quantized.without_cpu_packing(trained)
         causal_lm.tolerance = quantized.TOLERANCE
         causal_lm.can_compile = quantization.quantizer().is_compileable
     causal_lm.can_compile &= spec.device_map is None

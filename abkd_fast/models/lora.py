@@ -5,6 +5,7 @@ peft takes a second or two to import, and most runs don't need it. Import this m
 
 import logging
 import os
+import re
 
 import peft
 import torch
@@ -15,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..config.schema import ModelConfig
 from ..errors import ConfigError, first_line
+from . import wrappers
 from .identity import find_adapter
 
 
@@ -43,6 +45,10 @@ def check_adapter(model: PreTrainedModel, spec: ModelConfig, key: str) -> int:
     if model.get_output_embeddings() is not head or (tied and model.get_input_embeddings() is not embeddings):
         raise ConfigError(f"{source}: adapts the output projection, which has to stay as it is here")
     sizes = [{name: list(tensor.shape) for name, tensor in tensors.items()} for tensors in (theirs, ours)]
+    inside = f"base_model.model.{place}." if (place := wrappers.language_place(model)) else ""
+    outside = [name for name in ours if not name.startswith(inside)]
+    if key == "student" and outside:
+        raise ConfigError(f"{source} adapts {outside[0]}, but the language model ({place}) alone is trained here")
     for name in sorted({*theirs, *ours}):
         there, here = (shapes.get(name, "missing") for shapes in sizes)
         if there != here:
@@ -52,6 +58,7 @@ def check_adapter(model: PreTrainedModel, spec: ModelConfig, key: str) -> int:
 
 def _check_targets(model: PreTrainedModel, spec: ModelConfig, key: str) -> None:
     """Raises ConfigError for an unknown target. peft complains only if it finds none of them."""
+    model = wrappers.language_model(model)
     projections = {name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
     for target in spec.lora.targets:
         if not any(f".{name}".endswith(f".{target}") for name in projections):
@@ -71,9 +78,15 @@ def _settings(model: PreTrainedModel, spec: ModelConfig, key: str) -> peft.PeftC
         r=spec.lora.rank,
         lora_alpha=spec.lora.alpha,
         lora_dropout=spec.lora.dropout if spec.dropout is None else spec.dropout,
-        target_modules=list(spec.lora.targets),
+        target_modules=_targets(model, spec),
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
     )
+
+
+def _targets(model: PreTrainedModel, spec: ModelConfig) -> list[str] | str:
+    """The projections' names, or an expression for those of a multimodal model's language model alone."""
+    place, names = wrappers.language_place(model), spec.lora.targets
+    return rf"{re.escape(place)}\.(.*\.)?({'|'.join(map(re.escape, names))})" if place else list(names)
 
 
 def attach_adapter(model: PreTrainedModel, spec: ModelConfig, key: str) -> peft.PeftModel:

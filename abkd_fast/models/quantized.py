@@ -11,7 +11,7 @@ import pathlib
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
+from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 from transformers.quantizers.auto import AutoHfQuantizer, AutoQuantizationConfig
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -75,18 +75,13 @@ class Quantization:
         version = f" {package} {importlib.metadata.version(package)}" if package and _has(package) else ""
         return json.dumps(self.settings.to_dict(), sort_keys=True, default=str) + version
 
-    @staticmethod
-    def meta_model(config: PretrainedConfig, dtype: torch.dtype, quantizer: HfQuantizer) -> PreTrainedModel:
-        """The model on the meta device, with the layers that it gets before its weights load in `dtype`."""
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-            quantizer.preprocess_model(model, dtype=dtype, device_map=_device_map(), use_kernels=False)
-        return model
+    def bytes(self, model: PreTrainedModel, dtype: torch.dtype) -> int:
+        """About how many bytes all weights take, with those that are not quantized in `dtype`.
 
-    def bytes(self, config: PretrainedConfig, dtype: torch.dtype) -> int:
-        """About how many bytes all weights take, with those that are not quantized in `dtype`."""
+        model: on the meta device, in `dtype`. It gets quantized layers.
+        """
         quantizer = self.quantizer()
-        model = self.meta_model(config, dtype, quantizer)
+        _replace_layers(model, dtype, quantizer)
         sizes = (p.numel() * quantizer.param_element_size(model, name, p) for name, p in model.named_parameters())
         return int(sum(sizes)) + sum(buffer.nbytes for buffer in model.buffers())
 
@@ -150,14 +145,20 @@ def _device_map() -> dict[str, str]:
     return {"": "cuda" if torch.cuda.is_available() else "cpu"}
 
 
-def check(quantization: Quantization, config: PretrainedConfig, key: str) -> Quantization:
-    """Builds the model on the meta device. Returns what transformers then means to do with the weights.
+def _replace_layers(model: PreTrainedModel, dtype: torch.dtype, quantizer: HfQuantizer) -> None:
+    """Gives a model on the meta device the layers that it has before its weights load in `dtype`."""
+    with torch.device("meta"):
+        quantizer.preprocess_model(model, dtype=dtype, device_map=_device_map(), use_kernels=False)
 
-    Raises ConfigError where it can't be built, and for a quantized output projection: the losses read it as a matrix.
+
+def check(quantization: Quantization, model: PreTrainedModel, key: str) -> Quantization:
+    """Gives a model on the meta device its quantized layers. Returns what transformers then does with the weights.
+
+    Raises ConfigError where they can't be built, and for a quantized output projection: the losses read it as a matrix.
     """
     quantizer = quantization.quantizer()
     try:
-        model = quantization.meta_model(config, torch.float32, quantizer)
+        _replace_layers(model, torch.float32, quantizer)
     except Exception as error:  # of many kinds
         raise ConfigError(f"{key}: its {quantization.name} layers can't be built ({first_line(error)})") from None
     head = model.get_output_embeddings()

@@ -151,7 +151,7 @@ def _generation_ends(path: str) -> list[int]:
 
 
 def _default_config(path: str) -> PretrainedConfig:
-    return type(AutoConfig.from_pretrained(path))()
+    return type(AutoConfig.from_pretrained(path).get_text_config(decoder=True))()
 
 
 def set_end_tokens(model: PreTrainedModel, ends: tuple[int, ...]) -> None:

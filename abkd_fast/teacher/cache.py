@@ -56,7 +56,7 @@ class TeacherCache:
             return
         weights = None  # random weights are known only after they are drawn
         if self.spec.path is not None:
-            weights = hash_weights(self.spec, teacher.config, "teacher", self.root)
+            weights = hash_weights(self.spec, teacher.whole, "teacher", self.root)
         self._identify(weights)
         problem = self.file.problem()
         if self.mode == "disk" and problem and not self.file.is_recorded:

@@ -84,11 +84,11 @@ def _steps(trainer: Trainer) -> str:
 
 
 def _models(trainer: Trainer) -> str:
-    sizes = f"student {loading.describe(trainer.student_meta, trainer.student.model)}"
+    sizes = f"student {loading.describe(trainer.student_meta, trainer.student.adapter_rank)}"
     if not trainer.teacher:
         return sizes
     meta, adapter = trainer.teacher_meta, trainer.config.teacher.adapter
-    sizes += f", teacher {loading.describe(meta, meta.model)}"  # a cached teacher's body is not in memory
+    sizes += f", teacher {loading.describe(meta)}"  # a cached teacher's body is not in memory
     joined = "merged" if meta.quantization is None else "attached"
     return f"{sizes} with {adapter} {joined}" if adapter else sizes
 

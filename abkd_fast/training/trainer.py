@@ -131,7 +131,7 @@ class Trainer:
         storage = torch.float64 if self.dtype == torch.float64 else torch.float32
         if (role == "teacher" or spec.has_adapter) and self.dtype == torch.bfloat16:
             storage = torch.bfloat16
-        model = loading.load(spec, meta.config, role, storage, self.device, self.is_sharded)
+        model = loading.load(spec, meta.whole, role, storage, self.device, self.is_sharded)
         if role == "teacher":
             model.requires_grad_(False)
         if self.is_sharded:
@@ -155,8 +155,10 @@ class Trainer:
         return costs.StepCost(self._model_cost(self.student_meta), self.student_meta.adapter_size, teacher, cached)
 
     def _model_cost(self, meta: MetaModel) -> costs.ModelCost:
-        quantization = meta.quantization
-        return costs.ModelCost(meta.model, quantization and quantization.bytes(meta.config, self.dtype))
+        if meta.quantization is None:
+            return costs.ModelCost(meta.model)
+        whole = loading.meta_model(meta.whole, self.dtype)
+        return costs.ModelCost(meta.model, meta.quantization.bytes(whole, self.dtype))
 
     def train(self) -> dict:
         """Trains, writes the run folder, and returns the summary.

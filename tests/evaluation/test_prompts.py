@@ -14,7 +14,7 @@ from abkd_fast.data import quickstart
 from abkd_fast.data.chat import PromptFormat
 from abkd_fast.data.rows import read_rows
 from abkd_fast.data.tokenize import encode_prompts
-from abkd_fast.models import loading, tokenizers
+from abkd_fast.models import tokenizers
 from abkd_fast.pipeline import protocol
 from chains import CHATML, chat_tokenizer, save_chain_model
 from runs import Run
@@ -132,7 +132,7 @@ def test_a_tokenizer_that_can_not_keep_the_begin_token(tmp_path, monkeypatch, ca
     assert tokenizers.keep_begin_token(Stubborn(), PromptFormat())
     assert tokenizers.keep_begin_token(Stubborn(), PromptFormat(begin_token=True))
     assert not tokenizers.keep_begin_token(Stubborn(), PromptFormat(begin_token=False))
-    monkeypatch.setattr(loading, "keep_begin_token", lambda *_: False)
+    monkeypatch.setattr(tokenizers, "keep_begin_token", lambda *_: False)
     assert Run(tmp_path / "run", "train.steps=1", "data.begin_token=false")() == 0
     assert "can't keep data.begin_token: give later commands --begin-token false" in capsys.readouterr().out
 

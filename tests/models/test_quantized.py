@@ -67,7 +67,7 @@ def mark(folder, settings):
 
 def load_model(key="teacher", **spec):
     spec = ModelConfig(**spec)
-    return loading.load(spec, loading.read_meta_model(spec, key).config, key, torch.float32, CPU)
+    return loading.load(spec, loading.read_meta_model(spec, key).whole, key, torch.float32, CPU)
 
 
 def logits_of(model, rows):
@@ -200,12 +200,12 @@ def test_dry_run_counts_the_bytes_of_quantized_weights(base, bits, share):
     sizes = {name: p.numel() for name, p in meta.model.named_parameters()}
     projections = sum(number for name, number in sizes.items() if "_proj" in name)
     others = sum(sizes.values()) - projections
-    counted = meta.quantization.bytes(meta.config, torch.bfloat16)
+    counted = meta.quantization.bytes(loading.meta_model(meta.whole, torch.bfloat16), torch.bfloat16)
     buffers = sum(buffer.nbytes for buffer in meta.model.buffers())
     assert counted == share * projections + 2 * others + buffers
     model = load_model(path=base, quantize=bits)
     held = sum(p.nbytes for p in model.parameters())
-    assert held == meta.quantization.bytes(meta.config, torch.float32) - buffers
+    assert held == meta.quantization.bytes(loading.meta_model(meta.whole, torch.float32), torch.float32) - buffers
 
 
 @needs_bitsandbytes
@@ -238,7 +238,7 @@ def test_checkpoint_that_this_machine_can_only_dequantize(base, fp8):
     meta = loading.read_meta_model(ModelConfig(path=fp8), "teacher")
     assert "fp8, dequantized while it loads" in meta.quantization.note
     plain = sum(p.numel() for p in meta.model.parameters()) * 4
-    assert meta.quantization.bytes(meta.config, torch.float32) >= plain
+    assert meta.quantization.bytes(loading.meta_model(meta.whole, torch.float32), torch.float32) >= plain
 
 
 def test_scales_that_nothing_reads_are_refused(fp8, tmp_path):
