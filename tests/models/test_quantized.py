@@ -12,12 +12,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from test_lora import CPU, SMALL, save_adapter, save_model
+from test_wrappers import GEMMA3
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from abkd_fast import distributed, generate
 from abkd_fast.config.recipe import load
 from abkd_fast.config.schema import LoraConfig, ModelConfig
+from abkd_fast.data import quickstart
 from abkd_fast.data.batches import pack
 from abkd_fast.errors import ConfigError
 from abkd_fast.models import loading, quantized
@@ -165,6 +167,16 @@ def test_gradients_are_those_of_the_dequantized_student(base, bits):
     for name, gradient in gradients[0].items():
         error = (gradient - gradients[1][name]).norm() / gradients[1][name].norm()
         assert error < (1e-3 if bits == "4bit" else 0.1), name
+
+
+@needs_bitsandbytes
+def test_multimodal_student_saves_the_adapter_alone(tmp_path):
+    path = save_model(tmp_path / "whole", GEMMA3)
+    student = load_model("student", path=path, quantize="4bit", lora=LoraConfig(rank=4))
+    assert student.weights()
+    assert all("lora_" in name for name in student.weights())
+    student.save(tmp_path / "final", quickstart.tokenizer(), student.weights())
+    assert loading.model_spec(str(tmp_path / "final")).quantize == "4bit"
 
 
 @needs_bitsandbytes
