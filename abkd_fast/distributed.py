@@ -220,13 +220,18 @@ def seed_per_rank(seed: int) -> None:
         torch.manual_seed(seed + 1_000_003 * rank())  # the run uses the seeds next to `seed` elsewhere
 
 
-def replicate(model: nn.Module) -> nn.Module:
-    """The model to call in training. Sums its gradients over ranks: each rank's loss is a part of one mean over all."""
+def replicate(model: nn.Module, may_idle: bool = False) -> nn.Module:
+    """The model to call in training. Sums its gradients over ranks: each rank's loss is a part of one mean over all.
+
+    may_idle: whether a pass may leave weights without a gradient, as experts without tokens. Each pass then looks for
+    them; otherwise the other ranks would wait for their gradients.
+    """
     if world_size() == 1 or is_sharded(model):
         return model
     if next(model.parameters()).is_cuda:
         torch._dynamo.config.optimize_ddp = False  # it would split compiled layers, which are small enough
-    replica = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+    options = {"broadcast_buffers": False, "gradient_as_bucket_view": True, "find_unused_parameters": may_idle}
+    replica = DistributedDataParallel(model, **options)
     replica.register_comm_hook(None, _sum)
     return replica
 

@@ -73,6 +73,12 @@ class ModelConfig(Section):
     device_map: Annotated[
         Literal["auto"] | None, "auto: spreads a teacher over all GPUs, then CPU memory, then the disk"
     ] = None
+    router_aux_loss: Annotated[
+        float | None,
+        "factor of the auxiliary loss that balances a student's experts; 0: none (null: as the model's own "
+        "configuration says, by output_router_logits and router_aux_loss_coef)",
+        0,
+    ] = None
 
     def __post_init__(self) -> None:
         if self.path is None and self.config is None:
@@ -337,6 +343,8 @@ class Config(Section):
         if self.teacher is not None and self.teacher.device_map is not None and self.method == "minillm":
             problem = "minillm's teacher also writes, and a model that is spread over devices can't here"
             raise ConfigError(f"teacher.device_map: {problem}; use teacher.quantize, or another method")
+        if self.teacher is not None and self.teacher.router_aux_loss is not None:
+            raise ConfigError("teacher.router_aux_loss: a teacher is not trained; give it as student.router_aux_loss")
         if self.tokenizer is None and self.student.path is None:
             raise ConfigError("tokenizer: missing, and a student with random weights brings none")
         if self.eval.select != "last" and self.data.dev is None:

@@ -30,6 +30,7 @@ class Batch:
     is_pretrain: bool = False  # whether the samples are blocks of plain text
     teacher_hidden: Tensor | None = None  # [N, H], the teacher's states of the labels, where they were read ahead
     loss_scale: float = 1.0  # of the loss, which is summed over the labels
+    token_share: float = 1.0  # of this micro-batch in the tokens of the step, on all ranks and with plain text
 
     @property
     def tokens(self) -> int:
@@ -90,6 +91,7 @@ def make_step_batch(samples: list[dict], pretrain_blocks: list[dict], max_tokens
         own = split_largest(groups[distributed.rank()], max(map(len, groups)))
         micro_batches += [dataclasses.replace(collate(group), is_pretrain=is_pretrain) for group in own]
         loads = [load + sum(lengths[index] for index in share) for load, share in zip(loads, shares, strict=True)]
+    micro_batches = [dataclasses.replace(part, token_share=part.tokens / sum(loads)) for part in micro_batches]
     return StepBatch(samples, pretrain_blocks, micro_batches, max(loads))
 
 

@@ -1,7 +1,7 @@
 """The decoder of models that slots don't serve. It reads each sequence alone, with transformers' own cache."""
 
 import inspect
-import warnings
+import logging
 import weakref
 from typing import Any
 
@@ -26,7 +26,7 @@ class OwnCacheDecoder(Decoder):
     So no response depends on another one, whatever windows and recurrent states the model has.
 
     A model without a cache reads the whole sequence for each token. So does one whose cache gives other logits than its
-    whole forward pass. The first prompt shows that, once for each model. A RuntimeWarning then says so.
+    whole forward pass. The first prompt shows that, once for each model. A warning then says so.
     """
 
     def __init__(self, model: CausalLM, slots: int, capacity: int) -> None:
@@ -71,13 +71,15 @@ class OwnCacheDecoder(Decoder):
 
     def _read_last(self, slot: int, tokens: list[int]) -> Tensor:
         """Reads the last token; the slot has the others. Returns the logits [1, V] after it."""
+        if len(tokens) - 1 == self.model.longest_decoded:  # from here on the model has other keys for all tokens
+            return self._read_first(slot, tokens)
         inputs = self.inner.prepare_inputs_for_generation(
             self._ids(tokens), next_sequence_length=1, **self.states[slot]
         )
-        self.tokens_read = inputs["input_ids"].shape[1]
         return self._step(slot, inputs, self.states[slot])
 
     def _step(self, slot: int, inputs: dict[str, Any], state: dict[str, Any]) -> Tensor:
+        self.tokens_read = inputs["input_ids"].shape[1]
         output = self.inner(**inputs, return_dict=True)
         self.states[slot] = self.inner._update_model_kwargs_for_generation(output, state)
         logits = output.logits[:, -1]
@@ -103,7 +105,7 @@ class OwnCacheDecoder(Decoder):
             verdicts[kind] = problem is None
             if problem is not None:
                 way = "generation reads the whole sequence for each token, which is slow"
-                warnings.warn(f"abkd_fast: {self.model.key}: {way}: {problem}", RuntimeWarning, 2)
+                logging.getLogger("abkd_fast").warning(f"{self.model.key}: {way}: {problem}")
         return verdicts[kind]
 
     def _problem(self, prompt: list[int], tolerance: float) -> str | None:
@@ -113,12 +115,14 @@ class OwnCacheDecoder(Decoder):
         sequences = dict(enumerate([tokens, tokens[:0:-1] or tokens][: self.slots]))
         starts = {slot: max(1, len(tokens) - CHECKED) for slot, tokens in sequences.items()}
         logits = {slot: [self._read_first(slot, tokens[: starts[slot]])] for slot, tokens in sequences.items()}
+        reads_all = []
         for step in range(1, CHECKED + 1):
             for slot, tokens in sequences.items():
                 if (length := starts[slot] + step) <= len(tokens):
                     logits[slot].append(self._read_last(slot, tokens[:length]))
-                    if self.tokens_read == length:
-                        return "it has no cache"
+                    reads_all.append(self.tokens_read == length)
+        if all(reads_all):
+            return "it has no cache"
         for slot, tokens in sequences.items():
             expected = self._read_all(tokens)[starts[slot] - 1 :]
             difference = (torch.cat(logits[slot]) - expected).abs().max() / expected.abs().max().clamp(min=1e-3)

@@ -43,10 +43,12 @@ def sample(
       the same bits in any batch.
     - Elsewhere products round differently with the number of sequences. Two tokens within rounding of a tie may then
       change places: hardly ever in float32, now and then in bfloat16.
+    - A padded model reads one sequence at a time, with transformers' own cache. So it has the same bits in any batch,
+      and takes as long as batches of one.
 
     Args:
         model: a causal language model. It is in eval mode meanwhile. On a CPU in float32 sampling takes the memory of
-            its weights once more. On a GPU it has to compute in 16 bits: by its own type, or under autocast.
+            its weights once more. On a GPU a packed one has to compute in 16 bits: by its own type, or under autocast.
         prompts: the tokens of each prompt.
         seeds: one whole number for each prompt; numbers that are equal modulo 2^64 are the same seed.
         batch_size: how many sequences are in progress at most.
@@ -56,7 +58,7 @@ def sample(
     length limit, or where the model has no more positions.
 
     Raises ConfigError for an empty prompt, a prompt that leaves no room for a response, a batch_size below 1, a
-    model that can't take packed sequences, and one that computes in more than 16 bits on a GPU.
+    model that is right neither packed nor padded, and a packed one that computes in more than 16 bits on a GPU.
     """
     return [sequence.response for sequence in _run([model], 0.0, prompts, settings, seeds, batch_size, on_response)]
 

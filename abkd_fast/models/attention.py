@@ -4,6 +4,7 @@ import contextlib
 import importlib.util
 import inspect
 import math
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ from .sinks import one_sequence_written_out, sink_attention, spans, window_mask
 NAME = "abkd_packed"
 WIDEST_HEAD = 256  # of a GPU's kernels
 used: set[str] = set()  # what the function was asked for beside windows; `forms.choose` reads it
+callers: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # the modules that call the function
 _given: dict[str, Any] = {}  # the options of models that lose them between their forward pass and attention
 
 
@@ -134,6 +136,7 @@ def read_settings(module: nn.Module, query: Tensor, options: dict[str, Any]) -> 
             "dropout": bool(options.get("dropout")),
         }
         used.update(name for name, is_asked in asked.items() if is_asked)
+        callers.add(module)
     return settings
 
 

@@ -14,6 +14,7 @@ from ..data.batches import Batch, pack
 from ..errors import ConfigError, first_line
 from ..losses.arguments import LinearHead, LogitMap
 from . import quantized
+from .experts import Experts
 
 if TYPE_CHECKING:
     from .wrappers import Wrapper
@@ -41,6 +42,7 @@ class CausalLM(nn.Module):
         """Takes a transformers model, or peft's wrapper around one. logit_map: what follows its output projection."""
         super().__init__()
         self.model, self.key, self.logit_map = model, key, logit_map
+        self.experts: Experts | None = None  # those of a student that is a mixture
         self.wrapper: Wrapper | None = None  # the multimodal model that it is a part of; for saving
 
     @property
@@ -93,8 +95,12 @@ class CausalLM(nn.Module):
         """What the output projection reads [N, H] at batch.positions."""
         raise NotImplementedError
 
-    def run(self, **inputs: Any) -> Tensor:
-        """What the output projection reads [B, L, H]: the model's own forward pass without that product."""
+    def run(self, is_token: Tensor | None = None, **inputs: Any) -> Tensor:
+        """What the output projection reads [B, L, H]: the model's own forward pass without that product.
+
+        is_token: [B, L], 0 at padding, else 1; None: there is no padding. In training it decides which tokens the
+        experts count.
+        """
         kept, given = [], self.head.__dict__.get("forward")
 
         def keep(hidden: Tensor) -> Tensor:
@@ -104,7 +110,10 @@ class CausalLM(nn.Module):
         self.head.forward = keep
         try:
             with self._without_casts() if self.head.weight.is_cuda else contextlib.nullcontext():
-                self.causal_lm(use_cache=False, **inputs)
+                if self.experts and self.model.training and torch.is_grad_enabled():
+                    self.experts.run(self.causal_lm, is_token, inputs)
+                else:
+                    self.causal_lm(use_cache=False, **inputs)
         finally:
             del self.head.forward
             if given is not None:
@@ -122,18 +131,23 @@ class CausalLM(nn.Module):
         has_type = all(parameter.dtype == torch.bfloat16 for parameter in self.model.parameters())
         return torch.autocast("cuda", enabled=False) if has_type else contextlib.nullcontext()
 
-    def forward(self, batch: Batch, loss: Callable[[LinearHead], Tensor]) -> Tensor:
+    def forward(self, batch: Batch, loss: Callable[[LinearHead], Tensor]) -> Tensor | tuple[Tensor, Tensor]:
         """`loss` of the hidden states at batch.positions, in the type of products, and the output projection.
 
         The projection has that type, too, on a CPU. On a GPU it stays as it is: the fused losses cast it themselves,
         and its gradient then keeps their float32.
+
+        In training with an auxiliary loss of routers the result is a pair, `loss` and this loss before its factor, for
+        the micro-batch's share of the step's tokens.
         """
         hidden = self.hidden_states(batch)
         hidden = hidden.to(compute_dtype(hidden))
         weight, bias = self.head.weight, self.head.bias
         if not hidden.is_cuda:
             weight, bias = weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
-        return loss(LinearHead(hidden, weight, bias, self.logit_map))
+        value = loss(LinearHead(hidden, weight, bias, self.logit_map))
+        router_loss = self.experts.take_loss() if self.experts else None
+        return value if router_loss is None else (value, router_loss * (batch.token_share / batch.tokens))
 
     @contextlib.contextmanager
     def explained(self) -> Iterator[None]:

@@ -1,16 +1,19 @@
 """Which form a model trains in, found out on a small random model of its configuration before any weights load."""
 
+import contextlib
 import copy
 import dataclasses
 import functools
 import itertools
 import json
 import re
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging
 
 from ..errors import ConfigError, first_line
 from ..losses.arguments import LogitMap
@@ -68,18 +71,31 @@ def choose(config: PretrainedConfig, key: str, device: torch.device | None = Non
 def _tried(kind: type[PretrainedConfig], described: str) -> tuple[Form | None, str | None]:
     """The form for a configuration, or the reason why there is none. Random numbers of others stay as they are."""
     config = kind.from_dict(json.loads(described))
-    with torch.random.fork_rng(devices=[]), torch.autocast("cpu", enabled=False), torch.no_grad():
+    without_autocast = torch.autocast("cpu", enabled=False)
+    with torch.random.fork_rng(devices=[]), without_autocast, torch.no_grad(), quiet_transformers():
         torch.manual_seed(0)
         try:
             model = small_model(config)
             logit_map = find_logit_map(model)
+            packed = copy.deepcopy(model)
             attention.used.clear()
-            problem = _difference(PackedCausalLM, copy.deepcopy(model), logit_map)
+            problem = _other_attention(packed, _difference(PackedCausalLM, packed, logit_map))
             needs = frozenset(attention.used)
             refusal = None if problem is None else _difference(PaddedCausalLM, model, logit_map)
         except Exception as error:  # models have code of their own
             return None, first_line(error)
     return (Form(problem, logit_map, needs), None) if refusal is None else (None, refusal)
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """A context without transformers' warnings: those about a small random model confuse."""
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
 
 
 def _difference(kind: type[CausalLM], model: PreTrainedModel, logit_map: LogitMap) -> str | None:
@@ -95,6 +111,19 @@ def _difference(kind: type[CausalLM], model: PreTrainedModel, logit_map: LogitMa
     if kind is PaddedCausalLM:
         return f"its logits depend on the tokens that follow, by {difference:.1e} relative: it is not causal"
     return f"its logits differ from its own by {difference:.1e} relative"
+
+
+def _other_attention(model: PreTrainedModel, problem: str | None) -> str | None:
+    """The problem, or that layers compute attention, or something else, in their own way.
+
+    That may be right, too: transformers finds packed sequences by their positions. But it takes the time and memory of
+    one long sequence, and such layers can't be decoded here.
+    """
+    layers = CausalLM(model, "model").layers
+    count = sum(any(module in attention.callers for module in layer.modules()) for layer in layers)
+    if count == len(layers):
+        return problem
+    return f"only {count} of its {len(layers)} kinds of layers use transformers' attention interface"
 
 
 @torch.no_grad()
@@ -228,6 +257,8 @@ def _enlarge(model: PreTrainedModel) -> None:
                 parameter.normal_()
             elif isinstance(module, nn.Linear | Conv1D) and parameter.dim() == 2:
                 parameter.normal_(std=2 / module.weight.shape[1] ** 0.5)
+            elif re.search("Experts|Router|Gate", type(module).__name__) and parameter.dim() > 1:
+                parameter.normal_(std=2 / max(parameter.shape[1:]) ** 0.5)
             elif parameter.dim() == 1:
                 parameter.add_(torch.randn_like(parameter), alpha=0.1)
 

@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from ..config.schema import ModelConfig
 from ..errors import ConfigError, first_line
 from ..files import is_local_path
-from . import attention, dropout, forms, quantized, wrappers
+from . import attention, dropout, experts, forms, quantized, wrappers
 from .causal_lm import CausalLM
 from .forms import Form
 from .identity import ADAPTER_SETTINGS
@@ -88,6 +88,7 @@ class MetaModel:
     form: Form  # how it is trained
     adapter_size: int | None  # weights of its LoRA adapter; None without one
     whole: PretrainedConfig  # as it is published; `config` is a part of it where the model is multimodal
+    router_loss_weight: float = 0.0  # of the auxiliary loss of its routers in training
     quantization: Quantization | None = None
 
 
@@ -112,8 +113,8 @@ def read_meta_model(spec: ModelConfig, key: str) -> MetaModel:
     form = forms.choose(config, key)
     try:
         wrappers.check(whole)
-    except ValueError as error:
-        raise ConfigError(f"{what} ({error})") from None
+    except Exception as error:  # models have code of their own
+        raise ConfigError(f"{what} ({first_line(error)})") from None
     adapter_size = None
     if spec.has_adapter:
         from . import lora
@@ -122,7 +123,8 @@ def read_meta_model(spec: ModelConfig, key: str) -> MetaModel:
     quantization = quantized.read(spec, whole, key)
     if quantization is not None:
         quantization = quantized.check(quantization, meta_model(whole), key)
-    return MetaModel(spec, config, model, form, adapter_size, whole, quantization)
+    router_loss_weight = experts.loss_weight(model, spec.router_aux_loss, key)
+    return MetaModel(spec, config, model, form, adapter_size, whole, router_loss_weight, quantization)
 
 
 def read_config(path: str) -> PretrainedConfig:

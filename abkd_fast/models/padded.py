@@ -26,7 +26,9 @@ class PaddedCausalLM(CausalLM):
         for group in groups:
             samples = [batch.samples[index] for index in group]
             input_ids, places = pad(samples)
-            states = self.run(input_ids=input_ids.to(batch.input_ids.device, non_blocking=True))  # [B, L, H]
+            input_ids = input_ids.to(batch.input_ids.device, non_blocking=True)
+            is_token = _is_token(samples).to(input_ids.device, non_blocking=True) if self.experts else None
+            states = self.run(is_token, input_ids=input_ids)  # [B, L, H]
             states = states.flatten(0, 1).index_select(0, places.to(states.device, non_blocking=True))
             parts |= zip(group, states.split([*map(count_labels, samples)]), strict=True)
         return torch.cat([parts[index] for index in range(len(lengths))])
@@ -45,6 +47,12 @@ def group_by_length(lengths: list[int]) -> list[list[int]]:
 def padded_tokens(lengths: list[int]) -> int:
     """How many tokens the model reads for one micro-batch of sequences of these lengths."""
     return sum(lengths[group[0]] * len(group) for group in group_by_length(lengths))
+
+
+def _is_token(samples: list[dict]) -> Tensor:
+    """[B, L]: 1 for the samples' tokens, 0 for the padding at their ends."""
+    lengths = torch.tensor([len(sample["input_ids"]) for sample in samples])
+    return (torch.arange(int(lengths.max())) < lengths[:, None]).long()
 
 
 def pad(samples: list[dict]) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ from ..console import format_bytes
 from ..data.batches import StepBatch, make_step_batch, prompt_of
 from ..device import device_name, free_memory
 from ..losses import row_ops
-from ..models import attention, forms, loading, padded
+from ..models import attention, experts, forms, loading, padded
 from ..teacher.store import label_counts, lengths_of, table_of
 from . import costs
 
@@ -63,6 +63,10 @@ def header(trainer: Trainer) -> Iterator[str]:
     yield f"  kernels    {_kernels(trainer)}; attention {attention.describe(trainer.device)}"
     yield from _forms(trainer)
     yield from _quantized(trainer)
+    if trainer.student.experts:
+        meta = trainer.student_meta
+        lines = experts.describe(meta.model, meta.router_loss_weight, meta.spec.router_aux_loss)
+        yield from (f"  router     {line}" for line in lines)
     for line in without_kernels(trainer.device):
         yield f"[bold red]{escape(line)}[/bold red]"
     if trainer.teacher:

@@ -178,6 +178,7 @@ class MetricsWindow:
         self.skipped = torch.zeros((), device=device, dtype=torch.int64)
         self.first_nonfinite = torch.zeros(3, device=device, dtype=torch.float64)  # step, loss and norm
         self.parts: dict[str, Tensor] = {}  # parts of the loss, summed likewise
+        self.expert_tokens: Tensor | None = None  # of each expert of a mixture, this rank's alone
         self.rows: list[list[int]] = []  # for each step the data rows behind its samples
         self.steps = self.samples = self.real_tokens = self.max_rank_tokens = 0
         self.tokens = self.flops = 0  # this rank's alone
@@ -201,6 +202,15 @@ class MetricsWindow:
         self.max_rank_tokens += batch.max_rank_tokens
         self.tokens += sum(part.tokens for part in batch.micro_batches)
         self.flops += flops
+
+    def add_expert_tokens(self, tokens: Tensor) -> None:
+        """Adds a step's tokens of each expert, and sets them to 0."""
+        self.expert_tokens = tokens.clone() if self.expert_tokens is None else self.expert_tokens + tokens
+        tokens.zero_()
+
+    def all_expert_tokens(self) -> Tensor:
+        """The tokens of each expert, summed over all ranks. Collective."""
+        return distributed.all_reduce_sum(self.expert_tokens.clone())
 
     def write(self, log: RunLog, step: int, lr: float, numbers: dict[str, float]) -> int:
         """Logs a point, with the method's own `numbers`. Returns how many steps were skipped. Collective."""
@@ -226,6 +236,8 @@ class MetricsWindow:
         counts, rows = torch.tensor([*self.counts().values()]), torch.tensor(self.rows, dtype=torch.int64)
         sums = {"loss": self.loss, "norm": self.norm, "skipped": self.skipped, "first_nonfinite": self.first_nonfinite}
         sums |= {f"parts.{name}": part for name, part in self.parts.items()}
+        if self.expert_tokens is not None:
+            sums["expert_tokens"] = self.all_expert_tokens()
         return {"counts": counts, "rows": rows} | {name: value.cpu() for name, value in sums.items()}
 
     def load(self, tensors: dict[str, Tensor]) -> None:
@@ -233,6 +245,8 @@ class MetricsWindow:
         self.tokens, self.flops = own if distributed.is_rank0() else (0, 0)
         self.rows = tensors["rows"].tolist()
         own = {name: value.to(self.device, copy=True) for name, value in tensors.items()}
+        if "expert_tokens" in own:
+            self.expert_tokens = own["expert_tokens"] * distributed.is_rank0()
         for name in ("loss", "norm", "skipped", "first_nonfinite"):
             setattr(self, name, own[name])
         self.parts = {name.removeprefix("parts."): own[name] for name in own if name.startswith("parts.")}

@@ -24,6 +24,7 @@ from ..methods.base import OnPolicyMethod
 from ..methods.rollouts import Rollouts
 from ..models import loading, quantized, tokenizers
 from ..models.causal_lm import CausalLM
+from ..models.experts import Experts, is_mixture
 from ..models.loading import MetaModel
 from ..signals import StopSignals
 from ..teacher.cache import TeacherCache
@@ -83,7 +84,7 @@ class Trainer:
         self.resumed_from = distributed.run_on_rank0(self.checkpoints.newest) if self.resume else None
         set_seed(config.run.seed)
         self.student = self._build_student()
-        self.replica = distributed.replicate(self.student)
+        self.replica = distributed.replicate(self.student, may_idle=self.student.experts is not None)
         self.teacher = self._build_teacher() if self.cache else None
         self.optimizer = build_optimizer(self.student, config.optim)
         self.scheduler = build_scheduler(self.optimizer, config.optim, self.data.steps)
@@ -113,6 +114,8 @@ class Trainer:
         tokenizers.set_end_tokens(student.causal_lm, ends)
         if train.gradient_checkpointing:
             student.checkpoint_layers()
+        if is_mixture(student):
+            student.experts = Experts(student.causal_lm, self.student_meta.router_loss_weight)
         return student
 
     def _build_teacher(self) -> Teacher | CachedTeacher | OnPolicyTeacher:
@@ -228,17 +231,21 @@ class Trainer:
         """One optimizer step. Returns its loss, gradient norm, and the loss's parts, all still on the device."""
         weight = self.config.data.pretrain.weight if batch.pretrain_blocks else 0.0
         sums = [0.0] * (2 if batch.pretrain_blocks else 1)  # the method's loss, and the loss of plain text
+        self.router_losses: list[Tensor] = []
         for part in batch.micro_batches:
             with distributed.grad_sync(self.replica, part is batch.micro_batches[-1]):
                 if part.is_pretrain:
                     sums[1] = sums[1] + self._backward(part, batch.num_pretrain_labels, weight)
                 else:
                     sums[0] = sums[0] + self._backward(part, batch.num_labels)
-        total, *of_pretrain = distributed.all_reduce_sum(torch.stack(sums))
-        parts = {}
-        if of_pretrain:
-            parts = {"loss_method": total, "loss_pretrain": of_pretrain[0]}
-            total = total + weight * of_pretrain[0]
+        router_sum = [sum(self.router_losses)] if self.router_losses else []
+        total, *others = distributed.all_reduce_sum(torch.stack([*sums, *router_sum]))
+        parts = {"loss_router": others.pop()} if router_sum else {}
+        if others:
+            parts |= {"loss_method": total, "loss_pretrain": others[0]}
+            total = total + weight * others[0]
+        if self.student.experts:
+            self.window.add_expert_tokens(self.student.experts.tokens)
         norm = torch.nn.utils.clip_grad_norm_(self.student.parameters(), self.config.optim.clip_norm)
         norm = distributed.full_tensor(norm)
         # The fused AdamW reads this on the device: where it is 1, weights, moments and step counts stay as they are.
@@ -251,6 +258,8 @@ class Trainer:
     def _backward(self, part: Batch, num_labels: int, weight: float = 1.0) -> Tensor:
         """Adds the gradient of `weight` times a micro-batch's share of the mean loss; returns the share.
 
+        Also adds the gradient of the routers' auxiliary loss, if there is one, and keeps its value.
+
         num_labels: of the whole step on all ranks. The mean is over these.
         """
         part = dataclasses.replace(part.to(self.device), loss_scale=weight / max(1, num_labels))
@@ -259,7 +268,12 @@ class Trainer:
             teacher = self._teacher_head(part)
             loss_of = self._over_shared_tokens(functools.partial(loss_of, batch=part), teacher)
             loss = self.replica(part, self.likelihoods.around(loss_of, part, teacher))
-        loss.backward()
+        objective = loss
+        if isinstance(loss, tuple):
+            loss, router_loss = loss
+            objective = loss + self.student_meta.router_loss_weight * router_loss
+            self.router_losses.append(router_loss.detach().to(loss.dtype))
+        objective.backward()
         return loss.detach() / weight
 
     def _over_shared_tokens(
@@ -295,6 +309,8 @@ class Trainer:
             own = self.method.metrics()
             if self.rollouts:
                 own = own | self.rollouts.metrics(self.window.steps)
+            if self.student.experts:
+                own = own | self.student.experts.load(self.window.all_expert_tokens())
             if skipped := self.window.write(self.log, step, lr, own):
                 self.state.skipped_steps += skipped
                 account = self._describe_nonfinite()

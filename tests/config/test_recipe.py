@@ -194,6 +194,9 @@ TABLE = {
     "llama-gkd.json": ("open_llama_3b_v2", "gkd", "jsd:0.1", 2.5e-4, 10, 16, True),
     "llama-distillm.json": ("open_llama_3b_v2", "distillm", "sfkl:0.1", 5e-4, 10, 16, True),
 }
+# Recipes of other models than the papers': test_model_recipes.py.
+TODAY_PAIRS, TODAY_ROWS = ("qwen3", "llama3", "gemma3", "smollm"), ("", "-sft", "-gkd", "-distillm")
+TODAY = {f"{pair}{row}.json" for pair in TODAY_PAIRS for row in TODAY_ROWS}
 # The DISTILLM rows: the share of the student's text at first, and how much the dev loss has to rise for more of it.
 DISTILLM = {"gpt2": (0.0, 0.1), "llama": (0.2, 0.2)}
 # Of the stages before it that train: the model, learning rate, epochs, samples a step, and which step's weights stay.
@@ -217,7 +220,7 @@ def pretrained(config, stages):
 def test_every_packaged_recipe_is_found_by_its_earlier_name_too():
     """Recipes were flat files, gpt2-kd.json for gpt2/kd.json and gpt2.json for gpt2/ab.json."""
     earlier = {name: name.replace("/", "-").removesuffix("-ab") + ".json" for name in PACKAGED}
-    assert {*earlier.values()} == {*TABLE, "quickstart.json"}
+    assert {*earlier.values()} == {*TABLE, *TODAY, "quickstart.json"}
     for name, flat in earlier.items():
         assert load(f"{name}.json") == load(name) == load(flat)
 
