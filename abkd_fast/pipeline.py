@@ -30,7 +30,7 @@ from .evaluation.test_sets import Protocol, TestSet, read_sets
 from .files import LOCK, check_folder, leftovers
 from .generation import answers
 from .losses.divergences import AlphaNet, parse
-from .models import loading
+from .models import loading, quantized
 from .training.dry_run import describe
 from .training.prepare import Prepared, dev_rows, read_tokenizer, train_format, train_rows
 from .training.show_rows import print_samples, shown_samples
@@ -205,6 +205,8 @@ def _check(config: Config, earlier: dict[str, Config], read: ReadRows) -> Prepar
         if "path" not in spec.stages:
             spec = dataclasses.replace(spec, adapter=None) if "adapter" in spec.stages else spec
             prepared.models[role] = loading.read_meta_model(spec, role)
+            if role == "student" and config.method != "generate":
+                quantized.check_student(prepared.models[role].quantization, config.student)
     _check_rows(config, earlier, prepared, read)
     if config.eval.sets and config.method != "generate":
         prepared.test_sets = _read_test_sets(config, earlier, read)

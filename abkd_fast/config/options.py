@@ -57,7 +57,7 @@ def describe(cls: type = Config, prefix: str = "") -> Iterator[str]:
     hints, sections = typing.get_type_hints(cls), {}
     for field in dataclasses.fields(cls):
         name, hint = prefix + field.name, hints[field.name]
-        if name == "teacher.lora":  # a key of models that the teacher must not have
+        if name in ("teacher.lora", "student.device_map"):  # keys of models that this one must not have
             continue
         sections |= {
             f"{name}.": option for option in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(option)

@@ -67,6 +67,12 @@ class ModelConfig(Section):
     )
     adapter: Annotated[str | None, "LoRA adapter, given as path is: a student trains it, a teacher merges it"] = None
     lora: Annotated[LoraConfig | None, "trains a new LoRA adapter instead of all weights"] = None
+    quantize: Annotated[
+        Literal["4bit", "8bit"] | None, "quantizes while loading (needs bitsandbytes); a student needs an adapter then"
+    ] = None
+    device_map: Annotated[
+        Literal["auto"] | None, "auto: spreads a teacher over all GPUs, then CPU memory, then the disk"
+    ] = None
     router_aux_loss: Annotated[
         float | None,
         "factor of the auxiliary loss that balances a student's experts; 0: none (null: as the model's own "
@@ -83,6 +89,12 @@ class ModelConfig(Section):
             raise ConfigError('config needs "model_type", for example "gpt2" or "llama"', "config")
         if self.adapter is not None and self.lora is not None:
             raise ConfigError("give either adapter, to go on with one, or lora, for a new one")
+        for name in ("quantize", "device_map"):
+            if getattr(self, name) is not None and self.path is None:
+                raise ConfigError(f"{name}: random weights are not loaded, but this says how: give a path", name)
+        if self.device_map is not None and self.adapter is not None:
+            problem = "no adapter can be merged into a model that is spread over devices"
+            raise ConfigError(f"device_map: {problem}; merge it before and give the result as path", "device_map")
         super().__post_init__()
 
     @property
@@ -325,6 +337,12 @@ class Config(Section):
             raise ConfigError(f'teacher: missing, and method "{self.method}" needs one; give teacher.path')
         if self.teacher is not None and self.teacher.lora is not None:
             raise ConfigError("teacher.lora: a teacher is not trained; teacher.adapter merges an adapter into it")
+        if self.student.device_map is not None:
+            problem = "a student is trained on one device"
+            raise ConfigError(f"student.device_map: {problem}; student.quantize and LoRA make it smaller")
+        if self.teacher is not None and self.teacher.device_map is not None and self.method == "minillm":
+            problem = "minillm's teacher also writes, and a model that is spread over devices can't here"
+            raise ConfigError(f"teacher.device_map: {problem}; use teacher.quantize, or another method")
         if self.teacher is not None and self.teacher.router_aux_loss is not None:
             raise ConfigError("teacher.router_aux_loss: a teacher is not trained; give it as student.router_aux_loss")
         if self.tokenizer is None and self.student.path is None:

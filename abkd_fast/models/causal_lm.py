@@ -14,6 +14,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from ..data.batches import Batch, pack
 from ..errors import ConfigError, first_line
 from ..losses.arguments import LinearHead, LogitMap
+from . import quantized
 from .attention import recomputation
 from .experts import Experts
 
@@ -35,6 +36,8 @@ class CausalLM(nn.Module):
     """
 
     form: ClassVar[str]  # "packed" or "padded"
+    tolerance: float | None = None  # of `check`, for weights whose rounding depends on the batch
+    can_compile = True
     longest_decoded: int | None = None  # tokens of a sequence that generation's slots serve; None: any number
 
     def __init__(self, model: nn.Module, key: str, logit_map: LogitMap = LogitMap()) -> None:  # noqa: B008 - a tuple
@@ -170,7 +173,7 @@ class CausalLM(nn.Module):
         with self.explained():
             difference, dtype = self.difference(lengths)
             self.model.train(training)
-            tolerance = 2e-3 if dtype in (torch.float32, torch.float64) else 5e-2
+            tolerance = self.tolerance or (2e-3 if dtype in (torch.float32, torch.float64) else 5e-2)
             if not difference < tolerance:
                 raise ValueError(f"its logits differ from those of its own forward pass by {difference:.1e} relative")
 
@@ -209,7 +212,10 @@ class CausalLM(nn.Module):
         parameters = dict(self.model.named_parameters())
         tied = {name for name, _ in self.model.named_parameters(remove_duplicate=False)} - parameters.keys()
         frozen = {name for name, parameter in parameters.items() if self.has_adapter and not parameter.requires_grad}
-        kept = {name: tensor for name, tensor in self.model.state_dict().items() if name not in tied | frozen}
+        saved = parameters.keys() | {name for name, _ in self.model.named_buffers()}  # not what quantized layers add
+        left_out = tied | frozen
+        state = self.model.state_dict()
+        kept = {name: tensor for name, tensor in state.items() if name in saved and name not in left_out}
         return {self.wrapper.names[name]: tensor for name, tensor in kept.items()} if self.wrapper else kept
 
     def save(self, folder: pathlib.Path, tokenizer: PreTrainedTokenizerBase, weights: dict[str, Tensor]) -> None:
@@ -220,6 +226,7 @@ class CausalLM(nn.Module):
         if self.has_adapter:
             # Without the option peft asks the Hub every time whether embeddings belong to the adapter.
             self.saved_model.save_pretrained(folder, state_dict=weights, save_embedding_layers=False)
+            quantized.save_settings(self.saved_model.get_base_model(), folder)
         elif self.wrapper:
             self.wrapper.save(folder, weights)
         else:

@@ -58,7 +58,9 @@ def choose(config: PretrainedConfig, key: str, device: torch.device | None = Non
 
     Raises ConfigError, with the reason, for a model that is right in neither form.
     """
-    described = json.dumps(config.to_dict(), default=str, sort_keys=True)
+    values = config.to_dict()
+    values.pop("quantization_config", None)  # the small model's weights are drawn, not read
+    described = json.dumps(values, default=str, sort_keys=True)
     form, refusal = _tried(type(config), described)
     if refusal is not None:
         raise ConfigError(f"{key}: a {config.model_type} model can't be trained: {refusal}")

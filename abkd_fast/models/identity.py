@@ -13,6 +13,7 @@ from .. import distributed
 from ..config.schema import ModelConfig
 from ..errors import ConfigError, first_line
 from ..files import atomic_write, cache_folder, file_digest, is_local_path
+from . import quantized
 from .dropout import without_rates
 
 ADAPTER_SETTINGS = "adapter_config.json"
@@ -54,11 +55,12 @@ def hash_weights(
 ) -> dict[str, str]:
     """Identifies a model's weights: by a hash of each file, or by the commit of a model from the Hub.
 
-    The files of an adapter that is merged into them count, too: its settings say how much of it is added.
+    The files of its adapter count, too: its settings say how much of it is added. So does the way they are quantized.
     Hashes are remembered in `folder` (default: the cache folder), each with its file's size, times and inode: hashing
     runs at some 1.5 GB/s. Rank 0 does it for all. `key` names the model in a ConfigError.
     """
     adapter = find_adapter(spec.adapter, key) if spec.adapter else None
+    quantization = quantized.read(spec, hf_config, key)
     weights, memo = pathlib.Path(spec.path), (folder or cache_folder()) / "weights.json"
 
     def hash_all() -> dict[str, str]:
@@ -67,7 +69,8 @@ def hash_weights(
         else:
             hashes = {spec.path: hf_config._commit_hash}
         files = _hash_files(sorted(adapter.glob("adapter_*")), memo) if adapter else {}
-        return hashes | {f"adapter/{name}": digest for name, digest in files.items()}
+        hashes |= {f"adapter/{name}": digest for name, digest in files.items()}
+        return hashes if quantization is None else {**hashes, "quantization": quantization.identity()}
 
     return distributed.run_on_rank0(hash_all)
 

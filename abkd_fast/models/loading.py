@@ -4,23 +4,25 @@ import dataclasses
 import json
 import pathlib
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 import safetensors
 import torch
 import transformers
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
-from torch import Tensor, nn
+from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.activations import NewGELUActivation
+from transformers.pytorch_utils import Conv1D
 
 from ..config.schema import ModelConfig
 from ..errors import ConfigError, first_line
 from ..files import is_local_path
-from . import attention, dropout, experts, forms, wrappers
+from . import attention, dropout, experts, forms, quantized, wrappers
 from .causal_lm import CausalLM
 from .forms import Form
 from .identity import ADAPTER_SETTINGS
+from .quantized import Quantization
 
 transformers.utils.logging.disable_progress_bar()  # the run shows its own
 # Newer versions of transformers renamed what peft and this module still call by the old name.
@@ -65,13 +67,13 @@ def _check_weights(folder: pathlib.Path, key: str) -> None:
 
 
 def model_spec(path: str) -> ModelConfig:
-    """The model at a path: a folder or Hub name, or the folder of a LoRA adapter, which is merged into its base."""
+    """The model at a path: a folder or Hub name, or the folder of a LoRA adapter and its base."""
     settings = pathlib.Path(path, ADAPTER_SETTINGS)
     if not settings.exists():
         return ModelConfig(path=path)
     try:
         base = json.loads(settings.read_text(encoding="utf-8"))["base_model_name_or_path"]
-        return ModelConfig(path=base, adapter=path)
+        return ModelConfig(path=base, adapter=path, quantize=quantized.saved_wish(settings.parent))
     except (OSError, ValueError, LookupError, TypeError):
         raise ConfigError(f"model: {settings} names no base model: the adapter can't be used alone") from None
 
@@ -87,12 +89,14 @@ class MetaModel:
     adapter_size: int | None  # weights of its LoRA adapter; None without one
     whole: PretrainedConfig  # as it is published; `config` is a part of it where the model is multimodal
     router_loss_weight: float = 0.0  # of the auxiliary loss of its routers in training
+    quantization: Quantization | None = None
 
 
 def read_meta_model(spec: ModelConfig, key: str) -> MetaModel:
     """Reads a model's configuration, and its adapter's, without weights.
 
-    Raises ConfigError where there is none, where its numbers don't fit together, and where the adapter doesn't fit it.
+    Raises ConfigError where there is none, where its numbers don't fit together, where the adapter doesn't fit it, and
+    for quantized weights that can't be used.
     """
     what = f"{key}.config"
     if spec.path is not None:
@@ -116,8 +120,11 @@ def read_meta_model(spec: ModelConfig, key: str) -> MetaModel:
         from . import lora
 
         adapter_size = lora.check_adapter(meta_model(whole), spec, key)
+    quantization = quantized.read(spec, whole, key)
+    if quantization is not None:
+        quantization = quantized.check(quantization, meta_model(whole), key)
     router_loss_weight = experts.loss_weight(model, spec.router_aux_loss, key)
-    return MetaModel(spec, config, model, form, adapter_size, whole, router_loss_weight)
+    return MetaModel(spec, config, model, form, adapter_size, whole, router_loss_weight, quantization)
 
 
 def read_config(path: str) -> PretrainedConfig:
@@ -147,22 +154,22 @@ def _hub_problem(error: BaseException | None) -> str:
     return ""
 
 
-def meta_model(config: PretrainedConfig) -> PreTrainedModel:
+def meta_model(config: PretrainedConfig, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """The whole model on the meta device: shapes without memory for weights."""
     with torch.device("meta"):
-        return wrappers.from_config(config)
+        return wrappers.from_config(config, **({} if dtype is None else {"dtype": dtype}))
 
 
-def describe(model: PreTrainedModel, rank: int | None = None) -> str:
-    """Size and kind of a model, and of its adapter: "3431.8M (llama), LoRA rank 16: 5.3M trained"."""
+def describe(meta: MetaModel, rank: int | None = None) -> str:
+    """Size and kind of a model, and of its adapter: "3431.8M (llama), LoRA rank 16: 5.3M trained".
 
-    def millions(parameters: Iterator[Tensor]) -> str:
-        return f"{sum(p.numel() for p in parameters) / 1e6:.1f}M"
-
-    text = f"{millions(model.parameters())} ({model.config.model_type})"
+    rank: of the adapter that is trained. Weights are counted before they load: quantized ones lie packed later.
+    """
+    size, kind = sum(p.numel() for p in meta.model.parameters()), meta.model.config.model_type
     if rank is None:
-        return text
-    return f"{text}, LoRA rank {rank}: {millions(p for p in model.parameters() if p.requires_grad)} trained"
+        return f"{size / 1e6:.1f}M ({kind})"
+    added = meta.adapter_size
+    return f"{(size + added) / 1e6:.1f}M ({kind}), LoRA rank {rank}: {added / 1e6:.1f}M trained"
 
 
 def max_positions(config: PretrainedConfig) -> int | None:
@@ -208,8 +215,9 @@ def load(
 ) -> CausalLM:
     """Loads a model with its weights in `dtype`; without a path they are random. Its activations are fused.
 
-    A student's adapter is attached, and it alone is trained. Other adapters are merged. Of a multimodal model the
-    language model is returned; a student keeps the whole for saving.
+    A student's adapter is attached, and it alone is trained. Other adapters are merged, except into quantized weights:
+    these would round the sum. Of a multimodal model the language model is returned; a student keeps the whole for
+    saving.
 
     config: of the whole model.
     in_parts: the weights will be sharded over processes. They stay mapped from the disk in their files' type where
@@ -228,6 +236,8 @@ def load(
             f"{key}: a {config.model_type} model whose attention has a sliding window needs torch 2.11 or flash-attn "
             f"on a GPU; this is torch {torch.__version__}, without flash-attn"
         )
+    quantization = quantized.read(spec, whole, key, dtype)
+    placed = _placement(spec, quantization, device)
     if spec.path is None:
         model = wrappers.from_config(whole, dtype=dtype)
         language = wrappers.language_model(model)
@@ -235,36 +245,80 @@ def load(
         if spec.has_adapter:
             from . import lora
 
-        merges = key != "student" and spec.adapter is not None
+        merges = key != "student" and spec.adapter is not None and quantization is None
         read_dtype = torch.promote_types(dtype, torch.float32) if merges else dtype
         if in_parts and not spec.has_adapter:
             read_dtype = _type_in_files(spec.path, dtype)
         try:
             model, found = wrappers.model_class(whole).from_pretrained(
-                spec.path, config=whole, dtype=read_dtype, output_loading_info=True
+                spec.path, config=whole, dtype=read_dtype, output_loading_info=True, **placed
             )
         except Exception as error:  # of many kinds: missing, truncated or foreign files
             raise ConfigError(f"{key}.path: {spec.path}: its weights can't be read ({first_line(error)})") from None
         if missing := sorted(found["missing_keys"]):  # transformers would use random weights for these
             names = f"{missing[0]} and {len(missing) - 1} others" if missing[1:] else missing[0]
             raise ConfigError(f"{key}.path: {spec.path}: its weights don't fit its config.json: no {names}")
+        if unread := _unread(model, found["unexpected_keys"]):
+            problem = f"its weights have {unread}, which is not read: is it quantized, and config.json doesn't say how?"
+            raise ConfigError(f"{key}.path: {spec.path}: {problem}")
         if merges:
             model = lora.merge_adapter(model, spec, key, dtype)
+        if spec.device_map is not None:
+            _place_head(model, device)
         language = wrappers.language_model(model)
         if not in_parts:
             # Copied out of the mapped file: each file has its own alignment, which may change a product's last bit.
             for parameter in language.parameters():
-                parameter.data = parameter.data.clone()
-        if key == "student" and spec.has_adapter:
-            model = lora.attach_adapter(model, spec, key)
+                if type(parameter) is nn.Parameter and not parameter.is_meta:
+                    parameter.data = parameter.data.clone()
+    is_quantized = getattr(model, "is_quantized", False)  # transformers dequantizes some that it can't compute with
+    if spec.has_adapter and not merges:
+        model = lora.attach_adapter(model, spec, key)
     trained = model if config is whole else language
     fuse_activations(trained)
     if spec.dropout is not None:
         dropout.set_modules(trained, spec.dropout)
-    student = forms.choose(config, key, device).build(trained if in_parts else trained.to(device), key)
+    causal_lm = forms.choose(config, key, device).build(trained if in_parts or placed else trained.to(device), key)
     if config is not whole and key == "student":
-        student.wrapper = wrappers.Wrapper(model, language, spec.path)
-    return student
+        causal_lm.wrapper = wrappers.Wrapper(model, language, spec.path)
+    if is_quantized:
+        quantized.without_cpu_packing(trained)
+        causal_lm.tolerance = quantized.TOLERANCE
+        causal_lm.can_compile = quantization.quantizer().is_compileable
+    causal_lm.can_compile &= spec.device_map is None
+    return causal_lm
+
+
+def _unread(model: PreTrainedModel, names: Iterable[str]) -> str | None:
+    """A tensor of a checkpoint that belongs to a projection and is not read: a bias, or the scale of its numbers."""
+    projections = {name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
+    return next((name for name in sorted(names) if name.rpartition(".")[0] in projections), None)
+
+
+def _placement(spec: ModelConfig, quantization: Quantization | None, device: torch.device) -> dict:
+    """Arguments of `from_pretrained` for weights that it places itself; none where all go to `device` afterwards."""
+    if quantization is None and spec.device_map is None:
+        return {}
+    settings = {} if quantization is None or quantization.is_stored else {"quantization_config": quantization.settings}
+    one = {"": torch.cuda.current_device() if device.type == "cuda" else str(device)}
+    return {"device_map": spec.device_map or one, **settings}
+
+
+def _place_head(model: PreTrainedModel, device: torch.device) -> None:
+    """Puts the output projection of a model that is spread over devices on `device`, where the losses read it.
+
+    It gets weights of its own: those that accelerate has offloaded are gone between forward passes.
+    """
+    from accelerate.hooks import remove_hook_from_module
+    from accelerate.utils import align_module_device
+
+    head = model.get_output_embeddings()
+    with align_module_device(head):
+        tensors = {name: parameter.detach().to(device) for name, parameter in head.named_parameters()}
+    remove_hook_from_module(head)
+    for name, tensor in tensors.items():
+        setattr(head, name, nn.Parameter(tensor, requires_grad=False))
+    head.register_forward_pre_hook(lambda _, inputs: tuple(x.to(device) for x in inputs))
 
 
 def _type_in_files(path: str, otherwise: torch.dtype) -> torch.dtype:

@@ -92,11 +92,14 @@ def _targets(model: PreTrainedModel, spec: ModelConfig) -> list[str] | str:
 def attach_adapter(model: PreTrainedModel, spec: ModelConfig, key: str) -> peft.PeftModel:
     """The frozen model with its trainable adapter, which is in at least float32."""
     settings = _settings(model, spec, key)
-    if spec.lora is not None:
-        adapted = peft.get_peft_model(model, settings)
-    else:
-        folder = str(find_adapter(spec.adapter, key))
-        adapted = peft.PeftModel.from_pretrained(model, folder, config=settings, is_trainable=True)
+    try:
+        if spec.lora is not None:
+            adapted = peft.get_peft_model(model, settings)
+        else:
+            folder = str(find_adapter(spec.adapter, key))
+            adapted = peft.PeftModel.from_pretrained(model, folder, config=settings, is_trainable=True)
+    except (ValueError, ImportError) as error:  # quantized layers that peft doesn't know
+        raise ConfigError(f"{key}: an adapter can't be attached to its layers ({first_line(error)})") from None
     settings = adapted.peft_config["default"]
     base = os.path.abspath(spec.path) if os.path.isdir(spec.path) else spec.path
     if spec.adapter is not None and settings.base_model_name_or_path not in (base, spec.path):

@@ -166,7 +166,10 @@ class Wrapper:
         self.model = model
         places = {id(module): name for name, module in model.named_modules()}
         self.names = {}  # of the language model's tensors in the whole
+        tensors = {**dict(language.named_parameters(remove_duplicate=False)), **dict(language.named_buffers())}
         for name in language.state_dict():
+            if name not in tensors:
+                continue  # quantized layers add names that are no module's
             module, _, own = name.rpartition(".")
             self.names[name] = f"{places[id(language.get_submodule(module))]}.{own}"
         self.files: dict[str, bytes] = {}  # of processors

@@ -72,6 +72,11 @@ class TeacherCache:
         }
         self.file = store.HiddenStateStore(self.root, identity, self.layout, self.width, self.dtype)
 
+    @property
+    def is_found(self) -> bool:
+        """Whether the run finds all hidden states, and needs no teacher for those."""
+        return self.mode != "off" and bool(self.samples) and self.file.is_recorded
+
     def choose(self, memory: int) -> tuple[bool, bool, str]:
         """Whether to use a file, whether to use memory, and why not. memory: free bytes of device memory.
 

@@ -50,8 +50,9 @@ class ModelCost:
     A mixture of experts works with the experts that a token takes, and holds all.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        """model: on the meta device."""
+    def __init__(self, model: PreTrainedModel, quantized_bytes: int | None = None) -> None:
+        """model: on the meta device. quantized_bytes: of all its weights, if they are quantized."""
+        self.quantized_bytes = quantized_bytes
         head = model.get_output_embeddings().weight
         skipped = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)} | {id(head)}
         shares = _expert_shares(model)
@@ -73,6 +74,10 @@ class ModelCost:
         for layer in attention:
             self.attention[layer._replace(work=0, stored=0)] += layer.work
         self.keys_and_values = sum(layer.stored for layer in attention)
+
+    def weight_bytes(self, dtype: torch.dtype) -> int:
+        """Of frozen weights, in `dtype` unless they are quantized."""
+        return self.parameters * dtype.itemsize if self.quantized_bytes is None else self.quantized_bytes
 
     def body_flops(self, lengths: Iterable[int]) -> int:
         """Operations of a causal forward pass over sequences of these lengths."""
@@ -152,13 +157,13 @@ def memory(
     """Yields about how many bytes training on such micro-batches needs, each with what it holds."""
     student, master = cost.student, 8 if dtype == torch.float64 else 4
     trained = student.parameters if cost.adapter is None else cost.adapter
-    frozen = student.parameters if cost.adapter is not None else 0
-    yield "student's weights", trained * master + frozen * dtype.itemsize
+    frozen = student.weight_bytes(dtype) if cost.adapter is not None else 0
+    yield "student's weights", trained * master + frozen
     yield "gradients and optimizer", 3 * trained * master
     if device.type == "cpu":
         yield "copies, while a checkpoint is written", 3 * trained * master
     if cost.teacher:
-        yield "teacher", (cost.teacher.head if cost.cached else cost.teacher.parameters) * dtype.itemsize
+        yield "teacher", cost.teacher.head * dtype.itemsize if cost.cached else cost.teacher.weight_bytes(dtype)
     yield _activations(student, config, batch, dtype, train.gradient_checkpointing)
     rows_of = 2 if cost.teacher else 1
     logits = torch.float64 if dtype == torch.float64 else torch.float32

@@ -30,6 +30,7 @@ def describe(trainer: Trainer) -> Iterator[str]:
     yield from _data(trainer)
     yield f"{_steps(trainer)}, {steps / steps_per_epoch:.1f} epochs"
     yield from _forms(trainer)
+    yield from _quantized(trainer)
     yield from without_kernels(trainer.device)
     on_disk, in_memory, reason = False, False, ""
     if trainer.cache:
@@ -61,6 +62,7 @@ def header(trainer: Trainer) -> Iterator[str]:
     yield f"  device     {device_name(trainer.device)}, {str(trainer.dtype).removeprefix('torch.')}"
     yield f"  kernels    {_kernels(trainer)}; attention {attention.describe(trainer.device)}"
     yield from _forms(trainer)
+    yield from _quantized(trainer)
     if trainer.student.experts:
         meta = trainer.student_meta
         lines = experts.describe(meta.model, meta.router_loss_weight, meta.spec.router_aux_loss)
@@ -86,11 +88,20 @@ def _steps(trainer: Trainer) -> str:
 
 
 def _models(trainer: Trainer) -> str:
-    sizes = f"student {loading.describe(trainer.student.causal_lm, trainer.student.adapter_rank)}"
-    if trainer.teacher:  # a cached teacher's body is not in memory
-        sizes += f", teacher {loading.describe(trainer.teacher_meta.model)}"
-    adapter = trainer.config.teacher.adapter if trainer.teacher else None
-    return f"{sizes} with {adapter} merged" if adapter else sizes
+    sizes = f"student {loading.describe(trainer.student_meta, trainer.student.adapter_rank)}"
+    if not trainer.teacher:
+        return sizes
+    meta, adapter = trainer.teacher_meta, trainer.config.teacher.adapter
+    sizes += f", teacher {loading.describe(meta)}"  # a cached teacher's body is not in memory
+    joined = "merged" if meta.quantization is None else "attached"
+    return f"{sizes} with {adapter} {joined}" if adapter else sizes
+
+
+def _quantized(trainer: Trainer) -> Iterator[str]:
+    """Lines about the models whose weights are quantized."""
+    for role, meta in (("student", trainer.student_meta), ("teacher", trainer.teacher_meta)):
+        if meta and meta.quantization:
+            yield f"  quantized  {role}: {meta.quantization.note}"
 
 
 def _forms(trainer: Trainer) -> Iterator[str]:

@@ -16,7 +16,7 @@ from ..errors import ConfigError
 from ..evaluation.test_sets import TestSet
 from ..methods import METHODS
 from ..methods.base import Method
-from ..models import loading, tokenizers
+from ..models import loading, quantized, tokenizers
 from ..models.loading import MetaModel
 from ..models.vocabularies import Vocabulary
 from .dev_eval import DevEvaluator
@@ -112,6 +112,9 @@ def check_models(
     Raises ConfigError unless these have what the chat template and the ends of responses need, and the models have room
     for the samples.
     """
+    quantized.check_student(student.quantization, config.student)
+    if is_sharded(config) and any(model and model.quantization for model in (student, teacher)):
+        raise ConfigError("train.parallel is fsdp, but quantized weights can't be cut into parts; use ddp")
     theirs = None
     if teacher and config.teacher.path is not None:
         theirs = tokenizers.read_tokenizer(config.teacher.path, "teacher.path")

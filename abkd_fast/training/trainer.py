@@ -16,13 +16,13 @@ from ..console import console
 from ..data.batches import Batch, StepBatch, make_step_batch, prefetch, step_samples
 from ..data.chat import PromptFormat
 from ..device import choose_device, choose_dtype
-from ..errors import Interrupted
+from ..errors import ConfigError, Interrupted
 from ..files import WRITE_ERRORS, check_folder, locked, write_json
 from ..losses.arguments import LinearHead
 from ..methods import METHODS
 from ..methods.base import OnPolicyMethod
 from ..methods.rollouts import Rollouts
-from ..models import loading, tokenizers
+from ..models import loading, quantized, tokenizers
 from ..models.causal_lm import CausalLM
 from ..models.experts import Experts, is_mixture
 from ..models.loading import MetaModel
@@ -70,6 +70,11 @@ class Trainer:
             fraction = self.method.off_policy_fraction
             samples = round(self.data.steps * config.train.batch_size * fraction) or int(fraction > 0)
             self.cache = TeacherCache(config, self.teacher_meta, self.data.train_set, samples, self.device, self.dtype)
+            runs = self.is_on_policy or not self.cache.is_found
+            if config.teacher.device_map and runs and distributed.world_size() > 1:
+                problem = f"one process spreads the teacher over all GPUs, but there are {distributed.world_size()}"
+                way_out = "build its cache first, by a run of one process with cache.mode=disk and train.steps=1"
+                raise ConfigError(f"teacher.device_map: {problem}; {way_out}", "teacher.device_map")
 
     def build(self) -> None:
         """Loads the models and builds all that a step needs. Restores the newest checkpoint of a resumed run."""
@@ -136,7 +141,10 @@ class Trainer:
             distributed.shard(model, model.layers, self.device, storage, self.dtype)
         with self.precision(), distributed.unsharded(model):
             model.check()
-        if self.device.type == "cuda" and self.config.train.compile == "auto" and model.form == "packed":
+            if role == "student" and meta.quantization is not None:
+                quantized.check_gradients(model, meta.quantization.name)
+        can_compile = model.can_compile and model.form == "packed"
+        if self.device.type == "cuda" and self.config.train.compile == "auto" and can_compile:
             model.compile()
         return model
 
@@ -146,8 +154,14 @@ class Trainer:
 
     def step_cost(self, cached: bool) -> costs.StepCost:
         """The cost of a step, with or without the teacher's cache."""
-        teacher = costs.ModelCost(self.teacher_meta.model) if self.teacher_meta else None
-        return costs.StepCost(costs.ModelCost(self.student_meta.model), self.student_meta.adapter_size, teacher, cached)
+        teacher = self._model_cost(self.teacher_meta) if self.teacher_meta else None
+        return costs.StepCost(self._model_cost(self.student_meta), self.student_meta.adapter_size, teacher, cached)
+
+    def _model_cost(self, meta: MetaModel) -> costs.ModelCost:
+        if meta.quantization is None:
+            return costs.ModelCost(meta.model)
+        whole = loading.meta_model(meta.whole, self.dtype)
+        return costs.ModelCost(meta.model, meta.quantization.bytes(whole, self.dtype))
 
     def train(self) -> dict:
         """Trains, writes the run folder, and returns the summary.
