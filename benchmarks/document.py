@@ -1,4 +1,4 @@
-"""Puts measured and predicted tables into docs/performance.md: `python benchmarks/document.py`.
+"""Puts measured and predicted tables into docs/performance.md and docs/models.md: `python benchmarks/document.py`.
 
 Between `<!-- NAME SECTION: TITLE -->` (TITLE is optional) and `<!-- end -->` go tables of benchmarks/results' newest
 NAME.json; `NAME@SCALE/COUNT` takes the newest at a scale with so many methods. Without such a file nothing changes.
@@ -33,5 +33,6 @@ def fill(text: str, results: pathlib.Path) -> str:
 
 
 if __name__ == "__main__":
-    page = FOLDER.parent / "docs" / "performance.md"
-    page.write_text(fill(page.read_text(), FOLDER / "results"))
+    for name in ("performance", "models"):
+        page = FOLDER.parent / "docs" / f"{name}.md"
+        page.write_text(fill(page.read_text(), FOLDER / "results"))

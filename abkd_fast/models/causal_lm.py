@@ -38,7 +38,6 @@ class CausalLM(nn.Module):
     form: ClassVar[str]  # "packed" or "padded"
     tolerance: float | None = None  # of `check`, for weights whose rounding depends on the batch
     can_compile = True
-    longest_decoded: int | None = None  # tokens of a sequence that generation's slots serve; None: any number
 
     def __init__(self, model: nn.Module, key: str, logit_map: LogitMap = LogitMap()) -> None:  # noqa: B008 - a tuple
         """Takes a transformers model, or peft's wrapper around one. logit_map: what follows its output projection."""
@@ -46,6 +45,9 @@ class CausalLM(nn.Module):
         self.model, self.key, self.logit_map = model, key, logit_map
         self.experts: Experts | None = None  # those of a student that is a mixture
         self.wrapper: Wrapper | None = None  # the multimodal model that it is a part of; for saving
+        # LongRoPE rotates the keys of longer sequences differently, from their first token on.
+        self.long_ropes = [x for x in model.modules() if getattr(x, "rope_type", None) == "longrope"]
+        self.longest_decoded = min(map(original_length, self.long_ropes), default=None)  # tokens that slots serve
 
     @property
     def saved_model(self) -> nn.Module:
@@ -232,6 +234,11 @@ class CausalLM(nn.Module):
         else:
             self.model.save_pretrained(folder, state_dict=weights)
         tokenizer.save_pretrained(folder)
+
+
+def original_length(rope: nn.Module) -> int:
+    """The longest sequences, in tokens, that a LongRoPE module rotates by its short factors."""
+    return rope.config.rope_parameters["original_max_position_embeddings"]
 
 
 def _longest_stack(model: nn.Module) -> list[nn.Module]:

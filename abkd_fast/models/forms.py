@@ -23,7 +23,7 @@ from .causal_lm import CausalLM
 from .packed import PackedCausalLM
 from .padded import PaddedCausalLM
 
-LENGTHS = (23, 19, 13, 11, 5)  # tokens of the rows that are compared: beyond SPAN, and of similar length
+LENGTHS = (23, 19, 13, 11, 9, 7)  # tokens of the rows that are compared: beyond SPAN, and of similar length
 SPAN = 8  # windows, chunks and blocks of attention are no longer than this in the small model
 SMALL = 64  # vocabulary and inner widths of the small model
 MOST_WEIGHTS = 2**28  # of the small model

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from .. import distributed
 from ..data.batches import Batch, collate, count_labels
+from ..errors import ConfigError
 from .causal_lm import CausalLM
 
 SHORTEST_SHARE = 0.75  # of a group's longest sequence: the others have at least so many tokens
@@ -21,9 +22,7 @@ class PaddedCausalLM(CausalLM):
     def hidden_states(self, batch: Batch) -> Tensor:
         parts: dict[int, Tensor] = {}  # by sample
         lengths = [len(sample["input_ids"]) for sample in batch.samples]
-        # Where weights are gathered in every pass, all ranks have to make equally many.
-        groups = [[*range(len(lengths))]] if distributed.is_sharded(self) else group_by_length(lengths)
-        for group in groups:
+        for group in self._groups(lengths):
             samples = [batch.samples[index] for index in group]
             input_ids, places = pad(samples)
             input_ids = input_ids.to(batch.input_ids.device, non_blocking=True)
@@ -33,12 +32,26 @@ class PaddedCausalLM(CausalLM):
             parts |= zip(group, states.split([*map(count_labels, samples)]), strict=True)
         return torch.cat([parts[index] for index in range(len(lengths))])
 
+    def _groups(self, lengths: list[int]) -> list[list[int]]:
+        if not distributed.is_sharded(self):
+            return group_by_length(lengths, self.longest_decoded)
+        # Where weights are gathered in every pass, all ranks have to make equally many.
+        if self.longest_decoded is not None and max(lengths) > self.longest_decoded:
+            limit = f"data.max_length up to {self.longest_decoded}, where its LongRoPE changes, or train.parallel=ddp"
+            raise ConfigError(f"{self.key}: a padded {self.causal_lm.config.model_type} model needs {limit}")
+        return [[*range(len(lengths))]]
 
-def group_by_length(lengths: list[int]) -> list[list[int]]:
-    """Indices of sequences in groups of similar length, the longest first."""
+
+def group_by_length(lengths: list[int], boundary: int | None = None) -> list[list[int]]:
+    """Indices of sequences in groups of similar length, the longest first.
+
+    boundary: no group has both longer sequences and others.
+    """
     groups: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
-        if not groups or lengths[index] < SHORTEST_SHARE * lengths[groups[-1][0]]:
+        longest = lengths[groups[-1][0]] if groups else 0
+        crosses = boundary is not None and lengths[index] <= boundary < longest
+        if not groups or crosses or lengths[index] < SHORTEST_SHARE * longest:
             groups.append([])
         groups[-1].append(index)
     return groups

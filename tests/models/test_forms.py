@@ -95,3 +95,19 @@ def test_groups_of_similar_length():
     groups = padded.group_by_length(lengths)
     assert groups == [[1, 2, 4], [3], [5, 0], [6]]
     assert padded.padded_tokens(lengths) == 300 + 74 + 12 + 1
+    assert padded.group_by_length(lengths, 79) == [[1, 2], [4, 3], [5, 0], [6]]
+
+
+def test_padded_sequences_have_their_own_long_rope():
+    """The longest sequence of a group decides for all: a group must not have both kinds."""
+    factors = {"short_factor": [1.0] * 4, "long_factor": [3.0] * 4, "original_max_position_embeddings": 16}
+    config = AutoConfig.for_model(
+        **{**LLAMA, "model_type": "phi3", "pad_token_id": 0, "original_max_position_embeddings": 16},
+        rope_parameters={"rope_type": "longrope", "rope_theta": 1e4, **factors},
+    )
+    model = padded.PaddedCausalLM(forms.small_model(config), "student")
+    assert model.longest_decoded == forms.SPAN
+    with torch.no_grad():
+        assert model.difference((9, 8, 7))[0] < 1e-5
+        model.longest_decoded = None
+        assert model.difference((9, 8, 7))[0] > 1e-2
