@@ -107,6 +107,14 @@ CHANGES: dict[str, dict[str, Any]] = {
     "qwen2_moe": {"use_sliding_window": True, "max_window_layers": 1},
     "qwen3_next": {"num_hidden_layers": 2, "layer_types": HALVES, "linear_key_head_dim": 8, "linear_value_head_dim": 8},
     "xmod": {"default_language": "en_XX"},
+    "zamba": {
+        "num_hidden_layers": 9,
+        "attention_hidden_size": 64,
+        "attention_head_dim": 16,
+        "num_key_value_heads": 4,
+        "mamba_dt_rank": 4,
+        "use_mamba_kernels": False,
+    },
     "zamba2": {"layers_block_type": ["linear_attention", "hybrid"], "n_mamba_heads": 8, "mamba_headdim": 8},
     "zaya": {"num_experts_per_tok": 1},
 }
