@@ -38,7 +38,6 @@ class CausalLM(nn.Module):
     form: ClassVar[str]  # "packed" or "padded"
     tolerance: float | None = None  # of `check`, for weights whose rounding depends on the batch
     can_compile = True
-    longest_decoded: int | None = None  # tokens of a sequence that generation's slots serve; None: any number
 
     def __init__(self, model: nn.Module, key: str, logit_map: LogitMap = LogitMap()) -> None:  # noqa: B008 - a tuple
         """Takes a transformers model, or peft's wrapper around one. logit_map: what follows its output projection."""
@@ -46,6 +45,7 @@ class CausalLM(nn.Module):
         self.model, self.key, self.logit_map = model, key, logit_map
         self.experts: Experts | None = None  # those of a student that is a mixture
         self.wrapper: Wrapper | None = None  # the multimodal model that it is a part of; for saving
+        self.longest_decoded = rope_border(model)  # tokens of a sequence whose keys stay as they are; None: any number
 
     @property
     def saved_model(self) -> nn.Module:
@@ -232,6 +232,21 @@ class CausalLM(nn.Module):
         else:
             self.model.save_pretrained(folder, state_dict=weights)
         tokenizer.save_pretrained(folder)
+
+
+def long_ropes(model: nn.Module) -> list[nn.Module]:
+    """The modules of LongRoPE: they rotate the keys of longer sequences differently, from their first token on."""
+    return [module for module in model.modules() if getattr(module, "rope_type", None) == "longrope"]
+
+
+def original_length(rope: nn.Module) -> int:
+    """How many tokens a sequence may have that LongRoPE counts as short."""
+    return rope.config.rope_parameters["original_max_position_embeddings"]
+
+
+def rope_border(model: nn.Module) -> int | None:
+    """How many tokens a sequence may have that a model counts as short; None where there is no such border."""
+    return min(map(original_length, long_ropes(model)), default=None)
 
 
 def _longest_stack(model: nn.Module) -> list[nn.Module]:

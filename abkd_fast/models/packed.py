@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..data.batches import Batch
 from ..losses.arguments import LogitMap
 from . import attention
-from .causal_lm import CausalLM
+from .causal_lm import CausalLM, long_ropes, original_length
 
 
 class PackedCausalLM(CausalLM):
@@ -28,9 +28,7 @@ class PackedCausalLM(CausalLM):
         modules = [*self.causal_lm.modules()]
         self.chunks = {chunk for x in modules if (chunk := getattr(x, "masked_chunk", None)) is not None}
         self.scales_by_place = any(getattr(x, "attn_temperature_tuning", False) for x in modules)
-        self.long_ropes = [x for x in modules if getattr(x, "rope_type", None) == "longrope"]
-        # LongRoPE rotates the keys of longer sequences differently, from their first token on.
-        self.longest_decoded = min(map(_original_length, self.long_ropes), default=None)
+        self.long_ropes = long_ropes(model)
         parameters = inspect.signature(self.causal_lm.forward).parameters.values()
         self.passes_options = any(parameter.kind == parameter.VAR_KEYWORD for parameter in parameters)
 
@@ -82,17 +80,13 @@ class PackedCausalLM(CausalLM):
             self.causal_lm.set_attn_implementation(attention.NAME)
 
 
-def _original_length(rope: nn.Module) -> int:
-    return rope.config.rope_parameters["original_max_position_embeddings"]
-
-
 def _by_sequence(rope: nn.Module, position_ids: Tensor, cu_seqlens: Tensor | None) -> Callable[..., tuple[Tensor, ...]]:
     """The forward pass of a LongRoPE module with both kinds of factors, each where it belongs."""
     lengths = position_ids[0] + 1
     if cu_seqlens is not None:
         lengths = cu_seqlens.diff()
         lengths = lengths.repeat_interleave(lengths, output_size=position_ids.shape[1])
-    is_long = lengths > _original_length(rope)  # [T]
+    is_long = lengths > original_length(rope)  # [T]
     forward = rope.forward
 
     def both(x: Tensor, position_ids: Tensor, **options: Any) -> tuple[Tensor, ...]:

@@ -22,7 +22,8 @@ class PaddedCausalLM(CausalLM):
         parts: dict[int, Tensor] = {}  # by sample
         lengths = [len(sample["input_ids"]) for sample in batch.samples]
         # Where weights are gathered in every pass, all ranks have to make equally many.
-        groups = [[*range(len(lengths))]] if distributed.is_sharded(self) else group_by_length(lengths)
+        one = [[*range(len(lengths))]]
+        groups = one if distributed.is_sharded(self) else group_by_length(lengths, self.longest_decoded)
         for group in groups:
             samples = [batch.samples[index] for index in group]
             input_ids, places = pad(samples)
@@ -34,11 +35,16 @@ class PaddedCausalLM(CausalLM):
         return torch.cat([parts[index] for index in range(len(lengths))])
 
 
-def group_by_length(lengths: list[int]) -> list[list[int]]:
-    """Indices of sequences in groups of similar length, the longest first."""
+def group_by_length(lengths: list[int], border: int | None = None) -> list[list[int]]:
+    """Indices of sequences in groups of similar length, the longest first.
+
+    border: LongRoPE's, which decides by the longest one of a group. None of these is longer where another isn't.
+    """
     groups: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
-        if not groups or lengths[index] < SHORTEST_SHARE * lengths[groups[-1][0]]:
+        longest = lengths[groups[-1][0]] if groups else 0
+        is_short = border is not None and lengths[index] <= border < longest
+        if not groups or lengths[index] < SHORTEST_SHARE * longest or is_short:
             groups.append([])
         groups[-1].append(index)
     return groups
