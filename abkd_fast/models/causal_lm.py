@@ -45,9 +45,7 @@ class CausalLM(nn.Module):
         self.model, self.key, self.logit_map = model, key, logit_map
         self.experts: Experts | None = None  # those of a student that is a mixture
         self.wrapper: Wrapper | None = None  # the multimodal model that it is a part of; for saving
-        # LongRoPE rotates the keys of longer sequences differently, from their first token on.
-        self.long_ropes = [x for x in model.modules() if getattr(x, "rope_type", None) == "longrope"]
-        self.longest_decoded = min(map(original_length, self.long_ropes), default=None)  # tokens that slots serve
+        self.longest_decoded = rope_border(model)  # tokens of a sequence whose keys stay as they are; None: any number
 
     @property
     def saved_model(self) -> nn.Module:
@@ -236,9 +234,19 @@ class CausalLM(nn.Module):
         tokenizer.save_pretrained(folder)
 
 
+def long_ropes(model: nn.Module) -> list[nn.Module]:
+    """The modules of LongRoPE: they rotate the keys of longer sequences differently, from their first token on."""
+    return [module for module in model.modules() if getattr(module, "rope_type", None) == "longrope"]
+
+
 def original_length(rope: nn.Module) -> int:
-    """The longest sequences, in tokens, that a LongRoPE module rotates by its short factors."""
+    """How many tokens a sequence may have that LongRoPE counts as short."""
     return rope.config.rope_parameters["original_max_position_embeddings"]
+
+
+def rope_border(model: nn.Module) -> int | None:
+    """How many tokens a sequence may have that a model counts as short; None where there is no such border."""
+    return min(map(original_length, long_ropes(model)), default=None)
 
 
 def _longest_stack(model: nn.Module) -> list[nn.Module]:

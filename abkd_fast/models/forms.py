@@ -23,17 +23,20 @@ from .causal_lm import CausalLM
 from .packed import PackedCausalLM
 from .padded import PaddedCausalLM
 
-LENGTHS = (23, 19, 13, 11, 9, 7)  # tokens of the rows that are compared: beyond SPAN, and of similar length
+LENGTHS = (23, 19, 13, 9, 7)  # tokens of the rows that are compared: beyond SPAN, of similar length, and on both sides
 SPAN = 8  # windows, chunks and blocks of attention are no longer than this in the small model
 SMALL = 64  # vocabulary and inner widths of the small model
 MOST_WEIGHTS = 2**28  # of the small model
 MOST_KINDS = 8  # of layers; further ones are left out
-TOLERANCE = 1e-3  # of the largest logit. A wrong window, cap or boundary differs by much more, rounding by much less
+TOLERANCE = (
+    1e-4  # of the largest logit. Rounding is below 2e-5; Gemma 2's attention without its soft cap differs by 9e-4
+)
 LARGEST_LOGIT = 100.0  # of the small model: soft caps show
 SPAN_NAMES = re.compile(
     "(window|window_size|chunk_size|block_size|index_topk|compressed_attention|local_attention\\w*|floor_scale|original_max_position_embeddings)$"
 )
 WIDTH_NAMES = re.compile("intermediate_size|ffn|inner|mlp_hidden")
+CHOSEN_EXPERTS = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k_experts")
 LOGIT_NAMES = re.compile("^(?!attn).*(logit.*scal|logit.*cap|lm_head_multiplier|output_multiplier)")
 
 
@@ -121,10 +124,12 @@ def _other_attention(model: PreTrainedModel, problem: str | None) -> str | None:
     one long sequence, and such layers can't be decoded here.
     """
     layers = CausalLM(model, "model").layers
+    if problem is None and any(isinstance(module, nn.Conv1d) for layer in layers for module in layer.modules()):
+        return "its layers have convolutions, which read on from one sequence into the next"
     count = sum(any(module in attention.callers for module in layer.modules()) for layer in layers)
     if count == len(layers):
         return problem
-    return f"only {count} of its {len(layers)} kinds of layers use transformers' attention interface"
+    return "not all of its layers use transformers' attention interface"
 
 
 @torch.no_grad()
@@ -166,14 +171,15 @@ def _narrow(config: PretrainedConfig) -> None:
     """Keeps few heads, in groups as before, and few experts. Not every family can be changed that way."""
     _shrink(config)
     values = vars(config)
-    heads, keys = config.num_attention_heads, values.get("num_key_value_heads") or config.num_attention_heads
+    name = "num_kv_heads" if values.get("num_kv_heads") else "num_key_value_heads"  # Falcon has the first
+    heads, keys = config.num_attention_heads, values.get(name) or config.num_attention_heads
     kept = min(keys, 2) * (heads // keys)
     width = SMALL if values.get("head_dim") else config.hidden_size // heads * kept
     config.hidden_size = min(config.hidden_size, max(SMALL, width))
     config.num_attention_heads = kept
-    if values.get("num_key_value_heads"):
-        config.num_key_value_heads = min(keys, 2)
-    active = max(values.get(name) or 1 for name in ("num_experts_per_tok", "num_experts_per_token", "moe_topk"))
+    if values.get(name):
+        setattr(config, name, min(keys, 2))
+    active = max(values.get(name) or 1 for name in CHOSEN_EXPERTS)
     for name in ("num_experts", "num_local_experts", "n_routed_experts"):
         if values.get(name):
             setattr(config, name, min(values[name], max(4, 2 * active)))
@@ -182,6 +188,8 @@ def _narrow(config: PretrainedConfig) -> None:
 def _shrink(config: PretrainedConfig) -> None:
     _shrink_layers(config)
     config.vocab_size = min(config.vocab_size, SMALL)
+    if getattr(config, "vocab_size_per_layer_input", None):  # Gemma 4's second embeddings
+        config.vocab_size_per_layer_input = min(config.vocab_size_per_layer_input, SMALL)
     for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
         setattr(config, name, None)
     for name, value in list(vars(config).items()):
@@ -190,22 +198,30 @@ def _shrink(config: PretrainedConfig) -> None:
 
 
 def _shrink_layers(config: PretrainedConfig) -> None:
-    """Keeps one layer of each kind, and shortens what a layer sees of the past, so that the rows are longer."""
-    kinds = _layer_kinds(config)
+    """Keeps one layer of each kind, and shortens what a layer sees of the past, so that the rows are longer.
+
+    All layers are kept where those don't make a model.
+    """
+    lists = [*_lists_by_layer(config)]  # in a smaller model further lists may be as long
+    kinds = _layer_kinds(config, lists)
     first = [kinds.index(kind) for kind in dict.fromkeys(kinds)][:MOST_KINDS]
     chosen = first if len(first) > 1 else [*range(len(kinds))][:2]
     for indices in (chosen, [*range(max(chosen) + 1)]):
         small = copy.deepcopy(config)
-        _keep_layers(small, indices)
-        if _layer_kinds(small) == [kinds[index] for index in indices]:
-            break
-    _keep_layers(config, indices)
+        with contextlib.suppress(Exception):  # models have code of their own
+            _keep_layers(small, indices)
+            if _layer_kinds(small, lists) == [kinds[index] for index in indices]:
+                _keep_layers(config, indices)
+                break
     _shorten(vars(config))
 
 
 def _keep_layers(config: PretrainedConfig, indices: list[int]) -> None:
     for name, value in _lists_by_layer(config).items():
         setattr(config, name, type(value)(value[index] for index in indices))
+    if shared := getattr(config, "num_kv_shared_layers", None):  # the last ones
+        first = config.num_hidden_layers - shared
+        config.num_kv_shared_layers = sum(index >= first for index in indices)
     config.num_hidden_layers = len(indices)
 
 
@@ -217,13 +233,12 @@ def _shorten(values: dict) -> None:
             values[name] = type(value)(SPAN)
 
 
-def _layer_kinds(config: PretrainedConfig) -> list[str]:
-    """What distinguishes the layers of a model: their modules, the settings of these, and the configuration's lists."""
+def _layer_kinds(config: PretrainedConfig, lists: list[str]) -> list[str]:
+    """What distinguishes the layers of a model: their modules, the settings of these, and these lists by layer."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     described = [_describe_layer(layer) for layer in CausalLM(model, "model").layers]
-    lists = _lists_by_layer(config).values()
-    return [f"{text} {[values[index] for values in lists]}" for index, text in enumerate(described)]
+    return [f"{text} {[getattr(config, name)[index] for name in lists]}" for index, text in enumerate(described)]
 
 
 def _lists_by_layer(config: PretrainedConfig) -> dict[str, list | tuple]:

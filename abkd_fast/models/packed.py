@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..data.batches import Batch
 from ..losses.arguments import LogitMap
 from . import attention
-from .causal_lm import CausalLM, original_length
+from .causal_lm import CausalLM, long_ropes, original_length
 
 
 class PackedCausalLM(CausalLM):
@@ -28,6 +28,7 @@ class PackedCausalLM(CausalLM):
         modules = [*self.causal_lm.modules()]
         self.chunks = {chunk for x in modules if (chunk := getattr(x, "masked_chunk", None)) is not None}
         self.scales_by_place = any(getattr(x, "attn_temperature_tuning", False) for x in modules)
+        self.long_ropes = long_ropes(model)
         parameters = inspect.signature(self.causal_lm.forward).parameters.values()
         self.passes_options = any(parameter.kind == parameter.VAR_KEYWORD for parameter in parameters)
 

@@ -5,7 +5,6 @@ from torch import Tensor
 
 from .. import distributed
 from ..data.batches import Batch, collate, count_labels
-from ..errors import ConfigError
 from .causal_lm import CausalLM
 
 SHORTEST_SHARE = 0.75  # of a group's longest sequence: the others have at least so many tokens
@@ -22,7 +21,10 @@ class PaddedCausalLM(CausalLM):
     def hidden_states(self, batch: Batch) -> Tensor:
         parts: dict[int, Tensor] = {}  # by sample
         lengths = [len(sample["input_ids"]) for sample in batch.samples]
-        for group in self._groups(lengths):
+        # Where weights are gathered in every pass, all ranks have to make equally many.
+        one = [[*range(len(lengths))]]
+        groups = one if distributed.is_sharded(self) else group_by_length(lengths, self.longest_decoded)
+        for group in groups:
             samples = [batch.samples[index] for index in group]
             input_ids, places = pad(samples)
             input_ids = input_ids.to(batch.input_ids.device, non_blocking=True)
@@ -32,26 +34,17 @@ class PaddedCausalLM(CausalLM):
             parts |= zip(group, states.split([*map(count_labels, samples)]), strict=True)
         return torch.cat([parts[index] for index in range(len(lengths))])
 
-    def _groups(self, lengths: list[int]) -> list[list[int]]:
-        if not distributed.is_sharded(self):
-            return group_by_length(lengths, self.longest_decoded)
-        # Where weights are gathered in every pass, all ranks have to make equally many.
-        if self.longest_decoded is not None and max(lengths) > self.longest_decoded:
-            limit = f"data.max_length up to {self.longest_decoded}, where its LongRoPE changes, or train.parallel=ddp"
-            raise ConfigError(f"{self.key}: a padded {self.causal_lm.config.model_type} model needs {limit}")
-        return [[*range(len(lengths))]]
 
-
-def group_by_length(lengths: list[int], boundary: int | None = None) -> list[list[int]]:
+def group_by_length(lengths: list[int], border: int | None = None) -> list[list[int]]:
     """Indices of sequences in groups of similar length, the longest first.
 
-    boundary: no group has both longer sequences and others.
+    border: LongRoPE's, which decides by the longest one of a group. None of these is longer where another isn't.
     """
     groups: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
         longest = lengths[groups[-1][0]] if groups else 0
-        crosses = boundary is not None and lengths[index] <= boundary < longest
-        if not groups or crosses or lengths[index] < SHORTEST_SHARE * longest:
+        is_short = border is not None and lengths[index] <= border < longest
+        if not groups or lengths[index] < SHORTEST_SHARE * longest or is_short:
             groups.append([])
         groups[-1].append(index)
     return groups

@@ -108,9 +108,10 @@ def _forms(trainer: Trainer) -> Iterator[str]:
     """How the models compute, and what that costs where it is not the fast way."""
     metas = {"student": trainer.student_meta} | ({"teacher": trainer.teacher_meta} if trainer.teacher_meta else {})
     chosen = {role: forms.choose(meta.config, role, trainer.device) for role, meta in metas.items()}
-    packed = " and ".join(role for role, form in chosen.items() if form.problem is None)
+    packed = [role for role, form in chosen.items() if form.problem is None]
     if packed:
-        yield f"  packed     {packed}: checked against their own passes"
+        own = "their own passes" if packed[1:] else "its own pass"
+        yield f"  packed     {' and '.join(packed)}: checked against {own}"
     parts = next(trainer.batches()).micro_batches
     read = sum(padded.padded_tokens([len(sample["input_ids"]) for sample in part.samples]) for part in parts)
     padding = read / sum(part.tokens for part in parts) - 1

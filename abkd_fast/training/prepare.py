@@ -17,6 +17,7 @@ from ..evaluation.test_sets import TestSet
 from ..methods import METHODS
 from ..methods.base import Method
 from ..models import loading, quantized, tokenizers
+from ..models.causal_lm import rope_border
 from ..models.loading import MetaModel
 from ..models.vocabularies import Vocabulary
 from .dev_eval import DevEvaluator
@@ -115,6 +116,13 @@ def check_models(
     quantized.check_student(student.quantization, config.student)
     if is_sharded(config) and any(model and model.quantization for model in (student, teacher)):
         raise ConfigError("train.parallel is fsdp, but quantized weights can't be cut into parts; use ddp")
+    for role, meta in (("student", student), ("teacher", teacher)):
+        border = rope_border(meta.model) if meta and meta.form.problem and is_sharded(config) else None
+        if border is not None and config.data.max_length > border:
+            raise ConfigError(
+                f"train.parallel is fsdp, but the {role} is padded, and its LongRoPE treats samples of more than "
+                f"{border} tokens differently; use ddp, or lower data.max_length"
+            )
     theirs = None
     if teacher and config.teacher.path is not None:
         theirs = tokenizers.read_tokenizer(config.teacher.path, "teacher.path")
