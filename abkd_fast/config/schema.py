@@ -338,8 +338,10 @@ class Config(Section):
         if self.teacher is not None and self.teacher.lora is not None:
             raise ConfigError("teacher.lora: a teacher is not trained; teacher.adapter merges an adapter into it")
         if self.student.device_map is not None:
-            problem = "a student is trained on one device"
-            raise ConfigError(f"student.device_map: {problem}; student.quantize and LoRA make it smaller")
+            problem, way_out = "a student is trained on one device", "student.quantize and LoRA make it smaller"
+            if self.method == "generate":
+                problem, way_out = "a model that is spread over devices can't write here", "use student.quantize"
+            raise ConfigError(f"student.device_map: {problem}; {way_out}")
         if self.teacher is not None and self.teacher.device_map is not None and self.method == "minillm":
             problem = "minillm's teacher also writes, and a model that is spread over devices can't here"
             raise ConfigError(f"teacher.device_map: {problem}; use teacher.quantize, or another method")

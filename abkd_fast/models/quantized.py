@@ -19,8 +19,10 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ..config.schema import ModelConfig
 from ..errors import ConfigError, first_line
 
-# bitsandbytes says at every product of 8-bit weights that it casts to float16.
+# bitsandbytes says at every product of 8-bit weights that it casts to float16. On CPUs with AVX512-BF16 it asks, as
+# soon as peft imports it, for a package whose kernel loses gradients.
 logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 TOLERANCE = 0.25  # of the largest logit. The rounding of 8-bit products depends on the rest of the batch, by 8e-2
 SETTINGS = "quantization_config.json"  # beside an adapter: how its base was quantized

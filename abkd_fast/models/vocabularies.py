@@ -52,7 +52,7 @@ class Vocabulary:
         ours, theirs = self._tokens
         last = max((index for index, token in ours.items() if theirs.get(index) == token), default=-1)
         at_end = [index for index in self.different if index > last]
-        return min(at_end[0], *self.sizes.values()) if at_end and at_end[0] < min(self.sizes.values()) else None
+        return at_end[0] if at_end and at_end[0] <= min(self.sizes.values()) else None
 
     def check_sizes(self) -> None:
         """Raises ConfigError for vocabularies of different sizes, where padding can't be the reason."""
@@ -113,9 +113,11 @@ class Vocabulary:
         if self.different:
             named = _list(self.different, lambda index: f"{ours.get(index)!r} / {theirs.get(index)!r}")
             text = f"student and teacher differ at {len(self.different)} ids, which nothing uses: {named}"
-            if self.shared is not None:
-                text += f"; the loss compares the first {self.shared} tokens, which end before them"
-            if inside := sum(self.shared is None or index < self.shared for index in self.different):
+            compared = min(self.sizes.values()) if self.shared is None else self.shared
+            inside = sum(index < compared for index in self.different)
+            if inside < len(self.different):
+                text += f"; the loss compares the first {compared} tokens, which end before them"
+            if inside:
                 text += f"; the loss does compare {inside} of them, which lie between tokens that are the same"
             yield text
 

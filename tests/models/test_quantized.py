@@ -3,6 +3,7 @@
 import copy
 import importlib.util
 import json
+import logging
 import pathlib
 import shutil
 import types
@@ -282,6 +283,11 @@ def test_projections_that_lose_gradients_are_refused(kind):
         quantized.check_gradients(layers, "4 bits")
 
 
+def test_bitsandbytes_says_nothing_in_runs_that_are_not_quantized():
+    """peft imports it, and on some CPUs it then asks for a package whose kernel loses gradients."""
+    assert not logging.getLogger("bitsandbytes.backends.cpu.ops").isEnabledFor(logging.WARNING)
+
+
 @pytest.mark.parametrize(
     ("method", "package"),
     [("bitsandbytes", "bitsandbytes"), ("awq", "gptqmodel"), ("gptq", "gptqmodel"), ("torchao", "torchao")],
@@ -304,6 +310,10 @@ REFUSED = {
         "student.quantize: random weights are not loaded",
     ),
     "spread student": ({"student": {"path": "@base", "device_map": "auto"}}, "student.device_map: a student is"),
+    "spread author": (
+        {"student": {"path": "@base", "device_map": "auto"}, "method": "generate"},
+        "student.device_map: a model that is spread over devices can't write here; use student.quantize",
+    ),
     "spread adapter": (
         {"teacher": {"path": "@base", "adapter": "x", "device_map": "auto"}},
         "teacher.device_map: no adapter can be merged into a model that is spread",

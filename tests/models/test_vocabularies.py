@@ -110,6 +110,18 @@ def test_a_prompt_that_the_answering_model_cannot_read_is_refused(make, write_js
         Generation(spec, write_jsonl([ROWS[0], {"prompt": "<image>"}]), out, SamplingParams(), device="cpu")
 
 
+@pytest.mark.parametrize("size", [TOKENS, TOKENS + 1])
+def test_tokens_beyond_the_smaller_model_are_not_compared(make, size):
+    """The teacher has many tokens more: this is no padding, but they lie at the end."""
+    found = notes(make("ab", vocabs=(size, TOKENS + 1100), tokens=((), ["<tool>", "</tool>"])))
+    assert found.endswith("; the loss compares the first 840 tokens, which end before them")
+
+
+def test_tokens_that_no_model_has_are_not_compared(make):
+    found = notes(make("ab", vocabs=(TOKENS - 1, TOKENS), tokens=(["<tool>"], []), rows=[{**ROWS[0]}] * 4))
+    assert found.endswith("840 ('<tool>' / None); the loss compares the first 839 tokens, which end before them")
+
+
 def test_tokens_that_differ_are_refused_where_they_are_used(make, write_jsonl):
     """As Qwen 2.5 and Qwen 3 do, and distillates of R1."""
     differ = {"tokens": (["<image>"], ["<tool>", "</tool>"])}
