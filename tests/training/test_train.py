@@ -368,6 +368,7 @@ def test_a_gpu_compiles_student_and_teacher_after_their_check(recipe, tmp_path, 
     trainer.device, done = torch.device("cuda"), []
     model = types.SimpleNamespace(
         form="packed",
+        can_compile=True,
         check=lambda: done.append("checked"),
         compile=lambda: done.append("compiled"),
         requires_grad_=lambda wish: None,
