@@ -13,7 +13,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import ConfigError
-from ..models import forms
+from ..models import forms, wrappers
 from ..models.attention import Settings, by_own_place, option, packed_attention, read_settings
 from ..models.causal_lm import CausalLM, compute_dtype
 from ..models.packed import PackedCausalLM
@@ -159,15 +159,15 @@ def slot_attention(
 def prepared(model: CausalLM | PreTrainedModel) -> Iterator[CausalLM]:
     """Makes a model ready for a decoder, in eval mode; undoes that at the end.
 
-    Raises ConfigError for a model that is right in no form, and on a GPU for a packed one that computes in more than 16
-    bits. A CausalLM has been checked already.
+    A multimodal model's language model is taken. Raises ConfigError for a model that is right in no form, and on a GPU
+    for a packed one that computes in more than 16 bits. A CausalLM has been checked already.
     """
     is_checked = isinstance(model, CausalLM)
-    inner = model.causal_lm if is_checked else model
-    implementation, training = inner.config._attn_implementation, inner.training
+    inner = model.causal_lm if is_checked else wrappers.language_model(model)
+    implementation, training = inner.config._attn_implementation, (inner if is_checked else model).training
     try:
         if not is_checked:
-            model = forms.choose(model.config, "model", model.device).build(model, "model")
+            model = forms.choose(inner.config, "model", model.device).build(inner, "model")
         weight, is_packed = model.head.weight, model.form == "packed"
         if is_packed and weight.device.type == "cuda" and (dtype := compute_dtype(weight)).itemsize > 2:
             name, way_out = str(dtype).removeprefix("torch."), 'torch.autocast("cuda", torch.bfloat16)'

@@ -12,9 +12,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 
 from abkd_fast import generate
 from abkd_fast.config.recipe import load
+from abkd_fast.config.sampling import SamplingParams
 from abkd_fast.config.schema import ModelConfig
 from abkd_fast.data import quickstart
 from abkd_fast.errors import ConfigError
+from abkd_fast.generation.sampling import sample
 from abkd_fast.models import loading, wrappers
 from abkd_fast.training.trainer import Trainer
 from runs import Killed, Run, assert_same, at_step, crash
@@ -178,6 +180,18 @@ def test_generation_from_final(tmp_path, trained, write_jsonl):
     model = AutoModelForCausalLM.from_pretrained(trained.folder / "final", dtype=torch.float32)
     own = model.generate(input_ids=prompt, do_sample=False, max_new_tokens=12, no_repeat_ngram_size=6)
     assert own[0, prompt.shape[1] :][: len(row["output_ids"])].tolist() == row["output_ids"]
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_sampling_from_the_whole(published, training):
+    """What `AutoModelForCausalLM` gives for a multimodal folder."""
+    model = AutoModelForCausalLM.from_pretrained(published, dtype=torch.float32).train(training)
+    prompt = [5, 9, 300, 41, 7, 8, 12, 3, 77, 20]  # longer than the window
+    (ours,) = sample(model, [prompt], SamplingParams(max_new_tokens=12, temperature=0), seeds=[1])
+    assert {module.training for module in model.modules()} == {training}
+    assert model.config.text_config._attn_implementation == "sdpa"
+    own = model.eval().generate(input_ids=torch.tensor([prompt]), do_sample=False, max_new_tokens=12, eos_token_id=1023)
+    assert own[0, len(prompt) :].tolist() == ours
 
 
 def test_lora(tmp_path, published, cache_folder):
