@@ -73,9 +73,9 @@ def model_spec(path: str) -> ModelConfig:
         return ModelConfig(path=path)
     try:
         base = json.loads(settings.read_text(encoding="utf-8"))["base_model_name_or_path"]
-        return ModelConfig(path=base, adapter=path, quantize=quantized.saved_wish(settings.parent))
     except (OSError, ValueError, LookupError, TypeError):
         raise ConfigError(f"model: {settings} names no base model: the adapter can't be used alone") from None
+    return ModelConfig(path=base, adapter=path, quantize=quantized.saved_wish(settings.parent))
 
 
 @dataclasses.dataclass(frozen=True)

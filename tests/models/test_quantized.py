@@ -389,3 +389,10 @@ def test_several_processes_spread_no_teacher_unless_its_cache_is_there(tmp_path,
         Trainer(config)
     monkeypatch.setattr(HiddenStateStore, "is_recorded", True)
     Trainer(config)
+
+
+def test_a_broken_note_of_an_adapter_is_named(tmp_path):
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "somebody/something"}')
+    (tmp_path / quantized.SETTINGS).write_text("{")
+    with pytest.raises(ConfigError, match=rf"{quantized.SETTINGS} can't be read"):
+        loading.model_spec(str(tmp_path))
