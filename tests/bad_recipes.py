@@ -32,7 +32,7 @@ CASES = {
         "abkd_fast/recipes/gpt2-kd.json: no such file; did you mean gpt2/kd.json?",
         arguments=["--config", "abkd_fast/recipes/gpt2-kd.json"],
     ),
-    "no recipe": case("nowhere.json: no such file; packaged recipes are gpt2", arguments=["--config", "nowhere.json"]),
+    "no recipe": case("nowhere.json: no such file; packaged recipes are gemma3", arguments=["--config", "nowhere.json"]),
     "recipe misspelled": case(
         "quikstart: no such file; did you mean quickstart.json?", arguments=["--config", "quikstart"]
     ),
