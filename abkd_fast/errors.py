@@ -18,8 +18,10 @@ class ConfigError(ValueError):
 
 
 def first_line(error: Exception) -> str:
-    """The first line of a library's error, for the message of a ConfigError."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    """The first line of a library's error, for the message of a ConfigError. One that ends in a colon has the next."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    text = " ".join(lines[: 2 if lines[0].endswith(":") else 1])
+    return text if len(text) <= 200 else f"{text[:199]}…"
 
 
 def nearest(name: str, valid: typing.Iterable[str]) -> str:

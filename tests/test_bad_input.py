@@ -12,7 +12,7 @@ from transformers import AutoConfig, PreTrainedTokenizerFast
 import bad_recipes
 from abkd_fast.data import quickstart
 from abkd_fast.device import choose_dtype
-from abkd_fast.errors import ConfigError
+from abkd_fast.errors import ConfigError, first_line
 from abkd_fast.models import loading
 from abkd_fast.train import main
 from bad_recipes import BASE, GOOD, SMALL, STAGES, case
@@ -372,3 +372,12 @@ def test_gpu_without_the_kernels_of_attention(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     assert choose_dtype("auto", torch.device("cuda")) == torch.bfloat16
     assert choose_dtype("auto", torch.device("cpu")) == torch.float32
+
+
+def test_a_librarys_error_is_one_line_with_its_reason():
+    assert first_line(ValueError("No room\nand more")) == "No room"
+    assert first_line(ValueError("Class validation error:\n    ValueError: 3 heads\nmore")) == (
+        "Class validation error: ValueError: 3 heads"
+    )
+    assert first_line(ValueError("")) == "ValueError"
+    assert first_line(ValueError("a" * 300)) == "a" * 199 + "…"

@@ -74,9 +74,9 @@ def choose(config: PretrainedConfig, key: str, device: torch.device | None = Non
 @functools.cache
 def _tried(kind: type[PretrainedConfig], described: str) -> tuple[Form | None, str | None]:
     """The form for a configuration, or the reason why there is none. Random numbers of others stay as they are."""
-    config = kind.from_dict(json.loads(described))
     without_autocast = torch.autocast("cpu", enabled=False)
     with torch.random.fork_rng(devices=[]), without_autocast, torch.no_grad(), quiet_transformers():
+        config = kind.from_dict(json.loads(described))
         torch.manual_seed(0)
         try:
             model = small_model(config)

@@ -121,9 +121,10 @@ def check(config: PretrainedConfig) -> None:
 @functools.cache
 def _problem(kind: type[PretrainedConfig], described: str) -> str | None:
     """How the whole's logits differ, in words; None where they don't. Random numbers of others stay as they are."""
-    config = kind.from_dict(json.loads(described))
-    text = language_config(config)
-    with torch.random.fork_rng(devices=[]), torch.autocast("cpu", enabled=False), torch.no_grad():
+    without_autocast = torch.autocast("cpu", enabled=False)
+    with torch.random.fork_rng(devices=[]), without_autocast, torch.no_grad(), forms.quiet_transformers():
+        config = kind.from_dict(json.loads(described))
+        text = language_config(config)
         torch.manual_seed(0)
         small = forms.small_model(text)
         small.config.pad_token_id = 0  # the whole may put it in the place of images

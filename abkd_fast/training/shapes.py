@@ -75,7 +75,7 @@ def _note_attention(config: PretrainedConfig, most_alike: int) -> list[Attention
         return value.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3]), None
 
     AttentionInterface.register(NAME, note)
-    with torch.no_grad(), torch.device("meta"), WithoutValues():
+    with forms.quiet_transformers(), torch.no_grad(), torch.device("meta"), WithoutValues():
         model = AutoModelForCausalLM.from_config(config)
         model.set_attn_implementation(NAME)
         attention.note_masks(model)
