@@ -58,14 +58,16 @@ MLA = {"num_key_value_heads": 4}  # latent attention has as many key heads as he
 HALVES = ["linear_attention", "full_attention"]
 # What else a small model of a family needs, so that all kinds of its layers are there.
 CHANGES: dict[str, dict[str, Any]] = {
-    **dict.fromkeys(("axk1", "axk2", "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite"), MLA),
+    **dict.fromkeys(("axk2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite"), MLA),
     **dict.fromkeys(("glm_moe_dsa", "minicpm3", "sarvam_mla", "youtu", "dots3_note_text"), MLA),
+    "axk1": {**MLA, "n_group": 2, "topk_group": 1},
     "bamba": {"mamba_n_heads": 8, "mamba_d_head": 8, "attn_layer_indices": [1]},
     "codegen": {"rotary_dim": 4},
     "dbrx": {
-        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0},
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
         "ffn_config": {"ffn_hidden_size": 48, "hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2},
     },
+    "deepseek_v2": {**MLA, "num_experts_per_tok": 2, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "first_k_dense_replace": 1},
     "falcon_h1": {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_ssm": 64},
     "gemma2": {"query_pre_attn_scalar": 8},
