@@ -23,17 +23,16 @@ from .causal_lm import CausalLM
 from .packed import PackedCausalLM
 from .padded import PaddedCausalLM
 
-LENGTHS = (23, 19, 13, 9, 7)  # tokens of the rows that are compared: beyond SPAN, of similar length, and on both sides
+LENGTHS = (23, 19, 13, 9, 7)  # tokens of the rows that are compared: on both sides of SPAN, neighbors of similar length
 SPAN = 8  # windows, chunks and blocks of attention are no longer than this in the small model
 SMALL = 64  # vocabulary and inner widths of the small model
 MOST_WEIGHTS = 2**28  # of the small model
 MOST_KINDS = 8  # of layers; further ones are left out
-TOLERANCE = (
-    1e-4  # of the largest logit. Rounding is below 2e-5; Gemma 2's attention without its soft cap differs by 9e-4
-)
+TOLERANCE = 1e-4  # of the largest logit: rounding is below 2e-5, Gemma 2 without its attention's cap is 9e-4 off
 LARGEST_LOGIT = 100.0  # of the small model: soft caps show
 SPAN_NAMES = re.compile(
-    "(window|window_size|chunk_size|block_size|index_topk|compressed_attention|local_attention\\w*|floor_scale|original_max_position_embeddings)$"
+    r"(window|window_size|chunk_size|block_size|index_topk|compressed_attention|local_attention\w*|floor_scale"
+    "|original_max_position_embeddings)$"
 )
 WIDTH_NAMES = re.compile("intermediate_size|ffn|inner|mlp_hidden")
 CHOSEN_EXPERTS = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k_experts")
