@@ -119,6 +119,9 @@ def _forms(trainer: Trainer) -> Iterator[str]:
         if form.problem is not None:
             kind = metas[role].config.model_type
             yield f"  padded     {role}, a {kind} model: {form.problem}; padding adds {padding:.0%} (docs/models.md)"
+    if trainer.student_meta.whole is not trainer.student_meta.config:
+        kind = trainer.student_meta.whole.model_type
+        yield f"  multimodal student, a {kind} model: its language model alone is trained; final/ keeps the other parts"
 
 
 def _kernels(trainer: Trainer) -> str:

@@ -161,7 +161,9 @@ def test_random_weights_and_dry_run(tmp_path, capsys):
     options = "train.batch_size=2", "data.train_rows=2", "data.dev=null"
     run = WrapperRun(tmp_path, None, *options, student={"config": GEMMA3}, tokenizer="quickstart")
     assert run("--dry-run") == 0
-    assert "memory" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert "memory" in output
+    assert "multimodal student, a gemma3 model: its language model alone is trained" in output
     trainer = run.trainer()
     trainer.build()
     trainer.checkpoint_writer.save_model(tmp_path / "final")
