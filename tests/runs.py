@@ -3,6 +3,7 @@
 import json
 import os
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -94,6 +95,15 @@ def at_step(monkeypatch, number, action):
 
 def crash():
     raise Killed
+
+
+def crash_and_resume(run, monkeypatch, step):
+    """Ends a run after this step as a crash would, and resumes it."""
+    with monkeypatch.context() as patch:
+        at_step(patch, step, crash)
+        with pytest.raises(Killed):
+            run()
+    assert run("--resume") == 0
 
 
 def send(number):

@@ -36,6 +36,11 @@ class Batch:
     def tokens(self) -> int:
         return self.input_ids.shape[1]
 
+    @property
+    def lengths(self) -> list[int]:
+        """The tokens of each sequence, known to the host."""
+        return [len(sample["input_ids"]) for sample in self.samples]
+
     def to(self, device: torch.device) -> Batch:
         """The same batch with all tensors but the labels on `device`."""
         return self._replaced(lambda tensor: tensor.to(device, non_blocking=True), but="labels")

@@ -45,7 +45,7 @@ class Form:
 
     problem: str | None  # why it is not packed; None: it is
     logit_map: LogitMap
-    needs: frozenset[str] = frozenset()  # what its attention has beside windows: "softcap", "sinks"
+    needs: frozenset[str] = frozenset()  # what its attention was asked for: `attention.used`
 
     def build(self, model: nn.Module, key: str) -> CausalLM:
         """The model in this form. It may be wrapped by peft."""
@@ -144,20 +144,23 @@ def small_model(config: PretrainedConfig) -> PreTrainedModel:
         (_shrink, None),
         (lambda config: None, None),
     )
+    failure: Exception | None = None
     for change, enlarge in attempts:
         small = copy.deepcopy(config)
         try:
             change(small)
             with torch.device("meta"):
                 weights = sum(p.numel() for p in AutoModelForCausalLM.from_config(small).parameters())
-            if weights > MOST_WEIGHTS:
-                raise ValueError(f"the smallest model of its configuration has {weights / 1e6:.0f}M weights")
+            if weights > MOST_WEIGHTS:  # what hinders a smaller one says more
+                failure = failure or ValueError(f"its smallest model here has {weights / 1e6:.0f}M weights")
+                continue
             model = AutoModelForCausalLM.from_config(small, dtype=torch.float32, attn_implementation="eager").eval()
             if enlarge:
                 enlarge(model)
             products, _ = _products_and_logits(model)
             if products.isfinite().all():
                 break
+            failure = ValueError("the logits of a small random model of its configuration are not finite")
         except Exception as error:  # the model can't be that small; the last one is as it is
             failure = error
     else:

@@ -20,7 +20,7 @@ class PaddedCausalLM(CausalLM):
 
     def hidden_states(self, batch: Batch) -> Tensor:
         parts: dict[int, Tensor] = {}  # by sample
-        lengths = [len(sample["input_ids"]) for sample in batch.samples]
+        lengths = batch.lengths
         # Where weights are gathered in every pass, all ranks have to make equally many.
         one = [[*range(len(lengths))]]
         groups = one if distributed.is_sharded(self) else group_by_length(lengths, self.longest_decoded)
@@ -50,9 +50,14 @@ def group_by_length(lengths: list[int], border: int | None = None) -> list[list[
     return groups
 
 
+def group_shapes(lengths: list[int]) -> list[tuple[int, int]]:
+    """Sequences and tokens of each group in which a model reads a micro-batch of sequences of these lengths."""
+    return [(len(group), lengths[group[0]]) for group in group_by_length(lengths)]
+
+
 def padded_tokens(lengths: list[int]) -> int:
-    """How many tokens the model reads for one micro-batch of sequences of these lengths."""
-    return sum(lengths[group[0]] * len(group) for group in group_by_length(lengths))
+    """How many tokens the model reads for such a micro-batch."""
+    return sum(rows * length for rows, length in group_shapes(lengths))
 
 
 def _is_token(samples: list[dict]) -> Tensor:

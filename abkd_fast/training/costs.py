@@ -15,7 +15,8 @@ from ..errors import ConfigError
 from ..generation import decoder, graphs
 from ..losses.chunks import choose_chunk_tokens, gradient_dtype, row_bytes
 from ..models import forms
-from .shapes import activation_bytes, attention_costs, padded_shapes
+from ..models.padded import padded_tokens
+from .shapes import activation_bytes, attention_costs
 
 # Operations a second of dense bfloat16 products with float32 sums, as the makers state them.
 PEAK_FLOPS = {
@@ -144,7 +145,7 @@ def _estimated_activation_bytes(
 ) -> int:
     """About what `activation_bytes` gives, for models that can't run on fake tensors: what their products touch."""
     is_packed = forms.choose(config, "student").problem is None
-    tokens = batch.tokens if is_packed else sum(rows * length for rows, length in padded_shapes(batch))
+    tokens = batch.tokens if is_packed else padded_tokens(batch.lengths)
     features = cost.features
     if recompute:
         features = cost.layers * cost.width + features / cost.layers

@@ -113,7 +113,7 @@ def _forms(trainer: Trainer) -> Iterator[str]:
         own = "their own passes" if packed[1:] else "its own pass"
         yield f"  packed     {' and '.join(packed)}: checked against {own}"
     parts = next(trainer.batches()).micro_batches
-    read = sum(padded.padded_tokens([len(sample["input_ids"]) for sample in part.samples]) for part in parts)
+    read = sum(padded.padded_tokens(part.lengths) for part in parts)
     padding = read / sum(part.tokens for part in parts) - 1
     for role, form in chosen.items():
         if form.problem is not None:

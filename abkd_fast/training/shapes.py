@@ -17,7 +17,7 @@ from ..data.batches import Batch
 from ..errors import ConfigError
 from ..models import attention, forms, loading
 from ..models.causal_lm import CausalLM
-from ..models.padded import PaddedCausalLM, group_by_length
+from ..models.padded import PaddedCausalLM, group_shapes
 
 NAME = "abkd_shapes"  # the attention function that notes shapes
 
@@ -212,11 +212,5 @@ def _run_body(model: CausalLM, batch: Batch) -> None:
     if not isinstance(model, PaddedCausalLM):
         model.hidden_states(batch)
         return
-    for rows, length in padded_shapes(batch):
+    for rows, length in group_shapes(batch.lengths):
         model.run(input_ids=torch.zeros(rows, length, dtype=torch.int64))
-
-
-def padded_shapes(batch: Batch) -> list[tuple[int, int]]:
-    """Sequences and tokens of the groups in which `PaddedCausalLM` runs a batch."""
-    lengths = [len(sample["input_ids"]) for sample in batch.samples]
-    return [(len(group), lengths[group[0]]) for group in group_by_length(lengths)]

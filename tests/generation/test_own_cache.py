@@ -13,7 +13,7 @@ from abkd_fast.models.forms import find_logit_map
 from abkd_fast.models.packed import PackedCausalLM
 from abkd_fast.models.padded import PaddedCausalLM
 from conftest import LLAMA
-from runs import Killed, Run, assert_same, at_step, crash
+from runs import Run, assert_same, crash_and_resume
 
 SMALL = {**LLAMA, "num_hidden_layers": 2}
 STATES = {"vocab_size": 211, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8}
@@ -240,9 +240,5 @@ def run(tmp_path):
 def test_training_on_generated_text_resumes(run, monkeypatch):
     undisturbed, interrupted = run("undisturbed"), run("interrupted")
     assert undisturbed() == 0
-    with monkeypatch.context() as patch:
-        at_step(patch, 2, crash)
-        with pytest.raises(Killed):
-            interrupted()
-    assert interrupted("--resume") == 0
+    crash_and_resume(interrupted, monkeypatch, 2)
     assert_same(interrupted, undisturbed)

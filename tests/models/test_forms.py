@@ -45,6 +45,23 @@ def test_unknown_maps_of_logits_are_refused(monkeypatch):
         forms.find_logit_map(model)
 
 
+def test_small_models_without_finite_logits_say_so(monkeypatch):
+    nothing = torch.full((1, 2, 3), torch.nan)
+    monkeypatch.setattr(forms, "_products_and_logits", lambda model: (nothing, nothing))
+    with pytest.raises(ValueError, match="are not finite"):
+        forms.small_model(AutoConfig.for_model(**LLAMA))
+
+
+def test_what_hinders_a_small_model_is_told_before_the_size_of_a_large_one(monkeypatch):
+    def hinder(config):
+        raise ValueError("hindered")
+
+    monkeypatch.setattr(forms, "_shrink_layers", hinder)
+    monkeypatch.setattr(forms, "MOST_WEIGHTS", 1)
+    with pytest.raises(ValueError, match="hindered"):
+        forms.small_model(AutoConfig.for_model(**LLAMA))
+
+
 def test_a_model_that_sees_what_follows_is_refused():
     with pytest.raises(ConfigError, match=r"student: a bert model can't be trained: .* not causal"):
         choose("bert")

@@ -29,7 +29,7 @@ from abkd_fast.teacher.store import HiddenStateStore
 from abkd_fast.training import trainer
 from abkd_fast.training.trainer import Trainer
 from packed_models import samples
-from runs import Killed, Run, assert_same, at_step, crash
+from runs import Run, assert_same, crash_and_resume
 
 WIDE = {**SMALL, "hidden_size": 64, "intermediate_size": 128}  # quantized in blocks of 64
 needs_bitsandbytes = pytest.mark.skipif(
@@ -104,11 +104,7 @@ def trained(base, large, tmp_path_factory):
 @needs_bitsandbytes
 def test_resumed_run_is_the_undisturbed_one(tmp_path, base, large, trained, monkeypatch, capsys):
     run = QuantizedRun(tmp_path, base, large)
-    with monkeypatch.context() as patch:
-        at_step(patch, 3, crash)
-        with pytest.raises(Killed):
-            run()
-    assert run("--resume") == 0
+    crash_and_resume(run, monkeypatch, 3)
     assert_same(run, trained)
     said = capsys.readouterr().out
     assert "quantized  student: bitsandbytes 4-bit (nf4); rounding may depend on the batch" in said

@@ -17,7 +17,7 @@ from abkd_fast.models.experts import Experts, describe
 from abkd_fast.models.packed import PackedCausalLM
 from abkd_fast.models.padded import PaddedCausalLM
 from packed_models import samples
-from runs import RECIPE, Killed, Run, assert_same, at_step, crash
+from runs import RECIPE, Run, assert_same, crash_and_resume
 
 SIZES = {
     "vocab_size": 211,
@@ -215,11 +215,7 @@ def test_a_resumed_run_is_the_undisturbed_one(tmp_path, monkeypatch, capsys):
     assert "router     auxiliary loss times 0.1, over all tokens of a step" in (said := capsys.readouterr().out)
     assert "random in training, by the seed: jitter_noise is 0.1" in said
     run = run_of(tmp_path / "run")
-    with monkeypatch.context() as patch:
-        at_step(patch, 3, crash)
-        with pytest.raises(Killed):
-            run()
-    assert run("--resume") == 0
+    crash_and_resume(run, monkeypatch, 3)
     assert_same(run, undisturbed)
     points = [point for point in run.points() if point.get("kind") == "train"]
     assert [point["step"] for point in points] == [3, 4]

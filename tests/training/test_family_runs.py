@@ -14,7 +14,7 @@ from abkd_fast.data import quickstart
 from abkd_fast.data.rows import read_rows
 from abkd_fast.data.tokenize import tokenize
 from abkd_fast.generation.sampling import sample
-from runs import Killed, Run, assert_same, at_step, crash
+from runs import Run, assert_same, crash_and_resume
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / "benchmarks"))
 from families import own_loss, small_config
@@ -44,11 +44,7 @@ def run_of(folder, family):
 def test_family_trains_resumes_and_writes(family, tmp_path, monkeypatch):
     whole, resumed = run_of(tmp_path / "whole", family), run_of(tmp_path / "resumed", family)
     assert whole() == 0
-    with monkeypatch.context() as patch:
-        at_step(patch, 3, crash)
-        with pytest.raises(Killed):
-            resumed()
-    assert resumed("--resume") == 0
+    crash_and_resume(resumed, monkeypatch, 3)
     assert_same(resumed, whole)
 
     final, tokenizer = whole.folder / "final", quickstart.tokenizer()

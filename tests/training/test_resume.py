@@ -30,7 +30,7 @@ from abkd_fast.train import main
 from abkd_fast.training import checkpoint, checkpoint_writer
 from abkd_fast.training.trainer import Trainer
 from conftest import needs_proc
-from runs import GPT2, TIED, Killed, Run, assert_same, at_step, crash, poison, send
+from runs import GPT2, TIED, Killed, Run, assert_same, at_step, crash, crash_and_resume, poison, send
 
 
 @pytest.fixture(scope="module")
@@ -473,11 +473,7 @@ def test_teacher_of_random_weights_is_the_same_one_on_resume(tmp_path, monkeypat
     sections = {"method": "kd", "teacher": {"config": {**TIED, "num_hidden_layers": 1}}, "cache": {"mode": "off"}}
     (undisturbed := Run(tmp_path / "undisturbed", **sections))()
     run = Run(tmp_path / "run", **sections)
-    with monkeypatch.context() as patch:
-        at_step(patch, 7, crash)
-        with pytest.raises(Killed):
-            run()
-    assert run("--resume") == 0
+    crash_and_resume(run, monkeypatch, 7)
     assert_same(run, undisturbed)
 
 

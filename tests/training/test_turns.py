@@ -12,7 +12,7 @@ from abkd_fast.config.recipe import load
 from abkd_fast.teacher.teacher import CachedTeacher, Teacher
 from abkd_fast.training.trainer import Trainer
 from conftest import LLAMA
-from runs import Killed, Run, assert_same, at_step, crash, step_and_gradients
+from runs import Run, assert_same, crash_and_resume, step_and_gradients
 
 MODEL = {**LLAMA, "vocab_size": 1024, "eos_token_id": 0, "bos_token_id": 0}
 
@@ -116,11 +116,7 @@ def test_resumed_run_is_the_undisturbed_one(make, method, monkeypatch):
     more = ["loss=jsd:0.1", "on_policy.replay_rows=8", "sampling.max_new_tokens=6"] if method == "gkd" else []
     undisturbed, run = (make(method, "checkpoint.every_steps=3", *more, name=name) for name in ("whole", "resumed"))
     assert undisturbed() == 0
-    with monkeypatch.context() as patch:
-        at_step(patch, 8, crash)
-        with pytest.raises(Killed):
-            run()
-    assert run("--resume") == 0
+    crash_and_resume(run, monkeypatch, 8)
     assert_same(run, undisturbed)
 
 
