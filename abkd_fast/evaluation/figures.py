@@ -45,17 +45,11 @@ def rouge_curves(runs: list[Run], stem: pathlib.Path) -> list[pathlib.Path]:
     names = {run.dev_rouge for run, *_ in groups}
     with _figure(1, (5.5, max(3.4, 0.22 * len(groups))), stem) as (panel,):  # high enough for the legend
         for index, group in enumerate(groups):
-            turn, place = divmod(index, len(COLORS))
-            style = {"color": COLORS[place], "marker": MARKERS[(index + turn) % len(MARKERS)]}
-            style["linestyle"] = LINES[turn % len(LINES)]
-            name = group[0].label if len(names) == 1 else f"{group[0].label}: {group[0].dev_rouge}"
-            steps, means, deviations = _over_seeds(group)
-            panel.plot(steps, means, **style, label=name, clip_on=False)
-            if len(group) > 1:
-                edges = [[mean + sign * std for mean, std in zip(means, deviations, strict=True)] for sign in (-1, 1)]
-                panel.fill_between(
-                    steps, *edges, color=COLORS[place], alpha=0.1, linewidth=0, zorder=1.6
-                )  # above the grid
+            style, name = _style(index), group[0].label
+            steps, means, low, high = _over_seeds(group)
+            panel.plot(steps, means, **style, label=name if len(names) == 1 else f"{name}: {group[0].dev_rouge}")
+            if len(group) > 1:  # the band is above the grid and below all lines
+                panel.fill_between(steps, low, high, color=style["color"], alpha=0.1, linewidth=0, zorder=1.6)
         teachers = replicates(run for run in runs if any(other.learns_from(run) for other in itertools.chain(*groups)))
         for teacher, *others in teachers[:1]:
             ends = [run.curve("dev", "rouge_l")[1][-1:] for run in (teacher, *others)]
@@ -69,12 +63,21 @@ def rouge_curves(runs: list[Run], stem: pathlib.Path) -> list[pathlib.Path]:
     return _paths(stem)
 
 
-def _over_seeds(group: list[Run]) -> tuple[list[int], list[float], list[float]]:
-    """The steps at which all runs have ROUGE-L on dev rows, the means there, and (of several runs) the deviations."""
+def _style(index: int) -> dict[str, str | bool]:
+    turn, place = divmod(index, len(COLORS))
+    marker, line = MARKERS[(index + turn) % len(MARKERS)], LINES[turn % len(LINES)]
+    return {"color": COLORS[place], "marker": marker, "linestyle": line, "clip_on": False}
+
+
+def _over_seeds(group: list[Run]) -> tuple[list[int], list[float], list[float], list[float]]:
+    """ROUGE-L on dev rows at the steps at which all runs have it: steps, means, and a deviation below and above."""
     curves = [dict(zip(*run.curve("dev", "rouge_l"), strict=True)) for run in group]
     steps = [step for step in curves[0] if all(step in curve for curve in curves)]
     values = [[curve[step] for curve in curves] for step in steps]
-    return steps, [*map(statistics.fmean, values)], [*map(statistics.stdev, values)] if len(group) > 1 else []
+    means = [*map(statistics.fmean, values)]
+    deviations = [statistics.stdev(scores) if len(scores) > 1 else 0.0 for scores in values]
+    low, high = ([mean + sign * std for mean, std in zip(means, deviations, strict=True)] for sign in (-1, 1))
+    return steps, means, low, high
 
 
 def _band(groups: list[list[Run]]) -> str | None:

@@ -55,11 +55,12 @@ def read(path: pathlib.Path, expected: list[str]) -> Published:
                     rows[label] = {name: _cell(row, name) for name in columns}
                 except ValueError as error:
                     raise ValueError(f"line {table.line_num}: {error}") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, csv.Error) as error:
         raise ConfigError(f"paper: {path} can't be read ({error})") from None
     name = f"Table {path.stem[-1]} of the ABKD paper" if path.parent == PAPER else path.name
-    # The table of another report may have rows that were published only: they have no score here.
-    return Published(name, columns, {label: cells for label, cells in rows.items() if any(cells.values())})
+    # The table of another report may have rows and columns that only its paper had: they have no score here.
+    scored = [column for column in columns if any(cells[column] for cells in rows.values())]
+    return Published(name, scored, {label: cells for label, cells in rows.items() if any(cells.values())})
 
 
 def _cell(row: dict[str, str], name: str) -> dict | None:

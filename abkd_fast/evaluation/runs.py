@@ -126,7 +126,7 @@ def replicates(runs: Iterable[Run]) -> list[list[Run]]:
         alike[run.title, run.besides_seed].append(run)
     groups = []
     for group in alike.values():
-        seeds = {run.seed for run in group}
+        seeds = {run.seed for run in group} - {None}
         groups += [group] if len(seeds) == len(group) else [[run] for run in group]
     return groups
 

@@ -11,7 +11,7 @@ import statistics
 from collections.abc import Iterator
 
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from ..console import format_bytes
@@ -66,8 +66,9 @@ class ScoreTable:
 
     def table(self) -> Table:
         """The table for the terminal."""
-        header = ["ROUGE-L", *([""] if self.has_published else []), *map(escape, self.columns)]
-        table = Table(*header, caption=Text("\n".join(self.notes)))
+        header = [*([""] if self.has_published else []), *map(escape, self.columns)]
+        columns = [Column("ROUGE-L", no_wrap=True), *(Column(name, overflow="fold") for name in header)]
+        table = Table(*columns, caption=Text("\n".join(self.notes)))
         for names, texts in self._lines():
             if self.has_published and names[0]:
                 table.add_section()
@@ -215,11 +216,12 @@ def gain(runs: list[Run]) -> str | None:
     scores = {run.folder: row.cells[-1] for row in table.rows for run in row.runs} if table else {}
     scored = [run for run in runs if scores.get(run.folder)]
     for student in scored:
-        teacher = next((run for run in scored if student.learns_from(run)), None)
-        plain = [run for run in scored if run.config["method"] == "sft" and not run.is_teacher]
-        alone = next((run for run in plain if run.start == student.start and student.start[0] is not None), None)
-        if teacher and alone:
-            return _compare(student, alone, teacher, scores, table.columns[-1])
+        if teacher := next((run for run in scored if student.learns_from(run)), None):
+            rows = (student.label, teacher.label)  # no other seed of these is the one without teacher
+            plain = [run for run in scored if run.config["method"] == "sft" and run.label not in rows]
+            alone = next((run for run in plain if run.start == student.start and student.start[0] is not None), None)
+            if alone:
+                return _compare(student, alone, teacher, scores, table.columns[-1])
     return None
 
 
