@@ -77,7 +77,7 @@ def beside(table: ScoreTable, published: Published) -> ScoreTable:
     ours = [name for name in table.columns if name not in average]
     sets = [name for name in published.columns if not _is_average(name)]
     if not {*sets} & {*ours}:
-        names = f"{', '.join(sets)}, and these runs answered {', '.join(ours)}"
+        names = f"{', '.join(sets) or 'no scores'}, and these runs answered {', '.join(ours)}"
         raise ConfigError(f"paper: no set is in both: {published.name} has {names}; answer one, or leave --paper out")
     columns = [*sets, *(name for name in ours if name not in sets), *average]
     kept = {*columns} if {*sets} == {*ours} else {*sets}  # averages over other sets are not comparable
@@ -85,9 +85,8 @@ def beside(table: ScoreTable, published: Published) -> ScoreTable:
     def place(cells: dict[str, dict | None]) -> list[dict | None]:
         return [cells.get(name) for name in columns]
 
-    cells = [place(dict(zip(table.columns, row.cells, strict=True))) for row in table.rows]
-    pairs = zip(table.rows, cells, strict=True)
-    rows = [dataclasses.replace(row, cells=own, published=place({})) for row, own in pairs]
+    named = [(row, dict(zip(table.columns, row.cells, strict=True))) for row in table.rows]
+    rows = [dataclasses.replace(row, cells=place(cells), published=place({})) for row, cells in named]
     paired = []
     for name, cells in published.rows.items():
         theirs = place({column: cell for column, cell in cells.items() if column in kept})

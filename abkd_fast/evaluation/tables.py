@@ -176,6 +176,8 @@ def _note_seeds(rows: list[Row], columns: list[str]) -> Iterator[str]:
             found[f"{len(row.runs)} training seeds" + (f" ({', '.join(fewer)})" if fewer else "")].append(row.label)
     for seeds, labels in found.items():
         yield f"{', '.join(labels)}: {seeds}; the spread is over them."
+    if found and any(len(row.runs) == 1 for row in rows):
+        yield "Every other row of ours: one training seed; the spread is over the seeds of the answers."
 
 
 def _notes(runs: list[Run], names: list[str]) -> Iterator[str]:

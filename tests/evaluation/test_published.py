@@ -198,7 +198,10 @@ def test_seeds_are_one_row_with_the_spread_over_them(make_run):
         "seeds": {"1": 19.0, "2": 20.0, "3": 24.0},
     }
     assert table.markdown().splitlines()[2:4] == ["| ABKD | **21.0 (2.6)** |", "| SFT | 18.0 (0.5) |"]
-    assert table.notes[-1] == "ABKD: 3 training seeds; the spread is over them."
+    assert table.notes[-2:] == [
+        "ABKD: 3 training seeds; the spread is over them.",
+        "Every other row of ours: one training seed; the spread is over the seeds of the answers.",
+    ]
     first, _ = csv.DictReader(table.csv().splitlines())
     assert first["run"].split("; ") == [str(folder / f"ab-seed{number}") for number in values]
 
