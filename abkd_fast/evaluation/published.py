@@ -90,9 +90,9 @@ def beside(table: ScoreTable, published: Published) -> ScoreTable:
     paired = []
     for name, cells in published.rows.items():
         theirs = place({column: cell for column, cell in cells.items() if column in kept})
-        matching = [row for row in rows if _is_of(row, name)] or [Row(name, [], place({}))]
+        matching = [row for row in rows if is_named(name, row.label, row.runs[0].title)] or [Row(name, [], place({}))]
         paired += [dataclasses.replace(row, paper=name, published=theirs) for row in matching]
-    alone = [row for row in rows if not any(_is_of(row, name) for name in published.rows)]
+    alone = [row for row in rows if row.runs not in [other.runs for other in paired]]
     notes = [*table.notes, *_notes(published, paired, [name for name in sets if name not in ours])]
     if any(_is_average(name) and name not in kept for name in published.columns):
         notes.append(f"The average of {published.name} is over other sets, and is left out.")
@@ -103,10 +103,10 @@ def _is_average(name: str) -> bool:
     return name == AVERAGE or name.startswith(f"{AVERAGE} (")
 
 
-def _is_of(row: Row, name: str) -> bool:
-    """Whether our row has this published name: its label, or the method or loss alone."""
+def is_named(name: str, *ours: str) -> bool:
+    """Whether a published name means one of ours: a label, or a method or loss alone."""
     name = name.casefold()
-    return OURS.get(name, name) in (row.label.casefold(), row.runs[0].title.casefold())
+    return OURS.get(name, name) in map(str.casefold, ours)
 
 
 def _notes(published: Published, rows: list[Row], missing: list[str]) -> Iterator[str]:
