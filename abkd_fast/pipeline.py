@@ -15,9 +15,10 @@ from transformers import PreTrainedTokenizerBase
 
 from . import distributed
 from .config.methods import WITHOUT_TEACHER
+from .config.models import ModelConfig, TeacherConfig
 from .config.recipe import load
 from .config.sampling import OPTIONS, SamplingParams
-from .config.schema import Config, ModelConfig
+from .config.schema import Config
 from .console import console
 from .data import pretrain
 from .data.rows import Row, read_rows
@@ -133,8 +134,6 @@ def plan(stages: list[Config], resume: bool = False) -> None:
     for config, known in zip(stages, _check_all(stages), strict=True):
         specs = {role: _as_begun(spec, students) for role, spec in _models(config).items()}
         students[config.run.stage], prompts[config.run.stage] = specs["student"], config.data.train
-        if "teacher" in specs:
-            specs["teacher"] = dataclasses.replace(specs["teacher"], lora=None)  # it is merged
         console.print(f"[bold]{config.run.folder}[/bold]")
         if _is_finished(resolve(config), resume):
             console.print("  is finished already: its result would be used")
@@ -178,7 +177,8 @@ def _as_begun(spec: ModelConfig, students: dict[str, ModelConfig]) -> ModelConfi
     if "path" in begun:
         spec = dataclasses.replace(spec, path=begun["path"].path, config=begun["path"].config)
     if "adapter" in begun:
-        spec = dataclasses.replace(spec, adapter=begun["adapter"].adapter, lora=begun["adapter"].lora)
+        lora = None if isinstance(spec, TeacherConfig) else begun["adapter"].lora  # a teacher's adapter is merged
+        spec = dataclasses.replace(spec, adapter=begun["adapter"].adapter, lora=lora)
     return spec
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import harness
-from abkd_fast.config.schema import ModelConfig
+from abkd_fast.config.models import ModelConfig
 from abkd_fast.data.batches import Batch, pack
 from abkd_fast.data.rows import read_rows
 from abkd_fast.data.tokenize import tokenize

@@ -15,8 +15,9 @@ from collections.abc import Callable, Iterator
 import torch
 
 from .. import distributed
+from ..config.models import ModelConfig
 from ..config.sampling import SamplingParams
-from ..config.schema import Config, ModelConfig, RunConfig, SamplingConfig
+from ..config.schema import Config, RunConfig, SamplingConfig
 from ..console import console, progress_bar
 from ..data.chat import PromptFormat
 from ..data.encode import begin_token

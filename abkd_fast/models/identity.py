@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from .. import distributed
-from ..config.schema import ModelConfig
+from ..config.models import ModelConfig
 from ..errors import ConfigError, first_line
 from ..files import atomic_write, cache_folder, file_digest, is_local_path
 from . import quantized

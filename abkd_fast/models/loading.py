@@ -15,7 +15,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig, PreTraine
 from transformers.activations import NewGELUActivation
 from transformers.pytorch_utils import Conv1D
 
-from ..config.schema import ModelConfig
+from ..config.models import ModelConfig
 from ..errors import ConfigError, first_line
 from ..files import is_local_path
 from . import attention, dropout, experts, forms, quantized, wrappers

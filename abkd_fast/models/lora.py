@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ..config.schema import ModelConfig
+from ..config.models import ModelConfig
 from ..errors import ConfigError, first_line
 from . import wrappers
 from .identity import find_adapter

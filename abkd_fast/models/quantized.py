@@ -16,7 +16,7 @@ from transformers.quantizers.auto import AutoHfQuantizer, AutoQuantizationConfig
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..config.schema import ModelConfig
+from ..config.models import ModelConfig
 from ..errors import ConfigError, first_line
 
 # bitsandbytes says at every product of 8-bit weights that it casts to float16. On CPUs with AVX512-BF16 it asks, as

@@ -8,7 +8,7 @@ import transformers
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import GENERATION_CONFIG_NAME, cached_file
 
-from ..config.schema import ModelConfig
+from ..config.models import ModelConfig
 from ..data import quickstart
 from ..data.chat import PromptFormat, chat_template, end_of_turn
 from ..data.encode import begin_token

@@ -7,7 +7,8 @@ import datasets
 from transformers import PreTrainedTokenizerBase
 
 from .. import distributed
-from ..config.schema import Config, ModelConfig
+from ..config.models import ModelConfig
+from ..config.schema import Config
 from ..data import formats, pretrain
 from ..data.chat import PromptFormat
 from ..data.rows import DEV, TRAIN, Rows, read_rows

@@ -11,7 +11,8 @@ from torch import Tensor
 from transformers import set_seed
 
 from .. import distributed
-from ..config.schema import Config, ModelConfig
+from ..config.models import ModelConfig
+from ..config.schema import Config
 from ..console import console
 from ..data.batches import Batch, StepBatch, make_step_batch, prefetch, step_samples
 from ..data.chat import PromptFormat

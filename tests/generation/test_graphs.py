@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from abkd_fast.config.schema import LoraConfig, ModelConfig
+from abkd_fast.config.models import LoraConfig, ModelConfig
 from abkd_fast.errors import ConfigError
 from abkd_fast.generation import graphs
 from abkd_fast.generation.decoder import Decoder, prepared

@@ -10,7 +10,7 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from abkd_fast.config.schema import LoraConfig, ModelConfig
+from abkd_fast.config.models import LoraConfig, ModelConfig
 from abkd_fast.errors import ConfigError
 from abkd_fast.generation import decoder
 from abkd_fast.generation.sampling import SamplingParams, _draw, _Sequence, sample, sample_mixture

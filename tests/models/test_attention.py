@@ -7,7 +7,7 @@ import warnings
 import pytest
 import torch
 
-from abkd_fast.config.schema import ModelConfig
+from abkd_fast.config.models import ModelConfig
 from abkd_fast.errors import ConfigError
 from abkd_fast.models import attention, loading, sinks
 from conftest import LLAMA

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from abkd_fast.config.schema import ModelConfig
+from abkd_fast.config.models import ModelConfig
 from abkd_fast.data.batches import pack
 from abkd_fast.errors import ConfigError
 from abkd_fast.losses.arguments import LogitMap

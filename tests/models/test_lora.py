@@ -6,7 +6,7 @@ import torch
 import torch._dynamo.testing
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from abkd_fast.config.schema import LoraConfig, ModelConfig
+from abkd_fast.config.models import LoraConfig, ModelConfig
 from abkd_fast.data import quickstart
 from abkd_fast.data.batches import pack
 from abkd_fast.errors import ConfigError

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from test_lora import END, SMALL, load_packed, save_adapter, save_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from abkd_fast.config.models import LoraConfig
 from abkd_fast.config.recipe import load
-from abkd_fast.config.schema import LoraConfig
 from abkd_fast.data import quickstart
 from abkd_fast.data.batches import pack
 from abkd_fast.errors import ConfigError

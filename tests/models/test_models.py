@@ -9,7 +9,7 @@ import torch._dynamo.testing
 import torch.nn.functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from abkd_fast.config.schema import ModelConfig
+from abkd_fast.config.models import ModelConfig
 from abkd_fast.data.batches import pack
 from abkd_fast.errors import ConfigError
 from abkd_fast.losses.divergences import AlphaBeta

@@ -18,8 +18,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from abkd_fast import distributed, generate
+from abkd_fast.config.models import LoraConfig, ModelConfig
 from abkd_fast.config.recipe import load
-from abkd_fast.config.schema import LoraConfig, ModelConfig
 from abkd_fast.data import quickstart
 from abkd_fast.data.batches import pack
 from abkd_fast.errors import ConfigError

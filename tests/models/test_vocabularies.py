@@ -9,9 +9,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import oracle
+from abkd_fast.config.models import ModelConfig
 from abkd_fast.config.recipe import load
 from abkd_fast.config.sampling import SamplingParams
-from abkd_fast.config.schema import ModelConfig
 from abkd_fast.data import quickstart
 from abkd_fast.errors import ConfigError
 from abkd_fast.evaluation.rouge import score_response

@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from abkd_fast import generate
+from abkd_fast.config.models import ModelConfig
 from abkd_fast.config.recipe import load
 from abkd_fast.config.sampling import SamplingParams
-from abkd_fast.config.schema import ModelConfig
 from abkd_fast.data import quickstart
 from abkd_fast.errors import ConfigError
 from abkd_fast.generation.sampling import sample

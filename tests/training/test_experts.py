@@ -8,8 +8,8 @@ import torch._dynamo.testing
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.mixtral import modeling_mixtral
 
+from abkd_fast.config.models import LoraConfig, ModelConfig
 from abkd_fast.config.recipe import load
-from abkd_fast.config.schema import LoraConfig, ModelConfig
 from abkd_fast.data.batches import make_step_batch, pack
 from abkd_fast.errors import ConfigError
 from abkd_fast.models import forms, loading
