@@ -86,7 +86,17 @@ class ModelConfig(Section):
 class TeacherConfig(ModelConfig):
     """The model that the student learns from. It is frozen."""
 
+    hidden_states: Annotated[
+        str | None, "folder of python -m abkd_fast.cache: trains from the teacher's states in it, without the teacher"
+    ] = None
+
     def __post_init__(self) -> None:
+        if self.hidden_states is not None:
+            others = [key for key, value in vars(self).items() if value is not None and key != "hidden_states"]
+            if others:
+                problem = f"the states in {self.hidden_states} replace the teacher, but {others[0]} is given, too"
+                raise ConfigError(f"hidden_states: {problem}; give null for {', '.join(others)}", "hidden_states")
+            return
         super().__post_init__()
         if self.lora is not None:
             raise ConfigError("lora: a teacher is not trained; teacher.adapter merges an adapter into it", "lora")
