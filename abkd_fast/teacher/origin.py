@@ -34,7 +34,7 @@ class Origin:
             name += f" with {_name(spec.adapter)}"
         if spec.quantize is not None:
             name += f" in {spec.quantize}"
-        tokens = None if theirs is None else theirs.get_vocab()
+        tokens = None if theirs is None else dict(sorted(theirs.get_vocab().items(), key=lambda item: item[1]))
         return cls(name, portable_config(teacher), logit_map, settings_of(config, vocabulary), tokens)
 
 

@@ -224,7 +224,7 @@ class HiddenStateStore:
                 missing.append(number)
                 damaged += checksum is not None
         if damaged:
-            blocks = f"{damaged} of {len(self.checksums)} blocks in {self.folder}"
+            blocks = f"{damaged} of {len(self.checksums)} blocks of {self.folder}"
             console.print(f"teacher cache: {blocks} are damaged: computed again")
         return missing
 
