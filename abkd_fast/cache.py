@@ -43,9 +43,9 @@ def _work(options: argparse.Namespace) -> None:
 
 def _build(options: argparse.Namespace) -> None:
     stages = load(options.config, options.overrides)
-    from . import distributed
+    from . import distributed, signals
 
-    with distributed.process_group(stages[0].train.timeout_minutes):
+    with distributed.process_group(stages[0].train.timeout_minutes), signals.terminable():
         config = _taught_stage(stages, options.stage)
         if config.teacher.hidden_states is not None:
             raise ConfigError("teacher.hidden_states: these states are there; give a teacher to build others")

@@ -1,13 +1,28 @@
 """Signals that stop a run."""
 
+import contextlib
 import os
 import signal
 import threading
 import time
 import types
+from collections.abc import Iterator
 
 from . import distributed
 from .console import console
+
+
+@contextlib.contextmanager
+def terminable() -> Iterator[None]:
+    """A context in which SIGTERM raises KeyboardInterrupt, as SIGINT does: for work that loses little by it."""
+    if threading.current_thread() is not threading.main_thread():  # Python allows handlers in this thread alone
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 class StopSignals:

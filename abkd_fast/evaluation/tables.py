@@ -270,7 +270,11 @@ def write_report(runs: list[Run], out: pathlib.Path, table: ScoreTable | None = 
 def _report(run: Run) -> str:
     """One run in Markdown: settings, results and curves."""
     config, summary = run.config, run.summary
-    models = {role: config[role]["path"] or "random weights" for role in ("student", "teacher") if config[role]}
+    models = {
+        role: config[role]["path"] or config[role].get("hidden_states") or "random weights"
+        for role in ("student", "teacher")
+        if config[role]
+    }
     facts = {
         "method": config["method"] + ("" if config["teacher"] is None else f", loss {config['loss']}"),
         **models,
