@@ -75,7 +75,7 @@ def main() -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add("model")
     add("rows")
-    add("--count", type=int, default=16, help="rows that are read (default: %(default)s)")
+    add("--count", type=int, default=8, help="rows that are read (default: %(default)s)")
     add("--max-length", type=int, default=256, help="tokens of a row (default: %(default)s)")
     options = vars(parser.parse_args())
     tokenizer = tokenizers.read_tokenizer(options["model"], "model")
