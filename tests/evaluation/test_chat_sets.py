@@ -1,5 +1,6 @@
 """Test sets of messages: what a chat model is asked, where its answers end, and what they are compared with."""
 
+import itertools
 import json
 
 import pytest
@@ -81,7 +82,7 @@ def speaker(tmp_path):
     words = tokenizer("It is 3.", add_special_tokens=False)["input_ids"]
     chain = [begin, *words, tokenizer.convert_tokens_to_ids(END_OF_TURN)]
     assert len({*chain}) == len(chain)
-    return save_chain_model(tmp_path / "model", tokenizer, dict(zip(chain, chain[1:], strict=False)))
+    return save_chain_model(tmp_path / "model", tokenizer, dict(itertools.pairwise(chain)))
 
 
 def command(model, data, out, *more):
