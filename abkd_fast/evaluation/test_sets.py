@@ -130,7 +130,9 @@ def _encode(
 
 
 def _describe(rows: Rows, tokenizer: PreTrainedTokenizerBase) -> str:
-    """What was read. Rows decide on the prompt: a chat model gets its template's with messages alone."""
-    is_text = any("messages" not in row.values and "prompt_ids" not in row.values for row in rows)
-    hint = "; the chat template is used for messages alone" if is_text and tokenizer.chat_template else ""
-    return rows.notes[-1] + hint
+    """What was read, and for a chat model how many rows its template renders: the rows decide, not the model."""
+    if tokenizer.chat_template is None:
+        return rows.notes[-1]
+    chats = sum("messages" in row.values and "prompt_ids" not in row.values for row in rows)
+    count = {0: "none", len(rows): "all"}.get(chats, chats)
+    return f"{rows.notes[-1]}; the chat template renders {count} of them"

@@ -61,6 +61,12 @@ def test_prompts_are_what_the_template_renders(which, request, write_jsonl):
     assert found.prompts == [rendered(tokenizer, one) for one in messages]
     assert found.references == list(references)
     assert found.cut == 0  # messages stay whole
+    assert found.note.endswith("; the chat template renders all of them")
+    found = read(write_jsonl([{"instruction": "Say hello.", "output": "Hello."}]), tokenizer, protocol=Protocol())
+    assert found.note.endswith(" (the papers' prompt); the chat template renders none of them")
+    tokenizer.chat_template = None
+    found = read(write_jsonl([{"prompt": "Say hello.", "output": "Hello."}]), tokenizer, protocol=Protocol())
+    assert found.note.endswith("rows.jsonl: 1 rows of prompt and output")
 
 
 def test_tools_and_values_reach_the_template(write_jsonl):
@@ -107,7 +113,7 @@ def test_answers_end_with_the_turn_and_are_scored(speaker, write_jsonl, tmp_path
     assert main(command(speaker, data, tmp_path / "out", "--max-new-tokens", "12")) == 0
     output = " ".join(capsys.readouterr().out.split())
     assert "1 rows of messages and 2 rows of prompt and output and 1 rows of conversations (ShareGPT); " in output
-    assert "not read: id; the chat template is used for messages alone" in output
+    assert "not read: id; the chat template renders 3 of them" in output
     lines = lines_of(tmp_path / "out" / "mine.seed10.jsonl")
     assert [line["response"] for line in lines[:3]] == ["It is 3."] * 3
     assert [line["exact_match"] for line in lines] == [True, True, False, False]
