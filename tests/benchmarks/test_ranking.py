@@ -1,0 +1,43 @@
+import importlib
+import itertools
+import pathlib
+
+import pytest
+
+pytest.importorskip("scipy")
+BENCHMARKS = pathlib.Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture
+def ranking(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    return importlib.import_module("ranking")
+
+
+def test_the_papers_means_are_read(ranking):
+    table2, table3 = ranking.published("table2"), ranking.published("table3")
+    assert table2["ABKD"] == dict(zip(table2["FKLD"], (25.65, 13.47, 16.06, 26.47, 29.32), strict=True))
+    assert table3["SFT"]["Vicuna"] == 16.15
+    assert [*table3["SFT"]] == ["Dolly", "Self-Instruct", "Vicuna", "Super-Natural", "Unnatural"]
+
+
+@pytest.mark.parametrize("ours", [(1, 2, 3, 4), (4, 3, 2, 1), (2, 1, 3, 4), (3, 1, 4, 2)])
+def test_the_order_of_two_lists_is_compared_pair_by_pair(ranking, ours):
+    same = pairs_in_order(ours)
+    orders = [*itertools.permutations(ours)]
+    chance = sum(pairs_in_order(order) >= same for order in orders) / len(orders)
+    tau = f"Kendall's tau {(2 * same - 6) / 6:+.2f}, p = {chance:.2g}"
+    text = ranking.rank_correlation(list(ours), [10, 20, 30, 40])
+    assert text == f"{same} of 6 pairs are in the paper's order ({tau})"
+
+
+def pairs_in_order(values):
+    return sum(a < b for a, b in itertools.combinations(values, 2))
+
+
+def test_first_is_tested_seed_by_seed(ranking):
+    same_luck = ranking.ahead_of([10.0, 20.0, 30.0], [9.0, 18.9, 29.1])
+    assert same_luck["gap"] == pytest.approx(1.0)
+    assert (same_luck["wins"], round(same_luck["p"], 4)) == (3, 0.0017)  # t = 17.3 with 2 degrees of freedom
+    assert ranking.ahead_of([9.0, 21.0, 30.0], [10.0, 20.0, 31.0])["p"] > 0.5
+    assert ranking.ahead_of([2.0], [1.0]) == {"gap": 1.0, "wins": 1, "p": None}
