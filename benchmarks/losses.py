@@ -32,11 +32,10 @@ from abkd_fast.evaluation.figures import rouge_curves
 from abkd_fast.evaluation.runs import METHODS, read_runs
 from abkd_fast.losses.divergences import BY_NAME
 from harness import Report
-from ranking import ahead_of, published, rank_correlation
+from ranking import ahead_of, paper_means, rank_correlation
 
 SFT = "sft"
 TABLE_2 = (SFT, "fkl", "rkl", "wsd:0.5", "bdkd", "jsd:0.1", "akl:0.5", "alphanet:0.2,0.9,batch", "ab:0.2,0.7")
-PAPER_ROWS = {"JSD": "Jensen's KL", "DistiLLM": "DISTILLM"}  # where the paper's name differs from ours
 
 
 @contextlib.contextmanager
@@ -221,28 +220,24 @@ class Study:
 
         `means` are ours by loss and column, for each training seed.
         """
-        paper = published(self.options.paper)
-        rows = {loss: paper.get(PAPER_ROWS.get(title(loss), title(loss))) for loss in means}
-        known = [loss for loss, row in rows.items() if row]
-        *sets, last = means[known[0]] if known else [None]
-        sets = [name for name in sets or [last] if known and name in rows[known[0]]]
-        if len(known) < 3:
+        paper = paper_means(self.options.paper, {loss: title(loss) for loss in means})
+        if len(paper) < 3:
             return
-        table, orders = [], {name: ([], []) for name in (*sets, last)}
-        for loss in known:
-            ours = {name: statistics.fmean(values) for name, values in means[loss].items()}
-            theirs = rows[loss] | {last: statistics.fmean(rows[loss][name] for name in sets or rows[loss])}
-            table.append({"name": label(loss), "ours": ours[last], "paper": theirs[last]})
-            for name, (own, other) in orders.items():
-                own.append(ours[name])
-                other.append(theirs[name])
+        ours = {loss: {name: statistics.fmean(values) for name, values in means[loss].items()} for loss in paper}
+        *_, last = columns = [*next(iter(ours.values()))]
+        theirs = [*next(iter(paper.values()))]
+        shared = [name for name in theirs if name in columns]
+        for row in paper.values():
+            row[last] = statistics.fmean(row[name] for name in shared or theirs)
+        rows = [{"name": label(loss), "ours": ours[loss][last], "paper": paper[loss][last]} for loss in paper]
         for key in ("ours", "paper"):
-            for rank, row in enumerate(sorted(table, key=lambda row: -row[key]), 1):
+            for rank, row in enumerate(sorted(rows, key=lambda row: -row[key]), 1):
                 row[f"{key}_rank"] = rank
-        columns = {"name": "loss", "ours": "ours|.2f", "ours_rank": "rank", "paper": "the paper|.2f"}
-        heading = f"{last}, and the paper's average on {', '.join(sets or rows[known[0]])} ({self.options.paper})"
-        self.report.table("paper", heading, table, columns | {"paper_rank": "rank"})
-        for name, pair in orders.items():
+        columns = {"name": "loss", "ours": "ours|.2f", "ours_rank": "rank", "paper": "paper|.2f", "paper_rank": "rank"}
+        heading = f"{last}, and the paper's average on {', '.join(shared or theirs)} ({self.options.paper})"
+        self.report.table("paper", heading, rows, columns)
+        for name in dict.fromkeys([*shared, last]):
+            pair = ([row[name] for row in side.values()] for side in (ours, paper))
             self.report.note(f"{name}: {rank_correlation(*pair)}")
 
     def is_first(self, means: dict[str, dict[str, list[float]]]) -> None:

@@ -1,19 +1,18 @@
 """What scores of several losses and seeds can bear: the papers' order against ours, and whether one loss is first."""
 
-import csv
-import importlib.resources
 import itertools
 import statistics
 
 from scipy import stats
 
+from abkd_fast.evaluation import published
 
-def published(table: str) -> dict[str, dict[str, float]]:
-    """The means of one of the paper's tables ("table2", "table3"), by row and test set."""
-    file = importlib.resources.files("abkd_fast.evaluation") / "paper" / f"{table}.csv"
-    rows = csv.DictReader(file.read_text(encoding="utf-8").splitlines())
-    means = {row.pop("row"): {key: float(value) for key, value in row.items() if key.endswith(" mean")} for row in rows}
-    return {name: {key.removesuffix(" mean"): mean for key, mean in row.items()} for name, row in means.items()}
+
+def paper_means(table: str, titles: dict[str, str]) -> dict[str, dict[str, float]]:
+    """The paper's means by test set, for the losses, given with their titles, that one of its tables has."""
+    rows = published.read(published.find(table), []).rows.items()
+    means = {name: {column: cell["mean"] for column, cell in cells.items()} for name, cells in rows}
+    return {loss: means[name] for loss, title in titles.items() for name in means if published.is_named(name, title)}
 
 
 def rank_correlation(ours: list[float], theirs: list[float]) -> str:

@@ -14,11 +14,12 @@ def ranking(monkeypatch):
     return importlib.import_module("ranking")
 
 
-def test_the_papers_means_are_read(ranking):
-    table2, table3 = ranking.published("table2"), ranking.published("table3")
-    assert table2["ABKD"] == dict(zip(table2["FKLD"], (25.65, 13.47, 16.06, 26.47, 29.32), strict=True))
-    assert table3["SFT"]["Vicuna"] == 16.15
-    assert [*table3["SFT"]] == ["Dolly", "Self-Instruct", "Vicuna", "Super-Natural", "Unnatural"]
+def test_losses_find_the_papers_rows(ranking):
+    found = ranking.paper_means("table2", {"jsd:0.1": "JSD", "ab:0.2,0.7": "ABKD", "sft": "SFT"})
+    assert [*found] == ["jsd:0.1", "ab:0.2,0.7"]  # Table 2 has no SFT
+    sets = ("Dolly", "Self-Instruct", "Vicuna", "Super-Natural", "Unnatural")
+    assert found["ab:0.2,0.7"] == dict(zip(sets, (25.65, 13.47, 16.06, 26.47, 29.32), strict=True))
+    assert ranking.paper_means("table3", {"distillm/sfkl:0.1": "DistiLLM"})["distillm/sfkl:0.1"]["Vicuna"] == 19.12
 
 
 @pytest.mark.parametrize("ours", [(1, 2, 3, 4), (4, 3, 2, 1), (2, 1, 3, 4), (3, 1, 4, 2)])
