@@ -1,7 +1,6 @@
 """`python -m abkd_fast.report RUN [RUN …]`: the papers' tables and figures, of finished runs."""
 
 import argparse
-import functools
 import os
 import pathlib
 
@@ -16,16 +15,18 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _report(options: argparse.Namespace) -> None:
     from .console import console  # not before the options are checked: this loads PyTorch
+    from .evaluation import published
     from .evaluation.runs import read_runs
     from .evaluation.tables import gain, score_table, write_report
 
+    paper = options.paper and published.find(options.paper)
     runs = read_runs(options.runs)
     out = options.out or pathlib.Path(os.path.commonpath([run.folder.absolute() for run in runs]))
     table = score_table(runs)
-    if options.paper and not table:
+    if paper and not table:
         raise ConfigError("paper: none of these runs has scores on test sets that it could be set beside")
-    if options.paper:
-        table = table.beside(options.paper)
+    if paper:
+        table = published.beside(table, published.read(paper, table.columns))
     if table:
         console.print(table.table())
     if sentence := gain(runs):
@@ -41,11 +42,11 @@ def _parser() -> argparse.ArgumentParser:
         "set) in Markdown and CSV. A figure of ROUGE-L on dev rows over training, in PNG and SVG. In each run's "
         "folder: report.md with curves of loss, speed and memory. Needs matplotlib.",
     )
-    add = functools.partial(parser.add_argument, type=pathlib.Path)
-    add("runs", nargs="+", metavar="RUN", help="folder of a run, or of a recipe's stages")
-    add("--out", metavar="DIR", help="where tables go [the folder of all these runs]")
-    text = "published scores to show beside ours: a CSV file like scores.csv, with columns row, SET mean, SET std"
-    add("--paper", metavar="FILE", help=text)
+    add = parser.add_argument
+    add("runs", nargs="+", type=pathlib.Path, metavar="RUN", help="folder of a run, or of a recipe's stages")
+    add("--out", type=pathlib.Path, metavar="DIR", help="where tables go [the folder of all these runs]")
+    text = "published scores to show beside ours: table2 or table3 of the ABKD paper, or a CSV file like scores.csv, "
+    add("--paper", metavar="TABLE", help=text + "with columns row, SET mean, SET std")
     return parser
 
 

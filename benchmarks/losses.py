@@ -23,16 +23,18 @@ import torch
 
 import harness
 from abkd_fast import pipeline
+from abkd_fast.config.methods import OnPolicyConfig
 from abkd_fast.config.recipe import load
 from abkd_fast.config.schema import Config
 from abkd_fast.errors import ConfigError, Interrupted
 from abkd_fast.evaluation.evaluator import Evaluation
 from abkd_fast.evaluation.figures import rouge_curves
-from abkd_fast.evaluation.runs import read_runs
+from abkd_fast.evaluation.runs import METHODS, read_runs
 from abkd_fast.losses.divergences import BY_NAME
 from harness import Report
+from ranking import ahead_of, paper_means, rank_correlation
 
-SFT, SEARCH_SEED = "sft", 10
+SFT = "sft"
 TABLE_2 = (SFT, "fkl", "rkl", "wsd:0.5", "bdkd", "jsd:0.1", "akl:0.5", "alphanet:0.2,0.9,batch", "ab:0.2,0.7")
 
 
@@ -70,10 +72,20 @@ def train_and_evaluate(config: Config, template: Config, rows: int | None) -> tu
     return summary, evaluate(str(config.run.folder / "final"), config.run.folder / "eval", template, rows)
 
 
+def split(loss: str) -> tuple[str, str | None]:
+    """Method and loss of an entry of --losses: "sft", "LOSS" (method ab) or "METHOD/LOSS"."""
+    method, _, name = loss.rpartition("/")
+    return (SFT, None) if loss == SFT else (method or "ab", name)
+
+
+def title(loss: str) -> str:
+    method, name = split(loss)
+    return METHODS[method] if method in METHODS else BY_NAME[name.partition(":")[0]].title
+
+
 def label(loss: str) -> str:
-    name, _, numbers = loss.partition(":")
-    title = "SFT" if loss == SFT else BY_NAME[name].title
-    return f"{title} ({numbers})" if numbers else title
+    numbers = split(loss)[1] if "/" in loss else loss.partition(":")[2]
+    return f"{title(loss)} ({numbers})" if numbers else title(loss)
 
 
 def replace(config: Config, **sections: dict) -> Config:
@@ -98,11 +110,11 @@ class Study:
             raise ConfigError('eval.sets: missing; name the test sets: --set eval.sets=\'{"dolly": "FILE"}\'')
         if options.select == "rouge_l" and len(self.rates) > 1 and template.eval.rouge_rows is None:
             raise ConfigError("eval.rouge_rows: missing, and rates are chosen by it; give it, or --select dev_loss")
-        if SEARCH_SEED in options.seeds:
-            raise ConfigError(f"seeds: {SEARCH_SEED} is that of the search, too: its luck would be counted twice")
+        if both := {*options.search_seeds} & {*options.seeds}:
+            raise ConfigError(f"seeds: {min(both)} is one of the search, too: its luck would be counted twice")
         for name, spec in self.models.items():
-            if spec is None or spec.path is None or spec.has_adapter:
-                raise ConfigError(f"{name.lower()}: expected the path of a whole model, which can be evaluated")
+            if spec is None or spec.path is None:
+                raise ConfigError(f"{name.lower()}: expected the path of a model, which can be evaluated")
         self.report = Report(torch.device("cuda" if torch.cuda.is_available() else "cpu"), vars(options))
 
     def config(self, kind: str, loss: str, rate: float, seed: int) -> Config:
@@ -111,11 +123,13 @@ class Study:
         if kind == "search":
             steps = self.options.search_steps or steps
             answers |= {"rouge_rows": None} if self.options.select == "dev_loss" else {}
-        name = f"{loss.replace(':', '-')}-{rate:g}-seed{seed}"
+        name = f"{loss.replace(':', '-').replace('/', '-')}-{rate:g}-seed{seed}"
         run = {"dir": str(self.out / kind), "stage": None, "seed": seed, "name": name}
         rates = {"lr": rate, "min_lr": min(rate, optim.min_lr)}
         config = replace(self.template, run=run, optim=rates, train={"steps": steps}, eval=answers)
-        return dataclasses.replace(config, **({"method": SFT} if loss == SFT else {"method": "ab", "loss": loss}))
+        method, name = split(loss)
+        on_policy = config.on_policy if method == config.method else OnPolicyConfig()
+        return dataclasses.replace(config, method=method, loss=name or config.loss, on_policy=on_policy)
 
     def run(self) -> None:
         if self.earlier:
@@ -125,7 +139,8 @@ class Study:
         context = multiprocessing.get_context("spawn")
         with concurrent.futures.ProcessPoolExecutor(self.options.jobs, mp_context=context) as self.pool:
             rates, rest = self.search(), (self.template, self.options.rows)
-            jobs = {name: (spec.path, self.out / "eval" / name, *rest) for name, spec in self.models.items()}
+            models = {name: spec.adapter or spec.path for name, spec in self.models.items()}
+            jobs = {name: (model, self.out / "eval" / name, *rest) for name, model in models.items()}
             bounds = self._map(evaluate, jobs, lambda name, sets: f"{name}: {_scores(sets)}")
             jobs = {}
             for seed, loss in itertools.product(self.options.seeds, self.options.losses):
@@ -133,9 +148,9 @@ class Study:
             text = "{}, seed {}: {}"
             results = self._map(train_and_evaluate, jobs, lambda run, got: text.format(*run, _scores(got[1])))
         self.tabulate(rates, bounds, results)
-        # Figure 1, of the first training seed.
-        runs = read_runs(self.config("runs", loss, rates[loss], self.options.seeds[0]).run.folder for loss in rates)
-        rouge_curves(runs, self.out / "rouge_l")
+        places = itertools.product(self.options.losses, self.options.seeds)
+        runs = read_runs(self.config("runs", loss, rates[loss], seed).run.folder for loss, seed in places)
+        rouge_curves(runs, self.out / "rouge_l")  # Figure 1
 
     def _map(self, work: Callable, jobs: dict[Any, tuple], say: Callable[[Any, Any], str]) -> dict[Any, Any]:
         """The results of `work` on each job's arguments; prints a line for each."""
@@ -159,17 +174,20 @@ class Study:
         if len(self.rates) == 1:
             return dict.fromkeys(losses, self.rates[0])
         key, best, worst = ("dev_rouge_l", max, -math.inf) if by_rouge else ("dev_loss", min, math.inf)
-        places = itertools.product(losses, self.rates)
-        jobs = {place: (self.config("search", *place, SEARCH_SEED), key, worst) for place in places}
-        found = self._map(search_value, jobs, lambda job, value: f"{job[0]} at {job[1]:g}: {key} {value:.3f}")
+        seeds = self.options.search_seeds
+        places = itertools.product(losses, self.rates, seeds)
+        jobs = {place: (self.config("search", *place), key, worst) for place in places}
+        text = "{} at {:g}, seed {}: {} {:.3f}"
+        found = self._map(search_value, jobs, lambda job, value: text.format(*job, key, value))
         rows, chosen = [], {}
         for loss in losses:
-            chosen[loss] = best(self.rates, key=lambda rate, loss=loss: found[loss, rate])
-            rows.append({"name": label(loss)} | {str(rate): found[loss, rate] for rate in self.rates})
+            means = {rate: statistics.fmean(found[loss, rate, seed] for seed in seeds) for rate in self.rates}
+            chosen[loss] = best(means, key=means.get)
+            rows.append({"name": label(loss)} | {str(rate): mean for rate, mean in means.items()})
         what, form = ("ROUGE-L", ".2f") if by_rouge else ("cross-entropy", ".4f")
-        title = f"learning rates: {what} on development rows at the end of a run, seed {SEARCH_SEED}"
+        heading = f"learning rates: {what} on development rows at the end of a run, seeds {' '.join(map(str, seeds))}"
         columns = {"name": "loss"} | {str(rate): f"{rate:g}|{form}" for rate in self.rates}
-        self.report.table("search", title, rows, columns)
+        self.report.table("search", heading, rows, columns)
         return chosen
 
     def tabulate(self, rates: dict[str, float], bounds: dict[str, dict], results: dict[tuple, tuple]) -> None:
@@ -180,22 +198,65 @@ class Study:
         for loss in self.options.losses:
             summaries, sets = zip(*(results[loss, seed] for seed in self.options.seeds), strict=True)
             cells = [{column: statistics.fmean(values) for column, values in _by_seed(one).items()} for one in sets]
+            means[loss] = {column: [cell[column] for cell in cells] for column in cells[0]}
             row = {"name": label(loss), "rate": rates[loss]}
-            row |= {column: _cell([cell[column] for cell in cells]) for column in cells[0]}
+            row |= {column: _cell(values) for column, values in means[loss].items()}
             for key in ("dev_loss", "dev_rouge_l"):
                 if summaries[0][key] is not None:
                     row[key] = statistics.fmean(summary[key] for summary in summaries)
-            *_, last = cells[0]
-            means[loss] = [cell[last] for cell in cells]
             rows.append(row | {"runs": means[loss]})
         columns = {"name": "loss", "rate": "rate|g", "dev_loss": "dev loss|.3f", "dev_rouge_l": "dev ROUGE-L|.1f"}
         seeds = f"{len(self.options.seeds)} training seeds x {len(self.template.eval.seeds)} seeds of the answers"
         columns |= {name: name for name in cells[0]}
         self.report.table("losses", f"ROUGE-L on test sets: {seeds}", rows, columns)
-        self.report.note(f"{last}: {_compare(means)}")
+        self.beside_paper(means)
+        self.is_first(means)
         size = self.template.train.batch_size
         seconds = sum(summary["seconds_per_sample"] * summary["steps"] * size for summary, _ in results.values())
         self.report.note(f"these {len(results)} runs trained for {seconds:.0f} s in all, {self.options.jobs} at a time")
+
+    def beside_paper(self, means: dict[str, dict[str, list[float]]]) -> None:
+        """The paper's means and ours, on the sets in common, or on all if none is; and how far the orders agree.
+
+        `means` are ours by loss and column, for each training seed.
+        """
+        paper = paper_means(self.options.paper, {loss: title(loss) for loss in means})
+        if len(paper) < 3:
+            return
+        ours = {loss: {name: statistics.fmean(values) for name, values in means[loss].items()} for loss in paper}
+        *_, last = columns = [*next(iter(ours.values()))]
+        theirs = [*next(iter(paper.values()))]
+        shared = [name for name in theirs if name in columns]
+        for row in paper.values():
+            row[last] = statistics.fmean(row[name] for name in shared or theirs)
+        rows = [{"name": label(loss), "ours": ours[loss][last], "paper": paper[loss][last]} for loss in paper]
+        for key in ("ours", "paper"):
+            for rank, row in enumerate(sorted(rows, key=lambda row: -row[key]), 1):
+                row[f"{key}_rank"] = rank
+        columns = {"name": "loss", "ours": "ours|.2f", "ours_rank": "rank", "paper": "paper|.2f", "paper_rank": "rank"}
+        heading = f"{last}, and the paper's average on {', '.join(shared or theirs)} ({self.options.paper})"
+        self.report.table("paper", heading, rows, columns)
+        for name in dict.fromkeys([*shared, last]):
+            pair = ([row[name] for row in side.values()] for side in (ours, paper))
+            self.report.note(f"{name}: {rank_correlation(*pair)}")
+
+    def is_first(self, means: dict[str, dict[str, list[float]]]) -> None:
+        """Whether ABKD is ahead of every other loss, by a paired test over the training seeds.
+
+        The p value of "ahead of all" is the largest of those of the single losses (an intersection-union test).
+        """
+        first = next((loss for loss in means if title(loss) == "ABKD"), None)
+        if first is None or len(means) < 2:
+            return
+        *_, last = means[first]
+        others = [loss for loss in means if loss != first]
+        rows = [{"name": label(loss)} | ahead_of(means[first][last], means[loss][last]) for loss in others]
+        count = len(means[first][last])
+        columns = {"name": "loss", "gap": f"{label(first)} is ahead by|+.2f", "wins": f"seeds of {count}", "p": "p|.2g"}
+        self.report.table("first", f"{last}: {label(first)} against each other loss, seed by seed", rows, columns)
+        if count > 1:
+            worst = max(rows, key=lambda row: row["p"])
+            self.report.note(f'"{label(first)} is first": p = {worst["p"]:.2g}, that against {worst["name"]}')
 
 
 def _needed(config: Config, configs: dict[str, Config]) -> list[Config]:
@@ -221,25 +282,6 @@ def _cell(values: list[float]) -> str:
     return f"{statistics.fmean(values):.2f}" + (f" ({statistics.stdev(values):.2f})" if values[1:] else "")
 
 
-def _compare(means: dict[str, list[float]]) -> str:
-    """Who leads, and how far the others are behind.
-
-    The unit is the standard error of a difference, from the spread over training seeds of all losses together.
-    """
-    scores = {loss: statistics.fmean(values) for loss, values in means.items()}
-    first, *others = sorted(scores, key=lambda loss: -scores[loss])
-    count, error, measure, behind = len(means[first]), 0.0, "", []
-    if count > 1:
-        error = math.sqrt(statistics.fmean(map(statistics.variance, means.values())) * 2 / count)
-    if error:
-        freedom = len(means) * (count - 1)
-        measure = f" (in standard errors of a difference, {error:.2f} from {freedom} degrees of freedom)"
-    for loss in others:
-        gap = scores[first] - scores[loss]
-        behind.append(f"{label(loss)} {gap:.2f}" + (f" ({gap / error:.1f})" if error else ""))
-    return f"{label(first)} leads; behind it{measure}: {', '.join(behind) or 'nobody'}"
-
-
 def _end(number: int, frame: types.FrameType | None) -> None:
     """A signal to this process alone ends the runs at work, too, once they are saved."""
     for worker in multiprocessing.active_children():
@@ -252,11 +294,13 @@ def main() -> None:
     add("--config", default="quickstart", metavar="RECIPE", help="default: %(default)s")
     add("--stage", default="student-ab", help="the one that distills (default: %(default)s)")
     add("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help="as in train")
-    add("--losses", nargs="+", default=TABLE_2, metavar="LOSS", help="default: Table 2's")
+    add("--losses", nargs="+", default=TABLE_2, metavar="LOSS", help="LOSS or METHOD/LOSS, default: Table 2's")
     add("--rates", nargs="+", type=float, help="learning rates to search (default: 1/2, 1, 2 times the recipe's)")
     add("--select", choices=("rouge_l", "dev_loss"), default="rouge_l", help="decides which rate is best")
     add("--search-steps", type=int, help="steps of the search's runs (default: the recipe's)")
+    add("--search-seeds", nargs="+", type=int, default=[10, 11, 12], help="its seeds (default: 10 11 12)")
     add("--seeds", nargs="+", type=int, default=[1, 2, 3], help="seeds of training (default: 1 2 3)")
+    add("--paper", choices=("table2", "table3"), default="table2", help="whose order ours is compared with")
     add("--rows", type=int, help="answers only the first rows of each test set")
     add("--jobs", type=int, default=1, help="runs at a time (default: %(default)s)")
     options = parser.parse_args()

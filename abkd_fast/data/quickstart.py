@@ -22,22 +22,23 @@ WORDS = (
 )
 COLORS = ("red", "green", "blue", "white", "black", "brown", "purple", "orange")
 ANIMALS = {"dog": "barks", "cat": "meows", "cow": "moos", "duck": "quacks", "lion": "roars", "sheep": "bleats"}
-SIZES = {"train": 6000, "small": 600, "dev": 200, "test": 400}
-SEEDS = {"dev": 1, "test": 2}  # the other splits have seed 0
+SIZES = {"train": 6000, "small": 600, "dev": 200, "test": 400, "held-out": 1000}
+SEEDS = {"dev": 1, "test": 2, "held-out": 3}  # the other splits have seed 0
 
 
 def rows(split: str) -> Iterator[dict[str, str | list[str]]]:
-    """Rows with instruction, input and output. Splits: "train", "small" (the first rows of train), "dev", "test".
+    """Rows with instruction, input and output, of one of the splits.
 
-    The output is one wording of the answer. In "test" it is the list of all wordings: each of them is right. Raises
-    ConfigError for another split.
+    They are "train", "small" (the first rows of train), "dev", "test" and "held-out". The output is one wording of the
+    answer. In "test" and "held-out" it is the list of all wordings: each of them is right. No setting of this project
+    was chosen on "held-out". Raises ConfigError for another split.
     """
     if split not in SIZES:
         raise ConfigError(f"quickstart:{split}: no such split; valid are {', '.join(SIZES)}")
     generator = random.Random(SEEDS.get(split, 0))
     for _ in range(SIZES[split]):
         instruction, extra, wordings = _task(generator)
-        output = wordings if split == "test" else generator.choice(wordings)
+        output = wordings if split in ("test", "held-out") else generator.choice(wordings)
         yield {"instruction": instruction, "input": extra, "output": output}
 
 

@@ -201,12 +201,12 @@ def _is_complete(scores: object) -> bool:
         return False
 
 
-def spread(summary: dict | None) -> str:
+def spread(summary: dict | None, digits: int = 1) -> str:
     """The mean and, with several seeds, the standard deviation in brackets: "25.1 (0.3)"; "-" without scores."""
     if summary is None:
         return "-"
-    deviation = "" if summary["std"] is None else f" ({summary['std']:.1f})"
-    return f"{summary['mean']:.1f}{deviation}"
+    deviation = "" if summary["std"] is None else f" ({summary['std']:.{digits}f})"
+    return f"{summary['mean']:.{digits}f}{deviation}"
 
 
 def summarize(seeds: dict[str, float]) -> dict:

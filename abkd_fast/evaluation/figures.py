@@ -1,18 +1,21 @@
 """Figures in print quality, PNG and SVG: ROUGE-L over training, and the curves of one run. Needs matplotlib."""
 
 import contextlib
+import itertools
 import pathlib
+import statistics
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from .runs import Run
+from .runs import Run, replicates
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Okabe and Ito's palette: readers with any color vision can tell the colors apart. In gray the markers differ.
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
-MARKERS = "osD^vP*X"
+# Okabe and Ito's palette without its yellow, which is faint on white, and two colors of Tol's: nine, as Table 2 has
+# losses. Readers with any color vision can tell them apart. In gray the markers differ.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#882255", "#999933")
+MARKERS = "osD^vP*X<"
 LINES = ("-", "-.", ":")  # each time that the colors start again, the next one
 STYLE = {
     "font.size": 9,
@@ -32,27 +35,56 @@ STYLE = {
 def rouge_curves(runs: list[Run], stem: pathlib.Path) -> list[pathlib.Path]:
     """Draws the papers' Figure 1: ROUGE-L on dev rows over training, one line a run, the teacher's result dashed.
 
+    Runs that differ in their seed alone are one line, their mean, in a band of one standard deviation to each side.
     Runs whose results others start from are left out. Returns the paths; none if no run has such points.
     """
     shown = [run for run in runs if not any(other.begins_with(run) or other.learns_from(run) for other in runs)]
-    shown = [run for run in shown or runs if run.curve("dev", "rouge_l")[0]]
-    if not shown:
+    groups = replicates(run for run in shown or runs if run.curve("dev", "rouge_l")[0])
+    if not groups:
         return []
-    teacher = next((run for run in runs if any(other.learns_from(run) for other in shown)), None)
-    names = {run.dev_rouge for run in shown}
-    with _figure(1, (4.5, max(2.8, 0.2 * len(shown))), stem) as (panel,):  # high enough for the legend
-        for index, run in enumerate(shown):
-            turn, place = divmod(index, len(COLORS))
-            style = {"color": COLORS[place], "marker": MARKERS[(index + turn) % len(MARKERS)]}
-            style["linestyle"] = LINES[turn % len(LINES)]
-            label = run.label if len(names) == 1 else f"{run.label}: {run.dev_rouge}"
-            panel.plot(*run.curve("dev", "rouge_l"), **style, label=label, clip_on=False)
-        if teacher and names == {teacher.dev_rouge} and (values := teacher.curve("dev", "rouge_l")[1]):
-            panel.axhline(values[-1], color="#555555", linestyle="--", label=teacher.label)
+    names = {run.dev_rouge for run, *_ in groups}
+    with _figure(1, (5.5, max(3.4, 0.22 * len(groups))), stem) as (panel,):  # high enough for the legend
+        for index, group in enumerate(groups):
+            style, name = _style(index), group[0].label
+            steps, means, low, high = _over_seeds(group)
+            panel.plot(steps, means, **style, label=name if len(names) == 1 else f"{name}: {group[0].dev_rouge}")
+            if len(group) > 1:  # the band is above the grid and below all lines
+                panel.fill_between(steps, low, high, color=style["color"], alpha=0.1, linewidth=0, zorder=1.6)
+        teachers = replicates(run for run in runs if any(other.learns_from(run) for other in itertools.chain(*groups)))
+        for teacher, *others in teachers[:1]:
+            ends = [run.curve("dev", "rouge_l")[1][-1:] for run in (teacher, *others)]
+            if all(ends) and names == {teacher.dev_rouge}:
+                height = statistics.fmean(itertools.chain(*ends))
+                panel.axhline(height, color="#555555", linestyle="--", label=teacher.label)
         panel.set(xlabel="Training step", ylabel=f"{' / '.join(sorted(names))} on development rows")
         panel.set_xlim(left=0)
-        panel.legend(loc="upper left", bbox_to_anchor=(1, 1))
+        title = {"title": _band(groups), "title_fontsize": 8, "alignment": "left"}
+        panel.legend(loc="upper left", bbox_to_anchor=(1, 1), **title)
     return _paths(stem)
+
+
+def _style(index: int) -> dict[str, str | bool]:
+    turn, place = divmod(index, len(COLORS))
+    marker, line = MARKERS[(index + turn) % len(MARKERS)], LINES[turn % len(LINES)]
+    return {"color": COLORS[place], "marker": marker, "linestyle": line, "clip_on": False}
+
+
+def _over_seeds(group: list[Run]) -> tuple[list[int], list[float], list[float], list[float]]:
+    """ROUGE-L on dev rows at the steps at which all runs have it: steps, means, and a deviation below and above."""
+    curves = [dict(zip(*run.curve("dev", "rouge_l"), strict=True)) for run in group]
+    steps = [step for step in curves[0] if all(step in curve for curve in curves)]
+    values = [[curve[step] for curve in curves] for step in steps]
+    means = [*map(statistics.fmean, values)]
+    deviations = [statistics.stdev(scores) if len(scores) > 1 else 0.0 for scores in values]
+    low, high = ([mean + sign * std for mean, std in zip(means, deviations, strict=True)] for sign in (-1, 1))
+    return steps, means, low, high
+
+
+def _band(groups: list[list[Run]]) -> str | None:
+    """What the bands are, if there are some."""
+    counts = sorted({len(group) for group in groups} - {1})
+    numbers = " or ".join(map(str, counts))
+    return f"band: ± standard deviation\nover {numbers} training seeds" if counts else None
 
 
 def run_curves(run: Run, stem: pathlib.Path) -> None:

@@ -36,11 +36,24 @@ class Run:
     points: list[dict]  # the lines of metrics.jsonl
     sets: dict[str, dict]  # of eval/scores.json, by name; empty without an evaluation
     settings: dict  # how the sets were answered; from eval/scores.json, too
-    label: str = ""  # "Teacher", or the papers' name of a method or loss
+    title: str = ""  # "Teacher", or the papers' name of a method or loss
+    label: str = ""  # the title, and what tells runs of one title apart
 
     @property
     def is_teacher(self) -> bool:
-        return self.label.startswith(TEACHER)
+        return self.title == TEACHER
+
+    @property
+    def seed(self) -> int | None:
+        """The training seed. None where the configuration does not say it."""
+        return self.config.get("run", {}).get("seed")
+
+    @property
+    def besides_seed(self) -> str:
+        """The configuration without seed and place, as JSON. Paths of the recipe's other stages are relative."""
+        config = {key: value for key, value in self.config.items() if key != "run"}
+        own = {"dir": "", "name": "", **self.config.get("run", {})}
+        return json.dumps(_relative(config, pathlib.Path(own["dir"], own["name"])), sort_keys=True)
 
     @property
     def columns(self) -> dict[str, dict]:
@@ -71,6 +84,14 @@ class Run:
         return [step for step, _ in pairs], [value for _, value in pairs]
 
 
+def _relative(value: object, root: pathlib.Path) -> object:
+    """JSON values in which paths within the folder are relative to it."""
+    if isinstance(value, dict):
+        return {key: _relative(inner, root) for key, inner in value.items()}
+    is_within = isinstance(value, str) and root.parts and root in pathlib.Path(value).parents
+    return str(pathlib.Path(value).relative_to(root)) if is_within else value
+
+
 def _is_result(model: dict | None, run: Run) -> bool:
     """Whether a model, or its adapter, is the run's result. The folder of all runs may have moved since."""
     path = model and (model["adapter"] or model["path"])
@@ -89,7 +110,25 @@ def read_runs(folders: Iterable[pathlib.Path]) -> list[Run]:
             raise ConfigError(f"{folder}: no finished run there (config.json, summary.json), and none in its folders")
         found += [_read(run) for run in runs if run.resolve() not in [other.folder.resolve() for other in found]]
     found = sorted(found, key=lambda run: not any(other.learns_from(run) for other in found))
-    return [dataclasses.replace(run, label=label) for run, label in zip(found, _labels(found), strict=True)]
+    titled = [dataclasses.replace(run, title=_title(run, found)) for run in found]
+    groups = replicates(titled)
+    labels = {run.folder: label for group, label in zip(groups, _labels(groups), strict=True) for run in group}
+    return [dataclasses.replace(run, label=labels[run.folder]) for run in titled]
+
+
+def replicates(runs: Iterable[Run]) -> list[list[Run]]:
+    """Groups runs that differ in nothing but their training seed. A run without such others is a group of its own.
+
+    Runs with the same seed, too, are no replicates: counted twice, one result would make the spread too small.
+    """
+    alike = collections.defaultdict(list)
+    for run in runs:
+        alike[run.title, run.besides_seed].append(run)
+    groups = []
+    for group in alike.values():
+        seeds = {run.seed for run in group} - {None}
+        groups += [group] if len(seeds) == len(group) else [[run] for run in group]
+    return groups
 
 
 def _is_run(folder: pathlib.Path) -> bool:
@@ -122,13 +161,21 @@ def _check(config: dict, summary: dict, points: list[dict]) -> None:
     if wrong := [key for key in numbers if not isinstance(summary[key], float | int)]:
         raise TypeError(f"no number: {', '.join(wrong)}")
     config["loss"].partition(":")  # fails where it is no text
+    place = config.get("run", {})
+    if any(not isinstance(place.get(key, ""), str) for key in ("dir", "name")):
+        raise TypeError("no text: run.dir, run.name")
+    if not isinstance(place.get("seed", 0), int):
+        raise TypeError("no number: run.seed")
 
 
-def _labels(runs: list[Run]) -> list[str]:
-    """The papers' names. Runs of one name also get the numbers of their losses; if that is not enough, folders."""
-    names = [_label(run, runs) for run in runs]
-    numbers = [run.config["loss"].partition(":")[2] for run in runs]
-    for details in (numbers, [run.folder.name for run in runs]):
+def _labels(groups: list[list[Run]]) -> list[str]:
+    """A label for each group: the papers' names.
+
+    Groups of one name also get the numbers of their losses; if that is not enough, folders.
+    """
+    names = [group[0].title for group in groups]
+    numbers = [group[0].config["loss"].partition(":")[2] for group in groups]
+    for details in (numbers, [_folders(group) for group in groups]):
         pairs = set(zip(names, details, strict=True))
         shared = collections.Counter(name for name, _ in pairs)
         names = [
@@ -138,7 +185,11 @@ def _labels(runs: list[Run]) -> list[str]:
     return names
 
 
-def _label(run: Run, runs: list[Run]) -> str:
+def _folders(group: list[Run]) -> str:
+    return group[0].folder.name + (f" and {len(group) - 1} more" if len(group) > 1 else "")
+
+
+def _title(run: Run, runs: list[Run]) -> str:
     if any(other.learns_from(run) for other in runs):
         return TEACHER
     if any(other.begins_with(run) for other in runs):

@@ -5,12 +5,13 @@ import csv
 import dataclasses
 import importlib.util
 import io
+import itertools
 import pathlib
 import statistics
 from collections.abc import Iterator
 
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from ..console import format_bytes
@@ -18,80 +19,119 @@ from ..errors import ConfigError
 from ..files import atomic_write
 from . import figures, rouge
 from .evaluator import spread, summarize
-from .runs import Run
+from .runs import Run, replicates
 from .test_sets import NAMES
 
-# A label, its run (None: published scores), and cells with mean and std (None: a set without a score).
-TableRow = tuple[str, Run | None, list[dict | None]]
+AVERAGE = "Average"
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A run, or several that differ in their training seed alone; beside a published row, if it has one."""
+
+    label: str
+    runs: list[Run]  # none: there are only published scores
+    cells: list[dict | None]  # for each column a mean and a std; None without a score
+    paper: str | None = None  # the name of the published row
+    published: list[dict | None] | None = None  # its cells; None: nothing is set beside ours
+
+    @property
+    def is_student(self) -> bool:
+        return bool(self.runs) and not self.runs[0].is_teacher
+
+    @property
+    def differences(self) -> list[dict | None]:
+        """For each column ours - published, and whether this is more than both standard deviations together."""
+        return [_difference(*pair) for pair in zip(self.cells, self.published, strict=True)]
+
+
+def _difference(ours: dict | None, published: dict | None) -> dict | None:
+    if ours is None or published is None:
+        return None
+    change, spreads = ours["mean"] - published["mean"], (ours["std"], published["std"])
+    return {"change": change, "is_beyond": None if None in spreads else abs(change) > sum(spreads)}
 
 
 @dataclasses.dataclass(frozen=True)
 class ScoreTable:
-    """ROUGE-L: one row a run, one column a test set, and an average column if there are several sets."""
+    """ROUGE-L: a column for each test set, and one for the average if there are several sets.
+
+    Without published scores each row is one line. With them it is three: published, ours, and the difference.
+    """
 
     columns: list[str]
-    rows: list[TableRow]
+    rows: list[Row]
     notes: list[str]  # how the sets were answered, and what makes runs not comparable
-
-    def beside(self, path: pathlib.Path) -> "ScoreTable":
-        """Returns this table with published scores, from a CSV file, added. Raises ConfigError for a bad file."""
-        return dataclasses.replace(self, rows=self.rows + _read_published(path, self.columns))
+    has_published: bool = False
 
     def table(self) -> Table:
         """The table for the terminal."""
-        table = Table("ROUGE-L", *map(escape, self.columns), caption=Text("\n".join(self.notes)))
-        for label, _, cells in self.rows:
-            table.add_row(escape(label), *map(spread, cells))
+        header = [*([""] if self.has_published else []), *map(escape, self.columns)]
+        columns = [Column("ROUGE-L", no_wrap=True), *(Column(name, overflow="fold") for name in header)]
+        table = Table(*columns, caption=Text("\n".join(self.notes)))
+        for names, texts in self._lines():
+            if self.has_published and names[0]:
+                table.add_section()
+            table.add_row(*map(escape, [*names, *texts]))
         return table
 
     def markdown(self) -> str:
         """The best run of each column is bold. The teacher is none of them: it is the upper bound."""
-        students = [cells for _, run, cells in self.rows if run and not run.is_teacher]
-        columns = [[cells[column] for cells in students] for column in range(len(self.columns))]
-        best = [max((cell["mean"] for cell in column if cell), default=None) for column in columns]
-        lines = [["", *self.columns], ["---", *["---:"] * len(self.columns)]]
-        for label, run, cells in self.rows:
-            pairs = zip(cells, best if run and not run.is_teacher else [None] * len(best), strict=True)
-            texts = [f"**{spread(cell)}**" if cell and cell["mean"] == top else spread(cell) for cell, top in pairs]
-            lines.append([label, *texts])
+        names = [""] * (2 if self.has_published else 1)
+        lines = [[*names, *self.columns], ["---" for _ in names] + ["---:" for _ in self.columns]]
+        lines += [[*names, *texts] for names, texts in self._lines(bold="**")]
         return "".join([*(f"| {' | '.join(line)} |\n" for line in lines), *(f"\n{note}\n" for note in self.notes)])
 
+    def _lines(self, bold: str = "") -> Iterator[tuple[list[str], list[str]]]:
+        """The lines of text: their names, and a text for each column. `bold` is around the best."""
+        columns = zip(*(row.cells for row in self.rows if row.is_student), strict=True)
+        best = [max((cell["mean"] for cell in column if cell), default=None) for column in columns]
+        digits, last = (2 if self.has_published else 1), None  # as many as are published
+        for row in self.rows:
+            if row.paper not in (None, last):
+                yield [row.paper, "paper"], [spread(cell, digits) for cell in row.published]
+            if row.runs:
+                pairs = zip(row.cells, best if row.is_student else [None] * len(row.cells), strict=True)
+                marks = [(spread(cell, digits), bold if cell and cell["mean"] == top else "") for cell, top in pairs]
+                yield self._names(row), [f"{mark}{text}{mark}" for text, mark in marks]
+            if row.runs and row.paper is not None:
+                yield ["", "ours - paper"], [_signed(difference) for difference in row.differences]
+            last = row.paper
+
+    def _names(self, row: Row) -> list[str]:
+        """What our line of a row begins with."""
+        if not self.has_published:
+            return [row.label]
+        if row.paper is None:
+            return [row.label, "ours"]
+        return ["", "ours" if row.label == row.paper else f"ours: {row.label}"]
+
     def csv(self) -> str:
+        """One line for each of our rows, and for each published one that has none of ours."""
+        parts = ["mean", "std", *(["paper", "paper std", "difference", "beyond"] if self.has_published else [])]
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(["row", "run", *(f"{name} {what}" for name in self.columns for what in ("mean", "std"))])
-        for label, run, cells in self.rows:
-            numbers = [value for cell in cells for value in ((cell["mean"], cell["std"]) if cell else (None, None))]
-            writer.writerow([label, run and run.folder, *numbers])
+        first = ["row", "run", *(["paper"] if self.has_published else [])]
+        writer.writerow([*first, *(f"{name} {part}" for name in self.columns for part in parts)])
+        for row in self.rows:
+            first = [row.label, "; ".join(str(run.folder) for run in row.runs)]
+            numbers = [_numbers(cell, ("mean", "std")) for cell in row.cells]
+            if self.has_published:
+                first.append(row.paper)
+                numbers = [
+                    [*own, *_numbers(cell, ("mean", "std")), *_numbers(change, ("change", "is_beyond"))]
+                    for own, cell, change in zip(numbers, row.published, row.differences, strict=True)
+                ]
+            writer.writerow([*first, *itertools.chain(*numbers)])
         return text.getvalue()
 
 
-def _read_published(path: pathlib.Path, columns: list[str]) -> list[TableRow]:
-    """The rows of a CSV file like `scores.csv`: "row", and for some of the columns "SET mean" and "SET std"."""
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            table = csv.DictReader(file)
-            known = [name for name in columns if f"{name} mean" in (table.fieldnames or ())]
-            if "row" not in (table.fieldnames or ()) or not known:
-                expected = ", ".join(f'"{name} mean"' for name in columns)
-                raise ValueError(f'expected a first line with "row" and some of {expected}')
-            rows = {}
-            for row in table:
-                label = f"{row['row']} ({path.stem})"
-                if label in rows:
-                    raise ValueError(f"line {table.line_num}: a second {row['row']}")
-                try:
-                    rows[label] = label, None, [_read_cell(row, name) for name in columns]
-                except ValueError as error:
-                    raise ValueError(f"line {table.line_num}: {error}") from None
-            return [*rows.values()]
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"paper: {path} can't be read ({error})") from None
+def _signed(difference: dict | None) -> str:
+    return f"{difference['change']:+.2f}{'*' if difference['is_beyond'] else ''}" if difference else ""
 
 
-def _read_cell(row: dict[str, str], column: str) -> dict | None:
-    mean, std = (row.get(f"{column} {what}") or None for what in ("mean", "std"))
-    return None if mean is None else {"mean": float(mean), "std": std and float(std)}
+def _numbers(values: dict | None, keys: tuple[str, ...]) -> list[float | None]:
+    return [values[key] if values else None for key in keys]
 
 
 def score_table(runs: list[Run]) -> ScoreTable | None:
@@ -102,14 +142,42 @@ def score_table(runs: list[Run]) -> ScoreTable | None:
     places = {column: order.index(name) if name in order else len(order) for column, name in sets.items()}
     names = sorted(places, key=lambda column: (places[column], column))
     rows = []
-    for run in scored:
-        cells = [run.columns[name]["rouge_l"] if name in run.columns else None for name in names]
-        cells = [None if cell is None or cell["mean"] is None else cell for cell in cells]
-        rows.append((run.label, run, [*cells, _average(cells)] if len(names) > 1 else cells))
+    for group in replicates(scored):
+        cells = [_over_seeds(group, column) for column in zip(*(_cells(run, names) for run in group), strict=True)]
+        rows.append(Row(group[0].label, group, cells))
     units = {run.settings["rouge_tokens"] for run in scored}
-    average = rouge.named("Average", *units) if len(units) == 1 else "Average"  # of different units there is none
+    average = rouge.named(AVERAGE, *units) if len(units) == 1 else AVERAGE  # of different units there is none
     columns = [*names, *([average] if len(names) > 1 else [])]
-    return ScoreTable(columns, rows, [*_notes(scored, names)]) if rows else None
+    return ScoreTable(columns, rows, [*_notes(scored, names), *_note_seeds(rows, columns)]) if rows else None
+
+
+def _cells(run: Run, names: list[str]) -> list[dict | None]:
+    """A run's scores of these sets, and last their average if there are several."""
+    cells = [run.columns[name]["rouge_l"] if name in run.columns else None for name in names]
+    cells = [None if cell is None or cell["mean"] is None else cell for cell in cells]
+    return [*cells, _average(cells)] if len(names) > 1 else cells
+
+
+def _over_seeds(group: list[Run], cells: tuple[dict | None, ...]) -> dict | None:
+    """One run's score as it is; of several runs the mean and the spread over their training seeds."""
+    if len(group) == 1:
+        return cells[0]
+    means = {str(run.seed): cell["mean"] for run, cell in zip(group, cells, strict=True) if cell}
+    return summarize(means) if means else None
+
+
+def _note_seeds(rows: list[Row], columns: list[str]) -> Iterator[str]:
+    """Says which rows are of several training seeds, and for which sets some of these have no score."""
+    found = collections.defaultdict(list)
+    for row in rows:
+        if len(row.runs) > 1:
+            counts = {name: len(cell["seeds"]) if cell else 0 for name, cell in zip(columns, row.cells, strict=True)}
+            fewer = [f"{count} on {name}" for name, count in counts.items() if count < len(row.runs)]
+            found[f"{len(row.runs)} training seeds" + (f" ({', '.join(fewer)})" if fewer else "")].append(row.label)
+    for seeds, labels in found.items():
+        yield f"{', '.join(labels)}: {seeds}; the spread is over them."
+    if found and any(len(row.runs) == 1 for row in rows):
+        yield "Every other row of ours: one training seed; the spread is over the seeds of the answers."
 
 
 def _notes(runs: list[Run], names: list[str]) -> Iterator[str]:
@@ -147,14 +215,15 @@ def gain(runs: list[Run]) -> str | None:
     None unless two such runs and their teacher were scored on the same sets.
     """
     table = score_table(runs)
-    scores = {run.folder: cells[-1] for _, run, cells in table.rows} if table else {}
+    scores = {run.folder: row.cells[-1] for row in table.rows for run in row.runs} if table else {}
     scored = [run for run in runs if scores.get(run.folder)]
     for student in scored:
-        teacher = next((run for run in scored if student.learns_from(run)), None)
-        plain = [run for run in scored if run.config["method"] == "sft" and run not in (student, teacher)]
-        alone = next((run for run in plain if run.start == student.start and student.start[0] is not None), None)
-        if teacher and alone:
-            return _compare(student, alone, teacher, scores, table.columns[-1])
+        if teacher := next((run for run in scored if student.learns_from(run)), None):
+            rows = (student.label, teacher.label)  # no other seed of these is the one without teacher
+            plain = [run for run in scored if run.config["method"] == "sft" and run.label not in rows]
+            alone = next((run for run in plain if run.start == student.start and student.start[0] is not None), None)
+            if alone:
+                return _compare(student, alone, teacher, scores, table.columns[-1])
     return None
 
 

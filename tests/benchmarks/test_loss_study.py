@@ -25,6 +25,7 @@ def test_losses_are_searched_trained_and_scored_alike(tmp_path, monkeypatch):
     }
     overrides = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
     arguments = ["--losses", "sft", "ab:0.2,0.7", "--rates", "1e-3", "2e-3", "--select", "dev_loss", "--rows", "4"]
+    arguments += ["--search-seeds", "10"]
     command = [sys.executable, BENCHMARKS / "losses.py", *overrides, *arguments, "--seeds", "1", "2", "--out", tmp_path]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
@@ -42,7 +43,9 @@ def test_losses_are_searched_trained_and_scored_alike(tmp_path, monkeypatch):
         scores = json.loads(pathlib.Path(f"{folder}{seed}", "eval", "scores.json").read_text())
         assert scores["sets"]["test"]["rows"] == 4
         means.append(scores["sets"]["test"]["rouge_l"]["mean"])
-    assert abkd["runs"] == pytest.approx(means)
+    assert abkd["runs"]["test"] == pytest.approx(means)
+    ((against,),) = (table["rows"] for table in sections["first"])
+    assert against["gap"] == pytest.approx(sum(means) / 2 - sum(sft["runs"]["test"]) / 2)
     assert (tmp_path / "rouge_l.png").read_bytes()[:4] == b"\x89PNG"
 
 

@@ -1,4 +1,5 @@
 import csv
+import functools
 import importlib.util
 import json
 import pathlib
@@ -10,47 +11,14 @@ from abkd_fast.evaluation import figures
 from abkd_fast.evaluation.runs import read_runs
 from abkd_fast.evaluation.tables import gain, score_table
 from abkd_fast.report import main
+from finished_runs import score, write_run
 
 matplotlib = pytest.importorskip("matplotlib")
 
 
 @pytest.fixture
 def make_run(tmp_path):
-    """Writes the folder of a finished run, as training and evaluation leave it."""
-
-    def make(name, method="sft", loss="ab:0.2,0.7", student="elsewhere", teacher=None, sets=None, rouge=(1.0, 3.0)):
-        def model(spec):  # a path, or keys
-            return {"path": None, "adapter": None, "lora": None} | (spec if isinstance(spec, dict) else {"path": spec})
-
-        folder = tmp_path / "runs" / name
-        folder.mkdir(parents=True)
-        config = {"method": method, "loss": loss, "train": {"batch_size": 8}}
-        config |= {"student": model(student), "teacher": teacher and model(teacher)}
-        summary = {"steps": 20, "selected_step": 10, "dev_loss_before": 3.5, "dev_loss": 2.25}
-        summary |= {"dev_rouge_l_before": None, "dev_rouge_l": None}
-        summary |= {"seconds_per_sample": 0.0125, "peak_memory_bytes": 2_500_000_000}
-        points = [{"kind": "dev", "step": 0, "loss": 3.5}]
-        for step, score in zip((10, 20), rouge, strict=True):
-            point = {"loss": 3.0 - step / 20, "samples_per_second": 80.0, "peak_memory_bytes": 2e9}
-            points += [{"kind": "train", "step": step, **point}]
-            points += [{"kind": "dev", "step": step, "loss": 3.0, **({} if score is None else {"rouge_l": score})}]
-        for file, values in {"config": config, "summary": summary}.items():
-            (folder / f"{file}.json").write_text(json.dumps(values))
-        (folder / "metrics.jsonl").write_text("".join(json.dumps(point) + "\n" for point in points))
-        if sets:
-            (folder / "eval").mkdir()
-            facts = {"rows": 2, "cut_prompts": 0, "content": "0f"}
-            facts["exact_match"] = {"mean": 0.0, "std": None, "seeds": {}}
-            scores = {key: {"rouge_l": value, **facts} for key, value in sets.items()}
-            content = {"model": "x", "weights": {}, "settings": {"temperature": 1.0}, "sets": scores}
-            (folder / "eval" / "scores.json").write_text(json.dumps(content))
-        return folder
-
-    return make
-
-
-def score(mean, std, **seeds):
-    return {"mean": mean, "std": std, "seeds": {key.removeprefix("seed"): value for key, value in seeds.items()}}
+    return functools.partial(write_run, tmp_path / "runs")
 
 
 @pytest.fixture
@@ -83,20 +51,6 @@ def test_table_has_the_papers_layout(four_runs):
     assert header == ["row", "run", *(f"{s} {w}" for s in ("Dolly", "Vicuna", "Average") for w in ("mean", "std"))]
     assert rows[1][:1] + rows[1][2:6] == ["ABKD", "20.0", "0.5", "12.0", "1.0"]
     assert rows[2][4:] == ["13.0", "", "", ""]
-
-
-def test_published_figures_stand_beside_ours(four_runs, tmp_path, capsys):
-    paper = tmp_path / "table2.csv"
-    paper.write_text("row,Vicuna mean,Vicuna std,Unnatural mean\nABKD,17.5,0.25,30\nFKLD,16.25,,29\n")
-    assert main([str(four_runs), "--paper", str(paper)]) == 0
-    assert "ABKD (table2)" in capsys.readouterr().out
-    lines = (four_runs / "scores.md").read_text().splitlines()
-    assert lines[3] == "| ABKD | **20.0 (0.5)** | 12.0 (1.0) | **16.0 (1.1)** |"
-    assert lines[5:7] == ["| ABKD (table2) | - | 17.5 (0.2) | - |", "| FKLD (table2) | - | 16.2 | - |"]
-    ours = four_runs / "scores.csv"
-    assert ours.read_text().splitlines()[-2:] == ["ABKD (table2),,,,17.5,0.25,,", "FKLD (table2),,,,16.25,,,"]
-    assert main([str(four_runs), "--paper", str(ours)]) == 0, "a table of another report is one, too"
-    assert "| Teacher (scores) | 24.0 (2.0) |" in (four_runs / "scores.md").read_text()
 
 
 def test_rows_of_one_name_are_told_apart(make_run):
