@@ -304,4 +304,4 @@ def test_figure_has_a_line_a_loss_and_a_band_over_seeds(make_run, monkeypatch):
     assert [*low, *high] == pytest.approx([1.5 - 0.5**0.5, 4 - 2**0.5, 1.5 + 0.5**0.5, 4 + 2**0.5])
     assert band[1]["color"] == ab[1]["color"]
     assert (line[0], line[1]["label"]) == ((9.0,), "Teacher")
-    assert legend[1]["title"] == "band: ± standard deviation\nover 2 training seeds"
+    assert legend[1]["title"] == "band: ± standard error\nover 2 training seeds"
