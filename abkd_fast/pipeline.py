@@ -21,7 +21,7 @@ from .config.sampling import OPTIONS, SamplingParams
 from .config.schema import Config
 from .console import console
 from .data import pretrain
-from .data.rows import Row, read_rows
+from .data.rows import Row, Rows, read_rows
 from .device import choose_device, choose_dtype
 from .errors import ConfigError, check_number
 from .evaluation import tables
@@ -37,7 +37,7 @@ from .training.prepare import Prepared, dev_rows, read_tokenizer, train_format, 
 from .training.show_rows import print_samples, shown_samples
 from .training.trainer import Trainer
 
-ReadRows = Callable[..., list[Row]]
+ReadRows = Callable[..., Rows]
 
 
 def run(stages: list[Config], resume: bool = False) -> list[dict]:
