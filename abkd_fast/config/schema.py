@@ -299,9 +299,8 @@ class Config(Section):
             raise ConfigError(f"teacher.top_k: {problem}; give teacher.path, or method=ab or kd", "teacher.top_k")
         if self.served_teacher and self.temperature != 1:
             problem = f"temperature is {self.temperature}, but teacher.top_k has no logits of the other tokens"
-            raise ConfigError(
-                f"{problem}, which it would divide; set temperature=1, or give teacher.path", "temperature"
-            )
+            way_out = "set temperature=1, or give teacher.path"
+            raise ConfigError(f"{problem}, which it would divide; {way_out}", "temperature")
 
     def _check_generation(self) -> None:
         self.on_policy.check_method(self.method)
