@@ -1,5 +1,11 @@
 """teacher.top_k: what a server returns, as the teacher of a run."""
 
+import json
+import pathlib
+import re
+import sys
+from types import SimpleNamespace
+
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, set_seed
@@ -8,17 +14,19 @@ from abkd_fast.config.recipe import load
 from abkd_fast.data import quickstart
 from abkd_fast.errors import ConfigError
 from abkd_fast.teacher import top_k
+from abkd_fast.training.dry_run import describe
 from abkd_fast.training.trainer import Trainer
 from conftest import LLAMA
 from runs import Run, assert_same, crash_and_resume, step_and_gradients
 
+DOCS = pathlib.Path(__file__).parents[2] / "docs" / "served-teachers.md"
 MODEL = {**LLAMA, "vocab_size": 1024, "eos_token_id": 0, "bos_token_id": 0, "num_hidden_layers": 1}
 SECTIONS = {
     "method": "kd",
     "loss": "jsd:0.5",
     "student": {"config": MODEL},
     "data": {"train": "quickstart:small", "train_rows": 12, "max_length": 128},
-    "train": {"steps": 4, "batch_size": 4, "max_tokens": 256, "device": "cpu"},
+    "train": {"steps": 3, "batch_size": 4, "max_tokens": 256, "device": "cpu"},
     "eval": {},
 }
 
@@ -48,25 +56,55 @@ def samples(tmp_path):
 
 
 @torch.no_grad()
-def serve(folder, rows, k, form="plain"):
-    """Adds the teacher's tokens to rows, in one of the two forms, the label always among them."""
+def prompt_log_probs(model, ids, k):
+    """As vLLM returns them: by token, the k likeliest ones at every position but the first, and the token there."""
+    log_probs = model(torch.tensor([ids])).logits[0, :-1].log_softmax(1)
+    values, chosen = log_probs.topk(k)
+    entries = [None]
+    for label, *pairs, at in zip(ids[1:], chosen.tolist(), values.tolist(), log_probs, strict=True):
+        entries.append(dict(zip(*pairs, strict=True)) | {label: at[label].item()})
+    return entries
+
+
+def serve(folder, rows, k):
+    """Lines with all that a server returns: for prompt and response, and with more than log-probabilities."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
-    served = []
-    for row in rows:
-        ids = torch.tensor([row["prompt_ids"] + row["output_ids"]])
-        log_probs = model(ids).logits[0, :-1].log_softmax(1)
-        values, chosen = log_probs.topk(k)
-        entries = [None]
-        for label, *pairs, at in zip(ids[0, 1:].tolist(), chosen.tolist(), values.tolist(), log_probs, strict=True):
-            known = dict(zip(*pairs, strict=True)) | {label: at[label].item()}
-            entries.append({str(token): {"logprob": x, "rank": 1, "decoded_token": "a"} for token, x in known.items()})
-        if form == "server":
-            served.append({**row, "prompt_logprobs": entries})
-            continue
-        lists = [[(int(token), one["logprob"]) for token, one in x.items()] for x in entries[len(row["prompt_ids"]) :]]
-        top = {"top_ids": [[a for a, _ in x] for x in lists], "top_log_probs": [[b for _, b in x] for x in lists]}
-        served.append({"output_ids": row["output_ids"], **top})
-    return served
+    return [
+        row
+        | {
+            "prompt_logprobs": [
+                entry
+                and {str(token): {"logprob": value, "rank": 1, "decoded_token": "a"} for token, value in entry.items()}
+                for entry in prompt_log_probs(model, row["prompt_ids"] + row["output_ids"], k)
+            ]
+        }
+        for row in rows
+    ]
+
+
+def plain(served):
+    """The same lines in lists."""
+    lines = []
+    for row in served:
+        entries = row["prompt_logprobs"][len(row["prompt_ids"]) :]
+        ids = [[*map(int, entry)] for entry in entries]
+        log_probs = [[one["logprob"] for one in entry.values()] for entry in entries]
+        lines.append({"output_ids": row["output_ids"], "top_ids": ids, "top_log_probs": log_probs})
+    return lines
+
+
+class Server:
+    """In place of vLLM's LLM."""
+
+    def __init__(self, model, max_logprobs):
+        self.model, self.most = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64), max_logprobs
+
+    def generate(self, prompts, params):
+        assert (params.max_tokens, params.prompt_logprobs) == (1, self.most)
+        for prompt in prompts:
+            entries = prompt_log_probs(self.model, prompt["prompt_token_ids"], params.prompt_logprobs)
+            found = [entry and {token: SimpleNamespace(logprob=x) for token, x in entry.items()} for entry in entries]
+            yield SimpleNamespace(prompt_logprobs=found)
 
 
 def built(run, *overrides):
@@ -76,7 +114,7 @@ def built(run, *overrides):
 
 
 def test_with_all_tokens_a_step_is_that_of_the_dense_loss(tmp_path, write_jsonl, samples, teacher):
-    path = write_jsonl(serve(teacher, samples, 1024))
+    path = write_jsonl(plain(serve(teacher, samples, 1024)))
     results = []
     for spec in ({"path": teacher}, {"top_k": path}):
         run = Run(tmp_path, **{**SECTIONS, "teacher": spec, "hard_weight": 0.25})
@@ -88,21 +126,31 @@ def test_with_all_tokens_a_step_is_that_of_the_dense_loss(tmp_path, write_jsonl,
         torch.testing.assert_close(of_truncated[name], gradient, rtol=1e-5, atol=1e-7)
 
 
-def test_both_forms_of_the_file_are_one(tmp_path, write_jsonl, samples, teacher, capsys):
-    losses = []
-    for form in ("plain", "server"):
-        path = write_jsonl(serve(teacher, samples, 5, form), f"{form}.jsonl")
-        run = Run(tmp_path, **{**SECTIONS, "teacher": {"top_k": path}})
-        trainer = built(run)
-        losses.append([trainer.train_step(batch)[0].item() for batch in trainer.batches()])
-        assert trainer.method.top_k.note.startswith("5 to 6 tokens known for each trained token, from ")
-    assert losses[0] == losses[1]
+def test_the_scripts_of_the_docs_write_what_a_server_returns(
+    tmp_path, write_jsonl, samples, teacher, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    Run(tmp_path, **SECTIONS)
+    pathlib.Path("recipe.json").rename("mine.json")
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=Server, SamplingParams=SimpleNamespace))
+    for script in re.findall("```python\n(.*?)```", DOCS.read_text(), re.DOTALL):
+        exec(script.replace("TEACHER", teacher), {})
+    assert [json.loads(line) for line in open("rows.jsonl")] == samples
+    paths = "top.jsonl", write_jsonl(serve(teacher, samples, 20))
+    ours, theirs = (
+        trainer_of(Run(tmp_path, **{**SECTIONS, "data": {"train": "rows.jsonl"}, "teacher": {"top_k": path}}))
+        for path in paths
+    )
+    assert ours.method.top_k.note.startswith("20 to 21 tokens known for each trained token, from top.jsonl; ")
+    assert "20 to 21 tokens known" in " ".join(describe(ours))
+    for mine, other in zip(*(x.method.top_k.of([{"index": 3}, {"index": 0}]) for x in (ours, theirs)), strict=True):
+        assert torch.equal(mine, other)
 
 
 def test_one_file_is_data_and_teacher_and_a_resumed_run_is_the_same(
     tmp_path, write_jsonl, samples, teacher, capsys, monkeypatch
 ):
-    path = write_jsonl(serve(teacher, samples, 5, "server"))
+    path = write_jsonl(serve(teacher, samples, 5))
     sections = {**SECTIONS, "data": {**SECTIONS["data"], "train": path}, "teacher": {"top_k": path}}
     sections |= {"checkpoint": {"every_steps": 1}}
     whole = Run(tmp_path / "whole", **sections)
@@ -119,7 +167,7 @@ def test_one_file_is_data_and_teacher_and_a_resumed_run_is_the_same(
 def test_cut_responses_use_the_beginning_and_rows_that_are_left_out_need_no_tokens(
     tmp_path, write_jsonl, samples, teacher
 ):
-    rows = serve(teacher, samples, 3)
+    rows = plain(serve(teacher, samples, 3))
     longest = max(len(row["prompt_ids"]) for row in samples)
     left_out = [len(row["prompt_ids"]) == longest for row in samples]
     path = write_jsonl([{} if out else row for row, out in zip(rows, left_out, strict=True)])
@@ -174,7 +222,7 @@ WRONG = {
 
 
 def test_a_file_that_does_not_fit_is_refused_in_one_line(tmp_path, write_jsonl, samples, teacher, subtests):
-    served = [{**row, **top} for row, top in zip(samples, serve(teacher, samples, 4), strict=True)]
+    served = [{**row, **top} for row, top in zip(samples, plain(serve(teacher, samples, 4)), strict=True)]
     for row in served:  # four for each token: without the label, where it is a fifth
         row |= {key: [one[:4] for one in row[key]] for key in ("top_ids", "top_log_probs")}
     for name, (spoil, words) in WRONG.items():
