@@ -86,7 +86,19 @@ class ModelConfig(Section):
 class TeacherConfig(ModelConfig):
     """The model that the student learns from. It is frozen."""
 
+    top_k: Annotated[
+        str | None,
+        "file with the teacher's likeliest tokens for each token of a response, as inference servers return them, "
+        "instead of a model (docs/served-teachers.md)",
+    ] = None
+
     def __post_init__(self) -> None:
+        if self.top_k is not None:
+            for name, value in vars(self).items():
+                if name != "top_k" and value is not None:
+                    problem = f"has both top_k and {name}, but a teacher in a file is no model"
+                    raise ConfigError(f"{problem}: give one, and null for the other", name)
+            return
         super().__post_init__()
         if self.lora is not None:
             raise ConfigError("lora: a teacher is not trained; teacher.adapter merges an adapter into it", "lora")

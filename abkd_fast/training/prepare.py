@@ -21,6 +21,7 @@ from ..models import loading, quantized, tokenizers
 from ..models.causal_lm import rope_border
 from ..models.loading import MetaModel
 from ..models.vocabularies import Vocabulary
+from ..teacher.top_k import TopKTargets
 from .dev_eval import DevEvaluator
 
 
@@ -168,6 +169,8 @@ def read_train_data(
         notes.append(f"the tokenizer in final/ can't keep data.begin_token: give later commands --begin-token {begin}")
     steps_per_epoch = _steps_per_epoch(config, len(train_set))
     method.check_rows(len(train_set))
+    if config.served_teacher:
+        method.top_k = TopKTargets(config.served_teacher, train_set, where, vocabulary.sizes["student"])
     pretrain_set = None
     if data.uses_pretrain:
         pretrain_set, text = _read_pretrain_set(config, tokenizer), data.pretrain.path
