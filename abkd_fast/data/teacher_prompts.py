@@ -154,9 +154,7 @@ def _paired(own: list[dict], theirs: list[dict], trained: list[int]) -> tuple[li
     """
     if not trained:
         if theirs[-1]["role"] == "assistant":
-            raise ConfigError(
-                '"teacher_messages" ends with an answer, which the row has not as a message: leave it out'
-            )
+            raise ConfigError('"teacher_messages" ends with an answer, but the row has no such message')
         return theirs, []
     theirs = theirs if theirs[-1]["role"] == "assistant" else [*theirs, own[-1]]
     answers = _answers(theirs)

@@ -41,6 +41,7 @@ class Tokenized:
     dataset: datasets.Dataset  # the columns of ROW, or of TAUGHT
     bad: dict[int, str]  # rows that can't be used, by their index, and why
     long: dict[int, str]  # rows with a prompt that is too long, likewise; of messages other turns may have samples
+    taught: int  # how many rows the teacher reads after a prompt of its own
     format: str  # for people: what prompts begin with, what is trained, and what ends it
 
     def notes(self, rows: list[Row], max_length: int) -> Iterator[str]:
@@ -49,7 +50,8 @@ class Tokenized:
             yield f"{cut} of {len(self.dataset)} samples exceed {max_length} tokens and are cut"
         if "teacher_spans" in self.dataset.column_names:
             theirs, own = (np.mean([spans[0] for spans in self.dataset[key][:]]) for key in ("teacher_spans", "spans"))
-            yield f"the teacher reads prompts of its own: {theirs:.1f} tokens on average, the student's {own:.1f}"
+            lengths = f"on average {theirs:.1f} tokens, the student's {own:.1f}"
+            yield f"the teacher reads a prompt of its own in {self.taught} of {len(rows)} rows; all prompts: {lengths}"
         whole, parts = {}, {}
         kept = set(self.dataset["row"][:]) if self.long else ()
         for row, reason in self.long.items():
@@ -97,7 +99,8 @@ def tokenize(
     contents = (json.dumps(row.values, default=np.ndarray.tolist) for row in rows)
     settings = [dataclasses.asdict(style), max_length, max_prompt_length]
     prompts, columns = None, ROW
-    if teacher is not None and any(map(teacher.has_own_prompt, rows)):
+    taught = 0 if teacher is None else sum(map(teacher.has_own_prompt, rows))
+    if taught:
         prompts, columns = TeacherPrompts(teacher), TAUGHT
         settings.append(teacher.settings())
     key = fingerprint(contents, tokenizer, *settings)
@@ -131,7 +134,7 @@ def tokenize(
     if not len(dataset):
         reason = f"the prompts exceed {max_prompt_length} tokens, so no row is left; raise data.max_prompt_length"
         raise ConfigError(f"{rows[0].where} and all others: {reason}")
-    return Tokenized(dataset, bad, long, encoder.describe(rows))
+    return Tokenized(dataset, bad, long, taught, encoder.describe(rows))
 
 
 def encode_prompts(
