@@ -34,7 +34,7 @@ from .losses.divergences import AlphaNet, parse
 from .models import loading, quantized
 from .teacher import top_k
 from .training.dry_run import describe
-from .training.prepare import Prepared, dev_rows, read_tokenizer, train_format, train_rows
+from .training.prepare import Prepared, dev_rows, read_tokenizer, teacher_format, train_format, train_rows
 from .training.show_rows import print_samples, shown_samples
 from .training.trainer import Trainer
 
@@ -166,7 +166,7 @@ def show_rows(stages: list[Config], count: int) -> None:
         source, limit, *others = train_rows(dataclasses.replace(config, data=data))
         rows = read_rows(source, min(count, limit or count), *others)
         notes |= dict.fromkeys(rows.notes)
-        samples += shown_samples(rows, tokenizer, data, train_format(config))
+        samples += shown_samples(rows, tokenizer, data, train_format(config), teacher_format(config, tokenizer))
     for note in notes:
         print(note, file=sys.stderr)
     print_samples(samples)

@@ -5,7 +5,7 @@ import pathlib
 from typing import Annotated, Literal
 
 from ..errors import ConfigError
-from .section import Section
+from .section import Section, Text
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -84,7 +84,17 @@ class ModelConfig(Section):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TeacherConfig(ModelConfig):
-    """The model that the student learns from. It is frozen."""
+    """The model that the student learns from. It is frozen. It may read other prompts than the student."""
+
+    system: Annotated[
+        Text | None, "text put before every prompt that the teacher reads; before messages, a system message"
+    ] = None
+    chat_template: Annotated[
+        str | None, "file with the chat template of what the teacher reads (default: the student's)"
+    ] = None
+    chat_template_kwargs: Annotated[
+        dict | None, "values for the template of what the teacher reads (default: data.chat_template_kwargs)"
+    ] = None
 
     top_k: Annotated[
         str | None,

@@ -65,7 +65,7 @@ class DataConfig(Section):
     columns: Annotated[
         dict | None,
         'names of your columns, by ours: {"prompt": "question", "output": "answer"}; ours are prompt, instruction, '
-        "input, output, messages and tools, and other columns are then not read",
+        "input, output, messages, tools, teacher_prompt and teacher_messages, and other columns are then not read",
     ] = None
     on_bad_row: Annotated[
         Literal["stop", "skip"], "if a row can't be used: end the run, or leave it out; the first lines name them"

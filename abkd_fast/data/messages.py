@@ -68,6 +68,18 @@ def convert_row(values: dict, messages: object, key: str, answer: str, first: in
     return {**row, "is_prompt": True}, reference
 
 
+def convert_teacher(values: dict, messages: object, key: str) -> list[dict]:
+    """The messages that the teacher reads, in our form: up to the answer, or with it. Raises ConfigError.
+
+    The row's system prompt comes before them, unless they have one of their own.
+    """
+    messages = _from_json(messages, key)
+    first = messages[0] if isinstance(messages, list) and messages else None
+    if isinstance(first, dict) and _role(first, key) == "system":
+        values = {name: value for name, value in values.items() if name not in ("system", "system_prompt")}
+    return convert_row(values, messages, key, "optional")[0]["messages"]
+
+
 WAY_OUT = "data.columns says which columns are read"
 UNTRAINED = "all messages of the assistant are empty or have weight 0: nothing to learn"
 

@@ -15,6 +15,7 @@ from ..console import format_bytes
 from ..data.batches import StepBatch, make_step_batch, prompt_of
 from ..device import device_name, free_memory
 from ..losses import row_ops
+from ..methods.rollouts import answered
 from ..models import attention, experts, forms, loading, padded
 from ..teacher.store import label_counts, lengths_of, table_of
 from . import costs
@@ -223,7 +224,7 @@ def _first_step(trainer: Trainer) -> StepBatch:
     for sample in step.samples:
         start = len(prompt_of(sample))
         stop = min(start + config.sampling.max_new_tokens, config.data.max_length)
-        samples.append({"input_ids": [0] * stop, "spans": [start, stop]})
+        samples.append(answered(sample, [0] * (stop - start)))
     return make_step_batch(samples, step.pretrain_blocks, config.train.max_tokens)
 
 
