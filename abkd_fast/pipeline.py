@@ -133,7 +133,7 @@ def plan(stages: list[Config], resume: bool = False) -> None:
     students: dict[str, ModelConfig] = {}  # by stage
     prompts: dict[str, str] = {}  # by stage, the rows that it answers
     for config, known in zip(stages, _check_all(stages), strict=True):
-        specs = {role: _as_begun(spec, students) for role, spec in _models(config).items()}
+        specs = {role: as_begun(spec, students) for role, spec in _models(config).items()}
         students[config.run.stage], prompts[config.run.stage] = specs["student"], config.data.train
         console.print(f"[bold]{config.run.folder}[/bold]")
         if _is_finished(resolve(config), resume):
@@ -172,7 +172,7 @@ def show_rows(stages: list[Config], count: int) -> None:
     print_samples(samples)
 
 
-def _as_begun(spec: ModelConfig, students: dict[str, ModelConfig]) -> ModelConfig:
+def as_begun(spec: ModelConfig, students: dict[str, ModelConfig]) -> ModelConfig:
     """The same model, with the result of a stage replaced by what that stage starts from. Shapes are the same."""
     begun = {key: students[name] for key, name in spec.stages.items()}
     if "path" in begun:
@@ -358,7 +358,8 @@ def _deciding(values: dict) -> dict:
         *(("eval", key) for key in ("sets", "seeds", "begin_token", *test_sampling)),
     ):
         values[section].pop(key, None)
-    return {key: value for key, value in values.items() if key not in ("log", "checkpoint", "cache")}
+    exact = {"dtype": values["cache"]["dtype"]}
+    return {key: value for key, value in values.items() if key not in ("log", "checkpoint")} | {"cache": exact}
 
 
 def _differences(then: dict, now: dict, prefix: str = "") -> Iterator[str]:

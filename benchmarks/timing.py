@@ -80,7 +80,8 @@ class Benchmark:
         live, samples = trainer.teacher, list(trainer.data.train_set)
         count = 2 * len(samples)  # so often its states are read that building it pays
         cache = self.config("ABKD", "auto"), trainer.teacher_meta, trainer.data.train_set, count
-        cached = TeacherCache(*cache, trainer.device, trainer.dtype).open(lambda: live.model, trainer.precision, 0)
+        cache = TeacherCache(*cache, trainer.device, trainer.dtype, trainer.vocabulary)
+        cached = cache.open(lambda: live.model, trainer.precision, 0)
         self.build_seconds = cached.pass_seconds / len(samples)
         self.ours, self.baseline = Ours(trainer, live, cached, self.config), Baseline(trainer, live)
         # Moments exist from here on, so that a first step takes the memory of any other.

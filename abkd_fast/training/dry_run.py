@@ -116,6 +116,8 @@ def _quantized(trainer: Trainer) -> Iterator[str]:
 def _forms(trainer: Trainer) -> Iterator[str]:
     """How the models compute, and what that costs where it is not the fast way."""
     metas = {"student": trainer.student_meta} | ({"teacher": trainer.teacher_meta} if trainer.teacher_meta else {})
+    if trainer.config.teacher and trainer.config.teacher.hidden_states:
+        metas.pop("teacher", None)  # it doesn't run
     chosen = {role: forms.choose(meta.config, role, trainer.device) for role, meta in metas.items()}
     packed = [role for role, form in chosen.items() if form.problem is None]
     if packed:

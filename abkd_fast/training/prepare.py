@@ -24,6 +24,7 @@ from ..models import loading, quantized, tokenizers
 from ..models.causal_lm import rope_border
 from ..models.loading import MetaModel
 from ..models.vocabularies import Vocabulary
+from ..teacher.folder import StatesFolder
 from ..teacher.store import lengths_of, table_of
 from ..teacher.top_k import TopKTargets
 from .dev_eval import DevEvaluator
@@ -58,6 +59,10 @@ class TrainData:
     notes: list[str]  # for people: how the training rows become tokens, and which rows are cut or left out
     steps_per_epoch: int
     steps: int
+
+    def place(self, index: int) -> str:
+        """The file and line of a training sample."""
+        return self.where[self.train_set[index]["row"]]
 
 
 def train_rows(config: Config) -> tuple:
@@ -146,6 +151,8 @@ def check_models(
     theirs = None
     if teacher and config.teacher.path is not None:
         theirs = tokenizers.read_tokenizer(config.teacher.path, "teacher.path")
+    elif teacher and config.teacher.hidden_states is not None:
+        theirs = StatesFolder(config.teacher.hidden_states, "teacher.hidden_states").vocabulary()
     models = {"student": student.config} | ({"teacher": teacher.config} if teacher else {})
     vocabulary = Vocabulary(tokenizer, {role: model.vocab_size for role, model in models.items()}, theirs)
     vocabulary.check_sizes()
