@@ -135,7 +135,7 @@ def test_the_scripts_of_the_docs_write_what_a_server_returns(
     monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=Server, SamplingParams=SimpleNamespace))
     for script in re.findall("```python\n(.*?)```", DOCS.read_text(), re.DOTALL):
         exec(script.replace("TEACHER", teacher), {})
-    assert [json.loads(line) for line in open("rows.jsonl")] == samples
+    assert [json.loads(line) for line in pathlib.Path("rows.jsonl").read_text().splitlines()] == samples
     paths = "top.jsonl", write_jsonl(serve(teacher, samples, 20))
     ours, theirs = (
         trainer_of(Run(tmp_path, **{**SECTIONS, "data": {"train": "rows.jsonl"}, "teacher": {"top_k": path}}))
@@ -240,7 +240,7 @@ def test_what_needs_a_model_is_refused(tmp_path, capsys):
     for overrides, words in (
         (["method=gkd"], 'method "gkd" needs a teacher that reads what the student writes; give teacher.path'),
         (["temperature=2"], "temperature is 2.0, but teacher.top_k has no logits of the other tokens"),
-        (["teacher.path=x"], "has both top_k and path"),
+        (["teacher.path=x"], "replaces the teacher.s model, but path is given, too"),
         ([], "teacher.top_k: nowhere.jsonl: can't be read (No such file or directory)"),
     ):
         assert Run(tmp_path, *overrides, **{**SECTIONS, "teacher": {"top_k": "nowhere.jsonl"}})() == 2
