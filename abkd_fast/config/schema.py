@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from ..errors import ConfigError, check_number, nearest
 from ..losses.divergences import parse
-from .methods import METHODS, WITHOUT_TEACHER, MiniLLMConfig, OnPolicyConfig
+from .methods import METHODS, WITH_SERVED_TEACHER, WITHOUT_TEACHER, MiniLLMConfig, OnPolicyConfig
 from .models import ModelConfig, TeacherConfig
 from .sampling import NgramSize, SamplingKeys
 from .section import Section
@@ -65,7 +65,7 @@ class DataConfig(Section):
     columns: Annotated[
         dict | None,
         'names of your columns, by ours: {"prompt": "question", "output": "answer"}; ours are prompt, instruction, '
-        "input, output, messages and tools, and other columns are then not read",
+        "input, output, messages, tools, teacher_prompt and teacher_messages, and other columns are then not read",
     ] = None
     on_bad_row: Annotated[
         Literal["stop", "skip"], "if a row can't be used: end the run, or leave it out; the first lines name them"
@@ -270,6 +270,7 @@ class Config(Section):
         super().__post_init__()
         if self.method not in (*WITHOUT_TEACHER, "generate") and self.teacher is None:
             raise ConfigError(f'teacher: missing, and method "{self.method}" needs one; give teacher.path')
+        self._check_served_teacher()
         if self.student.device_map is not None:
             problem, way_out = "a student is trained on one device", "student.quantize and LoRA make it smaller"
             if self.method == "generate":
@@ -293,6 +294,23 @@ class Config(Section):
         self._check_labels()
         if self.teacher is not None and self.teacher.hidden_states is not None:
             self._check_given_states()
+
+    @property
+    def served_teacher(self) -> str | None:
+        """teacher.top_k, if the method reads it."""
+        return self.teacher.top_k if self.teacher and self.method in WITH_SERVED_TEACHER else None
+
+    def _check_served_teacher(self) -> None:
+        """Raises ConfigError where the method or the loss needs more than a few of the teacher's tokens."""
+        if self.teacher is None or self.teacher.top_k is None:
+            return
+        if self.method not in (*WITH_SERVED_TEACHER, *WITHOUT_TEACHER, "generate"):
+            problem = f'method "{self.method}" needs a teacher that reads what the student writes'
+            raise ConfigError(f"teacher.top_k: {problem}; give teacher.path, or method=ab or kd", "teacher.top_k")
+        if self.served_teacher and self.temperature != 1:
+            problem = f"temperature is {self.temperature}, but teacher.top_k has no logits of the other tokens"
+            way_out = "set temperature=1, or give teacher.path"
+            raise ConfigError(f"{problem}, which it would divide; {way_out}", "temperature")
 
     def _check_generation(self) -> None:
         self.on_policy.check_method(self.method)

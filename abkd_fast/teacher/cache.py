@@ -15,7 +15,7 @@ from torch import Tensor
 from .. import distributed
 from ..config.schema import Config
 from ..console import console, format_bytes, progress_bar
-from ..data.batches import pack
+from ..data.batches import pack, teacher_view
 from ..device import free_memory
 from ..errors import ConfigError
 from ..files import cache_folder
@@ -233,7 +233,8 @@ class TeacherCache:
                 started = time.perf_counter()
                 place = first + distributed.rank()
                 number = numbers[min(place, len(numbers) - 1)]
-                batches = pack([self.dataset[index] for index in self.layout.blocks[number]], self.max_tokens)
+                views = [teacher_view(self.dataset[index]) for index in self.layout.blocks[number]]
+                batches = pack(views, self.max_tokens)
                 with self.precision():
                     parts = [teacher.linear_head(batch.to(self.device)).hidden for batch in batches]
                     if distributed.is_sharded(teacher.model):  # no rank can compute without the others

@@ -41,10 +41,12 @@ DISK_MARGIN = 1 << 30  # bytes that a cache leaves free on its disk
 HASH_BYTES = 16  # of one sample
 
 
-def table_of(dataset: datasets.Dataset) -> tuple[pyarrow.ListArray, pyarrow.ListArray]:
-    """The columns input_ids and spans of a tokenized data set."""
-    table = dataset.with_format("arrow")[:]
-    return tuple(table.column(name).combine_chunks() for name in ("input_ids", "spans"))
+def table_of(dataset: datasets.Dataset, of_teacher: bool = False) -> tuple[pyarrow.ListArray, pyarrow.ListArray]:
+    """The columns input_ids and spans of a tokenized data set, or with of_teacher what the teacher reads of it."""
+    table, prefix = dataset.with_format("arrow")[:], ""
+    if of_teacher and "teacher_input_ids" in table.column_names:
+        prefix = "teacher_"
+    return tuple(table.column(prefix + name).combine_chunks() for name in ("input_ids", "spans"))
 
 
 def lengths_of(lists: pyarrow.ListArray) -> np.ndarray:
@@ -76,7 +78,7 @@ class Layout(Places):
     """
 
     def __init__(self, dataset: datasets.Dataset) -> None:
-        ids, spans = table_of(dataset)
+        ids, spans = table_of(dataset, of_teacher=True)
         lengths, counts = lengths_of(ids), label_counts(spans)
         order = np.argsort(-lengths, kind="stable")
         ends = np.empty(len(order), dtype=np.int64)
@@ -98,9 +100,9 @@ class Layout(Places):
 
 
 def hash_samples(dataset: datasets.Dataset) -> str:
-    """A hash of token ids and spans. Tokenizer, template, rows and max_length act through these alone."""
+    """A hash of the teacher's token ids and spans. Tokenizer, template, rows and max_length act through these alone."""
     digest = hashlib.sha256()
-    for lists in table_of(dataset):
+    for lists in table_of(dataset, of_teacher=True):
         for values in (pyarrow.compute.list_flatten(lists).to_numpy(zero_copy_only=False), lengths_of(lists)):
             digest.update(values.astype("<i8").tobytes())
     return digest.hexdigest()

@@ -15,6 +15,7 @@ from ..console import format_bytes
 from ..data.batches import StepBatch, make_step_batch, prompt_of
 from ..device import device_name, free_memory
 from ..losses import row_ops
+from ..methods.rollouts import answered
 from ..models import attention, experts, forms, loading, padded
 from ..teacher.store import label_counts, lengths_of, table_of
 from . import costs
@@ -37,6 +38,7 @@ def describe(trainer: Trainer) -> Iterator[str]:
         on_disk, in_memory, reason = trainer.cache.choose(free_memory(trainer.device))
     # An on-policy method keeps the teacher's body, which reads what is generated.
     yield from _memory(trainer, (on_disk or in_memory) and not trainer.is_on_policy)
+    yield from _served(trainer)
     if on_disk or in_memory:
         place = f"memory, not kept ({reason})"
         if on_disk:
@@ -51,7 +53,7 @@ def header(trainer: Trainer) -> Iterator[str]:
     """The first lines of a run say what was built and chosen, so that nobody trains on a slow path unknowingly."""
     config, data = trainer.config, trainer.data
     lengths = torch.tensor(data.train_set["row_length"][:]).clamp(max=config.data.max_length)
-    loss = f"  loss {config.loss}" if trainer.teacher else ""
+    loss = f"  loss {config.loss}" if trainer.teacher or trainer.method.top_k else ""
     yield f"[bold]{config.run.folder}[/bold]  method {config.method}{loss}"
     yield f"  models     {_models(trainer)}"
     yield (
@@ -71,6 +73,7 @@ def header(trainer: Trainer) -> Iterator[str]:
         yield f"[bold red]{escape(line)}[/bold red]"
     if trainer.teacher:
         yield f"  teacher    {trainer.teacher.note}"
+    yield from _served(trainer)
     if distributed.world_size() > 1:
         held = "a part of all weights" if trainer.is_sharded else "all weights"
         yield f"  processes  {distributed.world_size()}, each with {held}; gradients are summed over them"
@@ -95,6 +98,12 @@ def _models(trainer: Trainer) -> str:
     sizes += f", teacher {loading.describe(meta)}"  # a cached teacher's body is not in memory
     joined = "merged" if meta.quantization is None else "attached"
     return f"{sizes} with {adapter} {joined}" if adapter else sizes
+
+
+def _served(trainer: Trainer) -> Iterator[str]:
+    """A line about a teacher of whom only the likeliest tokens are known."""
+    if trainer.method.top_k:
+        yield f"  teacher    {escape(trainer.method.top_k.note)}"
 
 
 def _quantized(trainer: Trainer) -> Iterator[str]:
@@ -217,7 +226,7 @@ def _first_step(trainer: Trainer) -> StepBatch:
     for sample in step.samples:
         start = len(prompt_of(sample))
         stop = min(start + config.sampling.max_new_tokens, config.data.max_length)
-        samples.append({"input_ids": [0] * stop, "spans": [start, stop]})
+        samples.append(answered(sample, [0] * (stop - start)))
     return make_step_batch(samples, step.pretrain_blocks, config.train.max_tokens)
 
 

@@ -36,7 +36,7 @@ from .checkpoint_writer import CheckpointWriter, load_optimizer
 from .likelihoods import ResponseLikelihoods
 from .metrics import MetricsWindow, RunLog, check_wandb, is_finite
 from .optim import build_optimizer, build_scheduler
-from .prepare import Prepared, check_models, is_sharded, read_tokenizer, read_train_data
+from .prepare import Prepared, check_models, check_teacher_prompts, is_sharded, read_tokenizer, read_train_data
 from .state import TrainState
 from .summary import write_result
 
@@ -68,6 +68,7 @@ class Trainer:
             self.data = read_train_data(config, self.method, self.tokenizer, self.vocabulary, prepared)
         self.cache = None
         if self.teacher_meta:
+            check_teacher_prompts(config, self.method, self.teacher_meta, self.data)
             fraction = self.method.off_policy_fraction
             samples = round(self.data.steps * config.train.batch_size * fraction) or int(fraction > 0)
             given = config, self.teacher_meta, self.data.train_set, samples, self.device, self.dtype, self.vocabulary
