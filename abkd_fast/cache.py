@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from .cli import leave, run
 from .config.methods import WITHOUT_TEACHER
+from .config.models import PROMPT_KEYS
 from .config.recipe import load
 from .errors import ConfigError
 
@@ -47,8 +48,8 @@ def _build(options: argparse.Namespace) -> None:
 
     with distributed.process_group(stages[0].train.timeout_minutes), signals.terminable():
         config = _taught_stage(stages, options.stage)
-        if config.teacher.hidden_states is not None:
-            raise ConfigError("teacher.hidden_states: these states are there; give a teacher to build others")
+        if config.teacher.path is None and config.teacher.config is None:
+            raise ConfigError("teacher: there is no model whose states could be computed; give teacher.path")
         _report(options, config, *_states(config))
 
 
@@ -96,7 +97,7 @@ def _report(options: argparse.Namespace, config: Config, file: HiddenStateStore,
         console.print(line, markup=False)
     console.print(f"folder       {file.folder}, in {seconds:.1f} s altogether", markup=False)
     stage = f"{config.run.stage}:" if config.run.stage else ""
-    given = [name for name, value in vars(config.teacher).items() if value is not None]
+    given = [name for name, value in vars(config.teacher).items() if value is not None and name not in PROMPT_KEYS]
     keys = [*(f"{name}=null" for name in given), f"hidden_states={file.folder.absolute()}"]
     settings = [*options.overrides, *(f"{stage}teacher.{key}" for key in keys)]
     words = ["--config", options.config, *(word for each in settings for word in ("--set", each))]

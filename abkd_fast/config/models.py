@@ -7,6 +7,8 @@ from typing import Annotated, Literal
 from ..errors import ConfigError
 from .section import Section, Text
 
+PROMPT_KEYS = ("system", "chat_template", "chat_template_kwargs")  # of a teacher: what it reads, not what it is
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoraConfig(Section):
@@ -118,7 +120,7 @@ class TeacherConfig(ModelConfig):
     def _check_alone(self) -> None:
         """Raises ConfigError for another key beside what replaces the model. States may follow other prompts."""
         key, *others = [name for name in ("hidden_states", "top_k", *vars(self)) if getattr(self, name) is not None]
-        prompts = ("system", "chat_template", "chat_template_kwargs") if key == "hidden_states" else ()
+        prompts = PROMPT_KEYS if key == "hidden_states" else ()
         others = [name for name in dict.fromkeys(others) if name not in (key, *prompts)]
         if others:
             problem = f"{getattr(self, key)} replaces the teacher's model, but {others[0]} is given, too"

@@ -172,7 +172,7 @@ class StatesFolder:
             reason = reason or "tokenizer, template and limits are the same, so the rows differ"
             raise self.error(f"{count}; {reason}", "undo that, or build the states of this data")
         starts, ends = rows[numbers].T
-        counts = label_counts(table_of(dataset)[1])
+        counts = label_counts(table_of(dataset, of_teacher=True)[1])
         if (wrong := np.flatnonzero(ends - starts != counts)).size:
             index = int(wrong[0])
             problem = f"has {ends[index] - starts[index]} rows for {where(index)}, expected {counts[index]}"

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from transformers import PretrainedConfig
 
 from ..config.schema import Config
+from ..errors import printable
 from ..losses.arguments import LogitMap
 from ..models.identity import portable_config
 from ..models.vocabularies import Vocabulary
@@ -44,18 +45,25 @@ def settings_of(config: Config, vocabulary: Vocabulary) -> dict:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     tokens = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
     values = {"the tokenizer": _hash(tokens), "the chat template": _hash(str(tokenizer.chat_template))}
+    spec = config.teacher
+    if spec.system is not None:
+        values["teacher.system"] = _hash(spec.system)
+    if spec.chat_template is not None:
+        values["teacher.chat_template"] = _hash(pathlib.Path(spec.chat_template).read_text(encoding="utf-8"))
+    if spec.chat_template_kwargs is not None:
+        values["teacher.chat_template_kwargs"] = spec.chat_template_kwargs
     return values | {f"data.{key}": getattr(config.data, key) for key in DATA_KEYS}
 
 
 def differences(theirs: dict, ours: dict) -> Iterator[str]:
     """What differs between the settings of a folder and those of a run, in words."""
-    for name, value in ours.items():
-        if theirs.get(name) == value:
+    for name in {**ours, **theirs}:
+        if theirs.get(name) == ours.get(name):
             continue
         if name.startswith("data."):
-            yield f"{name} is {json.dumps(theirs.get(name))} there and {json.dumps(value)} here"
+            yield f"{name} is {json.dumps(theirs.get(name))} there and {json.dumps(ours.get(name))} here"
         else:
-            yield f"{name} is another one there"
+            yield f"{printable(name)} is another one there"
 
 
 def _name(path: str) -> str:

@@ -279,6 +279,19 @@ def test_other_data_are_named(small, elsewhere, tmp_path):
     assert "the chat template is another one there" in refused(f"data.chat_template={template}")
 
 
+def test_the_teachers_own_prompt_counts(small, elsewhere, capsys):
+    expected = trainer_of(small, "teacher.system=Be kind.", "cache.mode=off")
+    batch = next(expected.batches()).micro_batches[0]
+    hidden = expected.teacher.linear_head(batch).hidden
+    folder = elsewhere("teacher.system=Be kind.")
+    assert "teacher.system=null" not in capsys.readouterr().out
+    trainer = trainer_of(small, *given(folder, "teacher.system=Be kind."))
+    assert torch.equal(trainer.teacher.linear_head(batch).hidden, hidden)
+    for other in ("teacher.system=Be brief.", "teacher.system=null"):
+        with pytest.raises(ConfigError, match=r"12 of 12 samples .*; teacher\.system is another one there; undo that"):
+            Trainer(load(small, given(folder, other))[0])
+
+
 def test_what_can_be_asked_of_given_states(small, tmp_path, capsys):
     def refused(*overrides):
         with pytest.raises(ConfigError) as caught:
@@ -299,6 +312,9 @@ def test_what_can_be_asked_of_given_states(small, tmp_path, capsys):
     assert "has no teacher whose states could be built" in capsys.readouterr().err
     assert cache.main(["--config", small, "--set", "method=imitkd"]) == 2
     assert "there is nothing to build" in capsys.readouterr().err
+    served = ["teacher.path=null", "teacher.top_k=x"]
+    assert cache.main(["--config", small, *(word for each in served for word in ("--set", each))]) == 2
+    assert "no model whose states could be computed" in capsys.readouterr().err
     assert cache.main(["--info", str(tmp_path)]) == 2
     assert "has no index.json" in capsys.readouterr().err
 
