@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import zlib
 
 import numpy as np
@@ -122,6 +123,17 @@ def test_bfloat16_states_in_a_float32_run(small, elsewhere):
     assert "in bfloat16, converted to float32" in trainer.teacher.note
     assert trainer.teacher.weight.dtype == torch.float32
     assert losses(trainer) == pytest.approx(expected, rel=0.05)
+
+
+@pytest.mark.gpu
+def test_states_of_a_gpu_train_on_a_processor(small, elsewhere, cache_folder):
+    exact = trainer_of(small)
+    batch = next(exact.batches()).micro_batches[0]
+    expected = exact.teacher.linear_head(batch).hidden
+    shutil.rmtree(cache_folder)
+    trainer = trainer_of(small, *given(elsewhere("train.device=cuda")))
+    assert "in bfloat16, converted to float32" in trainer.teacher.note
+    assert (trainer.teacher.linear_head(batch).hidden - expected).norm() < 0.03 * expected.norm()
 
 
 def test_float8_is_the_same_in_every_mode_and_close(small, elsewhere, cache_folder):
@@ -350,7 +362,7 @@ def test_an_interrupted_build_goes_on(small, cache_folder, capsys, monkeypatch):
 
     def interrupted(self, number, rows):
         if next(calls) == 1:
-            raise KeyboardInterrupt
+            os.kill(os.getpid(), signal.SIGTERM)
         return write(self, number, rows)
 
     monkeypatch.setattr(store.HiddenStateStore, "write", interrupted)
