@@ -58,7 +58,7 @@ def _taught_stage(stages: list[Config], name: str | None) -> Config:
 
     Its student is their result where that is there, and else what they start from: the tokens are the same.
 
-    Raises ConfigError where there is no such stage.
+    Raises ConfigError where there is no such stage, or no result of the stage that trains the teacher.
     """
     from .pipeline import as_begun, resolve
 
@@ -71,6 +71,9 @@ def _taught_stage(stages: list[Config], name: str | None) -> Config:
     for config in stages[: 1 + stages.index(chosen)]:
         students[config.run.stage] = as_begun(config.student, students)
     resolved = resolve(chosen)
+    for key, stage in chosen.teacher.stages.items():
+        if not pathlib.Path(getattr(resolved.teacher, key)).exists():
+            raise ConfigError(f"teacher.{key}: stage:{stage} has no result yet; train that stage first")
     if all(pathlib.Path(getattr(resolved.student, key)).exists() for key in chosen.student.stages):
         return resolved
     return dataclasses.replace(resolved, student=students[chosen.run.stage])
