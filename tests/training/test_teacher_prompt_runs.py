@@ -57,7 +57,7 @@ def make(folder, tmp_path):
     def make(method, *overrides, name="run"):
         data = f"data.train={folder}/rows.jsonl", "data.train_rows=null", "data.max_length=96", "data.dev=null"
         models = f"teacher.path={folder}/teacher", f"tokenizer={folder}/teacher", "student.config.vocab_size=1026"
-        return Run(tmp_path / name, f"method={method}", *models, *data, "train.steps=6", *overrides)
+        return Run(tmp_path / name, f"method={method}", *models, *data, "train.steps=4", *overrides)
 
     return make
 
@@ -95,8 +95,7 @@ def assert_is_padded(trainer, folder, batch):
         torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("mode", ["off", "disk"])
-@pytest.mark.parametrize("system", ["null", "Be quick."])
+@pytest.mark.parametrize(("mode", "system"), [("off", "null"), ("disk", "Be quick.")])
 def test_losses_and_gradients_are_those_of_a_padded_computation(make, folder, mode, system):
     trainer = trainer_of(make("kd", *EXACT, "student.dropout=0", f"cache.mode={mode}", f"teacher.system={system}"))
     assert isinstance(trainer.teacher, CachedTeacher if mode == "disk" else Teacher)
@@ -144,10 +143,10 @@ def test_a_repacked_batch_of_another_device_or_of_a_sharded_teacher_gives_the_sa
 
 def test_the_cache_has_the_same_bits_and_its_own_key(make, tmp_path):
     losses = {}
-    for mode in ("off", "disk", "memory"):
+    for mode in ("off", "disk"):
         trainer = trainer_of(make("ab", f"cache.mode={mode}", name=mode))
         losses[mode] = [trainer.train_step(batch)[0].item() for batch in trainer.batches()]
-    assert losses["disk"] == losses["memory"] == losses["off"]
+    assert losses["disk"] == losses["off"]
     other = trainer_of(make("ab", "cache.mode=disk", "teacher.system=Be quick.", name="other"))
     assert other.cache.file.folder != trainer.cache.file.folder
     assert [other.train_step(batch)[0].item() for batch in other.batches()] != losses["off"]
@@ -164,7 +163,7 @@ def test_a_run_that_replays_resumes_where_it_was(make, monkeypatch):
     more = "loss=jsd:0.1", "on_policy.replay_rows=8", "sampling.max_new_tokens=4", "checkpoint.every_steps=2"
     undisturbed, run = (make("gkd", *more, name=name) for name in ("whole", "resumed"))
     assert undisturbed() == 0
-    crash_and_resume(run, monkeypatch, 5)
+    crash_and_resume(run, monkeypatch, 3)
     assert_same(run, undisturbed)
 
 
