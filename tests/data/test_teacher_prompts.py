@@ -282,6 +282,15 @@ def test_spans_are_paired_turn_by_turn(turns, splits, merges, data):
         assert labels[0] == labels[1]
 
 
+def test_where_no_teacher_reads_the_columns_are_named_as_unread(write_jsonl):
+    path = write_jsonl([{**PLAIN, "teacher_prompt": "x"}, {**CHAT, "teacher_messages": 7}])
+    rows = read_rows(path, outputs="ignored")
+    assert rows.notes == [
+        f"{path}: 1 rows of prompt and output and 1 rows of messages; not read: teacher_prompt, teacher_messages"
+    ]
+    assert not any(key in row.values for row in rows for key in ("teacher_prompt", "teacher_messages"))
+
+
 def test_rows_are_json(write_jsonl):
     """Null is missing, and messages may be JSON text."""
     rows = read_rows(

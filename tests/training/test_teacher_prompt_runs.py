@@ -1,6 +1,8 @@
 """Training under a teacher with its own prompt, against a padded computation in float64 by transformers' own pass."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -217,3 +219,21 @@ def test_a_system_text_may_be_long_and_is_no_path(make):
     assert load(run.arguments[1], run.arguments[3::2])[0].teacher.system == text
     with pytest.raises(ConfigError, match=r"teacher\.system must be text, got 7"):
         load(run.arguments[1], ["teacher.system=7"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+@pytest.mark.parametrize("method", ["kd", "imitkd"])
+def test_two_processes_have_the_losses_of_one(make, parallel, method):
+    more = *EXACT, "train.batch_size=6", "sampling.max_new_tokens=4", "on_policy.replay_rows=0", "student.dropout=0"
+    more = tuple(override for override in more if method == "imitkd" or "on_policy" not in override)
+    one, two = (
+        make(method, *more, "log.every_steps=1", "cache.mode=off", *sets, name=name)
+        for name, sets in (("one", ()), ("two", (f"train.parallel={parallel}",)))
+    )
+    assert one() == 0
+    launch = "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "abkd_fast.train"
+    subprocess.run([sys.executable, "-m", *launch, *two.arguments], check=True, timeout=300)
+    ours, theirs = ([point["loss"] for point in run.points() if point.get("kind") == "train"] for run in (two, one))
+    assert len(ours) == 4
+    assert ours == pytest.approx(theirs, rel=1e-9)
