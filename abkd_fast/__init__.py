@@ -12,6 +12,7 @@ _MODULES = {
     "generation.sampling": "SamplingParams sample sample_mixture",
     "losses.fused_linear": "fused_linear_cross_entropy fused_linear_divergence",
     "losses.policy_gradient": "fused_linear_policy_gradient",
+    "losses.top_k": "fused_linear_top_k",
 }
 _RENAMED = {"SamplingSettings": "SamplingParams"}  # earlier names, which scripts may have
 _HOME = {name: module for module, names in _MODULES.items() for name in names.split()}

@@ -21,7 +21,7 @@ from .config.sampling import OPTIONS, SamplingParams
 from .config.schema import Config
 from .console import console
 from .data import pretrain
-from .data.rows import Row, read_rows
+from .data.rows import Row, Rows, read_rows
 from .device import choose_device, choose_dtype
 from .errors import ConfigError, check_number
 from .evaluation import tables
@@ -32,12 +32,13 @@ from .files import LOCK, check_folder, leftovers
 from .generation import answers
 from .losses.divergences import AlphaNet, parse
 from .models import loading, quantized
+from .teacher import top_k
 from .training.dry_run import describe
 from .training.prepare import Prepared, dev_rows, read_tokenizer, teacher_format, train_format, train_rows
 from .training.show_rows import print_samples, shown_samples
 from .training.trainer import Trainer
 
-ReadRows = Callable[..., list[Row]]
+ReadRows = Callable[..., Rows]
 
 
 def run(stages: list[Config], resume: bool = False) -> list[dict]:
@@ -132,7 +133,7 @@ def plan(stages: list[Config], resume: bool = False) -> None:
     students: dict[str, ModelConfig] = {}  # by stage
     prompts: dict[str, str] = {}  # by stage, the rows that it answers
     for config, known in zip(stages, _check_all(stages), strict=True):
-        specs = {role: _as_begun(spec, students) for role, spec in _models(config).items()}
+        specs = {role: as_begun(spec, students) for role, spec in _models(config).items()}
         students[config.run.stage], prompts[config.run.stage] = specs["student"], config.data.train
         console.print(f"[bold]{config.run.folder}[/bold]")
         if _is_finished(resolve(config), resume):
@@ -171,7 +172,7 @@ def show_rows(stages: list[Config], count: int) -> None:
     print_samples(samples)
 
 
-def _as_begun(spec: ModelConfig, students: dict[str, ModelConfig]) -> ModelConfig:
+def as_begun(spec: ModelConfig, students: dict[str, ModelConfig]) -> ModelConfig:
     """The same model, with the result of a stage replaced by what that stage starts from. Shapes are the same."""
     begun = {key: students[name] for key, name in spec.stages.items()}
     if "path" in begun:
@@ -212,6 +213,8 @@ def _check(config: Config, earlier: dict[str, Config], read: ReadRows) -> Prepar
         prepared.test_sets = _read_test_sets(config, earlier, read)
     if config.data.uses_pretrain:
         pretrain.check_source(config.data.pretrain.path)
+    if config.served_teacher:
+        top_k.check_file(config.served_teacher)
     return prepared
 
 
@@ -277,8 +280,11 @@ def _check_earlier(where: str, name: str, earlier: dict[str, Config]) -> None:
 
 
 def _models(config: Config) -> dict[str, ModelConfig]:
-    roles = {"student": config.student, "teacher": config.teacher}
-    return {key: spec for key, spec in roles.items() if spec is not None}
+    """The models by role. A served teacher is none."""
+    roles = {"student": config.student}
+    if config.teacher is not None and config.teacher.top_k is None:
+        roles["teacher"] = config.teacher
+    return roles
 
 
 def resolve(config: Config) -> Config:
@@ -352,7 +358,8 @@ def _deciding(values: dict) -> dict:
         *(("eval", key) for key in ("sets", "seeds", "begin_token", *test_sampling)),
     ):
         values[section].pop(key, None)
-    return {key: value for key, value in values.items() if key not in ("log", "checkpoint", "cache")}
+    exact = {"dtype": values["cache"]["dtype"]}
+    return {key: value for key, value in values.items() if key not in ("log", "checkpoint")} | {"cache": exact}
 
 
 def _differences(then: dict, now: dict, prefix: str = "") -> Iterator[str]:

@@ -8,6 +8,7 @@ from .section import Section
 
 METHODS = ("sft", "ab", "kd", "seqkd", "imitkd", "gkd", "distillm", "minillm")
 WITHOUT_TEACHER = ("sft", "seqkd")
+WITH_SERVED_TEACHER = ("ab", "kd")  # those that read teacher.top_k: no model writes while they train
 ON_POLICY_READERS = {  # by key of on_policy: the methods that read it
     "fraction": ("gkd",),
     "replay_rows": ("imitkd", "gkd", "distillm"),

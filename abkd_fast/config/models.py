@@ -95,11 +95,31 @@ class TeacherConfig(ModelConfig):
     chat_template_kwargs: Annotated[
         dict | None, "values for the template of what the teacher reads (default: data.chat_template_kwargs)"
     ] = None
+    top_k: Annotated[
+        str | None,
+        "file with the teacher's likeliest tokens for each token of a response, as inference servers return them, "
+        "instead of a model (docs/served-teachers.md)",
+    ] = None
+    hidden_states: Annotated[
+        str | None, "folder of python -m abkd_fast.cache: trains from the teacher's states in it, without the teacher"
+    ] = None
 
     def __post_init__(self) -> None:
+        if self.hidden_states is not None or self.top_k is not None:
+            self._check_alone()
+            return
         super().__post_init__()
         if self.lora is not None:
             raise ConfigError("lora: a teacher is not trained; teacher.adapter merges an adapter into it", "lora")
         if self.router_aux_loss is not None:
             problem = "a teacher is not trained; give it as student.router_aux_loss"
             raise ConfigError(f"router_aux_loss: {problem}", "router_aux_loss")
+
+    def _check_alone(self) -> None:
+        """Raises ConfigError for another key beside what replaces the model. States may follow other prompts."""
+        key, *others = [name for name in ("hidden_states", "top_k", *vars(self)) if getattr(self, name) is not None]
+        prompts = ("system", "chat_template", "chat_template_kwargs") if key == "hidden_states" else ()
+        others = [name for name in dict.fromkeys(others) if name not in (key, *prompts)]
+        if others:
+            problem = f"{getattr(self, key)} replaces the teacher's model, but {others[0]} is given, too"
+            raise ConfigError(f"{key}: {problem}; give null for {', '.join(others)}", key)

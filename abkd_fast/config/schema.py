@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from ..errors import ConfigError, check_number, nearest
 from ..losses.divergences import parse
-from .methods import METHODS, WITHOUT_TEACHER, MiniLLMConfig, OnPolicyConfig
+from .methods import METHODS, WITH_SERVED_TEACHER, WITHOUT_TEACHER, MiniLLMConfig, OnPolicyConfig
 from .models import ModelConfig, TeacherConfig
 from .sampling import NgramSize, SamplingKeys
 from .section import Section
@@ -108,7 +108,10 @@ class SamplingConfig(SamplingKeys):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CacheConfig:
-    """The teacher's final hidden states at the response tokens: computed once, not in every epoch. Exact."""
+    """The teacher's final hidden states at the response tokens: computed once, not in every epoch.
+
+    They are exact, unless dtype says otherwise.
+    """
 
     mode: Annotated[
         Literal["off", "auto", "memory", "disk"],
@@ -116,6 +119,11 @@ class CacheConfig:
         "a file if one can be written); auto: what fits",
     ] = "auto"
     dir: Annotated[str | None, "folder of all caches (default: $ABKD_CACHE, or abkd_fast in the user's caches)"] = None
+    dtype: Annotated[
+        Literal["float8"] | None,
+        "float8: half the bytes of bfloat16, and an error in losses and gradients (docs/teacher-cache.md); null: the "
+        "type of the computation, exact",
+    ] = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -262,6 +270,7 @@ class Config(Section):
         super().__post_init__()
         if self.method not in (*WITHOUT_TEACHER, "generate") and self.teacher is None:
             raise ConfigError(f'teacher: missing, and method "{self.method}" needs one; give teacher.path')
+        self._check_served_teacher()
         if self.student.device_map is not None:
             problem, way_out = "a student is trained on one device", "student.quantize and LoRA make it smaller"
             if self.method == "generate":
@@ -283,6 +292,25 @@ class Config(Section):
             raise ConfigError(f"{problem}; raise the first or lower the second")
         self._check_generation()
         self._check_labels()
+        if self.teacher is not None and self.teacher.hidden_states is not None:
+            self._check_given_states()
+
+    @property
+    def served_teacher(self) -> str | None:
+        """teacher.top_k, if the method reads it."""
+        return self.teacher.top_k if self.teacher and self.method in WITH_SERVED_TEACHER else None
+
+    def _check_served_teacher(self) -> None:
+        """Raises ConfigError where the method or the loss needs more than a few of the teacher's tokens."""
+        if self.teacher is None or self.teacher.top_k is None:
+            return
+        if self.method not in (*WITH_SERVED_TEACHER, *WITHOUT_TEACHER, "generate"):
+            problem = f'method "{self.method}" needs a teacher that reads what the student writes'
+            raise ConfigError(f"teacher.top_k: {problem}; give teacher.path, or method=ab or kd", "teacher.top_k")
+        if self.served_teacher and self.temperature != 1:
+            problem = f"temperature is {self.temperature}, but teacher.top_k has no logits of the other tokens"
+            way_out = "set temperature=1, or give teacher.path"
+            raise ConfigError(f"{problem}, which it would divide; {way_out}", "temperature")
 
     def _check_generation(self) -> None:
         self.on_policy.check_method(self.method)
@@ -306,6 +334,15 @@ class Config(Section):
             instead = "; or on_policy.fraction=0, to train on the data's alone" if self.method == "gkd" else ""
             way_out = f"which are no right answers: set hard_weight=0{instead}"
             raise ConfigError(f"{problem}, {way_out}", "hard_weight")
+
+    def _check_given_states(self) -> None:
+        """Raises ConfigError where the method needs the teacher itself, or the cache is off."""
+        key = "teacher.hidden_states"
+        if self.method in ("imitkd", "distillm", "minillm") or (self.method == "gkd" and self.on_policy.fraction > 0):
+            problem = f'method "{self.method}" asks the teacher about responses that are written in training'
+            raise ConfigError(f"{key}: {problem}; give teacher.path, or a method that trains on the data: ab, kd", key)
+        if self.cache.mode == "off":
+            raise ConfigError(f"{key}: cache.mode is off, but the states are a cache; leave cache.mode out", key)
 
     def to_dict(self) -> dict:
         """All keys as JSON values. The loss has all its values, so no change of a default changes what it means."""

@@ -55,7 +55,8 @@ def convert_row(values: dict, messages: object, key: str, answer: str, first: in
         return _check_answer(row, trained, key, answer)
     reference = None
     if is_last:
-        reference = last.get("content", last.get("value"))
+        calls = last.get("tool_calls") or last.get("function_call")
+        reference = None if calls else last.get("content", last.get("value"))  # of a call the text says a part at most
         reference = _join_parts(reference) if _is_text_parts(reference) else reference
     elif has_answer:
         if not trained:

@@ -32,6 +32,10 @@ ROW = datasets.Features({**SAMPLE, "row": datasets.Value("int64"), "row_length":
 TAUGHT = datasets.Features({**ROW, **{f"teacher_{name}": feature for name, feature in SAMPLE.items()}})
 FORMAT = 2  # of the stored data; data in another format are made anew
 ROWS_AT_ONCE = 1000
+NO_REFERENCE = (
+    "the messages end without a text of the assistant to compare with: add one, or give the messages before the answer "
+    'as "prompt", and the text, or a list of several that are right, as "output"'
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,6 +160,8 @@ def references(row: Row, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """
     if row.outputs is None and "output_ids" in row.values:
         return [tokenizer.decode(row.values["output_ids"], skip_special_tokens=True)]
+    if "messages" in row.values and row.outputs in (None, ""):
+        raise ConfigError(f"{row.where}: {NO_REFERENCE}")
     outputs = row.outputs if isinstance(row.outputs, list) else [row.outputs]
     if not outputs or not all(isinstance(text, str) for text in outputs):
         got = show(row.outputs)

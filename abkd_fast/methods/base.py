@@ -6,6 +6,7 @@ from ..config.schema import Config
 from ..data.batches import Batch
 from ..losses.arguments import LinearHead
 from ..losses.fused_linear import fused_linear_cross_entropy
+from ..teacher.top_k import TopKTargets
 from .rollouts import Rollouts
 
 
@@ -18,7 +19,8 @@ def cross_entropy(student: LinearHead, batch: Batch, teacher: LinearHead | None 
 class Method:
     """A loss for the student's hidden states. A subclass overrides what differs from the defaults."""
 
-    needs_teacher = True
+    needs_teacher = True  # its weights, or its hidden states
+    top_k: TopKTargets | None = None  # a served teacher's tokens, which take their place; see `Config.served_teacher`
     pretrain_needs_teacher = False  # on-policy methods only: the teacher reads the plain text, too
     off_policy_fraction = 1.0  # about the share of the steps that trains on the data's own responses
 

@@ -25,7 +25,7 @@ class Vocabulary:
 
     tokenizer: PreTrainedTokenizerBase
     sizes: dict[str, int]  # the vocabulary entries of each model, by its role
-    teacher_tokenizer: PreTrainedTokenizerBase | None = None
+    teacher_tokenizer: PreTrainedTokenizerBase | None = None  # or what has its get_vocab() and length
 
     @functools.cached_property
     def _tokens(self) -> tuple[dict[int, str], dict[int, str]]:

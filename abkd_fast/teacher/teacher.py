@@ -9,7 +9,8 @@ from .. import distributed
 from ..data.batches import Batch, count_labels, pack, teacher_view
 from ..losses.arguments import LinearHead, LogitMap
 from ..models.causal_lm import CausalLM
-from .store import Layout
+from .shards import Rows
+from .store import Places
 
 
 class Teacher:
@@ -50,8 +51,8 @@ class CachedTeacher:
 
     def __init__(
         self,
-        rows: Tensor,
-        layout: Layout,
+        rows: Rows,
+        layout: Places,
         head: tuple[Tensor, Tensor | None],
         logit_map: LogitMap,
         seconds: tuple[float, float],
@@ -93,7 +94,7 @@ class CachedTeacher:
         rows = [self.rows[self.layout.sample(sample["index"])] for sample in samples]
         if self._is_on_device:
             return torch.cat(rows)
-        pinned = torch.empty(sum(map(len, rows)), self.rows.shape[1], dtype=self.rows.dtype, pin_memory=True)
+        pinned = torch.empty(sum(map(len, rows)), self.rows.width, dtype=self.rows.dtype, pin_memory=True)
         return torch.cat(rows, out=pinned)
 
     def _to_device(self, hidden: Tensor) -> Tensor:

@@ -38,6 +38,7 @@ def describe(trainer: Trainer) -> Iterator[str]:
         on_disk, in_memory, reason = trainer.cache.choose(free_memory(trainer.device))
     # An on-policy method keeps the teacher's body, which reads what is generated.
     yield from _memory(trainer, (on_disk or in_memory) and not trainer.is_on_policy)
+    yield from _served(trainer)
     if on_disk or in_memory:
         place = f"memory, not kept ({reason})"
         if on_disk:
@@ -52,7 +53,7 @@ def header(trainer: Trainer) -> Iterator[str]:
     """The first lines of a run say what was built and chosen, so that nobody trains on a slow path unknowingly."""
     config, data = trainer.config, trainer.data
     lengths = torch.tensor(data.train_set["row_length"][:]).clamp(max=config.data.max_length)
-    loss = f"  loss {config.loss}" if trainer.teacher else ""
+    loss = f"  loss {config.loss}" if trainer.teacher or trainer.method.top_k else ""
     yield f"[bold]{config.run.folder}[/bold]  method {config.method}{loss}"
     yield f"  models     {_models(trainer)}"
     yield (
@@ -72,6 +73,7 @@ def header(trainer: Trainer) -> Iterator[str]:
         yield f"[bold red]{escape(line)}[/bold red]"
     if trainer.teacher:
         yield f"  teacher    {trainer.teacher.note}"
+    yield from _served(trainer)
     if distributed.world_size() > 1:
         held = "a part of all weights" if trainer.is_sharded else "all weights"
         yield f"  processes  {distributed.world_size()}, each with {held}; gradients are summed over them"
@@ -98,6 +100,12 @@ def _models(trainer: Trainer) -> str:
     return f"{sizes} with {adapter} {joined}" if adapter else sizes
 
 
+def _served(trainer: Trainer) -> Iterator[str]:
+    """A line about a teacher of whom only the likeliest tokens are known."""
+    if trainer.method.top_k:
+        yield f"  teacher    {escape(trainer.method.top_k.note)}"
+
+
 def _quantized(trainer: Trainer) -> Iterator[str]:
     """Lines about the models whose weights are quantized."""
     for role, meta in (("student", trainer.student_meta), ("teacher", trainer.teacher_meta)):
@@ -108,6 +116,8 @@ def _quantized(trainer: Trainer) -> Iterator[str]:
 def _forms(trainer: Trainer) -> Iterator[str]:
     """How the models compute, and what that costs where it is not the fast way."""
     metas = {"student": trainer.student_meta} | ({"teacher": trainer.teacher_meta} if trainer.teacher_meta else {})
+    if trainer.config.teacher and trainer.config.teacher.hidden_states:
+        metas.pop("teacher", None)  # it doesn't run
     chosen = {role: forms.choose(meta.config, role, trainer.device) for role, meta in metas.items()}
     packed = [role for role, form in chosen.items() if form.problem is None]
     if packed:

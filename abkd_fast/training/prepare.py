@@ -24,7 +24,9 @@ from ..models import loading, quantized, tokenizers
 from ..models.causal_lm import rope_border
 from ..models.loading import MetaModel
 from ..models.vocabularies import Vocabulary
+from ..teacher.folder import StatesFolder
 from ..teacher.store import lengths_of, table_of
+from ..teacher.top_k import TopKTargets
 from .dev_eval import DevEvaluator
 
 
@@ -57,6 +59,10 @@ class TrainData:
     notes: list[str]  # for people: how the training rows become tokens, and which rows are cut or left out
     steps_per_epoch: int
     steps: int
+
+    def place(self, index: int) -> str:
+        """The file and line of a training sample."""
+        return self.where[self.train_set[index]["row"]]
 
 
 def train_rows(config: Config) -> tuple:
@@ -145,6 +151,8 @@ def check_models(
     theirs = None
     if teacher and config.teacher.path is not None:
         theirs = tokenizers.read_tokenizer(config.teacher.path, "teacher.path")
+    elif teacher and config.teacher.hidden_states is not None:
+        theirs = StatesFolder(config.teacher.hidden_states, "teacher.hidden_states").vocabulary()
     models = {"student": student.config} | ({"teacher": teacher.config} if teacher else {})
     vocabulary = Vocabulary(tokenizer, {role: model.vocab_size for role, model in models.items()}, theirs)
     vocabulary.check_sizes()
@@ -191,6 +199,8 @@ def read_train_data(
         notes.append(f"the tokenizer in final/ can't keep data.begin_token: give later commands --begin-token {begin}")
     steps_per_epoch = _steps_per_epoch(config, len(train_set))
     method.check_rows(len(train_set))
+    if config.served_teacher:
+        method.top_k = TopKTargets(config.served_teacher, train_set, where, vocabulary.sizes["student"])
     pretrain_set = None
     if data.uses_pretrain:
         pretrain_set, text = _read_pretrain_set(config, tokenizer), data.pretrain.path

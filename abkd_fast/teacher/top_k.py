@@ -1,0 +1,212 @@
+"""A served teacher: its likeliest tokens for every trained token, from a file that an inference server has filled.
+
+docs/served-teachers.md describes the file. It is checked against the tokenized samples once, and kept beside them in
+the cache of `datasets`: a run maps it, and parses no JSON again.
+"""
+
+import hashlib
+import itertools
+import json
+import pathlib
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import datasets
+import numpy as np
+import pyarrow
+import torch
+from torch import Tensor
+
+from ..data import text_files
+from ..data.strict_json import show
+from ..data.tokenize import stored
+from ..errors import ConfigError
+from ..files import file_digest
+from .store import hash_samples
+
+FORMAT = 1  # of the stored file
+SAMPLES_AT_ONCE = 64
+TOLERANCE = 1e-3  # of a sum of probabilities: servers round
+COLUMNS = datasets.Features(
+    {
+        "counts": datasets.List(datasets.Value("int32")),  # tokens known for each trained token
+        "ids": datasets.List(datasets.Value("int32")),  # these, one trained token after the other
+        "log_probs": datasets.List(datasets.Value("float32")),
+        "rest": datasets.Value("float64"),  # the probability of all other tokens, summed over the trained tokens
+    }
+)
+WAY_OUT = "tokenizer, chat template, rows or their order differ from those that the teacher has read"
+
+
+class TopTokens(NamedTuple):
+    """The columns of a sample."""
+
+    counts: np.ndarray
+    ids: np.ndarray
+    log_probs: np.ndarray
+    rest: float
+
+
+class TopKTargets:
+    """The teacher's likeliest tokens for the samples of a data set."""
+
+    def __init__(self, path: str, dataset: datasets.Dataset, where: list[str], vocab: int) -> None:
+        """Reads the file, or what an earlier run has made of it.
+
+        Args:
+            dataset: the tokenized samples, in the order of their rows.
+            where: the place of every row, for messages.
+            vocab: the student's vocabulary entries.
+
+        Raises ConfigError for a file that doesn't fit the samples.
+        """
+        check_file(path)
+        identity = [FORMAT, file_digest(pathlib.Path(path)), hash_samples(dataset), vocab]
+        key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
+
+        def write(target: pathlib.Path) -> None:
+            read = _read(pathlib.Path(path), dataset, where, vocab)
+            with pyarrow.ipc.new_stream(str(target), COLUMNS.arrow_schema) as writer:
+                while some := [*itertools.islice(read, SAMPLES_AT_ONCE)]:
+                    columns = zip(zip(*some, strict=True), COLUMNS.arrow_schema.types, strict=True)
+                    arrays = [pyarrow.array(values, kind) for values, kind in columns]
+                    writer.write_batch(pyarrow.record_batch(arrays, schema=COLUMNS.arrow_schema))
+
+        try:
+            self.samples = stored(key, write, f"checking {path} against the samples").with_format("numpy")
+        except ConfigError as error:
+            raise ConfigError(f"teacher.top_k: {error}", "teacher.top_k") from None
+        counts = self.samples.data.column("counts").combine_chunks().flatten().to_numpy()
+        least, most = counts.min(), counts.max()
+        known = f"{most}" if least == most else f"{least} to {most}"
+        rest = self.samples["rest"][:].sum() / len(counts)
+        self.note = (
+            f"{known} tokens known for each trained token, from {path}; the loss is truncated: all others count as one "
+            f"({rest:.2%} of the teacher's probability on average)"
+        )
+
+    def of(self, samples: list[dict]) -> tuple[Tensor, Tensor]:
+        """Token ids [N, k], padded with -1, and log-probabilities [N, k] for the labels of these samples."""
+        parts = [self.samples[sample["index"]] for sample in samples]
+        counts, ids, log_probs = (np.concatenate([part[name] for part in parts]) for name in TopTokens._fields[:3])
+        is_known = np.arange(counts.max()) < counts[:, None]
+        padded = torch.full(is_known.shape, -1), torch.full(is_known.shape, -torch.inf)
+        for tensor, values in zip(padded, (ids, log_probs), strict=True):
+            tensor.numpy()[is_known] = values
+        return padded
+
+
+def check_file(path: str) -> None:
+    """Raises ConfigError for a file that can't be read, or is no text."""
+    try:
+        with text_files.open_text(pathlib.Path(path)):
+            pass
+    except ConfigError as error:
+        raise ConfigError(f"teacher.top_k: {error}", "teacher.top_k") from None
+
+
+def _read(path: pathlib.Path, dataset: datasets.Dataset, where: list[str], vocab: int) -> Iterator[TopTokens]:
+    """The tokens for each sample, in order. Raises ConfigError."""
+    rows = dataset.with_format("numpy")["row"][:]
+    if (twice := np.flatnonzero(np.diff(rows) == 0)).size:
+        problem = "gives several samples, and a line of the file is for one"
+        raise ConfigError(f"{where[rows[twice[0]]]}: {problem}; use data.train_on=last, or rows of prompt_ids")
+    samples = iter(zip(rows.tolist(), dataset.with_format("numpy"), strict=True))
+    row, sample = next(samples)
+    is_train_file = where[0].startswith(f"{path} line ")
+    for number, (place, values) in enumerate(text_files.read_jsonl(path)):
+        if place != where[row] if is_train_file else number != row:
+            continue
+        try:
+            yield _tokens_of(values, sample, where[row], vocab)
+        except ConfigError as error:
+            raise ConfigError(f"{place}: {error}") from None
+        row, sample = next(samples, (None, None))
+        if row is None:
+            return
+    raise ConfigError(f"{path}: has no line for {where[row]}, and needs one for every row of data.train")
+
+
+def _tokens_of(values: object, sample: dict, where: str, vocab: int) -> TopTokens:
+    """The tokens of one line, cut as its sample is. Raises ConfigError with the reason."""
+    if not isinstance(values, dict) or "output_ids" not in values:
+        raise ConfigError(f'expected an object with "output_ids", got {show(values)}')
+    spans = sample["spans"].reshape(-1, 2)
+    labels = np.concatenate([sample["input_ids"][start:stop] for start, stop in spans])
+    was_cut = sample["row_length"] > len(sample["input_ids"])
+    _compare("output_ids", values["output_ids"], labels, where, was_cut)
+    if values.get("prompt_ids") is not None and len(spans) == 1:
+        _compare("prompt_ids", values["prompt_ids"], sample["input_ids"][: spans[0, 0]], where)
+    ids, log_probs = _server_lists(values) if "prompt_logprobs" in values else _plain_lists(values)
+    counts = np.array([*map(len, ids)][: len(labels)])
+    ids, log_probs = ([*itertools.chain(*lists[: len(labels)])] for lists in (ids, log_probs))
+    if not {*map(type, ids)} <= {int} or not {*map(type, log_probs)} <= {int, float}:
+        raise ConfigError("the tokens must be whole numbers, and the log-probabilities numbers")
+    return _check(counts, np.array(ids), np.array(log_probs, dtype=np.float64), vocab)
+
+
+def _compare(key: str, ids: object, expected: np.ndarray, where: str, was_cut: bool = False) -> None:
+    """Raises ConfigError unless the ids of a line are the expected ones, or begin with them if the sample was cut."""
+    if not isinstance(ids, list) or not {*map(type, ids)} <= {int}:
+        raise ConfigError(f'"{key}" must be a list of whole numbers, got {show(ids)}')
+    if len(ids) != len(expected) and not (was_cut and len(ids) > len(expected)):
+        raise ConfigError(f'"{key}" has {len(ids)} tokens, but {where} has {len(expected)}: {WAY_OUT}')
+    pairs = zip(ids, expected.tolist(), strict=False)
+    if found := next((f"token {n} is {a}, but {b}" for n, (a, b) in enumerate(pairs) if a != b), None):
+        raise ConfigError(f'"{key}": {found} in {where}: {WAY_OUT}')
+
+
+def _plain_lists(values: dict) -> tuple[list[list], list[list]]:
+    """The lists of "top_ids" and "top_log_probs", one for each token of the response."""
+    lists = [values.get(key) for key in ("top_ids", "top_log_probs")]
+    if any(not isinstance(one, list) or not {*map(type, one)} <= {list} for one in lists):
+        raise ConfigError('expected "top_ids" and "top_log_probs", lists of lists, or "prompt_logprobs"')
+    counts, others = ([*map(len, one)] for one in lists)
+    if counts != others or len(counts) != len(values["output_ids"]):
+        raise ConfigError('"top_ids" and "top_log_probs" must have a list for each of output_ids, of equal lengths')
+    return lists[0], lists[1]
+
+
+def _server_lists(values: dict) -> tuple[list[list], list[list]]:
+    """The same from "prompt_logprobs", which begin with the prompt's tokens."""
+    found, count = values["prompt_logprobs"], len(values["output_ids"])
+    if not isinstance(found, list) or len(found) <= count:
+        problem = 'must be a list of prompt and response: an entry for each token of "prompt_ids" and "output_ids"'
+        raise ConfigError(f'"prompt_logprobs" {problem}, got {show(found)}')
+    if values.get("prompt_ids") is not None and len(found) != len(values["prompt_ids"]) + count:
+        lengths = f"{len(values['prompt_ids'])} and {count}"
+        raise ConfigError(f'"prompt_logprobs" has {len(found)} entries, but prompt_ids and output_ids {lengths}')
+    ids, log_probs = [], []
+    for entry in found[-count:]:
+        try:
+            ids.append([*map(int, entry)])
+            log_probs.append([one["logprob"] for one in entry.values()])
+        except (TypeError, ValueError, KeyError, AttributeError):
+            raise ConfigError(f'expected {{"token id": {{"logprob": number}}}}, got {show(entry)}') from None
+    return ids, log_probs
+
+
+def _check(counts: np.ndarray, ids: np.ndarray, log_probs: np.ndarray, vocab: int) -> TopTokens:
+    """Raises ConfigError for ids or log-probabilities that no distribution has."""
+
+    def fail(place: int, problem: str) -> None:
+        raise ConfigError(f"token {place} of the response {problem}")
+
+    if (counts == 0).any():
+        fail(counts.argmin(), "has no tokens of the teacher's")
+    token = np.repeat(np.arange(len(counts)), counts)
+    if (wrong := (ids < 0) | (ids >= vocab)).any():
+        known = f"the student has {vocab} tokens; leave it out, and it counts among the others"
+        fail(token[wrong.argmax()], f"has id {ids[wrong.argmax()]}, but {known}")
+    if (wrong := ~np.isfinite(log_probs)).any():
+        fail(token[wrong.argmax()], f"has the log-probability {log_probs[wrong.argmax()]}, expected a number")
+    mass = np.bincount(token, np.exp(np.minimum(log_probs, 1.0)), len(counts))
+    if mass.max() > 1 + TOLERANCE:
+        sums = f"has probabilities that sum to {mass.max():.4g}"
+        fail(mass.argmax(), f"{sums}, expected at most 1: are these log-probabilities over the whole vocabulary?")
+    keys, first = np.unique(token * vocab + ids, return_index=True)
+    if len(keys) < len(ids):
+        again = np.setdiff1d(np.arange(len(ids)), first)[0]
+        fail(token[again], f"has id {ids[again]} twice")
+    rest = np.maximum(0.0, 1.0 - mass).sum()
+    return TopTokens(counts.astype(np.int32), ids.astype(np.int32), log_probs.astype(np.float32), float(rest))
