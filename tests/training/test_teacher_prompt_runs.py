@@ -10,11 +10,18 @@ import torch.nn.functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import chat
+from abkd_fast import cache
 from abkd_fast.config.recipe import load
-from abkd_fast.data.batches import count_labels, teacher_view
+from abkd_fast.data import quickstart
+from abkd_fast.data.batches import count_labels, prompt_of, teacher_view
+from abkd_fast.data.chat import PromptFormat
+from abkd_fast.data.rows import read_rows
+from abkd_fast.data.teacher_prompts import TeacherFormat
+from abkd_fast.data.tokenize import tokenize
 from abkd_fast.errors import ConfigError
 from abkd_fast.teacher.store import Layout, hash_samples
 from abkd_fast.teacher.teacher import CachedTeacher, Teacher
+from abkd_fast.teacher.top_k import TopKTargets
 from abkd_fast.training.trainer import Trainer
 from conftest import LLAMA
 from runs import Run, assert_same, crash_and_resume, step_and_gradients
@@ -159,6 +166,42 @@ def test_the_cache_has_the_same_bits_and_its_own_key(make, tmp_path):
     assert lengths == sorted(lengths, reverse=True)
     own = train_set.remove_columns(["teacher_input_ids", "teacher_spans"])
     assert hash_samples(train_set) != hash_samples(own)
+
+
+def test_states_in_a_folder_are_found_by_what_the_teacher_reads(make, cache_folder, capsys, tmp_path):
+    """Rows that differ in the teacher's prompt alone have states of their own."""
+    live = trainer_of(make("ab", "cache.mode=off", "teacher.system=Be quick.", name="live"))
+    expected = [live.train_step(batch)[0].item() for batch in live.batches()]
+    run = make("ab", "teacher.system=Be quick.", name="built")
+    assert cache.main(run.arguments) == 0
+    (folder,) = (path.parent for path in cache_folder.rglob("samples.safetensors"))
+    given = "teacher.path=null", f"teacher.hidden_states={folder}"
+    trainer = trainer_of(make("ab", *given, "teacher.system=Be quick.", name="given"))
+    assert [trainer.train_step(batch)[0].item() for batch in trainer.batches()] == expected
+    with pytest.raises(ConfigError, match="15 of 15 samples are not in it"):
+        trainer_of(make("ab", *given, name="other"))
+
+
+def test_a_served_teacher_has_read_its_own_prompt(write_jsonl):
+    tokenizer = quickstart.tokenizer()
+    row = {"prompt": "Add 1 and 2.\n", "output": "It is 3.", "teacher_prompt": "1 and 2 are 3.\n"}
+    form = TeacherFormat(tokenizer, PromptFormat())
+    dataset = tokenize(read_rows(write_jsonl([row])), tokenizer, 64, teacher=form).dataset
+    own, read = (prompt_of(view) for view in (dataset[0], teacher_view(dataset[0])))
+    response = dataset[0]["input_ids"][len(own) :]
+    lines = [
+        {
+            "prompt_ids": prompt,
+            "output_ids": response,
+            "top_ids": [[7]] * len(response),
+            "top_log_probs": [[-1.0]] * len(response),
+        }
+        for prompt in (read, own)
+    ]
+    paths = [write_jsonl([line], f"{number}.jsonl") for number, line in enumerate(lines)]
+    TopKTargets(paths[0], dataset, ["rows.jsonl line 1"], 1024)
+    with pytest.raises(ConfigError, match='"prompt_ids" has'):
+        TopKTargets(paths[1], dataset, ["rows.jsonl line 1"], 1024)
 
 
 def test_a_run_that_replays_resumes_where_it_was(make, monkeypatch):
