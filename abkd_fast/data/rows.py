@@ -89,7 +89,7 @@ def read_rows(
         rows.append(Row(where, checked.values, checked.outputs))
         titles[checked.format.title] += 1
         if columns is None:
-            used = checked.format.used
+            used = checked.format.used - ({*formats.TEACHER} if outputs == "ignored" else set())
             unread |= {key: None for key, value in values.items() if key not in used and value not in (None, "")}
         if len(rows) == limit:
             break

@@ -109,7 +109,7 @@ def hash_samples(dataset: datasets.Dataset) -> str:
 
 
 def hash_each(dataset: datasets.Dataset) -> np.ndarray:
-    """A hash [samples, HASH_BYTES] of the teacher's token ids and spans of each sample."""
+    """A hash [samples, HASH_BYTES] of the token ids and spans of each sample as the teacher reads it."""
     columns = []
     for lists in table_of(dataset, of_teacher=True):
         values = pyarrow.compute.list_flatten(lists).to_numpy(zero_copy_only=False).astype("<i8")

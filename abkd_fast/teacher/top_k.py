@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..data import text_files
+from ..data.batches import prompt_of, teacher_view
 from ..data.strict_json import show
 from ..data.tokenize import stored
 from ..errors import ConfigError
@@ -118,7 +119,8 @@ def _read(path: pathlib.Path, dataset: datasets.Dataset, where: list[str], vocab
         if place != where[row] if is_train_file else number != row:
             continue
         try:
-            yield _tokens_of(values, sample, where[row], vocab)
+            read = sample if is_train_file else teacher_view(sample)  # that file has the student's prompts
+            yield _tokens_of(values, sample, prompt_of(read), where[row], vocab)
         except ConfigError as error:
             raise ConfigError(f"{place}: {error}") from None
         row, sample = next(samples, (None, None))
@@ -127,8 +129,11 @@ def _read(path: pathlib.Path, dataset: datasets.Dataset, where: list[str], vocab
     raise ConfigError(f"{path}: has no line for {where[row]}, and needs one for every row of data.train")
 
 
-def _tokens_of(values: object, sample: dict, where: str, vocab: int) -> TopTokens:
-    """The tokens of one line, cut as its sample is. Raises ConfigError with the reason."""
+def _tokens_of(values: object, sample: dict, prompt: np.ndarray, where: str, vocab: int) -> TopTokens:
+    """The tokens of one line, cut as its sample is. Raises ConfigError with the reason.
+
+    prompt: what the teacher has read before the response.
+    """
     if not isinstance(values, dict) or "output_ids" not in values:
         raise ConfigError(f'expected an object with "output_ids", got {show(values)}')
     spans = sample["spans"].reshape(-1, 2)
@@ -136,7 +141,7 @@ def _tokens_of(values: object, sample: dict, where: str, vocab: int) -> TopToken
     was_cut = sample["row_length"] > len(sample["input_ids"])
     _compare("output_ids", values["output_ids"], labels, where, was_cut)
     if values.get("prompt_ids") is not None and len(spans) == 1:
-        _compare("prompt_ids", values["prompt_ids"], sample["input_ids"][: spans[0, 0]], where)
+        _compare("prompt_ids", values["prompt_ids"], prompt, where)
     ids, log_probs = _server_lists(values) if "prompt_logprobs" in values else _plain_lists(values)
     counts = np.array([*map(len, ids)][: len(labels)])
     ids, log_probs = ([*itertools.chain(*lists[: len(labels)])] for lists in (ids, log_probs))

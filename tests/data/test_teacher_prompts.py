@@ -151,7 +151,8 @@ def test_another_template_with_the_same_answers(read):
         ConfigError, match=r"line 1: as the teacher reads it: its response has '!<\|im_end\|>' in place of '<\|im_end"
     ):
         read(CHAT, template=chat.CHATML.replace("{{ m.content }}", "{{ m.content }}!"))
-    forgetful = chat.CHATML.replace("{{ m.content }}", "{{ m.content if loop.revindex < 3 else '' }}")
+    past = "{{ '(past) ' if m.role == 'assistant' and not loop.last else '' }}"
+    forgetful = chat.CHATML.replace("{{ m.content }}", past + "{{ m.content }}")
     with pytest.raises(ConfigError, match=r"the history of an answer in another way: data\.train_on=last"):
         read(CHAT, template=forgetful)
 
@@ -241,7 +242,7 @@ def test_columns_may_have_other_names(write_jsonl):
 PIECES = st.lists(st.tuples(st.integers(1, 5), st.integers(1, 4), st.integers(1, 5)), min_size=1, max_size=5)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(turns=PIECES, splits=st.sets(st.integers(1, 4)), merges=st.booleans(), data=st.data())
 def test_spans_are_paired_turn_by_turn(turns, splits, merges, data):
     """Rows of turns (tokens of the student's prompt, of the answer, of the teacher's prompt), cut anywhere."""
@@ -279,6 +280,15 @@ def test_spans_are_paired_turn_by_turn(turns, splits, merges, data):
         assert view.spans == [*expected.spans[:-1], expected.spans[-1] - removed]
         labels = [collate([one._asdict()]).labels.tolist() for one in (Sample(own.input_ids, own.spans), view)]
         assert labels[0] == labels[1]
+
+
+def test_where_no_teacher_reads_the_columns_are_named_as_unread(write_jsonl):
+    path = write_jsonl([{**PLAIN, "teacher_prompt": "x"}, {**CHAT, "teacher_messages": 7}])
+    rows = read_rows(path, outputs="ignored")
+    assert rows.notes == [
+        f"{path}: 1 rows of prompt and output and 1 rows of messages; not read: teacher_prompt, teacher_messages"
+    ]
+    assert not any(key in row.values for row in rows for key in ("teacher_prompt", "teacher_messages"))
 
 
 def test_rows_are_json(write_jsonl):

@@ -1,6 +1,8 @@
 """Training under a teacher with its own prompt, against a padded computation in float64 by transformers' own pass."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -8,11 +10,18 @@ import torch.nn.functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import chat
+from abkd_fast import cache
 from abkd_fast.config.recipe import load
-from abkd_fast.data.batches import count_labels, teacher_view
+from abkd_fast.data import quickstart
+from abkd_fast.data.batches import count_labels, prompt_of, teacher_view
+from abkd_fast.data.chat import PromptFormat
+from abkd_fast.data.rows import read_rows
+from abkd_fast.data.teacher_prompts import TeacherFormat
+from abkd_fast.data.tokenize import tokenize
 from abkd_fast.errors import ConfigError
 from abkd_fast.teacher.store import Layout, hash_samples
 from abkd_fast.teacher.teacher import CachedTeacher, Teacher
+from abkd_fast.teacher.top_k import TopKTargets
 from abkd_fast.training.trainer import Trainer
 from conftest import LLAMA
 from runs import Run, assert_same, crash_and_resume, step_and_gradients
@@ -57,7 +66,7 @@ def make(folder, tmp_path):
     def make(method, *overrides, name="run"):
         data = f"data.train={folder}/rows.jsonl", "data.train_rows=null", "data.max_length=96", "data.dev=null"
         models = f"teacher.path={folder}/teacher", f"tokenizer={folder}/teacher", "student.config.vocab_size=1026"
-        return Run(tmp_path / name, f"method={method}", *models, *data, "train.steps=6", *overrides)
+        return Run(tmp_path / name, f"method={method}", *models, *data, "train.steps=4", *overrides)
 
     return make
 
@@ -95,8 +104,7 @@ def assert_is_padded(trainer, folder, batch):
         torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("mode", ["off", "disk"])
-@pytest.mark.parametrize("system", ["null", "Be quick."])
+@pytest.mark.parametrize(("mode", "system"), [("off", "null"), ("disk", "Be quick.")])
 def test_losses_and_gradients_are_those_of_a_padded_computation(make, folder, mode, system):
     trainer = trainer_of(make("kd", *EXACT, "student.dropout=0", f"cache.mode={mode}", f"teacher.system={system}"))
     assert isinstance(trainer.teacher, CachedTeacher if mode == "disk" else Teacher)
@@ -144,10 +152,10 @@ def test_a_repacked_batch_of_another_device_or_of_a_sharded_teacher_gives_the_sa
 
 def test_the_cache_has_the_same_bits_and_its_own_key(make, tmp_path):
     losses = {}
-    for mode in ("off", "disk", "memory"):
+    for mode in ("off", "disk"):
         trainer = trainer_of(make("ab", f"cache.mode={mode}", name=mode))
         losses[mode] = [trainer.train_step(batch)[0].item() for batch in trainer.batches()]
-    assert losses["disk"] == losses["memory"] == losses["off"]
+    assert losses["disk"] == losses["off"]
     other = trainer_of(make("ab", "cache.mode=disk", "teacher.system=Be quick.", name="other"))
     assert other.cache.file.folder != trainer.cache.file.folder
     assert [other.train_step(batch)[0].item() for batch in other.batches()] != losses["off"]
@@ -160,11 +168,47 @@ def test_the_cache_has_the_same_bits_and_its_own_key(make, tmp_path):
     assert hash_samples(train_set) != hash_samples(own)
 
 
+def test_states_in_a_folder_are_found_by_what_the_teacher_reads(make, cache_folder, capsys, tmp_path):
+    """Rows that differ in the teacher's prompt alone have states of their own."""
+    live = trainer_of(make("ab", "cache.mode=off", "teacher.system=Be quick.", name="live"))
+    expected = [live.train_step(batch)[0].item() for batch in live.batches()]
+    run = make("ab", "teacher.system=Be quick.", name="built")
+    assert cache.main(run.arguments) == 0
+    (folder,) = (path.parent for path in cache_folder.rglob("samples.safetensors"))
+    given = "teacher.path=null", f"teacher.hidden_states={folder}"
+    trainer = trainer_of(make("ab", *given, "teacher.system=Be quick.", name="given"))
+    assert [trainer.train_step(batch)[0].item() for batch in trainer.batches()] == expected
+    with pytest.raises(ConfigError, match="15 of 15 samples are not in it"):
+        trainer_of(make("ab", *given, name="other"))
+
+
+def test_a_served_teacher_has_read_its_own_prompt(write_jsonl):
+    tokenizer = quickstart.tokenizer()
+    row = {"prompt": "Add 1 and 2.\n", "output": "It is 3.", "teacher_prompt": "1 and 2 are 3.\n"}
+    form = TeacherFormat(tokenizer, PromptFormat())
+    dataset = tokenize(read_rows(write_jsonl([row])), tokenizer, 64, teacher=form).dataset
+    own, read = (prompt_of(view) for view in (dataset[0], teacher_view(dataset[0])))
+    response = dataset[0]["input_ids"][len(own) :]
+    lines = [
+        {
+            "prompt_ids": prompt,
+            "output_ids": response,
+            "top_ids": [[7]] * len(response),
+            "top_log_probs": [[-1.0]] * len(response),
+        }
+        for prompt in (read, own)
+    ]
+    paths = [write_jsonl([line], f"{number}.jsonl") for number, line in enumerate(lines)]
+    TopKTargets(paths[0], dataset, ["rows.jsonl line 1"], 1024)
+    with pytest.raises(ConfigError, match='"prompt_ids" has'):
+        TopKTargets(paths[1], dataset, ["rows.jsonl line 1"], 1024)
+
+
 def test_a_run_that_replays_resumes_where_it_was(make, monkeypatch):
     more = "loss=jsd:0.1", "on_policy.replay_rows=8", "sampling.max_new_tokens=4", "checkpoint.every_steps=2"
     undisturbed, run = (make("gkd", *more, name=name) for name in ("whole", "resumed"))
     assert undisturbed() == 0
-    crash_and_resume(run, monkeypatch, 5)
+    crash_and_resume(run, monkeypatch, 3)
     assert_same(run, undisturbed)
 
 
@@ -218,3 +262,21 @@ def test_a_system_text_may_be_long_and_is_no_path(make):
     assert load(run.arguments[1], run.arguments[3::2])[0].teacher.system == text
     with pytest.raises(ConfigError, match=r"teacher\.system must be text, got 7"):
         load(run.arguments[1], ["teacher.system=7"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+@pytest.mark.parametrize("method", ["kd", "imitkd"])
+def test_two_processes_have_the_losses_of_one(make, parallel, method):
+    more = *EXACT, "train.batch_size=6", "sampling.max_new_tokens=4", "on_policy.replay_rows=0", "student.dropout=0"
+    more = tuple(override for override in more if method == "imitkd" or "on_policy" not in override)
+    one, two = (
+        make(method, *more, "log.every_steps=1", "cache.mode=off", *sets, name=name)
+        for name, sets in (("one", ()), ("two", (f"train.parallel={parallel}",)))
+    )
+    assert one() == 0
+    launch = "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "abkd_fast.train"
+    subprocess.run([sys.executable, "-m", *launch, *two.arguments], check=True, timeout=300)
+    ours, theirs = ([point["loss"] for point in run.points() if point.get("kind") == "train"] for run in (two, one))
+    assert len(ours) == 4
+    assert ours == pytest.approx(theirs, rel=1e-9)
