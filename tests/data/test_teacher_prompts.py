@@ -242,7 +242,7 @@ def test_columns_may_have_other_names(write_jsonl):
 PIECES = st.lists(st.tuples(st.integers(1, 5), st.integers(1, 4), st.integers(1, 5)), min_size=1, max_size=5)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(turns=PIECES, splits=st.sets(st.integers(1, 4)), merges=st.booleans(), data=st.data())
 def test_spans_are_paired_turn_by_turn(turns, splits, merges, data):
     """Rows of turns (tokens of the student's prompt, of the answer, of the teacher's prompt), cut anywhere."""

@@ -66,7 +66,7 @@ def make(folder, tmp_path):
     def make(method, *overrides, name="run"):
         data = f"data.train={folder}/rows.jsonl", "data.train_rows=null", "data.max_length=96", "data.dev=null"
         models = f"teacher.path={folder}/teacher", f"tokenizer={folder}/teacher", "student.config.vocab_size=1026"
-        return Run(tmp_path / name, f"method={method}", *models, *data, "train.steps=4", *overrides)
+        return Run(tmp_path / name, f"method={method}", *models, *data, "train.steps=3", *overrides)
 
     return make
 
@@ -150,36 +150,28 @@ def test_a_repacked_batch_of_another_device_or_of_a_sharded_teacher_gives_the_sa
     assert sum(read[:-2]) == sum(len(view["input_ids"]) for view in views) > batch.tokens
 
 
-def test_the_cache_has_the_same_bits_and_its_own_key(make, tmp_path):
-    losses = {}
-    for mode in ("off", "disk"):
-        trainer = trainer_of(make("ab", f"cache.mode={mode}", name=mode))
-        losses[mode] = [trainer.train_step(batch)[0].item() for batch in trainer.batches()]
-    assert losses["disk"] == losses["off"]
-    other = trainer_of(make("ab", "cache.mode=disk", "teacher.system=Be quick.", name="other"))
-    assert other.cache.file.folder != trainer.cache.file.folder
-    assert [other.train_step(batch)[0].item() for batch in other.batches()] != losses["off"]
-    train_set = trainer.data.train_set
+def test_cached_and_given_states_have_the_same_bits_and_are_of_what_the_teacher_reads(make, cache_folder):
+    def losses(*overrides):
+        trainer = trainer_of(make("ab", *overrides, name=str(len(runs))))
+        runs.append(trainer)
+        return [trainer.train_step(batch)[0].item() for batch in trainer.batches()]
+
+    runs, system = [], "teacher.system=Be quick."
+    expected = losses("cache.mode=off", system)
+    assert losses("cache.mode=disk", system) == expected
+    assert cache.main(make("ab", system, name="built").arguments) == 0  # finds them
+    (folder,) = (path.parent for path in cache_folder.rglob("samples.safetensors"))
+    given = "teacher.path=null", f"teacher.hidden_states={folder}"
+    assert losses(*given, system) == expected
+    with pytest.raises(ConfigError, match="15 of 15 samples are not in it"):
+        losses(*given)
+    train_set = runs[0].data.train_set
     layout = Layout(train_set)
     assert layout.rows == sum(map(count_labels, train_set))
     lengths = [len(train_set[index]["teacher_input_ids"]) for block in layout.blocks for index in block]
     assert lengths == sorted(lengths, reverse=True)
     own = train_set.remove_columns(["teacher_input_ids", "teacher_spans"])
     assert hash_samples(train_set) != hash_samples(own)
-
-
-def test_states_in_a_folder_are_found_by_what_the_teacher_reads(make, cache_folder, capsys, tmp_path):
-    """Rows that differ in the teacher's prompt alone have states of their own."""
-    live = trainer_of(make("ab", "cache.mode=off", "teacher.system=Be quick.", name="live"))
-    expected = [live.train_step(batch)[0].item() for batch in live.batches()]
-    run = make("ab", "teacher.system=Be quick.", name="built")
-    assert cache.main(run.arguments) == 0
-    (folder,) = (path.parent for path in cache_folder.rglob("samples.safetensors"))
-    given = "teacher.path=null", f"teacher.hidden_states={folder}"
-    trainer = trainer_of(make("ab", *given, "teacher.system=Be quick.", name="given"))
-    assert [trainer.train_step(batch)[0].item() for batch in trainer.batches()] == expected
-    with pytest.raises(ConfigError, match="15 of 15 samples are not in it"):
-        trainer_of(make("ab", *given, name="other"))
 
 
 def test_a_served_teacher_has_read_its_own_prompt(write_jsonl):
@@ -205,10 +197,10 @@ def test_a_served_teacher_has_read_its_own_prompt(write_jsonl):
 
 
 def test_a_run_that_replays_resumes_where_it_was(make, monkeypatch):
-    more = "loss=jsd:0.1", "on_policy.replay_rows=8", "sampling.max_new_tokens=4", "checkpoint.every_steps=2"
-    undisturbed, run = (make("gkd", *more, name=name) for name in ("whole", "resumed"))
+    more = "loss=fkl", "on_policy.replay_rows=5", "sampling.max_new_tokens=3", "checkpoint.every_steps=1"
+    undisturbed, run = (make("imitkd", *more, name=name) for name in ("whole", "resumed"))
     assert undisturbed() == 0
-    crash_and_resume(run, monkeypatch, 3)
+    crash_and_resume(run, monkeypatch, 2)
     assert_same(run, undisturbed)
 
 
@@ -278,5 +270,5 @@ def test_two_processes_have_the_losses_of_one(make, parallel, method):
     launch = "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "abkd_fast.train"
     subprocess.run([sys.executable, "-m", *launch, *two.arguments], check=True, timeout=300)
     ours, theirs = ([point["loss"] for point in run.points() if point.get("kind") == "train"] for run in (two, one))
-    assert len(ours) == 4
+    assert len(ours) == 3
     assert ours == pytest.approx(theirs, rel=1e-9)
