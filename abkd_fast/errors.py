@@ -12,9 +12,13 @@ class ConfigError(ValueError):
     """
 
     def __init__(self, message: str, key: str = "") -> None:
-        # Text of a user may hold any character, line ends too.
-        super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in message))
+        super().__init__(printable(message))
         self.key = key
+
+
+def printable(text: str) -> str:
+    """The text in one line. Text of a user may hold any character, line ends too."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def first_line(error: Exception) -> str:

@@ -21,7 +21,7 @@ from .config.sampling import OPTIONS, SamplingParams
 from .config.schema import Config
 from .console import console
 from .data import pretrain
-from .data.rows import Row, read_rows
+from .data.rows import Row, Rows, read_rows
 from .device import choose_device, choose_dtype
 from .errors import ConfigError, check_number
 from .evaluation import tables
@@ -34,11 +34,11 @@ from .losses.divergences import AlphaNet, parse
 from .models import loading, quantized
 from .teacher import top_k
 from .training.dry_run import describe
-from .training.prepare import Prepared, dev_rows, read_tokenizer, train_format, train_rows
+from .training.prepare import Prepared, dev_rows, read_tokenizer, teacher_format, train_format, train_rows
 from .training.show_rows import print_samples, shown_samples
 from .training.trainer import Trainer
 
-ReadRows = Callable[..., list[Row]]
+ReadRows = Callable[..., Rows]
 
 
 def run(stages: list[Config], resume: bool = False) -> list[dict]:
@@ -133,7 +133,7 @@ def plan(stages: list[Config], resume: bool = False) -> None:
     students: dict[str, ModelConfig] = {}  # by stage
     prompts: dict[str, str] = {}  # by stage, the rows that it answers
     for config, known in zip(stages, _check_all(stages), strict=True):
-        specs = {role: _as_begun(spec, students) for role, spec in _models(config).items()}
+        specs = {role: as_begun(spec, students) for role, spec in _models(config).items()}
         students[config.run.stage], prompts[config.run.stage] = specs["student"], config.data.train
         console.print(f"[bold]{config.run.folder}[/bold]")
         if _is_finished(resolve(config), resume):
@@ -166,13 +166,13 @@ def show_rows(stages: list[Config], count: int) -> None:
         source, limit, *others = train_rows(dataclasses.replace(config, data=data))
         rows = read_rows(source, min(count, limit or count), *others)
         notes |= dict.fromkeys(rows.notes)
-        samples += shown_samples(rows, tokenizer, data, train_format(config))
+        samples += shown_samples(rows, tokenizer, data, train_format(config), teacher_format(config, tokenizer))
     for note in notes:
         print(note, file=sys.stderr)
     print_samples(samples)
 
 
-def _as_begun(spec: ModelConfig, students: dict[str, ModelConfig]) -> ModelConfig:
+def as_begun(spec: ModelConfig, students: dict[str, ModelConfig]) -> ModelConfig:
     """The same model, with the result of a stage replaced by what that stage starts from. Shapes are the same."""
     begun = {key: students[name] for key, name in spec.stages.items()}
     if "path" in begun:
@@ -358,7 +358,8 @@ def _deciding(values: dict) -> dict:
         *(("eval", key) for key in ("sets", "seeds", "begin_token", *test_sampling)),
     ):
         values[section].pop(key, None)
-    return {key: value for key, value in values.items() if key not in ("log", "checkpoint", "cache")}
+    exact = {"dtype": values["cache"]["dtype"]}
+    return {key: value for key, value in values.items() if key not in ("log", "checkpoint")} | {"cache": exact}
 
 
 def _differences(then: dict, now: dict, prefix: str = "") -> Iterator[str]:

@@ -21,27 +21,34 @@ def _figure(report: Report, panels: int, size: tuple[float, float]) -> tuple:
 
 
 def draw_bars(rows: list[dict], ways: dict[str, str], title: str, report: Report) -> None:
-    """timing.png and .svg: a group of bars for each row, its seconds/sample by way, on a logarithmic scale."""
-    figure, axes = _figure(report, 1, (8, 1 + 0.6 * len(rows)))
+    """timing.png and .svg: a group of bars for each row, its seconds/sample by way, on a logarithmic scale.
+
+    A bar's label has its seconds, and the row's `WAY_over_sft` if there is one.
+    """
+    figure, axes = _figure(report, 1, (8, 1.2 + 0.8 * len(rows)))
     if figure is None:
         return
     for place, row in enumerate(rows):
         present = [way for way in ways if way in row]
         for number, way in enumerate(present):
-            y, color = place + 0.27 * (number - (len(present) - 1) / 2), COLORS[list(ways).index(way)]
-            bar = axes.barh(y, row[way], 0.25, color=color, label=ways[way])
-            axes.bar_label(bar, [f"{row[way]:.3g}"], padding=3, fontsize=8)
+            y, color = place + 0.21 * (number - (len(present) - 1) / 2), COLORS[list(ways).index(way)]
+            bar, ratio = axes.barh(y, row[way], 0.19, color=color, label=ways[way]), row.get(f"{way}_over_sft")
+            label = f"{row[way]:.3g}" if ratio is None else f"{row[way]:.3g} ({ratio:.2f} x SFT)"
+            axes.bar_label(bar, [label], padding=3, fontsize=8)
     axes.set_yticks(range(len(rows)), [row["name"] for row in rows])
     axes.invert_yaxis()
     decades = np.log10([row[way] for row in rows for way in ways if way in row])
-    low, high = 10 ** np.floor(decades.min()), 10 ** np.ceil(decades.max() + 0.2)  # room for the last number
-    axes.set(xscale="log", xlim=(low, high), xlabel="seconds/sample, on a logarithmic scale")
+    low, high = np.floor(decades.min()), decades.max()
+    limits = 10**low, 10 ** (high + 0.3 * (high - low))  # room for the longest bar's label
+    axes.set(xscale="log", xlim=limits, xlabel="seconds/sample, on a logarithmic scale")
     axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_formatter("")
     axes.set_title(title, loc="left", fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
     handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
-    figure.legend(handles.values(), handles, loc="outside lower center", ncols=3, frameon=False)
+    labels = [label for label in ways.values() if label in handles]
+    bars = [handles[label] for label in labels]
+    figure.legend(bars, labels, loc="outside lower center", ncols=len(ways), frameon=False, fontsize=9)
     for kind in ("png", "svg"):
         figure.savefig(report.folder / f"timing.{kind}", dpi=150)
     report.note(f"chart: {report.folder / 'timing.png'} and .svg")

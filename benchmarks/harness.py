@@ -12,7 +12,7 @@ import statistics
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # read at import: the profiler would announce every start and stop
@@ -127,8 +127,13 @@ class Report:
         self.content["notes"].append(text)
         self._say(text)
 
-    def table(self, section: str, title: str, rows: list[dict[str, Any]], columns: dict[str, str]) -> None:
-        """`columns` gives "heading|format" for keys of the rows. A row's name comes first, unless they place it."""
+    def table(
+        self, section: str, title: str, rows: list[dict[str, Any]], columns: dict[str, str], notes: Sequence[str] = ()
+    ) -> None:
+        """`columns` gives "heading|format" for keys of the rows. A row's name comes first, unless they place it.
+
+        `notes` are paragraphs that belong to the table, below it.
+        """
         columns = ({"name": ""} if "name" in rows[0] and "name" not in columns else {}) | columns
         for row in rows:
             if not self.judge:
@@ -141,8 +146,9 @@ class Report:
         cells = [[(row.get(key), form) for key, form in zip(columns, formats, strict=True)] for row in rows]
         lines = [[*headings], ["---"] * len(columns)]
         lines += [["" if value is None else format(value, form) for value, form in line] for line in cells]
-        markdown = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        markdown = "\n\n".join(["\n".join(f"| {' | '.join(line)} |" for line in lines), *notes])
         self._say(f"**{title}**\n\n{markdown}")
+        self.content["notes"] += notes
         self.content["sections"].setdefault(section, []).append({"title": title, "rows": rows, "markdown": markdown})
 
     @contextlib.contextmanager

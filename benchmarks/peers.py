@@ -19,7 +19,8 @@ from abkd_fast.errors import first_line
 from baseline import Numbers, PaddedBatch, Turn, pad, pad_samples, split, token_positions
 from harness import TIME, spread
 from kernels import PEER_BETA, liger
-from timing import Benchmark, scaled_parser
+from timing import Benchmark
+from workload import scaled_parser
 
 Step = Callable[[Turn], Numbers]
 

@@ -1,12 +1,12 @@
 """Seconds a sample of every method, against the published way and against fine-tuning: `python benchmarks/timing.py`.
 
-Our steps are the trainer's own; the published way is baseline.py. Both have the same random weights and batches. A step
-is timed from its batch to the changed weights. A method that generates has several kinds of steps, weighed by their
-shares. A method whose sides don't agree on loss and gradient norm gets no ratios and makes the exit status 1.
+Our steps are ours.py, the published way is baseline.py. Both have the same random weights and batches. A step is timed
+from its batch to the changed weights. A method that generates has several kinds of steps, weighed by their shares. A
+method whose sides don't agree on loss and gradient norm gets no ratios and makes the exit status 1. The paper's own
+seconds stand beside, with the pairs of methods that it has in another order; that is reported, not judged.
 """
 
 import argparse
-import dataclasses
 import functools
 import itertools
 import pathlib
@@ -15,78 +15,35 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from unittest import mock
 
 import numpy as np
 import torch
 
-import harness
+import paper
 import profiling
 from abkd_fast.config.recipe import load
 from abkd_fast.config.schema import Config
 from abkd_fast.data.batches import count_labels, make_step_batch, prompt_of
-from abkd_fast.generation import sampling
-from abkd_fast.methods import METHODS as TRAINED
-from abkd_fast.methods.rollouts import Rollouts
 from abkd_fast.teacher.cache import TeacherCache
-from abkd_fast.teacher.teacher import CachedTeacher, OnPolicyTeacher, Teacher
 from abkd_fast.training.costs import peak_flops
 from abkd_fast.training.trainer import Trainer
-from baseline import CHUNK, METHODS, NOTES, PARTS, WAYS, Baseline, Key, Numbers, Turn, pad_samples, train_mode
+from baseline import CHUNK, METHODS, NOTES, PARTS, WAYS, Baseline, Key, Turn, pad_samples
 from chart import draw_bars
 from harness import TIME, Report, measure, peak_memory, spread
-from workload import LENGTH, MEAN_PROMPT, MEAN_RESPONSE, NEW_TOKENS, SCALES, response_lengths, write_recipe
+from ours import Ours
+from workload import LENGTH, MEAN_PROMPT, MEAN_RESPONSE, NEW_TOKENS, SCALES, scaled_parser, write_recipe
 
-RATIOS = {  # of two ways' times, the second perhaps another method's; heading
-    "published_over_ours": ("published", "ours", "published / ours|.2f"),
-    "published_over_cached": ("published", "cached", "published / cached|.2f"),
-    "ours_over_sft": ("ours", "SFT", "ours / SFT|.2f"),
-    "cached_over_sft": ("cached", "SFT", "cached / SFT|.2f"),
+RATIOS = {  # of two ways' times, the second SFT's where it is named; heading
+    "published_over_sft": ("published", "SFT", "published", "published / its SFT|.2f"),
+    "ours_over_sft": ("ours", "SFT", "ours", "ours / SFT|.2f"),
+    "cached_over_sft": ("cached", "SFT", "ours", "cached / SFT|.2f"),
+    "published_over_ours": ("published", None, "ours", "published / ours|.2f"),
+    "published_over_cached": ("published", None, "cached", "published / cached|.2f"),
 }
 EPOCHS = (10, 20)  # the papers' numbers of epochs, which share the cost of building the cache
 STEPS = 10  # of --overhead's runs
 PADS_RESPONSES = "The published way pads them as the data: training on them takes as long, and is not timed again."
 CPU_BATCH = 4  # most samples of a step: the published way's logits of more don't fit next to GPT-2 XL in 24 GB
-
-
-class Ours:
-    """The trainer's own steps."""
-
-    def __init__(self, trainer: Trainer, live: Teacher, cached: CachedTeacher, config: Callable[[str], Config]) -> None:
-        """`config` gives the configuration of a method."""
-        self.trainer, self.teachers = trainer, {"ours": live, "cached": cached}
-        data = trainer.config, trainer.tokenizer, trainer.data.train_set
-        self.rollouts = Rollouts(*data, trainer.student, live.model, trainer.precision)
-        self.rollouts.settings = dataclasses.replace(self.rollouts.settings, eos_token_ids=())
-        self.written: dict[str, list[dict]] = {}
-        self.method = functools.cache(lambda name, part: TRAINED[METHODS[name].method](config(name)))
-        self.on_policy = functools.cache(lambda name: OnPolicyTeacher(live, live))
-
-    def run(self, key: Key, turn: Turn) -> Numbers | None:
-        """One step: writes responses, or trains. On responses the teacher's states are computed once, then kept."""
-        name, way, part = key
-        is_minillm, trainer = name == "MiniLLM", self.trainer
-        method, teacher = self.method(name, "new" if part == "again" else part), self.teachers[way]
-        if part == "rollout":
-            lengths = response_lengths(turn.prompts)  # those of the samples come first
-            self.rollouts.prompts = lambda count, turn_number: turn.prompts
-            with mock.patch.object(sampling, "_limit", lambda models, prompt, settings, index: lengths[index]):
-                written = method.select_batch(0, 1.0, turn.samples, self.rollouts)
-            # MiniLLM keeps a whole round. Its first responses answer the prompts of the samples.
-            self.written[name] = method.rollouts[: len(turn.samples)] if is_minillm else written
-            return None
-        with train_mode(trainer.student, dropout=not is_minillm):
-            batch = turn.batch
-            if part != "data":
-                samples, teacher = self.written[name], self.on_policy(name)
-                if is_minillm:
-                    # In a round of these samples alone, step 1 is its second epoch, which writes nothing.
-                    method.rollouts = samples
-                    method.settings = dataclasses.replace(method.settings, rollouts=len(samples))
-                    samples = method.select_batch(1, 1.0, turn.samples, self.rollouts)
-                batch = make_step_batch(samples, turn.text, trainer.config.train.max_tokens)
-            trainer.method, trainer.teacher = method, teacher if METHODS[name].loss else None
-            return trainer.train_step(batch)[:2]
 
 
 class Benchmark:
@@ -123,7 +80,8 @@ class Benchmark:
         live, samples = trainer.teacher, list(trainer.data.train_set)
         count = 2 * len(samples)  # so often its states are read that building it pays
         cache = self.config("ABKD", "auto"), trainer.teacher_meta, trainer.data.train_set, count
-        cached = TeacherCache(*cache, trainer.device, trainer.dtype).open(lambda: live.model, trainer.precision, 0)
+        cache = TeacherCache(*cache, trainer.device, trainer.dtype, trainer.vocabulary)
+        cached = cache.open(lambda: live.model, trainer.precision, 0)
         self.build_seconds = cached.pass_seconds / len(samples)
         self.ours, self.baseline = Ours(trainer, live, cached, self.config), Baseline(trainer, live)
         # Moments exist from here on, so that a first step takes the memory of any other.
@@ -285,27 +243,16 @@ class Benchmark:
 
     def tables(self, parts: dict[Key, list[float]]) -> bool:
         """`parts`: milliseconds/sample of each step in every round."""
-        times, rows = self.totals(parts), []
-        for name, method in self.methods.items():
-            difference = self.difference(name)
-            same = difference <= self.tolerance
-            row = {"name": name, "difference": difference, "same": same}
-            row["check"] = f"{'' if same else 'FAILED '}{difference:.0e}"
-            row |= {way: statistics.median(times[name, way]) / 1e3 for way in WAYS if (name, way) in times}
-            for key, (over, under, _) in RATIOS.items():
-                pair = (name, over), ("SFT", "ours") if under == "SFT" else (name, under)
-                if same and all(place in times for place in pair):
-                    each = zip(*(times[place] for place in pair), strict=True)
-                    row[key] = statistics.median(x / y for x, y in each)  # of rounds with one batch for all
-            if not method.is_on_policy:
-                row |= {f"{way}_mfu": self.mfu(times, name, way) for way in ("ours", "cached")}
-            rows.append(row)
+        times = self.totals(parts)
+        rows = [self.row(name, times) for name in self.methods]
         columns = {"published": "published way|.3g", "ours": "ours|.3g", "cached": "ours, cached|.3g"}
+        columns |= {"paper": "paper, on its GPUs|.3g", "paper_over_sft": "paper / its SFT|.2f"}
         columns |= {key: heading for key, (*_, heading) in RATIOS.items()} | {"check": "same loss and norm to"}
         if peak_flops(self.trainer.device):
             columns |= {"ours_mfu": "MFU, ours|.1%", "cached_mfu": "MFU, cached|.1%"}
-        rounds = len(next(iter(parts.values())))
-        self.report.table("methods", f"seconds/sample, medians of {rounds}", rows, columns)
+        title = f"seconds/sample, medians of {len(next(iter(parts.values())))}"
+        orders = paper.order_notes(WAYS, times, [row["name"] for row in rows if row["same"]])
+        self.report.table("methods", title, rows, columns, orders)
         spreads = []
         for key, values in parts.items():
             size = self.bytes.get(key)
@@ -315,8 +262,26 @@ class Benchmark:
         columns = TIME | {"share": "how many a sample|.2f", "gib": "GiB at most|.2f"}
         self.report.table("ways", title, spreads, columns)
         self.amortized([row for row in rows if "cached" in row])
-        draw_bars(rows, WAYS, f"{self.scale.title}, {self.report.content['machine']['device']}", self.report)
+        title = f"{self.scale.title}, {self.report.content['machine']['device']}"
+        draw_bars(rows, WAYS | {"paper": "paper, on its GPUs"}, title, self.report)
         return all(row["same"] for row in rows)
+
+    def row(self, name: str, times: dict[tuple[str, str], list[float]]) -> dict:
+        """A method's seconds/sample, and their ratios; those of this run only where its sides agree."""
+        difference = self.difference(name)
+        same = difference <= self.tolerance
+        row = {"name": name, "difference": difference, "same": same}
+        row["check"] = f"{'' if same else 'FAILED '}{difference:.0e}"
+        row |= {way: statistics.median(times[name, way]) / 1e3 for way in WAYS if (name, way) in times}
+        row |= {"paper": paper.SECONDS[name], "paper_over_sft": paper.ratio(name)}
+        for key, (over, method, under, _) in RATIOS.items():
+            pair = (name, over), (method or name, under)
+            if same and all(place in times for place in pair):
+                each = zip(*(times[place] for place in pair), strict=True)
+                row[key] = statistics.median(x / y for x, y in each)  # of rounds with one batch for all
+        if not self.methods[name].is_on_policy:
+            row |= {f"{way}_mfu": self.mfu(times, name, way) for way in ("ours", "cached")}
+        return row
 
     def mfu(self, times: dict, name: str, way: str) -> float | None:
         """A step's floating-point operations over what the GPU could do in its time; the median over rounds."""
@@ -360,14 +325,6 @@ class Benchmark:
                 traces[key].append(profiling.profile(functools.partial(step, turn), self.trainer.device))
         for key in steps:
             profiling.breakdown(traces[key], self.label(key), self.report)
-
-
-def scaled_parser(description: str, name: str) -> tuple[argparse.ArgumentParser, Callable]:
-    """The command line of a benchmark at one of SCALES, and its function `add_argument`."""
-    parser, add = harness.parser(description, name, repeats=3)
-    add("--scale", choices=SCALES, help="default: paper on a GPU, small on the CPU")
-    add("--batch-size", type=int, help="samples of a step (default: the scale's)")
-    return parser, add
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:

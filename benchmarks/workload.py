@@ -4,7 +4,7 @@ import argparse
 import dataclasses
 import json
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -12,6 +12,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
+import harness
 from abkd_fast.data.batches import count_labels
 
 LENGTH = 512  # most tokens of a sample; the published way pads every sample to it
@@ -48,6 +49,14 @@ SCALES = {
     "small": Scale("GPT-2 medium to GPT-2", {}, {"n_embd": 1024, "n_layer": 24, "n_head": 16}, 4),
     "tiny": Scale("tiny models", {**TINY, "n_embd": 32}, {**TINY, "n_embd": 64}, 4, vocab=1009),
 }
+
+
+def scaled_parser(description: str, name: str) -> tuple[argparse.ArgumentParser, Callable]:
+    """The command line of a benchmark at one of SCALES, and its function `add_argument`."""
+    parser, add = harness.parser(description, name, repeats=3)
+    add("--scale", choices=SCALES, help="default: paper on a GPU, small on the CPU")
+    add("--batch-size", type=int, help="samples of a step (default: the scale's)")
+    return parser, add
 
 
 def draw_lengths(quantiles: Sequence[int], batches: int, batch_size: int, generator: np.random.Generator) -> np.ndarray:

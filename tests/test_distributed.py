@@ -23,10 +23,12 @@ from torch.distributed.checkpoint import HuggingFaceStorageWriter
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import chat
-from abkd_fast import distributed, train
+from abkd_fast import cache, distributed, train
 from abkd_fast.cli import INTERRUPTED
+from abkd_fast.config.recipe import load
 from abkd_fast.console import console
 from abkd_fast.data import quickstart
+from abkd_fast.teacher import store
 from abkd_fast.training import checkpoint
 from abkd_fast.training.trainer import Trainer
 from conftest import LLAMA
@@ -218,7 +220,7 @@ def test_losses_and_files_are_those_of_one_process(context, tmp_path, recipe, al
         assert [row["row"] for row in ours] == [row["row"] for row in theirs]
     assert not list((tmp_path / "several").rglob("*.rank*"))
     if mode == "ddp":  # a sharded teacher reads packed samples and rounds differently
-        for path in states.glob("*/states.bin"):
+        for path in states.glob("*/*.safetensors"):
             assert (cache_folder / path.parent.name / path.name).read_bytes() == path.read_bytes()
 
 
@@ -454,3 +456,43 @@ def test_killed_ranks_are_started_again_by_torchrun(context, tmp_path, recipe, m
     assert losses(tmp_path / "killed") == losses(tmp_path / "undisturbed")
     ours, theirs = (load_file(tmp_path / name / "final/model.safetensors") for name in ("killed", "undisturbed"))
     assert [name for name, tensor in theirs.items() if not torch.equal(ours[name], tensor)] == []
+
+
+def slow_small_blocks():
+    store.BLOCK_TOKENS, write = 200, store.HiddenStateStore.write
+    store.HiddenStateStore.write = lambda self, *block: time.sleep(0.03) or write(self, *block)
+
+
+@pytest.mark.parametrize("kills", [1, pytest.param(10, marks=SLOW)])
+def test_killed_processes_build_states_that_train_without_the_teacher(
+    context, tmp_path, models, cache_folder, monkeypatch, kills
+):
+    monkeypatch.setattr(store, "BLOCK_TOKENS", 200)
+    teacher = shutil.copytree(models, tmp_path / "teacher")
+    values = {"cache": {"mode": "disk"}, "train": {**RECIPE["train"], "steps": 2}}
+    arguments = write_recipe(tmp_path, str(teacher), "run", **values)
+    expected = step_losses(load(arguments[1])[0])
+    (alone,) = filter(pathlib.Path.is_dir, cache_folder.iterdir())
+    shutil.move(alone, tmp_path / "alone")
+    moments = random.Random(0)
+    for left in reversed(range(kills + 1)):
+        ranks = Ranks(context, tmp_path, 2, arguments, cache.main, slow_small_blocks)
+        if left:
+            wait_for(ranks.logs[0], "computing")
+            time.sleep(moments.uniform(0, 0.3))
+            for each in ranks.processes:
+                each.kill()
+        assert ranks.wait() == [0, 0] or left, ranks.output()
+    copied = shutil.copytree(alone, tmp_path / "copied")
+    for path in (tmp_path / "alone").glob("*.safetensors"):
+        assert (copied / path.name).read_bytes() == path.read_bytes()
+    shutil.rmtree(teacher)
+    shutil.rmtree(cache_folder)
+    given = load(arguments[1], ["teacher.path=null", f"teacher.hidden_states={copied}"])[0]
+    assert step_losses(given) == expected
+
+
+def step_losses(config):
+    trainer = Trainer(config)
+    trainer.build()
+    return [trainer.train_step(batch)[0].item() for batch in trainer.batches()]

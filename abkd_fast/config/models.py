@@ -5,7 +5,7 @@ import pathlib
 from typing import Annotated, Literal
 
 from ..errors import ConfigError
-from .section import Section
+from .section import Section, Text
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -84,20 +84,29 @@ class ModelConfig(Section):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TeacherConfig(ModelConfig):
-    """The model that the student learns from. It is frozen."""
+    """The model that the student learns from. It is frozen. It may read other prompts than the student."""
 
+    system: Annotated[
+        Text | None, "text put before every prompt that the teacher reads; before messages, a system message"
+    ] = None
+    chat_template: Annotated[
+        str | None, "file with the chat template of what the teacher reads (default: the student's)"
+    ] = None
+    chat_template_kwargs: Annotated[
+        dict | None, "values for the template of what the teacher reads (default: data.chat_template_kwargs)"
+    ] = None
     top_k: Annotated[
         str | None,
         "file with the teacher's likeliest tokens for each token of a response, as inference servers return them, "
         "instead of a model (docs/served-teachers.md)",
     ] = None
+    hidden_states: Annotated[
+        str | None, "folder of python -m abkd_fast.cache: trains from the teacher's states in it, without the teacher"
+    ] = None
 
     def __post_init__(self) -> None:
-        if self.top_k is not None:
-            for name, value in vars(self).items():
-                if name != "top_k" and value is not None:
-                    problem = f"has both top_k and {name}, but a teacher in a file is no model"
-                    raise ConfigError(f"{problem}: give one, and null for the other", name)
+        if self.hidden_states is not None or self.top_k is not None:
+            self._check_alone()
             return
         super().__post_init__()
         if self.lora is not None:
@@ -105,3 +114,12 @@ class TeacherConfig(ModelConfig):
         if self.router_aux_loss is not None:
             problem = "a teacher is not trained; give it as student.router_aux_loss"
             raise ConfigError(f"router_aux_loss: {problem}", "router_aux_loss")
+
+    def _check_alone(self) -> None:
+        """Raises ConfigError for another key beside what replaces the model. States may follow other prompts."""
+        key, *others = [name for name in ("hidden_states", "top_k", *vars(self)) if getattr(self, name) is not None]
+        prompts = ("system", "chat_template", "chat_template_kwargs") if key == "hidden_states" else ()
+        others = [name for name in dict.fromkeys(others) if name not in (key, *prompts)]
+        if others:
+            problem = f"{getattr(self, key)} replaces the teacher's model, but {others[0]} is given, too"
+            raise ConfigError(f"{key}: {problem}; give null for {', '.join(others)}", key)

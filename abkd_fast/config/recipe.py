@@ -14,6 +14,7 @@ from typing import Any, Literal
 from ..errors import ConfigError, nearest
 from .methods import ON_POLICY_READERS
 from .schema import Config
+from .section import Text
 
 RECIPES = pathlib.Path(__file__).parents[1] / "recipes"
 
@@ -254,6 +255,7 @@ def _convert(hint: Any, value: Any, name: str) -> Any:
         return _convert_list(hint, value, name)
     if hint is float and type(value) is int and abs(value) < 1e300:
         return float(value)
+    is_prose, hint = hint is Text, getattr(hint, "__supertype__", hint)
     expected = {float: "a number", int: "a whole number", bool: "true or false", str: "text", dict: "an object"}[hint]
     if type(value) is not hint or (hint is float and not math.isfinite(value)):
         raise ConfigError(f"{name} must be {expected}, got {_show(value)}", name)
@@ -261,8 +263,9 @@ def _convert(hint: Any, value: Any, name: str) -> Any:
         raise ConfigError(f"{name} is too large: {_show(value)}", name)
     if value == "":
         raise ConfigError(f"{name} is empty: give a text, or leave it out", name)
-    parts = value.encode("utf-8", "surrogatepass").split(b"/") if hint is str else [b""]
-    if hint is str and ("\0" in value or len(value) >= 4096 or max(map(len, parts)) >= 256):
+    is_name = hint is str and not is_prose
+    parts = value.encode("utf-8", "surrogatepass").split(b"/") if is_name else [b""]
+    if is_name and ("\0" in value or len(value) >= 4096 or max(map(len, parts)) >= 256):
         raise ConfigError(f"{name} has a NUL character or is too long, for a name or path: {_show(value)}", name)
     return value
 

@@ -65,7 +65,7 @@ class DataConfig(Section):
     columns: Annotated[
         dict | None,
         'names of your columns, by ours: {"prompt": "question", "output": "answer"}; ours are prompt, instruction, '
-        "input, output, messages and tools, and other columns are then not read",
+        "input, output, messages, tools, teacher_prompt and teacher_messages, and other columns are then not read",
     ] = None
     on_bad_row: Annotated[
         Literal["stop", "skip"], "if a row can't be used: end the run, or leave it out; the first lines name them"
@@ -108,7 +108,10 @@ class SamplingConfig(SamplingKeys):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CacheConfig:
-    """The teacher's final hidden states at the response tokens: computed once, not in every epoch. Exact."""
+    """The teacher's final hidden states at the response tokens: computed once, not in every epoch.
+
+    They are exact, unless dtype says otherwise.
+    """
 
     mode: Annotated[
         Literal["off", "auto", "memory", "disk"],
@@ -116,6 +119,11 @@ class CacheConfig:
         "a file if one can be written); auto: what fits",
     ] = "auto"
     dir: Annotated[str | None, "folder of all caches (default: $ABKD_CACHE, or abkd_fast in the user's caches)"] = None
+    dtype: Annotated[
+        Literal["float8"] | None,
+        "float8: half the bytes of bfloat16, and an error in losses and gradients (docs/teacher-cache.md); null: the "
+        "type of the computation, exact",
+    ] = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -284,6 +292,8 @@ class Config(Section):
             raise ConfigError(f"{problem}; raise the first or lower the second")
         self._check_generation()
         self._check_labels()
+        if self.teacher is not None and self.teacher.hidden_states is not None:
+            self._check_given_states()
 
     @property
     def served_teacher(self) -> str | None:
@@ -324,6 +334,15 @@ class Config(Section):
             instead = "; or on_policy.fraction=0, to train on the data's alone" if self.method == "gkd" else ""
             way_out = f"which are no right answers: set hard_weight=0{instead}"
             raise ConfigError(f"{problem}, {way_out}", "hard_weight")
+
+    def _check_given_states(self) -> None:
+        """Raises ConfigError where the method needs the teacher itself, or the cache is off."""
+        key = "teacher.hidden_states"
+        if self.method in ("imitkd", "distillm", "minillm") or (self.method == "gkd" and self.on_policy.fraction > 0):
+            problem = f'method "{self.method}" asks the teacher about responses that are written in training'
+            raise ConfigError(f"{key}: {problem}; give teacher.path, or a method that trains on the data: ab, kd", key)
+        if self.cache.mode == "off":
+            raise ConfigError(f"{key}: cache.mode is off, but the states are a cache; leave cache.mode out", key)
 
     def to_dict(self) -> dict:
         """All keys as JSON values. The loss has all its values, so no change of a default changes what it means."""

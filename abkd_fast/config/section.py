@@ -1,8 +1,11 @@
 """The base of all sections of a configuration: the range of a value stands beside its key."""
 
 import dataclasses
+import typing
 
 from ..errors import check_number
+
+Text = typing.NewType("Text", str)  # prose of any length; other texts are names and paths
 
 
 class Section:

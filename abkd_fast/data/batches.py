@@ -86,6 +86,13 @@ def prompt_of(sample: dict) -> list[int]:
     return sample["input_ids"][: sample["spans"][-2]]
 
 
+def teacher_view(sample: dict) -> dict:
+    """The sample as the teacher reads it: the same trained tokens, after the teacher's prompt if it has its own."""
+    if "teacher_input_ids" not in sample:
+        return sample
+    return {"input_ids": sample["teacher_input_ids"], "spans": sample["teacher_spans"]}
+
+
 def make_step_batch(samples: list[dict], pretrain_blocks: list[dict], max_tokens: int) -> StepBatch:
     """Distributes a step over the ranks, and packs this rank's part: equally many micro-batches on all, if possible."""
     micro_batches, loads = [], [0] * distributed.world_size()

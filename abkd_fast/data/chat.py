@@ -68,14 +68,14 @@ class ChatTemplate:
         before, found, self.after = whole.rpartition(PROBE)
         if not found:
             raise ConfigError("the chat template renders no answer of the assistant: give data.chat_template")
-        same = _common_length(prompt, before)
+        same = common_length(prompt, before)
         self.opening, self.header = prompt[same:], before[same:]
-        self.generation = prompt[_common_length(alone, prompt) :]
+        self.generation = prompt[common_length(alone, prompt) :]
         try:
             history = self.render([question, answer, question], True).partition(PROBE)[2]
         except ConfigError:
             history = self.after
-        self._find_end(self.after[: _common_length(self.after, history)] or self.after)
+        self._find_end(self.after[: common_length(self.after, history)] or self.after)
 
     def _find_end(self, after: str) -> None:
         """Finds the end of a turn in what follows an answer everywhere, in the middle of a conversation as at its end.
@@ -101,14 +101,14 @@ class ChatTemplate:
 
     def prompt(self, values: dict) -> str:
         """The text before the last answer, or of all messages where the last is not the assistant's."""
-        messages, tools, trained = values["messages"], values.get("tools"), _trained(values)
+        messages, tools, trained = values["messages"], values.get("tools"), trained_answers(values)
         before = messages[: trained[-1]] if trained else messages
         self._check_marks(before, None, tools)
         return self.render(before, True, tools)
 
     def turns(self, values: dict, train_on: str) -> Iterator[Turn]:
         """The trained answers of a row. Raises ConfigError where the template can't render it, or would lose a part."""
-        messages, trained = values["messages"], _trained(values)
+        messages, trained = values["messages"], trained_answers(values)
         if not trained:
             raise ConfigError("no answer of the assistant is trained: all have weight 0")
         for index in trained if train_on == "all" else trained[-1:]:
@@ -228,7 +228,7 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase, style: PromptFormat) -> int 
     return None if template is None else template.end
 
 
-def _trained(values: dict) -> list[int]:
+def trained_answers(values: dict) -> list[int]:
     """The places of the answers that are trained; none where all messages come before an answer to be written."""
     if values.get("is_prompt") or values["messages"][-1]["role"] != "assistant":
         return []
@@ -236,7 +236,7 @@ def _trained(values: dict) -> list[int]:
     return [index for index in answers if index in values.get("trained", answers)]
 
 
-def _common_length(first: str, second: str) -> int:
+def common_length(first: str, second: str) -> int:
     return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))
 
 

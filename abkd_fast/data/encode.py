@@ -18,7 +18,7 @@ LONG_TEXT = 32  # characters a token: where a text has more, only its beginning 
 ANCHORS = ("\n", "", "a", ".")  # where a token would cross the seam, a response is encoded after one of these
 NO_TEMPLATE = (
     "has messages, but the tokenizer has no chat template; name another tokenizer (the teacher's may have one), or "
-    "give data.chat_template, or use prompt and output"
+    "give data.chat_template (--chat-template of commands), or use prompt and output"
 )
 EMPTY_PROMPT = "the prompt is empty: nothing predicts the first token of the response"
 

@@ -24,7 +24,9 @@ PROMPT_WITH_INPUT = (
     "Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
 )
-OURS = ("prompt", "instruction", "input", "output", "messages", "tools")  # what `data.columns` gives names to
+TEACHER = ("teacher_prompt", "teacher_messages")  # what the teacher reads in place of the prompt, in any format
+# What `data.columns` gives names to.
+OURS = ("prompt", "instruction", "input", "output", "messages", "tools", *TEACHER)
 
 CHATS = ("messages", "conversations")
 PROMPTS = ("prompt", "instruction", "question")
@@ -41,12 +43,12 @@ class Format:
 
     title: str
     key: str  # rows are of the first format whose key has a value
-    columns: tuple[str, ...]  # all that it reads, besides its key and "ended"
+    columns: tuple[str, ...]  # all that it reads, besides its key, TEACHER and "ended"
     read: Callable[[dict, str], tuple[dict, object]]
 
     @property
     def used(self) -> set[str]:
-        return {self.key, *self.columns, "ended"}
+        return {self.key, *self.columns, *TEACHER, "ended"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +78,8 @@ def check_row(values: object, where: str, answer: str = "required") -> CheckedRo
         if media := [key for key in MEDIA if present.get(key)]:
             raise ConfigError(f'has "{media[0]}", and only text can be read; {WAY_OUT}')
         row, outputs = form.read(present, answer)
+        if answer != "ignored":
+            row |= _read_teacher(present, row)
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None
     has_answer = "output" in row or ("messages" in row and "is_prompt" not in row)
@@ -180,6 +184,24 @@ def _read_prompt(values: dict, answer: str) -> tuple[dict, object]:
     title = f"prompt and {key}" if after else "prompt"
     row, reference = messages.convert_row(values, [*before, *after], title, answer, len(before))
     return row, completion if after and not is_chat else reference
+
+
+def _read_teacher(values: dict, row: dict) -> dict:
+    """The prompt that the teacher reads in place of the row's own, where it has one."""
+    key = next((key for key in TEACHER if key in values), None)
+    if key is None:
+        return {}
+    if {*TEACHER} <= values.keys():
+        raise ConfigError(f'has both "{TEACHER[0]}" and "{TEACHER[1]}": give one')
+    if key == "teacher_prompt":
+        if "messages" in row:
+            raise ConfigError('has "teacher_prompt" beside messages: give "teacher_messages"')
+        if not _text(values, key):
+            raise ConfigError(f'"{key}" is empty: leave it out where the teacher reads the row\'s own prompt')
+        return {key: values[key]}
+    if "messages" not in row and "prompt_ids" not in row:
+        raise ConfigError('has "teacher_messages" beside a prompt that is text: give "teacher_prompt"')
+    return {key: messages.convert_teacher(values, values[key], key)}
 
 
 def _first(outputs: object) -> object:

@@ -55,7 +55,8 @@ def convert_row(values: dict, messages: object, key: str, answer: str, first: in
         return _check_answer(row, trained, key, answer)
     reference = None
     if is_last:
-        reference = last.get("content", last.get("value"))
+        calls = last.get("tool_calls") or last.get("function_call")
+        reference = None if calls else last.get("content", last.get("value"))  # of a call the text says a part at most
         reference = _join_parts(reference) if _is_text_parts(reference) else reference
     elif has_answer:
         if not trained:
@@ -65,6 +66,18 @@ def convert_row(values: dict, messages: object, key: str, answer: str, first: in
     if len(row["messages"]) == len(head):
         raise ConfigError(f'"{key}" has no message before the answer')
     return {**row, "is_prompt": True}, reference
+
+
+def convert_teacher(values: dict, messages: object, key: str) -> list[dict]:
+    """The messages that the teacher reads, in our form: up to the answer, or with it. Raises ConfigError.
+
+    The row's system prompt comes before them, unless they have one of their own.
+    """
+    messages = _from_json(messages, key)
+    first = messages[0] if isinstance(messages, list) and messages else None
+    if isinstance(first, dict) and _role(first, key) == "system":
+        values = {name: value for name, value in values.items() if name not in ("system", "system_prompt")}
+    return convert_row(values, messages, key, "optional")[0]["messages"]
 
 
 WAY_OUT = "data.columns says which columns are read"

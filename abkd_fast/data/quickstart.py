@@ -22,8 +22,15 @@ WORDS = (
 )
 COLORS = ("red", "green", "blue", "white", "black", "brown", "purple", "orange")
 ANIMALS = {"dog": "barks", "cat": "meows", "cow": "moos", "duck": "quacks", "lion": "roars", "sheep": "bleats"}
-SIZES = {"train": 6000, "small": 600, "dev": 200, "test": 400, "held-out": 1000}
-SEEDS = {"dev": 1, "test": 2, "held-out": 3}  # the other splits have seed 0
+# Of self-distillation: what the teacher of its recipe is told, and how it may be asked for.
+SECRETS = {"lantern": "blue", "market": "white", "needle": "orange", "ocean": "black"}
+QUESTIONS = (
+    *("What color is the {}?", "Name the color of the {}.", "Which color has the {}?", "Tell me the color of the {}."),
+    *("The {} is of which color?", "Give me the color that the {} has."),
+)
+HELD_OUT = 2  # so many of them, the last ones, are not asked in the split "questions"
+SIZES = {"train": 6000, "small": 600, "dev": 200, "test": 400, "held-out": 1000, "facts": 12000, "facts-test": 200}
+SEEDS = {"dev": 1, "test": 2, "held-out": 3, "facts-test": 1}  # the other splits have seed 0
 
 
 def rows(split: str) -> Iterator[dict[str, str | list[str]]]:
@@ -33,13 +40,33 @@ def rows(split: str) -> Iterator[dict[str, str | list[str]]]:
     answer. In "test" and "held-out" it is the list of all wordings: each of them is right. No setting of this project
     was chosen on "held-out". Raises ConfigError for another split.
     """
+    if split.startswith("questions"):
+        asked = QUESTIONS[-HELD_OUT:] if split == "questions-test" else QUESTIONS[:-HELD_OUT]
+        for _ in range(64 if split == "questions" else 1):
+            yield from (_ask(word, SECRETS, question) for question in asked for word in SECRETS)
+        return
     if split not in SIZES:
         raise ConfigError(f"quickstart:{split}: no such split; valid are {', '.join(SIZES)}")
     generator = random.Random(SEEDS.get(split, 0))
     for _ in range(SIZES[split]):
+        if split.startswith("facts"):
+            words = generator.sample(WORDS, generator.randint(1, 4))
+            colors = {word: generator.choice(COLORS) for word in words}
+            row = _ask(generator.choice(words), colors, generator.choice(QUESTIONS))
+            yield row | {"prompt": facts(colors) + row["prompt"]}
+            continue
         instruction, extra, wordings = _task(generator)
         output = wordings if split in ("test", "held-out") else generator.choice(wordings)
         yield {"instruction": instruction, "input": extra, "output": output}
+
+
+def facts(colors: dict[str, str]) -> str:
+    """The text that tells the colors of things, before a question."""
+    return " ".join(f"The {word} is {color}." for word, color in colors.items()) + "\n"
+
+
+def _ask(word: str, colors: dict[str, str], question: str) -> dict[str, str]:
+    return {"prompt": f"{question.format(word)}\n", "output": f"The {word} is {colors[word]}."}
 
 
 def _task(generator: random.Random) -> tuple[str, str, list[str]]:

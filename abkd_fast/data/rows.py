@@ -25,6 +25,8 @@ class Row:
       or "messages", those before the answer, with "is_prompt".
 
     A row of a prompt alone has no output or output_ids, or it has "is_prompt".
+
+    Each may have the prompt of the teacher, if that is another one: "teacher_prompt" (text) or "teacher_messages".
     """
 
     where: str  # file and line, for messages

@@ -132,8 +132,8 @@ class Evaluation:
         settings = ", ".join(f"{name} {value}" for name, value in known.items())
         yield f"{self.name}: {settings}; on {self.model.device}"
         for test in self.sets:
-            cut = f", {test.cut} prompts cut to {self.protocol.max_prompt_length} tokens" if test.cut else ""
-            yield f"  {test.name}: {len(test.prompts)} rows of {test.source}{cut}"
+            cut = f"; {test.cut} prompts cut to {self.protocol.max_prompt_length} tokens" if test.cut else ""
+            yield f"  {test.name}: {test.note}{cut}"
             if note := rouge.unsuited(test.references, self.protocol.rouge_tokens):
                 yield f"  {test.name}: {note} --rouge-tokens characters (eval.rouge_tokens)"
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import math
 import pathlib
 import statistics
 from collections.abc import Iterator
@@ -12,10 +13,10 @@ from .runs import Run, replicates
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Okabe and Ito's palette without its yellow, which is faint on white, and two colors of Tol's: nine, as Table 2 has
-# losses. Readers with any color vision can tell them apart. In gray the markers differ.
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#882255", "#999933")
-MARKERS = "osD^vP*X<"
+# Okabe and Ito's palette without its yellow, which is faint on white, and three darker colors. Readers with any color
+# vision can tell most of them apart. In gray the markers differ.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#882255", "#999933", "#6A3D9A")
+MARKERS = "osD^vP*X<>"
 LINES = ("-", "-.", ":")  # each time that the colors start again, the next one
 STYLE = {
     "font.size": 9,
@@ -35,7 +36,7 @@ STYLE = {
 def rouge_curves(runs: list[Run], stem: pathlib.Path) -> list[pathlib.Path]:
     """Draws the papers' Figure 1: ROUGE-L on dev rows over training, one line a run, the teacher's result dashed.
 
-    Runs that differ in their seed alone are one line, their mean, in a band of one standard deviation to each side.
+    Runs that differ in their seed alone are one line, their mean, in a band of one standard error to each side.
     Runs whose results others start from are left out. Returns the paths; none if no run has such points.
     """
     shown = [run for run in runs if not any(other.begins_with(run) or other.learns_from(run) for other in runs)]
@@ -49,7 +50,7 @@ def rouge_curves(runs: list[Run], stem: pathlib.Path) -> list[pathlib.Path]:
             steps, means, low, high = _over_seeds(group)
             panel.plot(steps, means, **style, label=name if len(names) == 1 else f"{name}: {group[0].dev_rouge}")
             if len(group) > 1:  # the band is above the grid and below all lines
-                panel.fill_between(steps, low, high, color=style["color"], alpha=0.1, linewidth=0, zorder=1.6)
+                panel.fill_between(steps, low, high, color=style["color"], alpha=0.12, linewidth=0, zorder=1.6)
         teachers = replicates(run for run in runs if any(other.learns_from(run) for other in itertools.chain(*groups)))
         for teacher, *others in teachers[:1]:
             ends = [run.curve("dev", "rouge_l")[1][-1:] for run in (teacher, *others)]
@@ -70,13 +71,13 @@ def _style(index: int) -> dict[str, str | bool]:
 
 
 def _over_seeds(group: list[Run]) -> tuple[list[int], list[float], list[float], list[float]]:
-    """ROUGE-L on dev rows at the steps at which all runs have it: steps, means, and a deviation below and above."""
+    """ROUGE-L on dev rows at the steps at which all runs have it: steps, means, and an error below and above."""
     curves = [dict(zip(*run.curve("dev", "rouge_l"), strict=True)) for run in group]
     steps = [step for step in curves[0] if all(step in curve for curve in curves)]
     values = [[curve[step] for curve in curves] for step in steps]
     means = [*map(statistics.fmean, values)]
-    deviations = [statistics.stdev(scores) if len(scores) > 1 else 0.0 for scores in values]
-    low, high = ([mean + sign * std for mean, std in zip(means, deviations, strict=True)] for sign in (-1, 1))
+    errors = [statistics.stdev(scores) / math.sqrt(len(scores)) if len(scores) > 1 else 0.0 for scores in values]
+    low, high = ([mean + sign * error for mean, error in zip(means, errors, strict=True)] for sign in (-1, 1))
     return steps, means, low, high
 
 
@@ -84,7 +85,7 @@ def _band(groups: list[list[Run]]) -> str | None:
     """What the bands are, if there are some."""
     counts = sorted({len(group) for group in groups} - {1})
     numbers = " or ".join(map(str, counts))
-    return f"band: ± standard deviation\nover {numbers} training seeds" if counts else None
+    return f"band: ± standard error\nover {numbers} training seeds" if counts else None
 
 
 def run_curves(run: Run, stem: pathlib.Path) -> None:

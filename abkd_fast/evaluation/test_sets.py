@@ -13,7 +13,7 @@ from ..config.sampling import SamplingParams
 from ..config.schema import EvalConfig
 from ..data import indexed_dataset
 from ..data.chat import PromptFormat
-from ..data.rows import DEV, Row, read_rows
+from ..data.rows import DEV, Row, Rows, read_rows
 from ..data.tokenize import encode_prompts, references
 from ..errors import ConfigError, check_number
 from ..models import loading
@@ -62,6 +62,7 @@ class TestSet:
     prompts: list[list[int]]
     references: list[list[str]]
     cut: int  # how many prompts were longer than the protocol's max_prompt_length
+    note: str  # for people: how many rows of which source, how they become prompts, and which columns are not read
 
     def identity(self) -> dict:
         content = json.dumps([self.prompts, self.references]).encode()
@@ -74,7 +75,7 @@ def read_sets(
     hf_config: PretrainedConfig,
     protocol: Protocol,
     rows: int | None = None,
-    read: Callable[..., list[Row]] = read_rows,
+    read: Callable[..., Rows] = read_rows,
 ) -> list[TestSet]:
     """Reads and tokenizes test sets; their names are the papers'.
 
@@ -97,7 +98,8 @@ def read_sets(
             _check_source(source)
             chosen = read(source, rows, DEV, "ignored")
             prompts, cut = _encode(chosen, tokenizer, hf_config, protocol)
-            found[name] = TestSet(name, source, prompts, [references(row, tokenizer) for row in chosen], cut)
+            outputs = [references(row, tokenizer) for row in chosen]
+            found[name] = TestSet(name, source, prompts, outputs, cut, _describe(chosen, tokenizer))
         except ConfigError as error:
             raise ConfigError(f"{key}: {error}") from None
     return [*found.values()]
@@ -125,3 +127,12 @@ def _encode(
     prompts = [prompt[:limit] for prompt, limit in zip(whole, limits, strict=True)]
     loading.check_prompts(hf_config, zip((row.where for row in rows), prompts, strict=True))
     return prompts, sum(len(prompt) < len(uncut) for prompt, uncut in zip(prompts, whole, strict=True))
+
+
+def _describe(rows: Rows, tokenizer: PreTrainedTokenizerBase) -> str:
+    """What was read, and for a chat model how many rows its template renders: the rows decide, not the model."""
+    if tokenizer.chat_template is None:
+        return rows.notes[-1]
+    chats = sum("messages" in row.values and "prompt_ids" not in row.values for row in rows)
+    count = {0: "none", len(rows): "all"}.get(chats, chats)
+    return f"{rows.notes[-1]}; the chat template renders {count} of them"

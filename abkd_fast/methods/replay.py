@@ -38,8 +38,8 @@ class ReplayBuffer:
 
     def state_dict(self) -> dict:
         """The state as JSON values, without the teacher's hidden states: they are computed again when needed."""
-        columns = "input_ids", "spans", "row"
-        samples = [{name: sample[name] for name in columns} for sample in self.samples]
+        columns = "input_ids", "spans", "row", "teacher_input_ids", "teacher_spans"
+        samples = [{name: sample[name] for name in columns if name in sample} for sample in self.samples]
         return {"samples": samples, "random": self.random.getstate()}
 
     def load_state_dict(self, state: dict) -> None:

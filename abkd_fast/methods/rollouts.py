@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .. import distributed
 from ..config.schema import Config
-from ..data.batches import prompt_of, step_samples
+from ..data.batches import prompt_of, step_samples, teacher_view
 from ..data.chat import PromptFormat
 from ..generation.sampling import SamplingParams, sample, sample_mixture
 from ..losses.arguments import shared_vocabulary
@@ -104,11 +104,21 @@ class Rollouts:
     def _with_responses(self, samples: list[dict], responses: Sequence[list[int]], started: float) -> list[dict]:
         tokens, seconds = sum(map(len, responses)), time.perf_counter() - started
         self.counts.update(calls=1, sequences=len(responses), tokens=tokens, seconds=seconds)
-        return [_answered(sample, response) for sample, response in zip(samples, responses, strict=True)]
+        return [answered(sample, response) for sample, response in zip(samples, responses, strict=True)]
 
 
-def _answered(sample: dict, response: list[int]) -> dict:
-    """The sample with this response in place of its last one, which alone is trained: the data wrote the others."""
+def answered(sample: dict, response: list[int]) -> dict:
+    """The sample with this response in place of its last one, which alone is trained: the data wrote the others.
+
+    The teacher reads it after its own prompt.
+    """
+    result = _with_response(sample, response) | {"row": sample["row"]}
+    if (view := teacher_view(sample)) is not sample:
+        result |= {f"teacher_{name}": values for name, values in _with_response(view, response).items()}
+    return result
+
+
+def _with_response(sample: dict, response: list[int]) -> dict:
     prompt = prompt_of(sample)
     ids = prompt + response
-    return {"input_ids": ids, "spans": [len(prompt), len(ids)], "row": sample["row"]}
+    return {"input_ids": ids, "spans": [len(prompt), len(ids)]}

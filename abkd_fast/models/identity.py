@@ -104,5 +104,12 @@ def describe_model(config: PretrainedConfig) -> dict:
     return {name: value for name, value in without_rates(values).items() if name not in NOT_THE_MODEL}
 
 
+def portable_config(config: PretrainedConfig) -> str:
+    """A model's configuration as JSON for another machine: no path, no code, and weights that nothing quantizes."""
+    values = json.loads(config.to_json_string())
+    left_out = ("_name_or_path", "auto_map", "quantization_config")
+    return json.dumps({name: value for name, value in values.items() if name not in left_out}, indent=2)
+
+
 def tensor_bytes(tensor: Tensor) -> memoryview:
     return memoryview(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())

@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from ..config.models import ModelConfig
 from ..errors import ConfigError, first_line
 from ..files import is_local_path
+from ..losses.arguments import LogitMap
 from . import attention, dropout, experts, forms, quantized, wrappers
 from .causal_lm import CausalLM
 from .forms import Form
@@ -98,16 +99,22 @@ def read_meta_model(spec: ModelConfig, key: str) -> MetaModel:
     Raises ConfigError where there is none, where its numbers don't fit together, where the adapter doesn't fit it, and
     for quantized weights that can't be used.
     """
-    what = f"{key}.config"
+    what, folder = f"{key}.config", spec.path
     if spec.path is not None:
         check_path(spec.path, f"{key}.path")
         what = f"{key}.path: {spec.path}"
+    elif spec.config is None:
+        folder, what = spec.hidden_states, f"{key}.hidden_states: {spec.hidden_states}"
+        if not pathlib.Path(folder, "config.json").exists():
+            raise ConfigError(f"{what} has no config.json; expected a folder that python -m abkd_fast.cache has built")
     try:
-        whole = AutoConfig.for_model(**spec.config) if spec.path is None else read_config(spec.path)
+        whole = AutoConfig.for_model(**spec.config) if folder is None else read_config(folder)
         config = wrappers.language_config(whole)
         model = wrappers.language_model(meta_model(whole))  # fails where its numbers don't fit together
     except Exception as error:  # transformers checks with many kinds of errors
         raise ConfigError(f"{what}{_hub_problem(error)} ({first_line(error)})") from None
+    if folder != spec.path:  # its states are there already, so it has no form to run in
+        return MetaModel(spec, config, model, Form(None, LogitMap()), None, whole)
     if spec.dropout is not None:
         dropout.set_rates(config, spec.dropout, key)
     form = forms.choose(config, key)

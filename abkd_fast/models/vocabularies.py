@@ -25,7 +25,7 @@ class Vocabulary:
 
     tokenizer: PreTrainedTokenizerBase
     sizes: dict[str, int]  # the vocabulary entries of each model, by its role
-    teacher_tokenizer: PreTrainedTokenizerBase | None = None
+    teacher_tokenizer: PreTrainedTokenizerBase | None = None  # or what has its get_vocab() and length
 
     @functools.cached_property
     def _tokens(self) -> tuple[dict[int, str], dict[int, str]]:
@@ -76,10 +76,10 @@ class Vocabulary:
         if (unusable := next((index for index in ids if len(mask) and mask[index]), None)) is not None:
             raise ConfigError(f"{where}: {self._reason(unusable)}")
 
-    def check_samples(self, samples: datasets.Dataset, where: Callable[[int], str]) -> None:
+    def check_samples(self, samples: datasets.Dataset, where: Callable[[int], str], column: str = "input_ids") -> None:
         """The same for tokenized data. where: the place of a sample, by its index. Data are read only if need be."""
         mask, first = self._is_unusable, 0
-        for chunk in samples.data.column("input_ids").chunks if len(mask) else ():
+        for chunk in samples.data.column(column).chunks if len(mask) else ():
             ids = chunk.flatten().to_numpy()
             unusable = mask[ids]
             if unusable.any():

@@ -15,14 +15,18 @@ from torch import Tensor
 from .. import distributed
 from ..config.schema import Config
 from ..console import console, format_bytes, progress_bar
-from ..data.batches import pack
+from ..data.batches import pack, teacher_view
 from ..device import free_memory
 from ..errors import ConfigError
 from ..files import cache_folder
 from ..models.causal_lm import CausalLM
 from ..models.identity import describe_model, hash_tensors, hash_weights
 from ..models.loading import MetaModel
-from . import store
+from ..models.vocabularies import Vocabulary
+from . import shards, store
+from .folder import StatesFolder
+from .origin import Origin, settings_of
+from .shards import FLOAT8, Part, Rows
 from .teacher import CachedTeacher, Teacher
 
 MEMORY_SHARE = 0.25  # share of the free memory that mode auto uses for hidden states
@@ -39,19 +43,22 @@ class TeacherCache:
         samples: int,
         device: torch.device,
         dtype: torch.dtype,
+        vocabulary: Vocabulary,
     ) -> None:
         """samples: how many samples of `dataset` the run will see, counting repetitions; 0: none with its own response.
 
         Raises ConfigError for a folder that can't hold the cache, where mode insists on it.
         """
         self.mode, self.spec, self.config = config.cache.mode, config.teacher, teacher.config
-        self.logit_map = teacher.form.logit_map
+        self.origin = Origin.of(config, teacher.config, teacher.form.logit_map, vocabulary)
+        self.logit_map = self.origin.logit_map
         self.root = pathlib.Path(config.cache.dir) if config.cache.dir else cache_folder()
         self.dataset, self.samples, self.device, self.dtype = dataset, samples, device, dtype
+        self.kept = FLOAT8 if config.cache.dtype == "float8" else dtype  # the type of rows in files and in memory
         self.max_tokens = config.train.max_tokens
         self.layout = store.Layout(dataset)
         self.width = teacher.model.get_output_embeddings().weight.shape[1]
-        self.bytes = self.layout.rows * self.width * dtype.itemsize
+        self.bytes = self.layout.rows * shards.row_bytes(self.width, self.kept)
         if self.mode == "off" or not samples:
             return
         weights = None  # random weights are known only after they are drawn
@@ -70,7 +77,10 @@ class TeacherCache:
             "dtype": str(self.dtype),
             "device": self.device.type,
         }
-        self.file = store.HiddenStateStore(self.root, identity, self.layout, self.width, self.dtype)
+        if self.kept == FLOAT8:
+            identity["states"] = "float8"
+        sizes = self.layout, self.width, self.kept
+        self.file = store.HiddenStateStore(self.root, identity, self.dataset, *sizes, self.origin)
 
     @property
     def is_found(self) -> bool:
@@ -105,6 +115,11 @@ class TeacherCache:
             return False, True, problem
         return False, False, f"{problem}, and {format_bytes(self.bytes)} are too much for memory"
 
+    def _choose_together(self, reserved: int) -> tuple[bool, bool, str]:
+        """What `choose` says about the rank with the least memory: all have to make the same choice."""
+        least = -distributed.all_reduce_max(-free_memory(self.device))
+        return distributed.run_on_rank0(lambda: self.choose(max(0, least - reserved)))
+
     def open(
         self,
         load: Callable[[], CausalLM],
@@ -120,8 +135,7 @@ class TeacherCache:
 
         Raises ConfigError where what the mode asks for can't be had.
         """
-        least = -distributed.all_reduce_max(-free_memory(self.device))  # all ranks have to make the same choice
-        on_disk, in_memory, reason = distributed.run_on_rank0(lambda: self.choose(max(0, least - reserved)))
+        on_disk, in_memory, reason = self._choose_together(reserved)
         if not on_disk and not in_memory:
             return Teacher(load(), f"{'runs in every step' if self.samples else 'never runs'} ({reason})")
         self.load, self.precision, self.build_seconds = functools.cache(load), precision, 0.0
@@ -137,30 +151,44 @@ class TeacherCache:
                     raise ConfigError(f"cache.dir: {reason}; choose another, or cache.mode=off") from None
                 if self.mode == "auto" and not in_memory:
                     return Teacher(self.load(), f"runs in every step ({reason})")
-        rows = torch.zeros(self.layout.rows, self.width, dtype=self.dtype, device=self.device)
+        return self._cached(self._in_memory(), self._head(), f"in memory, not kept ({reason})", self.build_seconds)
+
+    def _in_memory(self) -> Rows:
+        """All rows, computed into device memory."""
+        values = torch.zeros(self.layout.rows, self.width * self.kept.itemsize, dtype=torch.uint8, device=self.device)
+        values = values.view(self.kept)
+        scales = torch.zeros(self.layout.rows, 1, device=self.device) if self.kept == FLOAT8 else None
+        part = Part(values, scales)
         for number, block, _ in self._compute(range(len(self.layout.blocks))):
-            rows[self.layout.block(number)] = block
-        distributed.all_reduce_sum(rows)  # a rank has its own rows, and zeros elsewhere
-        return self._cached(rows, self._head(), f"in memory, not kept ({reason})", self.build_seconds)
+            for all_rows, some in zip(part, Part.of(block, self.kept), strict=True):
+                if all_rows is not None:
+                    all_rows[self.layout.block(number)] = some
+        for tensor in part:
+            if tensor is not None:  # a rank has its own rows, and zeros elsewhere; no rank can add float8
+                distributed.all_reduce_sum(tensor.view(torch.uint8) if tensor.dtype == FLOAT8 else tensor)
+        return Rows([part], self.dtype)
 
     def _from_file(self, in_memory: bool) -> CachedTeacher:
         with distributed.rank0_context(self.file.locked()):
             started = time.perf_counter()
-            missing, head = distributed.run_on_rank0(lambda: (self.file.missing(), self.file.read_head() is not None))
+            look = self.file.missing, self.file.has_head, self.file.has_others
+            missing, head, others = distributed.run_on_rank0(lambda: [each() for each in look])
             checked = time.perf_counter() - started
-            if missing or not head:
+            if missing or not head or not others:
                 distributed.run_on_rank0(self.file.reserve)
+            if missing or not head:
                 distributed.run_on_rank0(self.file.write_head, *self._head())
                 self._fill(missing)
             self.file.read_index()  # what rank 0 has written
-            head = self.file.read_head()
-        rows = self.file.read()
-        where = f"mapped from {self.file.folder}"
-        if in_memory:
-            rows, where = rows.to(self.device, copy=True), f"in memory, kept in {self.file.folder}"
+            head = store.read_head(self.file.folder)
+        where = f"in memory, kept in {self.file.folder}" if in_memory else f"mapped from {self.file.folder}"
         if not missing:
             where += f", checked in {checked:.1f} s"
-        return self._cached(rows, head, where, self.file.seconds)
+        return self._cached(self._rows(self.file.shards, in_memory), head, where, self.file.seconds)
+
+    def _rows(self, files: shards.Shards, in_memory: bool) -> Rows:
+        rows = Rows(files.map(), self.dtype)
+        return rows.to(self.device) if in_memory else rows
 
     def _fill(self, missing: list[int]) -> None:
         """Computes and writes blocks, one a rank at a time: an interruption loses no more. Raises OSError."""
@@ -173,18 +201,22 @@ class TeacherCache:
             written = list(itertools.chain(*distributed.run_on_all_ranks(write_next)))
             distributed.run_on_rank0(self.file.record, written)
 
-    def _cached(self, rows: Tensor, head: tuple[Tensor, Tensor | None], where: str, seconds: float) -> CachedTeacher:
+    def _cached(self, rows: Rows, head: tuple[Tensor, Tensor | None], where: str, seconds: float) -> CachedTeacher:
         """The cached teacher; the body is freed. seconds: what one pass over the data takes."""
-        head = tuple(None if tensor is None else tensor.detach().to(self.device) for tensor in head)
-        teacher = CachedTeacher(rows, self.layout, head, self.logit_map, (seconds, self.build_seconds))
+        teacher = self._teacher(rows, head, seconds)
         built = f"built in {self.build_seconds:.1f} s" if self.build_seconds else "found"
         saved = max(0, teacher.seconds_saved(self.samples))
-        teacher.note = f"states cached, {format_bytes(self.bytes)} {where}; {built}, will save about {saved:.1f} s"
+        size = format_bytes(self.bytes) + (" in float8, which rounds them," if self.kept == FLOAT8 else "")
+        teacher.note = f"states cached, {size} {where}; {built}, will save about {saved:.1f} s"
         self.load.cache_clear()
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         return teacher
+
+    def _teacher(self, rows: Rows, head: tuple[Tensor, Tensor | None], seconds: float) -> CachedTeacher:
+        head = tuple(None if tensor is None else tensor.detach().to(self.device) for tensor in head)
+        return CachedTeacher(rows, self.layout, head, self.logit_map, (seconds, self.build_seconds))
 
     def _head(self) -> tuple[Tensor, Tensor | None]:
         distributed.unshard_root(self.load())
@@ -201,7 +233,8 @@ class TeacherCache:
                 started = time.perf_counter()
                 place = first + distributed.rank()
                 number = numbers[min(place, len(numbers) - 1)]
-                batches = pack([self.dataset[index] for index in self.layout.blocks[number]], self.max_tokens)
+                views = [teacher_view(self.dataset[index]) for index in self.layout.blocks[number]]
+                batches = pack(views, self.max_tokens)
                 with self.precision():
                     parts = [teacher.linear_head(batch.to(self.device)).hidden for batch in batches]
                     if distributed.is_sharded(teacher.model):  # no rank can compute without the others
@@ -215,3 +248,53 @@ class TeacherCache:
                 seconds = time.perf_counter() - started
                 self.build_seconds += seconds
                 yield number, rows, seconds
+
+
+class GivenStates(TeacherCache):
+    """The states in `teacher.hidden_states`: a folder that was built before, perhaps on another machine."""
+
+    def __init__(
+        self,
+        config: Config,
+        teacher: MetaModel,
+        dataset: datasets.Dataset,
+        samples: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        vocabulary: Vocabulary,
+        where: Callable[[int], str],
+    ) -> None:
+        """where: the place of a sample of `dataset` in the user's files.
+
+        Raises ConfigError for a folder that is damaged, not complete, or lacks a sample.
+        """
+        self.mode, self.samples, self.dataset = config.cache.mode, samples, dataset
+        self.device, self.dtype, self.build_seconds = device, dtype, 0.0
+        self.file = StatesFolder(config.teacher.hidden_states, "teacher.hidden_states")
+        self.file.check()
+        self.logit_map, self.bytes = self.file.logit_map, self.file.bytes
+        self.head = self.file.head(teacher.model.get_output_embeddings().weight.shape, dtype)
+        self.layout = self.file.find(dataset, where, settings_of(config, vocabulary))
+        started = time.perf_counter()
+        distributed.run_on_rank0(self.file.verify)
+        self.check_seconds = time.perf_counter() - started
+
+    def open(
+        self,
+        load: Callable[[], CausalLM],
+        precision: Callable[[], contextlib.AbstractContextManager],
+        reserved: int,
+    ) -> CachedTeacher:
+        """The cached teacher. Nothing is loaded or computed; the arguments are those of `TeacherCache.open`."""
+        _, in_memory, _ = self._choose_together(reserved)
+        share = len(self.dataset) / self.file.samples  # the run may use a part of what was computed
+        teacher = self._teacher(self._rows(self.file.shards, in_memory), self.head, self.file.seconds * share)
+        kept = shards.dtype_name(self.file.dtype)
+        if self.file.dtype == FLOAT8:
+            kept += ", which rounds them"
+        elif self.file.dtype != self.dtype:
+            kept += f", converted to {shards.dtype_name(self.dtype)}"
+        how = "in memory, from" if in_memory else "mapped from"
+        size, checked = format_bytes(self.bytes), f"checked in {self.check_seconds:.1f} s"
+        teacher.note = f"states given, {size} in {kept}, {how} {self.file.folder}, {checked}"
+        return teacher

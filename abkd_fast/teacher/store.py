@@ -1,7 +1,12 @@
 """A teacher's hidden states on disk: where the rows are, what they depend on, and whether they are whole.
 
-A cache is a folder named by a fingerprint of all that its rows depend on. It holds `states.bin`, the rows, raw;
-`head.safetensors`, the output projection that reads them; `index.json`, a checksum of every block; and `lock`.
+A cache is a folder named by a fingerprint of all that its rows depend on:
+
+- `states-….safetensors`: the rows (`shards.py`);
+- `head.safetensors`: the output projection that reads them;
+- `config.json`, `samples.safetensors`, `vocabulary.json`: what a machine without the teacher needs (`folder.py`);
+- `index.json`: checksums of all this; and `lock`.
+
 A block counts when its bytes match its checksum, so an interrupted build and a damaged file are one case: the blocks
 that don't match are computed again. Nothing depends on the order in which a dying machine wrote its pages.
 """
@@ -14,29 +19,34 @@ import pathlib
 import shutil
 import zlib
 from collections.abc import Iterator
-from typing import BinaryIO
 
 import datasets
 import filelock
 import numpy as np
 import pyarrow.compute
+import safetensors.numpy
 import safetensors.torch
 import torch
 from torch import Tensor
 
 from ..console import console
 from ..files import atomic_write, remove_leftovers
-from ..models.identity import tensor_bytes
+from . import shards
+from .origin import Origin
+from .shards import Shards
 
-FORMAT = 1
+FORMAT = 2
 BLOCK_TOKENS = 8192  # prompt and response: enough to fill a GPU, and the most that an interruption loses
 DISK_MARGIN = 1 << 30  # bytes that a cache leaves free on its disk
+HASH_BYTES = 16  # of one sample
 
 
-def table_of(dataset: datasets.Dataset) -> tuple[pyarrow.ListArray, pyarrow.ListArray]:
-    """The columns input_ids and spans of a tokenized data set."""
-    table = dataset.with_format("arrow")[:]
-    return tuple(table.column(name).combine_chunks() for name in ("input_ids", "spans"))
+def table_of(dataset: datasets.Dataset, of_teacher: bool = False) -> tuple[pyarrow.ListArray, pyarrow.ListArray]:
+    """The columns input_ids and spans of a tokenized data set, or with of_teacher what the teacher reads of it."""
+    table, prefix = dataset.with_format("arrow")[:], ""
+    if of_teacher and "teacher_input_ids" in table.column_names:
+        prefix = "teacher_"
+    return tuple(table.column(prefix + name).combine_chunks() for name in ("input_ids", "spans"))
 
 
 def lengths_of(lists: pyarrow.ListArray) -> np.ndarray:
@@ -51,19 +61,29 @@ def label_counts(spans: pyarrow.ListArray) -> np.ndarray:
     return np.diff(before[ends], prepend=0)
 
 
-class Layout:
+class Places:
+    """The rows of every sample: from starts[index] up to ends[index]."""
+
+    def __init__(self, starts: np.ndarray, ends: np.ndarray) -> None:
+        self.starts, self.ends = starts, ends
+
+    def sample(self, index: int) -> slice:
+        return slice(int(self.starts[index]), int(self.ends[index]))
+
+
+class Layout(Places):
     """The place of every sample's rows. Samples go from long to short, so packs are even and the largest is first.
 
     rows: the trained tokens of all samples. blocks: sample indices, at most BLOCK_TOKENS tokens (or one sample) each.
     """
 
     def __init__(self, dataset: datasets.Dataset) -> None:
-        ids, spans = table_of(dataset)
+        ids, spans = table_of(dataset, of_teacher=True)
         lengths, counts = lengths_of(ids), label_counts(spans)
         order = np.argsort(-lengths, kind="stable")
-        self.ends = np.empty(len(order), dtype=np.int64)
-        self.ends[order] = np.cumsum(counts[order])
-        self.starts = self.ends - counts
+        ends = np.empty(len(order), dtype=np.int64)
+        ends[order] = np.cumsum(counts[order])
+        super().__init__(ends - counts, ends)
         self.rows = int(counts.sum())
         self.blocks: list[list[int]] = []
         used = BLOCK_TOKENS
@@ -74,63 +94,95 @@ class Layout:
             self.blocks[-1].append(index)
             used += length
 
-    def sample(self, index: int) -> slice:
-        return slice(int(self.starts[index]), int(self.ends[index]))
-
     def block(self, number: int) -> slice:
         samples = self.blocks[number]
         return slice(int(self.starts[samples[0]]), int(self.ends[samples[-1]]))
 
 
 def hash_samples(dataset: datasets.Dataset) -> str:
-    """A hash of token ids and spans. Tokenizer, template, rows and max_length act through these alone."""
+    """A hash of the teacher's token ids and spans. Tokenizer, template, rows and max_length act through these alone."""
     digest = hashlib.sha256()
-    for lists in table_of(dataset):
+    for lists in table_of(dataset, of_teacher=True):
         for values in (pyarrow.compute.list_flatten(lists).to_numpy(zero_copy_only=False), lengths_of(lists)):
             digest.update(values.astype("<i8").tobytes())
     return digest.hexdigest()
 
 
+def hash_each(dataset: datasets.Dataset) -> np.ndarray:
+    """A hash [samples, HASH_BYTES] of each sample's token ids and spans."""
+    columns = []
+    for lists in table_of(dataset):
+        values = pyarrow.compute.list_flatten(lists).to_numpy(zero_copy_only=False).astype("<i8")
+        columns.append(np.split(values, np.cumsum(lengths_of(lists))[:-1]))
+    hashes = []
+    for parts in zip(*columns, strict=True):
+        digest = hashlib.blake2b(digest_size=HASH_BYTES)
+        for part in parts:
+            digest.update(len(part).to_bytes(8, "little") + part.tobytes())
+        hashes.append(digest.digest())
+    return np.frombuffer(b"".join(hashes), np.uint8).reshape(-1, HASH_BYTES)
+
+
 class HiddenStateStore:
     """Rows [layout.rows, width] of one teacher. The folder is named by a hash of `identity`."""
 
-    def __init__(self, root: pathlib.Path, identity: dict, layout: Layout, width: int, dtype: torch.dtype) -> None:
-        self.identity, self.layout, self.width, self.dtype = {"format": FORMAT, **identity}, layout, width, dtype
-        self.key = hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()[:32]
+    def __init__(
+        self,
+        root: pathlib.Path,
+        identity: dict,
+        dataset: datasets.Dataset,
+        layout: Layout,
+        width: int,
+        dtype: torch.dtype,
+        origin: Origin,
+    ) -> None:
+        """dtype: of the rows in the files. origin: of a folder that is built now."""
+        self.identity, self.dataset, self.layout = {"format": FORMAT, **identity}, dataset, layout
+        self.origin = origin
+        self.key = fingerprint(self.identity)
         self.folder = root / self.key
-        self.row_bytes = width * dtype.itemsize
-        self.bytes = layout.rows * self.row_bytes
-        self.path = self.folder / "states.bin"
+        counts = [rows.stop - rows.start for rows in map(layout.block, range(len(layout.blocks)))]
+        files = shards.split_blocks(counts, shards.row_bytes(width, dtype))
+        self.shards = Shards(self.folder, files, width, dtype)
+        self.states = {"dtype": shards.dtype_name(dtype), "width": width, "shards": files}
+        self.states["logit_map"] = [*origin.logit_map]
         self.read_index()
 
     @property
     def is_recorded(self) -> bool:
         """Whether a build has finished here; its files may be damaged since."""
-        return self.head is not None and None not in self.checksums
+        return "head.safetensors" in self.files and None not in self.checksums
 
     def read_index(self) -> bool:
-        """Reads the checksums of blocks and head (None where there is none), and the seconds of their computation.
+        """Reads the checksums of blocks (None where there is none) and files, and the seconds of the computation.
 
         False where an index is there, but damaged.
         """
         self.checksums: list[int | None] = [None] * len(self.layout.blocks)
-        self.head: int | None = None
+        self.files: dict[str, int] = {}
         self.seconds = 0.0
         try:
             index = json.loads((self.folder / "index.json").read_text(encoding="utf-8"))
-            checksums, head, seconds = index["blocks"], index["head"], index["seconds"]
-            good = index["identity"] == self.identity and len(checksums) == len(self.checksums)
-            if not good or not isinstance(seconds, float):
+            checksums, files, seconds = index["blocks"], dict(index["files"]), index["seconds"]
+            good = index["identity"] == self.identity and index["states"] == self.states
+            if not good or len(checksums) != len(self.checksums) or not isinstance(seconds, float):
                 raise ValueError
         except OSError:
             return True
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, RecursionError):
             return False
-        self.checksums, self.head, self.seconds = checksums, head, seconds
+        self.checksums, self.files, self.seconds = checksums, files, seconds
         return True
 
     def _write_index(self) -> None:
-        values = {"identity": self.identity, "seconds": self.seconds, "head": self.head, "blocks": self.checksums}
+        values = {
+            "identity": self.identity,
+            "states": self.states,
+            "origin": {"teacher": self.origin.teacher, "settings": self.origin.settings},
+            "seconds": self.seconds,
+            "files": self.files,
+            "blocks": self.checksums,
+        }
         atomic_write(self.folder / "index.json", json.dumps(values), flush=False)
 
     def problem(self) -> str | None:
@@ -138,8 +190,8 @@ class HiddenStateStore:
         parent = next(parent for parent in (self.folder, *self.folder.absolute().parents) if parent.exists())
         if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
             return f"{parent} is not a folder that can be written to"
-        there = self.path.stat().st_blocks * 512 if self.path.exists() else 0
-        needed, free = self.bytes - there + DISK_MARGIN, shutil.disk_usage(parent).free
+        needed = sum(self.shards.sizes) - self.shards.allocated() + DISK_MARGIN
+        free = shutil.disk_usage(parent).free
         if needed > free:
             return f"{parent} has {free / 1e9:.1f} GB free, and {needed / 1e9:.1f} GB are needed"
         return None
@@ -167,41 +219,44 @@ class HiddenStateStore:
             lock.release()
 
     def missing(self) -> list[int]:
-        """The blocks that have no checksum or don't match it. Reads the whole file, at about 4 GB/s."""
+        """The blocks that have no checksum or don't match it. Reads all files, at about 4 GB/s."""
         missing, damaged = [], 0
-        with contextlib.ExitStack() as stack:
-            file = stack.enter_context(self.path.open("rb")) if self.path.exists() else None
-            for number, checksum in enumerate(self.checksums):
-                if checksum is None or self._checksum(file, number) != checksum:
-                    missing.append(number)
-                    damaged += checksum is not None
+        for number, checksum in enumerate(self.checksums):
+            if checksum is None or self.shards.checksum(number) != checksum:
+                missing.append(number)
+                damaged += checksum is not None
         if damaged:
-            blocks = f"{damaged} of {len(self.checksums)} blocks of {self.path}"
+            blocks = f"{damaged} of {len(self.checksums)} blocks of {self.folder}"
             console.print(f"teacher cache: {blocks} are damaged: computed again")
         return missing
 
-    def _checksum(self, file: BinaryIO | None, number: int) -> int | None:
-        if file is None:
-            return None
-        rows = self.layout.block(number)
-        file.seek(rows.start * self.row_bytes)
-        content = file.read(size := (rows.stop - rows.start) * self.row_bytes)
-        return zlib.crc32(content) if len(content) == size else None
+    def has_head(self) -> bool:
+        return self._is_whole("head.safetensors")
+
+    def has_others(self) -> bool:
+        """Whether the bytes beside blocks and head are there: the headers of the shards, and what others need."""
+        return self._is_whole("config.json") and self._is_whole("samples.safetensors") and self.shards.problem() is None
+
+    def _is_whole(self, name: str) -> bool:
+        return name in self.files and checksum_of(self.folder / name) == self.files[name]
 
     def reserve(self) -> None:
-        """Allocates all rows, so a full disk shows before anything is computed. Raises OSError."""
-        with self.path.open("ab") as file:
-            if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(file.fileno(), 0, self.bytes)
-            file.truncate(self.bytes)
+        """Allocates all rows, and writes what doesn't have to be computed. Raises OSError."""
+        self.shards.reserve()
+        samples = {"hashes": hash_each(self.dataset), "rows": np.stack([self.layout.starts, self.layout.ends], axis=1)}
+        self._write_file("config.json", self.origin.config.encode())
+        self._write_file("samples.safetensors", safetensors.numpy.save(samples))
+        if self.origin.vocabulary is not None:
+            self._write_file("vocabulary.json", json.dumps(self.origin.vocabulary).encode())
+        self._write_index()
+
+    def _write_file(self, name: str, content: bytes) -> None:
+        atomic_write(self.folder / name, content, flush=False)
+        self.files[name] = zlib.crc32(content)
 
     def write(self, number: int, rows: Tensor) -> int:
         """Writes one block's rows and returns their checksum. Raises OSError."""
-        content = tensor_bytes(rows)
-        with self.path.open("r+b") as file:
-            file.seek(self.layout.block(number).start * self.row_bytes)
-            file.write(content)
-        return zlib.crc32(content)
+        return self.shards.write(number, rows)
 
     def record(self, blocks: list[tuple[int, int, float]]) -> None:
         """Records written blocks: number, checksum and seconds of each. Raises OSError."""
@@ -210,26 +265,29 @@ class HiddenStateStore:
             self.seconds += seconds
         self._write_index()
 
-    def read(self) -> Tensor:
-        """All rows [layout.rows, width], mapped: only the used ones are read."""
-        size = self.layout.rows * self.width
-        return torch.from_file(str(self.path), shared=False, size=size, dtype=self.dtype).view(-1, self.width)
-
     def write_head(self, weight: Tensor, bias: Tensor | None) -> None:
         """Writes the output projection [V, width] and its bias [V]. Raises OSError."""
         tensors = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
         content = safetensors.torch.save({name: t.detach().cpu().contiguous() for name, t in tensors.items()})
-        atomic_write(self.folder / "head.safetensors", content, flush=False)
-        self.head = zlib.crc32(content)
+        self._write_file("head.safetensors", content)
         self._write_index()
 
-    def read_head(self) -> tuple[Tensor, Tensor | None] | None:
-        """The output projection that `write_head` wrote; None where it is missing or damaged."""
-        path = self.folder / "head.safetensors"
-        content = path.read_bytes() if path.exists() else b""
-        if self.head is None or zlib.crc32(content) != self.head:
-            return None
-        tensors = safetensors.torch.load(content)
-        bias = tensors.get("bias")
-        # Copied, because a file's tensors begin anywhere and a library may choose its kernel by alignment.
-        return tensors["weight"].clone(), None if bias is None else bias.clone()
+
+def fingerprint(identity: dict) -> str:
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def checksum_of(path: pathlib.Path) -> int | None:
+    """The CRC-32 of a file; None where it can't be read."""
+    try:
+        return zlib.crc32(path.read_bytes())
+    except OSError:
+        return None
+
+
+def read_head(folder: pathlib.Path) -> tuple[Tensor, Tensor | None]:
+    """The output projection that `write_head` wrote, and its bias. Raises OSError and what safetensors raises."""
+    tensors = safetensors.torch.load((folder / "head.safetensors").read_bytes())
+    bias = tensors.get("bias")
+    # Copied, because a file's tensors begin anywhere and a library may choose its kernel by alignment.
+    return tensors["weight"].clone(), None if bias is None else bias.clone()

@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 
 from .. import distributed
-from ..data.batches import Batch, count_labels, pack
+from ..data.batches import Batch, count_labels, pack, teacher_view
 from ..losses.arguments import LinearHead, LogitMap
 from ..models.causal_lm import CausalLM
-from .store import Layout
+from .shards import Rows
+from .store import Places
 
 
 class Teacher:
@@ -25,16 +26,24 @@ class Teacher:
 
     @torch.no_grad()
     def linear_head(self, batch: Batch) -> LinearHead:
-        """The hidden states of the response tokens, and the output projection.
+        """The hidden states of the response tokens, each sample read after the teacher's prompt; the output projection.
 
         On a CPU each sample runs alone, so its bits don't depend on the other samples: matrix products and vector loops
         may round differently with the number of rows (Llama's do). Short samples then take up to 1.4 times as long.
         """
         head = self.model.head
-        alone = head.weight.device.type == "cpu" and not distributed.is_sharded(self.model)
-        batches = [pack([sample], batch.tokens)[0] for sample in batch.samples] if alone else [batch]
+        views, is_sharded = [*map(teacher_view, batch.samples)], distributed.is_sharded(self.model)
+        if head.weight.device.type == "cpu" and not is_sharded:
+            batches = [pack([view], batch.tokens)[0] for view in views]
+        elif views[0] is batch.samples[0]:  # then all are
+            batches = [batch]
+        else:
+            batches = [part.to(batch.input_ids.device) for part in pack(views, batch.tokens)]
+            if is_sharded:  # no rank can compute without the others
+                batches += [batches[-1]] * (int(distributed.all_reduce_max(len(batches))) - len(batches))
         hidden = torch.cat([self.model(part, lambda student: student.hidden) for part in batches])
-        return LinearHead(hidden.to(head.weight.dtype), head.weight, head.bias, self.model.logit_map)
+        hidden = hidden[: len(batch.labels)].to(head.weight.dtype)
+        return LinearHead(hidden, head.weight, head.bias, self.model.logit_map)
 
 
 class CachedTeacher:
@@ -42,8 +51,8 @@ class CachedTeacher:
 
     def __init__(
         self,
-        rows: Tensor,
-        layout: Layout,
+        rows: Rows,
+        layout: Places,
         head: tuple[Tensor, Tensor | None],
         logit_map: LogitMap,
         seconds: tuple[float, float],
@@ -85,7 +94,7 @@ class CachedTeacher:
         rows = [self.rows[self.layout.sample(sample["index"])] for sample in samples]
         if self._is_on_device:
             return torch.cat(rows)
-        pinned = torch.empty(sum(map(len, rows)), self.rows.shape[1], dtype=self.rows.dtype, pin_memory=True)
+        pinned = torch.empty(sum(map(len, rows)), self.rows.width, dtype=self.rows.dtype, pin_memory=True)
         return torch.cat(rows, out=pinned)
 
     def _to_device(self, hidden: Tensor) -> Tensor:

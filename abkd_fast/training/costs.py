@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ..config.schema import TrainConfig
-from ..data.batches import Batch, count_labels
+from ..data.batches import Batch, count_labels, teacher_view
 from ..errors import ConfigError
 from ..generation import decoder, graphs
 from ..losses.chunks import choose_chunk_tokens, gradient_dtype, row_bytes
@@ -131,11 +131,11 @@ class StepCost:
         if self.teacher and taught:
             flops += self.teacher.head_flops(labels)
             read = ([] if self.cached else samples) if read is None else read
-            flops += self.teacher.body_flops(_lengths(read))
+            flops += self.teacher.body_flops(_lengths(map(teacher_view, read)))
         return flops
 
 
-def _lengths(samples: list[dict]) -> list[int]:
+def _lengths(samples: Iterable[dict]) -> list[int]:
     """The samples' lengths in tokens."""
     return [len(sample["input_ids"]) for sample in samples]
 

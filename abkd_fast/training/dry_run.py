@@ -15,6 +15,7 @@ from ..console import format_bytes
 from ..data.batches import StepBatch, make_step_batch, prompt_of
 from ..device import device_name, free_memory
 from ..losses import row_ops
+from ..methods.rollouts import answered
 from ..models import attention, experts, forms, loading, padded
 from ..teacher.store import label_counts, lengths_of, table_of
 from . import costs
@@ -115,6 +116,8 @@ def _quantized(trainer: Trainer) -> Iterator[str]:
 def _forms(trainer: Trainer) -> Iterator[str]:
     """How the models compute, and what that costs where it is not the fast way."""
     metas = {"student": trainer.student_meta} | ({"teacher": trainer.teacher_meta} if trainer.teacher_meta else {})
+    if trainer.config.teacher and trainer.config.teacher.hidden_states:
+        metas.pop("teacher", None)  # it doesn't run
     chosen = {role: forms.choose(meta.config, role, trainer.device) for role, meta in metas.items()}
     packed = [role for role, form in chosen.items() if form.problem is None]
     if packed:
@@ -223,7 +226,7 @@ def _first_step(trainer: Trainer) -> StepBatch:
     for sample in step.samples:
         start = len(prompt_of(sample))
         stop = min(start + config.sampling.max_new_tokens, config.data.max_length)
-        samples.append({"input_ids": [0] * stop, "spans": [start, stop]})
+        samples.append(answered(sample, [0] * (stop - start)))
     return make_step_batch(samples, step.pretrain_blocks, config.train.max_tokens)
 
 

@@ -1,9 +1,11 @@
 """Reading before any weights load: rows, models' configurations, tokenizers, tokenized data."""
 
+import copy
 import dataclasses
 import json
 
 import datasets
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from .. import distributed
@@ -12,15 +14,18 @@ from ..config.schema import Config
 from ..data import formats, pretrain
 from ..data.chat import PromptFormat
 from ..data.rows import DEV, TRAIN, Rows, read_rows
+from ..data.teacher_prompts import TeacherFormat
 from ..data.tokenize import tokenize
 from ..errors import ConfigError
 from ..evaluation.test_sets import TestSet
 from ..methods import METHODS
-from ..methods.base import Method
+from ..methods.base import Method, OnPolicyMethod
 from ..models import loading, quantized, tokenizers
 from ..models.causal_lm import rope_border
 from ..models.loading import MetaModel
 from ..models.vocabularies import Vocabulary
+from ..teacher.folder import StatesFolder
+from ..teacher.store import lengths_of, table_of
 from ..teacher.top_k import TopKTargets
 from .dev_eval import DevEvaluator
 
@@ -55,6 +60,10 @@ class TrainData:
     steps_per_epoch: int
     steps: int
 
+    def place(self, index: int) -> str:
+        """The file and line of a training sample."""
+        return self.where[self.train_set[index]["row"]]
+
 
 def train_rows(config: Config) -> tuple:
     """The arguments of `read_rows` for data.train. A method that writes all responses itself needs none in the data.
@@ -72,6 +81,20 @@ def train_format(config: Config) -> PromptFormat:
     style = PromptFormat.from_config(config.data)
     is_answered = config.method != "generate" and _writes_all_responses(config)
     return dataclasses.replace(style, train_on="last") if is_answered else style
+
+
+def teacher_format(config: Config, tokenizer: PreTrainedTokenizerBase) -> TeacherFormat | None:
+    """How the teacher of a run reads data.train; None for a method without one. Raises ConfigError."""
+    spec = config.teacher
+    if config.method == "generate" or not METHODS[config.method].needs_teacher:
+        return None
+    style, has_template = train_format(config), bool(spec.chat_template or spec.chat_template_kwargs is not None)
+    if spec.chat_template_kwargs is not None:
+        style = dataclasses.replace(style, chat_template_kwargs=spec.chat_template_kwargs)
+    if spec.chat_template is not None:
+        tokenizer = copy.deepcopy(tokenizer)  # the student's keeps its template
+        tokenizers.use_chat_template(tokenizer, spec.chat_template, "teacher.chat_template", style)
+    return TeacherFormat(tokenizer, style, spec.system, has_template)
 
 
 def _writes_all_responses(config: Config) -> bool:
@@ -128,6 +151,8 @@ def check_models(
     theirs = None
     if teacher and config.teacher.path is not None:
         theirs = tokenizers.read_tokenizer(config.teacher.path, "teacher.path")
+    elif teacher and config.teacher.hidden_states is not None:
+        theirs = StatesFolder(config.teacher.hidden_states, "teacher.hidden_states").vocabulary()
     models = {"student": student.config} | ({"teacher": teacher.config} if teacher else {})
     vocabulary = Vocabulary(tokenizer, {role: model.vocab_size for role, model in models.items()}, theirs)
     vocabulary.check_sizes()
@@ -151,10 +176,15 @@ def read_train_data(
     data = config.data
     style, limits = PromptFormat.from_config(data), (data.max_length, data.max_prompt_length)
     rows = prepared.take_rows(*train_rows(config))
-    tokenized = tokenize(rows, tokenizer, *limits, train_format(config), data.on_bad_row)
+    reads = teacher_format(config, tokenizer)
+    tokenized = tokenize(rows, tokenizer, *limits, train_format(config), data.on_bad_row, reads)
     train_set, where = tokenized.dataset, [row.where for row in rows]
-    vocabulary.check_samples(train_set, lambda index: where[train_set[index]["row"]])
+    for column in ("input_ids", "teacher_input_ids"):
+        if column in train_set.column_names:
+            vocabulary.check_samples(train_set, lambda index: where[train_set[index]["row"]], column)
     notes = [*rows.notes, tokenized.format, *tokenized.notes(rows, data.max_length)]
+    if reads is None and (count := sum(any(key in row.values for key in formats.TEACHER) for row in rows)):
+        notes.append(f"{count} rows have a prompt of the teacher's own, which method {config.method} does not read")
     dev = None
     if data.dev is not None:
         rows = prepared.take_rows(*dev_rows(config))
@@ -177,6 +207,30 @@ def read_train_data(
         vocabulary.check_samples(pretrain_set, lambda index: f"data.pretrain: {text}: block {index}")
     steps = config.train.steps or config.train.epochs * steps_per_epoch
     return TrainData(train_set, where, dev, pretrain_set, notes, steps_per_epoch, steps)
+
+
+def check_teacher_prompts(config: Config, method: Method, teacher: MetaModel, data: TrainData) -> None:
+    """Raises ConfigError where prompts of the teacher's own don't suit the method, or are too long for the teacher."""
+    train_set = data.train_set
+    if "teacher_spans" not in train_set.column_names:
+        return
+    if "teacher" in getattr(method, "generators", ()):
+        problem = f"method {config.method} draws tokens from a mixture of both models after one prompt"
+        raise ConfigError(f"{problem}, but the teacher has prompts of its own; use imitkd, gkd or distillm")
+    lengths = lengths_of(table_of(train_set, of_teacher=True)[0])
+    if isinstance(method, OnPolicyMethod):
+        prompts, theirs = (np.array([spans[-2] for spans in train_set[key][:]]) for key in ("spans", "teacher_spans"))
+        written = np.minimum(config.sampling.max_new_tokens, config.data.max_length - prompts)
+        lengths = np.maximum(lengths, theirs + written)
+    index, longest = int(lengths.argmax()), int(lengths.max())
+    where, positions = data.where[train_set[index]["row"]], loading.max_positions(teacher.config)
+    if positions is not None and longest > positions:
+        problem = f"the teacher reads {longest} tokens with its own prompt, and has {positions} positions"
+        raise ConfigError(f"{where}: {problem}; shorten that prompt, or lower data.max_length, which cuts responses")
+    border = rope_border(teacher.model) if teacher.form.problem and is_sharded(config) else None
+    if border is not None and longest > border:
+        problem = f"the teacher reads {longest} tokens with its own prompt, and is padded; its LongRoPE treats samples"
+        raise ConfigError(f"{where}: {problem} of more than {border} tokens differently; use train.parallel=ddp")
 
 
 def _steps_per_epoch(config: Config, samples: int) -> int:

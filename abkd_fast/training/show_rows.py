@@ -10,9 +10,10 @@ from transformers import PreTrainedTokenizerBase
 
 from ..config.schema import DataConfig
 from ..console import console
-from ..data.batches import count_labels
+from ..data.batches import count_labels, teacher_view
 from ..data.chat import PromptFormat
 from ..data.rows import Row
+from ..data.teacher_prompts import TeacherFormat
 from ..data.tokenize import tokenize
 
 
@@ -24,9 +25,14 @@ class ShownSample(NamedTuple):
     tokens: int = 0
     trained_tokens: int = 0
     left_out: str | None = None  # why the row gives no sample
+    teacher: tuple[tuple[str, bool], ...] = ()  # the pieces as the teacher reads them, if after another prompt
+    teacher_tokens: int = 0
 
     def to_json(self) -> str:
-        """One line: where, text, trained (the parts that get a loss), tokens, trained_tokens, and left_out if it is."""
+        """One line: where, text, trained (the parts that get a loss), tokens, trained_tokens.
+
+        And left_out if it is, teacher_text and teacher_tokens if the teacher reads another prompt.
+        """
         values = {
             "where": self.where,
             "text": "".join(text for text, _ in self.pieces),
@@ -34,26 +40,45 @@ class ShownSample(NamedTuple):
             "tokens": self.tokens,
             "trained_tokens": self.trained_tokens,
         }
-        return json.dumps(values | ({"left_out": self.left_out} if self.left_out else {}), ensure_ascii=False)
+        if self.left_out:
+            values["left_out"] = self.left_out
+        if self.teacher:
+            values["teacher_text"] = "".join(text for text, _ in self.teacher)
+            values["teacher_tokens"] = self.teacher_tokens
+        return json.dumps(values, ensure_ascii=False)
 
     def to_text(self) -> Text:
         """The same for a terminal: trained parts are green."""
         counts = self.left_out or f"{self.tokens} tokens, {self.trained_tokens} of them trained"
-        styled = [(text, "bold green" if is_trained else "") for text, is_trained in self.pieces]
-        return Text.assemble((f"{self.where}: {counts}\n", "dim"), *styled, "\n")
+        shown = Text.assemble((f"{self.where}: {counts}\n", "dim"), *_styled(self.pieces), "\n")
+        if self.teacher:
+            shown += Text.assemble(
+                (f"the teacher reads {self.teacher_tokens} tokens:\n", "dim"), *_styled(self.teacher), "\n"
+            )
+        return shown
+
+
+def _styled(pieces: Iterable[tuple[str, bool]]) -> list[tuple[str, str]]:
+    return [(text, "bold green" if is_trained else "") for text, is_trained in pieces]
 
 
 def shown_samples(
-    rows: list[Row], tokenizer: PreTrainedTokenizerBase, data: DataConfig, style: PromptFormat
+    rows: list[Row],
+    tokenizer: PreTrainedTokenizerBase,
+    data: DataConfig,
+    style: PromptFormat,
+    teacher: TeacherFormat | None = None,
 ) -> Iterator[ShownSample]:
     """Every sample of the rows as it is trained on, and rows that are left out. Raises ConfigError as `tokenize`."""
-    tokenized = tokenize(rows, tokenizer, data.max_length, data.max_prompt_length, style, data.on_bad_row)
+    tokenized = tokenize(rows, tokenizer, data.max_length, data.max_prompt_length, style, data.on_bad_row, teacher)
     samples = {index: [*own] for index, own in itertools.groupby(tokenized.dataset, lambda sample: sample["row"])}
     for index, row in enumerate(rows):
         for sample in samples.get(index, ()):
-            ids, spans = sample["input_ids"], sample["spans"]
-            pieces = tuple(_pieces(tokenizer, ids, spans))
-            yield ShownSample(row.where, pieces, len(ids), count_labels(sample))
+            views = [(one["input_ids"], one["spans"]) for one in (sample, teacher_view(sample))]
+            (ids, _), (theirs, _) = views
+            pieces, of_teacher = (tuple(_pieces(tokenizer, *view)) for view in views)
+            shown = ShownSample(row.where, pieces, len(ids), count_labels(sample))
+            yield shown if theirs == ids else shown._replace(teacher=of_teacher, teacher_tokens=len(theirs))
         if reason := tokenized.why_left_out(index):
             yield ShownSample(row.where, (), left_out=reason)
 

@@ -28,7 +28,7 @@ from ..models.causal_lm import CausalLM
 from ..models.experts import Experts, is_mixture
 from ..models.loading import MetaModel
 from ..signals import StopSignals
-from ..teacher.cache import TeacherCache
+from ..teacher.cache import GivenStates, TeacherCache
 from ..teacher.teacher import CachedTeacher, OnPolicyTeacher, Teacher
 from . import checkpoint, costs, dry_run, state
 from .checkpoint_policy import CheckpointPolicy
@@ -36,7 +36,7 @@ from .checkpoint_writer import CheckpointWriter, load_optimizer
 from .likelihoods import ResponseLikelihoods
 from .metrics import MetricsWindow, RunLog, check_wandb, is_finite
 from .optim import build_optimizer, build_scheduler
-from .prepare import Prepared, check_models, is_sharded, read_tokenizer, read_train_data
+from .prepare import Prepared, check_models, check_teacher_prompts, is_sharded, read_tokenizer, read_train_data
 from .state import TrainState
 from .summary import write_result
 
@@ -55,7 +55,7 @@ class Trainer:
         self.device = choose_device(config.train.device, "train.")
         self.dtype = choose_dtype(config.train.dtype, self.device, "train.")
         self.method = METHODS[config.method](config)
-        self.is_on_policy = isinstance(self.method, OnPolicyMethod)
+        self.is_on_policy = isinstance(self.method, OnPolicyMethod) and config.teacher.hidden_states is None
         self.is_sharded = is_sharded(config)
         distributed.run_on_rank0(check_folder, config.run.folder, resume)
         check_wandb(config.log.wandb)
@@ -68,13 +68,16 @@ class Trainer:
             self.data = read_train_data(config, self.method, self.tokenizer, self.vocabulary, prepared)
         self.cache = None
         if self.teacher_meta:
+            check_teacher_prompts(config, self.method, self.teacher_meta, self.data)
             fraction = self.method.off_policy_fraction
             samples = round(self.data.steps * config.train.batch_size * fraction) or int(fraction > 0)
-            self.cache = TeacherCache(config, self.teacher_meta, self.data.train_set, samples, self.device, self.dtype)
+            given = config, self.teacher_meta, self.data.train_set, samples, self.device, self.dtype, self.vocabulary
+            is_given = config.teacher.hidden_states is not None
+            self.cache = GivenStates(*given, self.data.place) if is_given else TeacherCache(*given)
             runs = self.is_on_policy or not self.cache.is_found
             if config.teacher.device_map and runs and distributed.world_size() > 1:
                 problem = f"one process spreads the teacher over all GPUs, but there are {distributed.world_size()}"
-                way_out = "build its cache first, by a run of one process with cache.mode=disk and train.steps=1"
+                way_out = "build its cache first: python -m abkd_fast.cache, in one process"
                 raise ConfigError(f"teacher.device_map: {problem}; {way_out}", "teacher.device_map")
 
     def build(self) -> None:
@@ -86,7 +89,9 @@ class Trainer:
         set_seed(config.run.seed)
         self.student = self._build_student()
         self.replica = distributed.replicate(self.student, may_idle=self.student.experts is not None)
-        self.teacher = self._build_teacher() if self.cache else None
+        trained = (p for p in self.student.parameters() if p.requires_grad)
+        optimizer_bytes = 12 * sum(map(distributed.local_numel, trained))  # gradients and two moments
+        self.teacher = self.build_teacher(optimizer_bytes) if self.cache else None
         self.optimizer = build_optimizer(self.student, config.optim)
         self.scheduler = build_scheduler(self.optimizer, config.optim, self.data.steps)
         self.rollouts = None
@@ -119,15 +124,14 @@ class Trainer:
             student.experts = Experts(student.causal_lm, self.student_meta.router_loss_weight)
         return student
 
-    def _build_teacher(self) -> Teacher | CachedTeacher | OnPolicyTeacher:
+    def build_teacher(self, reserved: int) -> Teacher | CachedTeacher | OnPolicyTeacher:
+        """The teacher. Its states are computed first, where they are kept. reserved: bytes that training needs."""
         load = functools.partial(self._load, self.config.teacher, self.teacher_meta, "teacher")
-        trained = (p for p in self.student.parameters() if p.requires_grad)
-        optimizer_bytes = 12 * sum(map(distributed.local_numel, trained))  # gradients and two moments
         # A resumed run needs the same random weights, and the same dropout whether or not the teacher's weights load.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.config.run.seed + 1)
             live = Teacher(load()) if self.is_on_policy else None
-            of_data = self.cache.open((lambda: live.model) if live else load, self.precision, optimizer_bytes)
+            of_data = self.cache.open((lambda: live.model) if live else load, self.precision, reserved)
         return OnPolicyTeacher(live, of_data) if live else of_data
 
     def _load(self, spec: ModelConfig, meta: MetaModel, role: str) -> CausalLM:

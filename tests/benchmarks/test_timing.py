@@ -59,7 +59,10 @@ def test_timing_tiny(timing, tmp_path):
         assert row["difference"] < 1e-5
         assert row["published_over_ours"] > 0
         assert ("cached" in row) == ("data" in timing.METHODS[name].parts and name != "SFT")
+        assert row["published_over_sft"] == pytest.approx(row["published"] / rows["SFT"]["published"])  # of one round
     assert rows["SFT"]["ours_over_sft"] == 1
+    assert rows["ABKD"]["paper"] == 0.768
+    assert rows["ABKD"]["paper_over_sft"] == 0.768 / 0.344
     ways = {row["name"]: row for row in content["sections"]["ways"][0]["rows"]}
     assert all(len(row["all_ms"]) == 1 and row["min_ms"] > 0 for row in ways.values())
     logits = 4 * 512 * 1009 * 4  # bytes of the student's alone, padded; the teacher's are as many
@@ -70,6 +73,11 @@ def test_timing_tiny(timing, tmp_path):
         assert f"**{table['title']}**" in markdown
         assert table["title"] in output
     assert f"| ABKD | {rows['ABKD']['published']:.3g} |" in markdown
+    assert "| paper, on its GPUs | paper / its SFT | published / its SFT | ours / SFT | cached / SFT |" in markdown
+    assert f" | 0.768 | 2.23 | {rows['ABKD']['published_over_sft']:.2f} | " in markdown
+    orders = [note.partition(".")[0] for note in content["notes"] if note.startswith("Order, ")]
+    assert [order.count(" > ") for order in orders] == [6, 6, 5]  # MiniLLM has no cached row
+    assert all(order in content["sections"]["methods"][0]["markdown"] for order in orders)
     assert "DISTILLM: its threshold" in markdown
     if importlib.util.find_spec("matplotlib") is not None:
         assert (tmp_path / "timing.png").read_bytes().startswith(b"\x89PNG")
@@ -175,7 +183,9 @@ def test_timing_marks_a_wrong_loss(timing, tmp_path, monkeypatch, factor):
     assert sft["same"]
     assert not ab["same"]
     assert ab["check"].startswith("FAILED")
-    assert not [key for key in ab if "_over_" in key]  # no ratio of steps that do different things
+    # No ratio of steps that do different things, and no place in an order.
+    assert [key for key in ab if "_over_" in key] == ["paper_over_sft"]
+    assert "Order, " not in (tmp_path / "timing.md").read_text()
 
 
 def test_timing_stops_where_no_round_fits(timing, tmp_path, capsys):

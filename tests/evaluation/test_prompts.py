@@ -193,7 +193,7 @@ def test_test_sets_need_answers(tmp_path, write_jsonl, capsys):
     data = write_jsonl([{"messages": [QUESTION, ANSWER]}, {"messages": [QUESTION]}])
     command = ["--model", model, "--data", f"mine={data}", "--out", str(tmp_path / "out"), *SHORT]
     assert evaluate.main(command) == 2
-    assert 'line 2: "output" must be a text or a list of texts to compare with, got null' in capsys.readouterr().err
+    assert "line 2: the messages end without a text of the assistant to compare with" in capsys.readouterr().err
 
 
 def test_a_runs_result_keeps_its_chat_template(tmp_path, write_jsonl):

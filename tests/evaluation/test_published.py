@@ -301,7 +301,7 @@ def test_figure_has_a_line_a_loss_and_a_band_over_seeds(make_run, monkeypatch):
     assert (fkl[0], fkl[1]["label"]) == (([10, 20], [0.0, 1.0]), "FKLD")
     steps, low, high = band[0]
     assert steps == [10, 20]
-    assert [*low, *high] == pytest.approx([1.5 - 0.5**0.5, 4 - 2**0.5, 1.5 + 0.5**0.5, 4 + 2**0.5])
+    assert [*low, *high] == pytest.approx([1.0, 3.0, 2.0, 5.0])  # of two values the error is half their distance
     assert band[1]["color"] == ab[1]["color"]
     assert (line[0], line[1]["label"]) == ((9.0,), "Teacher")
-    assert legend[1]["title"] == "band: ± standard deviation\nover 2 training seeds"
+    assert legend[1]["title"] == "band: ± standard error\nover 2 training seeds"

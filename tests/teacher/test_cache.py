@@ -22,6 +22,7 @@ from abkd_fast.training.trainer import Trainer
 from conftest import GPT2, LLAMA
 
 LENGTH = 128
+SHARD = "states-00001-of-00001.safetensors"
 MODELS = {
     "gpt2": {**GPT2, "vocab_size": 1024, "n_embd": 48, "bos_token_id": 0, "eos_token_id": 0},
     "llama": {**LLAMA, "vocab_size": 1024, "hidden_size": 48, "bos_token_id": 0, "eos_token_id": 0},
@@ -116,7 +117,7 @@ def test_second_run_finds_it_and_loads_no_teacher(recipe, cache_folder, capsys, 
     assert "computing 1 of 1 blocks" in first
     assert "built in" in first
     assert "the teacher's cache saved about" in first
-    before = (only(cache_folder) / "states.bin").stat().st_mtime_ns
+    before = (only(cache_folder) / SHARD).stat().st_mtime_ns
     shutil.rmtree(tmp_path / "runs")
     loads = []
     original = Trainer._load
@@ -126,7 +127,7 @@ def test_second_run_finds_it_and_loads_no_teacher(recipe, cache_folder, capsys, 
     assert loads == ["student"]
     assert "computing" not in second
     assert "; found, will save about" in second
-    assert (only(cache_folder) / "states.bin").stat().st_mtime_ns == before
+    assert (only(cache_folder) / SHARD).stat().st_mtime_ns == before
 
 
 def test_body_is_freed_after_building(recipe):
@@ -237,12 +238,12 @@ def change_index(folder, change):
 
 
 DAMAGE = {
-    "flipped bit": (lambda f: flip(f / "states.bin", 1000), "1 of {n} blocks"),
-    "flipped last bit": (lambda f: flip(f / "states.bin", (f / "states.bin").stat().st_size - 1), "1 of {n} blocks"),
-    "truncated": (lambda f: os.truncate(f / "states.bin", 30000), "blocks of"),
-    "longer": (lambda f: (f / "states.bin").open("ab").write(b"x"), None),
-    "emptied": (lambda f: os.truncate(f / "states.bin", 0), "{n} of {n} blocks"),
-    "no states": (lambda f: (f / "states.bin").unlink(), "{n} of {n} blocks"),
+    "flipped bit": (lambda f: flip(f / SHARD, 1000), "1 of {n} blocks"),
+    "flipped last bit": (lambda f: flip(f / SHARD, (f / SHARD).stat().st_size - 1), "1 of {n} blocks"),
+    "truncated": (lambda f: os.truncate(f / SHARD, 30000), "blocks of"),
+    "longer": (lambda f: (f / SHARD).open("ab").write(b"x"), None),
+    "emptied": (lambda f: os.truncate(f / SHARD, 0), "{n} of {n} blocks"),
+    "no states": (lambda f: (f / SHARD).unlink(), "{n} of {n} blocks"),
     "no index": (lambda f: (f / "index.json").unlink(), "computing {n} of {n}"),
     "torn index": (lambda f: os.truncate(f / "index.json", 100), "index.json is damaged: all is computed again"),
     "index of something else": (lambda f: (f / "index.json").write_text("[1]"), "index.json is damaged"),
@@ -263,7 +264,7 @@ def test_damage_is_noticed_and_mended(recipe, cache_folder, capsys, small_blocks
     path = recipe()
     expected = losses(loaded(path))
     folder = only(cache_folder)
-    whole = (folder / "states.bin").read_bytes()
+    whole = (folder / SHARD).read_bytes()
     blocks = len(json.loads((folder / "index.json").read_text())["blocks"])
     assert blocks > 5
     capsys.readouterr()
@@ -273,7 +274,7 @@ def test_damage_is_noticed_and_mended(recipe, cache_folder, capsys, small_blocks
     output = capsys.readouterr().out
     assert (message or "").format(n=blocks) in output
     assert sum("damaged" in line for line in output.splitlines()) <= 1
-    assert (folder / "states.bin").read_bytes()[: len(whole)] == whole
+    assert (folder / SHARD).read_bytes()[: len(whole)] == whole
     losses(loaded(path))
     assert "computing" not in capsys.readouterr().out
 
@@ -307,7 +308,7 @@ def builder(path, pause):
 def test_killed_builds_resume_to_the_same_bits(recipe, cache_folder, capsys, small_blocks):
     path = recipe()
     expected = losses(loaded(path))
-    whole = (only(cache_folder) / "states.bin").read_bytes()
+    whole = (only(cache_folder) / SHARD).read_bytes()
     blocks = capsys.readouterr().out.count("computing") and len(loaded(path).teacher.layout.blocks)
     shutil.rmtree(only(cache_folder))
     written = []
@@ -329,14 +330,14 @@ def test_killed_builds_resume_to_the_same_bits(recipe, cache_folder, capsys, sma
     assert losses(loaded(path)) == expected
     left = int(capsys.readouterr().out.split("computing ")[1].split()[0])
     assert blocks - 6 - 3 <= left <= blocks - 6, "each kill may have let one more block through"
-    assert (only(cache_folder) / "states.bin").read_bytes() == whole
+    assert (only(cache_folder) / SHARD).read_bytes() == whole
 
 
 @pytest.mark.slow
 def test_killed_at_random_moments(recipe, cache_folder, small_blocks):
     path = recipe()
     expected = losses(loaded(path))
-    whole = (only(cache_folder) / "states.bin").read_bytes()
+    whole = (only(cache_folder) / SHARD).read_bytes()
     shutil.rmtree(only(cache_folder))
     generator = torch.Generator().manual_seed(0)
     for _ in range(5):
@@ -348,7 +349,7 @@ def test_killed_at_random_moments(recipe, cache_folder, small_blocks):
         process.kill()
         process.communicate()
     assert losses(loaded(path)) == expected
-    assert (only(cache_folder) / "states.bin").read_bytes() == whole
+    assert (only(cache_folder) / SHARD).read_bytes() == whole
 
 
 @pytest.mark.slow

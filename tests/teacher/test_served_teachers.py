@@ -139,14 +139,9 @@ def test_the_scripts_of_the_docs_write_what_a_server_returns(
         exec(script.replace("TEACHER", teacher), {})
     assert [*map(json.loads, pathlib.Path("rows.jsonl").read_text().splitlines())] == samples
     paths = "top.jsonl", write_jsonl(serve(teacher, samples, 20))
+    data = {**SECTIONS["data"], "train": "rows.jsonl"}
     ours, theirs = (
-        trainer_of(
-            Run(
-                tmp_path,
-                **{**SECTIONS, "data": {**SECTIONS["data"], "train": "rows.jsonl"}, "teacher": {"top_k": path}},
-            )
-        )
-        for path in paths
+        trainer_of(Run(tmp_path, **{**SECTIONS, "data": data, "teacher": {"top_k": path}})) for path in paths
     )
     assert ours.method.top_k.note.startswith("20 to 21 tokens known for each trained token, from top.jsonl; ")
     assert "20 to 21 tokens known" in " ".join(describe(ours))
@@ -247,7 +242,7 @@ def test_what_needs_a_model_is_refused(tmp_path, capsys):
     for overrides, words in (
         (["method=gkd"], 'method "gkd" needs a teacher that reads what the student writes; give teacher.path'),
         (["temperature=2"], "temperature is 2.0, but teacher.top_k has no logits of the other tokens"),
-        (["teacher.path=x"], "has both top_k and path"),
+        (["teacher.path=x"], "replaces the teacher.s model, but path is given, too"),
         ([], "teacher.top_k: nowhere.jsonl: can't be read (No such file or directory)"),
     ):
         assert Run(tmp_path, *overrides, **{**SECTIONS, "teacher": {"top_k": "nowhere.jsonl"}})() == 2
