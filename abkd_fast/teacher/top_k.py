@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..console import progress_bar
 from ..data import text_files
+from ..data.batches import teacher_view
 from ..data.strict_json import show
 from ..data.tokenize import stored
 from ..errors import ConfigError
@@ -141,7 +142,8 @@ def _tokens_of(values: object, sample: dict, where: str, vocab: int) -> TopToken
     was_cut = sample["row_length"] > len(sample["input_ids"])
     _compare("output_ids", values["output_ids"], labels, where, was_cut)
     if values.get("prompt_ids") is not None and len(spans) == 1:
-        _compare("prompt_ids", values["prompt_ids"], sample["input_ids"][: spans[0, 0]], where)
+        read = teacher_view(sample)
+        _compare("prompt_ids", values["prompt_ids"], read["input_ids"][: read["spans"][0]], where)
     ids, log_probs = _server_lists(values) if "prompt_logprobs" in values else _plain_lists(values)
     counts = np.array([*map(len, ids)][: len(labels)])
     ids, log_probs = ([*itertools.chain(*lists[: len(labels)])] for lists in (ids, log_probs))

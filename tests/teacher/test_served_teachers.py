@@ -188,6 +188,24 @@ def test_cut_responses_use_the_beginning_and_rows_that_are_left_out_need_no_toke
             assert at[known >= 0].tolist() == torch.tensor(expected).tolist()
 
 
+def test_prompt_ids_are_those_that_the_teacher_has_read(tmp_path, write_jsonl, teacher):
+    texts = {"prompt": "Add 3 and 4", "output": "7", "teacher_prompt": "The answer is 7. Add 3 and 4"}
+    data = {"train": write_jsonl([texts] * 4, "texts.jsonl"), "max_length": 128}
+    found = trainer_of(Run(tmp_path, **{**SECTIONS, "data": data, "teacher": {"path": teacher}})).data.train_set[0]
+    starts = {key: found[f"{key}spans"][0] for key in ("", "teacher_")}
+    assert starts[""] < starts["teacher_"]
+    for key, start in starts.items():
+        ids = found[f"{key}input_ids"]
+        rows = [{"prompt_ids": ids[:start], "output_ids": ids[start:]}] * 4
+        path = write_jsonl(serve(teacher, rows, 3), f"{key}top.jsonl")
+        run = Run(tmp_path, **{**SECTIONS, "data": data, "teacher": {"top_k": path}})
+        if key:
+            assert len(trainer_of(run).method.top_k.of([{"index": 0}])[0]) == len(ids) - start
+        else:
+            with pytest.raises(ConfigError, match='line 1: "prompt_ids" has'):
+                trainer_of(run)
+
+
 def change(**values):
     """A broken line: the third, with other values. A function gets the old one."""
 
@@ -242,7 +260,7 @@ def test_what_needs_a_model_is_refused(tmp_path, capsys):
     for overrides, words in (
         (["method=gkd"], 'method "gkd" needs a teacher that reads what the student writes; give teacher.path'),
         (["temperature=2"], "temperature is 2.0, but teacher.top_k has no logits of the other tokens"),
-        (["teacher.path=x"], "replaces the teacher.s model, but path is given, too"),
+        (["teacher.path=x"], "replaces the teacher's model, but path is given, too"),
         ([], "teacher.top_k: nowhere.jsonl: can't be read (No such file or directory)"),
     ):
         assert Run(tmp_path, *overrides, **{**SECTIONS, "teacher": {"top_k": "nowhere.jsonl"}})() == 2
