@@ -93,7 +93,7 @@ def main() -> None:
     parser, add = harness.parser(__doc__, "top_k", repeats=0)
     add("model")
     add("rows")
-    add("--count", type=int, default=8, help="rows that are read (default: %(default)s)")
+    add("--count", type=int, default=24, help="rows that are read (default: %(default)s)")
     add("--max-length", type=int, default=256, help="tokens of a row (default: %(default)s)")
     add("--losses", nargs="+", default=["fkl", "rkl", "ab:0.2,0.7", "jsd:0.5"], help="default: %(default)s")
     add("--k", type=int, nargs="+", default=[20, 100, 1000], help="default: %(default)s")

@@ -17,6 +17,7 @@ import pyarrow
 import torch
 from torch import Tensor
 
+from ..console import progress_bar
 from ..data import text_files
 from ..data.batches import prompt_of, teacher_view
 from ..data.strict_json import show
@@ -67,9 +68,13 @@ class TopKTargets:
 
         def write(target: pathlib.Path) -> None:
             read = _read(pathlib.Path(path), dataset, where, vocab)
-            with pyarrow.ipc.new_stream(str(target), COLUMNS.arrow_schema) as writer:
-                while some := [*itertools.islice(read, SAMPLES_AT_ONCE)]:
-                    columns = zip(zip(*some, strict=True), COLUMNS.arrow_schema.types, strict=True)
+            with (
+                pyarrow.ipc.new_stream(str(target), COLUMNS.arrow_schema) as writer,
+                progress_bar(f"blocks of {SAMPLES_AT_ONCE} samples") as bar,
+            ):
+                for _ in bar.track(range(0, len(dataset), SAMPLES_AT_ONCE)):
+                    some = zip(*itertools.islice(read, SAMPLES_AT_ONCE), strict=True)
+                    columns = zip(some, COLUMNS.arrow_schema.types, strict=True)
                     arrays = [pyarrow.array(values, kind) for values, kind in columns]
                     writer.write_batch(pyarrow.record_batch(arrays, schema=COLUMNS.arrow_schema))
 

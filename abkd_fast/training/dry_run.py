@@ -73,7 +73,7 @@ def header(trainer: Trainer) -> Iterator[str]:
         yield f"[bold red]{escape(line)}[/bold red]"
     if trainer.teacher:
         yield f"  teacher    {trainer.teacher.note}"
-    yield from _served(trainer)
+    yield from map(escape, _served(trainer))
     if distributed.world_size() > 1:
         held = "a part of all weights" if trainer.is_sharded else "all weights"
         yield f"  processes  {distributed.world_size()}, each with {held}; gradients are summed over them"
@@ -103,7 +103,7 @@ def _models(trainer: Trainer) -> str:
 def _served(trainer: Trainer) -> Iterator[str]:
     """A line about a teacher of whom only the likeliest tokens are known."""
     if trainer.method.top_k:
-        yield f"  teacher    {escape(trainer.method.top_k.note)}"
+        yield f"  teacher    {trainer.method.top_k.note}"
 
 
 def _quantized(trainer: Trainer) -> Iterator[str]:

@@ -10,14 +10,16 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 
+from abkd_fast import fused_linear_divergence, parse
 from abkd_fast.config.recipe import load
 from abkd_fast.data import quickstart
 from abkd_fast.errors import ConfigError
+from abkd_fast.losses.arguments import LinearHead
 from abkd_fast.teacher import top_k
 from abkd_fast.training.dry_run import describe
 from abkd_fast.training.trainer import Trainer
 from conftest import LLAMA
-from runs import Run, assert_same, crash_and_resume, step_and_gradients
+from runs import Run, assert_same, crash_and_resume
 
 DOCS = pathlib.Path(__file__).parents[2] / "docs" / "served-teachers.md"
 MODEL = {**LLAMA, "vocab_size": 1024, "eos_token_id": 0, "bos_token_id": 0, "num_hidden_layers": 1}
@@ -107,23 +109,23 @@ class Server:
             yield SimpleNamespace(prompt_logprobs=found)
 
 
-def built(run, *overrides):
-    trainer = trainer_of(run, *overrides)
-    trainer.build()
-    return trainer
-
-
-def test_with_all_tokens_a_step_is_that_of_the_dense_loss(tmp_path, write_jsonl, samples, teacher):
+def test_with_all_tokens_the_loss_is_the_dense_one(tmp_path, write_jsonl, samples, teacher):
     path = write_jsonl(plain(serve(teacher, samples, 1024)))
-    results = []
-    for spec in ({"path": teacher}, {"top_k": path}):
-        run = Run(tmp_path, **{**SECTIONS, "teacher": spec, "hard_weight": 0.25})
-        trainer = built(run, "train.dtype=float64")
-        results.append(step_and_gradients(trainer, next(trainer.batches())))
-    (dense, of_dense), (truncated, of_truncated) = results
-    torch.testing.assert_close(truncated, dense, rtol=1e-6, atol=0)  # the file is kept in float32
-    for name, gradient in of_dense.items():
-        torch.testing.assert_close(of_truncated[name], gradient, rtol=1e-5, atol=1e-7)
+    trainer = trainer_of(Run(tmp_path, **{**SECTIONS, "teacher": {"top_k": path}, "hard_weight": 0.25}))
+    (batch, *_) = next(trainer.batches()).micro_batches
+    assert len(batch.samples) > 1
+    model = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float64)
+    with torch.no_grad():
+        places = [(torch.tensor([x["input_ids"]]), slice(x["spans"][0] - 1, -1)) for x in batch.samples]
+        logits = torch.cat([model(ids).logits[0, part] for ids, part in places])
+    hidden = torch.randn(len(batch.labels), 8, dtype=torch.float64, requires_grad=True)
+    student = LinearHead(hidden, torch.randn(1024, 8, dtype=torch.float64))
+    loss = trainer.method.loss(student, batch, None)
+    options = {"divergence": parse("jsd:0.5"), "labels": batch.labels, "hard_weight": 0.25, "reduction": "sum"}
+    dense = fused_linear_divergence(*student[:2], logits, torch.eye(1024, dtype=torch.float64), **options)
+    torch.testing.assert_close(loss, dense, rtol=1e-6, atol=0)  # the file is kept in float32
+    pair = (torch.autograd.grad(x, hidden)[0] for x in (loss, dense))
+    torch.testing.assert_close(*pair, rtol=1e-5, atol=1e-7)
 
 
 def test_the_scripts_of_the_docs_write_what_a_server_returns(
@@ -135,11 +137,11 @@ def test_the_scripts_of_the_docs_write_what_a_server_returns(
     monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=Server, SamplingParams=SimpleNamespace))
     for script in re.findall("```python\n(.*?)```", DOCS.read_text(), re.DOTALL):
         exec(script.replace("TEACHER", teacher), {})
-    assert [json.loads(line) for line in pathlib.Path("rows.jsonl").read_text().splitlines()] == samples
+    assert [*map(json.loads, pathlib.Path("rows.jsonl").read_text().splitlines())] == samples
     paths = "top.jsonl", write_jsonl(serve(teacher, samples, 20))
+    data = {**SECTIONS["data"], "train": "rows.jsonl"}
     ours, theirs = (
-        trainer_of(Run(tmp_path, **{**SECTIONS, "data": {"train": "rows.jsonl"}, "teacher": {"top_k": path}}))
-        for path in paths
+        trainer_of(Run(tmp_path, **{**SECTIONS, "data": data, "teacher": {"top_k": path}})) for path in paths
     )
     assert ours.method.top_k.note.startswith("20 to 21 tokens known for each trained token, from top.jsonl; ")
     assert "20 to 21 tokens known" in " ".join(describe(ours))
@@ -184,6 +186,24 @@ def test_cut_responses_use_the_beginning_and_rows_that_are_left_out_need_no_toke
         for known, theirs, at, expected in zip(ids, row["top_ids"], log_probs, row["top_log_probs"], strict=False):
             assert known[known >= 0].tolist() == theirs
             assert at[known >= 0].tolist() == torch.tensor(expected).tolist()
+
+
+def test_prompt_ids_are_those_that_the_teacher_has_read(tmp_path, write_jsonl, teacher):
+    texts = {"prompt": "Add 3 and 4", "output": "7", "teacher_prompt": "The answer is 7. Add 3 and 4"}
+    data = {"train": write_jsonl([texts] * 4, "texts.jsonl"), "max_length": 128}
+    found = trainer_of(Run(tmp_path, **{**SECTIONS, "data": data, "teacher": {"path": teacher}})).data.train_set[0]
+    starts = {key: found[f"{key}spans"][0] for key in ("", "teacher_")}
+    assert starts[""] < starts["teacher_"]
+    for key, start in starts.items():
+        ids = found[f"{key}input_ids"]
+        rows = [{"prompt_ids": ids[:start], "output_ids": ids[start:]}] * 4
+        path = write_jsonl(serve(teacher, rows, 3), f"{key}top.jsonl")
+        run = Run(tmp_path, **{**SECTIONS, "data": data, "teacher": {"top_k": path}})
+        if key:
+            assert len(trainer_of(run).method.top_k.of([{"index": 0}])[0]) == len(ids) - start
+        else:
+            with pytest.raises(ConfigError, match='line 1: "prompt_ids" has'):
+                trainer_of(run)
 
 
 def change(**values):
@@ -240,7 +260,7 @@ def test_what_needs_a_model_is_refused(tmp_path, capsys):
     for overrides, words in (
         (["method=gkd"], 'method "gkd" needs a teacher that reads what the student writes; give teacher.path'),
         (["temperature=2"], "temperature is 2.0, but teacher.top_k has no logits of the other tokens"),
-        (["teacher.path=x"], "replaces the teacher.s model, but path is given, too"),
+        (["teacher.path=x"], "replaces the teacher's model, but path is given, too"),
         ([], "teacher.top_k: nowhere.jsonl: can't be read (No such file or directory)"),
     ):
         assert Run(tmp_path, *overrides, **{**SECTIONS, "teacher": {"top_k": "nowhere.jsonl"}})() == 2
