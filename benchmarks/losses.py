@@ -23,14 +23,14 @@ import torch
 
 import harness
 from abkd_fast import pipeline
-from abkd_fast.config.methods import OnPolicyConfig
+from abkd_fast.config.methods import WITHOUT_TEACHER, OnPolicyConfig
 from abkd_fast.config.recipe import load
 from abkd_fast.config.schema import Config
 from abkd_fast.errors import ConfigError, Interrupted
 from abkd_fast.evaluation.evaluator import Evaluation
 from abkd_fast.evaluation.figures import rouge_curves
 from abkd_fast.evaluation.runs import METHODS, read_runs
-from abkd_fast.losses.divergences import BY_NAME
+from abkd_fast.losses.divergences import BY_NAME, parse
 from harness import Report
 from ranking import ahead_of, paper_means, rank_correlation
 
@@ -74,8 +74,8 @@ def train_and_evaluate(config: Config, template: Config, rows: int | None) -> tu
 
 def split(loss: str) -> tuple[str, str | None]:
     """Method and loss of an entry of --losses: "sft", "LOSS" (method ab) or "METHOD/LOSS"."""
-    method, _, name = loss.rpartition("/")
-    return (SFT, None) if loss == SFT else (method or "ab", name)
+    method, slash, name = loss.rpartition("/")
+    return (SFT, None) if loss == SFT else (method if slash else "ab", name)
 
 
 def title(loss: str) -> str:
@@ -110,12 +110,27 @@ class Study:
             raise ConfigError('eval.sets: missing; name the test sets: --set eval.sets=\'{"dolly": "FILE"}\'')
         if options.select == "rouge_l" and len(self.rates) > 1 and template.eval.rouge_rows is None:
             raise ConfigError("eval.rouge_rows: missing, and rates are chosen by it; give it, or --select dev_loss")
-        if both := {*options.search_seeds} & {*options.seeds}:
-            raise ConfigError(f"seeds: {min(both)} is one of the search, too: its luck would be counted twice")
+        if len(self.rates) > 1 and (both := {*options.search_seeds} & {*options.seeds}):
+            problem = f"{min(both)} is one of the search, too: its luck would be counted twice"
+            raise ConfigError(f"seeds: {problem}; give others, or other --search-seeds")
         for name, spec in self.models.items():
             if spec is None or spec.path is None:
                 raise ConfigError(f"{name.lower()}: expected the path of a model, which can be evaluated")
+        self._check_entries()
         self.report = Report(torch.device("cuda" if torch.cuda.is_available() else "cpu"), vars(options))
+
+    def _check_entries(self) -> None:
+        """Raises ConfigError for an unknown loss or method, and for what is given twice and would count twice."""
+        seeds, search_seeds = self.options.seeds, self.options.search_seeds
+        configs = {loss: self.config("runs", loss, self.rates[0], seeds[0]) for loss in self.options.losses}
+        if wrong := next((loss for loss in configs if "/" in loss and configs[loss].method in WITHOUT_TEACHER), None):
+            raise ConfigError(f"losses: {wrong}: {configs[wrong].method} learns from no teacher, so it has no loss")
+        losses = [(config.method, loss == SFT or str(parse(config.loss))) for loss, config in configs.items()]
+        if len(configs) < len(self.options.losses):
+            losses = self.options.losses
+        given = {"losses": losses, "rates": self.rates, "seeds": seeds, "search-seeds": search_seeds}
+        if twice := next((key for key, values in given.items() if len({*values}) < len(values)), None):
+            raise ConfigError(f"{twice}: one is given twice, and would count twice; give each once")
 
     def config(self, kind: str, loss: str, rate: float, seed: int) -> Config:
         """The configuration of one run. `kind`: "search" or "runs"."""
@@ -221,7 +236,7 @@ class Study:
         `means` are ours by loss and column, for each training seed.
         """
         paper = paper_means(self.options.paper, {loss: title(loss) for loss in means})
-        if len(paper) < 3:
+        if len(paper) < 3 or self.template.eval.rouge_tokens != "words":
             return
         ours = {loss: {name: statistics.fmean(values) for name, values in means[loss].items()} for loss in paper}
         *_, last = columns = [*next(iter(ours.values()))]
@@ -246,10 +261,10 @@ class Study:
         The p value of "ahead of all" is the largest of those of the single losses (an intersection-union test).
         """
         first = next((loss for loss in means if title(loss) == "ABKD"), None)
-        if first is None or len(means) < 2:
+        if first is None or all(title(loss) == "ABKD" for loss in means):
             return
         *_, last = means[first]
-        others = [loss for loss in means if loss != first]
+        others = [loss for loss in means if title(loss) != "ABKD"]
         rows = [{"name": label(loss)} | ahead_of(means[first][last], means[loss][last]) for loss in others]
         count = len(means[first][last])
         columns = {"name": "loss", "gap": f"{label(first)} is ahead by|+.2f", "wins": f"seeds of {count}", "p": "p|.2g"}
@@ -309,7 +324,7 @@ def main() -> None:
         study = Study(options)
         with study.report.kept("losses"):
             study.run()
-    except (ConfigError, Interrupted) as error:
+    except (ConfigError, FloatingPointError, Interrupted) as error:
         raise SystemExit(f"error: {error}") from None
 
 

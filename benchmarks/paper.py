@@ -29,8 +29,9 @@ def order_note(way: str, times: dict[str, list[float]]) -> str:
         others += is_other
         if is_other or count < rounds:
             ratios = f"{ratio(more, less):.2f} in the paper, {medians[more] / medians[less]:.2f} here"
-            order = f"{'another' if is_other else 'the same'} order in {count} of {rounds} rounds"
-            lines.append(f"- {more} / {less}: {ratios}; {order}{'' if 1 < rounds == count else ', not safe'}")
+            order = f"; {'another' if is_other else 'the same'} order in {count} of {rounds} rounds"
+            order += "" if count == rounds else ", not safe"
+            lines.append(f"- {more} / {less}: {ratios}{order if rounds > 1 else ''}")
     order = " > ".join(sorted(medians, key=medians.get, reverse=True))
     note = f"Order, {way}: {order}. {len(pairs) - others} of {len(pairs)} pairs are in the paper's order"
     note += "." if rounds > 1 else "; one round doesn't show which of them are safe."

@@ -6,6 +6,7 @@ the mean over five seeds.
 
 import contextlib
 import json
+import math
 import pathlib
 import statistics
 from collections.abc import Iterable
@@ -196,6 +197,7 @@ def _is_complete(scores: object) -> bool:
         summaries = [values[metric] for values in sets for metric in METRICS]
         complete = all({"rows", "cut_prompts", "content"} <= values.keys() for values in sets)
         complete &= all({"mean", "std"} <= s.keys() and isinstance(s["seeds"], dict) for s in summaries)
+        complete &= all(math.isfinite(score) for summary in summaries for score in summary["seeds"].values())
         return complete and isinstance(scores["settings"], dict) and "weights" in scores
     except (AttributeError, KeyError, TypeError):
         return False

@@ -1,7 +1,9 @@
 """Published scores beside ours: the ABKD paper's Tables 2 and 3, or a CSV file."""
 
+import contextlib
 import csv
 import dataclasses
+import math
 import pathlib
 from collections.abc import Iterator
 
@@ -42,15 +44,20 @@ def read(path: pathlib.Path, expected: list[str]) -> Published:
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             table = csv.DictReader(file)
-            columns = [name.removesuffix(" mean") for name in table.fieldnames or () if name.endswith(" mean")]
-            if "row" not in (table.fieldnames or ()) or not columns:
-                names = ", ".join(f'"{name} mean"' for name in expected)
-                raise ValueError(f'expected a first line with "row" and some of {names}')
-            rows = {}
+            fields = table.fieldnames = [name.strip() for name in table.fieldnames or ()]
+            columns = [name.removesuffix(" mean") for name in fields if name.endswith(" mean")]
+            if "row" not in fields or not columns:
+                means = ", ".join(f'"{name} mean"' for name in expected)
+                found = f"separated by commas; got {', '.join(fields) or 'nothing'}"
+                raise ValueError(f'expected a first line with "row" and some of {means}, {found}')
+            if len({*fields}) < len(fields):
+                raise ValueError("its first line names a column twice")
+            rows, seen = {}, set()
             for row in table:
-                label = row["row"] or ""
-                if label in rows:
-                    raise ValueError(f"line {table.line_num}: a second {label}")
+                label = (row["row"] or "").strip()
+                if not label or (ours := _ours(label)) in seen:
+                    raise ValueError(f"line {table.line_num}: " + (f"a second {label}" if label else "has no name"))
+                seen.add(ours)
                 try:
                     rows[label] = {name: _cell(row, name) for name in columns}
                 except ValueError as error:
@@ -64,8 +71,21 @@ def read(path: pathlib.Path, expected: list[str]) -> Published:
 
 
 def _cell(row: dict[str, str], name: str) -> dict | None:
-    mean, std = (row.get(f"{name} {part}") or None for part in ("mean", "std"))
-    return None if mean is None else {"mean": float(mean), "std": std and float(std)}
+    mean, std = (_number(row.get(f"{name} {part}"), f"{name} {part}") for part in ("mean", "std"))
+    if std is not None and std < 0:
+        raise ValueError(f"{name} std is {std:g}, expected 0 or more")
+    return None if mean is None else {"mean": mean, "std": std}
+
+
+def _number(text: str | None, column: str) -> float | None:
+    """The number of a cell; None for an empty one, or a dash. Raises ValueError."""
+    text = (text or "").strip()
+    if text in ("", "-"):
+        return None
+    with contextlib.suppress(ValueError):
+        if math.isfinite(number := float(text)):
+            return number
+    raise ValueError(f'{column} is "{text}", expected a number, or nothing')
 
 
 def beside(table: ScoreTable, published: Published) -> ScoreTable:
@@ -105,14 +125,19 @@ def _is_average(name: str) -> bool:
 
 def is_named(name: str, *ours: str) -> bool:
     """Whether a published name means one of ours: a label, or a method or loss alone."""
-    name = name.casefold()
-    return OURS.get(name, name) in map(str.casefold, ours)
+    return _ours(name) in map(str.casefold, ours)
+
+
+def _ours(name: str) -> str:
+    """Our name for a published one, without capitals."""
+    name = name.strip().replace("\N{RIGHT SINGLE QUOTATION MARK}", "'").casefold()
+    return OURS.get(name, name)
 
 
 def _notes(published: Published, rows: list[Row], missing: list[str]) -> Iterator[str]:
     yield (
-        f"paper: {published.name}. A difference with * is beyond both spreads: it is larger than the two standard "
-        "deviations together."
+        f"paper: {published.name}; its models and data may be others. A difference with * is beyond both spreads: it "
+        "is larger than the two standard deviations together (of the paper's tables: over seeds of the answers)."
     )
     if missing:
         yield f"{', '.join(missing)}: none of these runs answered them."

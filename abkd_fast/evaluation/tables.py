@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 import io
 import itertools
+import json
 import pathlib
 import statistics
 from collections.abc import Iterator
@@ -142,13 +143,22 @@ def score_table(runs: list[Run]) -> ScoreTable | None:
     places = {column: order.index(name) if name in order else len(order) for column, name in sets.items()}
     names = sorted(places, key=lambda column: (places[column], column))
     rows = []
-    for group in replicates(scored):
+    for group in _answered_alike(replicates(scored)):
         cells = [_over_seeds(group, column) for column in zip(*(_cells(run, names) for run in group), strict=True)]
         rows.append(Row(group[0].label, group, cells))
     units = {run.settings["rouge_tokens"] for run in scored}
     average = rouge.named(AVERAGE, *units) if len(units) == 1 else AVERAGE  # of different units there is none
     columns = [*names, *([average] if len(names) > 1 else [])]
     return ScoreTable(columns, rows, [*_notes(scored, names), *_note_seeds(rows, columns)]) if rows else None
+
+
+def _answered_alike(groups: list[list[Run]]) -> Iterator[list[Run]]:
+    """The groups; single runs of one whose runs answered in different ways or other rows, which have no mean."""
+    for group in groups:
+        settings = {json.dumps(run.settings, sort_keys=True) for run in group}
+        contents = {(name, scores["content"]) for run in group for name, scores in run.columns.items()}
+        is_alike = len(settings) == 1 and len({name for name, _ in contents}) == len(contents)
+        yield from [group] if is_alike else [[run] for run in group]
 
 
 def _cells(run: Run, names: list[str]) -> list[dict | None]:

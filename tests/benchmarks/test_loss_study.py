@@ -1,7 +1,9 @@
+import importlib
 import importlib.util
 import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -47,6 +49,28 @@ def test_losses_are_searched_trained_and_scored_alike(tmp_path, monkeypatch):
     ((against,),) = (table["rows"] for table in sections["first"])
     assert against["gap"] == pytest.approx(sum(means) / 2 - sum(sft["runs"]["test"]) / 2)
     assert (tmp_path / "rouge_l.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--losses", "fkl", "nosuch"], 'loss "nosuch": unknown'),
+        (["--losses", "foo/fkl"], 'unknown method "foo"'),
+        (["--losses", "sft/fkl"], "learns from no teacher"),
+        (["--losses", "ab:0.2,0.7", "ab:0.20,0.7"], "losses: one is given twice"),
+        (["--seeds", "1", "1"], "seeds: one is given twice"),
+        (["--seeds", "10"], "seeds: 10 is one of the search, too"),
+        (["--rates", "1e-3", "0.001"], "rates: one is given twice"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused_before_anything_is_trained(monkeypatch, capsys, tmp_path, arguments, words):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    study = importlib.import_module("losses")
+    monkeypatch.setattr(sys, "argv", ["losses.py", "--out", str(tmp_path / "out"), *arguments])
+    monkeypatch.setattr(signal, "signal", lambda *handler: None)
+    with pytest.raises(SystemExit, match=re.escape(words)):
+        study.main()
+    assert not (tmp_path / "out").exists()
 
 
 def wait_until(condition, seconds=120):

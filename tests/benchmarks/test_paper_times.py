@@ -45,7 +45,7 @@ CASES = {
     "a pair swapped in one round": (
         {"SFT": [1.0], "MiniLLM": [0.5]},
         "Order, ours: SFT > MiniLLM. 0 of 1 pairs are in the paper's order; one round doesn't show which of them are "
-        "safe.\n\n- MiniLLM / SFT: 12.94 in the paper, 0.50 here; another order in 1 of 1 rounds, not safe",
+        "safe.\n\n- MiniLLM / SFT: 12.94 in the paper, 0.50 here",
     ),
     "rounds that don't agree": (
         {"SFT": [1.0, 3.0, 1.0, 1.0, 1.0], "KD": [2.0] * 5, "ABKD": [1.9, 1.9, 1.9, 2.1, 2.1]},

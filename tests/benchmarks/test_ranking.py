@@ -36,9 +36,22 @@ def pairs_in_order(values):
     return sum(a < b for a, b in itertools.combinations(values, 2))
 
 
+def test_ties_have_no_order(ranking):
+    text = ranking.rank_correlation([1, 1, 2], [1, 2, 3])
+    assert text.startswith("2 of 3 pairs are in the paper's order, 1 are ties (")
+    assert ranking.rank_correlation([1, 1], [1, 2]) == "0 of 1 pairs are in the paper's order, 1 are ties"
+
+
+def test_the_paper_has_one_row_for_losses_of_one_title(ranking):
+    titles = {"fkl": "FKLD", "ab:0.2,0.7": "ABKD", "ab:0.5,0.5": "ABKD", "jsd:0.1": "JSD"}
+    assert [*ranking.paper_means("table2", titles)] == ["fkl", "ab:0.2,0.7", "jsd:0.1"]
+
+
 def test_first_is_tested_seed_by_seed(ranking):
     same_luck = ranking.ahead_of([10.0, 20.0, 30.0], [9.0, 18.9, 29.1])
     assert same_luck["gap"] == pytest.approx(1.0)
     assert (same_luck["wins"], round(same_luck["p"], 4)) == (3, 0.0017)  # t = 17.3 with 2 degrees of freedom
     assert ranking.ahead_of([9.0, 21.0, 30.0], [10.0, 20.0, 31.0])["p"] > 0.5
     assert ranking.ahead_of([2.0], [1.0]) == {"gap": 1.0, "wins": 1, "p": None}
+    assert ranking.ahead_of([1.0, 2.0], [1.0, 2.0])["p"] == 1.0  # no lead
+    assert ranking.ahead_of([2.0, 3.0], [1.0, 2.0])["p"] == 0.0

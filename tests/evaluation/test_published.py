@@ -3,6 +3,7 @@
 import csv
 import functools
 import json
+import re
 
 import pytest
 
@@ -104,7 +105,7 @@ def test_paper_ours_and_difference_are_in_one_place(make_run, without_figures, c
         "| Teacher | ours | 30.00 (0.00) | - | - | - | - | 50.00 (1.00) | - |",
     ]
     notes = (folder / "scores.md").read_text()
-    assert "paper: Table 2 of the ABKD paper. A difference with * is beyond both spreads" in notes
+    assert "paper: Table 2 of the ABKD paper; its models and data may be others. A difference with * is beyond" in notes
     assert "Self-Instruct, Super-Natural, Unnatural: none of these runs answered them." in notes
     assert "FKLD, RKLD, WSD, BDKD, AKL, AlphaNet: none of these runs is one." in notes
     with (folder / "scores.csv").open(newline="") as file:
@@ -176,6 +177,33 @@ def test_a_table_of_another_report_is_read_back(make_run, without_figures):
 def test_other_names_are_refused(make_run, capsys, paper, words):
     assert main([str(make_run("ab", sets=DOLLY)), "--paper", paper]) == 2
     assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("row,Dolly mean\nABKD,12%\n", 'line 2: Dolly mean is "12%", expected a number'),
+        ("row,Dolly mean\nABKD,nan\n", 'Dolly mean is "nan"'),
+        ("row,Dolly mean,Dolly std\nABKD,1,-3\n", "Dolly std is -3, expected 0 or more"),
+        ("row,Dolly mean\nABKD,1\nabkd,2\n", "line 3: a second abkd"),
+        ("row,Dolly mean\nJSD,1\nJensen\u2019s KL,2\n", "line 3: a second Jensen"),
+        ("row,Dolly mean\n,1\n", "line 2: has no name"),
+        ("row,Dolly mean,Dolly mean\nABKD,1,2\n", "names a column twice"),
+        ("row;Dolly mean\nABKD;1\n", "separated by commas; got row;Dolly mean"),
+    ],
+)
+def test_published_files_that_make_no_sense_are_refused(make_run, tmp_path, content, words):
+    folder = make_run("ab", "ab", teacher="x", sets=DOLLY).parent
+    (tmp_path / "file.csv").write_text(content, encoding="utf-8")
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        beside(folder, tmp_path / "file.csv")
+
+
+def test_spaces_and_dashes_of_published_files_mean_nothing(make_run, tmp_path):
+    folder = make_run("jsd", "ab", "jsd:0.1", teacher="x", sets=DOLLY).parent
+    (tmp_path / "file.csv").write_text("row, Dolly mean, Dolly std\nJensen\u2019s KL , 19.5,-\n", encoding="utf-8")
+    (row,) = beside(folder, tmp_path / "file.csv").rows
+    assert (row.label, row.published) == ("JSD", [{"mean": 19.5, "std": None}])
 
 
 def test_nothing_in_common_is_refused(make_run, capsys):
@@ -256,6 +284,19 @@ def test_recipes_of_several_seeds_gain_over_their_means(tmp_path):
     sentence = gain(read_runs(folders))
     assert sentence.startswith("Dolly: ABKD 21.5 (0.7) ROUGE-L, SFT from the same start 18.5 (0.7), teacher 24.0 (0.0)")
     assert "distillation gains +3.0" in sentence
+
+
+@pytest.mark.parametrize("change", [{"settings": {"temperature": 0.0}}, {"content": "other"}])
+def test_seeds_that_were_answered_in_different_ways_have_no_mean(make_run, change):
+    for number in (1, 2):
+        folder = make_run(f"ab{number}", "ab", teacher="x", sets=DOLLY, run=seed(number))
+    path = folder / "eval" / "scores.json"
+    scores = json.loads(path.read_text()) | {key: value for key, value in change.items() if key == "settings"}
+    scores["sets"]["Dolly"] |= {key: value for key, value in change.items() if key == "content"}
+    path.write_text(json.dumps(scores))
+    table = score_table(read_runs([folder.parent]))
+    assert [len(row.runs) for row in table.rows] == [1, 1]
+    assert any("Not comparable" in note for note in table.notes)
 
 
 def test_sets_that_some_seeds_lack_are_named(make_run):

@@ -184,7 +184,7 @@ def test_bad_input_is_one_line_and_status_2(four_runs, tmp_path, capsys, monkeyp
     assert "the report can't be written" in error(four_runs, "--out", blocked / "x")
     assert '"row" and some of "Dolly mean"' in error(four_runs, "--paper", blocked)
     blocked.write_text("row,Dolly mean\nABKD,many\n")
-    assert "line 2: could not convert string to float: 'many'" in error(four_runs, "--paper", blocked)
+    assert 'line 2: Dolly mean is "many", expected a number' in error(four_runs, "--paper", blocked)
     blocked.write_text("row,Dolly mean\nABKD,1\nABKD,2\n")
     assert "line 3: a second ABKD" in error(four_runs, "--paper", blocked)
     assert "paper: none of these runs has scores" in error(four_runs / "init", "--paper", blocked)
