@@ -64,6 +64,10 @@ class Rows:
     def width(self) -> int:
         return self.parts[0].values.shape[1]
 
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for part in self.parts for tensor in part if tensor is not None)
+
     def __getitem__(self, rows: slice) -> Tensor:
         """The rows of one sample, or of any others in one part."""
         place = bisect.bisect_right(self.starts, rows.start) - 1
