@@ -122,12 +122,12 @@ class Study:
     def _check_entries(self) -> None:
         """Raises ConfigError for an unknown loss or method, and for what is given twice and would count twice."""
         seeds, search_seeds = self.options.seeds, self.options.search_seeds
-        configs = {loss: self.config("runs", loss, self.rates[0], seeds[0]) for loss in self.options.losses}
-        if wrong := next((loss for loss in configs if "/" in loss and configs[loss].method in WITHOUT_TEACHER), None):
-            raise ConfigError(f"losses: {wrong}: {configs[wrong].method} learns from no teacher, so it has no loss")
-        losses = [(config.method, loss == SFT or str(parse(config.loss))) for loss, config in configs.items()]
-        if len(configs) < len(self.options.losses):
-            losses = self.options.losses
+        losses = []
+        for loss in self.options.losses:
+            config = self.config("runs", loss, self.rates[0], seeds[0])
+            if config.method in WITHOUT_TEACHER and loss != SFT:
+                raise ConfigError(f"losses: {loss}: {config.method} learns from no teacher, so it has no loss")
+            losses.append((config.method, str(parse(config.loss))))
         given = {"losses": losses, "rates": self.rates, "seeds": seeds, "search-seeds": search_seeds}
         if twice := next((key for key, values in given.items() if len({*values}) < len(values)), None):
             raise ConfigError(f"{twice}: one is given twice, and would count twice; give each once")
@@ -138,8 +138,8 @@ class Study:
         if kind == "search":
             steps = self.options.search_steps or steps
             answers |= {"rouge_rows": None} if self.options.select == "dev_loss" else {}
-        name = f"{loss.replace(':', '-').replace('/', '-')}-{rate:g}-seed{seed}"
-        run = {"dir": str(self.out / kind), "stage": None, "seed": seed, "name": name}
+        folder = f"{loss.replace(':', '-').replace('/', '-')}-{rate:g}-seed{seed}"
+        run = {"dir": str(self.out / kind), "stage": None, "seed": seed, "name": folder}
         rates = {"lr": rate, "min_lr": min(rate, optim.min_lr)}
         config = replace(self.template, run=run, optim=rates, train={"steps": steps}, eval=answers)
         method, name = split(loss)
@@ -236,7 +236,10 @@ class Study:
         `means` are ours by loss and column, for each training seed.
         """
         paper = paper_means(self.options.paper, {loss: title(loss) for loss in means})
-        if len(paper) < 3 or self.template.eval.rouge_tokens != "words":
+        if len(paper) < 3:
+            return
+        if self.template.eval.rouge_tokens != "words":
+            self.report.note("not set beside the paper, whose ROUGE-L is of words: eval.rouge_tokens")
             return
         ours = {loss: {name: statistics.fmean(values) for name, values in means[loss].items()} for loss in paper}
         *_, last = columns = [*next(iter(ours.values()))]

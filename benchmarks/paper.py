@@ -1,12 +1,13 @@
 """The paper's seconds/sample (arXiv:2505.04560, Table 1), and the order of its methods beside that of a run."""
 
 import csv
-import importlib.resources
 import itertools
 import statistics
 
-_FILE = importlib.resources.files("abkd_fast") / "evaluation/paper/table1.csv"
-SECONDS = {row["row"]: float(row["seconds_per_sample"]) for row in csv.DictReader(_FILE.read_text().splitlines())}
+from abkd_fast.evaluation.published import PAPER
+
+_ROWS = csv.DictReader((PAPER / "table1.csv").read_text().splitlines())
+SECONDS = {row["row"]: float(row["seconds_per_sample"]) for row in _ROWS}
 
 
 def ratio(name: str, other: str = "SFT") -> float:

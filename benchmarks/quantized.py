@@ -4,19 +4,16 @@ MODEL is a folder or Hub name, ROWS a file of rows. Means over the tokens of the
 is that of the loaded weights.
 """
 
-import argparse
 import dataclasses
 
 import torch
 from torch import Tensor
 
-import harness
 from abkd_fast.config.models import ModelConfig
 from abkd_fast.data.batches import Batch, pack
-from abkd_fast.data.rows import read_rows
-from abkd_fast.data.tokenize import tokenize
-from abkd_fast.models import loading, tokenizers
+from abkd_fast.models import loading
 from harness import Report
+from workload import read_samples, rows_parser
 
 DEVICE = torch.device("cpu")
 
@@ -34,17 +31,11 @@ def read(spec: ModelConfig, batches: list[Batch]) -> tuple[Tensor, int, float]:
 
 
 def main() -> None:
-    parser, add = harness.parser(__doc__, "quantized", repeats=0)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    add("model")
-    add("rows")
-    add("--count", type=int, default=8, help="rows that are read (default: %(default)s)")
-    add("--max-length", type=int, default=256, help="tokens of a row (default: %(default)s)")
+    parser, _ = rows_parser(__doc__, "quantized")
     options = vars(parser.parse_args())
     plain = ModelConfig(path=options["model"])
-    tokenizer = tokenizers.read_tokenizer(options["model"], "model")
-    dataset = tokenize(read_rows(options["rows"], options["count"]), tokenizer, options["max_length"]).dataset
-    batches = pack(list(dataset), options["max_length"])
+    samples = read_samples(options)
+    batches = pack(samples, options["max_length"])
     labels = torch.cat([batch.labels for batch in batches])[:, None]
 
     report, rows, own = Report(DEVICE, options), [], None
@@ -60,7 +51,7 @@ def main() -> None:
             rows.append(row)
         columns = {"megabytes": "MB|.0f", "kl": "KL divergence|.2g", "same": "same most probable token|.0%"}
         columns |= {"loss": "loss on the responses|.3f", "check": "check|.1e"}
-        title = f"{options['model'].rstrip('/').rpartition('/')[2]}, {len(labels)} tokens of {len(dataset)} responses"
+        title = f"{options['model'].rstrip('/').rpartition('/')[2]}, {len(labels)} tokens of {len(samples)} responses"
         report.table("quantized", title, rows, columns)
 
 

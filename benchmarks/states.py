@@ -8,20 +8,15 @@ loss       of all tokens; and the mean difference of one token's loss, by the me
 gradient   of one token's hidden state, the mean; and of the output projection, which sums over all tokens
 """
 
-import argparse
-
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-import harness
 from abkd_fast import fused_linear_divergence
-from abkd_fast.data.rows import read_rows
-from abkd_fast.data.tokenize import tokenize
 from abkd_fast.losses.divergences import parse
-from abkd_fast.models import tokenizers
 from abkd_fast.teacher.shards import FLOAT8, Part, row_bytes
 from harness import Report
+from workload import read_samples, rows_parser
 
 LOSSES = ("fkl", "rkl", "ab:0.2,0.7", "jsd:0.5")
 LEFT_OUT = (1, 6)  # layers of the students
@@ -71,15 +66,9 @@ def compare(loss: str, student: Tensor, exact: Tensor, weight: Tensor) -> list[d
 
 
 def main() -> None:
-    parser, add = harness.parser(__doc__, "states", repeats=0)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    add("model")
-    add("rows")
-    add("--count", type=int, default=8, help="rows that are read (default: %(default)s)")
-    add("--max-length", type=int, default=256, help="tokens of a row (default: %(default)s)")
+    parser, _ = rows_parser(__doc__, "states")
     options = vars(parser.parse_args())
-    tokenizer = tokenizers.read_tokenizer(options["model"], "model")
-    samples = list(tokenize(read_rows(options["rows"], options["count"]), tokenizer, options["max_length"]).dataset)
+    samples = read_samples(options)
     report = Report(torch.device("cpu"), options)
     with report.kept("states"):
         for count in LEFT_OUT:

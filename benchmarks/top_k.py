@@ -13,17 +13,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-import harness
 from abkd_fast import divergence_loss, fused_linear_divergence, fused_linear_top_k
 from abkd_fast.config.models import ModelConfig
 from abkd_fast.data.batches import Batch, pack
-from abkd_fast.data.rows import read_rows
-from abkd_fast.data.tokenize import tokenize
 from abkd_fast.losses.arguments import LinearHead
 from abkd_fast.losses.divergences import Divergence, parse
-from abkd_fast.models import loading, tokenizers
+from abkd_fast.models import loading
 from abkd_fast.models.causal_lm import CausalLM
 from harness import Report
+from workload import read_samples, rows_parser
 
 DEVICE = torch.device("cpu")
 PARTS = ("value", "tokens", "batch")  # of a loss: itself, the gradient by hidden states, and by the output projection
@@ -90,20 +88,13 @@ def compare(student: LinearHead, teacher: LinearHead, log_p: Tensor, name: str, 
 
 
 def main() -> None:
-    parser, add = harness.parser(__doc__, "top_k", repeats=0)
-    add("model")
-    add("rows")
-    add("--count", type=int, default=24, help="rows that are read (default: %(default)s)")
-    add("--max-length", type=int, default=256, help="tokens of a row (default: %(default)s)")
+    parser, add = rows_parser(__doc__, "top_k", count=24)
     add("--losses", nargs="+", default=["fkl", "rkl", "ab:0.2,0.7", "jsd:0.5"], help="default: %(default)s")
     add("--k", type=int, nargs="+", default=[20, 100, 1000], help="default: %(default)s")
     options = vars(parser.parse_args())
     spec = ModelConfig(path=options["model"])
-    tokenizer = tokenizers.read_tokenizer(options["model"], "model")
-    dataset = tokenize(
-        read_rows(options["rows"], options["count"]), tokenizer, options["max_length"], on_bad_row="skip"
-    ).dataset
-    batches = pack(list(dataset), options["max_length"])
+    samples = read_samples(options)
+    batches = pack(samples, options["max_length"])
     model = loading.load(spec, loading.read_meta_model(spec, "teacher").whole, "teacher", torch.float32, DEVICE).eval()
     teacher = read(model, batches)
     students = {"noise of 10 %": with_noise(model, 0.1), "two thirds of the layers": with_layers(model, 2 / 3)}
@@ -111,7 +102,7 @@ def main() -> None:
 
     report = Report(DEVICE, options)
     with report.kept("top_k"):
-        title = f"{options['model'].rstrip('/').rpartition('/')[2]}, {len(log_p)} tokens of {len(dataset)} responses"
+        title = f"{options['model'].rstrip('/').rpartition('/')[2]}, {len(log_p)} tokens of {len(samples)} responses"
         masses = [
             {"name": f"{k} tokens", "rest": 1 - log_p.topk(k).values.exp().sum(1).mean().item()} for k in options["k"]
         ]

@@ -1,10 +1,11 @@
-"""The workload of whole training steps: models of random weights, and samples as long as Dolly's."""
+"""What benchmarks work on: models of random weights and samples as long as Dolly's, or a real model and rows."""
 
 import argparse
 import dataclasses
 import json
 import pathlib
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -14,6 +15,9 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 import harness
 from abkd_fast.data.batches import count_labels
+from abkd_fast.data.rows import read_rows
+from abkd_fast.data.tokenize import tokenize
+from abkd_fast.models.tokenizers import read_tokenizer
 
 LENGTH = 512  # most tokens of a sample; the published way pads every sample to it
 NEW_TOKENS = 256  # most tokens of a generated response
@@ -125,3 +129,20 @@ def random_gpt2(sizes: argparse.Namespace, end: int | None) -> GPT2LMHeadModel:
     """A GPT-2 of random weights with `sizes.width`, `.layers` and `.vocab`, and an end token."""
     shape = {"n_embd": sizes.width, "n_layer": sizes.layers, "n_head": max(1, sizes.width // 64)}
     return GPT2LMHeadModel(GPT2Config(**shape, vocab_size=sizes.vocab, bos_token_id=end, eos_token_id=end))
+
+
+def rows_parser(description: str, name: str, count: int = 8) -> tuple[argparse.ArgumentParser, Callable]:
+    """The command line of a benchmark that reads rows with a model, and its function `add_argument`."""
+    parser, add = harness.parser(description, name, repeats=0)
+    add("model")
+    add("rows")
+    add("--count", type=int, default=count, help="rows that are read (default: %(default)s)")
+    add("--max-length", type=int, default=256, help="tokens of a row (default: %(default)s)")
+    return parser, add
+
+
+def read_samples(options: dict[str, Any]) -> list[dict]:
+    """The samples of the rows that such a command line names, in tokens. Rows that can't be used are left out."""
+    tokenizer = read_tokenizer(options["model"], "model")
+    rows = read_rows(options["rows"], options["count"])
+    return list(tokenize(rows, tokenizer, options["max_length"], on_bad_row="skip").dataset)

@@ -240,3 +240,11 @@ def test_cut_answer_teaches_no_end(write_jsonl, row):
         for more in ({}, {"ended": False})
     )
     assert whole == [*cut, tokenizer.eos_token_id]
+
+
+def test_held_out_tasks_are_none_of_the_other_splits():
+    held_out, *others = ([*quickstart.rows(split)] for split in ("held-out", "test", "dev", "train"))
+    assert len(held_out) == 1000
+    assert all(isinstance(row["output"], list) for row in held_out)
+    for split in others:
+        assert held_out[:100] != split[:100]

@@ -307,6 +307,12 @@ def test_sets_that_some_seeds_lack_are_named(make_run):
     assert table.notes[-1] == "ABKD: 2 training seeds (1 on Vicuna, 1 on Average); the spread is over them."
 
 
+def test_a_score_that_is_no_number_is_one_line(make_run):
+    folder = make_run("ab", "ab", teacher="x", sets={"Dolly": score(1.0, None, seed1=float("nan"))})
+    with pytest.raises(ConfigError, match="it is no evaluation's"):
+        read_runs([folder])
+
+
 @pytest.mark.parametrize("run", [{"seed": "x"}, {"dir": 1}, {"name": None}, []])
 def test_a_damaged_place_is_one_line(make_run, run):
     folder = make_run("a")
