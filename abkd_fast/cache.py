@@ -48,7 +48,7 @@ def _build(options: argparse.Namespace) -> None:
 
     with distributed.process_group(stages[0].train.timeout_minutes), signals.terminable():
         config = _taught_stage(stages, options.stage)
-        if config.teacher.path is None and config.teacher.config is None:
+        if not any(teacher.path or teacher.config for teacher in config.all_teachers.values()):
             raise ConfigError("teacher: there is no model whose states could be computed; give teacher.path")
         _report(options, config, *_states(config))
 
@@ -71,38 +71,45 @@ def _taught_stage(stages: list[Config], name: str | None) -> Config:
     for config in stages[: 1 + stages.index(chosen)]:
         students[config.run.stage] = as_begun(config.student, students)
     resolved = resolve(chosen)
-    for key, stage in chosen.teacher.stages.items():
-        if not pathlib.Path(getattr(resolved.teacher, key)).exists():
-            raise ConfigError(f"teacher.{key}: stage:{stage} has no result yet; train that stage first")
+    for role, teacher in chosen.all_teachers.items():
+        for key, stage in teacher.stages.items():
+            if not pathlib.Path(getattr(resolved.all_teachers[role], key)).exists():
+                raise ConfigError(f"{role}.{key}: stage:{stage} has no result yet; train that stage first")
     if all(pathlib.Path(getattr(resolved.student, key)).exists() for key in chosen.student.stages):
         return resolved
     return dataclasses.replace(resolved, student=students[chosen.run.stage])
 
 
-def _states(config: Config) -> tuple[HiddenStateStore, float]:
-    """The complete states of a configuration's teacher, and the seconds that this took."""
+def _states(config: Config) -> tuple[dict[str, HiddenStateStore], float]:
+    """The complete states of each teacher of a configuration, by its key, and the seconds that all took."""
     from .training.trainer import Trainer
 
     started = time.perf_counter()
     cache, log = dataclasses.replace(config.cache, mode="disk"), dataclasses.replace(config.log, wandb=None)
     trainer = Trainer(dataclasses.replace(config, cache=cache, log=log), resume=True)  # a run's folder plays no part
-    if not trainer.cache.samples:
+    caches = trainer.teachers.caches
+    if not all(cache.samples for cache in caches.values()):
         raise ConfigError(f'method "{config.method}" trains on no response of the data: there is nothing to build')
-    trainer.build_teacher(reserved=0)
-    return trainer.cache.file, time.perf_counter() - started
+    trainer.build_teachers(reserved=0)
+    built = {key: cache.file for key, cache in caches.items() if config.all_teachers[key].hidden_states is None}
+    return built, time.perf_counter() - started
 
 
-def _report(options: argparse.Namespace, config: Config, file: HiddenStateStore, seconds: float) -> None:
+def _report(options: argparse.Namespace, config: Config, built: dict[str, HiddenStateStore], seconds: float) -> None:
     from .console import console
     from .teacher.folder import StatesFolder
 
-    for line in StatesFolder(str(file.folder), "cache").describe():
-        console.print(line, markup=False)
-    console.print(f"folder       {file.folder}, in {seconds:.1f} s altogether", markup=False)
-    stage = f"{config.run.stage}:" if config.run.stage else ""
-    given = [name for name, value in vars(config.teacher).items() if value is not None and name not in PROMPT_KEYS]
-    keys = [*(f"{name}=null" for name in given), f"hidden_states={file.folder.absolute()}"]
-    settings = [*options.overrides, *(f"{stage}teacher.{key}" for key in keys)]
+    stage, settings = f"{config.run.stage}:" if config.run.stage else "", [*options.overrides]
+    for key, file in built.items():
+        if config.teachers:
+            console.print(key, markup=False)
+        for line in StatesFolder(str(file.folder), "cache").describe():
+            console.print(line, markup=False)
+        console.print(f"folder       {file.folder}, in {seconds:.1f} s altogether", markup=False)
+        values = vars(config.all_teachers[key]).items()
+        given = [name for name, value in values if value is not None and name not in PROMPT_KEYS]
+        keys = [*(f"{name}=null" for name in given), f"hidden_states={file.folder.absolute()}"]
+        settings += [f"{stage}{key}.{each}" for each in keys]
     words = ["--config", options.config, *(word for each in settings for word in ("--set", each))]
     console.print(f"to train     python -m abkd_fast.train {shlex.join(words)}", markup=False)
 

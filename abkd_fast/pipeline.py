@@ -145,7 +145,7 @@ def plan(stages: list[Config], resume: bool = False) -> None:
         if config.method == "generate":
             lines = answers.describe(config, _take_prompts(config, known))
         else:
-            lines = describe(Trainer(dataclasses.replace(config, **specs), resume, known))
+            lines = describe(Trainer(_replaced(config, specs), resume, known))
         for line in lines:
             console.print(line, markup=False)
 
@@ -281,10 +281,13 @@ def _check_earlier(where: str, name: str, earlier: dict[str, Config]) -> None:
 
 def _models(config: Config) -> dict[str, ModelConfig]:
     """The models by role. A served teacher is none."""
-    roles = {"student": config.student}
-    if config.teacher is not None and config.teacher.top_k is None:
-        roles["teacher"] = config.teacher
-    return roles
+    return {"student": config.student} | {key: spec for key, spec in config.all_teachers.items() if spec.top_k is None}
+
+
+def _replaced(config: Config, sections: dict) -> Config:
+    """The configuration with other sections, also "teachers.NAME"."""
+    teachers = {name: sections.pop(f"teachers.{name}", spec) for name, spec in (config.teachers or {}).items()}
+    return dataclasses.replace(config, teachers=teachers or None, **sections)
 
 
 def resolve(config: Config) -> Config:
@@ -296,7 +299,7 @@ def resolve(config: Config) -> Config:
     if config.data.stage:
         rows = str(config.run.root / config.data.stage / "final")
         resolved["data"] = dataclasses.replace(config.data, train=rows)
-    return dataclasses.replace(config, **resolved)
+    return _replaced(config, resolved)
 
 
 def _is_finished(config: Config, resume: bool) -> bool:
@@ -347,11 +350,11 @@ def _read_summary(folder: pathlib.Path) -> dict:
 def _deciding(values: dict) -> dict:
     """The values that a run's weights depend on. Paths within the folder of the runs become relative."""
     root = pathlib.Path(values["run"].pop("dir"), values["run"]["name"])
-    references = [*itertools.product(("student", "teacher"), ("path", "adapter")), ("data", "train")]
-    for section, key in references:
-        path = (values.get(section) or {}).get(key)
+    models = [values["student"], values["teacher"] or {}, *(values["teachers"] or {}).values()]
+    for section, key in [*itertools.product(models, ("path", "adapter")), (values["data"], "train")]:
+        path = section.get(key)
         if path is not None and pathlib.Path(path).is_relative_to(root):
-            values[section][key] = str(pathlib.Path(path).relative_to(root))
+            section[key] = str(pathlib.Path(path).relative_to(root))
     test_sampling = {*OPTIONS} - {"max_new_tokens"}  # responses to dev rows follow none of these
     for section, key in (
         *(("train", key) for key in ("on_nonfinite", "gradient_checkpointing", "parallel", "timeout_minutes")),

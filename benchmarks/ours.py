@@ -52,5 +52,5 @@ class Ours:
                     method.settings = dataclasses.replace(method.settings, rollouts=len(samples))
                     samples = method.select_batch(1, 1.0, turn.samples, self.rollouts)
                 batch = make_step_batch(samples, turn.text, trainer.config.train.max_tokens)
-            trainer.method, trainer.teacher = method, teacher if METHODS[name].loss else None
+            trainer.method, trainer.teachers.built = method, {"teacher": teacher} if METHODS[name].loss else {}
             return trainer.train_step(batch)[:2]

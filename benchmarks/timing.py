@@ -24,7 +24,7 @@ import profiling
 from abkd_fast.config.recipe import load
 from abkd_fast.config.schema import Config
 from abkd_fast.data.batches import count_labels, make_step_batch, prompt_of
-from abkd_fast.teacher.cache import TeacherCache
+from abkd_fast.teacher.cache import Assignment, TeacherCache
 from abkd_fast.training.costs import peak_flops
 from abkd_fast.training.trainer import Trainer
 from baseline import CHUNK, METHODS, NOTES, PARTS, WAYS, Baseline, Key, Turn, pad_samples
@@ -77,11 +77,12 @@ class Benchmark:
         """Both sides, on the same weights. A method is to them only a loss, a teacher and samples."""
         self.trainer = trainer = Trainer(self.config("ABKD"))
         trainer.build()
-        live, samples = trainer.teacher, list(trainer.data.train_set)
+        live, samples = trainer.teachers["teacher"], list(trainer.data.train_set)
         count = 2 * len(samples)  # so often its states are read that building it pays
-        cache = self.config("ABKD", "auto"), trainer.teacher_meta, trainer.data.train_set, count
-        cache = TeacherCache(*cache, trainer.device, trainer.dtype, trainer.vocabulary)
-        cached = cache.open(lambda: live.model, trainer.precision, 0)
+        models = self.config("ABKD", "auto"), trainer.teachers.metas["teacher"], trainer.teachers.vocabulary
+        data = trainer.data.train_set, None, trainer.data.place, count
+        given = Assignment("teacher", *models, *data, trainer.device, trainer.dtype)
+        cached = TeacherCache(given).open(lambda: live.model, trainer.precision, 0)
         self.build_seconds = cached.pass_seconds / len(samples)
         self.ours, self.baseline = Ours(trainer, live, cached, self.config), Baseline(trainer, live)
         # Moments exist from here on, so that a first step takes the memory of any other.
@@ -288,7 +289,8 @@ class Benchmark:
         peak = peak_flops(self.trainer.device)
         if peak is None or (name, way) not in times:
             return None
-        cost, shares, taught = self.trainer.step_cost(way == "cached"), [], self.methods[name].loss is not None
+        taught, shares = self.methods[name].loss is not None, []
+        cost = self.trainer.step_cost(way == "cached", "teacher")
         for turn, milliseconds in zip(self.turns[1:], times[name, way], strict=False):  # there may be fewer rounds
             flops = cost.flops(turn.samples, taught) + cost.flops(turn.text, taught=False)
             shares.append(flops / (1e-3 * milliseconds * self.batch_size * peak))

@@ -281,8 +281,9 @@ def poison_rank_1():
     backward = Trainer._backward
 
     def wrapped(self, *arguments):
-        loss = backward(self, *arguments)
-        return loss + torch.inf if distributed.rank() == 1 and self.state.step == 2 else loss
+        backward(self, *arguments)
+        if distributed.rank() == 1 and self.state.step == 2:
+            self.shares["loss_method"][-1] += torch.inf
 
     Trainer._backward = wrapped
 

@@ -1,7 +1,9 @@
 """The sections of a configuration that name models: where they come from, and how they are loaded."""
 
 import dataclasses
+import json
 import pathlib
+import re
 from typing import Annotated, Literal
 
 from ..errors import ConfigError
@@ -125,3 +127,28 @@ class TeacherConfig(ModelConfig):
         if others:
             problem = f"{getattr(self, key)} replaces the teacher's model, but {others[0]} is given, too"
             raise ConfigError(f"{key}: {problem}; give null for {', '.join(others)}", key)
+
+
+def check_several(teachers: dict[str, TeacherConfig] | None, by_file: dict, method: str) -> None:
+    """Raises ConfigError for teachers that can't be told apart, or that the method can't have.
+
+    by_file: the teachers of rows that name none, as `data.teachers` has them.
+    """
+    if teachers is None:
+        raise ConfigError("data.teachers: gives rows a teacher by name, but teachers is missing", "data.teachers")
+    if not teachers:
+        raise ConfigError("teachers: is empty; name some, or give teacher", "teachers")
+    if method == "minillm":
+        problem = "minillm draws tokens from a mixture of the student and one teacher"
+        raise ConfigError(f"teachers: {problem}; give teacher, or another method", "teachers")
+    for name, teacher in teachers.items():
+        if not re.fullmatch(r"[\w-]{1,60}", name):
+            problem = f'"{name[:60]}" is no name of a teacher; use letters, digits, "_" and "-"'
+            raise ConfigError(f"teachers: {problem}", "teachers")
+        if teacher.top_k is not None:
+            problem = "a server's likeliest tokens can't be one of several teachers"
+            raise ConfigError(f"teachers.{name}.top_k: {problem}; give teacher.top_k alone", "teachers")
+    for file, name in by_file.items():
+        if name not in teachers:
+            problem = f"{file[:60]} has teacher {json.dumps(name)[:60]}, expected one of {', '.join(teachers)}"
+            raise ConfigError(f"data.teachers: {problem}", "data.teachers")

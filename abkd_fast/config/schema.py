@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from ..errors import ConfigError, check_number, nearest
 from ..losses.divergences import parse
 from .methods import METHODS, WITH_SERVED_TEACHER, WITHOUT_TEACHER, MiniLLMConfig, OnPolicyConfig
-from .models import ModelConfig, TeacherConfig
+from .models import ModelConfig, TeacherConfig, check_several
 from .sampling import NgramSize, SamplingKeys
 from .section import Section
 
@@ -65,7 +65,12 @@ class DataConfig(Section):
     columns: Annotated[
         dict | None,
         'names of your columns, by ours: {"prompt": "question", "output": "answer"}; ours are prompt, instruction, '
-        "input, output, messages, tools, teacher_prompt and teacher_messages, and other columns are then not read",
+        "input, output, messages, tools, teacher, teacher_prompt and teacher_messages, and other columns are then not "
+        "read",
+    ] = None
+    teachers: Annotated[
+        dict[str, str] | None,
+        'of several teachers, those of rows that name none in a column "teacher", by file: {"code.jsonl": "code"}',
     ] = None
     on_bad_row: Annotated[
         Literal["stop", "skip"], "if a row can't be used: end the run, or leave it out; the first lines name them"
@@ -248,6 +253,10 @@ class Config(Section):
     run: RunConfig
     student: ModelConfig
     teacher: TeacherConfig | None = None
+    teachers: Annotated[
+        dict[str, TeacherConfig] | None,
+        "several teachers {NAME: keys of teacher} in place of teacher: each row has its own (docs/several-teachers.md)",
+    ] = None
     data: DataConfig
     sampling: SamplingConfig = SamplingConfig()
     on_policy: OnPolicyConfig = OnPolicyConfig()  # noqa: RUF009 - it is frozen
@@ -268,7 +277,11 @@ class Config(Section):
         except ValueError as error:
             raise ConfigError(str(error), "loss") from None
         super().__post_init__()
-        if self.method not in (*WITHOUT_TEACHER, "generate") and self.teacher is None:
+        if self.teachers is not None and self.teacher is not None:
+            raise ConfigError("teachers: there is a teacher, too; give null for one of the two", "teachers")
+        if self.teachers is not None or self.data.teachers is not None:
+            check_several(self.teachers, self.data.teachers or {}, self.method)
+        if self.method not in (*WITHOUT_TEACHER, "generate") and not self.all_teachers:
             raise ConfigError(f'teacher: missing, and method "{self.method}" needs one; give teacher.path')
         self._check_served_teacher()
         if self.student.device_map is not None:
@@ -292,8 +305,21 @@ class Config(Section):
             raise ConfigError(f"{problem}; raise the first or lower the second")
         self._check_generation()
         self._check_labels()
-        if self.teacher is not None and self.teacher.hidden_states is not None:
-            self._check_given_states()
+        for key, teacher in self.all_teachers.items():
+            if teacher.hidden_states is not None:
+                self._check_given_states(f"{key}.hidden_states")
+
+    @property
+    def all_teachers(self) -> dict[str, TeacherConfig]:
+        """The teachers by their keys: "teacher", or "teachers.NAME" for each of several."""
+        if self.teachers is not None:
+            return {f"teachers.{name}": teacher for name, teacher in self.teachers.items()}
+        return {} if self.teacher is None else {"teacher": self.teacher}
+
+    def of_teacher(self, key: str) -> "Config":
+        """The same run with one of its teachers alone."""
+        data = dataclasses.replace(self.data, teachers=None)
+        return dataclasses.replace(self, teacher=self.all_teachers[key], teachers=None, data=data)
 
     @property
     def served_teacher(self) -> str | None:
@@ -335,12 +361,11 @@ class Config(Section):
             way_out = f"which are no right answers: set hard_weight=0{instead}"
             raise ConfigError(f"{problem}, {way_out}", "hard_weight")
 
-    def _check_given_states(self) -> None:
+    def _check_given_states(self, key: str) -> None:
         """Raises ConfigError where the method needs the teacher itself, or the cache is off."""
-        key = "teacher.hidden_states"
         if self.method in ("imitkd", "distillm", "minillm") or (self.method == "gkd" and self.on_policy.fraction > 0):
             problem = f'method "{self.method}" asks the teacher about responses that are written in training'
-            raise ConfigError(f"{key}: {problem}; give teacher.path, or a method that trains on the data: ab, kd", key)
+            raise ConfigError(f"{key}: {problem}; give its path, or a method that trains on the data: ab, kd", key)
         if self.cache.mode == "off":
             raise ConfigError(f"{key}: cache.mode is off, but the states are a cache; leave cache.mode out", key)
 

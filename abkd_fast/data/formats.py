@@ -26,7 +26,7 @@ PROMPT_WITH_INPUT = (
 )
 TEACHER = ("teacher_prompt", "teacher_messages")  # what the teacher reads in place of the prompt, in any format
 # What `data.columns` gives names to.
-OURS = ("prompt", "instruction", "input", "output", "messages", "tools", *TEACHER)
+OURS = ("prompt", "instruction", "input", "output", "messages", "tools", "teacher", *TEACHER)
 
 CHATS = ("messages", "conversations")
 PROMPTS = ("prompt", "instruction", "question")

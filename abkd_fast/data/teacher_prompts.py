@@ -29,9 +29,28 @@ class TeacherFormat:
         is_rendered = self.has_template and "messages" in row.values
         return bool(self.system) or is_rendered or any(key in row.values for key in TEACHER)
 
-    def settings(self) -> tuple:
-        """All that tokens depend on, besides rows and the student's tokenizer."""
+    def settings(self, rows: list[Row]) -> tuple:
+        """All that tokens depend on, besides the rows' values and the student's tokenizer."""
         return self.system, self.tokenizer.chat_template, dataclasses.asdict(self.style)
+
+    def prompts(self) -> "TeacherPrompts":
+        return TeacherPrompts(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class SeveralFormats:
+    """How the prompts of several teachers become tokens: each row has its own teacher."""
+
+    formats: dict[str, TeacherFormat]  # by the teacher's name
+
+    def has_own_prompt(self, row: Row) -> bool:
+        return self.formats[row.teacher].has_own_prompt(row)
+
+    def settings(self, rows: list[Row]) -> tuple:
+        return {name: form.settings(rows) for name, form in self.formats.items()}, [row.teacher for row in rows]
+
+    def prompts(self) -> "SeveralPrompts":
+        return SeveralPrompts({name: form.prompts() for name, form in self.formats.items()})
 
 
 class CutSample(NamedTuple):
@@ -145,6 +164,21 @@ class TeacherPrompts:
 
     def _decode(self, ids: Sequence[int]) -> str:
         return self.form.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+class SeveralPrompts:
+    """The same with several teachers, each for its rows."""
+
+    def __init__(self, prompts: dict[str, TeacherPrompts]) -> None:
+        self.prompts = prompts
+
+    def views(self, rows: dict[int, Row], samples: list[CutSample]) -> list[Sample | ConfigError]:
+        found: dict[int, Sample | ConfigError] = {}  # by the place of a sample
+        for name, prompts in self.prompts.items():
+            own = {index: row for index, row in rows.items() if row.teacher == name}
+            places = [place for place, sample in enumerate(samples) if sample.row in own]
+            found |= zip(places, prompts.views(own, [samples[place] for place in places]), strict=True)
+        return [found[place] for place in range(len(samples))]
 
 
 def _paired(own: list[dict], theirs: list[dict], trained: list[int]) -> tuple[list[dict], list[int]]:

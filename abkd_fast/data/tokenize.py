@@ -21,7 +21,7 @@ from .chat import PromptFormat
 from .encode import Encoder, Sample
 from .rows import Row
 from .strict_json import show
-from .teacher_prompts import CutSample, TeacherFormat, TeacherPrompts
+from .teacher_prompts import CutSample, SeveralFormats, TeacherFormat
 
 # Columns of tokenized data: of a sample, and of a sample that comes from a row.
 SAMPLE = datasets.Features(
@@ -81,7 +81,7 @@ def tokenize(
     max_prompt_length: int | None = None,
     style: PromptFormat = PromptFormat(),  # noqa: B008 - it is frozen
     on_bad_row: str = "stop",
-    teacher: TeacherFormat | None = None,
+    teacher: TeacherFormat | SeveralFormats | None = None,
 ) -> Tokenized:
     """Tokenizes rows as `Encoder` says into the columns of ROW; lengths are in tokens:
 
@@ -105,8 +105,8 @@ def tokenize(
     prompts, columns = None, ROW
     taught = 0 if teacher is None else sum(map(teacher.has_own_prompt, rows))
     if taught:
-        prompts, columns = TeacherPrompts(teacher), TAUGHT
-        settings.append(teacher.settings())
+        prompts, columns = teacher.prompts(), TAUGHT
+        settings.append(teacher.settings(rows))
     key = fingerprint(contents, tokenizer, *settings)
     notes = arrow_file(key).with_suffix(".json")
 

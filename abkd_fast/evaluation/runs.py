@@ -49,6 +49,13 @@ class Run:
         return self.config.get("run", {}).get("seed")
 
     @property
+    def teachers(self) -> dict[str, dict]:
+        """The models that it learns from, by name; none without a teacher."""
+        several = self.config.get("teachers")
+        one = {} if self.config["teacher"] is None else {"teacher": self.config["teacher"]}
+        return several if several and self.config["method"] not in WITHOUT_TEACHER else one
+
+    @property
     def besides_seed(self) -> str:
         """The configuration without seed and place, as JSON. Paths of the recipe's other stages are relative."""
         config = {key: value for key, value in self.config.items() if key != "run"}
@@ -76,7 +83,8 @@ class Run:
 
     def learns_from(self, other: "Run") -> bool:
         """Whether the other run's result is the teacher. A teacher that the method doesn't use does not count."""
-        return self.config["method"] not in WITHOUT_TEACHER and _is_result(self.config["teacher"], other)
+        uses_teacher = self.config["method"] not in WITHOUT_TEACHER
+        return uses_teacher and any(_is_result(model, other) for model in self.teachers.values())
 
     def curve(self, kind: str, key: str) -> tuple[list[int], list[float]]:
         """The steps and values of the points of a kind ("train", "dev") that have this value."""
@@ -151,6 +159,7 @@ def _read(folder: pathlib.Path) -> Run:
 def _check(config: dict, summary: dict, points: list[dict]) -> None:
     """Raises LookupError or TypeError if something is missing, or no number, that a report reads."""
     models = [config[role] for role in ("student", "teacher") if config[role] is not None]
+    models += (config.get("teachers") or {}).values()
     needed = [(config, ("method", "loss")), (config["train"], ("batch_size",)), (summary, (*NUMBERS, *DEV_NUMBERS))]
     needed += [(model, ("path", "adapter", "lora")) for model in models]
     needed += [(point, ("kind", "step")) for point in points]

@@ -281,12 +281,11 @@ def _report(run: Run) -> str:
     """One run in Markdown: settings, results and curves."""
     config, summary = run.config, run.summary
     models = {
-        role: config[role]["path"] or config[role].get("hidden_states") or "random weights"
-        for role in ("student", "teacher")
-        if config[role]
+        role: model["path"] or model.get("hidden_states") or "random weights"
+        for role, model in {"student": config["student"], **run.teachers}.items()
     }
     facts = {
-        "method": config["method"] + ("" if config["teacher"] is None else f", loss {config['loss']}"),
+        "method": config["method"] + (f", loss {config['loss']}" if run.teachers else ""),
         **models,
         "steps": f"{summary['steps']} of {config['train']['batch_size']} samples; final/ is of step "
         f"{summary['selected_step']}",

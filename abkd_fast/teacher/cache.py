@@ -1,6 +1,7 @@
 """Decides whether the teacher's hidden states are cached, and builds the cache."""
 
 import contextlib
+import dataclasses
 import functools
 import gc
 import itertools
@@ -9,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 
 import datasets
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -32,34 +34,39 @@ from .teacher import CachedTeacher, Teacher
 MEMORY_SHARE = 0.25  # share of the free memory that mode auto uses for hidden states
 
 
+@dataclasses.dataclass(frozen=True)
+class Assignment:
+    """A teacher, and the samples whose hidden states a run wants of it."""
+
+    key: str  # the teacher's in the configuration
+    config: Config  # the run's, with this teacher alone
+    teacher: MetaModel
+    vocabulary: Vocabulary
+    dataset: datasets.Dataset
+    indices: np.ndarray | None  # of `dataset` among the run's samples; None: these are all
+    where: Callable[[int], str]  # the place of a sample of `dataset` in the user's files
+    samples: int  # how many of `dataset` the run will see, counting repetitions; 0: none with its own response
+    device: torch.device
+    dtype: torch.dtype  # of the computation
+
+
 class TeacherCache:
     """Decides how a run gets its teacher's hidden states, and opens or builds the cache."""
 
-    def __init__(
-        self,
-        config: Config,
-        teacher: MetaModel,
-        dataset: datasets.Dataset,
-        samples: int,
-        device: torch.device,
-        dtype: torch.dtype,
-        vocabulary: Vocabulary,
-    ) -> None:
-        """samples: how many samples of `dataset` the run will see, counting repetitions; 0: none with its own response.
-
-        Raises ConfigError for a folder that can't hold the cache, where mode insists on it.
-        """
-        self.mode, self.spec, self.config = config.cache.mode, config.teacher, teacher.config
-        self.origin = Origin.of(config, teacher.config, teacher.form.logit_map, vocabulary)
+    def __init__(self, given: Assignment) -> None:
+        """Raises ConfigError for a folder that can't hold the cache, where mode insists on it."""
+        config, teacher = given.config, given.teacher
+        self._take(given)
+        self.spec, self.config = config.teacher, teacher.config
+        self.origin = Origin.of(config, teacher.config, teacher.form.logit_map, given.vocabulary)
         self.logit_map = self.origin.logit_map
         self.root = pathlib.Path(config.cache.dir) if config.cache.dir else cache_folder()
-        self.dataset, self.samples, self.device, self.dtype = dataset, samples, device, dtype
-        self.kept = FLOAT8 if config.cache.dtype == "float8" else dtype  # the type of rows in files and in memory
+        self.kept = FLOAT8 if config.cache.dtype == "float8" else self.dtype  # the type of rows in files and in memory
         self.max_tokens = config.train.max_tokens
-        self.layout = store.Layout(dataset)
+        self.layout = store.Layout(self.dataset)
         self.width = teacher.model.get_output_embeddings().weight.shape[1]
         self.bytes = self.layout.rows * shards.row_bytes(self.width, self.kept)
-        if self.mode == "off" or not samples:
+        if self.mode == "off" or not self.samples:
             return
         weights = None  # random weights are known only after they are drawn
         if self.spec.path is not None:
@@ -68,6 +75,10 @@ class TeacherCache:
         problem = self.file.problem()
         if self.mode == "disk" and problem and not self.file.is_recorded:
             raise ConfigError(f"cache.dir: {problem}; choose another, or cache.mode=off")
+
+    def _take(self, given: Assignment) -> None:
+        self.mode, self.dataset, self.samples = given.config.cache.mode, given.dataset, given.samples
+        self.indices, self.device, self.dtype = given.indices, given.device, given.dtype
 
     def _identify(self, weights: dict | str | None) -> None:
         identity = {
@@ -216,7 +227,9 @@ class TeacherCache:
 
     def _teacher(self, rows: Rows, head: tuple[Tensor, Tensor | None], seconds: float) -> CachedTeacher:
         head = tuple(None if tensor is None else tensor.detach().to(self.device) for tensor in head)
-        return CachedTeacher(rows, self.layout, head, self.logit_map, (seconds, self.build_seconds))
+        places = self.layout if self.indices is None else self.layout.among(self.indices)
+        seconds = seconds, self.build_seconds
+        return CachedTeacher(rows, places, len(self.dataset), head, self.logit_map, seconds)
 
     def _head(self) -> tuple[Tensor, Tensor | None]:
         distributed.unshard_root(self.load())
@@ -253,28 +266,15 @@ class TeacherCache:
 class GivenStates(TeacherCache):
     """The states in `teacher.hidden_states`: a folder that was built before, perhaps on another machine."""
 
-    def __init__(
-        self,
-        config: Config,
-        teacher: MetaModel,
-        dataset: datasets.Dataset,
-        samples: int,
-        device: torch.device,
-        dtype: torch.dtype,
-        vocabulary: Vocabulary,
-        where: Callable[[int], str],
-    ) -> None:
-        """where: the place of a sample of `dataset` in the user's files.
-
-        Raises ConfigError for a folder that is damaged, not complete, or lacks a sample.
-        """
-        self.mode, self.samples, self.dataset = config.cache.mode, samples, dataset
-        self.device, self.dtype, self.build_seconds = device, dtype, 0.0
-        self.file = StatesFolder(config.teacher.hidden_states, "teacher.hidden_states")
+    def __init__(self, given: Assignment) -> None:
+        """Raises ConfigError for a folder that is damaged, not complete, or lacks a sample."""
+        self._take(given)
+        self.build_seconds = 0.0
+        self.file = StatesFolder(given.config.teacher.hidden_states, f"{given.key}.hidden_states")
         self.file.check()
         self.logit_map, self.bytes = self.file.logit_map, self.file.bytes
-        self.head = self.file.head(teacher.model.get_output_embeddings().weight.shape, dtype)
-        self.layout = self.file.find(dataset, where, settings_of(config, vocabulary))
+        self.head = self.file.head(given.teacher.model.get_output_embeddings().weight.shape, self.dtype)
+        self.layout = self.file.find(self.dataset, given.where, settings_of(given.config, given.vocabulary))
         started = time.perf_counter()
         distributed.run_on_rank0(self.file.verify)
         self.check_seconds = time.perf_counter() - started

@@ -70,6 +70,12 @@ class Places:
     def sample(self, index: int) -> slice:
         return slice(int(self.starts[index]), int(self.ends[index]))
 
+    def among(self, indices: np.ndarray) -> "Places":
+        """The same rows for samples that have these indices in a larger data set."""
+        starts, ends = np.zeros((2, 1 + int(indices.max())), dtype=np.int64)
+        starts[indices], ends[indices] = self.starts, self.ends
+        return Places(starts, ends)
+
 
 class Layout(Places):
     """The place of every sample's rows. Samples go from long to short, so packs are even and the largest is first.

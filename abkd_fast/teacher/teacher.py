@@ -52,24 +52,26 @@ class CachedTeacher:
     def __init__(
         self,
         rows: Rows,
-        layout: Places,
+        places: Places,
+        samples: int,
         head: tuple[Tensor, Tensor | None],
         logit_map: LogitMap,
         seconds: tuple[float, float],
     ) -> None:
-        """head: the output projection and its bias; logit_map: what follows it.
+        """places: of the rows of each sample, by its "index". samples: how many there are.
 
+        head: the output projection and its bias; logit_map: what follows it.
         seconds: what one process takes to compute all rows, and what this run spent on it.
         """
-        self.rows, self.layout = rows, layout
+        self.rows, self.places, self.samples = rows, places, samples
         self.weight, self.bias = head
         self.logit_map = logit_map
         self.pass_seconds, self.build_seconds = seconds
         self.note = ""
 
-    def seconds_saved(self, samples: int) -> float:
+    def seconds_saved(self, samples: float) -> float:
         """About how many seconds the cache saves over so many samples; negative where building it took longer."""
-        return self.pass_seconds / distributed.world_size() * samples / len(self.layout.starts) - self.build_seconds
+        return self.pass_seconds / distributed.world_size() * samples / self.samples - self.build_seconds
 
     def read_ahead(self, batch: Batch) -> Batch:
         """The micro-batch with its hidden states, if a step would wait for the disk. Another thread may call this."""
@@ -91,7 +93,7 @@ class CachedTeacher:
 
     def _gather(self, samples: list[dict]) -> Tensor:
         """The samples' rows, one after the other. Those that a GPU will copy lie in page-locked memory."""
-        rows = [self.rows[self.layout.sample(sample["index"])] for sample in samples]
+        rows = [self.rows[self.places.sample(sample["index"])] for sample in samples]
         if self._is_on_device:
             return torch.cat(rows)
         pinned = torch.empty(sum(map(len, rows)), self.rows.width, dtype=self.rows.dtype, pin_memory=True)

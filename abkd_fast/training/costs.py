@@ -164,7 +164,7 @@ def memory(
     if device.type == "cpu":
         yield "copies, while a checkpoint is written", 3 * trained * master
     if cost.teacher:
-        yield "teacher", cost.teacher.head * dtype.itemsize if cost.cached else cost.teacher.weight_bytes(dtype)
+        yield "teacher", teacher_bytes(cost, dtype)
     yield _activations(student, config, batch, dtype, train.gradient_checkpointing)
     rows_of = 2 if cost.teacher else 1
     logits = torch.float64 if dtype == torch.float64 else torch.float32
@@ -172,6 +172,11 @@ def memory(
     rows = choose_chunk_tokens(len(batch.labels), bytes_of_row, device)
     gradient = student.head * master if cost.adapter is None else 0
     yield "logits of a chunk and the projection's gradient", rows * bytes_of_row + gradient
+
+
+def teacher_bytes(cost: StepCost, dtype: torch.dtype) -> int:
+    """What a teacher takes in memory: its output projection alone, if its states are cached."""
+    return cost.teacher.head * dtype.itemsize if cost.cached else cost.teacher.weight_bytes(dtype)
 
 
 def _activations(student: ModelCost, *arguments: Any) -> tuple[str, int]:

@@ -33,27 +33,28 @@ def describe(trainer: Trainer) -> Iterator[str]:
     yield from _forms(trainer)
     yield from _quantized(trainer)
     yield from without_kernels(trainer.device)
-    on_disk, in_memory, reason = False, False, ""
-    if trainer.cache:
-        on_disk, in_memory, reason = trainer.cache.choose(free_memory(trainer.device))
+    free = free_memory(trainer.device)
+    choices = {key: cache.choose(free) for key, cache in trainer.teachers.caches.items()}
     # An on-policy method keeps the teacher's body, which reads what is generated.
-    yield from _memory(trainer, (on_disk or in_memory) and not trainer.is_on_policy)
+    cached = {key: (disk or memory) and not trainer.teachers.is_on_policy for key, (disk, memory, _) in choices.items()}
+    yield from _memory(trainer, cached)
     yield from _served(trainer)
-    if on_disk or in_memory:
+    for key, (on_disk, in_memory, reason) in choices.items():
+        cache, of = trainer.teachers.caches[key], f"{key}: " if trainer.teachers.are_several else ""
+        if not on_disk and not in_memory:
+            yield f"  cache      {of}none: {reason}"
+            continue
         place = f"memory, not kept ({reason})"
         if on_disk:
-            file = trainer.cache.file
-            place = f"{file.folder}, {'found' if file.is_recorded else 'to be computed'}"
-        yield f"  cache      {format_bytes(trainer.cache.bytes)} of teacher's states in {place}"
-    elif trainer.cache:
-        yield f"  cache      none: {reason}"
+            place = f"{cache.file.folder}, {'found' if cache.file.is_recorded else 'to be computed'}"
+        yield f"  cache      {of}{format_bytes(cache.bytes)} of teacher's states in {place}"
 
 
 def header(trainer: Trainer) -> Iterator[str]:
     """The first lines of a run say what was built and chosen, so that nobody trains on a slow path unknowingly."""
     config, data = trainer.config, trainer.data
     lengths = torch.tensor(data.train_set["row_length"][:]).clamp(max=config.data.max_length)
-    loss = f"  loss {config.loss}" if trainer.teacher or trainer.method.top_k else ""
+    loss = f"  loss {config.loss}" if trainer.teachers or trainer.method.top_k else ""
     yield f"[bold]{config.run.folder}[/bold]  method {config.method}{loss}"
     yield f"  models     {_models(trainer)}"
     yield (
@@ -71,8 +72,8 @@ def header(trainer: Trainer) -> Iterator[str]:
         yield from (f"  router     {line}" for line in lines)
     for line in without_kernels(trainer.device):
         yield f"[bold red]{escape(line)}[/bold red]"
-    if trainer.teacher:
-        yield f"  teacher    {trainer.teacher.note}"
+    for key, teacher in trainer.teachers.built.items():
+        yield f"  teacher    {f'{key}: ' if trainer.teachers.are_several else ''}{teacher.note}"
     yield from map(escape, _served(trainer))
     if distributed.world_size() > 1:
         held = "a part of all weights" if trainer.is_sharded else "all weights"
@@ -92,12 +93,11 @@ def _steps(trainer: Trainer) -> str:
 
 def _models(trainer: Trainer) -> str:
     sizes = f"student {loading.describe(trainer.student_meta, trainer.student.adapter_rank)}"
-    if not trainer.teacher:
-        return sizes
-    meta, adapter = trainer.teacher_meta, trainer.config.teacher.adapter
-    sizes += f", teacher {loading.describe(meta)}"  # a cached teacher's body is not in memory
-    joined = "merged" if meta.quantization is None else "attached"
-    return f"{sizes} with {adapter} {joined}" if adapter else sizes
+    for key, meta in trainer.teachers.metas.items():
+        sizes += f", {key} {loading.describe(meta)}"  # a cached teacher's body is not in memory
+        if adapter := trainer.config.all_teachers[key].adapter:
+            sizes += f" with {adapter} {'merged' if meta.quantization is None else 'attached'}"
+    return sizes
 
 
 def _served(trainer: Trainer) -> Iterator[str]:
@@ -108,16 +108,15 @@ def _served(trainer: Trainer) -> Iterator[str]:
 
 def _quantized(trainer: Trainer) -> Iterator[str]:
     """Lines about the models whose weights are quantized."""
-    for role, meta in (("student", trainer.student_meta), ("teacher", trainer.teacher_meta)):
-        if meta and meta.quantization:
+    for role, meta in {"student": trainer.student_meta, **trainer.teachers.metas}.items():
+        if meta.quantization:
             yield f"  quantized  {role}: {meta.quantization.note}"
 
 
 def _forms(trainer: Trainer) -> Iterator[str]:
     """How the models compute, and what that costs where it is not the fast way."""
-    metas = {"student": trainer.student_meta} | ({"teacher": trainer.teacher_meta} if trainer.teacher_meta else {})
-    if trainer.config.teacher and trainer.config.teacher.hidden_states:
-        metas.pop("teacher", None)  # it doesn't run
+    running = {key: meta for key, meta in trainer.teachers.metas.items() if not meta.spec.hidden_states}
+    metas = {"student": trainer.student_meta, **running}
     chosen = {role: forms.choose(meta.config, role, trainer.device) for role, meta in metas.items()}
     packed = [role for role, form in chosen.items() if form.problem is None]
     if packed:
@@ -183,14 +182,14 @@ def _data(trainer: Trainer) -> Iterator[str]:
 def _notes(trainer: Trainer) -> Iterator[str]:
     """Lines about long rows, plain text, and generation, where there are any."""
     yield from (f"  rows       {note}" for note in trainer.data.notes)
-    yield from (f"  tokens     {note}" for note in trainer.vocabulary.notes())
+    yield from (f"  tokens     {note}" for note in trainer.teachers.notes())
     if trainer.data.pretrain_set is not None:
         data = trainer.config.data
         yield (
             f"  plain text {len(trainer.data.pretrain_set)} blocks of {data.max_length} tokens, one a sample; "
             f"weight {data.pretrain.weight:g}"
         )
-    if trainer.is_on_policy:
+    if trainer.teachers.is_on_policy:
         sampling = trainer.config.sampling
         yield (
             f"  generation up to {sampling.max_new_tokens} tokens a response at temperature "
@@ -198,22 +197,28 @@ def _notes(trainer: Trainer) -> Iterator[str]:
         )
 
 
-def _memory(trainer: Trainer, cached: bool) -> Iterator[str]:
+def _memory(trainer: Trainer, cached: dict[str, bool]) -> Iterator[str]:
     """An estimate of what training needs, for the largest micro-batch of the first step."""
     train = trainer.config.train
     step = _first_step(trainer)
     batch = max(step.micro_batches, key=lambda part: part.tokens)
-    cost = trainer.step_cost(cached)
+    by_key = {key: trainer.step_cost(is_cached, key) for key, is_cached in cached.items()}
+    cost, *_ = [*by_key.values(), trainer.step_cost(cached=False)]
     student = trainer.student_meta.config
     parts = dict(costs.memory(cost, student, batch, train, trainer.dtype, trainer.device))
+    if trainer.teachers.are_several:
+        parts["teacher"] = sum(costs.teacher_bytes(cost, trainer.dtype) for cost in by_key.values())
     details, total = _list(parts), sum(parts.values())
-    if trainer.is_on_policy:
+    if trainer.teachers.is_on_policy:
         generation = dict(_generation_memory(trainer, cost))
         *_, activations, logits = parts.values()
         total += max(0, sum(generation.values()) - activations - logits)
         details += f"; while it generates, instead of the last two, {_list(generation)}"
     yield f"  memory     about {format_bytes(total)} with micro-batches of {batch.tokens} tokens: {details}"
-    work = (cost.flops(step.samples) + cost.flops(step.pretrain_blocks, taught=False)) / train.batch_size
+    work = cost.flops(step.pretrain_blocks, taught=False)
+    for key, samples in trainer.teachers.grouped(step.samples):
+        work += by_key.get(key, cost).flops(samples)
+    work /= train.batch_size
     yield f"  work       {work / 1e9:.3g} GFLOP a sample"
 
 

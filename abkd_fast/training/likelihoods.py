@@ -1,7 +1,7 @@
 """How well student and teacher predict the data's responses: told once, because a wrong teacher shows there first."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -41,18 +41,10 @@ class ResponseLikelihoods:
                 "(student.path, teacher.path), or does the teacher know another chat template (data.chat_template)?[/]"
             )
 
-    def around(
-        self, loss_of: Callable[[LinearHead], Tensor], part: Batch, teacher: LinearHead | None
-    ) -> Callable[[LinearHead], Tensor]:
-        """`loss_of`, the loss of a micro-batch by the student's head; in a measured step, one that measures first."""
-        if self.sums is None or part.is_pretrain:
-            return loss_of
-
-        def measure_first(student: LinearHead) -> Tensor:
-            self.sums -= torch.stack([_cross_entropy(head, part.labels) for head in (student, teacher)])
-            return loss_of(student)
-
-        return measure_first
+    def add(self, batch: Batch, student: LinearHead, teacher: LinearHead | None) -> None:
+        """Adds what both models say of a batch's labels, if this step is measured."""
+        if self.sums is not None and not batch.is_pretrain:
+            self.sums -= torch.stack([_cross_entropy(head, batch.labels) for head in (student, teacher)])
 
 
 @torch.no_grad()

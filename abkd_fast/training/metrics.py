@@ -177,7 +177,7 @@ class MetricsWindow:
         self.norm = torch.zeros((), device=device, dtype=torch.float64)  # gradient norm of the last finite step
         self.skipped = torch.zeros((), device=device, dtype=torch.int64)
         self.first_nonfinite = torch.zeros(3, device=device, dtype=torch.float64)  # step, loss and norm
-        self.parts: dict[str, Tensor] = {}  # parts of the loss, summed likewise
+        self.parts: dict[str, Tensor] = {}  # parts of the loss: their sum over finite steps, and how many had them
         self.expert_tokens: Tensor | None = None  # of each expert of a mixture, this rank's alone
         self.rows: list[list[int]] = []  # for each step the data rows behind its samples
         self.steps = self.samples = self.real_tokens = self.max_rank_tokens = 0
@@ -189,7 +189,8 @@ class MetricsWindow:
         finite = is_finite(loss, norm)
         self.loss += torch.where(finite, loss, 0.0)
         for name, part in parts.items():
-            self.parts[name] = self.parts.get(name, 0.0) + torch.where(finite, part, 0.0).double()
+            added = torch.stack([torch.where(finite, part, 0.0).double(), finite.double()])
+            self.parts[name] = self.parts.get(name, 0.0) + added
         self.norm = torch.where(finite, norm, self.norm)
         account = torch.stack([torch.full_like(self.loss, step), loss.double(), norm.double()])
         is_first = ~finite & (self.skipped == 0)
@@ -216,9 +217,9 @@ class MetricsWindow:
         """Logs a point, with the method's own `numbers`. Returns how many steps were skipped. Collective."""
         skipped = int(self.skipped)
         finite = self.steps - skipped
-        means = {
-            name: sum_.item() / finite if finite else None for name, sum_ in {"loss": self.loss, **self.parts}.items()
-        }
+        means = {"loss": self.loss.item() / finite if finite else None}
+        for name, (total, steps) in ((name, part.tolist()) for name, part in self.parts.items()):
+            means[name] = total / steps if steps else None
         norm = self.norm.item() if finite else None
         if distributed.world_size() > 1:  # how much more than the mean the busiest rank had
             numbers = numbers | {"imbalance": self.max_rank_tokens * distributed.world_size() / self.real_tokens - 1}
@@ -250,6 +251,9 @@ class MetricsWindow:
         for name in ("loss", "norm", "skipped", "first_nonfinite"):
             setattr(self, name, own[name])
         self.parts = {name.removeprefix("parts."): own[name] for name in own if name.startswith("parts.")}
+        for name, part in self.parts.items():
+            if not part.dim():  # of an earlier version, in which every step had every part
+                self.parts[name] = torch.stack([part, self.steps - self.skipped])
 
 
 def is_finite(loss: Tensor, norm: Tensor) -> Tensor:

@@ -3,18 +3,20 @@
 import copy
 import dataclasses
 import json
+from collections.abc import Callable
 
 import datasets
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from .. import distributed
+from ..config.methods import WITHOUT_TEACHER
 from ..config.models import ModelConfig
 from ..config.schema import Config
 from ..data import formats, pretrain
 from ..data.chat import PromptFormat
-from ..data.rows import DEV, TRAIN, Rows, read_rows
-from ..data.teacher_prompts import TeacherFormat
+from ..data.rows import DEV, TRAIN, Rows, TeacherNames, read_rows
+from ..data.teacher_prompts import SeveralFormats, TeacherFormat
 from ..data.tokenize import tokenize
 from ..errors import ConfigError
 from ..evaluation.test_sets import TestSet
@@ -28,6 +30,8 @@ from ..teacher.folder import StatesFolder
 from ..teacher.store import lengths_of, table_of
 from ..teacher.top_k import TopKTargets
 from .dev_eval import DevEvaluator
+
+OF_TEACHERS = ("teacher", *formats.TEACHER)  # columns that dev rows need not have
 
 
 @dataclasses.dataclass
@@ -59,6 +63,7 @@ class TrainData:
     notes: list[str]  # for people: how the training rows become tokens, and which rows are cut or left out
     steps_per_epoch: int
     steps: int
+    teachers: list[str | None]  # of several, the name of every training row's
 
     def place(self, index: int) -> str:
         """The file and line of a training sample."""
@@ -73,7 +78,15 @@ def train_rows(config: Config) -> tuple:
     outputs = "ignored"
     if config.method != "generate":
         outputs = "optional" if _writes_all_responses(config) else "required"
-    return config.data.train, config.data.train_rows, TRAIN, outputs, *_reading(config)
+    names = None
+    if config.teachers and is_taught(config):
+        names = TeacherNames((*config.teachers,), tuple((config.data.teachers or {}).items()))
+    return config.data.train, config.data.train_rows, TRAIN, outputs, *_reading(config), names
+
+
+def is_taught(config: Config) -> bool:
+    """Whether the method has a teacher, or several."""
+    return config.method not in (*WITHOUT_TEACHER, "generate")
 
 
 def train_format(config: Config) -> PromptFormat:
@@ -83,17 +96,25 @@ def train_format(config: Config) -> PromptFormat:
     return dataclasses.replace(style, train_on="last") if is_answered else style
 
 
-def teacher_format(config: Config, tokenizer: PreTrainedTokenizerBase) -> TeacherFormat | None:
-    """How the teacher of a run reads data.train; None for a method without one. Raises ConfigError."""
-    spec = config.teacher
-    if config.method == "generate" or not METHODS[config.method].needs_teacher:
+def teacher_format(config: Config, tokenizer: PreTrainedTokenizerBase) -> TeacherFormat | SeveralFormats | None:
+    """How the teachers of a run read data.train; None for a method without one. Raises ConfigError."""
+    if not is_taught(config):
         return None
+    if config.teachers:
+        keys = dict(zip(config.teachers, config.all_teachers, strict=True))
+        return SeveralFormats({name: _format_of(config.of_teacher(key), key, tokenizer) for name, key in keys.items()})
+    return _format_of(config, "teacher", tokenizer)
+
+
+def _format_of(config: Config, key: str, tokenizer: PreTrainedTokenizerBase) -> TeacherFormat:
+    """How the teacher of a configuration reads data.train. key: its own, for messages."""
+    spec = config.teacher
     style, has_template = train_format(config), bool(spec.chat_template or spec.chat_template_kwargs is not None)
     if spec.chat_template_kwargs is not None:
         style = dataclasses.replace(style, chat_template_kwargs=spec.chat_template_kwargs)
     if spec.chat_template is not None:
         tokenizer = copy.deepcopy(tokenizer)  # the student's keeps its template
-        tokenizers.use_chat_template(tokenizer, spec.chat_template, "teacher.chat_template", style)
+        tokenizers.use_chat_template(tokenizer, spec.chat_template, f"{key}.chat_template", style)
     return TeacherFormat(tokenizer, style, spec.system, has_template)
 
 
@@ -104,14 +125,14 @@ def _writes_all_responses(config: Config) -> bool:
 def dev_rows(config: Config) -> tuple:
     """The arguments of `read_rows` for data.dev. Raises ConfigError for a data.columns that can't be meant."""
     outputs = "ignored" if config.method == "generate" else "required"
-    return config.data.dev, config.data.dev_rows, DEV, outputs, *_reading(config)
+    return config.data.dev, config.data.dev_rows, DEV, outputs, *_reading(config, unread=OF_TEACHERS)
 
 
-def _reading(config: Config) -> tuple:
+def _reading(config: Config, unread: tuple[str, ...] = ()) -> tuple:
     columns = config.data.columns
     if columns is not None:
         formats.check_columns(columns)
-        columns = tuple(columns.items())
+        columns = tuple((ours, theirs) for ours, theirs in columns.items() if ours not in unread)
     return columns, config.data.on_bad_row
 
 
@@ -131,9 +152,13 @@ def read_tokenizer(config: Config, *later: Config) -> PreTrainedTokenizerBase:
 
 
 def check_models(
-    config: Config, student: MetaModel, teacher: MetaModel | None, tokenizer: PreTrainedTokenizerBase
+    config: Config,
+    student: MetaModel,
+    teacher: MetaModel | None,
+    tokenizer: PreTrainedTokenizerBase,
+    key: str = "teacher",
 ) -> Vocabulary:
-    """The tokens that the models share.
+    """The tokens that the models share. key: the teacher's, for messages.
 
     Raises ConfigError unless these have what the chat template and the ends of responses need, and the models have room
     for the samples.
@@ -150,9 +175,9 @@ def check_models(
             )
     theirs = None
     if teacher and config.teacher.path is not None:
-        theirs = tokenizers.read_tokenizer(config.teacher.path, "teacher.path")
+        theirs = tokenizers.read_tokenizer(config.teacher.path, f"{key}.path")
     elif teacher and config.teacher.hidden_states is not None:
-        theirs = StatesFolder(config.teacher.hidden_states, "teacher.hidden_states").vocabulary()
+        theirs = StatesFolder(config.teacher.hidden_states, f"{key}.hidden_states").vocabulary()
     models = {"student": student.config} | ({"teacher": teacher.config} if teacher else {})
     vocabulary = Vocabulary(tokenizer, {role: model.vocab_size for role, model in models.items()}, theirs)
     vocabulary.check_sizes()
@@ -178,10 +203,8 @@ def read_train_data(
     rows = prepared.take_rows(*train_rows(config))
     reads = teacher_format(config, tokenizer)
     tokenized = tokenize(rows, tokenizer, *limits, train_format(config), data.on_bad_row, reads)
-    train_set, where = tokenized.dataset, [row.where for row in rows]
-    for column in ("input_ids", "teacher_input_ids"):
-        if column in train_set.column_names:
-            vocabulary.check_samples(train_set, lambda index: where[train_set[index]["row"]], column)
+    train_set, where, teachers = tokenized.dataset, [row.where for row in rows], [row.teacher for row in rows]
+    check_tokens(vocabulary, train_set, lambda index: where[train_set[index]["row"]])
     notes = [*rows.notes, tokenized.format, *tokenized.notes(rows, data.max_length)]
     if reads is None and (count := sum(any(key in row.values for key in formats.TEACHER) for row in rows)):
         notes.append(f"{count} rows have a prompt of the teacher's own, which method {config.method} does not read")
@@ -206,7 +229,14 @@ def read_train_data(
         pretrain_set, text = _read_pretrain_set(config, tokenizer), data.pretrain.path
         vocabulary.check_samples(pretrain_set, lambda index: f"data.pretrain: {text}: block {index}")
     steps = config.train.steps or config.train.epochs * steps_per_epoch
-    return TrainData(train_set, where, dev, pretrain_set, notes, steps_per_epoch, steps)
+    return TrainData(train_set, where, dev, pretrain_set, notes, steps_per_epoch, steps, teachers)
+
+
+def check_tokens(vocabulary: Vocabulary, train_set: datasets.Dataset, place: Callable[[int], str]) -> None:
+    """Raises ConfigError for a training sample with a token that the models don't have in common."""
+    for column in ("input_ids", "teacher_input_ids"):
+        if column in train_set.column_names:
+            vocabulary.check_samples(train_set, place, column)
 
 
 def check_teacher_prompts(config: Config, method: Method, teacher: MetaModel, data: TrainData) -> None:

@@ -13,7 +13,7 @@ from ..console import console
 from ..data.batches import count_labels, teacher_view
 from ..data.chat import PromptFormat
 from ..data.rows import Row
-from ..data.teacher_prompts import TeacherFormat
+from ..data.teacher_prompts import SeveralFormats, TeacherFormat
 from ..data.tokenize import tokenize
 
 
@@ -67,7 +67,7 @@ def shown_samples(
     tokenizer: PreTrainedTokenizerBase,
     data: DataConfig,
     style: PromptFormat,
-    teacher: TeacherFormat | None = None,
+    teacher: TeacherFormat | SeveralFormats | None = None,
 ) -> Iterator[ShownSample]:
     """Every sample of the rows as it is trained on, and rows that are left out. Raises ConfigError as `tokenize`."""
     tokenized = tokenize(rows, tokenizer, data.max_length, data.max_prompt_length, style, data.on_bad_row, teacher)

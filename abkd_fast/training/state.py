@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import math
 from typing import TYPE_CHECKING
 
@@ -71,8 +73,8 @@ def load_state_dict(trainer: Trainer, tensors: dict[str, Tensor], values: dict) 
     for key, now in _fingerprints(trainer).items():
         if values["data"][key] != now:
             raise ConfigError(
-                f"{key}: its text or the tokenizer has changed since {trainer.resumed_from} was saved, or another "
-                "version of abkd_fast saved it: begin again in another folder"
+                f"{key}: its text or the tokenizer has changed since {trainer.resumed_from} was saved, "
+                "or another version of abkd_fast saved it: begin again in another folder"
             )
     for key, now in _environment(trainer).items():
         then = values["environment"][key]
@@ -97,7 +99,11 @@ def load_state_dict(trainer: Trainer, tensors: dict[str, Tensor], values: dict) 
 def _fingerprints(trainer: Trainer) -> dict[str, str]:
     """A hash of the tokens of every source that the steps to come read."""
     sources = {"data.train": trainer.data.train_set, "data.pretrain": trainer.data.pretrain_set}
-    return {key: source._fingerprint for key, source in sources.items() if source is not None}
+    hashes = {key: source._fingerprint for key, source in sources.items() if source is not None}
+    if trainer.teachers.are_several:
+        names = json.dumps(trainer.data.teachers)
+        hashes['data.train, column "teacher"'] = hashlib.sha256(names.encode()).hexdigest()
+    return hashes
 
 
 def _environment(trainer: Trainer) -> dict[str, str | int]:

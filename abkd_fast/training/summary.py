@@ -10,7 +10,6 @@ from ..console import console
 from ..device import peak_memory
 from ..errors import Interrupted
 from ..files import WRITE_ERRORS, write_json
-from ..teacher.teacher import CachedTeacher
 from . import checkpoint
 
 if TYPE_CHECKING:
@@ -23,8 +22,8 @@ def write_result(trainer: Trainer) -> dict:
     Raises Interrupted where there is no room for it.
     """
     state, folder = trainer.state, trainer.config.run.folder
-    if isinstance(trainer.teacher, CachedTeacher):
-        seconds = trainer.teacher.seconds_saved(state.samples - trainer.resumed_samples)
+    seconds = trainer.teachers.seconds_saved(state.samples - trainer.resumed_samples)
+    if seconds is not None:
         console.print(f"the teacher's cache saved about {seconds:.1f} s")
     step, dev_loss, dev_rouge_l, saved = _select(trainer)
     summary = {

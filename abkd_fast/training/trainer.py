@@ -1,10 +1,11 @@
 """The training loop. It knows no method by name: a method gives the loss of a student's hidden states."""
 
+import collections
 import contextlib
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -17,28 +18,27 @@ from ..console import console
 from ..data.batches import Batch, StepBatch, make_step_batch, prefetch, step_samples
 from ..data.chat import PromptFormat
 from ..device import choose_device, choose_dtype
-from ..errors import ConfigError, Interrupted
+from ..errors import Interrupted
 from ..files import WRITE_ERRORS, check_folder, locked, write_json
 from ..losses.arguments import LinearHead
 from ..methods import METHODS
-from ..methods.base import OnPolicyMethod
 from ..methods.rollouts import Rollouts
 from ..models import loading, quantized, tokenizers
 from ..models.causal_lm import CausalLM
 from ..models.experts import Experts, is_mixture
 from ..models.loading import MetaModel
 from ..signals import StopSignals
-from ..teacher.cache import GivenStates, TeacherCache
-from ..teacher.teacher import CachedTeacher, OnPolicyTeacher, Teacher
+from ..teacher.teacher import CachedTeacher
 from . import checkpoint, costs, dry_run, state
 from .checkpoint_policy import CheckpointPolicy
 from .checkpoint_writer import CheckpointWriter, load_optimizer
 from .likelihoods import ResponseLikelihoods
 from .metrics import MetricsWindow, RunLog, check_wandb, is_finite
 from .optim import build_optimizer, build_scheduler
-from .prepare import Prepared, check_models, check_teacher_prompts, is_sharded, read_tokenizer, read_train_data
+from .prepare import Prepared, is_sharded, read_tokenizer, read_train_data
 from .state import TrainState
 from .summary import write_result
+from .teachers import Lesson, Teachers
 
 
 class Trainer:
@@ -55,30 +55,16 @@ class Trainer:
         self.device = choose_device(config.train.device, "train.")
         self.dtype = choose_dtype(config.train.dtype, self.device, "train.")
         self.method = METHODS[config.method](config)
-        self.is_on_policy = isinstance(self.method, OnPolicyMethod) and config.teacher.hidden_states is None
         self.is_sharded = is_sharded(config)
         distributed.run_on_rank0(check_folder, config.run.folder, resume)
         check_wandb(config.log.wandb)
         prepared = prepared or Prepared()
         self.student_meta = prepared.model("student", config.student)
-        self.teacher_meta = prepared.model("teacher", config.teacher) if self.method.needs_teacher else None
         self.tokenizer = read_tokenizer(config)
-        self.vocabulary = check_models(config, self.student_meta, self.teacher_meta, self.tokenizer)
+        self.teachers = Teachers(config, self.method, self.student_meta, self.tokenizer, prepared)
         with distributed.rank0_first():  # the other ranks find the tokenized rows on the disk
-            self.data = read_train_data(config, self.method, self.tokenizer, self.vocabulary, prepared)
-        self.cache = None
-        if self.teacher_meta:
-            check_teacher_prompts(config, self.method, self.teacher_meta, self.data)
-            fraction = self.method.off_policy_fraction
-            samples = round(self.data.steps * config.train.batch_size * fraction) or int(fraction > 0)
-            given = config, self.teacher_meta, self.data.train_set, samples, self.device, self.dtype, self.vocabulary
-            is_given = config.teacher.hidden_states is not None
-            self.cache = GivenStates(*given, self.data.place) if is_given else TeacherCache(*given)
-            runs = self.is_on_policy or not self.cache.is_found
-            if config.teacher.device_map and runs and distributed.world_size() > 1:
-                problem = f"one process spreads the teacher over all GPUs, but there are {distributed.world_size()}"
-                way_out = "build its cache first: python -m abkd_fast.cache, in one process"
-                raise ConfigError(f"teacher.device_map: {problem}; {way_out}", "teacher.device_map")
+            self.data = read_train_data(config, self.method, self.tokenizer, self.teachers.vocabulary, prepared)
+        self.teachers.assign(self.data, self.device, self.dtype)
 
     def build(self) -> None:
         """Loads the models and builds all that a step needs. Restores the newest checkpoint of a resumed run."""
@@ -91,13 +77,13 @@ class Trainer:
         self.replica = distributed.replicate(self.student, may_idle=self.student.experts is not None)
         trained = (p for p in self.student.parameters() if p.requires_grad)
         optimizer_bytes = 12 * sum(map(distributed.local_numel, trained))  # gradients and two moments
-        self.teacher = self.build_teacher(optimizer_bytes) if self.cache else None
+        self.build_teachers(optimizer_bytes)
         self.optimizer = build_optimizer(self.student, config.optim)
         self.scheduler = build_scheduler(self.optimizer, config.optim, self.data.steps)
         self.rollouts = None
-        if self.is_on_policy:
-            models = self.student, self.teacher.live.model
-            context = self.precision, self.vocabulary.shared
+        if self.teachers.is_on_policy:
+            models = self.student, next(iter(self.teachers.built.values())).live.model
+            context = self.precision, self.teachers.written_tokens
             self.rollouts = Rollouts(config, self.tokenizer, self.data.train_set, *models, *context)
         self.checkpoint_writer = CheckpointWriter(self.checkpoints, self.student, self.optimizer, self.tokenizer)
         distributed.seed_per_rank(config.run.seed)
@@ -107,8 +93,10 @@ class Trainer:
         every_steps = config.checkpoint.every_steps or self.data.steps_per_epoch
         self.saves = CheckpointPolicy(self.checkpoint_writer, self.state, every_steps, self.resumed_from)
         self.resumed_samples = self.state.samples
-        self.likelihoods = ResponseLikelihoods(self.device, bool(self.teacher) and not self.resumed_from)
-        self.cost = self.step_cost(isinstance(self.teacher, CachedTeacher))
+        self.likelihoods = ResponseLikelihoods(self.device, bool(self.teachers) and not self.resumed_from)
+        self.costs = {
+            key: self.step_cost(isinstance(teacher, CachedTeacher), key) for key, teacher in self.teachers.built.items()
+        } or {None: self.step_cost(cached=False)}
 
     def _build_student(self) -> CausalLM:
         train, spec = self.config.train, self.config.student
@@ -124,15 +112,9 @@ class Trainer:
             student.experts = Experts(student.causal_lm, self.student_meta.router_loss_weight)
         return student
 
-    def build_teacher(self, reserved: int) -> Teacher | CachedTeacher | OnPolicyTeacher:
-        """The teacher. Its states are computed first, where they are kept. reserved: bytes that training needs."""
-        load = functools.partial(self._load, self.config.teacher, self.teacher_meta, "teacher")
-        # A resumed run needs the same random weights, and the same dropout whether or not the teacher's weights load.
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.config.run.seed + 1)
-            live = Teacher(load()) if self.is_on_policy else None
-            of_data = self.cache.open((lambda: live.model) if live else load, self.precision, reserved)
-        return OnPolicyTeacher(live, of_data) if live else of_data
+    def build_teachers(self, reserved: int) -> None:
+        """Builds what the losses ask. reserved: bytes of device memory that training needs besides."""
+        self.teachers.build(functools.partial(self._load, role="teacher"), self.precision, reserved)
 
     def _load(self, spec: ModelConfig, meta: MetaModel, role: str) -> CausalLM:
         # Trained weights stay in float32; bfloat16 is then the type of the computation only.
@@ -157,9 +139,9 @@ class Trainer:
         """The context in which the models compute."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
 
-    def step_cost(self, cached: bool) -> costs.StepCost:
-        """The cost of a step, with or without the teacher's cache."""
-        teacher = self._model_cost(self.teacher_meta) if self.teacher_meta else None
+    def step_cost(self, cached: bool, key: str | None = None) -> costs.StepCost:
+        """The cost of a step under one of the teachers, or none, with or without its cache."""
+        teacher = None if key is None else self._model_cost(self.teachers.metas[key])
         return costs.StepCost(self._model_cost(self.student_meta), self.student_meta.adapter_size, teacher, cached)
 
     def _model_cost(self, meta: MetaModel) -> costs.ModelCost:
@@ -211,44 +193,39 @@ class Trainer:
         """The batch of every step from `first`, counted from 0, as the data give it."""
         size, seed = self.config.train.batch_size, self.config.run.seed
         for step in range(first, self.data.steps):
-            samples = step_samples(self.data.train_set, size, seed, step)
+            samples = self.teachers.arrange(step_samples(self.data.train_set, size, seed, step))
             blocks = [] if self.data.pretrain_set is None else step_samples(self.data.pretrain_set, size, seed, step)
             yield make_step_batch(samples, blocks, self.config.train.max_tokens)
 
     def _for_gpu(self, batch: StepBatch) -> StepBatch:
         """A batch of the data in page-locked memory, with the teacher's states if these lie on the disk."""
-        if self.teacher:
-            batch = dataclasses.replace(batch, micro_batches=[*map(self.teacher.read_ahead, batch.micro_batches)])
-        return batch.pin()
+        parts = [*map(self.teachers.read_ahead, batch.micro_batches)]
+        return dataclasses.replace(batch, micro_batches=parts).pin()
 
     def select_batch(self, batch: StepBatch) -> StepBatch:
         """The batch that the next step trains on: an on-policy method may replace the data's responses."""
-        if not self.is_on_policy:
+        if not self.teachers.is_on_policy:
             return batch
         step = self.state.step
         chosen = self.method.select_batch(step, (step + 1) / self.data.steps, batch.samples, self.rollouts)
         if chosen is batch.samples:
             return batch
+        chosen = self.teachers.arrange(chosen)
         batch = make_step_batch(chosen, batch.pretrain_blocks, self.config.train.max_tokens)
         return batch.pin() if self.device.type == "cuda" else batch
 
     def train_step(self, batch: StepBatch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """One optimizer step. Returns its loss, gradient norm, and the loss's parts, all still on the device."""
-        weight = self.config.data.pretrain.weight if batch.pretrain_blocks else 0.0
-        sums = [0.0] * (2 if batch.pretrain_blocks else 1)  # the method's loss, and the loss of plain text
-        self.router_losses: list[Tensor] = []
+        self.shares: dict[str, list[Tensor]] = collections.defaultdict(list)
         for part in batch.micro_batches:
             with distributed.grad_sync(self.replica, part is batch.micro_batches[-1]):
-                if part.is_pretrain:
-                    sums[1] = sums[1] + self._backward(part, batch.num_pretrain_labels, weight)
-                else:
-                    sums[0] = sums[0] + self._backward(part, batch.num_labels)
-        router_sum = [sum(self.router_losses)] if self.router_losses else []
-        total, *others = distributed.all_reduce_sum(torch.stack([*sums, *router_sum]))
-        parts = {"loss_router": others.pop()} if router_sum else {}
-        if others:
-            parts |= {"loss_method": total, "loss_pretrain": others[0]}
-            total = total + weight * others[0]
+                self._backward(part, batch)
+        parts = self._loss_parts(batch)
+        total = parts["loss_method"]
+        if batch.pretrain_blocks:
+            total = total + self.config.data.pretrain.weight * parts["loss_pretrain"]
+        else:
+            del parts["loss_method"]
         if self.student.experts:
             self.window.add_expert_tokens(self.student.experts.tokens)
         norm = torch.nn.utils.clip_grad_norm_(self.student.parameters(), self.config.optim.clip_norm)
@@ -260,49 +237,68 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         return total, norm, parts
 
-    def _backward(self, part: Batch, num_labels: int, weight: float = 1.0) -> Tensor:
-        """Adds the gradient of `weight` times a micro-batch's share of the mean loss; returns the share.
+    def _backward(self, part: Batch, batch: StepBatch) -> None:
+        """Adds a micro-batch's share of the gradient, and keeps its shares of the step's mean losses.
 
-        Also adds the gradient of the routers' auxiliary loss, if there is one, and keeps its value.
-
-        num_labels: of the whole step on all ranks. The mean is over these.
+        The means are over the labels of the whole step on all ranks.
         """
+        num_labels, weight = batch.num_labels, 1.0
+        if part.is_pretrain:
+            num_labels, weight = batch.num_pretrain_labels, self.config.data.pretrain.weight
         part = dataclasses.replace(part.to(self.device), loss_scale=weight / max(1, num_labels))
         with self.precision():
-            loss_of = self.method.pretrain_loss if part.is_pretrain else self.method.loss
-            teacher = self._teacher_head(part)
-            loss_of = self._over_shared_tokens(functools.partial(loss_of, batch=part), teacher)
-            loss = self.replica(part, self.likelihoods.around(loss_of, part, teacher))
+            asks = not part.is_pretrain or self.method.pretrain_needs_teacher
+            lessons = self.teachers.lessons(part) if asks else [Lesson(part)]
+            loss = self.replica(part, functools.partial(self._loss, lessons))
         objective = loss
         if isinstance(loss, tuple):
             loss, router_loss = loss
             objective = loss + self.student_meta.router_loss_weight * router_loss
-            self.router_losses.append(router_loss.detach().to(loss.dtype))
+            self.shares["loss_router"].append(router_loss.detach().to(loss.dtype))
         objective.backward()
-        return loss.detach() / weight
+        self.shares["loss_pretrain" if part.is_pretrain else "loss_method"].append(loss.detach() / weight)
 
-    def _over_shared_tokens(
-        self, loss_of: Callable[..., Tensor], teacher: LinearHead | None
-    ) -> Callable[[LinearHead], Tensor]:
-        """The loss by the student's head. With a teacher it ends before tokens that differ at the vocabularies' end."""
-        count = self.vocabulary.shared
-        if teacher is None or count is None:
-            return functools.partial(loss_of, teacher=teacher)
-        return lambda student: loss_of(student.prefix(count), teacher=teacher.prefix(count))
+    def _loss(self, lessons: list[Lesson], student: LinearHead) -> Tensor:
+        """The loss of a micro-batch by the student's head: the sum over its teachers."""
+        losses = []
+        for lesson in lessons:
+            loss_of = self.method.pretrain_loss if lesson.batch.is_pretrain else self.method.loss
+            count, teacher, own = self.teachers.shared_tokens(lesson.key), lesson.head, lesson.of(student)
+            self.likelihoods.add(lesson.batch, own, teacher)
+            if teacher is not None and count is not None:  # the loss ends before tokens that differ
+                own, teacher = own.prefix(count), teacher.prefix(count)
+            losses.append(loss_of(own, batch=lesson.batch, teacher=teacher))
+            if self.teachers.are_several:
+                self.shares[lesson.key].append(losses[-1].detach())
+        return functools.reduce(torch.add, losses)
 
-    def _teacher_head(self, part: Batch) -> LinearHead | None:
-        """The teacher's hidden states for a micro-batch, where the method needs them."""
-        if part.is_pretrain:
-            return self.teacher.live.linear_head(part) if self.method.pretrain_needs_teacher else None
-        return self.teacher.linear_head(part) if self.teacher else None
+    def _loss_parts(self, batch: StepBatch) -> dict[str, Tensor]:
+        """The parts of a step's loss, summed over its micro-batches and all ranks.
+
+        That of one of several teachers is the mean over its own labels.
+        """
+        names = ["loss_method"] + ["loss_pretrain"] * bool(batch.pretrain_blocks)
+        names += ["loss_router"] * bool(self.shares["loss_router"])
+        labels = self.teachers.count_labels(batch.samples)
+        zero = self.shares["loss_method"][0].new_zeros(())
+        sums = [sum(self.shares[name], zero) for name in (*names, *labels)]
+        sums = distributed.all_reduce_sum(torch.stack(sums))
+        parts = dict(zip(names, sums, strict=False))
+        for (key, count), share in zip(labels.items(), sums[len(names) :], strict=True):
+            parts[f"loss_of_{key.rpartition('.')[2]}"] = share * (batch.num_labels / count)
+        return parts
 
     def _flops(self, batch: StepBatch) -> int:
         """The floating-point operations of this rank's part of a step."""
         total = 0
         for part in batch.micro_batches:
-            taught = not part.is_pretrain or self.method.pretrain_needs_teacher
-            uncached = self.teacher.uncached(part.samples) if self.is_on_policy and not part.is_pretrain else None
-            total += self.cost.flops(part.samples, taught, uncached)
+            if part.is_pretrain:
+                (cost, *_) = self.costs.values()
+                total += cost.flops(part.samples, self.method.pretrain_needs_teacher)
+                continue
+            for key, samples in self.teachers.grouped(part.samples):
+                read = self.teachers[key].uncached(samples) if self.teachers.is_on_policy else None
+                total += self.costs[key].flops(samples, read=read)
         return total
 
     def _log(self, lr: float) -> None:

@@ -141,7 +141,7 @@ def test_loss_and_gradient_of_generated_text_are_those_of_a_padded_batch(make, m
         ids[row, :length] = torch.tensor(sample["input_ids"])
         mask[row, :length] = 1
         counts[row, sample["spans"][0] - 1 : length - 1] = True
-    models = trainer.student.model, trainer.teacher.live.model.model
+    models = trainer.student.model, trainer.teachers["teacher"].live.model.model
     for model in models:
         model.set_attn_implementation("sdpa")
     logits = [model(input_ids=ids, attention_mask=mask, use_cache=False).logits[counts] for model in models]
@@ -174,7 +174,7 @@ def test_replay_costs_no_teacher(make, monkeypatch):
     assert counts == [4, 8, 8, 8, 12]
     fresh = [dict(sample) for sample in trainer.method.buffer.samples]
     kept = [sample.pop("hidden_states") for sample in fresh]
-    states_again = [trainer.teacher.live.linear_head(pack([sample], 1000)[0]).hidden for sample in fresh]
+    states_again = [trainer.teachers["teacher"].live.linear_head(pack([sample], 1000)[0]).hidden for sample in fresh]
     assert all(torch.equal(a, b) for a, b in zip(kept, states_again, strict=True))
 
 

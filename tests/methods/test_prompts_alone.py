@@ -94,8 +94,8 @@ def test_no_cache_is_built(make, method, mode, answered, cache_folder, capsys):
 def test_a_small_share_of_the_steps_still_has_a_cache(make):
     run = make("gkd", "loss=jsd:0.1", "on_policy.fraction=0.999", "train.steps=2", "cache.mode=disk", answered=True)
     trainer = Trainer(load(run.arguments[1], run.arguments[3::2])[0])
-    assert trainer.cache.samples == 1
-    assert trainer.cache.choose(1 << 40)[0]
+    assert trainer.teachers.caches["teacher"].samples == 1
+    assert trainer.teachers.caches["teacher"].choose(1 << 40)[0]
 
 
 @pytest.mark.parametrize("method", WRITERS)

@@ -64,7 +64,7 @@ def make(tmp_path, write_jsonl):
 
 
 def notes(config):
-    return "\n".join(Trainer(config).vocabulary.notes())
+    return "\n".join(Trainer(config).teachers.notes())
 
 
 def refusal(config):
@@ -142,7 +142,7 @@ def test_tokens_that_differ_are_refused_where_they_are_used(make, write_jsonl):
 
 def test_tokens_that_differ_in_the_middle_stay_in_the_comparison(make):
     config = make("ab", tokens=(["<a>", "<c>", "<d>"], ["<b>", "<c>"]))
-    assert Trainer(config).vocabulary.shared == TOKENS + 2  # without <d>
+    assert Trainer(config).teachers.vocabulary.shared == TOKENS + 2  # without <d>
     (line,) = (
         line
         for line in describe(Trainer(config))
@@ -153,7 +153,7 @@ def test_tokens_that_differ_in_the_middle_stay_in_the_comparison(make):
         "between tokens that are the same"
     )
     config = make("ab", tokens=(["<a>", "<c>"], ["<b>", "<c>"]), vocabs=(1024, 1000))
-    assert Trainer(config).vocabulary.shared is None
+    assert Trainer(config).teachers.vocabulary.shared is None
 
 
 def test_sizes_may_differ_by_any_number_of_tokens_at_the_end(make):
@@ -226,13 +226,13 @@ def test_responses_end_before_tokens_that_differ(make):
     """Untrained models of a flat distribution write every token that they may."""
     trainer = Trainer(make("gkd", *METHODS["gkd"], "sampling.max_new_tokens=40", tokens=OTHER_END))
     trainer.build()
-    for model in (trainer.student, trainer.teacher.live.model):
+    for model in (trainer.student, trainer.teachers["teacher"].live.model):
         torch.nn.init.zeros_(model.head.weight)
     samples = next(trainer.batches()).samples
     written = [*trainer.rollouts.write(samples, 0), *trainer.rollouts.write_mixed(samples, 0, 0.5)]
     assert TOKENS - 100 < max(token for sample in written for token in sample["input_ids"]) < TOKENS
     settings = SamplingParams(max_new_tokens=2)  # without a limit of its own the mixture has all that both models have
-    models = trainer.student.causal_lm, trainer.teacher.live.model.causal_lm
+    models = trainer.student.causal_lm, trainer.teachers["teacher"].live.model.causal_lm
     (_, log_probs, _), *_ = sample_mixture(*models, 0.5, [[5]], settings, [0])
     assert log_probs[0] == pytest.approx(-torch.tensor(1024.0).log().item())
 

@@ -87,7 +87,7 @@ def test_losses_are_the_same_bits_in_every_mode(recipe, kind, dtype):
     results = {}
     for mode in ("off", "disk", "disk again", "memory"):
         trainer = loaded(path, f"cache.mode={mode.split()[0]}", f"train.dtype={dtype}")
-        assert isinstance(trainer.teacher, Teacher if mode == "off" else CachedTeacher)
+        assert isinstance(trainer.teachers["teacher"], Teacher if mode == "off" else CachedTeacher)
         results[mode] = losses(trainer)
     assert len(results["off"]) == 2 * (60 // 8)
     assert results["disk"] == results["disk again"] == results["memory"] == results["off"]
@@ -106,7 +106,7 @@ def test_rows_are_the_padded_model_states(recipe):
         ids = torch.tensor(sample["input_ids"])[None]
         with torch.no_grad():
             expected = model.model(ids).last_hidden_state[0, sample["spans"][0] - 1 : -1]
-        rows = trainer.teacher.rows[trainer.teacher.layout.sample(index)]
+        rows = trainer.teachers["teacher"].rows[trainer.teachers["teacher"].places.sample(index)]
         torch.testing.assert_close(rows, expected, rtol=1e-10, atol=1e-12)
 
 
@@ -139,7 +139,7 @@ def test_body_is_freed_after_building(recipe):
 
     before = bodies()
     trainer = loaded(recipe())
-    assert isinstance(trainer.teacher, CachedTeacher)
+    assert isinstance(trainer.teachers["teacher"], CachedTeacher)
     assert bodies() == before + 1, "the student's alone"
 
 
@@ -309,7 +309,7 @@ def test_killed_builds_resume_to_the_same_bits(recipe, cache_folder, capsys, sma
     path = recipe()
     expected = losses(loaded(path))
     whole = (only(cache_folder) / SHARD).read_bytes()
-    blocks = capsys.readouterr().out.count("computing") and len(loaded(path).teacher.layout.blocks)
+    blocks = capsys.readouterr().out.count("computing") and len(loaded(path).teachers.caches["teacher"].layout.blocks)
     shutil.rmtree(only(cache_folder))
     written = []
     for stop_after in (1, 3, 2):
@@ -397,7 +397,7 @@ def test_folder_that_cannot_be_written_to(recipe, capsys, tmp_path):
     assert not (tmp_path / "runs").exists()
     for mode in ("auto", "memory"):
         trainer = loaded(path, UNUSABLE, f"cache.mode={mode}")
-        assert "in memory, not kept (/dev/null is not a folder" in trainer.teacher.note
+        assert "in memory, not kept (/dev/null is not a folder" in trainer.teachers["teacher"].note
         assert losses(trainer) == expected
 
 
@@ -407,7 +407,7 @@ def test_full_disk(recipe, capsys, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10**9))
     assert main(["--config", path, "--set", "cache.mode=disk"]) == 2
     assert "has 1.0 GB free, and 1.1 GB are needed; choose another, or cache.mode=off" in capsys.readouterr().err
-    assert "not kept" in loaded(path).teacher.note
+    assert "not kept" in loaded(path).teachers["teacher"].note
 
 
 @pytest.mark.parametrize("call", ["reserve", "write"])
@@ -423,8 +423,8 @@ def test_disk_that_fills_up_while_building(recipe, monkeypatch, call):
         loaded(path, "cache.mode=disk")
     for mode, kind in (("auto", Teacher), ("memory", CachedTeacher)):
         trainer = loaded(path, f"cache.mode={mode}")
-        assert isinstance(trainer.teacher, kind)
-        assert "No space left on device" in trainer.teacher.note
+        assert isinstance(trainer.teachers["teacher"], kind)
+        assert "No space left on device" in trainer.teachers["teacher"].note
         assert losses(trainer) == expected
 
 
@@ -440,7 +440,7 @@ def test_complete_cache_in_a_read_only_folder(recipe, cache_folder, monkeypatch)
     monkeypatch.setattr(store.filelock.FileLock, "acquire", refuse)
     monkeypatch.setattr(store, "atomic_write", refuse)
     trainer = loaded(path, "cache.mode=disk")
-    assert "found" in trainer.teacher.note
+    assert "found" in trainer.teachers["teacher"].note
     assert losses(trainer) == expected
 
 
@@ -449,8 +449,8 @@ def test_what_auto_decides(recipe):
 
     def decide(memory, *overrides, device="cpu", dir=None):
         trainer = Trainer(load(path, [*overrides, *([f"cache.dir={dir}"] if dir else [])])[0])
-        trainer.cache.device = torch.device(device)
-        return trainer.cache.choose(memory)
+        trainer.teachers.caches["teacher"].device = torch.device(device)
+        return trainer.teachers.caches["teacher"].choose(memory)
 
     needed = Trainer(load(path)[0]).cache.bytes
     nowhere = "/dev/null/x"

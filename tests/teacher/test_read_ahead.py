@@ -25,7 +25,7 @@ def trainer(tmp_path, monkeypatch):
 
 
 def test_a_batch_brings_the_states_that_it_would_have_read(trainer):
-    teacher = trainer.teacher
+    teacher = trainer.teachers["teacher"]
     for batch in list(trainer.batches())[:3]:
         for plain, read in zip(batch.micro_batches, trainer._for_gpu(batch).micro_batches, strict=True):
             expected = teacher.linear_head(plain).hidden
@@ -37,19 +37,19 @@ def test_a_batch_brings_the_states_that_it_would_have_read(trainer):
 
 
 def test_an_on_policy_teacher_reads_the_datas_samples_ahead(trainer):
-    teacher = OnPolicyTeacher(type("Live", (), {"model": trainer.student})(), trainer.teacher)
+    teacher = OnPolicyTeacher(type("Live", (), {"model": trainer.student})(), trainer.teachers["teacher"])
     batch = next(trainer.batches()).micro_batches[0]
     expected = teacher.linear_head(batch).hidden
     read = teacher.read_ahead(batch)
     assert teacher.uncached(read.samples) == []
-    trainer.teacher.rows = None
+    trainer.teachers["teacher"].rows = None
     assert torch.equal(teacher.linear_head(read).hidden, expected)
 
 
 def test_plain_text_and_states_on_the_device_are_left_alone(trainer, monkeypatch):
     (block,) = pack([{"input_ids": [1, 2, 3], "spans": [1, 3]}], max_tokens=8)
     block = type(block)(**{**vars(block), "is_pretrain": True})
-    assert trainer.teacher.read_ahead(block) is block
+    assert trainer.teachers["teacher"].read_ahead(block) is block
     monkeypatch.setattr(CachedTeacher, "_is_on_device", True)
     batch = next(trainer.batches()).micro_batches[0]
-    assert trainer.teacher.read_ahead(batch) is batch
+    assert trainer.teachers["teacher"].read_ahead(batch) is batch

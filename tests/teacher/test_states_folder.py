@@ -86,7 +86,7 @@ def test_a_copy_trains_to_the_same_bits_without_the_teacher(small, elsewhere, ca
     trainer = trainer_of(small, *given(folder))
     folder.chmod(0o755)
     assert losses(trainer) == expected
-    assert f"mapped from {folder}" in trainer.teacher.note
+    assert f"mapped from {folder}" in trainer.teachers["teacher"].note
     assert not (tmp_path / "cache").exists(), "such a run builds nothing"
     # any library for safetensors reads the shards
     parts = []
@@ -96,15 +96,15 @@ def test_a_copy_trains_to_the_same_bits_without_the_teacher(small, elsewhere, ca
         assert (8 + int.from_bytes(path.read_bytes()[:8], "little")) % 64 == 0
     rows = torch.cat(parts)
     for index in range(12):
-        place = trainer.teacher.layout.sample(index)
-        assert torch.equal(trainer.teacher.rows[place], rows[place])
+        place = trainer.teachers["teacher"].places.sample(index)
+        assert torch.equal(trainer.teachers["teacher"].rows[place], rows[place])
     # a part of the rows, in another order, finds its samples, too
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS[7:2:-1]))
     part = trainer_of(small, *given(folder))
-    whole = trainer.teacher.rows
+    whole = trainer.teachers["teacher"].rows
     for index in range(5):
-        mine = part.teacher.rows[part.teacher.layout.sample(index)]
-        assert torch.equal(mine, whole[trainer.teacher.layout.sample(7 - index)])
+        mine = part.teachers["teacher"].rows[part.teachers["teacher"].places.sample(index)]
+        assert torch.equal(mine, whole[trainer.teachers["teacher"].places.sample(7 - index)])
     assert cache.main(["--verify", str(folder)]) == 0
     assert cache.main(["--info", str(folder)]) == 0
     told = capsys.readouterr().out
@@ -116,8 +116,8 @@ def test_bfloat16_states_in_a_float32_run(small, elsewhere):
     expected = losses(trainer_of(small, "cache.mode=off"))
     folder = elsewhere("train.dtype=bfloat16")
     trainer = trainer_of(small, *given(folder))
-    assert "in bfloat16, converted to float32" in trainer.teacher.note
-    assert trainer.teacher.weight.dtype == torch.float32
+    assert "in bfloat16, converted to float32" in trainer.teachers["teacher"].note
+    assert trainer.teachers["teacher"].weight.dtype == torch.float32
     assert losses(trainer) == pytest.approx(expected, rel=0.05)
 
 
@@ -125,11 +125,11 @@ def test_bfloat16_states_in_a_float32_run(small, elsewhere):
 def test_states_of_a_gpu_train_on_a_processor(small, elsewhere, cache_folder):
     exact = trainer_of(small)
     batch = next(exact.batches()).micro_batches[0]
-    expected = exact.teacher.linear_head(batch).hidden
+    expected = exact.teachers["teacher"].linear_head(batch).hidden
     shutil.rmtree(cache_folder)
     trainer = trainer_of(small, *given(elsewhere("train.device=cuda")))
-    assert "in bfloat16, converted to float32" in trainer.teacher.note
-    assert (trainer.teacher.linear_head(batch).hidden - expected).norm() < 0.03 * expected.norm()
+    assert "in bfloat16, converted to float32" in trainer.teachers["teacher"].note
+    assert (trainer.teachers["teacher"].linear_head(batch).hidden - expected).norm() < 0.03 * expected.norm()
 
 
 def test_float8_is_the_same_in_every_mode_and_close(small, elsewhere, cache_folder):
@@ -141,9 +141,9 @@ def test_float8_is_the_same_in_every_mode_and_close(small, elsewhere, cache_fold
     on_disk = trainer_of(small, *given(folder))
     assert f"fingerprint  {key}" not in "\n".join(on_disk.cache.file.describe()), "the type is part of it"
     for trainer in (in_memory, on_disk):
-        assert "in float8, which rounds them" in trainer.teacher.note
+        assert "in float8, which rounds them" in trainer.teachers["teacher"].note
     batch = next(exact.batches()).micro_batches[0]
-    expected, *rounded = (each.teacher.linear_head(batch).hidden for each in (exact, in_memory, on_disk))
+    expected, *rounded = (each.teachers["teacher"].linear_head(batch).hidden for each in (exact, in_memory, on_disk))
     assert torch.equal(*rounded)
     assert 0 < (rounded[0] - expected).norm() < 0.04 * expected.norm()
     flip(sorted(folder.glob("states-*"))[0], 250)  # a scale
@@ -290,11 +290,11 @@ def test_other_data_are_named(small, elsewhere, tmp_path):
 def test_the_teachers_own_prompt_counts(small, elsewhere, capsys):
     expected = trainer_of(small, "teacher.system=Be kind.", "cache.mode=off")
     batch = next(expected.batches()).micro_batches[0]
-    hidden = expected.teacher.linear_head(batch).hidden
+    hidden = expected.teachers["teacher"].linear_head(batch).hidden
     folder = elsewhere("teacher.system=Be kind.")
     assert "teacher.system=null" not in capsys.readouterr().out
     trainer = trainer_of(small, *given(folder, "teacher.system=Be kind."))
-    assert torch.equal(trainer.teacher.linear_head(batch).hidden, hidden)
+    assert torch.equal(trainer.teachers["teacher"].linear_head(batch).hidden, hidden)
     for other in ("teacher.system=Be brief.", "teacher.system=null"):
         with pytest.raises(ConfigError, match=r"12 of 12 samples .*; teacher\.system is another one there; undo that"):
             Trainer(load(small, given(folder, other))[0])

@@ -108,7 +108,7 @@ def assert_is_padded(trainer, folder, batch):
 @pytest.mark.parametrize(("mode", "system"), [("off", "null"), ("disk", "Be quick.")])
 def test_losses_and_gradients_are_those_of_a_padded_computation(make, folder, mode, system):
     trainer = trainer_of(make("kd", *EXACT, "student.dropout=0", f"cache.mode={mode}", f"teacher.system={system}"))
-    assert isinstance(trainer.teacher, CachedTeacher if mode == "disk" else Teacher)
+    assert isinstance(trainer.teachers["teacher"], CachedTeacher if mode == "disk" else Teacher)
     batches = [batch for batch, _ in zip(trainer.batches(), range(3), strict=False)]
     assert {len(sample["spans"]) for batch in batches for sample in batch.samples} == {2, 4, 6}
     assert any(len(one["teacher_input_ids"]) > 96 for batch in batches for one in batch.samples)
@@ -138,15 +138,15 @@ def test_a_repacked_batch_of_another_device_or_of_a_sharded_teacher_gives_the_sa
     """On a GPU, and with sharded weights, the teacher's samples are packed by their own lengths."""
     trainer = trainer_of(make("kd", *EXACT, "cache.mode=off"))
     (batch, *_) = next(trainer.batches()).micro_batches
-    alone = trainer.teacher.linear_head(batch).hidden
+    alone = trainer.teachers["teacher"].linear_head(batch).hidden
     read = []
     monkeypatch.setattr("abkd_fast.distributed.is_sharded", lambda model: True)
     monkeypatch.setattr("abkd_fast.distributed.all_reduce_max", lambda count: count + 2)  # another rank has more
-    forward = trainer.teacher.model.forward
+    forward = trainer.teachers["teacher"].model.forward
     monkeypatch.setattr(
-        trainer.teacher.model, "forward", lambda part, loss: read.append(part.tokens) or forward(part, loss)
+        trainer.teachers["teacher"].model, "forward", lambda part, loss: read.append(part.tokens) or forward(part, loss)
     )
-    together = trainer.teacher.linear_head(batch).hidden
+    together = trainer.teachers["teacher"].linear_head(batch).hidden
     torch.testing.assert_close(together, alone, rtol=1e-10, atol=1e-12)
     views = [*map(teacher_view, batch.samples)]
     longest = max(batch.tokens, *(len(view["input_ids"]) for view in views))

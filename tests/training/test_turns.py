@@ -105,7 +105,7 @@ def test_cached_states_give_the_same_bits(make):
     losses = {}
     for mode in ("off", "disk", "memory"):
         trainer = trainer_of(make("ab", f"cache.mode={mode}", name=mode))
-        assert isinstance(trainer.teacher, Teacher if mode == "off" else CachedTeacher)
+        assert isinstance(trainer.teachers["teacher"], Teacher if mode == "off" else CachedTeacher)
         losses[mode] = [trainer.train_step(batch)[0].item() for batch in trainer.batches()]
     assert losses["disk"] == losses["memory"] == losses["off"]
     assert len({*losses["off"]}) == 12

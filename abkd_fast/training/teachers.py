@@ -1,0 +1,223 @@
+"""The teachers of a run: none, one, or several of which each has rows of its own."""
+
+import collections
+import contextlib
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from .. import distributed
+from ..config.models import ModelConfig
+from ..config.schema import Config
+from ..data.batches import Batch, collate, count_labels
+from ..errors import ConfigError
+from ..losses.arguments import LinearHead, shared_vocabulary
+from ..methods.base import Method, OnPolicyMethod
+from ..models.causal_lm import CausalLM
+from ..models.loading import MetaModel
+from ..models.vocabularies import Vocabulary
+from ..teacher.cache import Assignment, GivenStates, TeacherCache
+from ..teacher.teacher import CachedTeacher, OnPolicyTeacher, Teacher
+from .prepare import Prepared, TrainData, check_models, check_teacher_prompts, check_tokens, is_sharded
+
+NOT_SHARDED = "but with train.parallel=fsdp all ranks have to ask the same teacher at a time"
+
+
+class Lesson(NamedTuple):
+    """Samples of a micro-batch that one teacher teaches."""
+
+    batch: Batch
+    rows: slice = slice(None)  # the samples' labels, among those of the micro-batch
+    key: str | None = None  # the teacher's in the configuration; None without one
+    head: LinearHead | None = None  # what the teacher says of them
+
+    def of(self, student: LinearHead) -> LinearHead:
+        """The student's hidden states of these samples, of those of the micro-batch."""
+        return student if self.rows == slice(None) else student._replace(hidden=student.hidden[self.rows])
+
+
+class Teachers:
+    """By their keys in the configuration, "teacher" or "teachers.NAME", the models and how a run gets their states."""
+
+    def __init__(
+        self,
+        config: Config,
+        method: Method,
+        student: MetaModel,
+        tokenizer: PreTrainedTokenizerBase,
+        prepared: Prepared,
+    ) -> None:
+        """Reads the models' configurations. Raises ConfigError where one doesn't fit the student or the method."""
+        specs = config.all_teachers if method.needs_teacher else {}
+        self.config, self.method = config, method
+        self.metas = {key: prepared.model(key, spec) for key, spec in specs.items()}
+        self.vocabularies: dict[str, Vocabulary] = {}
+        for key, meta in self.metas.items():
+            with self._naming(key):
+                self.vocabularies[key] = check_models(config.of_teacher(key), student, meta, tokenizer, key)
+        # Of the data that no single teacher reads.
+        self.vocabulary = self.vocabularies.get("teacher") or check_models(config, student, None, tokenizer)
+        self.is_on_policy = isinstance(method, OnPolicyMethod) and not any(
+            spec.hidden_states for spec in specs.values()
+        )
+        if self.are_several and self.is_on_policy and is_sharded(config):
+            raise ConfigError(
+                f"teachers: method {config.method} asks them in training, {NOT_SHARDED}; use ddp", "teachers"
+            )
+        self.caches: dict[str, TeacherCache] = {}
+        self.built: dict[str, Teacher | CachedTeacher | OnPolicyTeacher] = {}
+
+    def __getitem__(self, key: str) -> Teacher | CachedTeacher | OnPolicyTeacher:
+        return self.built[key]
+
+    def __bool__(self) -> bool:
+        return bool(self.metas)
+
+    @property
+    def are_several(self) -> bool:
+        return bool(self.metas) and self.config.teachers is not None
+
+    @contextlib.contextmanager
+    def _naming(self, key: str) -> Iterator[None]:
+        """A context in which an error about one of several teachers says which."""
+        try:
+            yield
+        except ConfigError as error:
+            if not self.are_several or str(error).startswith(key):
+                raise
+            raise ConfigError(f"{key}: {error}", error.key) from None
+
+    def assign(self, data: TrainData, device: torch.device, dtype: torch.dtype) -> None:
+        """Gives each teacher its samples of the data, and finds out where their hidden states will come from.
+
+        Raises ConfigError for a teacher without samples, or whose states can't be had.
+        """
+        self.rows_of, of_sample = data.teachers, np.array([])
+        if self.are_several:
+            of_sample = np.array([self.key_of({"row": row}) for row in data.train_set["row"][:]])
+        for key, meta in self.metas.items():
+            config, own, indices = self.config.of_teacher(key), data, None
+            if self.are_several:
+                indices = np.flatnonzero(of_sample == key)
+                if not len(indices):
+                    raise ConfigError(f"{key}: no sample of {config.data.train} has this teacher; leave it out", key)
+                own = dataclasses.replace(data, train_set=data.train_set.select(indices))
+            share = self.method.off_policy_fraction * len(own.train_set) / len(data.train_set)
+            samples = round(data.steps * config.train.batch_size * share) or int(share > 0)
+            vocabulary = self.vocabularies[key]
+            with self._naming(key):
+                check_tokens(vocabulary, own.train_set, own.place)
+                check_teacher_prompts(config, self.method, meta, own)
+                given = Assignment(
+                    key, config, meta, vocabulary, own.train_set, indices, own.place, samples, device, dtype
+                )
+                self.caches[key] = TeacherCache(given) if config.teacher.hidden_states is None else GivenStates(given)
+            self._check_device_map(key, config)
+
+    def _check_device_map(self, key: str, config: Config) -> None:
+        runs, processes = self.is_on_policy or not self.caches[key].is_found, distributed.world_size()
+        if config.teacher.device_map and runs and processes > 1:
+            problem = f"one process spreads the teacher over all GPUs, but there are {processes}"
+            way_out = "build its cache first: python -m abkd_fast.cache, in one process"
+            raise ConfigError(f"{key}.device_map: {problem}; {way_out}", f"{key}.device_map")
+
+    def build(
+        self,
+        load: Callable[[ModelConfig, MetaModel], CausalLM],
+        precision: Callable[[], contextlib.AbstractContextManager],
+        reserved: int,
+    ) -> None:
+        """Builds one after the other. States that are kept are computed first; then that model leaves memory.
+
+        Args:
+            load: gives a teacher's model.
+            precision: the context that the models run in.
+            reserved: bytes of device memory that training will need besides what it holds now.
+
+        Raises ConfigError where what cache.mode asks for can't be had.
+        """
+        for number, (key, cache) in enumerate(self.caches.items()):
+            load_this = functools.partial(load, self.config.all_teachers[key], self.metas[key])
+            # A resumed run needs the same random weights, and the same dropout whether or not a teacher's weights load.
+            with torch.random.fork_rng(devices=[]), self._naming(key):
+                torch.manual_seed(self.config.run.seed + 1 + number)
+                live = Teacher(load_this()) if self.is_on_policy else None
+                of_data = cache.open((lambda: live.model) if live else load_this, precision, reserved)  # noqa: B023
+            if self.are_several and is_sharded(self.config) and isinstance(of_data, Teacher):
+                raise ConfigError(f"{key}: {of_data.note}, {NOT_SHARDED}; make room for the cache, or use ddp", key)
+            self.built[key] = OnPolicyTeacher(live, of_data) if live else of_data
+
+    def key_of(self, sample: dict) -> str | None:
+        """The key of a sample's teacher."""
+        if self.are_several:
+            return f"teachers.{self.rows_of[sample['row']]}"
+        return next(iter(self.metas), None)
+
+    def grouped(self, samples: list[dict]) -> list[tuple[str | None, list[dict]]]:
+        """Neighbors with one teacher, and its key."""
+        return [(key, [*group]) for key, group in itertools.groupby(samples, self.key_of)]
+
+    def count_labels(self, samples: list[dict]) -> dict[str, int]:
+        """The labels of each of several teachers that has some."""
+        counts = collections.Counter()
+        for sample in samples if self.are_several else ():
+            counts[self.key_of(sample)] += count_labels(sample)
+        return +counts
+
+    def arrange(self, samples: list[dict]) -> list[dict]:
+        """The samples, those of one teacher side by side: most micro-batches then have one teacher."""
+        return sorted(samples, key=self.key_of) if self.are_several else samples
+
+    def read_ahead(self, batch: Batch) -> Batch:
+        """The micro-batch with its hidden states, if a step would wait for the disk. Another thread may call this."""
+        if not self.built or batch.is_pretrain or len(groups := self.grouped(batch.samples)) > 1:
+            return batch
+        return self.built[groups[0][0]].read_ahead(batch)
+
+    def lessons(self, batch: Batch) -> list[Lesson]:
+        """The parts of a micro-batch, on its device, each with what its teacher says about it."""
+        if not self.built:
+            return [Lesson(batch)]
+        if batch.is_pretrain:
+            (key,) = self.built
+            return [Lesson(batch, key=key, head=self.built[key].live.linear_head(batch))]
+        groups, lessons, start = self.grouped(batch.samples), [], 0
+        for key, samples in groups:
+            part = batch
+            if len(groups) > 1:
+                part = dataclasses.replace(collate(samples), loss_scale=batch.loss_scale).to(batch.input_ids.device)
+            rows = slice(start, start := start + len(part.labels))
+            lessons.append(
+                Lesson(part, rows if len(groups) > 1 else slice(None), key, self.built[key].linear_head(part))
+            )
+        return lessons
+
+    def shared_tokens(self, key: str | None) -> int | None:
+        """How many tokens the losses compare under a teacher, where they end before tokens that differ."""
+        return None if key is None else self.vocabularies[key].shared
+
+    @property
+    def written_tokens(self) -> int | None:
+        """How many tokens all models share, where responses that are written must end before others; None: all."""
+        if not self.are_several:
+            return self.vocabulary.shared
+        each = self.vocabularies.values()
+        return min(words.shared or shared_vocabulary(*words.sizes.values()) for words in each)
+
+    def notes(self) -> Iterator[str]:
+        """Lines about tokens that the models don't have in common."""
+        for key, vocabulary in (self.vocabularies or {"": self.vocabulary}).items():
+            yield from (f"{key}: {note}" if self.are_several else note for note in vocabulary.notes())
+
+    def seconds_saved(self, samples: int) -> float | None:
+        """About how many seconds the caches save over so many samples of the run; None without a cache."""
+        cached = {key: teacher for key, teacher in self.built.items() if isinstance(teacher, CachedTeacher)}
+        total = sum(len(cache.dataset) for cache in self.caches.values())
+        each = (teacher.seconds_saved(samples * teacher.samples / total) for teacher in cached.values())
+        return sum(each) if cached else None
