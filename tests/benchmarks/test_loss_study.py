@@ -89,6 +89,7 @@ def is_alive(group):
     return True
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="matplotlib is not installed")
 def test_losses_end_their_workers_on_a_signal(tmp_path, monkeypatch):
     monkeypatch.setenv("ABKD_CACHE", str(tmp_path / "cache"))

@@ -34,7 +34,10 @@ CEILINGS = {
 }
 
 
-@pytest.fixture(scope="module", params=["sm_80", "sm_90", "sm_100"])
+@pytest.fixture(
+    scope="module",
+    params=["sm_90", *(pytest.param(arch, marks=pytest.mark.slow) for arch in ("sm_80", "sm_100"))],
+)
 def compiled(request, tmp_path_factory):
     arch = request.param
     if shutil.which("nvcc") is None:
