@@ -138,7 +138,7 @@ def test_cache_belongs_to_the_adapter(tmp_path, base):
     def key(**teacher):
         teacher = {"path": base, **teacher}
         run = LoraRun(tmp_path, base, method="ab", teacher=teacher)
-        return Trainer(load(run.arguments[1])[0]).cache.file.key
+        return Trainer(load(run.arguments[1])[0]).teachers.caches["teacher"].file.key
 
     first = key(adapter=adapter)
     assert key(adapter=adapter) == first

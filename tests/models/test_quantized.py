@@ -26,7 +26,7 @@ from abkd_fast.errors import ConfigError
 from abkd_fast.models import loading, quantized
 from abkd_fast.models.identity import hash_weights
 from abkd_fast.teacher.store import HiddenStateStore
-from abkd_fast.training import trainer
+from abkd_fast.training import teachers
 from abkd_fast.training.trainer import Trainer
 from packed_models import samples
 from runs import Run, assert_same, crash_and_resume
@@ -222,7 +222,7 @@ def test_cache_belongs_to_the_quantization_and_to_no_device_map(base, tmp_path):
     def key(**teacher):
         student = {"path": base}
         run = Run(tmp_path, tokenizer=None, method="ab", student=student, teacher={"path": base, **teacher})
-        return Trainer(load(run.arguments[1])[0]).cache.file.key
+        return Trainer(load(run.arguments[1])[0]).teachers.caches["teacher"].file.key
 
     keys = [key(), key(quantize="4bit"), key(quantize="8bit")]
     assert len({*keys}) == 3
@@ -379,7 +379,7 @@ def test_several_processes_spread_no_teacher_unless_its_cache_is_there(tmp_path,
     teacher = {"path": base, "device_map": "auto"}
     run = Run(tmp_path, "cache.mode=disk", tokenizer=None, method="ab", student={"path": base}, teacher=teacher)
     several = types.SimpleNamespace(**{**vars(distributed), "world_size": lambda: 2})
-    monkeypatch.setattr(trainer, "distributed", several)
+    monkeypatch.setattr(teachers, "distributed", several)
     (config,) = load(run.arguments[1], run.arguments[3::2])
     with pytest.raises(ConfigError, match=r"teacher.device_map: one process spreads the teacher .* there are 2"):
         Trainer(config)

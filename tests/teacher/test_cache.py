@@ -160,7 +160,7 @@ def test_key_changes_with_everything_that_rows_depend_on(recipe, tmp_path):
     path = recipe()
 
     def key(*overrides):
-        return Trainer(load(path, overrides)[0]).cache.file.key
+        return Trainer(load(path, overrides)[0]).teachers.caches["teacher"].file.key
 
     first = key()
     same = [
@@ -452,7 +452,7 @@ def test_what_auto_decides(recipe):
         trainer.teachers.caches["teacher"].device = torch.device(device)
         return trainer.teachers.caches["teacher"].choose(memory)
 
-    needed = Trainer(load(path)[0]).cache.bytes
+    needed = Trainer(load(path)[0]).teachers.caches["teacher"].bytes
     nowhere = "/dev/null/x"
     assert decide(10**12) == (True, False, "")  # a mapped file is in a processor's memory anyway
     assert decide(10**12, device="cuda") == (True, True, "")

@@ -134,12 +134,14 @@ def test_states_of_a_gpu_train_on_a_processor(small, elsewhere, cache_folder):
 
 def test_float8_is_the_same_in_every_mode_and_close(small, elsewhere, cache_folder):
     exact = trainer_of(small)
-    key = exact.cache.file.key
+    key = exact.teachers.caches["teacher"].file.key
     in_memory = trainer_of(small, "cache.dtype=float8", "cache.mode=memory", "cache.dir=/dev/null/x")
     shutil.rmtree(cache_folder)
     folder = elsewhere("cache.dtype=float8")
     on_disk = trainer_of(small, *given(folder))
-    assert f"fingerprint  {key}" not in "\n".join(on_disk.cache.file.describe()), "the type is part of it"
+    assert f"fingerprint  {key}" not in "\n".join(on_disk.teachers.caches["teacher"].file.describe()), (
+        "the type is part of it"
+    )
     for trainer in (in_memory, on_disk):
         assert "in float8, which rounds them" in trainer.teachers["teacher"].note
     batch = next(exact.batches()).micro_batches[0]
