@@ -24,11 +24,11 @@ from ..data.strict_json import show
 from ..data.tokenize import stored
 from ..errors import ConfigError
 from ..files import file_digest
+from ..losses.top_k import TOLERANCE
 from .store import hash_samples
 
 FORMAT = 1  # of the stored file
 SAMPLES_AT_ONCE = 64
-TOLERANCE = 1e-3  # of a sum of probabilities: servers round
 COLUMNS = datasets.Features(
     {
         "counts": datasets.List(datasets.Value("int32")),  # tokens known for each trained token
@@ -37,7 +37,9 @@ COLUMNS = datasets.Features(
         "rest": datasets.Value("float64"),  # the probability of all other tokens, summed over the trained tokens
     }
 )
+LARGEST = float(np.finfo(np.float32).max)  # of a log-probability: what is kept has this type
 WAY_OUT = "tokenizer, chat template, rows or their order differ from those that the teacher has read"
+LEAVE_OUT = "leave that token out, and it counts among the others"
 OF_RESPONSE = '"top_ids" and "top_log_probs" of the response alone'
 
 
@@ -157,9 +159,7 @@ def _tokens_of(values: object, sample: dict, is_train_file: bool, where: str, vo
     ids, log_probs = _server_lists(values, read, was_cut, where) if is_servers else _plain_lists(values)
     counts = np.array([*map(len, ids)][: len(labels)])
     ids, log_probs = ([*itertools.chain(*lists[: len(labels)])] for lists in (ids, log_probs))
-    if not {*map(type, ids)} <= {int} or not {*map(type, log_probs)} <= {int, float}:
-        raise ConfigError("the tokens must be whole numbers, and the log-probabilities numbers")
-    return _check(counts, np.array(ids), np.array(log_probs, dtype=np.float64), vocab)
+    return _check(counts, _array("ids", ids, np.int64), _array("log-probabilities", log_probs, np.float64), vocab)
 
 
 def _compare(key: str, ids: object, expected: np.ndarray, where: str, was_cut: bool = False) -> None:
@@ -169,7 +169,7 @@ def _compare(key: str, ids: object, expected: np.ndarray, where: str, was_cut: b
     if len(ids) != len(expected) and not (was_cut and len(ids) > len(expected)):
         raise ConfigError(f'"{key}" has {len(ids)} tokens, but {where} has {len(expected)}: {WAY_OUT}')
     pairs = zip(ids, expected.tolist(), strict=False)
-    if found := next((f"token {n} is {a}, but {b}" for n, (a, b) in enumerate(pairs) if a != b), None):
+    if found := next((f"token {n} is {show(a)}, but {b}" for n, (a, b) in enumerate(pairs) if a != b), None):
         raise ConfigError(f'"{key}": {found} in {where}: {WAY_OUT}')
 
 
@@ -214,6 +214,18 @@ def _server_lists(values: dict, read: dict, was_cut: bool, where: str) -> tuple[
     return ids, log_probs
 
 
+def _array(what: str, values: list, kind: type) -> np.ndarray:
+    """Numbers as an array. One that is too large for the type stays what it is, in an array of objects."""
+    kinds, expected = ({int}, "whole numbers") if kind is np.int64 else ({int, float}, "numbers")
+    if not {*map(type, values)} <= kinds:
+        wrong = show(next(value for value in values if type(value) not in kinds))
+        raise ConfigError(f"the {what} must be {expected}, got {wrong}; {LEAVE_OUT}")
+    try:
+        return np.array(values, dtype=kind)
+    except OverflowError:
+        return np.array(values, dtype=object)
+
+
 def _check(counts: np.ndarray, ids: np.ndarray, log_probs: np.ndarray, vocab: int) -> TopTokens:
     """Raises ConfigError for ids or log-probabilities that no distribution has."""
 
@@ -221,13 +233,14 @@ def _check(counts: np.ndarray, ids: np.ndarray, log_probs: np.ndarray, vocab: in
         raise ConfigError(f"token {place} of the response {problem}")
 
     if (counts == 0).any():
-        fail(counts.argmin(), "has no tokens of the teacher's")
+        fail(counts.argmin(), "has no tokens of the teacher's; each needs one at least")
     token = np.repeat(np.arange(len(counts)), counts)
     if (wrong := (ids < 0) | (ids >= vocab)).any():
-        known = f"the student has {vocab} tokens; leave it out, and it counts among the others"
-        fail(token[wrong.argmax()], f"has id {ids[wrong.argmax()]}, but {known}")
-    if (wrong := ~np.isfinite(log_probs)).any():
-        fail(token[wrong.argmax()], f"has the log-probability {log_probs[wrong.argmax()]}, expected a number")
+        place = wrong.argmax()
+        fail(token[place], f"has id {str(ids[place])[:60]}, but the student has {vocab} tokens; {LEAVE_OUT}")
+    if (wrong := ~(np.abs(log_probs) <= LARGEST)).any():
+        found = str(log_probs[wrong.argmax()])[:60]
+        fail(token[wrong.argmax()], f"has the log-probability {found}, expected a finite number; {LEAVE_OUT}")
     mass = np.bincount(token, np.exp(np.minimum(log_probs, 1.0)), len(counts))
     if mass.max() > 1 + TOLERANCE:
         sums = f"has probabilities that sum to {mass.max():.4g}"
@@ -235,6 +248,6 @@ def _check(counts: np.ndarray, ids: np.ndarray, log_probs: np.ndarray, vocab: in
     keys, first = np.unique(token * vocab + ids, return_index=True)
     if len(keys) < len(ids):
         again = np.setdiff1d(np.arange(len(ids)), first)[0]
-        fail(token[again], f"has id {ids[again]} twice")
+        fail(token[again], f"has id {ids[again]} twice; give each token once")
     rest = np.maximum(0.0, 1.0 - mass).sum()
     return TopTokens(counts.astype(np.int32), ids.astype(np.int32), log_probs.astype(np.float32), float(rest))

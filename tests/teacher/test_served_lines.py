@@ -1,6 +1,7 @@
 """teacher.top_k: which line of the file is which row's, and which of its numbers are which token's."""
 
 import datasets
+import numpy as np
 import pytest
 
 from abkd_fast.config.recipe import load
@@ -126,3 +127,54 @@ def test_prompt_ids_of_the_data_are_the_students(write_jsonl):
     path = write_jsonl([{**lines_of(1)[0], "prompt_ids": [1]}])
     read(path, dataset, place=f"{path} line {{}}")
     assert '"prompt_ids" has 1 tokens, but data.jsonl line 1 has 2' in refused(path, dataset)
+
+
+HUGE = int("9" * 400)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"top_log_probs": [[-HUGE, -1]]}, "token 0 of the response has the log-probability -9999"),
+        ({"top_log_probs": [[-1, HUGE]]}, "token 0 of the response has the log-probability 9999"),
+        ({"top_log_probs": [[-1, -1e39]]}, "log-probability -1e+39, expected a finite number; leave that token out"),
+        ({"top_log_probs": [[-1, float("-inf")]]}, "log-probability -inf, expected a finite number; leave that token"),
+        ({"top_log_probs": [[-1, float("nan")]]}, "log-probability nan, expected a finite number; leave that token"),
+        ({"top_log_probs": [[-1, None]]}, "the log-probabilities must be numbers, got null; leave that token out"),
+        ({"top_ids": [[7, 1 << 63]]}, "has id 9223372036854775808, but the student has 60 tokens; leave that token"),
+        ({"top_ids": [[7, -(1 << 70)]]}, "has id -1180591620717411303424, but the student has 60 tokens"),
+        ({"top_ids": [[7, HUGE]]}, "token 0 of the response has id 9999"),
+        ({"top_ids": [[7, True]]}, "the ids must be whole numbers, got true"),
+        ({"top_ids": [[7, 7]]}, "has id 7 twice; give each token once"),
+        ({"top_ids": [[]], "top_log_probs": [[]]}, "has no tokens of the teacher's; each needs one at least"),
+        ({"output_ids": [HUGE]}, '"output_ids": token 0 is 9999'),
+        ({"prompt_ids": [HUGE]}, '"prompt_ids": token 0 is 9999'),
+        ({"prompt_logprobs": [None, {"7": {"logprob": -HUGE}}]}, "has the log-probability -9999"),
+        *(
+            ({"prompt_logprobs": [None, {"7": {"logprob": -1}, key: {"logprob": -2}}]}, words)
+            for key, words in (
+                ("1_0", 'entry 1: expected {"token id": {"logprob": number}}, got {"7": {"logprob": -1}, "1_0": '),
+                (" 8", 'entry 1: expected {"token id": '),
+                ("+8", 'entry 1: expected {"token id": '),
+                ("\N{ARABIC-INDIC DIGIT EIGHT}", 'entry 1: expected {"token id": '),
+                ("-8", 'entry 1: expected {"token id": '),
+                ("07", "has id 7 twice"),
+                ("9" * 400, "has id 9999"),
+            )
+        ),
+        ({"prompt_logprobs": [None, {}]}, 'entry 1: expected {"token id": {"logprob": number}}, got {}'),
+        ({"prompt_logprobs": [None, {"7": -1}]}, 'entry 1: expected {"token id": {"logprob": number}}, got {"7": -1}'),
+    ],
+)
+def test_numbers_that_can_not_be_meant_are_refused_in_one_line(write_jsonl, recwarn, change, words):
+    line = {"output_ids": [7], "prompt_ids": [1], "top_ids": [[7, 8]], "top_log_probs": [[-1, -2]]}
+    message = refused(write_jsonl([{**line, **change}]), samples_of(([1, 7], [1, 2])))
+    assert words in message
+    assert len(message) < 500
+    assert not recwarn
+
+
+def test_a_log_probability_may_be_very_low(write_jsonl):
+    line = {"output_ids": [7], "top_ids": [[7, 8, 9]], "top_log_probs": [[-1, -9999.0, -3e38]]}
+    _, log_probs = read(write_jsonl([line]), samples_of(([1, 7], [1, 2]))).of([{"index": 0}])
+    assert log_probs.tolist() == [np.float32([-1, -9999, -3e38]).tolist()]
