@@ -129,13 +129,11 @@ class TeacherConfig(ModelConfig):
             raise ConfigError(f"{key}: {problem}; give null for {', '.join(others)}", key)
 
 
-def check_several(teachers: dict[str, TeacherConfig] | None, by_file: dict, method: str) -> None:
+def check_several(teachers: dict[str, TeacherConfig], by_file: dict[str, str], method: str) -> None:
     """Raises ConfigError for teachers that can't be told apart, or that the method can't have.
 
     by_file: the teachers of rows that name none, as `data.teachers` has them.
     """
-    if teachers is None:
-        raise ConfigError("data.teachers: gives rows a teacher by name, but teachers is missing", "data.teachers")
     if not teachers:
         raise ConfigError("teachers: is empty; name some, or give teacher", "teachers")
     if method == "minillm":

@@ -255,8 +255,9 @@ def _convert(hint: Any, value: Any, name: str) -> Any:
         return _convert_list(hint, value, name)
     if typing.get_origin(hint) is dict:
         _, section = typing.get_args(hint)
-        named = _convert(dict, value, name).items()
-        return {key: _convert(section, inner, f"{name}.{key}") for key, inner in named if inner is not None}
+        named = {key: inner for key, inner in _convert(dict, value, name).items() if inner is not None}
+        named.pop("comment", None)
+        return {key: _convert(section, inner, f"{name}.{key}") for key, inner in named.items()}
     if hint is float and type(value) is int and abs(value) < 1e300:
         return float(value)
     is_prose, hint = hint is Text, getattr(hint, "__supertype__", hint)

@@ -279,8 +279,11 @@ class Config(Section):
         super().__post_init__()
         if self.teachers is not None and self.teacher is not None:
             raise ConfigError("teachers: there is a teacher, too; give null for one of the two", "teachers")
-        if self.teachers is not None or self.data.teachers is not None:
+        if self.teachers is not None:
             check_several(self.teachers, self.data.teachers or {}, self.method)
+        elif self.data.teachers and self.method not in (*WITHOUT_TEACHER, "generate"):
+            problem = "gives rows a teacher by name, but teachers is missing; give null for it"
+            raise ConfigError(f"data.teachers: {problem}", "data.teachers")
         if self.method not in (*WITHOUT_TEACHER, "generate") and not self.all_teachers:
             raise ConfigError(f'teacher: missing, and method "{self.method}" needs one; give teacher.path')
         self._check_served_teacher()

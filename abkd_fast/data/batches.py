@@ -29,6 +29,7 @@ class Batch:
     samples: list[dict]  # in the order of the sequences
     is_pretrain: bool = False  # whether the samples are blocks of plain text
     teacher_hidden: Tensor | None = None  # [N, H], the teacher's states of the labels, where they were read ahead
+    parts: tuple[Batch, ...] = ()  # of several teachers, one for each with its states, where they were read ahead
     loss_scale: float = 1.0  # of the loss, which is summed over the labels
     token_share: float = 1.0  # of this micro-batch in the tokens of the step, on all ranks and with plain text
 

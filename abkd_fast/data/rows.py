@@ -3,13 +3,11 @@
 import collections
 import dataclasses
 import os
-import pathlib
 from collections.abc import Collection, Iterator, Mapping
-from typing import NamedTuple
 
 from ..errors import ConfigError
 from . import formats, indexed_dataset, sources
-from .strict_json import show
+from .row_teachers import RowTeachers, TeacherNames
 from .text_files import RawRow
 
 # Splits: words in the names of files, and of splits of a data set. The first one that is there is read.
@@ -37,36 +35,6 @@ class Row:
     outputs: object = None  # the reference text, or a list of several, unchecked; `values` has the first one
     teacher: str | None = None  # the name of its teacher, of several
     number: int = 0  # in its source, from 0; rows that are left out count
-
-
-class TeacherNames(NamedTuple):
-    """The names of several teachers, and those of all rows of a file, by its name or path."""
-
-    names: tuple[str, ...]
-    by_file: tuple[tuple[str, str], ...] = ()
-
-    def of(self, where: str, values: dict) -> str:
-        """The teacher of a row: its own column, or else that of its file. Raises ConfigError where there is none."""
-        name, expected = values.get("teacher"), ", ".join(self.names)
-        if name is None:
-            if not (found := [name for file, name in self.by_file if file in _names_of_file(where)]):
-                problem = f'{where}: has no teacher, expected one of {expected} as "teacher"'
-                raise ConfigError(f"{problem}; data.teachers gives whole files one")
-            return found[0]
-        if name not in self.names:
-            raise ConfigError(f'{where}: "teacher" is {show(name)}, expected one of {expected}')
-        return name
-
-    def unused_file(self, rows: list[Row]) -> str | None:
-        """The first file that none of the rows is of."""
-        seen = set().union(*(_names_of_file(row.where) for row in rows))
-        return next((file for file, _ in self.by_file if file not in seen), None)
-
-
-def _names_of_file(where: str) -> tuple[str, str]:
-    """The path and the name of the file of a row: its place is "PATH line 3"."""
-    path = where.rsplit(" ", 2)[0]
-    return path, pathlib.PurePath(path).name
 
 
 class Rows(list):
@@ -97,7 +65,7 @@ def read_rows(
             output is the last one; if that has weight 0, the last that is trained, and what follows it goes, too.
         columns: names of columns by ours, or the items of such a mapping; then no other column is read.
         on_bad_row: "stop", or "skip": bad rows are left out, and `notes` of the result names them.
-        teachers: of several teachers, one of which every row must have.
+        teachers: the names of several teachers, one of which every row must have.
 
     Raises ConfigError, one line with file and line, for a source that is missing or empty, a file that can't be read,
     and, unless they are skipped, rows that can't be used.
@@ -108,7 +76,11 @@ def read_rows(
     rows, bad, titles = Rows(), [], collections.Counter()
     seen, unread = {}, {}  # columns in the order in which they appear; those with a value that its row's format drops
     known = formats.COLUMNS if columns is None else columns.values()
+    chosen = None if teachers is None else RowTeachers(teachers, source)
+    is_hidden = columns is not None and "teacher" not in columns
     for number, (where, values) in enumerate(_raw_rows(source, splits, known, rows.notes)):
+        if chosen:
+            chosen.see(where)
         try:
             if isinstance(values, ConfigError):
                 raise values
@@ -117,7 +89,7 @@ def read_rows(
                 if columns is not None:
                     values = {ours: values[theirs] for ours, theirs in columns.items() if theirs in values}
             checked = formats.check_row(values, where, outputs)
-            teacher = teachers and teachers.of(where, values)
+            teacher = chosen and chosen.of(where, values, is_hidden)
         except ConfigError as error:
             if on_bad_row == "stop":
                 raise ConfigError(_explain(source, str(error), columns, seen)) from None
@@ -127,7 +99,7 @@ def read_rows(
         titles[checked.format.title] += 1
         if columns is None:
             used = checked.format.used - ({*formats.TEACHER} if outputs == "ignored" else set())
-            used |= {"teacher"} if teachers else set()
+            used |= {"teacher"} if chosen else set()
             unread |= {key: None for key, value in values.items() if key not in used and value not in (None, "")}
         if len(rows) == limit:
             break
@@ -136,8 +108,8 @@ def read_rows(
         raise ConfigError(_explain(source, error, columns, seen))
     if unseen := _unseen(columns, seen):
         raise ConfigError(f"{source}: {unseen}")
-    if teachers and len(rows) != limit and (file := teachers.unused_file(rows)):
-        raise ConfigError(f"{source}: data.teachers names {file}, but no row is of that file", "data.teachers")
+    if chosen and len(rows) != limit:  # what comes after the limit is not known
+        chosen.check_entries()
     rows.notes += _notes(source, titles, [key for key in seen if key in unread], bad)
     return rows
 

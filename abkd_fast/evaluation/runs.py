@@ -50,10 +50,10 @@ class Run:
 
     @property
     def teachers(self) -> dict[str, dict]:
-        """The models that it learns from, by name; none without a teacher."""
-        several = self.config.get("teachers")
-        one = {} if self.config["teacher"] is None else {"teacher": self.config["teacher"]}
-        return several if several and self.config["method"] not in WITHOUT_TEACHER else one
+        """The teachers in its configuration, by their keys."""
+        if several := self.config.get("teachers"):
+            return {f"teachers.{name}": model for name, model in several.items()}
+        return {} if self.config["teacher"] is None else {"teacher": self.config["teacher"]}
 
     @property
     def besides_seed(self) -> str:

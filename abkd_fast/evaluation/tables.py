@@ -228,7 +228,8 @@ def gain(runs: list[Run]) -> str | None:
     scores = {run.folder: row.cells[-1] for row in table.rows for run in row.runs} if table else {}
     scored = [run for run in runs if scores.get(run.folder)]
     for student in scored:
-        if teacher := next((run for run in scored if student.learns_from(run)), None):
+        teacher = next((run for run in scored if student.learns_from(run)), None)
+        if teacher and len(student.teachers) == 1:  # there is no way to several, of which to have a share
             rows = (student.label, teacher.label)  # no other seed of these is the one without teacher
             plain = [run for run in scored if run.config["method"] == "sft" and run.label not in rows]
             alone = next((run for run in plain if run.start == student.start and student.start[0] is not None), None)
@@ -281,7 +282,8 @@ def _report(run: Run) -> str:
     """One run in Markdown: settings, results and curves."""
     config, summary = run.config, run.summary
     models = {
-        role: model["path"] or model.get("hidden_states") or "random weights"
+        role: (model["path"] or model.get("hidden_states") or "random weights")
+        + (f" with {model['adapter']}" if model["adapter"] else "")
         for role, model in {"student": config["student"], **run.teachers}.items()
     }
     facts = {

@@ -21,6 +21,7 @@ from ..config.schema import Config, RunConfig, SamplingConfig
 from ..console import console, progress_bar
 from ..data.chat import PromptFormat
 from ..data.encode import begin_token
+from ..data.row_teachers import TeacherNames
 from ..data.rows import Row, read_rows
 from ..data.tokenize import encode_prompts
 from ..device import choose_device, choose_dtype
@@ -159,7 +160,9 @@ class Generation:
         named = tokenizer or tokenizers.tokenizer_path(spec), "tokenizer"
         self.model = Generator(spec, named, sampling, batch_size, device, dtype, style, chat_template)
         self.tokenizer = self.model.tokenizer
-        self.rows = data if isinstance(data, list) else read_rows(data, rows, outputs="ignored")
+        self.rows = (
+            data if isinstance(data, list) else read_rows(data, rows, outputs="ignored", teachers=TeacherNames())
+        )
         self.prompts = encode_prompts(self.rows, self.tokenizer, style)
         longest = math.inf if max_prompt_length is None else max_prompt_length
         self.used = [index for index, prompt in enumerate(self.prompts) if len(prompt) <= longest]
@@ -225,6 +228,7 @@ class Generation:
             prompt = values["prompt"] if "prompt" in values else self.tokenizer.decode(self.prompts[index])
             row = {"prompt": prompt, "output": text}
         row |= {"prompt_ids": self.prompts[index], "output_ids": ids}  # a text may have lost tokens
+        row |= {"teacher": self.rows[index].teacher} if self.rows[index].teacher else {}
         if text.strip():  # an empty response teaches nothing
             self.answers.add(index, {**row, "ended": response[-1] in self.model.ends})
         self.tokens += len(response)

@@ -32,11 +32,13 @@ class Rollouts:
         tokenizer: PreTrainedTokenizerBase,
         train_set: datasets.Dataset,
         student: CausalLM,
-        teacher: CausalLM,
+        teacher: CausalLM | None,
         precision: Callable[[], contextlib.AbstractContextManager],
         vocabulary: int | None = None,
     ) -> None:
-        """precision: makes the context that the models run in.
+        """teacher: None where only the student writes, and `vocabulary` is given.
+
+        precision: makes the context that the models run in.
 
         vocabulary: how many tokens the models share, where that is fewer than both have.
         """

@@ -33,8 +33,7 @@ def describe(trainer: Trainer) -> Iterator[str]:
     yield from _forms(trainer)
     yield from _quantized(trainer)
     yield from without_kernels(trainer.device)
-    free = free_memory(trainer.device)
-    choices = {key: cache.choose(free) for key, cache in trainer.teachers.caches.items()}
+    choices = trainer.teachers.choose(free_memory(trainer.device))
     # An on-policy method keeps the teacher's body, which reads what is generated.
     cached = {key: (disk or memory) and not trainer.teachers.is_on_policy for key, (disk, memory, _) in choices.items()}
     yield from _memory(trainer, cached)
@@ -183,6 +182,8 @@ def _notes(trainer: Trainer) -> Iterator[str]:
     """Lines about long rows, plain text, and generation, where there are any."""
     yield from (f"  rows       {note}" for note in trainer.data.notes)
     yield from (f"  tokens     {note}" for note in trainer.teachers.notes())
+    if trainer.teachers.are_several:
+        yield f"  teachers   samples of each: {trainer.teachers.counts()}"
     if trainer.data.pretrain_set is not None:
         data = trainer.config.data
         yield (

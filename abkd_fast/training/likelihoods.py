@@ -1,7 +1,7 @@
 """How well student and teacher predict the data's responses: told once, because a wrong teacher shows there first."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -19,9 +19,13 @@ class ResponseLikelihoods:
     The step's loss and gradient stay the same to the last bit. The student has its dropout.
     """
 
-    def __init__(self, device: torch.device, is_wanted: bool) -> None:
-        self.device, self.is_wanted = device, is_wanted
-        self.sums: Tensor | None = None  # of this rank's log-probabilities: student, teacher; while a step is measured
+    def __init__(
+        self, device: torch.device, count_labels: Callable[[list[dict]], dict[str, int]], is_wanted: bool
+    ) -> None:
+        """count_labels: gives the labels in samples by the key of their teacher."""
+        self.device, self.count_labels, self.is_wanted = device, count_labels, is_wanted
+        # While a step is measured, for each teacher: this rank's log-probabilities of the student and of the teacher.
+        self.sums: dict[str, Tensor] = {}
 
     @contextlib.contextmanager
     def measured(self, batch: StepBatch) -> Iterator[None]:
@@ -30,21 +34,28 @@ class ResponseLikelihoods:
         if not self.is_wanted or not batch.num_labels or any("index" not in sample for sample in batch.samples):
             yield
             return
-        self.sums = torch.zeros(2, dtype=torch.float64, device=self.device)
+        counts = self.count_labels(batch.samples)
+        self.sums = {key: torch.zeros(2, dtype=torch.float64, device=self.device) for key in counts}
         yield
-        student, teacher = (distributed.all_reduce_sum(self.sums) / batch.num_labels).tolist()
-        self.is_wanted, self.sums = False, None
-        console.print(f"  responses  mean log-probability of a token: student {student:.3f}, teacher {teacher:.3f}")
-        if teacher < student:
-            console.print(
-                "[bold red]  teacher    predicts the data's responses worse than the student does: are the two swapped "
-                "(student.path, teacher.path), or does the teacher know another chat template (data.chat_template)?[/]"
-            )
+        for key, count in counts.items():
+            student, teacher = (distributed.all_reduce_sum(self.sums[key]) / count).tolist()
+            _print(key, student, teacher)
+        self.is_wanted, self.sums = False, {}
 
-    def add(self, batch: Batch, student: LinearHead, teacher: LinearHead | None) -> None:
+    def add(self, key: str | None, batch: Batch, student: LinearHead, teacher: LinearHead | None) -> None:
         """Adds what both models say of a batch's labels, if this step is measured."""
-        if self.sums is not None and not batch.is_pretrain:
-            self.sums -= torch.stack([_cross_entropy(head, batch.labels) for head in (student, teacher)])
+        if self.sums and not batch.is_pretrain:
+            self.sums[key] -= torch.stack([_cross_entropy(head, batch.labels) for head in (student, teacher)])
+
+
+def _print(key: str, student: float, teacher: float) -> None:
+    """key: the teacher's in the configuration."""
+    console.print(f"  responses  mean log-probability of a token: student {student:.3f}, {key} {teacher:.3f}")
+    if teacher < student:
+        console.print(
+            f"[bold red]  {key:10} predicts the data's responses worse than the student does: are the two swapped "
+            f"(student.path, {key}.path), or does the teacher know another chat template (data.chat_template)?[/]"
+        )
 
 
 @torch.no_grad()

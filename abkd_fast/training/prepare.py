@@ -15,7 +15,8 @@ from ..config.models import ModelConfig
 from ..config.schema import Config
 from ..data import formats, pretrain
 from ..data.chat import PromptFormat
-from ..data.rows import DEV, TRAIN, Rows, TeacherNames, read_rows
+from ..data.row_teachers import TeacherNames
+from ..data.rows import DEV, TRAIN, Rows, read_rows
 from ..data.teacher_prompts import SeveralFormats, TeacherFormat
 from ..data.tokenize import tokenize
 from ..errors import ConfigError
@@ -78,8 +79,8 @@ def train_rows(config: Config) -> tuple:
     outputs = "ignored"
     if config.method != "generate":
         outputs = "optional" if _writes_all_responses(config) else "required"
-    names = None
-    if config.teachers and is_taught(config):
+    names = TeacherNames() if config.method == "generate" else None  # its rows keep theirs
+    if config.teachers and config.method not in WITHOUT_TEACHER:
         names = TeacherNames((*config.teachers,), tuple((config.data.teachers or {}).items()))
     return config.data.train, config.data.train_rows, TRAIN, outputs, *_reading(config), names
 

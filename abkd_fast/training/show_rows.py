@@ -27,11 +27,13 @@ class ShownSample(NamedTuple):
     left_out: str | None = None  # why the row gives no sample
     teacher: tuple[tuple[str, bool], ...] = ()  # the pieces as the teacher reads them, if after another prompt
     teacher_tokens: int = 0
+    teacher_name: str | None = None  # of several
 
     def to_json(self) -> str:
         """One line: where, text, trained (the parts that get a loss), tokens, trained_tokens.
 
-        And left_out if it is, teacher_text and teacher_tokens if the teacher reads another prompt.
+        And left_out if it is, teacher_text and teacher_tokens if the teacher reads another prompt, and its name as
+        teacher if there are several.
         """
         values = {
             "where": self.where,
@@ -42,6 +44,8 @@ class ShownSample(NamedTuple):
         }
         if self.left_out:
             values["left_out"] = self.left_out
+        if self.teacher_name:
+            values["teacher"] = self.teacher_name
         if self.teacher:
             values["teacher_text"] = "".join(text for text, _ in self.teacher)
             values["teacher_tokens"] = self.teacher_tokens
@@ -50,7 +54,8 @@ class ShownSample(NamedTuple):
     def to_text(self) -> Text:
         """The same for a terminal: trained parts are green."""
         counts = self.left_out or f"{self.tokens} tokens, {self.trained_tokens} of them trained"
-        shown = Text.assemble((f"{self.where}: {counts}\n", "dim"), *_styled(self.pieces), "\n")
+        of = f" (teacher {self.teacher_name})" if self.teacher_name else ""
+        shown = Text.assemble((f"{self.where}{of}: {counts}\n", "dim"), *_styled(self.pieces), "\n")
         if self.teacher:
             shown += Text.assemble(
                 (f"the teacher reads {self.teacher_tokens} tokens:\n", "dim"), *_styled(self.teacher), "\n"
@@ -77,10 +82,10 @@ def shown_samples(
             views = [(one["input_ids"], one["spans"]) for one in (sample, teacher_view(sample))]
             (ids, _), (theirs, _) = views
             pieces, of_teacher = (tuple(_pieces(tokenizer, *view)) for view in views)
-            shown = ShownSample(row.where, pieces, len(ids), count_labels(sample))
+            shown = ShownSample(row.where, pieces, len(ids), count_labels(sample), teacher_name=row.teacher)
             yield shown if theirs == ids else shown._replace(teacher=of_teacher, teacher_tokens=len(theirs))
         if reason := tokenized.why_left_out(index):
-            yield ShownSample(row.where, (), left_out=reason)
+            yield ShownSample(row.where, (), left_out=reason, teacher_name=row.teacher)
 
 
 def _pieces(tokenizer: PreTrainedTokenizerBase, ids: list[int], spans: list[int]) -> Iterator[tuple[str, bool]]:

@@ -1,6 +1,5 @@
 """The teachers of a run: none, one, or several of which each has rows of its own."""
 
-import collections
 import contextlib
 import dataclasses
 import functools
@@ -66,10 +65,10 @@ class Teachers:
         self.is_on_policy = isinstance(method, OnPolicyMethod) and not any(
             spec.hidden_states for spec in specs.values()
         )
-        if self.are_several and self.is_on_policy and is_sharded(config):
-            raise ConfigError(
-                f"teachers: method {config.method} asks them in training, {NOT_SHARDED}; use ddp", "teachers"
-            )
+        live = "cache.mode is off" if config.cache.mode == "off" else ""
+        live = f"method {config.method} asks them in training" if self.is_on_policy else live
+        if self.are_several and live and is_sharded(config):
+            raise ConfigError(f"teachers: {live}, {NOT_SHARDED}; use ddp", "teachers")
         self.caches: dict[str, TeacherCache] = {}
         self.built: dict[str, Teacher | CachedTeacher | OnPolicyTeacher] = {}
 
@@ -142,11 +141,11 @@ class Teachers:
 
         Raises ConfigError where what cache.mode asks for can't be had.
         """
-        for number, (key, cache) in enumerate(self.caches.items()):
+        for key, cache in self.caches.items():
             load_this = functools.partial(load, self.config.all_teachers[key], self.metas[key])
             # A resumed run needs the same random weights, and the same dropout whether or not a teacher's weights load.
             with torch.random.fork_rng(devices=[]), self._naming(key):
-                torch.manual_seed(self.config.run.seed + 1 + number)
+                torch.manual_seed(self.config.run.seed + 1 + sorted(self.caches).index(key))
                 live = Teacher(load_this()) if self.is_on_policy else None
                 of_data = cache.open((lambda: live.model) if live else load_this, precision, reserved)  # noqa: B023
             if self.are_several and is_sharded(self.config) and isinstance(of_data, Teacher):
@@ -163,22 +162,34 @@ class Teachers:
         """Neighbors with one teacher, and its key."""
         return [(key, [*group]) for key, group in itertools.groupby(samples, self.key_of)]
 
+    def choose(self, memory: int) -> dict[str, tuple[bool, bool, str]]:
+        """What `TeacherCache.choose` says of each, with so many free bytes of device memory. Raises ConfigError."""
+        choices = {}
+        for key, cache in self.caches.items():
+            with self._naming(key):
+                choices[key] = cache.choose(memory)
+        return choices
+
     def count_labels(self, samples: list[dict]) -> dict[str, int]:
-        """The labels of each of several teachers that has some."""
-        counts = collections.Counter()
-        for sample in samples if self.are_several else ():
+        """The labels of each teacher that has some."""
+        counts = dict.fromkeys(self.metas, 0)
+        for sample in samples:
             counts[self.key_of(sample)] += count_labels(sample)
-        return +counts
+        return {key: count for key, count in counts.items() if count}
 
     def arrange(self, samples: list[dict]) -> list[dict]:
-        """The samples, those of one teacher side by side: most micro-batches then have one teacher."""
+        """The samples, those of one teacher side by side: micro-batches then have few parts."""
         return sorted(samples, key=self.key_of) if self.are_several else samples
 
     def read_ahead(self, batch: Batch) -> Batch:
         """The micro-batch with its hidden states, if a step would wait for the disk. Another thread may call this."""
-        if not self.built or batch.is_pretrain or len(groups := self.grouped(batch.samples)) > 1:
+        if not self.built or batch.is_pretrain:
             return batch
-        return self.built[groups[0][0]].read_ahead(batch)
+        groups = self.grouped(batch.samples)
+        if len(groups) == 1:
+            return self.built[groups[0][0]].read_ahead(batch)
+        parts = (self.built[key].read_ahead(collate(samples)) for key, samples in groups)
+        return dataclasses.replace(batch, parts=tuple(part.pin() for part in parts))
 
     def lessons(self, batch: Batch) -> list[Lesson]:
         """The parts of a micro-batch, on its device, each with what its teacher says about it."""
@@ -187,15 +198,15 @@ class Teachers:
         if batch.is_pretrain:
             (key,) = self.built
             return [Lesson(batch, key=key, head=self.built[key].live.linear_head(batch))]
-        groups, lessons, start = self.grouped(batch.samples), [], 0
-        for key, samples in groups:
-            part = batch
-            if len(groups) > 1:
-                part = dataclasses.replace(collate(samples), loss_scale=batch.loss_scale).to(batch.input_ids.device)
+        groups = self.grouped(batch.samples)
+        if len(groups) == 1:
+            ((key, _),) = groups
+            return [Lesson(batch, key=key, head=self.built[key].linear_head(batch))]
+        parts, lessons, start = batch.parts or [collate(samples) for _, samples in groups], [], 0
+        for (key, _), part in zip(groups, parts, strict=True):
+            part = dataclasses.replace(part, loss_scale=batch.loss_scale).to(batch.input_ids.device)
             rows = slice(start, start := start + len(part.labels))
-            lessons.append(
-                Lesson(part, rows if len(groups) > 1 else slice(None), key, self.built[key].linear_head(part))
-            )
+            lessons.append(Lesson(part, rows, key, self.built[key].linear_head(part)))
         return lessons
 
     def shared_tokens(self, key: str | None) -> int | None:
@@ -209,6 +220,10 @@ class Teachers:
             return self.vocabulary.shared
         each = self.vocabularies.values()
         return min(words.shared or shared_vocabulary(*words.sizes.values()) for words in each)
+
+    def counts(self) -> str:
+        """How many samples each of several teachers has, for people."""
+        return ", ".join(f"{key.rpartition('.')[2]} {len(cache.dataset)}" for key, cache in self.caches.items())
 
     def notes(self) -> Iterator[str]:
         """Lines about tokens that the models don't have in common."""

@@ -82,7 +82,8 @@ class Trainer:
         self.scheduler = build_scheduler(self.optimizer, config.optim, self.data.steps)
         self.rollouts = None
         if self.teachers.is_on_policy:
-            models = self.student, next(iter(self.teachers.built.values())).live.model
+            teacher = None if self.teachers.are_several else self.teachers["teacher"].live.model  # which may write, too
+            models = self.student, teacher
             context = self.precision, self.teachers.written_tokens
             self.rollouts = Rollouts(config, self.tokenizer, self.data.train_set, *models, *context)
         self.checkpoint_writer = CheckpointWriter(self.checkpoints, self.student, self.optimizer, self.tokenizer)
@@ -93,7 +94,8 @@ class Trainer:
         every_steps = config.checkpoint.every_steps or self.data.steps_per_epoch
         self.saves = CheckpointPolicy(self.checkpoint_writer, self.state, every_steps, self.resumed_from)
         self.resumed_samples = self.state.samples
-        self.likelihoods = ResponseLikelihoods(self.device, bool(self.teachers) and not self.resumed_from)
+        is_wanted = bool(self.teachers) and not self.resumed_from
+        self.likelihoods = ResponseLikelihoods(self.device, self.teachers.count_labels, is_wanted)
         self.costs = {
             key: self.step_cost(isinstance(teacher, CachedTeacher), key) for key, teacher in self.teachers.built.items()
         } or {None: self.step_cost(cached=False)}
@@ -264,11 +266,11 @@ class Trainer:
         for lesson in lessons:
             loss_of = self.method.pretrain_loss if lesson.batch.is_pretrain else self.method.loss
             count, teacher, own = self.teachers.shared_tokens(lesson.key), lesson.head, lesson.of(student)
-            self.likelihoods.add(lesson.batch, own, teacher)
+            self.likelihoods.add(lesson.key, lesson.batch, own, teacher)
             if teacher is not None and count is not None:  # the loss ends before tokens that differ
                 own, teacher = own.prefix(count), teacher.prefix(count)
             losses.append(loss_of(own, batch=lesson.batch, teacher=teacher))
-            if self.teachers.are_several:
+            if lesson.key is not None:
                 self.shares[lesson.key].append(losses[-1].detach())
         return functools.reduce(torch.add, losses)
 
@@ -279,7 +281,7 @@ class Trainer:
         """
         names = ["loss_method"] + ["loss_pretrain"] * bool(batch.pretrain_blocks)
         names += ["loss_router"] * bool(self.shares["loss_router"])
-        labels = self.teachers.count_labels(batch.samples)
+        labels = self.teachers.count_labels(batch.samples) if self.teachers.are_several else {}
         zero = self.shares["loss_method"][0].new_zeros(())
         sums = [sum(self.shares[name], zero) for name in (*names, *labels)]
         sums = distributed.all_reduce_sum(torch.stack(sums))

@@ -15,8 +15,8 @@ from abkd_fast import cache, train
 from abkd_fast.config.recipe import load
 from abkd_fast.data import quickstart
 from abkd_fast.data.batches import count_labels, teacher_view
-from abkd_fast.data.rows import TeacherNames, read_rows
-from abkd_fast.errors import ConfigError
+from abkd_fast.evaluation.runs import read_runs
+from abkd_fast.evaluation.tables import write_report
 from abkd_fast.models import loading
 from abkd_fast.teacher.teacher import CachedTeacher, OnPolicyTeacher, Teacher
 from abkd_fast.training.trainer import Trainer
@@ -256,59 +256,19 @@ def test_a_teacher_with_hidden_states_and_one_with_a_model(make, folder, tmp_pat
         assert torch.equal(ours.head.hidden, theirs.head.hidden)
 
 
-def test_a_micro_batch_that_is_read_ahead_has_one_teacher(make, monkeypatch):
+def test_a_micro_batch_that_is_read_ahead_has_the_states_of_all_its_teachers(make, monkeypatch):
     trainer = trainer_of(make("kd", "cache.mode=disk", *PACKED))
     empty = torch.empty
     monkeypatch.setattr(CachedTeacher, "_is_on_device", False)
     monkeypatch.setattr(torch, "empty", lambda *size, pin_memory=False, **options: empty(*size, **options))
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
     for batch in mixed(trainer).micro_batches:
         ahead, plain = trainer.teachers.read_ahead(batch), trainer.teachers.lessons(batch)
-        assert (ahead.teacher_hidden is None) == (len(plain) > 1)
-        for ours, theirs in zip(trainer.teachers.lessons(ahead), plain, strict=True):
+        with monkeypatch.context() as patch:
+            patch.setattr(CachedTeacher, "_gather", lambda *_: pytest.fail("the step waits for the disk"))
+            lessons = trainer.teachers.lessons(ahead)
+        for ours, theirs in zip(lessons, plain, strict=True):
             assert torch.equal(ours.head.hidden, theirs.head.hidden)
-
-
-def test_teachers_are_named_by_column_or_file(tmp_path):
-    folder = tmp_path / "train"
-    folder.mkdir()
-    row = {"prompt": "a", "output": "b"}
-    (folder / "train-math.jsonl").write_text(json.dumps(row) + "\n" + json.dumps(row | {"teacher": "code"}) + "\n")
-    (folder / "train-code.jsonl").write_text(json.dumps(row | {"teacher": None}) + "\n")
-    names = TeacherNames(("math", "code"), (("train-math.jsonl", "math"), (f"{folder}/train-code.jsonl", "code")))
-    rows = read_rows(str(folder), teachers=names)
-    assert [row.teacher for row in rows] == ["code", "math", "code"]
-    assert not any("not read" in note for note in rows.notes)
-    other = TeacherNames(("math", "code"), (*names.by_file, ("missing.jsonl", "code")))
-    with pytest.raises(ConfigError, match=r"data.teachers names missing.jsonl, but no row is of that file"):
-        read_rows(str(folder), teachers=other)
-    assert len(read_rows(str(folder), 1, teachers=other)) == 1, "rows beyond the limit are not known"
-
-
-@pytest.mark.parametrize(
-    ("teacher", "problem"),
-    [
-        ("chess", 'line 1: "teacher" is "chess", expected one of math, code'),
-        (["math"], 'line 1: "teacher" is ["math"], expected one of math, code'),
-        (None, 'line 1: has no teacher, expected one of math, code as "teacher"; data.teachers gives whole files one'),
-    ],
-)
-def test_rows_without_a_teacher_are_refused_or_said(write_jsonl, teacher, problem):
-    row = {"prompt": "a", "output": "b"}
-    path = write_jsonl([row | {"teacher": teacher}, row | {"teacher": "math"}])
-    names = TeacherNames(("math", "code"))
-    with pytest.raises(ConfigError) as refused:
-        read_rows(path, teachers=names)
-    assert str(refused.value) == f"{path} {problem}"
-    rows = read_rows(path, teachers=names, on_bad_row="skip")
-    assert [row.teacher for row in rows] == ["math"]
-    assert any(problem in note for note in rows.notes)
-
-
-def test_the_column_may_have_another_name(write_jsonl):
-    path = write_jsonl([{"q": "a", "a": "b", "field": "math"}])
-    columns = {"prompt": "q", "output": "a", "teacher": "field"}
-    (row,) = read_rows(path, columns=columns, teachers=TeacherNames(("math",)))
-    assert row.teacher == "math"
 
 
 @pytest.mark.parametrize(
@@ -354,6 +314,7 @@ def test_a_dry_run_and_first_lines_name_every_teacher(make, capsys):
     printed = " ".join(capsys.readouterr().out.split())
     for name in TEACHERS:
         assert f"cache teachers.{name}: " in printed
+    assert "teachers samples of each: math 13, code 7" in printed
     assert run() == 0
     printed = " ".join(capsys.readouterr().out.split())
     for name in TEACHERS:
@@ -367,6 +328,7 @@ def test_show_rows_show_what_each_teacher_reads(make, capsys):
     assert train.main([*run.arguments, "--show-rows", "3"]) == 0
     shown = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert "teacher_text" not in shown[0]
+    assert [row["teacher"] for row in shown] == ["math", "code", "math"]
     assert shown[1]["teacher_text"].startswith("Write code.\n1 plus 2 is 3.\nWhat is 1 plus 2?")
 
 
@@ -380,3 +342,72 @@ def test_samples_of_a_teacher_are_counted_and_placed_in_all_data(make):
         hidden = [teacher.hidden_states(dataset[index] | {"index": index}) for index in rows]
         assert [len(each) for each in hidden] == [count_labels(dataset[index]) for index in rows]
     assert np.isfinite(trainer.teachers.seconds_saved(10))
+
+
+def test_the_order_of_random_teachers_decides_nothing(tmp_path, folder):
+    """No order of keys in a recipe does. Their weights are drawn as the run's seed says."""
+    random = {name: {"config": {**MODEL, "num_hidden_layers": layers}} for name, layers in (("math", 1), ("code", 2))}
+    results = []
+    for number, names in enumerate((("math", "code"), ("code", "math"))):
+        teachers = {name: random[name] for name in names}
+        data = f"data.train={folder / 'rows.jsonl'}", "data.train_rows=null", "data.dev=null"
+        run = Run(tmp_path / str(number), "method=kd", *data, "train.steps=2", "log.every_steps=1", teachers=teachers)
+        assert run() == 0
+        results.append([point["loss"] for point in run.points() if point.get("kind") == "train"])
+    assert results[0] == results[1]
+
+
+def test_both_models_are_measured_for_each_teacher(make, capsys):
+    assert make("kd", "train.steps=1", "data.dev=null", "train.batch_size=8")() == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    for name in TEACHERS:
+        assert f", teachers.{name} -" in printed
+    assert printed.count("predicts the data's responses worse") == printed.count(".path), or does the teacher know")
+
+
+def test_stages_hand_rows_and_models_on(make, folder, tmp_path, capsys):
+    """Answers keep the teacher of their prompt, a stage's result is one of several teachers, a report knows them."""
+    student = {"path": str(folder / "math"), "config": None}
+    stages = {
+        "tuned": {"method": "sft", "student": student},
+        "answers": {"method": "generate", "student": student},
+        "taught": {
+            "method": "kd",
+            "data": {"train": "stage:answers"},
+            "teachers": {"math": {"path": "stage:tuned"}},
+        },
+    }
+    small = "train.steps=2", "train.batch_size=2", "data.dev_rows=1", "eval.every_steps=2", "sampling.max_new_tokens=4"
+    run = make("kd", *small, "teachers.code.system=null", "data.max_length=64")
+    recipe = json.loads((tmp_path / "run" / "recipe.json").read_text())
+    (tmp_path / "run" / "recipe.json").write_text(json.dumps(recipe | {"stages": stages}))
+    assert run() == 0
+    answers = (tmp_path / "run/test/answers/final/answers.jsonl").read_text().splitlines()
+    assert {json.loads(line)["teacher"] for line in answers} == {"math", "code"}
+    capsys.readouterr()
+    assert run("--resume") == 0
+    assert capsys.readouterr().out.count("is finished already") == 3
+    runs = {run.folder.name: run for run in read_runs([tmp_path / "run/test/tuned", tmp_path / "run/test/taught"])}
+    assert runs["taught"].learns_from(runs["tuned"])
+    write_report([*runs.values()], tmp_path / "report")
+    report = (tmp_path / "run/test/taught/report.md").read_text()
+    for key, path in {"student": "random weights", "teachers.math": "tuned/final", "teachers.code": "code"}.items():
+        assert f"- {key}: " in report
+        assert path in report
+    assert run("--resume", "--set", f"taught:teachers.code.path={folder}/math") == 2
+    assert "teachers.code.path was" in capsys.readouterr().err
+
+
+def test_rows_of_a_stage_that_will_name_no_teacher_are_refused_before_they_are_written(make, folder, tmp_path, capsys):
+    student = {"path": str(folder / "math"), "config": None}
+    stages = {
+        "answers": {"method": "generate", "student": student, "data": {"train": "quickstart:small", "train_rows": 2}},
+        "taught": {"data": {"train": "stage:answers"}},
+    }
+    run = make("kd")
+    recipe = json.loads((tmp_path / "run" / "recipe.json").read_text())
+    (tmp_path / "run" / "recipe.json").write_text(json.dumps(recipe | {"stages": stages}))
+    sets = ("--set", "answers:data.train=quickstart:small", "--set", "taught:data.train=stage:answers")
+    assert run("--dry-run", *sets, "--set", "answers:teachers=null") == 2
+    error = capsys.readouterr().err
+    assert 'stage:answers: quickstart:small row 1: has no "teacher" that is one of math, code' in error
