@@ -77,6 +77,7 @@ class TeacherCache:
             raise ConfigError(f"cache.dir: {problem}; choose another, or cache.mode=off")
 
     def _take(self, given: Assignment) -> None:
+        self.key, self.where = given.key, given.where
         self.mode, self.dataset, self.samples = given.config.cache.mode, given.dataset, given.samples
         self.indices, self.device, self.dtype = given.indices, given.device, given.dtype
 
@@ -170,10 +171,16 @@ class TeacherCache:
         values = values.view(self.kept)
         scales = torch.zeros(self.layout.rows, 1, device=self.device) if self.kept == FLOAT8 else None
         part = Part(values, scales)
-        for number, block, _ in self._compute(range(len(self.layout.blocks))):
-            for all_rows, some in zip(part, Part.of(block, self.kept), strict=True):
-                if all_rows is not None:
-                    all_rows[self.layout.block(number)] = some
+        mine = self._compute(range(len(self.layout.blocks)))
+
+        def keep_next() -> None:
+            for number, block, _ in itertools.islice(mine, 1):
+                for all_rows, some in zip(part, Part.of(block, self.kept), strict=True):
+                    if all_rows is not None:
+                        all_rows[self.layout.block(number)] = some
+
+        for _ in range(0, len(self.layout.blocks), distributed.world_size()):
+            distributed.run_on_all_ranks(keep_next)
         for tensor in part:
             if tensor is not None:  # a rank has its own rows, and zeros elsewhere; no rank can add float8
                 distributed.all_reduce_sum(tensor.view(torch.uint8) if tensor.dtype == FLOAT8 else tensor)
@@ -235,8 +242,21 @@ class TeacherCache:
         distributed.unshard_root(self.load())
         return self.load().head.weight, self.load().head.bias
 
+    def _check_finite(self, number: int, rows: Tensor) -> None:
+        """Raises ConfigError, which names the first sample, for a block with rows that are not finite."""
+        finite = torch.isfinite(rows).all(1)
+        if not finite.all():
+            first = self.layout.block(number).start + int(finite.int().argmin())
+            sample = next(index for index in self.layout.blocks[number] if first < self.layout.sample(index).stop)
+            problem = f"{self.origin.teacher} has hidden states that are not finite at {self.where(sample)}"
+            reason = f"its weights are damaged, or {shards.dtype_name(self.dtype)} has no room for its numbers"
+            raise ConfigError(f"{self.key}: {problem}: {reason}; get it again, or give another train.dtype")
+
     def _compute(self, numbers: list[int] | range) -> Iterator[tuple[int, Tensor, float]]:
-        """Computes this rank's share of the blocks: number, rows [n, H] and seconds of each."""
+        """Computes this rank's share of the blocks: number, rows [n, H] and seconds of each.
+
+        Raises ConfigError for rows that are not finite.
+        """
         teacher = Teacher(self.load())
         if len(numbers):
             count = f"{len(numbers)} of {len(self.layout.blocks)} blocks"
@@ -256,6 +276,7 @@ class TeacherCache:
                 if place >= len(numbers):
                     return
                 rows = torch.cat(parts)
+                self._check_finite(number, rows)
                 if self.device.type == "cuda":
                     torch.cuda.synchronize()
                 seconds = time.perf_counter() - started
