@@ -56,7 +56,7 @@ def _build(options: argparse.Namespace) -> None:
         _training_command(options, config, dict.fromkeys(models, "states"))  # what it refuses, it refuses now
         started = time.perf_counter()
         folders = {key: file.folder for key, file in _states(config).items()}
-        _report(options, config, folders, time.perf_counter() - started)
+        distributed.run_on_rank0(_report, options, config, folders, time.perf_counter() - started)
 
 
 def _taught_stage(stages: list[Config], name: str | None) -> Config:
