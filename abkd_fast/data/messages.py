@@ -77,7 +77,10 @@ def convert_teacher(values: dict, messages: object, key: str) -> list[dict]:
     first = messages[0] if isinstance(messages, list) and messages else None
     if isinstance(first, dict) and _role(first, key) == "system":
         values = {name: value for name, value in values.items() if name not in ("system", "system_prompt")}
-    return convert_row(values, messages, key, "optional")[0]["messages"]
+    try:
+        return convert_row(values, messages, key, "optional")[0]["messages"]
+    except ConfigError as error:
+        raise ConfigError(f'"{key}": {error}') from None
 
 
 WAY_OUT = "data.columns says which columns are read"

@@ -23,6 +23,7 @@ class TeacherFormat:
     style: PromptFormat
     system: str | None = None  # text before every prompt; before messages, a system message
     has_template: bool = False  # whether messages are rendered in another way than for the student
+    key: str = "teacher"  # in the configuration, for messages
 
     def has_own_prompt(self, row: Row) -> bool:
         """Whether the teacher reads another prompt than the student."""
@@ -89,7 +90,8 @@ class TeacherPrompts:
                 own = Sample(sample.input_ids, sample.spans)
                 views.append(own if theirs is None else self._view(sample, theirs, is_given))
             except ConfigError as error:
-                views.append(ConfigError(f"as the teacher reads it: {error}"))
+                problem = str(error).replace("data.chat_template", f"{self.form.key}.chat_template")
+                views.append(ConfigError(f"as the teacher reads it: {problem}"))
         return views
 
     def _read(self, rows: dict[int, Row]) -> dict[int, list[Sample] | ConfigError]:
@@ -188,7 +190,7 @@ def _paired(own: list[dict], theirs: list[dict], trained: list[int]) -> tuple[li
     """
     if not trained:
         if theirs[-1]["role"] == "assistant":
-            raise ConfigError('"teacher_messages" ends with an answer, but the row has no such message')
+            raise ConfigError('"teacher_messages" ends with an answer, but the row has no such message: leave it out')
         return theirs, []
     theirs = theirs if theirs[-1]["role"] == "assistant" else [*theirs, own[-1]]
     answers = _answers(theirs)

@@ -3,6 +3,7 @@
 import copy
 import json
 import pathlib
+from collections.abc import Callable
 
 import transformers
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -70,23 +71,33 @@ def keep_chat_format(tokenizer: PreTrainedTokenizerBase, style: PromptFormat) ->
         return
     if template is None:
         return
-    values = [
-        f"{{% if {key} is not defined %}}{{% set {key} = {value!r} %}}{{% endif %}}"
-        for key, value in (style.chat_template_kwargs or {}).items()
-    ]
-    added = "".join(values) + ("{{ '' }}" if values else "")  # else a line end that follows a block would vanish
+    added = _kept_values(style)
     question = template.render([{"role": "user", "content": "question"}], True)
     if style.begin_token is True and not question.startswith(tokenizer.bos_token or ""):
         added += "{{ bos_token }}"
 
-    def kept(text: str) -> str:
-        return text if text.startswith(added) else added + text
+    _rewrite_templates(tokenizer, lambda text: text if text.startswith(added) else added + text)
 
+
+def take_back_values(tokenizer: PreTrainedTokenizerBase, style: PromptFormat) -> None:
+    """Takes the values that `keep_chat_format` has written out of the chat template again."""
+    _rewrite_templates(tokenizer, lambda text: text.removeprefix(_kept_values(style)))
+
+
+def _kept_values(style: PromptFormat) -> str:
+    values = [
+        f"{{% if {key} is not defined %}}{{% set {key} = {value!r} %}}{{% endif %}}"
+        for key, value in (style.chat_template_kwargs or {}).items()
+    ]
+    return "".join(values) + ("{{ '' }}" if values else "")  # else a line end that follows a block would vanish
+
+
+def _rewrite_templates(tokenizer: PreTrainedTokenizerBase, rewrite: Callable[[str], str]) -> None:
     texts = tokenizer.chat_template
     if isinstance(texts, dict):  # several by name, as Command R has
-        tokenizer.chat_template = {name: kept(text) for name, text in texts.items()}
-    else:
-        tokenizer.chat_template = kept(texts)
+        tokenizer.chat_template = {name: rewrite(text) for name, text in texts.items()}
+    elif texts is not None:
+        tokenizer.chat_template = rewrite(texts)
 
 
 def keep_begin_token(tokenizer: PreTrainedTokenizerBase, style: PromptFormat) -> bool:

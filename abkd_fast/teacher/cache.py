@@ -102,6 +102,12 @@ class TeacherCache:
         """Whether the run finds all hidden states, and needs no teacher for those."""
         return self.mode != "off" and bool(self.samples) and self.file.is_recorded
 
+    @property
+    def content(self) -> str | None:
+        """What tells this teacher from another one at its place: the fingerprint of its weights, where it is known."""
+        is_known = self.mode != "off" and self.samples
+        return store.fingerprint(self.file.identity["weights"]) if is_known else None
+
     def choose(self, memory: int) -> tuple[bool, bool, str]:
         """Whether to use a file, whether to use memory, and why not. memory: free bytes of device memory.
 
@@ -320,6 +326,11 @@ class GivenStates(TeacherCache):
         started = time.perf_counter()
         distributed.run_on_each_node(self.file.verify)
         self.check_seconds = time.perf_counter() - started
+
+    @property
+    def content(self) -> str:
+        """The fingerprint of the states."""
+        return self.file.fingerprint
 
     def open(
         self,

@@ -110,12 +110,14 @@ def _format_of(config: Config, key: str, tokenizer: PreTrainedTokenizerBase) -> 
     """How the teacher of a configuration reads data.train. key: its own, for messages."""
     spec = config.teacher
     style, has_template = train_format(config), bool(spec.chat_template or spec.chat_template_kwargs is not None)
+    if has_template:
+        tokenizer = copy.deepcopy(tokenizer)  # the student's keeps its template
     if spec.chat_template_kwargs is not None:
+        tokenizers.take_back_values(tokenizer, style)
         style = dataclasses.replace(style, chat_template_kwargs=spec.chat_template_kwargs)
     if spec.chat_template is not None:
-        tokenizer = copy.deepcopy(tokenizer)  # the student's keeps its template
         tokenizers.use_chat_template(tokenizer, spec.chat_template, f"{key}.chat_template", style)
-    return TeacherFormat(tokenizer, style, spec.system, has_template)
+    return TeacherFormat(tokenizer, style, spec.system, has_template, key)
 
 
 def _writes_all_responses(config: Config) -> bool:
@@ -208,6 +210,9 @@ def read_train_data(
     notes = [*rows.notes, tokenized.format, *tokenized.notes(rows, data.max_length)]
     if reads is None and (count := sum(any(key in row.values for key in formats.TEACHER) for row in rows)):
         notes.append(f"{count} rows have a prompt of the teacher's own, which method {config.method} does not read")
+    templates = [key for key, spec in config.all_teachers.items() if spec.chat_template or spec.chat_template_kwargs]
+    if reads is not None and templates and not any("messages" in row.values for row in rows):
+        notes.append(f"{templates[0]} has a chat template of its own, but no row has messages that it could render")
     dev = None
     if data.dev is not None:
         rows = prepared.take_rows(*dev_rows(config))
@@ -248,7 +253,7 @@ def check_teacher_prompts(config: Config, method: Method, teacher: MetaModel, da
         problem = f"method {config.method} draws tokens from a mixture of both models after one prompt"
         raise ConfigError(f"{problem}, but the teacher has prompts of its own; use imitkd, gkd or distillm")
     lengths = lengths_of(table_of(train_set, of_teacher=True)[0])
-    if isinstance(method, OnPolicyMethod):
+    if isinstance(method, OnPolicyMethod) and method.off_policy_fraction < 1:
         prompts, theirs = (np.array([spans[-2] for spans in train_set[key][:]]) for key in ("spans", "teacher_spans"))
         written = np.minimum(config.sampling.max_new_tokens, config.data.max_length - prompts)
         lengths = np.maximum(lengths, theirs + written)

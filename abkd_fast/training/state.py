@@ -71,10 +71,11 @@ def state_dict(trainer: Trainer) -> tuple[dict[str, Tensor], dict]:
 def load_state_dict(trainer: Trainer, tensors: dict[str, Tensor], values: dict) -> None:
     """The inverse, after model and optimizer are loaded. Raises ConfigError where the data have changed."""
     for key, now in _fingerprints(trainer).items():
-        if values["data"][key] != now:
+        if values["data"].get(key, now) != now:  # earlier versions knew nothing of teachers
+            what = "its text or the tokenizer" if key.startswith("data.") else "its content"
             raise ConfigError(
-                f"{key}: its text or the tokenizer has changed since {trainer.resumed_from} was saved, "
-                "or another version of abkd_fast saved it: begin again in another folder"
+                f"{key}: {what} has changed since {trainer.resumed_from} was saved, or another version of abkd_fast "
+                "saved it: begin again in another folder"
             )
     for key, now in _environment(trainer).items():
         then = values["environment"][key]
@@ -97,12 +98,16 @@ def load_state_dict(trainer: Trainer, tensors: dict[str, Tensor], values: dict) 
 
 
 def _fingerprints(trainer: Trainer) -> dict[str, str]:
-    """A hash of the tokens of every source that the steps to come read."""
+    """A hash of every source that the steps to come read: the tokens of data, and what is known of the teachers."""
     sources = {"data.train": trainer.data.train_set, "data.pretrain": trainer.data.pretrain_set}
     hashes = {key: source._fingerprint for key, source in sources.items() if source is not None}
     if trainer.teachers.are_several:
         names = json.dumps(trainer.data.teachers)
         hashes['data.train, column "teacher"'] = hashlib.sha256(names.encode()).hexdigest()
+    if trainer.method.top_k:
+        hashes["teacher.top_k"] = trainer.method.top_k.samples._fingerprint
+    contents = {key: cache.content for key, cache in trainer.teachers.caches.items()}
+    hashes |= {key: content for key, content in contents.items() if content is not None}
     return hashes
 
 
