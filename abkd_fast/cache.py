@@ -107,7 +107,7 @@ def _states(config: Config) -> dict[str, HiddenStateStore]:
         caches = trainer.teachers.caches
         if not all(cache.samples for cache in caches.values()):
             raise ConfigError(f'method "{config.method}" trains on no response of the data: there is nothing to build')
-        for note in {date_note(config.of_teacher(key), trainer.tokenizer) for key in caches} - {None}:
+        for note in {date_note(config.of_teacher(key), key, trainer.tokenizer) for key in caches} - {None}:
             console.print(note, markup=False)
         trainer.build_teachers(reserved=0)
     except ConfigError as error:  # a run could do without the states, this command can't

@@ -321,7 +321,7 @@ class GivenStates(TeacherCache):
         self.logit_map, self.bytes = self.file.logit_map, self.file.bytes
         self.head = self.file.head(given.teacher.model.get_output_embeddings().weight.shape, self.dtype)
         settings = settings_of(given.config, given.vocabulary)
-        note = date_note(given.config, given.vocabulary.tokenizer)
+        note = date_note(given.config, given.key, given.vocabulary.tokenizer)
         self.layout = self.file.find(self.dataset, given.where, settings, note)
         started = time.perf_counter()
         distributed.run_on_each_node(self.file.verify)

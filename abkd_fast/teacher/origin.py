@@ -1,6 +1,7 @@
 """What a folder of hidden states says about its making, for machines that have neither the teacher nor the data."""
 
 import contextlib
+import copy
 import dataclasses
 import hashlib
 import json
@@ -10,9 +11,11 @@ from collections.abc import Iterator
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from ..config.schema import Config
+from ..data.chat import PromptFormat
 from ..errors import printable
 from ..losses.arguments import LogitMap
 from ..models.identity import portable_config
+from ..models.tokenizers import take_back_values
 from ..models.vocabularies import Vocabulary
 
 DATA_KEYS = ("begin_token", "train_on", "chat_template_kwargs", "max_prompt_length", "max_length")
@@ -57,24 +60,29 @@ def settings_of(config: Config, vocabulary: Vocabulary) -> dict:
     return values | {f"data.{key}": getattr(config.data, key) for key in DATA_KEYS}
 
 
-def date_note(config: Config, tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """A line about a chat template of the teacher's prompts that writes the date; None for others."""
-    spec, kwargs = config.teacher, config.data.chat_template_kwargs or {}
+def date_note(config: Config, key: str, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """A line about a chat template of the teacher's prompts that writes the date; None for others. key: the teacher's.
+
+    The tokenizer is the run's.
+    """
+    spec, kwargs, tokenizer = config.teacher, config.data.chat_template_kwargs or {}, copy.copy(tokenizer)
     if spec.chat_template_kwargs is not None:
+        take_back_values(tokenizer, PromptFormat.from_config(config.data))
         kwargs = spec.chat_template_kwargs
-    text = None if spec.chat_template is None else pathlib.Path(spec.chat_template).read_text(encoding="utf-8")
-    if "strftime_now" not in str(tokenizer.chat_template if text is None else text):
+    if spec.chat_template is not None:
+        tokenizer.chat_template = pathlib.Path(spec.chat_template).read_text(encoding="utf-8")
+    if "strftime_now" not in str(tokenizer.chat_template):
         return None
 
     def prompt(day: str) -> str:
         question = [{"role": "user", "content": "question"}]
         values = {**kwargs, "strftime_now": lambda _: day}
-        return tokenizer.apply_chat_template(question, chat_template=text, tokenize=False, **values)
+        return tokenizer.apply_chat_template(question, tokenize=False, **values)
 
     with contextlib.suppress(Exception):  # a template is a program, and may fail in any way
         if prompt("one") == prompt("other"):
             return None
-    section = "data" if text is None and spec.chat_template_kwargs is None else "teacher"
+    section = "data" if spec.chat_template is None and spec.chat_template_kwargs is None else key
     return (
         "the chat template writes the date, so rows with messages become other tokens on another day; give it one date "
         f"in {section}.chat_template_kwargs (for Llama 3.2: date_string), or another {section}.chat_template"

@@ -286,7 +286,10 @@ def test_a_template_that_writes_the_date_is_named(small, tmp_path, capsys, monke
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
     assert warning in refusal(small, states, named)
     (fixed,) = load(small, [named, 'data.chat_template_kwargs={"day": "1 May"}'])
-    assert date_note(fixed, read_tokenizer(fixed)) is None
+    assert date_note(fixed, "teacher", tokenizer := read_tokenizer(fixed)) is None
+    (own,) = load(small, [named, 'data.chat_template_kwargs={"day": "1 May"}', 'teacher.chat_template_kwargs={"x": 1}'])
+    assert "give it one date in teacher.chat_template_kwargs" in date_note(own, "teacher", tokenizer)
+    assert date_note(fixed, "teacher", tokenizer) is None, "a tokenizer stays as it is"
 
 
 class Tomorrow(datetime.datetime):
