@@ -36,6 +36,7 @@ class Row:
     values: dict
     outputs: object = None  # the reference text, or a list of several, unchecked; `values` has the first one
     teacher: str | None = None  # the name of its teacher, of several
+    number: int = 0  # in its source, from 0; rows that are left out count
 
 
 class TeacherNames(NamedTuple):
@@ -106,9 +107,8 @@ def read_rows(
         formats.check_columns(columns)
     rows, bad, titles = Rows(), [], collections.Counter()
     seen, unread = {}, {}  # columns in the order in which they appear; those with a value that its row's format drops
-    for where, values in _raw_rows(
-        source, splits, formats.COLUMNS if columns is None else columns.values(), rows.notes
-    ):
+    known = formats.COLUMNS if columns is None else columns.values()
+    for number, (where, values) in enumerate(_raw_rows(source, splits, known, rows.notes)):
         try:
             if isinstance(values, ConfigError):
                 raise values
@@ -123,7 +123,7 @@ def read_rows(
                 raise ConfigError(_explain(source, str(error), columns, seen)) from None
             bad.append(str(error))
             continue
-        rows.append(Row(where, checked.values, checked.outputs, teacher))
+        rows.append(Row(where, checked.values, checked.outputs, teacher, number))
         titles[checked.format.title] += 1
         if columns is None:
             used = checked.format.used - ({*formats.TEACHER} if outputs == "ignored" else set())

@@ -15,6 +15,7 @@ from .fused_linear import need_gradients
 from .logits import divergence_loss
 from .reference import LOG_FLOOR, PLAIN_LSE
 
+TOLERANCE = 1e-3  # of a sum of probabilities: servers round
 NORMALIZER = LossSpec(CrossEntropy(), hard_weight=1.0)  # with which `row_normalizers` gives log sum exp
 
 
@@ -89,26 +90,47 @@ def _teacher_outcomes(log_probs: Tensor, is_padding: Tensor, vocab: int) -> Tens
     return torch.cat((rest.masked_fill(has_all, -torch.inf), log_probs), 1)
 
 
-def _check_tokens(ids: Tensor, log_probs: Tensor, labels: Tensor | None, rows: int, vocab: int) -> None:
+def _checked_ids(ids: Tensor, log_probs: Tensor, labels: Tensor | None, rows: int, vocab: int) -> Tensor:
+    """The ids as int64. Raises ValueError for ids and log-probabilities that can't be meant."""
     if ids.dim() != 2 or len(ids) != rows or log_probs.shape != ids.shape:
         shapes = f"{list(ids.shape)} and {list(log_probs.shape)}"
         raise ValueError(f"top_ids and top_log_probs have shapes {shapes}, expected [{rows}, k], both the same")
-    if not log_probs.is_floating_point() or ids.is_floating_point():
+    are_whole = not (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool)
+    if not log_probs.is_floating_point() or not are_whole:
         kinds = f"{ids.dtype} and {log_probs.dtype}"
         raise ValueError(f"top_ids and top_log_probs are {kinds}, expected whole numbers and a floating-point type")
-    kept = ids if labels is None else ids[(labels != -100).to(ids.device)]
+    ids = ids.to(torch.int64)  # of unsigned types -1 would be a large number
+    is_kept = slice(None) if labels is None else (labels != -100).to(ids.device)
+    kept = ids[is_kept]
     if not kept.numel():
         if len(kept):
             raise ValueError("top_ids has no columns: every row needs a token")
-        return
+        return ids
     ordered = kept.sort(1).values
     if ordered.min() < -1 or ordered.max() >= vocab:
         wrong = int(ordered.min()) if ordered.min() < -1 else int(ordered.max())
         raise ValueError(f"top_ids has {wrong}, expected ids below {vocab}, or -1 for padding")
     if (kept[:, 0] < 0).any():
         raise ValueError("top_ids begins with -1 in a row: every row needs a token, and padding comes last")
-    if ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any():
-        raise ValueError("top_ids has an id twice in one row")
+    if (is_twice := (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any():
+        raise ValueError(f"top_ids has id {int(ordered[:, 1:][is_twice][0])} twice in one row, expected distinct ids")
+    if ids.is_cpu and log_probs.is_cpu:  # a GPU would have to be waited for
+        _check_log_probs(log_probs[is_kept], kept < 0)
+    return ids
+
+
+def _check_log_probs(log_probs: Tensor, is_padding: Tensor) -> None:
+    """Raises ValueError for numbers [n, k] that are no logarithms of probabilities."""
+    numbers = log_probs.detach().double()
+    # The loss computes in float32, where a larger number is infinite.
+    if (wrong := ~(numbers.abs() <= torch.finfo(torch.float32).max) & ~is_padding).any():
+        problem = f"top_log_probs has {numbers[wrong][0].item()}, expected a finite number of float32"
+        raise ValueError(f"{problem}; pad in place of a token that has none: it counts among the others")
+    sums = numbers.masked_fill(is_padding, -torch.inf).exp().sum(1)
+    # Rounded logarithms change a sum by half of eps times the entropy, which is below 12 for any vocabulary.
+    if sums.max() > 1 + TOLERANCE + 6 * torch.finfo(log_probs.dtype).eps:
+        problem = f"top_log_probs has a row with probabilities that sum to {sums.max().item():.4g}, expected at most 1"
+        raise ValueError(f"{problem}: these are logarithms over the whole vocabulary")
 
 
 def fused_linear_top_k(
@@ -138,10 +160,12 @@ def fused_linear_top_k(
         student_hidden, student_weight, student_bias, student_logit_scale, student_softcap, divergence, labels,
             hard_weight, reduction, scale, chunk_tokens: as in `fused_linear_divergence`. The label need not be among
             the k tokens. There is no temperature: the rest of a distribution has none.
-        top_ids: [N, k], distinct token ids in any order. A row with fewer of them is padded with -1, at its end.
-        top_log_probs: [N, k], the teacher's log-probabilities over the whole vocabulary, not normalized over the k
-            tokens. A sum of probabilities above 1 by rounding counts as 1. The rest is at least the resolution of this
-            type (1.2e-7 for float32), because less than that is not known of it.
+        top_ids: [N, k] of any integer type, distinct token ids in any order. A row with fewer of them is padded with
+            -1, at its end.
+        top_log_probs: [N, k], the teacher's log-probabilities over the whole vocabulary, finite, and not normalized
+            over the k tokens. A sum of probabilities above 1 by rounding (up to 1.001; more in 16 bits) counts as 1.
+            The rest is at least the resolution of this type (1.2e-7 for float32), because less than that is not known
+            of it. The numbers are checked if both tensors are on the CPU.
             Both may stay on the CPU, which spares a GPU two synchronizations.
 
     Returns: float32 (float64 for float64 hidden states). Differentiable by student_hidden, student_weight and
@@ -154,10 +178,10 @@ def fused_linear_top_k(
     (rows, _), vocab, device = student_hidden.shape, len(student_weight), student_hidden.device
     logit_map = LogitMap(student_logit_scale, student_softcap or 0.0)
     labels = check_loss(LossSpec(divergence, 1.0, hard_weight, logit_map), reduction, labels, rows)
-    _check_tokens(top_ids, top_log_probs, labels, rows, vocab)
+    top_ids = _checked_ids(top_ids, top_log_probs, labels, rows, vocab)
     if chunk_tokens is not None and chunk_tokens < 1:
         raise ValueError(f"chunk_tokens is {chunk_tokens}, expected a positive number of tokens or None")
-    k, ids = top_ids.shape[1], top_ids.to(device, torch.int64, non_blocking=True)
+    k, ids = top_ids.shape[1], top_ids.to(device, non_blocking=True)
     is_padding, ids = ids < 0, torch.where(ids < 0, ids[:, :1], ids).clamp(min=0)
     near = None if labels is None else labels.to(device, non_blocking=True)
     wanted = torch.cat((ids, near.clamp(min=0)[:, None]), 1) if hard_weight else ids

@@ -24,11 +24,11 @@ from ..data.strict_json import show
 from ..data.tokenize import stored
 from ..errors import ConfigError
 from ..files import file_digest
+from ..losses.top_k import TOLERANCE
 from .store import hash_samples
 
 FORMAT = 1  # of the stored file
 SAMPLES_AT_ONCE = 64
-TOLERANCE = 1e-3  # of a sum of probabilities: servers round
 COLUMNS = datasets.Features(
     {
         "counts": datasets.List(datasets.Value("int32")),  # tokens known for each trained token
@@ -37,7 +37,10 @@ COLUMNS = datasets.Features(
         "rest": datasets.Value("float64"),  # the probability of all other tokens, summed over the trained tokens
     }
 )
+LARGEST = float(np.finfo(np.float32).max)  # of a log-probability: what is kept has this type
 WAY_OUT = "tokenizer, chat template, rows or their order differ from those that the teacher has read"
+LEAVE_OUT = "leave that token out, and it counts among the others"
+OF_RESPONSE = '"top_ids" and "top_log_probs" of the response alone'
 
 
 class TopTokens(NamedTuple):
@@ -52,22 +55,26 @@ class TopTokens(NamedTuple):
 class TopKTargets:
     """The teacher's likeliest tokens for the samples of a data set."""
 
-    def __init__(self, path: str, dataset: datasets.Dataset, where: list[str], vocab: int) -> None:
+    def __init__(self, path: str, dataset: datasets.Dataset, where: list[str], numbers: list[int], vocab: int) -> None:
         """Reads the file, or what an earlier run has made of it.
 
         Args:
             dataset: the tokenized samples, in the order of their rows.
             where: the place of every row, for messages.
+            numbers: the number of every row in its source, and so of its line in the file.
             vocab: the student's vocabulary entries.
 
         Raises ConfigError for a file that doesn't fit the samples.
         """
         check_file(path)
-        identity = [FORMAT, file_digest(pathlib.Path(path)), hash_samples(dataset), vocab]
+        file, columns = pathlib.Path(path), dataset.with_format("numpy")
+        is_train_file = file.resolve() == pathlib.Path(where[0].rsplit(" ", 2)[0]).resolve()
+        lines, lengths = [numbers[row] for row in columns["row"][:]], columns["row_length"][:].tolist()
+        identity = [FORMAT, file_digest(file), hash_samples(dataset), vocab, is_train_file, lines, lengths]
         key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
 
         def write(target: pathlib.Path) -> None:
-            read = _read(pathlib.Path(path), dataset, where, vocab)
+            read = _read(file, dataset, where, lines, is_train_file, vocab)
             with (
                 pyarrow.ipc.new_stream(str(target), COLUMNS.arrow_schema) as writer,
                 progress_bar(f"blocks of {SAMPLES_AT_ONCE} samples") as bar,
@@ -111,48 +118,48 @@ def check_file(path: str) -> None:
         raise ConfigError(f"teacher.top_k: {error}", "teacher.top_k") from None
 
 
-def _read(path: pathlib.Path, dataset: datasets.Dataset, where: list[str], vocab: int) -> Iterator[TopTokens]:
-    """The tokens for each sample, in order. Raises ConfigError."""
+def _read(
+    path: pathlib.Path, dataset: datasets.Dataset, where: list[str], lines: list[int], is_train_file: bool, vocab: int
+) -> Iterator[TopTokens]:
+    """The tokens for each sample, in order. lines: the numbers of the samples' lines. Raises ConfigError."""
     rows = dataset.with_format("numpy")["row"][:]
     if (twice := np.flatnonzero(np.diff(rows) == 0)).size:
         problem = "gives several samples, and a line of the file is for one"
         raise ConfigError(f"{where[rows[twice[0]]]}: {problem}; use data.train_on=last, or rows of prompt_ids")
-    samples = iter(zip(rows.tolist(), dataset.with_format("numpy"), strict=True))
-    row, sample = next(samples)
-    is_train_file = where[0].startswith(f"{path} line ")
-    for number, (place, values) in enumerate(text_files.read_jsonl(path)):
-        if place != where[row] if is_train_file else number != row:
+    samples = zip(lines, rows.tolist(), dataset.with_format("numpy"), strict=True)
+    line, row, sample = next(samples)
+    for number, (place, values) in enumerate(text_files.read_json(path)):
+        if number != line:
             continue
+        if isinstance(values, ConfigError):
+            raise values
         try:
-            read = sample if is_train_file else teacher_view(sample)  # that file has the student's prompts
-            yield _tokens_of(values, sample, prompt_of(read), where[row], vocab)
+            yield _tokens_of(values, sample, is_train_file, where[row], vocab)
         except ConfigError as error:
             raise ConfigError(f"{place}: {error}") from None
-        row, sample = next(samples, (None, None))
-        if row is None:
+        line, row, sample = next(samples, (None, None, None))
+        if line is None:
             return
     raise ConfigError(f"{path}: has no line for {where[row]}, and needs one for every row of data.train")
 
 
-def _tokens_of(values: object, sample: dict, prompt: np.ndarray, where: str, vocab: int) -> TopTokens:
-    """The tokens of one line, cut as its sample is. Raises ConfigError with the reason.
-
-    prompt: what the teacher has read before the response.
-    """
+def _tokens_of(values: object, sample: dict, is_train_file: bool, where: str, vocab: int) -> TopTokens:
+    """The tokens of one line, cut as its sample is. Raises ConfigError with the reason."""
     if not isinstance(values, dict) or "output_ids" not in values:
         raise ConfigError(f'expected an object with "output_ids", got {show(values)}')
-    spans = sample["spans"].reshape(-1, 2)
-    labels = np.concatenate([sample["input_ids"][start:stop] for start, stop in spans])
+    read = teacher_view(sample)
+    spans = read["spans"].reshape(-1, 2)
+    labels = np.concatenate([read["input_ids"][start:stop] for start, stop in spans])
     was_cut = sample["row_length"] > len(sample["input_ids"])
     _compare("output_ids", values["output_ids"], labels, where, was_cut)
     if values.get("prompt_ids") is not None and len(spans) == 1:
-        _compare("prompt_ids", values["prompt_ids"], prompt, where)
-    ids, log_probs = _server_lists(values) if "prompt_logprobs" in values else _plain_lists(values)
+        # Rows of data.train have the student's prompt.
+        _compare("prompt_ids", values["prompt_ids"], prompt_of(sample if is_train_file else read), where)
+    is_servers = "prompt_logprobs" in values
+    ids, log_probs = _server_lists(values, read, was_cut, where) if is_servers else _plain_lists(values)
     counts = np.array([*map(len, ids)][: len(labels)])
     ids, log_probs = ([*itertools.chain(*lists[: len(labels)])] for lists in (ids, log_probs))
-    if not {*map(type, ids)} <= {int} or not {*map(type, log_probs)} <= {int, float}:
-        raise ConfigError("the tokens must be whole numbers, and the log-probabilities numbers")
-    return _check(counts, np.array(ids), np.array(log_probs, dtype=np.float64), vocab)
+    return _check(counts, _array("ids", ids, np.int64), _array("log-probabilities", log_probs, np.float64), vocab)
 
 
 def _compare(key: str, ids: object, expected: np.ndarray, where: str, was_cut: bool = False) -> None:
@@ -162,7 +169,7 @@ def _compare(key: str, ids: object, expected: np.ndarray, where: str, was_cut: b
     if len(ids) != len(expected) and not (was_cut and len(ids) > len(expected)):
         raise ConfigError(f'"{key}" has {len(ids)} tokens, but {where} has {len(expected)}: {WAY_OUT}')
     pairs = zip(ids, expected.tolist(), strict=False)
-    if found := next((f"token {n} is {a}, but {b}" for n, (a, b) in enumerate(pairs) if a != b), None):
+    if found := next((f"token {n} is {show(a)}, but {b}" for n, (a, b) in enumerate(pairs) if a != b), None):
         raise ConfigError(f'"{key}": {found} in {where}: {WAY_OUT}')
 
 
@@ -177,23 +184,46 @@ def _plain_lists(values: dict) -> tuple[list[list], list[list]]:
     return lists[0], lists[1]
 
 
-def _server_lists(values: dict) -> tuple[list[list], list[list]]:
-    """The same from "prompt_logprobs", which begin with the prompt's tokens."""
-    found, count = values["prompt_logprobs"], len(values["output_ids"])
-    if not isinstance(found, list) or len(found) <= count:
-        problem = 'must be a list of prompt and response: an entry for each token of "prompt_ids" and "output_ids"'
+def _server_lists(values: dict, read: dict, was_cut: bool, where: str) -> tuple[list[list], list[list]]:
+    """The same for the trained tokens from "prompt_logprobs". read: the sample as the teacher reads it."""
+    found, spans = values["prompt_logprobs"], read["spans"].reshape(-1, 2)
+    places = np.concatenate([np.arange(*span) for span in spans])
+    length = len(read["input_ids"]) + len(values["output_ids"]) - len(places)
+    if not isinstance(found, list) or not found:
+        problem = "must be a list of prompt and response: an entry for each token that the teacher reads"
         raise ConfigError(f'"prompt_logprobs" {problem}, got {show(found)}')
-    if values.get("prompt_ids") is not None and len(found) != len(values["prompt_ids"]) + count:
-        lengths = f"{len(values['prompt_ids'])} and {count}"
-        raise ConfigError(f'"prompt_logprobs" has {len(found)} entries, but prompt_ids and output_ids {lengths}')
+    if len(found) < length or (len(found) > length and not was_cut):  # the cut may have taken more than responses
+        problem = f'"prompt_logprobs" has {len(found)} entries, but the teacher reads {length} tokens in {where}'
+        ways = f"give one for each of these, or {OF_RESPONSE}"
+        raise ConfigError(f"{problem}: {ways}" + (", or set data.train_on=last" if len(spans) > 1 else ""))
     ids, log_probs = [], []
-    for entry in found[-count:]:
+    for place, label in zip(places.tolist(), read["input_ids"][places].tolist(), strict=True):
+        entry = found[place]
         try:
+            keys = "".join(entry)
+            if not keys.isdecimal() or not keys.isascii():
+                raise ValueError
             ids.append([*map(int, entry)])
             log_probs.append([one["logprob"] for one in entry.values()])
         except (TypeError, ValueError, KeyError, AttributeError):
-            raise ConfigError(f'expected {{"token id": {{"logprob": number}}}}, got {show(entry)}') from None
+            problem = f'expected {{"token id": {{"logprob": number}}}}, got {show(entry)}'
+            raise ConfigError(f'"prompt_logprobs", entry {place}: {problem}') from None
+        if str(label) not in entry:
+            problem = f'"prompt_logprobs", entry {place}: has no token {label}, which is there in {where}'
+            raise ConfigError(f"{problem}: {WAY_OUT}; if the server leaves it out, give {OF_RESPONSE}")
     return ids, log_probs
+
+
+def _array(what: str, values: list, kind: type) -> np.ndarray:
+    """Numbers as an array. One that is too large for the type stays what it is, in an array of objects."""
+    kinds, expected = ({int}, "whole numbers") if kind is np.int64 else ({int, float}, "numbers")
+    if not {*map(type, values)} <= kinds:
+        wrong = show(next(value for value in values if type(value) not in kinds))
+        raise ConfigError(f"the {what} must be {expected}, got {wrong}; {LEAVE_OUT}")
+    try:
+        return np.array(values, dtype=kind)
+    except OverflowError:
+        return np.array(values, dtype=object)
 
 
 def _check(counts: np.ndarray, ids: np.ndarray, log_probs: np.ndarray, vocab: int) -> TopTokens:
@@ -203,13 +233,14 @@ def _check(counts: np.ndarray, ids: np.ndarray, log_probs: np.ndarray, vocab: in
         raise ConfigError(f"token {place} of the response {problem}")
 
     if (counts == 0).any():
-        fail(counts.argmin(), "has no tokens of the teacher's")
+        fail(counts.argmin(), "has no tokens of the teacher's; each needs one at least")
     token = np.repeat(np.arange(len(counts)), counts)
     if (wrong := (ids < 0) | (ids >= vocab)).any():
-        known = f"the student has {vocab} tokens; leave it out, and it counts among the others"
-        fail(token[wrong.argmax()], f"has id {ids[wrong.argmax()]}, but {known}")
-    if (wrong := ~np.isfinite(log_probs)).any():
-        fail(token[wrong.argmax()], f"has the log-probability {log_probs[wrong.argmax()]}, expected a number")
+        place = wrong.argmax()
+        fail(token[place], f"has id {str(ids[place])[:60]}, but the student has {vocab} tokens; {LEAVE_OUT}")
+    if (wrong := ~(np.abs(log_probs) <= LARGEST)).any():
+        found = str(log_probs[wrong.argmax()])[:60]
+        fail(token[wrong.argmax()], f"has the log-probability {found}, expected a finite number; {LEAVE_OUT}")
     mass = np.bincount(token, np.exp(np.minimum(log_probs, 1.0)), len(counts))
     if mass.max() > 1 + TOLERANCE:
         sums = f"has probabilities that sum to {mass.max():.4g}"
@@ -217,6 +248,6 @@ def _check(counts: np.ndarray, ids: np.ndarray, log_probs: np.ndarray, vocab: in
     keys, first = np.unique(token * vocab + ids, return_index=True)
     if len(keys) < len(ids):
         again = np.setdiff1d(np.arange(len(ids)), first)[0]
-        fail(token[again], f"has id {ids[again]} twice")
+        fail(token[again], f"has id {ids[again]} twice; give each token once")
     rest = np.maximum(0.0, 1.0 - mass).sum()
     return TopTokens(counts.astype(np.int32), ids.astype(np.int32), log_probs.astype(np.float32), float(rest))

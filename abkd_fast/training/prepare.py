@@ -206,6 +206,7 @@ def read_train_data(
     reads = teacher_format(config, tokenizer)
     tokenized = tokenize(rows, tokenizer, *limits, train_format(config), data.on_bad_row, reads)
     train_set, where, teachers = tokenized.dataset, [row.where for row in rows], [row.teacher for row in rows]
+    numbers = [row.number for row in rows]
     check_tokens(vocabulary, train_set, lambda index: where[train_set[index]["row"]])
     notes = [*rows.notes, tokenized.format, *tokenized.notes(rows, data.max_length)]
     if reads is None and (count := sum(any(key in row.values for key in formats.TEACHER) for row in rows)):
@@ -228,7 +229,7 @@ def read_train_data(
     steps_per_epoch = _steps_per_epoch(config, len(train_set))
     method.check_rows(len(train_set))
     if config.served_teacher:
-        method.top_k = TopKTargets(config.served_teacher, train_set, where, vocabulary.sizes["student"])
+        method.top_k = TopKTargets(config.served_teacher, train_set, where, numbers, vocabulary.sizes["student"])
     pretrain_set = None
     if data.uses_pretrain:
         pretrain_set, text = _read_pretrain_set(config, tokenizer), data.pretrain.path

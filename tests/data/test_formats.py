@@ -417,6 +417,8 @@ def test_any_row_is_read_or_refused_in_one_line(row):
             "prompt_ids",
             "output_ids",
             "is_prompt",
+            "teacher_prompt",
+            "teacher_messages",
         }
         for message in values.get("messages", []):
             assert isinstance(message["role"], str)

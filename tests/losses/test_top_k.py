@@ -144,8 +144,9 @@ def test_rows_that_do_not_count_need_no_tokens():
         ([[1, 2], [1, 6]], "top_ids has 6, expected ids below 6, or -1 for padding"),
         ([[1, 2], [1, -2]], "top_ids has -2, expected ids below 6"),
         ([[1, 2], [-1, 3]], "begins with -1 in a row"),
-        ([[1, 2], [3, 3]], "top_ids has an id twice in one row"),
+        ([[1, 2], [3, 3]], "top_ids has id 3 twice in one row"),
         ([[], []], "top_ids"),
+        ([[True, False], [True, False]], "top_ids and top_log_probs are torch.bool and torch.float32, expected whole"),
     ],
 )
 def test_ids_that_can_not_be_meant_are_refused(ids, words):
@@ -154,6 +155,50 @@ def test_ids_that_can_not_be_meant_are_refused(ids, words):
     with pytest.raises(ValueError, match="top_ids") as error:
         fused_linear_top_k(torch.randn(2, 3), torch.randn(6, 3), ids, log_probs, ForwardKL())
     assert words in str(error.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.uint32, torch.uint64, torch.int8, torch.int32])
+def test_ids_may_have_any_integer_type(dtype):
+    student, logits, labels = models()
+    ids, log_probs = likeliest(logits, 3)
+    expected = fused_linear_top_k(*student[:2], ids, log_probs, ForwardKL(), labels)
+    assert fused_linear_top_k(*student[:2], ids.to(dtype), log_probs, ForwardKL(), labels) == expected
+    ids[1, 2] = VOCAB
+    with pytest.raises(ValueError, match=f"top_ids has {VOCAB}, expected ids below {VOCAB}"):
+        fused_linear_top_k(*student[:2], ids.to(dtype), log_probs, ForwardKL(), labels)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_numbers_that_are_no_log_probabilities_are_refused(dtype):
+    student, ids = (torch.randn(3, 3), torch.randn(6, 3)), torch.tensor([[1, 2], [3, 4], [5, -1]])
+    log_probs = torch.tensor([[-1.0, -2.0], [-3.0, -1.0], [-1.0, torch.nan]], dtype=dtype)  # the last one is padding
+    labels = torch.tensor([1, 2, 3])
+    fused_linear_top_k(*student, ids, log_probs, ReverseKL(), labels)
+    for value, words in (
+        (0.7, "top_log_probs has a row with probabilities that sum to 2."),
+        (-0.3, "top_log_probs has a row with probabilities that sum to 1.1"),
+        (torch.nan, "top_log_probs has nan, expected a finite number"),
+        (-torch.inf, "top_log_probs has -inf, expected a finite number of float32; pad in place of a token that has"),
+        *([(-1e39, "top_log_probs has -1e+39, expected a finite number of float32")] * (dtype == torch.float64)),
+    ):
+        log_probs[1, 0] = value
+        with pytest.raises(ValueError, match="top_log_probs") as error:
+            fused_linear_top_k(*student, ids, log_probs, ReverseKL(), labels)
+        assert words in str(error.value)
+        labels[1] = -100  # as it does not count
+        assert fused_linear_top_k(*student, ids, log_probs, ReverseKL(), labels).isfinite()
+        labels[1] = 2
+
+
+def test_sums_above_one_by_rounding_are_good():
+    student, generator = (torch.randn(4, 8), torch.randn(50_000, 8)), torch.Generator().manual_seed(0)
+    exact = torch.randn(4, 50_000, generator=generator, dtype=torch.float64).log_softmax(1)
+    ids = torch.arange(50_000).expand(4, -1)
+    for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+        up = exact.to(dtype)
+        up = torch.where(up.double() < exact, up.nextafter(up.new_zeros(())), up)  # every one is rounded up
+        assert fused_linear_top_k(*student, ids, up, ForwardKL()).isfinite()
+    assert fused_linear_top_k(*student, ids, exact + 9e-4, ForwardKL()).isfinite()
 
 
 @pytest.mark.gpu

@@ -221,6 +221,12 @@ def first(value):
     return lambda lists: [value, *lists[1:]]
 
 
+def without_numbers(rows):
+    """As many entries as there are tokens, and no log-probabilities in them."""
+    length = len(rows[2]["prompt_ids"] + rows[2]["output_ids"])
+    return change(prompt_ids=None, prompt_logprobs=[{"a": 1}] * length)(rows)
+
+
 WRONG = {
     "missing rows": (lambda rows: rows[:5], "has no line for quickstart:small row 6, and needs one for every row"),
     "other order": (lambda rows: rows[::-1], 'line 1: "output_ids"'),
@@ -235,7 +241,7 @@ WRONG = {
     "infinity": (change(top_log_probs=first([-0.5, -torch.inf, -2, -3])), "has the log-probability -inf"),
     "foreign id": (change(top_ids=first([1, 2, 3, 1024])), "has id 1024, but the student has 1024 tokens"),
     "id twice": (change(top_ids=first([1, 2, 3, 2])), "token 0 of the response has id 2 twice"),
-    "no numbers": (change(prompt_ids=None, prompt_logprobs=[{"a": 1}] * 200), 'expected {"token id": {"logprob": '),
+    "no numbers": (without_numbers, 'expected {"token id": {"logprob": '),
     "too few positions": (change(prompt_logprobs=[]), '"prompt_logprobs" must be a list of prompt and response'),
     "no object": (lambda rows: [5, *rows[1:]], 'line 1: expected an object with "output_ids", got 5'),
 }
