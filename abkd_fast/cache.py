@@ -29,6 +29,8 @@ def _work(options: argparse.Namespace) -> None:
     if options.config is not None:
         _build(options)
         return
+    if options.overrides or options.stage:
+        _parser().error("--set and --stage change a recipe: give them with --config")
     from .console import console, progress_bar  # not before the arguments are parsed: these load PyTorch
     from .teacher.folder import StatesFolder
 
@@ -48,9 +50,13 @@ def _build(options: argparse.Namespace) -> None:
 
     with distributed.process_group(stages[0].train.timeout_minutes), signals.terminable():
         config = _taught_stage(stages, options.stage)
-        if not any(teacher.path or teacher.config for teacher in config.all_teachers.values()):
+        models = [key for key, teacher in config.all_teachers.items() if teacher.path or teacher.config]
+        if not models:
             raise ConfigError("teacher: there is no model whose states could be computed; give teacher.path")
-        _report(options, config, *_states(config))
+        _training_command(options, config, dict.fromkeys(models, "states"))  # what it refuses, it refuses now
+        started = time.perf_counter()
+        folders = {key: file.folder for key, file in _states(config).items()}
+        distributed.run_on_rank0(_report, options, config, folders, time.perf_counter() - started)
 
 
 def _taught_stage(stages: list[Config], name: str | None) -> Config:
@@ -58,12 +64,15 @@ def _taught_stage(stages: list[Config], name: str | None) -> Config:
 
     Its student is their result where that is there, and else what they start from: the tokens are the same.
 
-    Raises ConfigError where there is no such stage, or no result of the stage that trains the teacher.
+    Raises ConfigError where there is no such stage, or no result of the stage that trains the teacher or writes the
+    rows.
     """
     from .pipeline import as_begun, resolve
 
     taught = [config for config in stages if config.method not in (*WITHOUT_TEACHER, "generate")]
     names = [config.run.stage for config in taught]
+    if name is not None and stages[0].run.stage is None:
+        raise ConfigError(f"--stage {name}: the recipe has no stages; leave --stage out")
     if not taught or (name is not None and name not in names):
         which, known = "the recipe" if name is None else f"stage {name}", ", ".join(filter(None, names)) or "none"
         raise ConfigError(f"{which} has no teacher whose states could be built; stages with one: {known}")
@@ -75,43 +84,69 @@ def _taught_stage(stages: list[Config], name: str | None) -> Config:
         for key, stage in teacher.stages.items():
             if not pathlib.Path(getattr(resolved.all_teachers[role], key)).exists():
                 raise ConfigError(f"{role}.{key}: stage:{stage} has no result yet; train that stage first")
+    if chosen.data.stage and not pathlib.Path(resolved.data.train).exists():
+        raise ConfigError(f"data.train: {chosen.data.train} has no rows yet; run that stage first")
     if all(pathlib.Path(getattr(resolved.student, key)).exists() for key in chosen.student.stages):
         return resolved
     return dataclasses.replace(resolved, student=students[chosen.run.stage])
 
 
-def _states(config: Config) -> tuple[dict[str, HiddenStateStore], float]:
-    """The complete states of each teacher of a configuration, by its key, and the seconds that all took."""
+def _states(config: Config) -> dict[str, HiddenStateStore]:
+    """The complete states of each teacher of a configuration that is a model, by its key."""
+    from . import distributed
+    from .console import console
+    from .teacher.cache import OR_OFF
+    from .teacher.origin import date_note
     from .training.trainer import Trainer
 
-    started = time.perf_counter()
     cache, log = dataclasses.replace(config.cache, mode="disk"), dataclasses.replace(config.log, wandb=None)
-    trainer = Trainer(dataclasses.replace(config, cache=cache, log=log), resume=True)  # a run's folder plays no part
-    caches = trainer.teachers.caches
-    if not all(cache.samples for cache in caches.values()):
-        raise ConfigError(f'method "{config.method}" trains on no response of the data: there is nothing to build')
-    trainer.build_teachers(reserved=0)
-    built = {key: cache.file for key, cache in caches.items() if config.all_teachers[key].hidden_states is None}
-    return built, time.perf_counter() - started
+    train = dataclasses.replace(config.train, batch_size=distributed.world_size())  # one that any data and ranks allow
+    config = dataclasses.replace(config, cache=cache, log=log, train=train)
+    try:
+        trainer = Trainer(config, resume=True)  # a run's folder plays no part
+        caches = trainer.teachers.caches
+        if not all(cache.samples for cache in caches.values()):
+            raise ConfigError(f'method "{config.method}" trains on no response of the data: there is nothing to build')
+        for note in {date_note(config.of_teacher(key), key, trainer.tokenizer) for key in caches} - {None}:
+            console.print(note, markup=False)
+        trainer.build_teachers(reserved=0)
+    except ConfigError as error:  # a run could do without the states, this command can't
+        raise ConfigError(str(error).replace(OR_OFF, ""), error.key) from None
+    return {key: cache.file for key, cache in caches.items() if config.all_teachers[key].hidden_states is None}
 
 
-def _report(options: argparse.Namespace, config: Config, built: dict[str, HiddenStateStore], seconds: float) -> None:
+def _report(options: argparse.Namespace, config: Config, folders: dict[str, pathlib.Path], seconds: float) -> None:
     from .console import console
     from .teacher.folder import StatesFolder
 
-    stage, settings = f"{config.run.stage}:" if config.run.stage else "", [*options.overrides]
-    for key, file in built.items():
+    for key, folder in folders.items():
         if config.teachers:
             console.print(key, markup=False)
-        for line in StatesFolder(str(file.folder), "cache").describe():
+        for line in StatesFolder(str(folder), "cache").describe():
             console.print(line, markup=False)
-        console.print(f"folder       {file.folder}, in {seconds:.1f} s altogether", markup=False)
+        console.print(f"folder       {folder}, in {seconds:.1f} s altogether", markup=False)
+    if config.asks_in_training:
+        problem = f"method {config.method} also asks the teacher about responses that are written in training"
+        console.print(f"{problem}: its runs need the teacher, and find these states as their cache", markup=False)
+    console.print(f"to train     {_training_command(options, config, folders)}", markup=False)
+
+
+def _training_command(options: argparse.Namespace, config: Config, folders: dict[str, str | pathlib.Path]) -> str:
+    """The command that trains from folders of states, by the teachers' keys. Raises ConfigError if it is refused.
+
+    A method that asks the teacher in training keeps the teacher.
+    """
+    stage, settings = f"{config.run.stage}:" if config.run.stage else "", [*options.overrides]
+    for key, folder in folders.items() if not config.asks_in_training else ():
         values = vars(config.all_teachers[key]).items()
         given = [name for name, value in values if value is not None and name not in PROMPT_KEYS]
-        keys = [*(f"{name}=null" for name in given), f"hidden_states={file.folder.absolute()}"]
+        keys = [*(f"{name}=null" for name in given), f"hidden_states={pathlib.Path(folder).absolute()}"]
         settings += [f"{stage}{key}.{each}" for each in keys]
+    if config.cache.mode == "off":
+        settings.append(f"{stage}cache.mode=auto")
+    load(options.config, settings)
     words = ["--config", options.config, *(word for each in settings for word in ("--set", each))]
-    console.print(f"to train     python -m abkd_fast.train {shlex.join(words)}", markup=False)
+    return f"python -m abkd_fast.train {shlex.join(words)}"
 
 
 def _parser() -> argparse.ArgumentParser:

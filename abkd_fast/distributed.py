@@ -191,6 +191,12 @@ def run_on_rank0(function: Callable[..., Item], *arguments: object) -> Item:
     return run_on_all_ranks(lambda: function(*arguments) if is_rank0() else None)[0]
 
 
+def run_on_each_node(function: Callable[[], object]) -> None:
+    """Calls a function on the first rank of each machine. All ranks raise its error."""
+    is_first = os.environ.get("LOCAL_RANK", "0") == "0"
+    run_on_all_ranks(lambda: function() if is_first else None)
+
+
 @contextlib.contextmanager
 def rank0_context(context: contextlib.AbstractContextManager) -> Iterator[None]:
     """Rank 0 enters the context for all ranks. An error in entering it is raised on all of them."""

@@ -325,6 +325,13 @@ class Config(Section):
         return dataclasses.replace(self, teacher=self.all_teachers[key], teachers=None, data=data)
 
     @property
+    def asks_in_training(self) -> bool:
+        """Whether the method asks the teacher about responses that are written in training."""
+        return self.method in ("imitkd", "distillm", "minillm") or (
+            self.method == "gkd" and self.on_policy.fraction > 0
+        )
+
+    @property
     def served_teacher(self) -> str | None:
         """teacher.top_k, if the method reads it."""
         return self.teacher.top_k if self.teacher and self.method in WITH_SERVED_TEACHER else None
@@ -366,7 +373,7 @@ class Config(Section):
 
     def _check_given_states(self, key: str) -> None:
         """Raises ConfigError where the method needs the teacher itself, or the cache is off."""
-        if self.method in ("imitkd", "distillm", "minillm") or (self.method == "gkd" and self.on_policy.fraction > 0):
+        if self.asks_in_training:
             problem = f'method "{self.method}" asks the teacher about responses that are written in training'
             raise ConfigError(f"{key}: {problem}; give its path, or a method that trains on the data: ab, kd", key)
         if self.cache.mode == "off":

@@ -105,7 +105,7 @@ def read_meta_model(spec: ModelConfig, key: str) -> MetaModel:
         what = f"{key}.path: {spec.path}"
     elif spec.config is None:
         folder, what = spec.hidden_states, f"{key}.hidden_states: {spec.hidden_states}"
-        if not pathlib.Path(folder, "config.json").exists():
+        if not pathlib.Path(folder, "config.json").is_file():
             raise ConfigError(f"{what} has no config.json; expected a folder that python -m abkd_fast.cache has built")
     try:
         whole = AutoConfig.for_model(**spec.config) if folder is None else read_config(folder)

@@ -64,9 +64,9 @@ class Vocabulary:
 
     @functools.cached_property
     def _is_unusable(self) -> np.ndarray:
-        """Whether a token can't be used, for every id of the tokenizers; empty if all can."""
-        mask = np.zeros(1 + max(len(self.tokenizer) - 1, *map(max, self._tokens)), dtype=bool)
-        mask[self.different] = True
+        """Whether a token can't be used, for every id of the run's tokenizer; empty if all can."""
+        mask = np.zeros(max(len(self.tokenizer), 1 + max(self._tokens[0])), dtype=bool)
+        mask[[index for index in self.different if index < len(mask)]] = True
         mask[min(self.sizes.values()) :] = True
         return mask if mask.any() else mask[:0]
 

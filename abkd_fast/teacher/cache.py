@@ -27,10 +27,12 @@ from ..models.loading import MetaModel
 from ..models.vocabularies import Vocabulary
 from . import shards, store
 from .folder import StatesFolder
-from .origin import Origin, settings_of
+from .origin import Origin, date_note, settings_of
 from .shards import FLOAT8, Part, Rows
 from .teacher import CachedTeacher, Teacher
 
+LOCK_SECONDS = 0.2  # between two looks at the lock of another builder
+OR_OFF = ", or cache.mode=off"  # a way out of messages, for runs
 MEMORY_SHARE = 0.25  # share of the free memory that mode auto uses for hidden states
 
 
@@ -61,7 +63,6 @@ class TeacherCache:
         self.origin = Origin.of(config, teacher.config, teacher.form.logit_map, given.vocabulary)
         self.logit_map = self.origin.logit_map
         self.root = pathlib.Path(config.cache.dir) if config.cache.dir else cache_folder()
-        self.kept = FLOAT8 if config.cache.dtype == "float8" else self.dtype  # the type of rows in files and in memory
         self.max_tokens = config.train.max_tokens
         self.layout = store.Layout(self.dataset)
         self.width = teacher.model.get_output_embeddings().weight.shape[1]
@@ -74,11 +75,14 @@ class TeacherCache:
         self._identify(weights)
         problem = self.file.problem()
         if self.mode == "disk" and problem and not self.file.is_recorded:
-            raise ConfigError(f"cache.dir: {problem}; choose another, or cache.mode=off")
+            raise ConfigError(f"cache.dir: {problem}; choose another{OR_OFF}")
 
     def _take(self, given: Assignment) -> None:
+        self.key, self.where = given.key, given.where
         self.mode, self.dataset, self.samples = given.config.cache.mode, given.dataset, given.samples
         self.indices, self.device, self.dtype = given.indices, given.device, given.dtype
+        # The type of rows in files and in memory, where this run computes them.
+        self.kept = FLOAT8 if given.config.cache.dtype == "float8" else self.dtype
 
     def _identify(self, weights: dict | str | None) -> None:
         identity = {
@@ -165,7 +169,7 @@ class TeacherCache:
             except OSError as error:
                 reason = f"{self.file.folder}: {error.strerror or error}"
                 if self.mode == "disk":
-                    raise ConfigError(f"cache.dir: {reason}; choose another, or cache.mode=off") from None
+                    raise ConfigError(f"cache.dir: {reason}; choose another{OR_OFF}") from None
                 if self.mode == "auto" and not in_memory:
                     return Teacher(self.load(), f"runs in every step ({reason})")
         return self._cached(self._in_memory(), self._head(), f"in memory, not kept ({reason})", self.build_seconds)
@@ -176,17 +180,38 @@ class TeacherCache:
         values = values.view(self.kept)
         scales = torch.zeros(self.layout.rows, 1, device=self.device) if self.kept == FLOAT8 else None
         part = Part(values, scales)
-        for number, block, _ in self._compute(range(len(self.layout.blocks))):
-            for all_rows, some in zip(part, Part.of(block, self.kept), strict=True):
-                if all_rows is not None:
-                    all_rows[self.layout.block(number)] = some
+        mine = self._compute(range(len(self.layout.blocks)))
+
+        def keep_next() -> None:
+            for number, block, _ in itertools.islice(mine, 1):
+                for all_rows, some in zip(part, Part.of(block, self.kept), strict=True):
+                    if all_rows is not None:
+                        all_rows[self.layout.block(number)] = some
+
+        for _ in range(0, len(self.layout.blocks), distributed.world_size()):
+            distributed.run_on_all_ranks(keep_next)
         for tensor in part:
             if tensor is not None:  # a rank has its own rows, and zeros elsewhere; no rank can add float8
                 distributed.all_reduce_sum(tensor.view(torch.uint8) if tensor.dtype == FLOAT8 else tensor)
         return Rows([part], self.dtype)
 
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Rank 0 has the lock for all ranks. These meet while they wait: a long wait is no lost connection."""
+        is_mine = distributed.run_on_rank0(self.file.lock)
+        if not is_mine:
+            console.print(f"teacher cache: another process is building {self.file.folder}: waiting for it")
+        while not is_mine:
+            time.sleep(LOCK_SECONDS)
+            is_mine = distributed.run_on_rank0(self.file.lock)
+        try:
+            yield
+        finally:
+            if distributed.is_rank0():
+                self.file.unlock()
+
     def _from_file(self, in_memory: bool) -> CachedTeacher:
-        with distributed.rank0_context(self.file.locked()):
+        with self._locked():
             started = time.perf_counter()
             look = self.file.missing, self.file.has_head, self.file.has_others
             missing, head, others = distributed.run_on_rank0(lambda: [each() for each in look])
@@ -196,6 +221,7 @@ class TeacherCache:
             if missing or not head:
                 distributed.run_on_rank0(self.file.write_head, *self._head())
                 self._fill(missing)
+            distributed.run_on_rank0(self.file.update_origin)
             self.file.read_index()  # what rank 0 has written
             head = store.read_head(self.file.folder)
         where = f"in memory, kept in {self.file.folder}" if in_memory else f"mapped from {self.file.folder}"
@@ -241,8 +267,21 @@ class TeacherCache:
         distributed.unshard_root(self.load())
         return self.load().head.weight, self.load().head.bias
 
+    def _check_finite(self, number: int, rows: Tensor) -> None:
+        """Raises ConfigError, which names the first sample, for a block with rows that are not finite."""
+        finite = torch.isfinite(rows).all(1)
+        if not finite.all():
+            first = self.layout.block(number).start + int(finite.int().argmin())
+            sample = next(index for index in self.layout.blocks[number] if first < self.layout.sample(index).stop)
+            problem = f"{self.origin.teacher} has hidden states that are not finite at {self.where(sample)}"
+            reason = f"its weights are damaged, or {shards.dtype_name(self.dtype)} has no room for its numbers"
+            raise ConfigError(f"{self.key}: {problem}: {reason}; get it again, or give another train.dtype")
+
     def _compute(self, numbers: list[int] | range) -> Iterator[tuple[int, Tensor, float]]:
-        """Computes this rank's share of the blocks: number, rows [n, H] and seconds of each."""
+        """Computes this rank's share of the blocks: number, rows [n, H] and seconds of each.
+
+        Raises ConfigError for rows that are not finite.
+        """
         teacher = Teacher(self.load())
         if len(numbers):
             count = f"{len(numbers)} of {len(self.layout.blocks)} blocks"
@@ -262,6 +301,7 @@ class TeacherCache:
                 if place >= len(numbers):
                     return
                 rows = torch.cat(parts)
+                self._check_finite(number, rows)
                 if self.device.type == "cuda":
                     torch.cuda.synchronize()
                 seconds = time.perf_counter() - started
@@ -277,12 +317,14 @@ class GivenStates(TeacherCache):
         self._take(given)
         self.build_seconds = 0.0
         self.file = StatesFolder(given.config.teacher.hidden_states, f"{given.key}.hidden_states")
-        self.file.check()
+        distributed.run_on_each_node(self.file.check)
         self.logit_map, self.bytes = self.file.logit_map, self.file.bytes
         self.head = self.file.head(given.teacher.model.get_output_embeddings().weight.shape, self.dtype)
-        self.layout = self.file.find(self.dataset, given.where, settings_of(given.config, given.vocabulary))
+        settings = settings_of(given.config, given.vocabulary)
+        note = date_note(given.config, given.key, given.vocabulary.tokenizer)
+        self.layout = self.file.find(self.dataset, given.where, settings, note)
         started = time.perf_counter()
-        distributed.run_on_rank0(self.file.verify)
+        distributed.run_on_each_node(self.file.verify)
         self.check_seconds = time.perf_counter() - started
 
     @property
@@ -305,6 +347,8 @@ class GivenStates(TeacherCache):
             kept += ", which rounds them"
         elif self.file.dtype != self.dtype:
             kept += f", converted to {shards.dtype_name(self.dtype)}"
+        if self.kept == FLOAT8 != self.file.dtype:
+            kept += " (cache.dtype=float8 rounds nothing that is given)"
         how = "in memory, from" if in_memory else "mapped from"
         size, checked = format_bytes(self.bytes), f"checked in {self.check_seconds:.1f} s"
         teacher.note = f"states given, {size} in {kept}, {how} {self.file.folder}, {checked}"

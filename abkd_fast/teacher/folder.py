@@ -1,13 +1,16 @@
 """A folder of hidden states from anywhere. Nothing in it is believed before it is checked, and nothing is executed."""
 
+import errno
 import json
 import pathlib
+import stat
 from collections.abc import Callable, Iterator
 
 import datasets
 import numpy as np
 import safetensors.numpy
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from ..console import format_bytes
@@ -20,6 +23,7 @@ from .store import FORMAT, HASH_BYTES, Places, checksum_of, fingerprint, hash_ea
 
 FILES = ("head.safetensors", "config.json", "samples.safetensors", "vocabulary.json")
 DTYPES = {shards.dtype_name(dtype): dtype for dtype in shards.TYPES}
+JSON_BYTES = 1 << 26  # no index and no vocabulary is larger
 WAYS_OUT = "copy it again, or build it again: python -m abkd_fast.cache"
 
 
@@ -39,7 +43,7 @@ class StatesFolder:
         """key: what names the folder in a ConfigError, which is raised for one that can't be used."""
         self.folder, self.key = pathlib.Path(path), key
         try:
-            index = json.loads((self.folder / "index.json").read_text(encoding="utf-8"))
+            index = read_json(self.folder / "index.json")
         except OSError as error:
             hint = "expected a folder that python -m abkd_fast.cache has built"
             raise ConfigError(f"{key}: {path} has no index.json ({error.strerror}); {hint}") from None
@@ -47,7 +51,9 @@ class StatesFolder:
             raise self.error("index.json is damaged") from None
         try:
             self._read(index)
-        except (ValueError, TypeError, LookupError, AttributeError) as error:
+        except ConfigError:
+            raise
+        except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
             raise self.error(f"index.json makes no sense ({first_line(error)})") from None
 
     def error(self, problem: str, way_out: str = WAYS_OUT) -> ConfigError:
@@ -73,7 +79,9 @@ class StatesFolder:
             raise ValueError("numbers of a logit map out of range")
         self.files = {name: index["files"][name] for name in FILES if name in index["files"]}
         self.seconds, self.fingerprint = float(index["seconds"]), fingerprint(index["identity"])
-        self.teacher, self.settings = printable(str(index["origin"]["teacher"])), dict(index["origin"]["settings"])
+        self.teacher, self.settings = printable(str(index["origin"]["teacher"])), index["origin"]["settings"]
+        if not isinstance(self.settings, dict) or not _is_flat(self.settings):
+            raise ValueError("settings of the data that are no values by name")
         self.rows, self.bytes = sum(self.shards.rows), sum(self.shards.sizes)
 
     @property
@@ -81,24 +89,33 @@ class StatesFolder:
         """How many blocks are not computed yet."""
         return sum(checksum is None for checksum in self.checksums)
 
+    def problem(self) -> str | None:
+        """What is wrong with all but the contents of the shards; None if nothing is."""
+        if self.blocks_left:
+            return f"{self.blocks_left} of {len(self.checksums)} blocks are missing"
+        for name in FILES:
+            if not self._is_whole(name):
+                return f"{name} is missing or damaged"
+        return self.shards.problem()
+
+    def _is_whole(self, name: str) -> bool:
+        return name in self.files and checksum_of(self.folder / name) == self.files[name]
+
     def check(self) -> None:
         """Checks all but the contents of the shards. Raises ConfigError."""
-        missing = [name for name in FILES[:3] if name not in self.files]
-        if self.blocks_left or missing:
-            problem = f"is not complete: {self.blocks_left} of {len(self.checksums)} blocks are missing"
-            raise self.error(problem, "the command that builds it continues where it ended")
-        for name, checksum in self.files.items():
-            if checksum_of(self.folder / name) != checksum:
-                raise self.error(f"{name} is missing or damaged")
-        if problem := self.shards.problem():
+        problem = self.problem()
+        if self.blocks_left:
+            raise self.error(f"is not complete: {problem}", "the command that builds it continues where it ended")
+        if problem:
             raise self.error(problem)
 
     def verify(self, blocks: Iterator[int] | None = None) -> None:
-        """Reads everything and compares all checksums. Raises ConfigError.
+        """Reads everything and compares all checksums. Only `head` can say whether the head fits. Raises ConfigError.
 
         blocks: the numbers of all blocks, by an iterator that shows progress.
         """
         self.check()
+        self._samples(), self.vocabulary()
         try:
             numbers = range(len(self.checksums)) if blocks is None else blocks
             damaged = [number for number in numbers if self.shards.checksum(number) != self.checksums[number]]
@@ -111,21 +128,26 @@ class StatesFolder:
     def head(self, shape: torch.Size, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
         """The output projection [V, H] and its bias [V], in `dtype`. Raises ConfigError for one of another `shape`."""
         try:
+            with safe_open(self.folder / "head.safetensors", "pt") as file:
+                shapes = {name: [*file.get_slice(name).get_shape()] for name in file.keys()}  # noqa: SIM118 - no dict
+            expected = {"weight": [*shape], "bias": [*shape[:1]]}
+            fits = shape[1] == self.shards.width and shapes in (expected, {"weight": [*shape]})
+            if not fits:  # nothing of another size is read
+                there = f"{shapes.pop('weight', 'missing')}" + (f" with {', '.join(shapes)}"[:80] if shapes else "")
+                raise self.error(f"its output projection is {there}, expected {[*shape]} of config.json")
             weight, bias = read_head(self.folder)
+        except ConfigError:
+            raise
         except Exception as error:  # of many kinds: a foreign file
             raise self.error(f"head.safetensors can't be read ({first_line(error)})") from None
-        fits = weight.shape == shape and shape[1] == self.shards.width
-        if not fits or not weight.is_floating_point() or (bias is not None and bias.shape != shape[:1]):
-            there = f"[{', '.join(map(str, weight.shape))}]"
-            raise self.error(f"its output projection is {there}, expected {[*shape]} of config.json")
+        if not weight.is_floating_point():
+            raise self.error(f"its output projection is in {shards.dtype_name(weight.dtype)}")
         return weight.to(dtype), None if bias is None else bias.to(dtype)
 
-    def vocabulary(self) -> StoredVocabulary | None:
-        """The tokens of the teacher's tokenizer; None where that is not known. Raises ConfigError."""
-        if "vocabulary.json" not in self.files:
-            return None
+    def vocabulary(self) -> StoredVocabulary:
+        """The tokens of the teacher's tokenizer. Raises ConfigError."""
         try:
-            tokens = json.loads((self.folder / "vocabulary.json").read_text(encoding="utf-8"))
+            tokens = read_json(self.folder / "vocabulary.json")
         except (OSError, ValueError, RecursionError) as error:
             raise self.error(f"vocabulary.json can't be read ({first_line(error)})") from None
         good = isinstance(tokens, dict) and tokens and all(type(number) is int for number in tokens.values())
@@ -135,8 +157,10 @@ class StatesFolder:
 
     def _samples(self) -> tuple[np.ndarray, np.ndarray]:
         """The hash of every sample, and its rows [start, stop]. Raises ConfigError for rows outside of a shard."""
+        path, largest = self.folder / "samples.safetensors", (HASH_BYTES + 16) * self.rows + 10_000
         try:
-            tensors = safetensors.numpy.load((self.folder / "samples.safetensors").read_bytes())
+            check_file(path, largest)  # a sample has a row
+            tensors = safetensors.numpy.load(path.read_bytes())
             hashes, rows = tensors["hashes"], tensors["rows"]
         except Exception as error:  # likewise
             raise self.error(f"samples.safetensors can't be read ({first_line(error)})") from None
@@ -155,10 +179,13 @@ class StatesFolder:
     def samples(self) -> int:
         return len(self._samples()[0])
 
-    def find(self, dataset: datasets.Dataset, where: Callable[[int], str], settings: dict) -> Places:
+    def find(
+        self, dataset: datasets.Dataset, where: Callable[[int], str], settings: dict, note: str | None = None
+    ) -> Places:
         """The rows of every sample of a data set, found by the sample's content.
 
-        where: the place of a sample in the user's files. settings: what made tokens of the rows.
+        where: the place of a sample in the user's files. settings: what made tokens of the rows. note: what may have
+        made other tokens although the settings are the same.
 
         Raises ConfigError, which says what differs, where a sample is not in the folder.
         """
@@ -169,7 +196,7 @@ class StatesFolder:
         if missing:
             count = f"{len(missing)} of {len(numbers)} samples are not in it, the first: {where(missing[0])}"
             reason = ", ".join(differences(self.settings, settings))
-            reason = reason or "tokenizer, template and limits are the same, so the rows differ"
+            reason = reason or note or "tokenizer, template and limits are the same, so the rows differ"
             raise self.error(f"{count}; {reason}", "undo that, or build the states of this data")
         starts, ends = rows[numbers].T
         counts = label_counts(table_of(dataset, of_teacher=True)[1])
@@ -181,17 +208,37 @@ class StatesFolder:
 
     def describe(self) -> Iterator[str]:
         """Lines for people: what it is, and whether it is complete."""
-        left, total = self.blocks_left, len(self.checksums)
         yield f"teacher      {self.teacher}"
-        is_known = "samples.safetensors" in self.files and checksum_of(self.folder / "samples.safetensors") is not None
-        of = f" of {self.samples} samples" if is_known else ""
+        of = f" of {self.samples} samples" if self._is_whole("samples.safetensors") else ""
         yield f"states       {self.rows} rows{of}, {self.shards.width} numbers each in {shards.dtype_name(self.dtype)}"
         yield f"bytes        {format_bytes(self.bytes)} in {len(self.shards.paths)} files"
         yield f"fingerprint  {self.fingerprint}"
         yield f"computed in  {self.seconds:.1f} s"
         for name, value in self.settings.items():
             yield f"  {printable(name)}: {json.dumps(value)}"
-        yield "complete     yes" if not left else f"complete     no: {left} of {total} blocks are missing"
+        problem = self.problem()
+        yield f"complete     no: {problem}" if problem else "complete     yes"
+
+
+def check_file(path: pathlib.Path, largest: int) -> None:
+    """Raises OSError for what is no file, as a pipe that never ends, or has more bytes than `largest`."""
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(errno.EINVAL, "it is no regular file")
+    if status.st_size > largest:
+        raise OSError(errno.EFBIG, f"it has {status.st_size} bytes, expected at most {largest}")
+
+
+def read_json(path: pathlib.Path) -> object:
+    """The value in a file of at most JSON_BYTES. Raises OSError and what json raises."""
+    check_file(path, JSON_BYTES)
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _is_flat(value: object, depth: int = 20) -> bool:
+    """Whether a JSON value has at most so many levels: deeper ones can be read, but not always written again."""
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return depth > 0 and all(_is_flat(part, depth - 1) for part in parts)
 
 
 def _is_count(number: object) -> bool:

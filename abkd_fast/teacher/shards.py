@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import pathlib
+import stat
 import struct
 import zlib
 from collections.abc import Sequence
@@ -40,7 +41,8 @@ class Part(NamedTuple):
             return cls(rows.to(dtype), None)
         rows = rows.float()
         largest = rows.abs().amax(1, keepdim=True)
-        scales = torch.where(largest > 0, largest / LARGEST_FLOAT8, 1.0)
+        smallest = torch.finfo(torch.float32).tiny  # below it a scale could become 0
+        scales = torch.where(largest > 0, (largest / LARGEST_FLOAT8).clamp(min=smallest), 1.0)
         return cls((rows / scales).to(FLOAT8), scales)
 
     def decode(self, dtype: torch.dtype) -> Tensor:
@@ -141,6 +143,8 @@ class Shards:
         """What is wrong with the files' sizes and headers; None if nothing is. Only sound files can be mapped."""
         for path, size, header in zip(self.paths, self.sizes, self.headers, strict=True):
             try:
+                if not stat.S_ISREG(path.stat().st_mode):
+                    return f"{path.name} is no regular file"
                 with path.open("rb") as file:
                     there = os.fstat(file.fileno()).st_size
                     if there != size:
@@ -154,7 +158,7 @@ class Shards:
     def checksum(self, number: int) -> int | None:
         """The CRC-32 of a block's bytes; None where they are not there. Raises OSError."""
         path, checksum = self.paths[self.blocks[number][0]], 0
-        if not path.exists():
+        if not path.is_file():
             return None
         with path.open("rb") as file:
             for offset, size in self._pieces(number):

@@ -18,7 +18,6 @@ import os
 import pathlib
 import shutil
 import zlib
-from collections.abc import Iterator
 
 import datasets
 import filelock
@@ -147,6 +146,7 @@ class HiddenStateStore:
         self.origin = origin
         self.key = fingerprint(self.identity)
         self.folder = root / self.key
+        self._lock = filelock.FileLock(self.folder / "lock")
         counts = [rows.stop - rows.start for rows in map(layout.block, range(len(layout.blocks)))]
         files = shards.split_blocks(counts, shards.row_bytes(width, dtype))
         self.shards = Shards(self.folder, files, width, dtype)
@@ -166,30 +166,34 @@ class HiddenStateStore:
         """
         self.checksums: list[int | None] = [None] * len(self.layout.blocks)
         self.files: dict[str, int] = {}
-        self.seconds = 0.0
+        self.seconds, self.told = 0.0, None  # what the index says about its making
         try:
             index = json.loads((self.folder / "index.json").read_text(encoding="utf-8"))
             checksums, files, seconds = index["blocks"], dict(index["files"]), index["seconds"]
-            good = index["identity"] == self.identity and index["states"] == self.states
+            told, good = index["origin"], index["identity"] == self.identity and index["states"] == self.states
             if not good or len(checksums) != len(self.checksums) or not isinstance(seconds, float):
                 raise ValueError
         except OSError:
             return True
         except (ValueError, TypeError, KeyError, RecursionError):
             return False
-        self.checksums, self.files, self.seconds = checksums, files, seconds
+        self.checksums, self.files, self.seconds, self.told = checksums, files, seconds, told
         return True
 
     def _write_index(self) -> None:
+        self.told = self._making()
         values = {
             "identity": self.identity,
             "states": self.states,
-            "origin": {"teacher": self.origin.teacher, "settings": self.origin.settings},
+            "origin": self.told,
             "seconds": self.seconds,
             "files": self.files,
             "blocks": self.checksums,
         }
         atomic_write(self.folder / "index.json", json.dumps(values), flush=False)
+
+    def _making(self) -> dict:
+        return {"teacher": self.origin.teacher, "settings": self.origin.settings}
 
     def problem(self) -> str | None:
         """Why rows can't be written here; None where they can."""
@@ -202,27 +206,24 @@ class HiddenStateStore:
             return f"{parent} has {free / 1e9:.1f} GB free, and {needed / 1e9:.1f} GB are needed"
         return None
 
-    @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
+    def lock(self) -> bool:
         """Lets one process at a time look for missing blocks and compute them. The lock dies with its holder.
 
-        The index is read again: another process may have finished meanwhile.
+        False where another process has it. The index is read again: another process may have finished meanwhile.
         """
-        lock = filelock.FileLock(self.folder / "lock")
         with contextlib.suppress(OSError):  # a read-only folder has no writers
             self.folder.mkdir(parents=True, exist_ok=True)
             try:
-                lock.acquire(timeout=0)
+                self._lock.acquire(timeout=0)
             except filelock.Timeout:
-                console.print(f"teacher cache: another process is building {self.folder}: waiting for it")
-                lock.acquire()
+                return False
             remove_leftovers(self.folder)
-        try:
-            if not self.read_index():
-                console.print(f"teacher cache: {self.folder / 'index.json'} is damaged: all is computed again")
-            yield
-        finally:
-            lock.release()
+        if not self.read_index():
+            console.print(f"teacher cache: {self.folder / 'index.json'} is damaged: all is computed again")
+        return True
+
+    def unlock(self) -> None:
+        self._lock.release()
 
     def missing(self) -> list[int]:
         """The blocks that have no checksum or don't match it. Reads all files, at about 4 GB/s."""
@@ -241,7 +242,19 @@ class HiddenStateStore:
 
     def has_others(self) -> bool:
         """Whether the bytes beside blocks and head are there: the headers of the shards, and what others need."""
-        return self._is_whole("config.json") and self._is_whole("samples.safetensors") and self.shards.problem() is None
+        names = "config.json", "samples.safetensors", "vocabulary.json"
+        return all(map(self._is_whole, names)) and self.shards.problem() is None
+
+    def update_origin(self) -> None:
+        """Says how this run came to the same samples and states, where the folder tells of another making.
+
+        Other settings can give the same tokens, and a teacher's tokenizer may change in place.
+        """
+        if self.told == self._making() and self.files.get("vocabulary.json") == zlib.crc32(self._vocabulary()):
+            return
+        with contextlib.suppress(OSError):  # a read-only folder: what it says is just older
+            self._write_file("vocabulary.json", self._vocabulary())
+            self._write_index()
 
     def _is_whole(self, name: str) -> bool:
         return name in self.files and checksum_of(self.folder / name) == self.files[name]
@@ -252,9 +265,11 @@ class HiddenStateStore:
         samples = {"hashes": hash_each(self.dataset), "rows": np.stack([self.layout.starts, self.layout.ends], axis=1)}
         self._write_file("config.json", self.origin.config.encode())
         self._write_file("samples.safetensors", safetensors.numpy.save(samples))
-        if self.origin.vocabulary is not None:
-            self._write_file("vocabulary.json", json.dumps(self.origin.vocabulary).encode())
+        self._write_file("vocabulary.json", self._vocabulary())
         self._write_index()
+
+    def _vocabulary(self) -> bytes:
+        return json.dumps(self.origin.vocabulary).encode()
 
     def _write_file(self, name: str, content: bytes) -> None:
         atomic_write(self.folder / name, content, flush=False)
@@ -284,11 +299,17 @@ def fingerprint(identity: dict) -> str:
 
 
 def checksum_of(path: pathlib.Path) -> int | None:
-    """The CRC-32 of a file; None where it can't be read."""
+    """The CRC-32 of a file; None where it can't be read, or is no regular file."""
+    checksum = 0
     try:
-        return zlib.crc32(path.read_bytes())
+        if not path.is_file():
+            return None
+        with path.open("rb") as file:
+            while content := file.read(1 << 24):
+                checksum = zlib.crc32(content, checksum)
     except OSError:
         return None
+    return checksum
 
 
 def read_head(folder: pathlib.Path) -> tuple[Tensor, Tensor | None]:
