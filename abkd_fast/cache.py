@@ -124,7 +124,8 @@ def _report(options: argparse.Namespace, config: Config, folders: dict[str, path
             console.print(key, markup=False)
         for line in StatesFolder(str(folder), "cache").describe():
             console.print(line, markup=False)
-        console.print(f"folder       {folder}, in {seconds:.1f} s altogether", markup=False)
+        took = f", in {seconds:.1f} s altogether" if key == [*folders][-1] else ""
+        console.print(f"folder       {folder}{took}", markup=False)
     if config.asks_in_training:
         problem = f"method {config.method} also asks the teacher about responses that are written in training"
         console.print(f"{problem}: its runs need the teacher, and find these states as their cache", markup=False)

@@ -79,7 +79,8 @@ class Vocabulary:
     def check_samples(self, samples: datasets.Dataset, where: Callable[[int], str], column: str = "input_ids") -> None:
         """The same for tokenized data. where: the place of a sample, by its index. Data are read only if need be."""
         mask, first = self._is_unusable, 0
-        for chunk in samples.with_format("arrow")[:].column(column).chunks if len(mask) else ():
+        table = samples.select_columns([column]).with_format("arrow")[:] if len(mask) else None
+        for chunk in table.column(column).chunks if table else ():
             ids = chunk.flatten().to_numpy()
             unusable = mask[ids]
             if unusable.any():

@@ -50,6 +50,7 @@ class Assignment:
     samples: int  # how many of `dataset` the run will see, counting repetitions; 0: none with its own response
     device: torch.device
     dtype: torch.dtype  # of the computation
+    earlier: tuple["TeacherCache", ...] = ()  # those of other teachers, which are built before
 
 
 class TeacherCache:
@@ -73,11 +74,17 @@ class TeacherCache:
         if self.spec.path is not None:
             weights = hash_weights(self.spec, teacher.whole, "teacher", self.root)
         self._identify(weights)
-        problem = self.file.problem()
+        problem = self.file.problem(self._claimed())
         if self.mode == "disk" and problem and not self.file.is_recorded:
             raise ConfigError(f"cache.dir: {problem}; choose another{OR_OFF}")
 
+    def _claimed(self) -> int:
+        """The bytes that caches of other teachers will take of the same disk."""
+        waiting = [cache.file for cache in self.earlier if cache.mode != "off" and cache.samples]
+        return sum(file.missing_bytes for file in waiting if not file.is_recorded)
+
     def _take(self, given: Assignment) -> None:
+        self.earlier = given.earlier
         self.key, self.where = given.key, given.where
         self.mode, self.dataset, self.samples = given.config.cache.mode, given.dataset, given.samples
         self.indices, self.device, self.dtype = given.indices, given.device, given.dtype
@@ -118,7 +125,7 @@ class TeacherCache:
         if not self.samples:
             return False, False, "the run trains on no response of the data"
         found = self.file.is_recorded
-        problem = None if found else self.file.problem()
+        problem = None if found else self.file.problem(self._claimed())
         if self.mode == "auto" and not found and self.samples <= len(self.dataset):
             return False, False, "no sample is seen twice"
         if self.mode == "memory":

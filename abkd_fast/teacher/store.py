@@ -42,10 +42,10 @@ HASH_BYTES = 16  # of one sample
 
 def table_of(dataset: datasets.Dataset, of_teacher: bool = False) -> tuple[pyarrow.ListArray, pyarrow.ListArray]:
     """The columns input_ids and spans of a tokenized data set, or with of_teacher what the teacher reads of it."""
-    table, prefix = dataset.with_format("arrow")[:], ""
-    if of_teacher and "teacher_input_ids" in table.column_names:
-        prefix = "teacher_"
-    return tuple(table.column(prefix + name).combine_chunks() for name in ("input_ids", "spans"))
+    prefix = "teacher_" if of_teacher and "teacher_input_ids" in dataset.column_names else ""
+    names = [f"{prefix}input_ids", f"{prefix}spans"]
+    table = dataset.select_columns(names).with_format("arrow")[:]
+    return tuple(table.column(name).combine_chunks() for name in names)
 
 
 def lengths_of(lists: pyarrow.ListArray) -> np.ndarray:
@@ -195,12 +195,17 @@ class HiddenStateStore:
     def _making(self) -> dict:
         return {"teacher": self.origin.teacher, "settings": self.origin.settings}
 
-    def problem(self) -> str | None:
-        """Why rows can't be written here; None where they can."""
+    @property
+    def missing_bytes(self) -> int:
+        """What the files will take of the disk besides what they have."""
+        return sum(self.shards.sizes) - self.shards.allocated()
+
+    def problem(self, claimed: int = 0) -> str | None:
+        """Why rows can't be written here; None where they can. claimed: bytes that others will take of the disk."""
         parent = next(parent for parent in (self.folder, *self.folder.absolute().parents) if parent.exists())
         if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
             return f"{parent} is not a folder that can be written to"
-        needed = sum(self.shards.sizes) - self.shards.allocated() + DISK_MARGIN
+        needed = self.missing_bytes + claimed + DISK_MARGIN
         free = shutil.disk_usage(parent).free
         if needed > free:
             return f"{parent} has {free / 1e9:.1f} GB free, and {needed / 1e9:.1f} GB are needed"

@@ -113,9 +113,9 @@ class Teachers:
             with self._naming(key):
                 check_tokens(vocabulary, own.train_set, own.place)
                 check_teacher_prompts(config, self.method, meta, own)
-                given = Assignment(
-                    key, config, meta, vocabulary, own.train_set, indices, own.place, samples, device, dtype
-                )
+                of_data = own.train_set, indices, own.place, samples
+                earlier = tuple(self.caches.values())
+                given = Assignment(key, config, meta, vocabulary, *of_data, device, dtype, earlier)
                 self.caches[key] = TeacherCache(given) if config.teacher.hidden_states is None else GivenStates(given)
             self._check_device_map(key, config)
 

@@ -3,6 +3,7 @@
 import gc
 import json
 import shutil
+import types
 import weakref
 
 import numpy as np
@@ -18,6 +19,7 @@ from abkd_fast.data.batches import count_labels, teacher_view
 from abkd_fast.evaluation.runs import read_runs
 from abkd_fast.evaluation.tables import write_report
 from abkd_fast.models import loading
+from abkd_fast.teacher import store
 from abkd_fast.teacher.teacher import CachedTeacher, OnPolicyTeacher, Teacher
 from abkd_fast.training.trainer import Trainer
 from conftest import LLAMA
@@ -411,3 +413,18 @@ def test_rows_of_a_stage_that_will_name_no_teacher_are_refused_before_they_are_w
     assert run("--dry-run", *sets, "--set", "answers:teachers=null") == 2
     error = capsys.readouterr().err
     assert 'stage:answers: quickstart:small row 1: has no "teacher" that is one of math, code' in error
+
+
+def test_room_on_the_disk_is_for_all_caches_together(make, capsys, monkeypatch):
+    run = make("kd", "cache.mode=disk")
+    sizes = [cache.file.missing_bytes for cache in Trainer(config_of(run)).teachers.caches.values()]
+    assert min(sizes) > 0
+
+    def dry_run(room):
+        usage = types.SimpleNamespace(free=store.DISK_MARGIN + room)
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+        return run("--dry-run")
+
+    assert dry_run(sum(sizes)) == 0
+    assert dry_run(sum(sizes) - 1) == 2
+    assert "error: teachers.code: cache.dir: " in capsys.readouterr().err
