@@ -8,7 +8,7 @@ import hashlib
 import itertools
 import json
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import datasets
@@ -55,20 +55,23 @@ class TopTokens(NamedTuple):
 class TopKTargets:
     """The teacher's likeliest tokens for the samples of a data set."""
 
-    def __init__(self, path: str, dataset: datasets.Dataset, where: list[str], numbers: list[int], vocab: int) -> None:
+    def __init__(
+        self, path: str, dataset: datasets.Dataset, where: list[str], vocab: int, numbers: Sequence[int] | None = None
+    ) -> None:
         """Reads the file, or what an earlier run has made of it.
 
         Args:
             dataset: the tokenized samples, in the order of their rows.
             where: the place of every row, for messages.
-            numbers: the number of every row in its source, and so of its line in the file.
             vocab: the student's vocabulary entries.
+            numbers: the number of every row in its source, and so of its line in the file; None if no row is left out.
 
         Raises ConfigError for a file that doesn't fit the samples.
         """
         check_file(path)
         file, columns = pathlib.Path(path), dataset.with_format("numpy")
         is_train_file = file.resolve() == pathlib.Path(where[0].rsplit(" ", 2)[0]).resolve()
+        numbers = range(len(where)) if numbers is None else numbers
         lines, lengths = [numbers[row] for row in columns["row"][:]], columns["row_length"][:].tolist()
         identity = [FORMAT, file_digest(file), hash_samples(dataset), vocab, is_train_file, lines, lengths]
         key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]

@@ -230,7 +230,7 @@ def read_train_data(
     steps_per_epoch = _steps_per_epoch(config, len(train_set))
     method.check_rows(len(train_set))
     if config.served_teacher:
-        method.top_k = TopKTargets(config.served_teacher, train_set, where, numbers, vocabulary.sizes["student"])
+        method.top_k = TopKTargets(config.served_teacher, train_set, where, vocabulary.sizes["student"], numbers)
     pretrain_set = None
     if data.uses_pretrain:
         pretrain_set, text = _read_pretrain_set(config, tokenizer), data.pretrain.path

@@ -28,9 +28,8 @@ def samples_of(*samples, **more):
 
 
 def read(path, dataset, numbers=None, place="data.jsonl line {}"):
-    numbers = range(len(dataset)) if numbers is None else numbers
-    where = [place.format(number + 1) for number in numbers]
-    return TopKTargets(path, dataset, where, [*numbers], VOCAB)
+    where = [place.format(number + 1) for number in numbers or range(len(dataset))]
+    return TopKTargets(path, dataset, where, VOCAB, numbers)
 
 
 def entries(ids, offset=10):
