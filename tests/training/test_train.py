@@ -377,5 +377,6 @@ def test_a_gpu_compiles_student_and_teacher_after_their_check(recipe, tmp_path, 
     monkeypatch.setattr(loading, "load", lambda *_: model)
     for role in ("student", "teacher"):
         done.clear()
-        trainer._load(getattr(trainer.config, role), getattr(trainer, f"{role}_meta"), role)
+        meta = trainer.student_meta if role == "student" else trainer.teachers.metas["teacher"]
+        trainer._load(getattr(trainer.config, role), meta, role)
         assert done == ["checked", "compiled"][: 2 if wish == "auto" else 1]
