@@ -97,7 +97,7 @@ class Teachers:
 
         Raises ConfigError for a teacher without samples, or whose states can't be had.
         """
-        self.rows_of, of_sample = data.teachers, np.array([])
+        self.name_of_row, of_sample = data.teachers, np.array([])
         if self.are_several:
             of_sample = np.array([self.key_of({"row": row}) for row in data.train_set["row"][:]])
         for key, meta in self.metas.items():
@@ -111,7 +111,8 @@ class Teachers:
             samples = round(data.steps * config.train.batch_size * share) or int(share > 0)
             vocabulary = self.vocabularies[key]
             with self._naming(key):
-                check_tokens(vocabulary, own.train_set, own.place)
+                if self.are_several:  # else that of all data has checked them
+                    check_tokens(vocabulary, own.train_set, own.place)
                 check_teacher_prompts(config, self.method, meta, own)
                 of_data = own.train_set, indices, own.place, samples
                 earlier = tuple(self.caches.values())
@@ -155,7 +156,7 @@ class Teachers:
     def key_of(self, sample: dict) -> str | None:
         """The key of a sample's teacher."""
         if self.are_several:
-            return f"teachers.{self.rows_of[sample['row']]}"
+            return f"teachers.{self.name_of_row[sample['row']]}"
         return next(iter(self.metas), None)
 
     def grouped(self, samples: list[dict]) -> list[tuple[str | None, list[dict]]]:
