@@ -65,7 +65,11 @@ def test_live_teachers_in_ddp(context, tmp_path, arguments, method):  # noqa: F8
 @pytest.mark.parametrize(
     ("sections", "problem"),
     [
-        ({"cache": {"mode": "off"}}, "error: teachers.many: runs in every step (cache.mode is off), but with"),
+        ({"cache": {"mode": "off"}}, "error: teachers: cache.mode is off, but with train.parallel=fsdp"),
+        (
+            {"train": {**RECIPE["train"], "steps": 1, "parallel": "fsdp"}},
+            "error: teachers.many: runs in every step (no sample is seen twice), but with train.parallel=fsdp",
+        ),
         ({"method": "gkd"}, "error: teachers: method gkd asks them in training, but with train.parallel=fsdp"),
     ],
 )

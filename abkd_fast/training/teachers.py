@@ -150,7 +150,7 @@ class Teachers:
                 live = Teacher(load_this()) if self.is_on_policy else None
                 of_data = cache.open((lambda: live.model) if live else load_this, precision, reserved)  # noqa: B023
             if self.are_several and is_sharded(self.config) and isinstance(of_data, Teacher):
-                raise ConfigError(f"{key}: {of_data.note}, {NOT_SHARDED}; make room for the cache, or use ddp", key)
+                raise ConfigError(f"{key}: {of_data.note}, {NOT_SHARDED}; set cache.mode=disk, or use ddp", key)
             self.built[key] = OnPolicyTeacher(live, of_data) if live else of_data
 
     def key_of(self, sample: dict) -> str | None:
