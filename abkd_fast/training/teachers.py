@@ -105,7 +105,10 @@ class Teachers:
             if self.are_several:
                 indices = np.flatnonzero(of_sample == key)
                 if not len(indices):
-                    raise ConfigError(f"{key}: no sample of {config.data.train} has this teacher; leave it out", key)
+                    rows = data.teachers.count(key.rpartition(".")[2])
+                    problem = f"all {rows} rows with this teacher are left out: bad ones, or prompts that are too long"
+                    problem = problem if rows else f"no row of {config.data.train} has this teacher"
+                    raise ConfigError(f"{key}: {problem}; leave it out, or give it rows", key)
                 own = dataclasses.replace(data, train_set=data.train_set.select(indices))
             share = self.method.off_policy_fraction * len(own.train_set) / len(data.train_set)
             samples = round(data.steps * config.train.batch_size * share) or int(share > 0)

@@ -276,7 +276,7 @@ def test_a_micro_batch_that_is_read_ahead_has_the_states_of_all_its_teachers(mak
 @pytest.mark.parametrize(
     ("overrides", "problem"),
     [
-        (["teachers.chess.path=MATH"], "teachers.chess: no sample of"),
+        (["teachers.chess.path=MATH"], "teachers.chess: no row of"),
         (["teacher.path=MATH"], "teachers: there is a teacher, too; give null for one of the two"),
         (
             ["method=minillm", "loss=rkl"],
@@ -428,3 +428,12 @@ def test_room_on_the_disk_is_for_all_caches_together(make, capsys, monkeypatch):
     assert dry_run(sum(sizes)) == 0
     assert dry_run(sum(sizes) - 1) == 2
     assert "error: teachers.code: cache.dir: " in capsys.readouterr().err
+
+
+def test_a_teacher_whose_rows_are_all_too_long_is_told_so(make, tmp_path, capsys):
+    rows = [{"prompt": "a", "output": "b", "teacher": "math"}] * 4
+    rows += [{"prompt": "What is 1 plus 2? " * 9, "output": "b", "teacher": "code"}] * 2
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = make("kd", f"data.train={tmp_path}/rows.jsonl", "data.max_prompt_length=40", "data.dev=null")
+    assert run("--dry-run") == 2
+    assert "error: teachers.code: all 2 rows with this teacher are left out: bad ones" in capsys.readouterr().err
