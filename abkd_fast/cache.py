@@ -10,7 +10,6 @@ import time
 from typing import TYPE_CHECKING
 
 from .cli import leave, run
-from .config.methods import WITHOUT_TEACHER
 from .config.models import PROMPT_KEYS
 from .config.recipe import load
 from .errors import ConfigError
@@ -69,7 +68,7 @@ def _taught_stage(stages: list[Config], name: str | None) -> Config:
     """
     from .pipeline import as_begun, resolve
 
-    taught = [config for config in stages if config.method not in (*WITHOUT_TEACHER, "generate")]
+    taught = [config for config in stages if config.is_taught]
     names = [config.run.stage for config in taught]
     if name is not None and stages[0].run.stage is None:
         raise ConfigError(f"--stage {name}: the recipe has no stages; leave --stage out")

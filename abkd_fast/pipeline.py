@@ -34,7 +34,7 @@ from .losses.divergences import AlphaNet, parse
 from .models import loading, quantized
 from .teacher import top_k
 from .training.dry_run import describe
-from .training.prepare import Prepared, dev_rows, is_taught, read_tokenizer, teacher_format, train_format, train_rows
+from .training.prepare import Prepared, dev_rows, read_tokenizer, teacher_format, train_format, train_rows
 from .training.show_rows import print_samples, shown_samples
 from .training.trainer import Trainer
 
@@ -225,7 +225,7 @@ def _check_rows(config: Config, earlier: dict[str, Config], prepared: Prepared, 
         _check_earlier(where, data.stage, earlier)
         if earlier[data.stage].method != "generate":
             raise ConfigError(f'{where} trains a model, and writes no rows: only method "generate" does')
-        if config.teachers and is_taught(config) and not data.teachers:  # they keep the teacher of their prompt
+        if config.teachers and config.is_taught and not data.teachers:  # they keep the teacher of their prompt
             for row in read(*train_rows(earlier[data.stage])):
                 if row.teacher not in config.teachers:
                     names = ", ".join(config.teachers)

@@ -281,10 +281,10 @@ class Config(Section):
             raise ConfigError("teachers: there is a teacher, too; give null for one of the two", "teachers")
         if self.teachers is not None:
             check_several(self.teachers, self.data.teachers or {}, self.method)
-        elif self.data.teachers and self.method not in (*WITHOUT_TEACHER, "generate"):
+        elif self.data.teachers and self.is_taught:
             problem = "gives rows a teacher by name, but teachers is missing; give null for it"
             raise ConfigError(f"data.teachers: {problem}", "data.teachers")
-        if self.method not in (*WITHOUT_TEACHER, "generate") and not self.all_teachers:
+        if self.is_taught and not self.all_teachers:
             raise ConfigError(f'teacher: missing, and method "{self.method}" needs one; give teacher.path')
         self._check_served_teacher()
         if self.student.device_map is not None:
@@ -311,6 +311,11 @@ class Config(Section):
         for key, teacher in self.all_teachers.items():
             if teacher.hidden_states is not None:
                 self._check_given_states(f"{key}.hidden_states")
+
+    @property
+    def is_taught(self) -> bool:
+        """Whether the method has a teacher, or several."""
+        return self.method not in (*WITHOUT_TEACHER, "generate")
 
     @property
     def all_teachers(self) -> dict[str, TeacherConfig]:

@@ -85,11 +85,6 @@ def train_rows(config: Config) -> tuple:
     return config.data.train, config.data.train_rows, TRAIN, outputs, *_reading(config), names
 
 
-def is_taught(config: Config) -> bool:
-    """Whether the method has a teacher, or several."""
-    return config.method not in (*WITHOUT_TEACHER, "generate")
-
-
 def train_format(config: Config) -> PromptFormat:
     """The format of data.train. A method that writes all responses itself answers the last turn of each row alone."""
     style = PromptFormat.from_config(config.data)
@@ -99,7 +94,7 @@ def train_format(config: Config) -> PromptFormat:
 
 def teacher_format(config: Config, tokenizer: PreTrainedTokenizerBase) -> TeacherFormat | SeveralFormats | None:
     """How the teachers of a run read data.train; None for a method without one. Raises ConfigError."""
-    if not is_taught(config):
+    if not config.is_taught:
         return None
     if config.teachers:
         keys = dict(zip(config.teachers, config.all_teachers, strict=True))
@@ -212,7 +207,9 @@ def read_train_data(
     notes = [*rows.notes, tokenized.format, *tokenized.notes(rows, data.max_length)]
     if reads is None and (count := sum(any(key in row.values for key in formats.TEACHER) for row in rows)):
         notes.append(f"{count} rows have a prompt of the teacher's own, which method {config.method} does not read")
-    templates = [key for key, spec in config.all_teachers.items() if spec.chat_template or spec.chat_template_kwargs]
+    templates = [
+        key for key, spec in config.all_teachers.items() if spec.chat_template or spec.chat_template_kwargs is not None
+    ]
     if reads is not None and templates and not any("messages" in row.values for row in rows):
         notes.append(f"{templates[0]} has a chat template of its own, but no row has messages that it could render")
     dev = None

@@ -359,12 +359,24 @@ def test_the_order_of_random_teachers_decides_nothing(tmp_path, folder):
     assert results[0] == results[1]
 
 
-def test_both_models_are_measured_for_each_teacher(make, capsys):
-    assert make("kd", "train.steps=1", "data.dev=null", "train.batch_size=8")() == 0
+def test_both_models_are_measured_for_each_teacher(make, folder, capsys):
+    run = make("kd", *EXACT, "train.steps=1", "data.dev=null", "train.batch_size=8")
+    trainer = trainer_of(run)
+    student, samples = trainer.student.model.eval(), next(trainer.batches()).samples
+    student.set_attn_implementation("sdpa")
+    assert run() == 0
     printed = " ".join(capsys.readouterr().out.split())
     for name in TEACHERS:
-        assert f", teachers.{name} -" in printed
-    assert printed.count("predicts the data's responses worse") == printed.count(".path), or does the teacher know")
+        teacher = AutoModelForCausalLM.from_pretrained(folder / name, dtype=torch.float64)
+        means = {"student": [], "teacher": []}
+        for sample in (sample for sample in samples if trainer.data.teachers[sample["row"]] == name):
+            labels = torch.tensor(sample["input_ids"][sample["spans"][0] :])[:, None]
+            views = {"student": (student, sample), "teacher": (teacher, teacher_view(sample))}
+            for role, view in views.items():
+                means[role].append(padded(*view).log_softmax(1).gather(1, labels))
+        of_student, of_teacher = (torch.cat(values).mean().item() for values in means.values())
+        assert f"a token: student {of_student:.3f}, teachers.{name} {of_teacher:.3f}" in printed
+        assert (f"(student.path, teachers.{name}.path)" in printed) == (of_teacher < of_student)
 
 
 def test_stages_hand_rows_and_models_on(make, folder, tmp_path, capsys):
