@@ -9,7 +9,8 @@ from abkd_fast.evaluate import main
 from chains import END_OF_TURN, chat_tokenizer, save_chain_model
 from scoring import lines_of
 
-lm_eval = pytest.importorskip("lm_eval", reason="needs lm-evaluation-harness: pip install 'lm_eval[hf]'")
+# Not "lm_eval": where another test has put benchmarks/ on the path, the folder with the tasks has that name, too.
+pytest.importorskip("lm_eval.tasks", reason="needs lm-evaluation-harness: pip install 'lm_eval[hf]'")
 TASKS = pathlib.Path(__file__).parents[2] / "benchmarks" / "lm_eval"
 
 
@@ -25,6 +26,7 @@ def score(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     def run(task):
+        import lm_eval
         from lm_eval.tasks import TaskManager
 
         manager = TaskManager(include_path=str(TASKS), include_defaults=False)
