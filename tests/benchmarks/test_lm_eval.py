@@ -26,10 +26,9 @@ def score(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     def run(task):
-        import lm_eval
-        from lm_eval.tasks import TaskManager
+        import lm_eval.tasks
 
-        manager = TaskManager(include_path=str(TASKS), include_defaults=False)
+        manager = lm_eval.tasks.TaskManager(include_path=str(TASKS), include_defaults=False)
         options = {"batch_size": 2, "device": "cpu", "log_samples": True, "bootstrap_iters": 0}
         found = lm_eval.simple_evaluate(
             model="hf", model_args="pretrained=model,dtype=float32", tasks=[task], task_manager=manager, **options
