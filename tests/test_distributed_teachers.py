@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from abkd_fast import train
+from abkd_fast import distributed, train
+from abkd_fast.teacher import store
 from conftest import GPT2
 from test_distributed import RECIPE, Ranks, assert_same_losses, context, models, recipe  # noqa: F401 - fixtures
 
@@ -37,17 +38,43 @@ def teacher_losses(folder):
     ]
 
 
+def built(folder):
+    """The bytes of all that teachers computed."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*.safetensors")}
+
+
 @pytest.mark.parametrize("mode", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
 def test_losses_are_those_of_one_process(context, tmp_path, arguments, cache_folder, mode):  # noqa: F811
     assert train.main(arguments("alone", "auto")) == 0
     cache_folder.rename(tmp_path / "other")  # the processes build their own
     ranks = Ranks(context, tmp_path, 2, arguments(mode, mode))
     assert ranks.wait() == [0, 0], ranks.output()
+    if mode == "ddp":  # sharded teachers compute several samples at once, which rounds differently
+        assert built(cache_folder) == built(tmp_path / "other")
     assert_same_losses(tmp_path / mode, tmp_path / "alone")
     ours, theirs = teacher_losses(tmp_path / mode), teacher_losses(tmp_path / "alone")
     for own, others in zip(ours, theirs, strict=True):
         assert own == pytest.approx(others, rel=1e-5)
     assert {*map(len, ours)} == {1, 2}, "some steps have one teacher"
+
+
+def unreadable_on_rank_1():
+    """Rank 1 is on a machine that doesn't have the cache folder."""
+    read_head = store.read_head
+
+    def wrapped(folder):
+        return read_head(folder / "nowhere" if distributed.rank() == 1 else folder)
+
+    store.read_head = wrapped
+
+
+def test_states_that_one_rank_cannot_read_are_read_by_none(context, tmp_path, arguments):  # noqa: F811
+    ranks = Ranks(context, tmp_path, 2, arguments("ddp", "ddp"), prepare=unreadable_on_rank_1)
+    assert ranks.wait() == [0, 0], ranks.output()
+    assert ranks.output()[0].count("runs in every step (") == 2
+    ranks = Ranks(context, tmp_path, 2, arguments("disk", "ddp", cache={"mode": "disk"}), prepare=unreadable_on_rank_1)
+    assert ranks.wait() == [2, 2], ranks.output()
+    assert "No such file or directory; choose another" in "".join(ranks.output())
 
 
 @pytest.mark.slow

@@ -229,12 +229,17 @@ class TeacherCache:
                 distributed.run_on_rank0(self.file.write_head, *self._head())
                 self._fill(missing)
             distributed.run_on_rank0(self.file.update_origin)
-            self.file.read_index()  # what rank 0 has written
-            head = store.read_head(self.file.folder)
+            opened = []
+
+            def read() -> None:
+                self.file.read_index()  # what rank 0 has written
+                opened.extend((self._rows(self.file.shards, in_memory), store.read_head(self.file.folder)))
+
+            distributed.run_on_all_ranks(read)  # where one can't read, as on another machine, all have to do without
         where = f"in memory, kept in {self.file.folder}" if in_memory else f"mapped from {self.file.folder}"
         if not missing:
             where += f", checked in {checked:.1f} s"
-        return self._cached(self._rows(self.file.shards, in_memory), head, where, self.file.seconds)
+        return self._cached(*opened, where, self.file.seconds)
 
     def _rows(self, files: shards.Shards, in_memory: bool) -> Rows:
         rows = Rows(files.map(), self.dtype)
