@@ -126,6 +126,15 @@ def check_labels(labels: Tensor | None, tokens: int, hard_weight: float) -> Tens
     return labels.long().contiguous()
 
 
+def check_label_range(labels: Tensor, spec: LossSpec, vocab: int) -> None:
+    """Raises ValueError for a label that the vocabulary lacks. Those on a GPU aren't read: their loss is infinite."""
+    if spec.hard_weight and labels.device.type == "cpu":
+        wrong = (labels != -100) & ((labels < 0) | (labels >= vocab))
+        if wrong.any():
+            row = int(wrong.int().argmax())
+            raise ValueError(f"labels[{row}] is {int(labels[row])}, expected -100 or 0 to {vocab - 1}")
+
+
 def check_head(model: str, head: LinearHead) -> None:
     """Raises ValueError if the shapes of hidden states, projection and bias don't fit together."""
     hidden, weight, bias = head.tensors

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .arguments import LinearHead, LossSpec, Rows, loss_dtype
+from .arguments import LinearHead, LossSpec, Rows, check_label_range, loss_dtype
 from .row_ops import new_large
 from .vocab_parallel import Shard
 
@@ -117,6 +117,8 @@ class Chunks:
         hidden, self.vocab = student.hidden, len(student.weight)
         self.kept = None  # indices of the rows that count, or None if all do
         if labels is not None:
+            if shard is None:
+                check_label_range(labels, spec, self.vocab)
             # Found on the labels' own device: labels that stayed on the CPU need no synchronization with the GPU.
             kept = (labels != -100).nonzero()[:, 0]
             self.kept = None if len(kept) == len(labels) else kept.to(hidden.device, non_blocking=True)

@@ -11,7 +11,7 @@ import torch._functorch.config
 from torch.autograd.gradcheck import GradcheckError
 
 import abkd_fast
-from abkd_fast import AlphaBeta, divergence_loss, fused_linear_divergence, parse
+from abkd_fast import AlphaBeta, divergence_loss, fused_linear_cross_entropy, fused_linear_divergence, parse
 from abkd_fast.losses import reference, row_ops
 from abkd_fast.losses.arguments import LossSpec, Rows
 from oracle import ALPHA_BETA, FAMILIES, SMOOTH, gpt2_like_logits, mild_logits, relative_errors
@@ -117,11 +117,41 @@ def test_gradient_may_overwrite_the_student(divergence):
         assert torch.equal(student, gradient)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_logits_of_a_batch(reduction):
+    """Models give [B, T, V]; a shift by one token leaves a view."""
+    student, teacher = (x.view(2, 4, 9)[:, :-1].requires_grad_(i == 0) for i, x in enumerate(mild_logits(8, 9)))
+    labels = torch.tensor([[1, -100, 8], [0, 3, -100]])
+    options = {"hard_weight": 0.3, "reduction": reduction}
+    loss = divergence_loss(student, teacher, AlphaBeta(), labels, **options)
+    rows = [x.detach().reshape(6, 9).requires_grad_() for x in (student, teacher)]
+    expected = divergence_loss(*rows, AlphaBeta(), labels.flatten(), **options)
+    assert loss.shape == (labels.shape if reduction == "none" else ())
+    assert torch.equal(loss.flatten(), expected.flatten())
+    (gradient,) = torch.autograd.grad(loss.sum(), student)
+    (expected,) = torch.autograd.grad(expected.sum(), rows[0])
+    assert torch.equal(gradient.reshape(6, 9), expected)
+    for wrong in (labels.flatten(), labels[:, :2]):
+        with pytest.raises(ValueError, match=r"expected \[2, 3\], one for each row of logits"):
+            divergence_loss(student, teacher, AlphaBeta(), wrong)
+    with pytest.raises(ValueError, match="alike but for V"):
+        divergence_loss(student, teacher[:1], AlphaBeta())
+
+
 @COMPILED
 @pytest.mark.parametrize("label", [5, -1, -101])
 def test_labels_out_of_range(label):
-    with pytest.raises(RuntimeError, match=rf"labels\[1\] is {label}"):
-        divergence_loss(*mild_logits(3, 5), AlphaBeta(), torch.tensor([0, label, 2]), hard_weight=0.5)
+    labels, message = torch.tensor([0, label, 2]), rf"labels\[1\] is {label}, expected -100 or 0 to 4"
+    with pytest.raises(ValueError, match=message):
+        divergence_loss(*mild_logits(3, 5), AlphaBeta(), labels, hard_weight=0.5)
+    hidden, weight = torch.randn(3, 8), torch.randn(5, 8)
+    with pytest.raises(ValueError, match=message):
+        fused_linear_cross_entropy(hidden, weight, labels)
+    for reduction in ("mean", "none"):
+        options = {"hard_weight": 0.5, "reduction": reduction}
+        with pytest.raises(ValueError, match=message):
+            fused_linear_divergence(hidden, weight, hidden, weight, AlphaBeta(), labels, **options)
+    fused_linear_divergence(hidden, weight, hidden, weight, AlphaBeta(), labels)  # hard_weight is 0: not read
 
 
 @COMPILED
