@@ -8,6 +8,7 @@ import collections
 import contextlib
 import itertools
 import math
+import numbers
 from collections.abc import Callable, Iterable
 
 import torch
@@ -31,7 +32,7 @@ def sample(
     model: CausalLM | PreTrainedModel,
     prompts: list[list[int]],
     settings: SamplingParams,
-    seeds: list[int],
+    seeds: list[int] | int,
     batch_size: int = 32,
     on_response: Callable[[int, list[int]], None] | None = None,
 ) -> list[list[int]]:
@@ -50,15 +51,17 @@ def sample(
         model: a causal language model. It is in eval mode meanwhile. On a CPU in float32 sampling takes the memory of
             its weights once more. On a GPU a packed one has to compute in 16 bits: by its own type, or under autocast.
         prompts: the tokens of each prompt.
-        seeds: one whole number for each prompt; numbers that are equal modulo 2^64 are the same seed.
+        seeds: one whole number for each prompt; numbers that are equal modulo 2^64 are the same seed. A single number
+            gives each prompt a seed of its own, by its place.
         batch_size: how many sequences are in progress at most.
         on_response: is called with the prompt's number and the response when a response ends.
 
     Returns the tokens of the responses, in the prompts' order. A response ends with an end token (included), at its
     length limit, or where the model has no more positions.
 
-    Raises ConfigError for an empty prompt, a prompt that leaves no room for a response, a batch_size below 1, a
-    model that is right neither packed nor padded, and a packed one that computes in more than 16 bits on a GPU.
+    Raises ConfigError for prompts that are no lists of tokens, an empty prompt, one that leaves no room for a response,
+    seeds that are not as many as the prompts, a batch_size below 1, a model that is right neither packed nor padded,
+    and a packed one that computes in more than 16 bits on a GPU.
     """
     return [sequence.response for sequence in _run([model], 0.0, prompts, settings, seeds, batch_size, on_response)]
 
@@ -69,7 +72,7 @@ def sample_mixture(
     teacher_weight: float,
     prompts: list[list[int]],
     settings: SamplingParams,
-    seeds: list[int],
+    seeds: list[int] | int,
     batch_size: int = 32,
     on_response: Callable[[int, list[int]], None] | None = None,
 ) -> list[tuple[list[int], list[float], list[float]]]:
@@ -127,19 +130,42 @@ def response_seeds(questions: Iterable[tuple[int, int]]) -> list[int]:
     return [(seed << 32) + row for seed, row in questions]
 
 
+def _check_prompts(prompts: list[list[int]]) -> list[list[int]]:
+    """The prompts, also from tensors, as lists of whole numbers. Raises ConfigError for text, and for a single one."""
+    checked = []
+    for index, prompt in enumerate([prompts] if isinstance(prompts, str) else prompts):
+        if isinstance(prompt, str):
+            problem = f"prompt {index} is text ({prompt[:20]!r}), expected its tokens"
+            raise ConfigError(f'{problem}: tokenizer(text)["input_ids"], or tokenizer.apply_chat_template')
+        prompt = prompt.tolist() if hasattr(prompt, "tolist") else prompt  # of a tensor or an array
+        if not isinstance(prompt, list | tuple) or not all(isinstance(token, numbers.Integral) for token in prompt):
+            raise ConfigError(
+                f"prompt {index} is {str(prompt)[:20]}, expected a list of tokens: prompts is a list of them"
+            )
+        checked.append([*map(int, prompt)])
+    return checked
+
+
 @torch.no_grad()
 def _run(
     models: list[CausalLM | PreTrainedModel],
     teacher_weight: float,
     prompts: list[list[int]],
     settings: SamplingParams,
-    seeds: list[int],
+    seeds: list[int] | int,
     batch_size: int,
     on_response: Callable[[int, list[int]], None] | None,
 ) -> list[_Sequence]:
     """Continuous batching: when sequences end, waiting prompts take their slots."""
     if batch_size < 1:
         raise ConfigError(f"batch_size is {batch_size}, expected at least 1")
+    prompts = _check_prompts(prompts)
+    if isinstance(seeds, int):
+        seeds = response_seeds((seeds, place) for place in range(len(prompts)))
+    if len(seeds) != len(prompts):
+        raise ConfigError(
+            f"there are {len(seeds)} seeds and {len(prompts)} prompts: give one number, or one per prompt"
+        )
     with contextlib.ExitStack() as stack:
         models = [stack.enter_context(prepared(model)) for model in models]
         sequences = []

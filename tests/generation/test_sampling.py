@@ -1,5 +1,6 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LogitsProcessorList
@@ -13,7 +14,7 @@ from transformers.generation.logits_process import (
 from abkd_fast.config.models import LoraConfig, ModelConfig
 from abkd_fast.errors import ConfigError
 from abkd_fast.generation import decoder
-from abkd_fast.generation.sampling import SamplingParams, _draw, _Sequence, sample, sample_mixture
+from abkd_fast.generation.sampling import SamplingParams, _draw, _Sequence, response_seeds, sample, sample_mixture
 from abkd_fast.models import lora
 from abkd_fast.models.packed import PackedCausalLM
 from conftest import GPT2, LLAMA
@@ -270,6 +271,22 @@ def test_positions_limit_responses():
         sample(model, prompts, SamplingParams(), [0, 1], batch_size=0)
     with pytest.raises(ConfigError, match=r"teacher_weight is 1\.5"):
         sample_mixture(model, model, 1.5, prompts, SamplingParams(), [0, 1])
+
+
+def test_prompts_and_seeds_of_other_kinds():
+    model, settings = build(GPT2), SamplingParams(max_new_tokens=4)
+    expected = sample(model, PROMPTS[:2], settings, response_seeds([(7, 0), (7, 1)]))
+    assert sample(model, PROMPTS[:2], settings, 7) == expected, "one seed for all"
+    assert sample(model, [torch.tensor(prompt) for prompt in PROMPTS[:2]], settings, 7) == expected
+    assert sample(model, [np.array(prompt) for prompt in PROMPTS[:2]], settings, 7) == expected
+    with pytest.raises(ConfigError, match="there are 3 seeds and 2 prompts"):
+        sample(model, PROMPTS[:2], settings, [0, 1, 2])
+    for prompts in ("What is it?", ["What is it?"], [PROMPTS[0], "What is it?"]):
+        with pytest.raises(ConfigError, match=r"is text \('What is it\?'\), expected its tokens"):
+            sample(model, prompts, settings, 0)
+    for prompts in (PROMPTS[0], [[1.0, 2.0]], [None]):
+        with pytest.raises(ConfigError, match="expected a list of tokens"):
+            sample(model, prompts, settings, 0)
 
 
 @pytest.mark.parametrize("packed", [False, True])
