@@ -2,6 +2,8 @@
 
 import importlib
 
+__version__ = "0.1.0"
+
 _MODULES = {
     "losses.divergences": """
         AKL AlphaBeta AlphaDivergence AlphaNet BDKD ForwardKL Hellinger JensenShannon ReverseKL SkewForwardKL
@@ -13,6 +15,7 @@ _MODULES = {
     "losses.fused_linear": "fused_linear_cross_entropy fused_linear_divergence",
     "losses.policy_gradient": "fused_linear_policy_gradient",
     "losses.top_k": "fused_linear_top_k",
+    "api": "Result distill",
 }
 _RENAMED = {"SamplingSettings": "SamplingParams"}  # earlier names, which scripts may have
 _HOME = {name: module for module, names in _MODULES.items() for name in names.split()}

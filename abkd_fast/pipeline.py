@@ -34,6 +34,7 @@ from .losses.divergences import AlphaNet, parse
 from .models import loading, quantized
 from .teacher import top_k
 from .training.dry_run import describe
+from .training.given import NOTHING, Given
 from .training.prepare import Prepared, dev_rows, read_tokenizer, teacher_format, train_format, train_rows
 from .training.show_rows import print_samples, shown_samples
 from .training.trainer import Trainer
@@ -41,14 +42,15 @@ from .training.trainer import Trainer
 ReadRows = Callable[..., Rows]
 
 
-def run(stages: list[Config], resume: bool = False) -> list[dict]:
+def run(stages: list[Config], resume: bool = False, given: Given = NOTHING) -> list[dict]:
     """Runs the stages that are not finished and returns the summary of every stage.
 
     resume: continues a stage that was begun. Without it such a stage is an error.
+    given: objects that stand for models and rows of the stages, and functions that training calls.
 
     Raises ConfigError before any training, and what `Trainer.train` raises.
     """
-    prepared = _check_all(stages)
+    prepared = _check_all(stages, given)
     stages = [resolve(config) for config in stages]
     for config in stages:
         distributed.run_on_rank0(_is_finished, config, resume)  # no stage trains before all folders are checked
@@ -183,18 +185,18 @@ def as_begun(spec: ModelConfig, students: dict[str, ModelConfig]) -> ModelConfig
     return spec
 
 
-def _check_all(stages: list[Config]) -> list[Prepared]:
+def _check_all(stages: list[Config], given: Given = NOTHING) -> list[Prepared]:
     """Checks every stage before the first one starts, and returns what was read. Raises ConfigError."""
-    read = functools.cache(read_rows)  # stages mostly share their rows: each source is read once
+    read = functools.cache(given.read_rows)  # stages mostly share their rows: each source is read once
     return [
-        _check(config, {other.run.stage: other for other in stages[:index]}, read)
+        _check(config, {other.run.stage: other for other in stages[:index]}, read, given)
         for index, config in enumerate(stages)
     ]
 
 
-def _check(config: Config, earlier: dict[str, Config], read: ReadRows) -> Prepared:
+def _check(config: Config, earlier: dict[str, Config], read: ReadRows, given: Given) -> Prepared:
     """Raises ConfigError for devices, models, references and rows that can't be used."""
-    prepared = Prepared()
+    prepared = Prepared(given=given)
     choose_dtype(config.train.dtype, choose_device(config.train.device, "train."), "train.")
     for role, spec in _models(config).items():
         if spec.has_adapter and spec.path is None:

@@ -1,5 +1,6 @@
 """Recipes: JSON files with bases and stages, and values from the command line, become configurations."""
 
+import copy
 import dataclasses
 import difflib
 import functools
@@ -26,28 +27,32 @@ class Layer(typing.NamedTuple):
     values: dict
 
 
-def load(name_or_path: str, overrides: list[str] = ()) -> list[Config]:
+def load(recipe: str | dict, overrides: list[str] = (), values: dict | None = None) -> list[Config]:
     """Reads a recipe and its bases, applies the overrides, and returns the stages: one, unless the recipe lists more.
 
     A shared key of `on_policy` goes to the stages whose methods read it. It is refused if no method does.
 
     Args:
-        name_or_path: a JSON file, or the name of a packaged recipe, with or without ".json".
+        recipe: a JSON file, the name of a packaged recipe, with or without ".json", or what a file would have.
         overrides: "key=value" for all stages, or "STAGE:key=value" for one stage, which wins. Keys are dotted. A value
             that is not JSON is text.
+        values: keys of a recipe, for all stages.
 
     Raises ConfigError, which names the file (or override), the key and the value.
     """
-    shared = _read_with_bases(name_or_path)
+    shared = _read_with_bases(recipe)
     stages = _take_stages(shared)
-    places = {name: f"{name_or_path} stage {name}" for name in stages}
+    if values:
+        shared.append(Layer("the arguments", values))
+    last = shared[-1].place
+    places = {name: f"{last} stage {name}" for name in stages}
     for name, layers in stages.items():
         layers.append(Layer(places[name], {"run": {"stage": name}}))
     for override in overrides:
         stage, layer = _parse_override(override, stages)
         (stages[stage] if stage else shared).append(layer)
     if not stages:
-        return [_configure(shared, name_or_path)]
+        return [_configure(shared, last)]
     methods = {name: _merged([*shared, *own]).get("method") or Config.method for name, own in stages.items()}
     return [
         _configure([*_for_method(shared, methods[name], methods.values()), *own], places[name])
@@ -75,17 +80,22 @@ def packaged_recipes() -> dict[str, pathlib.Path]:
     return {path.relative_to(RECIPES).with_suffix("").as_posix(): path for path in sorted(RECIPES.rglob("*.json"))}
 
 
-def _read_with_bases(name_or_path: str) -> list[Layer]:
-    """The contents of a recipe file and its bases. The base of all others is first."""
-    path = _find(name_or_path, pathlib.Path(), "")
-    files, paths = [Layer(name_or_path, _read(path, name_or_path))], [path]
+def _read_with_bases(recipe: str | dict) -> list[Layer]:
+    """The contents of a recipe and its bases. The base of all others is first."""
+    if isinstance(recipe, dict):
+        name = "the recipe"
+        files, paths = [Layer(name, _checked(copy.deepcopy(recipe), name))], [pathlib.Path(name)]
+    else:
+        name = recipe
+        paths = [_find(name, pathlib.Path(), "")]
+        files = [Layer(name, _read(paths[0], name))]
     while (base := files[0].values.pop("base", None)) is not None:
         owner = files[0].place
         if not isinstance(base, str):
             raise ConfigError(f"{owner}: base must be text, got {json.dumps(base)}")
         path = _find(base, paths[0].parent, f"{owner}: base: ")
-        place = f"{base} (base of {name_or_path})"
-        if any(path.samefile(other) for other in paths):
+        place = f"{base} (base of {name})"
+        if any(other.exists() and path.samefile(other) for other in paths):
             raise ConfigError(f"{owner}: base: {base} leads back to itself; no recipe can be its own base")
         paths.insert(0, path)
         files.insert(0, Layer(place, _read(path, place)))
@@ -116,7 +126,7 @@ def _find(name: str, folder: pathlib.Path, where: str) -> pathlib.Path:
 
 
 def _read(path: pathlib.Path, place: str) -> dict:
-    """The JSON object of a file. Raises ConfigError if it is broken, or if `stages` has another shape."""
+    """The JSON object of a file. Raises ConfigError if it is broken."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict:
         values = dict(pairs)
@@ -137,6 +147,11 @@ def _read(path: pathlib.Path, place: str) -> dict:
         raise ConfigError(f"{place}: can't be read ({error})") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{place}: expected a JSON object")
+    return _checked(values, place)
+
+
+def _checked(values: dict, place: str) -> dict:
+    """The recipe. Raises ConfigError where `stages` has another shape."""
     stages = {} if values.get("stages") is None else values["stages"]
     if not isinstance(stages, dict) or not all(name and isinstance(own, dict | None) for name, own in stages.items()):
         raise ConfigError(f'{place}: stages: expected an object of objects, {{"NAME": {{…}}, …}}')

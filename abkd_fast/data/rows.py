@@ -3,7 +3,7 @@
 import collections
 import dataclasses
 import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 
 from ..errors import ConfigError
 from . import formats, indexed_dataset, sources
@@ -53,6 +53,7 @@ def read_rows(
     columns: Mapping[str, str] | tuple[tuple[str, str], ...] | None = None,
     on_bad_row: str = "stop",
     teachers: TeacherNames | None = None,
+    given: Iterable[dict] | None = None,
 ) -> Rows:
     """Reads and checks rows. At most `limit` rows are returned.
 
@@ -66,6 +67,7 @@ def read_rows(
         columns: names of columns by ours, or the items of such a mapping; then no other column is read.
         on_bad_row: "stop", or "skip": bad rows are left out, and `notes` of the result names them.
         teachers: the names of several teachers, one of which every row must have.
+        given: rows in memory; `source` is then their name.
 
     Raises ConfigError, one line with file and line, for a source that is missing or empty, a file that can't be read,
     and, unless they are skipped, rows that can't be used.
@@ -78,7 +80,8 @@ def read_rows(
     known = formats.COLUMNS if columns is None else columns.values()
     chosen = None if teachers is None else RowTeachers(teachers, source)
     is_hidden = columns is not None and "teacher" not in columns
-    for number, (where, values) in enumerate(_raw_rows(source, splits, known, rows.notes)):
+    raw = _raw_rows(source, splits, known, rows.notes) if given is None else sources.rows_in_memory(source, given)
+    for number, (where, values) in enumerate(raw):
         if chosen:
             chosen.see(where)
         try:

@@ -5,7 +5,7 @@ import glob
 import os
 import pathlib
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 
 import datasets
 
@@ -153,6 +153,18 @@ def _rows_of(source: str, data: datasets.Dataset) -> Iterator[RawRow]:
                 pairs = zip(batch, row, strict=True)
                 values = {key: _as_json(part) if isinstance(part, (dict, list)) else part for key, part in pairs}
                 yield f"{source} row {number}", values
+
+
+def rows_in_memory(name: str, data: datasets.Dataset | Iterable[dict]) -> Iterator[RawRow]:
+    """Rows of a data set of the `datasets` library, or mappings. Raises ConfigError for one with splits."""
+    if isinstance(data, datasets.DatasetDict | datasets.IterableDatasetDict):
+        raise ConfigError(f"{name}: has the splits {', '.join(data)}; give one of them")
+    if isinstance(data, datasets.Dataset):
+        yield from _rows_of(name, data)
+        return
+    with _errors(name, "can't be read"):
+        for number, row in enumerate(data, 1):
+            yield f"{name} row {number}", _as_json(row) if isinstance(row, dict) else row
 
 
 def _as_json(value: object) -> object:

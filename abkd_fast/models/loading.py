@@ -219,16 +219,18 @@ def load(
     dtype: torch.dtype,
     device: torch.device,
     in_parts: bool = False,
+    given: PreTrainedModel | None = None,
 ) -> CausalLM:
-    """Loads a model with its weights in `dtype`; without a path they are random. Its activations are fused.
+    """Loads a model with its weights in `dtype`; without a path they are random, or those of `given`.
 
-    A student's adapter is attached, and it alone is trained. Other adapters are merged, except into quantized weights:
-    these would round the sum. Of a multimodal model the language model is returned; a student keeps the whole for
-    saving.
+    Its activations are fused. A student's adapter is attached, and it alone is trained. Other adapters are merged,
+    except into quantized weights: these would round the sum. Of a multimodal model the language model is returned; a
+    student keeps the whole for saving.
 
     config: of the whole model.
     in_parts: the weights will be sharded over processes. They stay mapped from the disk in their files' type where
         possible, so that memory never holds more than a process's part.
+    given: a whole model in memory. It is used, not copied.
 
     Raises ConfigError for weights that are missing, damaged or of another shape, for an adapter without a path, and for
     a sliding window where attention has none.
@@ -246,7 +248,7 @@ def load(
     quantization = quantized.read(spec, whole, key, dtype)
     placed = _placement(spec, quantization, device)
     if spec.path is None:
-        model = wrappers.from_config(whole, dtype=dtype)
+        model = wrappers.from_config(whole, dtype=dtype) if given is None else given.to(dtype)
         language = wrappers.language_model(model)
     else:
         if spec.has_adapter:

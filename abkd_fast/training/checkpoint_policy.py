@@ -15,10 +15,16 @@ class CheckpointPolicy:
     """Saves one checkpoint at a time, in the background. If a save fails, the last one stays and training goes on."""
 
     def __init__(
-        self, writer: CheckpointWriter, state: TrainState, every_steps: int, saved: pathlib.Path | None
+        self,
+        writer: CheckpointWriter,
+        state: TrainState,
+        every_steps: int,
+        saved: pathlib.Path | None,
+        on_saved: Callable[[pathlib.Path], None],
     ) -> None:
-        """saved: the checkpoint that the run resumes from."""
+        """saved: the checkpoint that the run resumes from. on_saved: gets the folder of each new one."""
         self.writer, self.state, self.every_steps, self.saved = writer, state, every_steps, saved
+        self.on_saved = on_saved
         self.pending: tuple[int, tuple | None] | None = None  # its step, and the best step before it
 
     def is_due(self) -> bool:
@@ -54,6 +60,7 @@ class CheckpointPolicy:
         else:
             (step, _), self.pending = self.pending, None
             self.saved = self.writer.checkpoints.folder_of(step)
+            self.on_saved(self.saved)
 
     def _give_up(self, error: Exception) -> None:
         (step, previous_best), self.pending = self.pending, None

@@ -1,22 +1,29 @@
 """The cost of a run, computed from shapes alone: floating-point operations of a step, and memory."""
 
+from __future__ import annotations
+
 import collections
 import dataclasses
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ..config.schema import TrainConfig
-from ..data.batches import Batch, count_labels, teacher_view
+from ..data.batches import Batch, StepBatch, count_labels, teacher_view
 from ..errors import ConfigError
 from ..generation import decoder, graphs
 from ..losses.chunks import choose_chunk_tokens, gradient_dtype, row_bytes
-from ..models import forms
+from ..methods.base import Method
+from ..models import forms, loading
+from ..models.loading import MetaModel
 from ..models.padded import padded_tokens
 from .shapes import activation_bytes, attention_costs
+
+if TYPE_CHECKING:
+    from .teachers import Teachers
 
 # Operations a second of dense bfloat16 products with float32 sums, as the makers state them.
 PEAK_FLOPS = {
@@ -76,6 +83,13 @@ class ModelCost:
             self.attention[layer._replace(work=0, stored=0)] += layer.work
         self.keys_and_values = sum(layer.stored for layer in attention)
 
+    @classmethod
+    def of(cls, meta: MetaModel, dtype: torch.dtype) -> ModelCost:
+        """The cost of a model that loads with its weights in `dtype`."""
+        if meta.quantization is None:
+            return cls(meta.model)
+        return cls(meta.model, meta.quantization.bytes(loading.meta_model(meta.whole, dtype), dtype))
+
     def weight_bytes(self, dtype: torch.dtype) -> int:
         """Of frozen weights, in `dtype` unless they are quantized."""
         return self.parameters * dtype.itemsize if self.quantized_bytes is None else self.quantized_bytes
@@ -133,6 +147,20 @@ class StepCost:
             read = ([] if self.cached else samples) if read is None else read
             flops += self.teacher.body_flops(_lengths(map(teacher_view, read)))
         return flops
+
+
+def step_flops(batch: StepBatch, costs: dict[str | None, StepCost], teachers: Teachers, method: Method) -> int:
+    """The operations of this rank's part of a step. costs: by the keys of the teachers, or of None without one."""
+    total = 0
+    for part in batch.micro_batches:
+        if part.is_pretrain:
+            (cost, *_) = costs.values()
+            total += cost.flops(part.samples, method.pretrain_needs_teacher)
+            continue
+        for key, samples in teachers.grouped(part.samples):
+            read = teachers[key].uncached(samples) if teachers.is_on_policy else None
+            total += costs[key].flops(samples, read=read)
+    return total
 
 
 def _lengths(samples: Iterable[dict]) -> list[int]:

@@ -9,6 +9,7 @@ import os
 import pathlib
 import time
 import types
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -33,12 +34,22 @@ def check_wandb(project: str | None) -> None:
 class RunLog:
     """A context manager that writes points to the run folder and shows them, on rank 0 alone."""
 
-    def __init__(self, config: Config, steps: int, device: torch.device, done: int, elapsed: float) -> None:
+    def __init__(
+        self,
+        config: Config,
+        steps: int,
+        device: torch.device,
+        done: int,
+        elapsed: float,
+        reports: dict[str, Callable],
+    ) -> None:
         """done: steps of a resumed run, whose later points are dropped. -1: not even the evaluation before the first.
         elapsed: seconds that the resumed run had trained since its last point.
+        reports: what `Given.reports` has. A function that returns true makes `is_stopped` true.
         """
         self.config, self.folder, self.steps, self.device = config, config.run.folder, steps, device
-        self.done, self.elapsed = done, elapsed
+        self.done, self.elapsed, self.reports = done, elapsed, reports
+        self.is_stopped = False
         self.peak_flops = distributed.world_size() * (peak_flops(device) or 0)
         self.wandb = self.file = self.board = None
         self.bar = progress_bar("{task.fields[numbers]}", bar_width=6)  # everything then fits into 84 columns
@@ -154,6 +165,12 @@ class RunLog:
             console.print(f"[bold red]no log[/] of step {step} ({error}); training goes on")
         if self.wandb:
             self.wandb.log({f"{kind}/{name}": value for name, value in values.items()}, step=step)
+        self.report(kind, {"step": step, **values})
+
+    def report(self, kind: str, value: object) -> None:
+        """Tells the function for this kind, on rank 0."""
+        if self.file and kind in self.reports and self.reports[kind](value):
+            self.is_stopped = True
 
 
 def _drop_points(path: pathlib.Path, done: int) -> None:

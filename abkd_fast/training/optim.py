@@ -1,6 +1,8 @@
 """The optimizer and its learning-rate schedule."""
 
-from torch.optim import AdamW
+from collections.abc import Callable
+
+from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_scheduler
 
@@ -8,16 +10,20 @@ from ..config.schema import OptimConfig
 from ..models.causal_lm import CausalLM
 
 
-def build_optimizer(student: CausalLM, optim: OptimConfig) -> AdamW:
-    """AdamW over what is trained. Biases and norms don't decay; every weight of an adapter does."""
+def build_optimizer(
+    student: CausalLM, optim: OptimConfig, make: Callable[[list[dict]], Optimizer] | None = None
+) -> Optimizer:
+    """AdamW, or what `make` gives, over what is trained. Biases and norms don't decay; an adapter's weights all do."""
     trained = [p for p in student.parameters() if p.requires_grad]
     decayed = [p for p in trained if p.dim() > 1 or student.has_adapter]
     others = [p for p in trained if p.dim() <= 1 and not student.has_adapter]
     groups = [{"params": decayed, "weight_decay": optim.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    if make is not None:
+        return make(groups)
     return AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True)
 
 
-def build_scheduler(optimizer: AdamW, optim: OptimConfig, steps: int) -> LRScheduler:
+def build_scheduler(optim: OptimConfig, optimizer: Optimizer, steps: int) -> LRScheduler:
     """Warm-up, then a cosine down to min_lr, or a constant rate."""
     name, options = "constant_with_warmup", None
     if optim.schedule == "cosine":

@@ -16,7 +16,7 @@ from ..config.schema import Config
 from ..data import formats, pretrain
 from ..data.chat import PromptFormat
 from ..data.row_teachers import TeacherNames
-from ..data.rows import DEV, TRAIN, Rows, read_rows
+from ..data.rows import DEV, TRAIN, Rows
 from ..data.teacher_prompts import SeveralFormats, TeacherFormat
 from ..data.tokenize import tokenize
 from ..errors import ConfigError
@@ -31,6 +31,7 @@ from ..teacher.folder import StatesFolder
 from ..teacher.store import lengths_of, table_of
 from ..teacher.top_k import TopKTargets
 from .dev_eval import DevEvaluator
+from .given import NOTHING, Given
 
 OF_TEACHERS = ("teacher", *formats.TEACHER)  # columns that dev rows need not have
 
@@ -42,6 +43,7 @@ class Prepared:
     models: dict[str, MetaModel] = dataclasses.field(default_factory=dict)  # by role
     rows: dict[tuple, Rows] = dataclasses.field(default_factory=dict)  # by the arguments of `read_rows`
     test_sets: list[TestSet] | None = None
+    given: Given = NOTHING
 
     def model(self, role: str, spec: ModelConfig) -> MetaModel:
         """A model's configuration and shapes. Raises ConfigError."""
@@ -50,7 +52,7 @@ class Prepared:
 
     def take_rows(self, *arguments: object) -> Rows:
         """The rows. They are not kept any longer, because they may fill much memory. Raises ConfigError."""
-        return self.rows.pop(arguments, None) or read_rows(*arguments)
+        return self.rows.pop(arguments, None) or self.given.read_rows(*arguments)
 
 
 @dataclasses.dataclass(frozen=True)

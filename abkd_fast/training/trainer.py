@@ -59,6 +59,7 @@ class Trainer:
         distributed.run_on_rank0(check_folder, config.run.folder, resume)
         check_wandb(config.log.wandb)
         prepared = prepared or Prepared()
+        self.given = prepared.given
         self.student_meta = prepared.model("student", config.student)
         self.tokenizer = read_tokenizer(config)
         self.teachers = Teachers(config, self.method, self.student_meta, self.tokenizer, prepared)
@@ -78,8 +79,9 @@ class Trainer:
         trained = (p for p in self.student.parameters() if p.requires_grad)
         optimizer_bytes = 12 * sum(map(distributed.local_numel, trained))  # gradients and two moments
         self.build_teachers(optimizer_bytes)
-        self.optimizer = build_optimizer(self.student, config.optim)
-        self.scheduler = build_scheduler(self.optimizer, config.optim, self.data.steps)
+        self.optimizer = build_optimizer(self.student, config.optim, self.given.optimizer)
+        make_scheduler = self.given.scheduler or functools.partial(build_scheduler, config.optim)
+        self.scheduler = make_scheduler(self.optimizer, self.data.steps)
         self.rollouts = None
         if self.teachers.is_on_policy:
             teacher = None if self.teachers.are_several else self.teachers["teacher"].live.model  # which may write, too
@@ -92,7 +94,8 @@ class Trainer:
             load_optimizer(self.optimizer, self.student, self.resumed_from)
             state.load_state_dict(self, *checkpoint.load(self.resumed_from))
         every_steps = config.checkpoint.every_steps or self.data.steps_per_epoch
-        self.saves = CheckpointPolicy(self.checkpoint_writer, self.state, every_steps, self.resumed_from)
+        saved = self.resumed_from, lambda folder: self.log.report("checkpoint", folder)
+        self.saves = CheckpointPolicy(self.checkpoint_writer, self.state, every_steps, *saved)
         self.resumed_samples = self.state.samples
         is_wanted = bool(self.teachers) and not self.resumed_from
         self.likelihoods = ResponseLikelihoods(self.device, self.teachers.count_labels, is_wanted)
@@ -123,7 +126,8 @@ class Trainer:
         storage = torch.float64 if self.dtype == torch.float64 else torch.float32
         if (role == "teacher" or spec.has_adapter) and self.dtype == torch.bfloat16:
             storage = torch.bfloat16
-        model = loading.load(spec, meta.whole, role, storage, self.device, self.is_sharded)
+        given = self.given.models.get(role)
+        model = loading.load(spec, meta.whole, role, storage, self.device, self.is_sharded, given)
         if role == "teacher":
             model.requires_grad_(False)
         if self.is_sharded:
@@ -143,14 +147,9 @@ class Trainer:
 
     def step_cost(self, cached: bool, key: str | None = None) -> costs.StepCost:
         """The cost of a step under one of the teachers, or none, with or without its cache."""
-        teacher = None if key is None else self._model_cost(self.teachers.metas[key])
-        return costs.StepCost(self._model_cost(self.student_meta), self.student_meta.adapter_size, teacher, cached)
-
-    def _model_cost(self, meta: MetaModel) -> costs.ModelCost:
-        if meta.quantization is None:
-            return costs.ModelCost(meta.model)
-        whole = loading.meta_model(meta.whole, self.dtype)
-        return costs.ModelCost(meta.model, meta.quantization.bytes(whole, self.dtype))
+        teacher = None if key is None else costs.ModelCost.of(self.teachers.metas[key], self.dtype)
+        student = costs.ModelCost.of(self.student_meta, self.dtype)
+        return costs.StepCost(student, self.student_meta.adapter_size, teacher, cached)
 
     def train(self) -> dict:
         """Trains, writes the run folder, and returns the summary.
@@ -173,15 +172,20 @@ class Trainer:
     def train_loop(self) -> None:
         """Takes every step that is left; logs, evaluates and saves where that is due."""
         done = self.state.step if self.resumed_from else -1
-        self.log = RunLog(self.config, self.data.steps, self.device, done, self.state.window_seconds)
+        times = done, self.state.window_seconds
+        self.log = RunLog(self.config, self.data.steps, self.device, *times, self.given.reports)
         with self.signals, self.log, self.checkpoint_writer:
             self._after_step()
             batches = self.batches(self.state.step)
             for batch in prefetch(map(self._for_gpu, batches)) if self.device.type == "cuda" else batches:
+                if self._ends_early():
+                    break
                 started, lr = time.perf_counter(), self.scheduler.get_last_lr()[0]
                 batch = self.select_batch(batch)
                 self.state.step += 1
-                flops = self._flops(batch)  # before the step, which gives samples their teacher's hidden states
+                flops = costs.step_flops(
+                    batch, self.costs, self.teachers, self.method
+                )  # before the step, which gives samples their teacher's hidden states
                 with self.likelihoods.measured(batch):
                     loss, norm, parts = self.train_step(batch)
                 self.window.add(self.state.step, loss, norm, parts, batch, flops)
@@ -190,6 +194,17 @@ class Trainer:
                 self.state.samples += self.config.train.batch_size
                 self._after_step()
             self.saves.conclude()
+
+    def _ends_early(self) -> bool:
+        """Whether a given function has ended the run; then its last step is the present one. Collective."""
+        if not self.given.reports or not distributed.all_reduce_max(self.log.is_stopped):
+            return False
+        self.data = dataclasses.replace(self.data, steps=self.state.step)
+        console.print(f"ended after step {self.state.step}, as a function of the caller asked")
+        if self.window.steps:
+            self._log(self.scheduler.get_last_lr()[0])
+        self._after_step()
+        return True
 
     def batches(self, first: int = 0) -> Iterator[StepBatch]:
         """The batch of every step from `first`, counted from 0, as the data give it."""
@@ -232,9 +247,12 @@ class Trainer:
             self.window.add_expert_tokens(self.student.experts.tokens)
         norm = torch.nn.utils.clip_grad_norm_(self.student.parameters(), self.config.optim.clip_norm)
         norm = distributed.full_tensor(norm)
-        # The fused AdamW reads this on the device: where it is 1, weights, moments and step counts stay as they are.
-        self.optimizer.found_inf = (~is_finite(total, norm)).float()
-        self.optimizer.step()
+        is_good = is_finite(total, norm)
+        if getattr(self.optimizer, "_step_supports_amp_scaling", False):  # fused: it reads this on the device, and
+            self.optimizer.found_inf = (~is_good).float()  # where it is 1, weights, moments and step counts stay
+            self.optimizer.step()
+        elif is_good:
+            self.optimizer.step()
         self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
         return total, norm, parts
@@ -289,19 +307,6 @@ class Trainer:
         for (key, count), share in zip(labels.items(), sums[len(names) :], strict=True):
             parts[f"loss_of_{key.rpartition('.')[2]}"] = share * (batch.num_labels / count)
         return parts
-
-    def _flops(self, batch: StepBatch) -> int:
-        """The floating-point operations of this rank's part of a step."""
-        total = 0
-        for part in batch.micro_batches:
-            if part.is_pretrain:
-                (cost, *_) = self.costs.values()
-                total += cost.flops(part.samples, self.method.pretrain_needs_teacher)
-                continue
-            for key, samples in self.teachers.grouped(part.samples):
-                read = self.teachers[key].uncached(samples) if self.teachers.is_on_policy else None
-                total += self.costs[key].flops(samples, read=read)
-        return total
 
     def _log(self, lr: float) -> None:
         """Writes a point where it is due, over the steps since the last one."""

@@ -1,0 +1,175 @@
+"""Distillation from Python: `distill`, a recipe whose models, tokenizer and rows may be objects."""
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import os
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import datasets
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from . import distributed, pipeline
+from .config.recipe import load
+from .config.schema import Config
+from .errors import ConfigError
+from .files import cache_folder
+from .training.given import Given
+
+Path = str | os.PathLike
+Rows = Path | datasets.Dataset | datasets.IterableDataset | Iterable[dict]
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What a run has left. Of a recipe with stages it is that of the last stage, and `stages` has all by name."""
+
+    final: pathlib.Path  # folder of the trained model, or of the answers of method generate
+    summary: dict  # summary.json
+    history: list[dict]  # the points of metrics.jsonl: "kind" is train or dev
+    stages: dict[str, "Result"] = dataclasses.field(default_factory=dict, repr=False)
+
+
+def distill(
+    recipe: Path | Mapping | None = None,
+    *,
+    student: PreTrainedModel | Path | Mapping | None = None,
+    teacher: PreTrainedModel | Path | Mapping | None = None,
+    tokenizer: PreTrainedTokenizerBase | Path | None = None,
+    train_dataset: Rows | None = None,
+    eval_dataset: Rows | None = None,
+    on_step: Callable[[dict], object] | None = None,
+    on_eval: Callable[[dict], object] | None = None,
+    on_checkpoint: Callable[[pathlib.Path], object] | None = None,
+    optimizer: Callable[[list[dict]], Optimizer] | None = None,
+    scheduler: Callable[[Optimizer, int], LRScheduler] | None = None,
+    resume: bool = False,
+    **values: object,
+) -> Result:
+    """Trains a student as `python -m abkd_fast.train` does, to the same bits.
+
+    Args:
+        recipe: a recipe's file or packaged name, or a mapping with its keys. May be left out: `values` then are all.
+        student, teacher: a model, its folder or Hub name, or a mapping with the keys of this section of a recipe. A
+            model is used, not copied: the student's weights are trained in place, the teacher's frozen.
+        tokenizer: an object, a folder or a Hub name (default: the one beside the student's weights).
+        train_dataset, eval_dataset: rows in place of `data.train` and `data.dev`: a path or Hub name, a data set of the
+            `datasets` library, also a streaming one, or mappings in any format of rows (docs/data.md).
+        on_step: gets each point of the log, every `log.every_steps` steps: a mapping with step, loss, lr and others.
+        on_eval: gets each measurement on the development rows: step, loss and, if it is measured, rouge_l.
+        on_checkpoint: gets the folder of each checkpoint. All three are called on rank 0. One that returns true ends
+            the training after this step; the result is then complete.
+        optimizer: makes the optimizer from groups of parameters; the first group's decay. The keys of `optim` that
+            describe AdamW are not read then. Its state must consist of tensors.
+        scheduler: makes the schedule of learning rates from the optimizer and the number of steps.
+        resume: continues an interrupted run. Give the same objects as before.
+        values: other keys of a recipe, such as `method="kd"`, `optim={"lr": 1e-4}` or `run={"name": "mine"}`. They
+            replace those of the recipe, as --set does.
+
+    Raises ConfigError for values that can't be used, before any weights load; FloatingPointError for a loss that is not
+    finite; Interrupted after a signal: call again with resume=True.
+    """
+    roles = {"student": student, "teacher": teacher}
+    models = {role: model for role, model in roles.items() if isinstance(model, PreTrainedModel)}
+    data_sets = {"train": ("train_dataset", train_dataset), "dev": ("eval_dataset", eval_dataset)}
+    rows = {name: data for name, data in data_sets.values() if not isinstance(data, str | os.PathLike | None)}
+    layer = _plain(values)
+    for role, model in roles.items():
+        if model is not None:
+            layer[role] = _section(role, model)
+    if tokenizer is not None:
+        layer["tokenizer"] = _kept(tokenizer) if isinstance(tokenizer, PreTrainedTokenizerBase) else _plain(tokenizer)
+    elif "student" in models:
+        layer.setdefault("tokenizer", _name_of(models["student"]))
+    for key, (name, data) in data_sets.items():
+        if data is not None:
+            layer["data"] = {**layer.get("data", {}), key: name if name in rows else _plain(data)}
+    configs = load({} if recipe is None else _plain(recipe), values=layer)
+    rows = {name: _in_memory(name, data, configs) for name, data in rows.items()}
+    functions = {"on_step": on_step, "on_eval": on_eval, "on_checkpoint": on_checkpoint}
+    given = Given(models=models, rows=rows, optimizer=optimizer, scheduler=scheduler, **functions)
+    with distributed.process_group(configs[0].train.timeout_minutes):
+        pipeline.run(configs, resume, given)
+    results = [_result(config) for config in configs]
+    stages = {config.run.stage: result for config, result in zip(configs, results, strict=True)}
+    return dataclasses.replace(results[-1], stages={} if None in stages else stages)
+
+
+def _plain(value: Any) -> Any:
+    """The value as JSON would have it: paths become text, tuples lists."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+def _section(role: str, model: PreTrainedModel | Path | Mapping) -> dict:
+    """The section of a recipe for a model. Raises ConfigError for an object that can't be used as it is."""
+    if isinstance(model, Mapping):
+        return _plain(model)
+    if isinstance(model, str | os.PathLike):
+        return {"path": os.fspath(model), "config": None}
+    way_out = "save it with save_pretrained, and give its folder"
+    if not isinstance(model, PreTrainedModel):
+        expected = "a transformers model, a folder, a Hub name, or a mapping"
+        raise ConfigError(f"{role} is a {type(model).__name__}, expected {expected}; {way_out}", role)
+    for problem, is_there in {
+        "has quantized weights": getattr(model, "is_quantized", False),
+        "has an adapter": getattr(model, "_hf_peft_config_loaded", False),
+        "is spread over devices": len({*getattr(model, "hf_device_map", {}).values()}) > 1,
+    }.items():
+        if is_there:
+            raise ConfigError(f"{role}: the model {problem}, which only works with a path; {way_out}", role)
+    return {"config": json.loads(model.config.to_json_string(use_diff=False)), "path": None}
+
+
+def _name_of(student: PreTrainedModel) -> str:
+    """Where the tokenizer of a model in memory is."""
+    if not student.name_or_path:
+        raise ConfigError("tokenizer: missing, and the student was not loaded from a folder that could have one")
+    return student.name_or_path
+
+
+def _kept(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A folder with the tokenizer, named by its content: a resumed run finds the same one."""
+    root = cache_folder() / "tokenizers"
+    root.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=root) as temporary:
+        tokenizer.save_pretrained(temporary)
+        digest = hashlib.sha256()
+        for file in sorted(pathlib.Path(temporary).rglob("*")):
+            if file.is_file():
+                digest.update(file.name.encode() + b"\0" + file.read_bytes())
+        folder = root / digest.hexdigest()[:32]
+        if not folder.exists():
+            shutil.copytree(temporary, folder, dirs_exist_ok=True)
+    return str(folder)
+
+
+def _in_memory(name: str, data: Any, configs: list[Config]) -> Iterable[dict]:
+    """Rows that can be read more than once. Of an iterator no more are taken than the recipe wants."""
+    if isinstance(data, Mapping | bytes) and not isinstance(data, datasets.DatasetDict | datasets.IterableDatasetDict):
+        raise ConfigError(f"{name} is one {type(data).__name__}, expected rows: an iterable of mappings", name)
+    if not isinstance(data, Iterable):
+        expected = "a path, a data set of the datasets library, or an iterable of mappings"
+        raise ConfigError(f"{name} is a {type(data).__name__}, expected {expected}", name)
+    if not isinstance(data, Iterator):
+        return data
+    limits = [config.data.train_rows if name == "train_dataset" else config.data.dev_rows for config in configs]
+    return [*itertools.islice(data, None if None in limits else max(limits))]
+
+
+def _result(config: Config) -> Result:
+    folder = config.run.folder
+    points, history = folder / "metrics.jsonl", []
+    if points.exists():
+        history = [json.loads(line) for line in points.read_text(encoding="utf-8").splitlines()]
+    return Result(folder / "final", json.loads((folder / "summary.json").read_text(encoding="utf-8")), history)

@@ -1,0 +1,214 @@
+"""Distillation from Python, as a notebook does it."""
+
+import json
+import subprocess
+import sys
+
+import datasets
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+import abkd_fast
+import chat
+from abkd_fast import distill, train
+from abkd_fast.data import quickstart
+from abkd_fast.errors import ConfigError
+from runs import GPT2, TIED
+
+ROWS = [{"prompt": f"What is {n} plus 2?", "output": f"It is {n + 2}."} for n in range(24)]
+SMALL = {"steps": 6, "batch_size": 4, "max_tokens": 256, "device": "cpu"}
+
+
+def model(values, seed=0):
+    torch.manual_seed(seed)
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(**values))
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Folders of a student and of a teacher, with a tokenizer."""
+    root = tmp_path_factory.mktemp("models")
+    for name, values, seed in (("student", TIED, 1), ("teacher", GPT2, 2)):
+        model(values, seed).save_pretrained(root / name)
+        quickstart.tokenizer().save_pretrained(root / name)
+    return root
+
+
+@pytest.fixture
+def values(tmp_path):
+    """Keys of a small run."""
+
+    def run(name, **more):
+        shared = {"run": {"name": name, "dir": tmp_path}, "train": SMALL, "log": {"every_steps": 2}}
+        shared |= {"data": {"max_length": 128}, "eval": {"every_steps": 3}}
+        return shared | {"optim": {"lr": 3e-3, "betas": (0.9, 0.99)}} | more
+
+    return run
+
+
+def test_objects_give_the_bits_of_files(folders, values, tmp_path):
+    """Models, tokenizer and rows as objects, or their folders and a file on the command line."""
+    student, teacher = (AutoModelForCausalLM.from_pretrained(folders / name) for name in ("student", "teacher"))
+    before = student.get_input_embeddings().weight.detach().clone()
+    tokenizer = AutoTokenizer.from_pretrained(folders / "student")
+    given = {"tokenizer": tokenizer, "train_dataset": ROWS, "eval_dataset": datasets.Dataset.from_list(ROWS[:5])}
+    result = distill(student=student, teacher=teacher, **given, **values("objects"))
+    assert not torch.equal(student.get_input_embeddings().weight, before), "trained in place"
+    assert not any(parameter.requires_grad for parameter in teacher.parameters())
+
+    files = tmp_path / "train.jsonl", tmp_path / "dev.jsonl"
+    for file, rows in zip(files, (ROWS, ROWS[:5]), strict=True):
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = values("files", data={"train": str(files[0]), "dev": str(files[1]), "max_length": 128})
+    recipe |= {role: {"path": str(folders / role)} for role in ("student", "teacher")}
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe, default=str))
+    assert train.main(["--config", str(tmp_path / "recipe.json")]) == 0
+    ours, theirs = load_file(result.final / "model.safetensors"), load_file(tmp_path / "files/final/model.safetensors")
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+    assert result.summary["steps"] == 6
+    assert [(point["kind"], point["step"]) for point in result.history] == [
+        ("dev", 0), ("train", 2), ("dev", 3), ("train", 4), ("train", 6), ("dev", 6)
+    ]  # fmt: skip
+    loaded = AutoModelForCausalLM.from_pretrained(result.final)
+    assert torch.equal(loaded.get_input_embeddings().weight, student.get_input_embeddings().weight)
+    assert len(AutoTokenizer.from_pretrained(result.final)) == len(tokenizer)
+
+    paths = distill(tmp_path / "recipe.json", student=folders / "student", run={"name": "paths"})
+    assert paths.summary["dev_loss"] == result.summary["dev_loss"]
+    again = distill(recipe, run={"name": "paths"}, resume=True)
+    assert again == paths, "a finished run is not repeated"
+
+
+def stream():
+    for number in range(10**9):
+        yield {"prompt": f"What is {number} plus 2?", "output": f"It is {number + 2}."}
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        lambda: ROWS,
+        lambda: datasets.Dataset.from_list(ROWS),
+        lambda: datasets.IterableDataset.from_generator(stream),
+        stream,
+        lambda: ({**row, "unread": None} for row in ROWS),
+    ],
+    ids=["list", "dataset", "streaming", "generator", "mappings"],
+)
+def test_rows_in_memory(folders, values, rows):
+    sections = values("rows", data={"train_rows": 24, "max_length": 64}, method="sft", train={**SMALL, "steps": 2})
+    result = distill(student=folders / "student", train_dataset=rows(), **sections)
+    assert [point["loss"] for point in result.history] == pytest.approx([6.922236442565918], rel=0.1)
+
+
+def test_chat_rows_and_functions(tmp_path, values):
+    """Rows of messages, and functions that watch the training and end it."""
+    chat.write_tokenizer(tmp_path / "chat")
+    chat.write_conversations(tmp_path / "rows.jsonl", 24)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "chat")
+    rows = datasets.Dataset.from_json(str(tmp_path / "rows.jsonl"), cache_dir=str(tmp_path / "datasets"))
+    steps, dev, saved = [], [], []
+
+    def on_step(point):
+        steps.append(point["step"])
+        assert {"loss", "lr", "samples_per_second"} <= point.keys()
+        return point["step"] >= 4
+
+    sections = values("watched", checkpoint={"every_steps": 2}, train={**SMALL, "steps": 100})
+    watch = {"on_step": on_step, "on_eval": dev.append, "on_checkpoint": saved.append}
+    models = {
+        "student": model({**TIED, "vocab_size": len(tokenizer)}),
+        "teacher": model(GPT2 | {"vocab_size": len(tokenizer)}),
+    }
+    result = distill(
+        **models, tokenizer=tokenizer, train_dataset=rows, eval_dataset=rows.select(range(4)), **watch, **sections
+    )
+    assert steps == [2, 4]
+    assert [point["step"] for point in dev] == [0, 3, 4]
+    assert [folder.name for folder in saved] == ["step-000002", "step-000003", "step-000004"]
+    assert result.summary["steps"] == result.summary["selected_step"] == 4
+    assert result.summary["dev_loss"] == dev[-1]["loss"]
+    AutoModelForCausalLM.from_pretrained(result.final)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_own_optimizer_and_schedule(folders, values, fused):
+    """Both leave weights alone in a step that is not finite, and continue from a checkpoint."""
+    groups, sizes = [], []
+
+    def optimizer(parameters):
+        groups.append([group["weight_decay"] for group in parameters])
+        return torch.optim.SGD(parameters, lr=0.1, momentum=0.9, fused=fused)
+
+    def scheduler(made, steps):
+        sizes.append(steps)
+        return torch.optim.lr_scheduler.LinearLR(made, 1.0, 0.0, steps)
+
+    own = {"student": folders / "student", "train_dataset": ROWS, "optimizer": optimizer, "scheduler": scheduler}
+    sections = values("own", method="sft", checkpoint={"every_steps": 3}, log={"every_steps": 1})
+    result = distill(**own, **sections)
+    assert groups == [[0.01, 0.0]]
+    assert sizes == [6]
+    rates = [point["lr"] for point in result.history if point["kind"] == "train"]
+    assert rates == pytest.approx([0.1 * (1 - step / 6) for step in range(6)])
+
+    class Stop(Exception):
+        pass
+
+    def stop(folder):
+        raise Stop
+
+    sections["run"] = {**sections["run"], "name": "stopped"}
+    with pytest.raises(Stop):
+        distill(**own, **sections, on_checkpoint=stop)
+    again = distill(**own, **sections, resume=True)
+    ours, theirs = (load_file(one.final / "model.safetensors") for one in (again, result))
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+
+
+def test_stages(values, tmp_path):
+    """A recipe with stages, from a mapping, gives a result for each."""
+    recipe = values(
+        "stages", method="sft", tokenizer="quickstart", data={"train": "quickstart:small", "max_length": 128}
+    )
+    recipe["stages"] = {
+        "first": {"student": {"config": TIED}},
+        "second": {"student": {"path": "stage:first", "config": None}},
+    }
+    result = distill(recipe, train={"steps": 2})
+    assert [*result.stages] == ["first", "second"]
+    assert result.final == result.stages["second"].final == tmp_path / "stages" / "second" / "final"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"train_dataset": 3}, "train_dataset is a int, expected a path, a data set of the datasets library"),
+        ({"train_dataset": ROWS[0]}, "train_dataset is one dict, expected rows"),
+        ({"train_dataset": datasets.DatasetDict(train=datasets.Dataset.from_list(ROWS))}, "has the splits train"),
+        ({"train_dataset": []}, "train_dataset: has no rows"),
+        ({"train_dataset": [{"prompt": 3, "output": "x"}]}, "train_dataset row 1"),
+        ({"train_dataset": ["text"]}, "train_dataset row 1"),
+        ({"eval_dataset": [{"prompt": "x"}]}, "data.dev: eval_dataset row 1"),
+        ({"student": torch.nn.Linear(2, 2)}, "student is a Linear, expected a transformers model"),
+        ({"student": None}, "student: missing"),
+        ({"student": model(TIED)}, "tokenizer: missing, and the student was not loaded from a folder"),
+        ({"teacher": "no/such/folder"}, "no such model folder"),
+        ({"lr": 1e-4}, "lr: unknown key"),
+        ({"optim": {"lr": -1}}, "the arguments: optim.lr is -1"),
+    ],
+)  # fmt: skip
+def test_wrong_arguments(folders, values, change, message):
+    arguments = {"student": folders / "student", "method": "sft", "train_dataset": ROWS} | values("wrong")
+    with pytest.raises(ConfigError, match=message):
+        distill(**arguments | change)
+
+
+def test_import_is_light():
+    code = "import sys, abkd_fast; print(abkd_fast.__version__); assert 'torch' not in sys.modules"
+    version = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.strip()
+    assert version == abkd_fast.__version__
+    assert {"distill", "Result"} <= {*dir(abkd_fast)}
