@@ -1,6 +1,8 @@
 """Distillation from Python, as a notebook does it."""
 
 import json
+import pathlib
+import re
 import subprocess
 import sys
 
@@ -17,6 +19,7 @@ from abkd_fast.data import quickstart
 from abkd_fast.errors import ConfigError
 from runs import GPT2, TIED
 
+DOCS = pathlib.Path(__file__).parents[1] / "docs"
 ROWS = [{"prompt": f"What is {n} plus 2?", "output": f"It is {n + 2}."} for n in range(24)]
 SMALL = {"steps": 6, "batch_size": 4, "max_tokens": 256, "device": "cpu"}
 
@@ -205,6 +208,19 @@ def test_wrong_arguments(folders, values, change, message):
     arguments = {"student": folders / "student", "method": "sft", "train_dataset": ROWS} | values("wrong")
     with pytest.raises(ConfigError, match=message):
         distill(**arguments | change)
+
+
+@pytest.mark.parametrize("page", ["python-api", "losses-api"])
+def test_the_documents_programs(page, tmp_path, monkeypatch):
+    """The Python of a page, from its top to its end, in one session."""
+    page, names = DOCS / f"{page}.md", {"__name__": "notebook"}
+    if not page.exists():
+        pytest.skip("the documents are not there")
+    monkeypatch.chdir(tmp_path)
+    programs = re.findall(r"^```python\n(.*?)^```$", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    assert len(programs) > 1
+    for program in programs:
+        exec(compile(program, page.name, "exec"), names)
 
 
 def test_import_is_light():
