@@ -1,4 +1,4 @@
-"""Recipes: JSON files with bases and stages, and values from the command line, become configurations."""
+"""Recipes: JSON or YAML files with bases and stages, and values from the command line, become configurations."""
 
 import copy
 import dataclasses
@@ -13,10 +13,12 @@ from collections.abc import Iterable
 from typing import Any, Literal
 
 from ..errors import ConfigError, nearest
+from . import yaml_files
 from .methods import ON_POLICY_READERS
 from .schema import Config
 from .section import Text
 
+YAML = (".yaml", ".yml")
 RECIPES = pathlib.Path(__file__).parents[1] / "recipes"
 
 
@@ -33,7 +35,7 @@ def load(recipe: str | dict, overrides: list[str] = (), values: dict | None = No
     A shared key of `on_policy` goes to the stages whose methods read it. It is refused if no method does.
 
     Args:
-        recipe: a JSON file, the name of a packaged recipe, with or without ".json", or what a file would have.
+        recipe: a JSON or YAML file, the name of a packaged recipe, with or without ".json", or what a file would have.
         overrides: "key=value" for all stages, or "STAGE:key=value" for one stage, which wins. Keys are dotted. A value
             that is not JSON is text.
         values: keys of a recipe, for all stages.
@@ -117,7 +119,7 @@ def _find(name: str, folder: pathlib.Path, where: str) -> pathlib.Path:
     if found := packaged.get(flat.get(stem, stem)):
         return found
     if is_folder:
-        raise ConfigError(f"{where}{name}: is a folder, expected a JSON file")
+        raise ConfigError(f"{where}{name}: is a folder, expected a JSON or YAML file")
     near = difflib.get_close_matches(path.stem, [*flat, *packaged], n=1)
     hint = f"packaged recipes are {', '.join(packaged)}"
     if near:
@@ -126,7 +128,7 @@ def _find(name: str, folder: pathlib.Path, where: str) -> pathlib.Path:
 
 
 def _read(path: pathlib.Path, place: str) -> dict:
-    """The JSON object of a file. Raises ConfigError if it is broken."""
+    """The object in a file, JSON or YAML by its name. Raises ConfigError if it is broken."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict:
         values = dict(pairs)
@@ -136,9 +138,11 @@ def _read(path: pathlib.Path, place: str) -> dict:
         return values
 
     try:
-        values = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=unique)
-    except ConfigError:
-        raise
+        text = path.read_text(encoding="utf-8-sig")
+        is_yaml = path.suffix.lower() in YAML
+        values = yaml_files.read(text) if is_yaml else json.loads(text, object_pairs_hook=unique)
+    except ConfigError as error:
+        raise ConfigError(str(error) if str(error).startswith(place) else f"{place}: {error}") from None
     except json.JSONDecodeError as error:
         raise ConfigError(f"{place} line {error.lineno}: broken JSON: {error.msg}") from None
     except OSError as error:
@@ -146,7 +150,7 @@ def _read(path: pathlib.Path, place: str) -> dict:
     except (ValueError, RecursionError) as error:  # not UTF-8, a number of thousands of digits, endless brackets
         raise ConfigError(f"{place}: can't be read ({error})") from None
     if not isinstance(values, dict):
-        raise ConfigError(f"{place}: expected a JSON object")
+        raise ConfigError(f"{place}: expected a {'mapping' if is_yaml else 'JSON object'}")
     return _checked(values, place)
 
 
@@ -240,7 +244,7 @@ def _build(cls: type, values: Any, prefix: str = "") -> Any:
         if key == "comment":
             continue
         if key not in fields:
-            raise ConfigError(f"{name}: unknown key{nearest(key, fields)}", name)
+            raise ConfigError(f"{name}: unknown key{_other_place(key, prefix) or nearest(key, fields)}", name)
         if value is not None or type(None) in typing.get_args(hints[key]):  # else null is the default
             arguments[key] = _convert(hints[key], value, name)
     for key, field in fields.items():
@@ -251,6 +255,17 @@ def _build(cls: type, values: Any, prefix: str = "") -> Any:
     except ConfigError as error:
         where = prefix if error.key or not prefix else f"{prefix.removesuffix('.')}: "
         raise ConfigError(f"{where}{error}", prefix + error.key) from None
+
+
+def _other_place(key: str, prefix: str) -> str | None:
+    """A hint for a message: the section that has a key which was not given in one."""
+    hints = typing.get_type_hints(Config)
+    sections = {name: next((c for c in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(c)), None)
+                for name, hint in hints.items()}  # fmt: skip
+    having = [
+        name for name, cls in sections.items() if cls and key in {field.name for field in dataclasses.fields(cls)}
+    ]
+    return f"; did you mean {' or '.join(f'{name}.{key}' for name in having)}?" if having and not prefix else None
 
 
 def _convert(hint: Any, value: Any, name: str) -> Any:

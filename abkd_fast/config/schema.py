@@ -136,9 +136,12 @@ class OptimConfig(Section):
     """AdamW. Weights of one dimension (biases, norms) don't decay, except those of a LoRA adapter."""
 
     lr: Annotated[float, "peak learning rate"] = 5e-4
-    min_lr: Annotated[float, "learning rate at the end of the cosine"] = 1e-7
-    schedule: Annotated[Literal["cosine", "constant"], "learning rate after the warm-up"] = "cosine"
+    min_lr: Annotated[float, "learning rate at the end of cosine and linear"] = 1e-7
+    schedule: Annotated[
+        Literal["cosine", "linear", "constant"], "learning rate after the warm-up: down to min_lr, or as it is"
+    ] = "cosine"
     warmup_steps: Annotated[int, "steps in which the learning rate rises from 0 to lr", 0] = 0
+    warmup_ratio: Annotated[float | None, "these steps as a share of all, in place of warmup_steps", 0, 1] = None
     weight_decay: Annotated[float, "decoupled weight decay", 0] = 0.01
     betas: Annotated[tuple[float, float], "decay rates of the two moments"] = (0.9, 0.999)
     eps: Annotated[float, "added to the square root of the second moment"] = 1e-8
@@ -149,6 +152,8 @@ class OptimConfig(Section):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}, expected above 0", name)
         check_number("min_lr", self.min_lr, 0, self.lr)
+        if self.warmup_ratio is not None and self.warmup_steps:
+            raise ConfigError("give either warmup_steps or warmup_ratio", "warmup_ratio")
         super().__post_init__()
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ConfigError(f"betas are {list(self.betas)}, expected two numbers from 0 up to 1", "betas")
@@ -184,6 +189,9 @@ class EvalConfig(SamplingKeys):
 
     every_steps: Annotated[
         int | None, "steps between evaluations (default: an epoch); also before the first and after the last step", 1
+    ] = None
+    patience: Annotated[
+        int | None, "evaluations in a row without a better one (by select, or the dev loss) that end the run", 1
     ] = None
     rouge_rows: Annotated[int | None, "dev rows that the student also answers, for ROUGE-L (null: none)", 1] = None
     select: Annotated[
@@ -300,6 +308,8 @@ class Config(Section):
         if self.eval.select != "last" and self.data.dev is None:
             problem = f"eval.select is {self.eval.select}, but data.dev is missing"
             raise ConfigError(f"{problem}; give it, or select last", "eval.select")
+        if self.eval.patience is not None and self.data.dev is None:
+            raise ConfigError("eval.patience: there is no data.dev that could be evaluated; give it", "eval.patience")
         if self.eval.rouge_rows is not None and self.data.dev is None:
             raise ConfigError("eval.rouge_rows: there is no data.dev whose rows could be answered", "eval.rouge_rows")
         if self.train.max_tokens < self.data.max_length:

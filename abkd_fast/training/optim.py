@@ -24,8 +24,11 @@ def build_optimizer(
 
 
 def build_scheduler(optim: OptimConfig, optimizer: Optimizer, steps: int) -> LRScheduler:
-    """Warm-up, then a cosine down to min_lr, or a constant rate."""
-    name, options = "constant_with_warmup", None
-    if optim.schedule == "cosine":
-        name, options = "cosine_with_min_lr", {"min_lr": optim.min_lr}
-    return get_scheduler(name, optimizer, optim.warmup_steps, steps, scheduler_specific_kwargs=options)
+    """Warm-up, then a cosine or a line down to min_lr, or a constant rate."""
+    name, options = {
+        "cosine": ("cosine_with_min_lr", {"min_lr": optim.min_lr}),
+        "linear": ("polynomial", {"lr_end": optim.min_lr, "power": 1.0}),
+        "constant": ("constant_with_warmup", None),
+    }["constant" if optim.min_lr == optim.lr else optim.schedule]
+    warmup = optim.warmup_steps if optim.warmup_ratio is None else round(optim.warmup_ratio * steps)
+    return get_scheduler(name, optimizer, warmup, steps, scheduler_specific_kwargs=options)

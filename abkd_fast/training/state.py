@@ -37,6 +37,7 @@ class TrainState:
     dev_rouge_l: float | None = None
     # The best step: its value to minimize (dev loss, or minus ROUGE-L), the step, its dev loss, its ROUGE-L.
     best: tuple[float, int, float, float | None] | None = None
+    evaluations_since_best: int = 0
 
     def record_eval(self, loss: float, rouge_l: float | None, by_rouge: bool) -> bool:
         """Records an evaluation after `step`. Returns whether it is the best so far, by dev loss or by ROUGE-L."""
@@ -44,10 +45,11 @@ class TrainState:
         if self.step == 0:
             self.first_dev_loss, self.first_dev_rouge_l = loss, rouge_l
             return False
+        self.evaluations_since_best += 1
         value = -rouge_l if by_rouge else loss
         improved = value < (self.best[0] if self.best else math.inf)  # false for NaN
         if improved:
-            self.best = value, self.step, loss, rouge_l
+            self.best, self.evaluations_since_best = (value, self.step, loss, rouge_l), 0
         return improved
 
 

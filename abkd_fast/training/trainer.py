@@ -80,8 +80,8 @@ class Trainer:
         optimizer_bytes = 12 * sum(map(distributed.local_numel, trained))  # gradients and two moments
         self.build_teachers(optimizer_bytes)
         self.optimizer = build_optimizer(self.student, config.optim, self.given.optimizer)
-        make_scheduler = self.given.scheduler or functools.partial(build_scheduler, config.optim)
-        self.scheduler = make_scheduler(self.optimizer, self.data.steps)
+        make = self.given.scheduler or functools.partial(build_scheduler, config.optim)
+        self.scheduler = make(self.optimizer, self.data.steps)
         self.rollouts = None
         if self.teachers.is_on_policy:
             teacher = None if self.teachers.are_several else self.teachers["teacher"].live.model  # which may write, too
@@ -126,8 +126,8 @@ class Trainer:
         storage = torch.float64 if self.dtype == torch.float64 else torch.float32
         if (role == "teacher" or spec.has_adapter) and self.dtype == torch.bfloat16:
             storage = torch.bfloat16
-        given = self.given.models.get(role)
-        model = loading.load(spec, meta.whole, role, storage, self.device, self.is_sharded, given)
+        models = self.given.models
+        model = loading.load(spec, meta.whole, role, storage, self.device, self.is_sharded, models.get(role))
         if role == "teacher":
             model.requires_grad_(False)
         if self.is_sharded:
@@ -172,8 +172,8 @@ class Trainer:
     def train_loop(self) -> None:
         """Takes every step that is left; logs, evaluates and saves where that is due."""
         done = self.state.step if self.resumed_from else -1
-        times = done, self.state.window_seconds
-        self.log = RunLog(self.config, self.data.steps, self.device, *times, self.given.reports)
+        elapsed, reports = self.state.window_seconds, self.given.reports
+        self.log = RunLog(self.config, self.data.steps, self.device, done, elapsed, reports)
         with self.signals, self.log, self.checkpoint_writer:
             self._after_step()
             batches = self.batches(self.state.step)
@@ -196,11 +196,14 @@ class Trainer:
             self.saves.conclude()
 
     def _ends_early(self) -> bool:
-        """Whether a given function has ended the run; then its last step is the present one. Collective."""
-        if not self.given.reports or not distributed.all_reduce_max(self.log.is_stopped):
+        """Whether a given function, or the dev rows, end the run; its last step is then the present one. Collective."""
+        waited, patience, reason = self.state.evaluations_since_best, self.config.eval.patience, "as asked"
+        if patience is not None and waited >= patience:
+            reason = f"the last {waited} evaluations were no better than one before"
+        elif not self.given.reports or not distributed.all_reduce_max(self.log.is_stopped):
             return False
         self.data = dataclasses.replace(self.data, steps=self.state.step)
-        console.print(f"ended after step {self.state.step}, as a function of the caller asked")
+        console.print(f"ended after step {self.state.step}: {reason}")
         if self.window.steps:
             self._log(self.scheduler.get_last_lr()[0])
         self._after_step()

@@ -1,0 +1,39 @@
+"""All commands under one name."""
+
+import subprocess
+import sys
+
+import pytest
+
+import abkd_fast
+from abkd_fast.__main__ import COMMANDS, main
+
+
+def test_version_and_help(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.strip() == abkd_fast.__version__
+    assert main(["--help"]) == 0
+    text = capsys.readouterr().out
+    assert all(f"  {name} " in text for name in COMMANDS)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"), [(["trian"], "no command trian; did you mean train?"), ([], "usage: abkd-fast COMMAND")]
+)
+def test_unknown_commands(arguments, message, capsys):
+    assert main(arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_commands_explain_themselves(name, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main([name, "--help"])
+    assert ended.value.code == 0
+    assert "usage:" in capsys.readouterr().out
+
+
+def test_the_module_runs():
+    ran = subprocess.run([sys.executable, "-m", "abkd_fast", "train", "--config", "none.json"], capture_output=True)
+    assert ran.returncode == 2
+    assert b"none.json: no such file" in ran.stderr

@@ -1,0 +1,79 @@
+"""How learning rates fall, and runs that end before their last step."""
+
+import json
+
+import pytest
+import torch
+
+from abkd_fast.config.schema import OptimConfig
+from abkd_fast.errors import ConfigError
+from abkd_fast.training.optim import build_scheduler
+from runs import Run
+
+
+def rates(steps, **optim):
+    config = OptimConfig(lr=1.0, min_lr=0.1, **optim)
+    optimizer = torch.optim.AdamW([torch.zeros(1, requires_grad=True)], lr=config.lr)
+    scheduler, values = build_scheduler(config, optimizer, steps), []
+    for _ in range(steps + 1):
+        values.append(scheduler.get_last_lr()[0])
+        optimizer.step()
+        scheduler.step()
+    return values
+
+
+def test_schedules():
+    line = [1.0 - 0.9 * step / 8 for step in range(9)]
+    assert rates(8, schedule="linear") == pytest.approx(line)
+    assert rates(8, schedule="constant") == [1.0] * 9
+    cosine = rates(8, schedule="cosine")
+    assert [cosine[0], cosine[4], cosine[8]] == pytest.approx([1.0, 0.55, 0.1])
+    for name in ("linear", "constant", "cosine"):
+        assert rates(10, schedule=name, warmup_ratio=0.2) == rates(10, schedule=name, warmup_steps=2)
+        assert rates(10, schedule=name, warmup_ratio=0.2)[:3] == pytest.approx([0.0, 0.5, 1.0])
+        assert rates(3, schedule=name, warmup_ratio=1.0) == pytest.approx(
+            [0.0, 1 / 3, 2 / 3, 1.0 if name != "linear" else 0.1]
+        )
+    with pytest.raises(ConfigError, match="either warmup_steps or warmup_ratio"):
+        OptimConfig(warmup_steps=2, warmup_ratio=0.1)
+
+
+def test_equal_ends_of_a_line():
+    config = OptimConfig(lr=0.5, min_lr=0.5, schedule="linear")
+    optimizer = torch.optim.AdamW([torch.zeros(1, requires_grad=True)], lr=0.5)
+    assert build_scheduler(config, optimizer, 4).get_last_lr() == [0.5]
+
+
+WORSE = {"optim": {"lr": 3.0, "schedule": "constant"}, "eval": {"every_steps": 2, "patience": 2}}  # it diverges at once
+
+
+def test_patience(tmp_path, capsys):
+    """The run ends after two evaluations without a better one. Its folder is complete."""
+    run = Run(tmp_path, "train.steps=40", **WORSE)
+    assert run() == 0
+    points = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    dev = [(point["step"], point["loss"]) for point in points if point["kind"] == "dev"]
+    best = min(range(1, len(dev)), key=lambda place: dev[place][1])
+    assert len(dev) - 1 == best + 2
+    last = dev[-1][0]
+    assert last < 40
+    assert points[-2]["step"] == points[-1]["step"] == last, "the last window is logged, too"
+    summary = json.loads((run.folder / "summary.json").read_text())
+    assert (summary["steps"], summary["selected_step"]) == (last, last)
+    assert f"ended after step {last}: the last 2 evaluations were no better than one before" in capsys.readouterr().out
+    assert run("--resume") == 0, "it is finished"
+
+    chosen = Run(tmp_path / "chosen", "train.steps=40", "eval.select=dev_loss", **WORSE)
+    assert chosen() == 0
+    assert json.loads((chosen.folder / "summary.json").read_text())["selected_step"] == dev[best][0]
+
+
+def test_patience_that_is_not_exhausted_changes_nothing(undisturbed, tmp_path):
+    run = Run(tmp_path, "eval.patience=100")
+    assert run() == 0
+    assert run.points() == undisturbed.points()
+
+
+def test_patience_needs_rows(tmp_path, capsys):
+    assert Run(tmp_path, "eval.patience=2", "data.dev=null")() == 2
+    assert "eval.patience: there is no data.dev" in capsys.readouterr().err
