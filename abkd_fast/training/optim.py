@@ -25,10 +25,11 @@ def build_optimizer(
 
 def build_scheduler(optim: OptimConfig, optimizer: Optimizer, steps: int) -> LRScheduler:
     """Warm-up, then a cosine or a line down to min_lr, or a constant rate."""
+    warmup = optim.warmup_steps if optim.warmup_ratio is None else round(optim.warmup_ratio * steps)
+    never_falls = optim.min_lr == optim.lr or warmup >= steps
     name, options = {
         "cosine": ("cosine_with_min_lr", {"min_lr": optim.min_lr}),
         "linear": ("polynomial", {"lr_end": optim.min_lr, "power": 1.0}),
         "constant": ("constant_with_warmup", None),
-    }["constant" if optim.min_lr == optim.lr else optim.schedule]
-    warmup = optim.warmup_steps if optim.warmup_ratio is None else round(optim.warmup_ratio * steps)
+    }["constant" if never_falls and optim.schedule == "linear" else optim.schedule]
     return get_scheduler(name, optimizer, warmup, steps, scheduler_specific_kwargs=options)

@@ -11,15 +11,16 @@ from abkd_fast.config import yaml_files
 from abkd_fast.config.recipe import load, packaged_recipes
 from abkd_fast.errors import ConfigError
 
+TEXTS = st.text(st.characters(max_codepoint=0xFFFF, exclude_categories=["Cs"]))  # JSON writes others as two
 FINITE = st.floats(allow_nan=False, allow_infinity=False)
 VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers(-(2**60), 2**60) | FINITE | st.text(),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    st.none() | st.booleans() | st.integers(-(2**60), 2**60) | FINITE | TEXTS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXTS, inner, max_size=3),
     max_leaves=8,
 )  # fmt: skip
 
 
-@given(st.dictionaries(st.text(), VALUES, max_size=4))
+@given(st.dictionaries(TEXTS, VALUES, max_size=4))
 def test_json_is_yaml(value):
     assert yaml_files.read(json.dumps(value)) == value
 
@@ -30,7 +31,8 @@ def test_json_is_yaml(value):
         ("1e-4", 1e-4), ("1E5", 1e5), ("5e-05", 5e-5), (".5", 0.5), ("3.", 3.0), ("-2", -2), ("010", 10),
         ("off", "off"), ("yes", "yes"), ("no", "no"), ("true", True), ("False", False), ("null", None), ("~", None),
         ("2026-11-30", "2026-11-30"), ("12:30", "12:30"), ("0x1f", "0x1f"), ("ab:0.2,0.7", "ab:0.2,0.7"), ('"1"', "1"),
-        ("stage:first", "stage:first"), ("1.5.2", "1.5.2"), (".inf", ".inf"), ("e5", "e5"), ("1_000", "1_000"), ("", None),
+        ("stage:first", "stage:first"), ("1.5.2", "1.5.2"), (".inf", ".inf"), ("e5", "e5"), ("1_000", "1_000"),
+        ("", None),
     ],
 )  # fmt: skip
 def test_plain_values(text, value):
@@ -68,8 +70,6 @@ def test_packaged_recipes_as_yaml(name, end, tmp_path):
     """Bases may be of the other kind."""
     path = tmp_path / f"recipe.{end}"
     values = json.loads(packaged_recipes()[name].read_text())
-    if "base" in values:
-        values["base"] = str(packaged_recipes()[name].parent / values["base"])
     path.write_text(yaml.safe_dump(values, sort_keys=False))
     assert load(str(path)) == load(name)
 
