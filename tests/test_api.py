@@ -210,7 +210,7 @@ def test_wrong_arguments(folders, values, change, message):
         distill(**arguments | change)
 
 
-@pytest.mark.parametrize("page", ["python-api", "losses-api"])
+@pytest.mark.parametrize("page", ["python-api", "losses-api", "transformers-trainer"])
 def test_the_documents_programs(page, tmp_path, monkeypatch):
     """The Python of a page, from its top to its end, in one session."""
     page, names = DOCS / f"{page}.md", {"__name__": "notebook"}

@@ -45,6 +45,7 @@ class CausalLM(nn.Module):
         self.model, self.key, self.logit_map = model, key, logit_map
         self.experts: Experts | None = None  # those of a student that is a mixture
         self.wrapper: Wrapper | None = None  # the multimodal model that it is a part of; for saving
+        self.entry: Callable[..., object] | None = None  # runs the model by way of what wraps it; None: nothing does
         self.longest_decoded = rope_border(model)  # tokens of a sequence whose keys stay as they are; None: any number
 
     @property
@@ -115,7 +116,7 @@ class CausalLM(nn.Module):
                 if self.experts and self.model.training and torch.is_grad_enabled():
                     self.experts.run(self.causal_lm, is_token, inputs)
                 else:
-                    self.causal_lm(use_cache=False, **inputs)
+                    (self.entry or self.causal_lm)(use_cache=False, **inputs)
         finally:
             del self.head.forward
             if given is not None:
@@ -142,14 +143,17 @@ class CausalLM(nn.Module):
         In training with an auxiliary loss of routers the result is a pair, `loss` and this loss before its factor, for
         the micro-batch's share of the step's tokens.
         """
-        hidden = self.hidden_states(batch)
+        value = loss(self.linear_head(self.hidden_states(batch)))
+        router_loss = self.experts.take_loss() if self.experts else None
+        return value if router_loss is None else (value, router_loss * (batch.token_share / batch.tokens))
+
+    def linear_head(self, hidden: Tensor) -> LinearHead:
+        """What a loss reads: hidden states [N, H] in the type of products, and the output projection."""
         hidden = hidden.to(compute_dtype(hidden))
         weight, bias = self.head.weight, self.head.bias
         if not hidden.is_cuda:
             weight, bias = weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
-        value = loss(LinearHead(hidden, weight, bias, self.logit_map))
-        router_loss = self.experts.take_loss() if self.experts else None
-        return value if router_loss is None else (value, router_loss * (batch.token_share / batch.tokens))
+        return LinearHead(hidden, weight, bias, self.logit_map)
 
     @contextlib.contextmanager
     def explained(self) -> Iterator[None]:

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from abkd_fast.config import yaml_files
@@ -20,6 +20,7 @@ VALUES = st.recursive(
 )  # fmt: skip
 
 
+@settings(deadline=None)
 @given(st.dictionaries(TEXTS, VALUES, max_size=4))
 def test_json_is_yaml(value):
     assert yaml_files.read(json.dumps(value)) == value
