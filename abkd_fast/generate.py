@@ -7,6 +7,7 @@ from .cli import leave, run
 from .config.options import add_model_options, add_options, prompt_options
 from .config.sampling import OPTIONS, SamplingParams
 from .config.schema import RunConfig
+from .errors import ConfigError
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -15,16 +16,34 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _generate(options: argparse.Namespace) -> None:
+    _check_source(options)
     sampling, prompts = SamplingParams.from_options(options), prompt_options(options)
     from . import distributed  # not before the options are checked: this loads PyTorch
     from .data.chat import PromptFormat
     from .generation.answers import Generation
+    from .generation.prompts import answer
     from .models.loading import model_spec
 
+    if options.prompt:
+        names = ("seed", "batch_size", "tokenizer", "chat_template", "device", "dtype")
+        others = {name: getattr(options, name) for name in names} | {"style": PromptFormat(**prompts)}
+        for text in answer(model_spec(options.model), options.prompt, options.chat, sampling, **others):
+            print(text)
+        return
     names = ("rows", "max_prompt_length", "seed", "batch_size", "tokenizer", "chat_template", "device", "dtype")
     others = {name: getattr(options, name) for name in names} | {"style": PromptFormat(**prompts)}
     with distributed.process_group():
         Generation(model_spec(options.model), options.data, options.out, sampling, **others).run()
+
+
+def _check_source(options: argparse.Namespace) -> None:
+    """Raises ConfigError unless there is either a data set and a file for the answers, or prompts."""
+    if options.prompt and (options.data or options.out or options.rows or options.max_prompt_length):
+        raise ConfigError("--prompt prints its answer: leave out --data, --out, --rows and --max-prompt-length")
+    if not options.prompt and not (options.data and options.out):
+        raise ConfigError("give --data and --out, or --prompt")
+    if options.chat and not options.prompt:
+        raise ConfigError("--chat is for --prompt; rows of messages are always rendered by the chat template")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -32,11 +51,15 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m abkd_fast.generate",
         description="Answer the prompts of a data set with a model. The result is data to train on, one row a line: "
         "prompt and output (or messages), both also in token ids, the number of its row, and whether the response "
-        "ended by itself. After an interruption the same command continues.",
+        "ended by itself. After an interruption the same command continues. With --prompt the answer is printed.",
     )
     parser.add_argument("--model", required=True, metavar="DIR", help="folder or Hub name, or a LoRA adapter's folder")
-    parser.add_argument("--data", required=True, help="JSONL file, folder, or Hub name; outputs are not read")
-    parser.add_argument("--out", required=True, metavar="FILE.jsonl", type=pathlib.Path, help="where answers go")
+    parser.add_argument("--data", help="JSONL file, folder, or Hub name; outputs are not read")
+    parser.add_argument("--out", metavar="FILE.jsonl", type=pathlib.Path, help="where answers go")
+    parser.add_argument(
+        "--prompt", metavar="TEXT", action="append", help="a prompt whose answer is printed; may repeat"
+    )
+    parser.add_argument("--chat", action="store_true", help="--prompt is a user's message, for the chat template")
     parser.add_argument("--rows", metavar="N", type=int, help="use only the first rows")
     parser.add_argument("--max-prompt-length", metavar="N", type=int, help="leave out rows with more tokens of prompt")
     seed = RunConfig.seed

@@ -38,7 +38,7 @@ def describe() -> Iterator[str]:
     for number in range(torch.cuda.device_count()):
         card = torch.cuda.get_device_properties(number)
         yield f"GPU {number}       {card.name}, sm_{card.major}{card.minor}, {card.total_memory / 2**30:.1f} GiB"
-    yield f"CPU         {cpu_name()}, {torch.get_num_threads()} threads"
+    yield f"CPU         {cpu_name()}, {(count := torch.get_num_threads())} thread{'s' * (count > 1)}"
     yield f"attention   {_attention(torch.device('cuda' if torch.cuda.is_available() else 'cpu'))}"
     yield f"packages    {', '.join(f'{name} {_version(name)}' for name in PACKAGES)}"
     yield f"system      Python {platform.python_version()}, {platform.platform()}"

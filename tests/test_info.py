@@ -22,7 +22,7 @@ def test_a_report_has_build_devices_and_versions(capsys):
     assert [*found] == ["abkd_fast", "kernels", "torch", "CPU", "attention", "packages", "system"]
     assert str(row_ops.build_info()["simd"]) in found["kernels"] or "missing" in row_ops.build_info()
     assert found["torch"].startswith(f"{torch.__version__}, CUDA ")
-    assert f"{torch.get_num_threads()} threads" in found["CPU"]
+    assert f"{torch.get_num_threads()} thread" in found["CPU"]
     assert found["attention"] == attention.backend(torch.device("cpu"))
     assert f"transformers {transformers.__version__}, " in found["packages"]
     assert re.search(r"flash-attn \S", found["packages"])

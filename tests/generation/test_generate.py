@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import chat
 from abkd_fast.cli import INTERRUPTED
 from abkd_fast.data import quickstart
 from abkd_fast.data.rows import read_rows
@@ -213,3 +214,36 @@ def test_model_is_freed_after_its_responses(model_folder, tmp_path):
         assert model() is not None
     gc.collect()
     assert model() is None
+
+
+def test_prompts_are_answered_on_the_terminal(model_folder, tmp_path, capsys):
+    arguments = ["--model", str(model_folder), "--max-new-tokens", "9", "--device", "cpu", "--seed", "7"]
+    texts = ["What is 3 plus 2?", "Reverse the word: stone"]
+    assert main([*arguments, "--prompt", texts[0], "--prompt", texts[1]]) == 0
+    printed = capsys.readouterr().out
+    tokenizer, model = quickstart.tokenizer(), AutoModelForCausalLM.from_pretrained(model_folder)
+    settings = SamplingParams(max_new_tokens=9, eos_token_ids=(tokenizer.eos_token_id,))
+    for text, response in zip(texts, sample(model, tokenizer(texts)["input_ids"], settings, 7), strict=True):
+        assert tokenizer.decode(response, skip_special_tokens=True) in printed, text
+
+    assert main([*arguments, "--prompt", texts[0], "--chat"]) == 2
+    assert "chat template" in capsys.readouterr().err
+    config = AutoConfig.for_model(**{**LLAMA, "vocab_size": len(tokenizer) + 2})
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "chat")
+    chat.write_tokenizer(tmp_path / "chat")
+    assert main([*arguments, "--model", str(tmp_path / "chat"), "--prompt", texts[0], "--chat"]) == 0
+    assert capsys.readouterr().out.strip()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "give --data and --out, or --prompt"),
+        (["--data", "rows.jsonl"], "give --data and --out, or --prompt"),
+        (["--prompt", "x", "--out", "a.jsonl"], "--prompt prints its answer: leave out"),
+        (["--data", "rows.jsonl", "--out", "a.jsonl", "--chat"], "--chat is for --prompt"),
+    ],
+)
+def test_prompts_or_data(arguments, message, capsys):
+    assert main(["--model", "none", *arguments]) == 2
+    assert message in capsys.readouterr().err
