@@ -1,4 +1,4 @@
-"""Builds a teacher's states: `python -m abkd_fast.cache --config RECIPE [--set key=value …]`; checks and shows them."""
+"""A teacher's states: builds (`python -m abkd_fast.cache --config RECIPE [--set key=value …]`), checks, lists, removes."""
 
 from __future__ import annotations
 
@@ -30,9 +30,19 @@ def _work(options: argparse.Namespace) -> None:
         return
     if options.overrides or options.stage:
         _parser().error("--set and --stage change a recipe: give them with --config")
+    if options.dir is not None and not (options.list or options.clear is not None):
+        _parser().error("--dir is for --list and --clear; a recipe has cache.dir")
     from .console import console, progress_bar  # not before the arguments are parsed: these load PyTorch
+    from .files import cache_folder
+    from .teacher import housekeeping
     from .teacher.folder import StatesFolder
 
+    if options.list or options.clear is not None:
+        root = options.dir or cache_folder()
+        lines = housekeeping.describe(root) if options.list else housekeeping.clear(root, options.clear)
+        for line in lines:
+            console.print(line, markup=False)
+        return
     if options.info is not None:
         for line in StatesFolder(options.info, "info").describe():
             console.print(line, markup=False)
@@ -159,6 +169,10 @@ def _parser() -> argparse.ArgumentParser:
     what.add_argument("--config", metavar="RECIPE", help="builds the states: a JSON file or a packaged recipe's name")
     what.add_argument("--verify", metavar="FOLDER", help="reads everything in a folder of states, checks all checksums")
     what.add_argument("--info", metavar="FOLDER", help="prints what a folder of states holds")
+    what.add_argument("--list", action="store_true", help="prints the caches of this machine, and what they take")
+    what.add_argument("--clear", nargs="*", metavar="NAME", help="removes caches by their names in --list, or all")
+    text = "folder of caches for --list and --clear (default: $ABKD_CACHE, or abkd_fast in the user's caches)"
+    parser.add_argument("--dir", type=pathlib.Path, help=text)
     text = "override a value of the recipe, for example data.train=rows.jsonl or cache.dtype=float8"
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help=text)
     parser.add_argument("--stage", metavar="NAME", help="stage of the recipe (default: the last one with a teacher)")

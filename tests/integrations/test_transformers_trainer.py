@@ -182,9 +182,10 @@ def test_states_in_place_of_a_teacher(arguments, tmp_path, write_jsonl):
         "teacher": {"path": str(tmp_path / "teacher")},
         "data": {"train": str(tmp_path / "rows.jsonl"), "max_length": 128},
         "train": {"device": "cpu"},
+        "cache": {"dir": str(tmp_path / "states")},
     }
     (tmp_path / "recipe.json").write_text(json.dumps(recipe))
-    assert cache.main(["--config", str(tmp_path / "recipe.json"), "--out", str(tmp_path / "states")]) == 0
+    assert cache.main(["--config", str(tmp_path / "recipe.json")]) == 0
     (folder,) = [path.parent for path in (tmp_path / "states").rglob("index.json")]
     tokenized = tokenize(read_rows(str(tmp_path / "rows.jsonl")), tokenizer, 128, 256, PromptFormat()).dataset
     data = datasets.Dataset.from_list([

@@ -1,0 +1,72 @@
+"""The caches of this machine: what they are, what they take of the disk, and their removal."""
+
+import contextlib
+import pathlib
+import shutil
+from collections.abc import Iterator
+
+import filelock
+
+from ..console import format_bytes
+from ..errors import ConfigError
+from .folder import StatesFolder
+
+
+def folders(root: pathlib.Path) -> list[pathlib.Path]:
+    """The folders of states in a cache folder, also of builds that were interrupted."""
+    if not root.is_dir():
+        return []
+    return sorted(path for path in root.iterdir() if path.is_dir() and not path.is_symlink() and _is_states(path))
+
+
+def _is_states(path: pathlib.Path) -> bool:
+    return (path / "index.json").is_file() or next(path.glob("states-*.safetensors"), None) is not None
+
+
+def disk_bytes(folder: pathlib.Path) -> int:
+    """What a folder's files take of the disk, the output projection too."""
+    total = 0
+    for path in folder.rglob("*"):
+        with contextlib.suppress(OSError):  # another process may remove it
+            total += path.lstat().st_blocks * 512
+    return total
+
+
+def describe(root: pathlib.Path) -> Iterator[str]:
+    """A line for each folder of states: its bytes on the disk, its name, whose states it has. Then the sum."""
+    found, total = folders(root), 0
+    for folder in found:
+        total += (size := disk_bytes(folder))
+        try:
+            states = StatesFolder(str(folder), "list")
+            left = states.blocks_left
+            whose = f"{states.samples} samples of {states.teacher}" + (f", {left} blocks are missing" if left else "")
+        except ConfigError:
+            whose = "damaged, or of another version"
+        yield f"{format_bytes(size):>10}  {folder.name}  {whose}"
+    yield f"{format_bytes(total):>10}  {len(found)} in {root}"
+
+
+def clear(root: pathlib.Path, names: list[str]) -> Iterator[str]:
+    """Removes folders of states: those with these names, or all. One that a process builds stays. A line for each.
+
+    Raises ConfigError for a name that is not there; then nothing is removed.
+    """
+    known = {folder.name: folder for folder in folders(root)}
+    if missing := [name for name in names if name not in known]:
+        raise ConfigError(f"clear: {root} has no states {missing[0]}; --list shows what there is")
+    freed = 0
+    for name in names or known:
+        size = disk_bytes(known[name])
+        try:
+            with filelock.FileLock(known[name] / "lock").acquire(timeout=0):
+                shutil.rmtree(known[name])
+        except filelock.Timeout:
+            yield f"{name} stays: a process is at work on it"
+            continue
+        except OSError as error:
+            yield f"{name} stays ({error.strerror})"
+            continue
+        freed += size
+        yield f"{format_bytes(size):>10}  {name} is removed"
+    yield f"{format_bytes(freed):>10}  are free again"
