@@ -1,4 +1,4 @@
-"""A teacher's states: builds (`python -m abkd_fast.cache --config RECIPE [--set key=value …]`), checks, lists, removes."""
+"""States of teachers: builds (`python -m abkd_fast.cache --config RECIPE [--set key=value …]`), checks, lists, clears."""
 
 from __future__ import annotations
 
