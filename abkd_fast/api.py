@@ -91,7 +91,13 @@ def distill(
     for key, (name, data) in data_sets.items():
         if data is not None:
             layer["data"] = {**layer.get("data", {}), key: name if name in rows else _plain(data)}
-    configs = load({} if recipe is None else _plain(recipe), values=layer)
+    cleared = {role: {"config": None} for role in models}  # else the recipe's values would be mixed with these
+    configs = load({} if recipe is None else _plain(recipe), values=[cleared, layer])
+    if models and configs[0].run.stage is not None:
+        role = next(iter(models))
+        raise ConfigError(
+            f"{role}: a model in memory is for a recipe without stages; save it, and give its folder", role
+        )
     rows = {name: _in_memory(name, data, configs) for name, data in rows.items()}
     functions = {"on_step": on_step, "on_eval": on_eval, "on_checkpoint": on_checkpoint}
     given = Given(models=models, rows=rows, optimizer=optimizer, scheduler=scheduler, **functions)

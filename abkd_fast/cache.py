@@ -1,4 +1,4 @@
-"""States of teachers: builds (`python -m abkd_fast.cache --config RECIPE [--set key=value …]`), checks, lists, clears."""
+"""States of teachers: `python -m abkd_fast.cache --config RECIPE [--set key=value …]` builds them; lists, clears."""
 
 from __future__ import annotations
 

@@ -79,6 +79,14 @@ def test_objects_give_the_bits_of_files(folders, values, tmp_path):
     assert torch.equal(loaded.get_input_embeddings().weight, student.get_input_embeddings().weight)
     assert len(AutoTokenizer.from_pretrained(result.final)) == len(tokenizer)
 
+    changed = {**recipe, "teacher": {"config": {"model_type": "llama", "rope_theta": 7.0}}, "student": {"config": TIED}}
+    student = AutoModelForCausalLM.from_pretrained(folders / "student")
+    mixed = distill(changed, student=student, teacher=teacher, tokenizer=tokenizer, run={"name": "mixed"})
+    assert mixed.summary["dev_loss"] == result.summary["dev_loss"], "nothing of the recipe's models is left"
+    assert json.loads((mixed.final / "config.json").read_text()) == json.loads(
+        (result.final / "config.json").read_text()
+    )
+
     paths = distill(tmp_path / "recipe.json", student=folders / "student", run={"name": "paths"})
     assert paths.summary["dev_loss"] == result.summary["dev_loss"]
     again = distill(recipe, run={"name": "paths"}, resume=True)
@@ -181,6 +189,8 @@ def test_stages(values, tmp_path):
         "first": {"student": {"config": TIED}},
         "second": {"student": {"path": "stage:first", "config": None}},
     }
+    with pytest.raises(ConfigError, match="student: a model in memory is for a recipe without stages"):
+        distill(recipe, student=model(TIED), tokenizer=quickstart.tokenizer())
     result = distill(recipe, train={"steps": 2})
     assert [*result.stages] == ["first", "second"]
     assert result.final == result.stages["second"].final == tmp_path / "stages" / "second" / "final"

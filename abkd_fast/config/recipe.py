@@ -29,7 +29,7 @@ class Layer(typing.NamedTuple):
     values: dict
 
 
-def load(recipe: str | dict, overrides: list[str] = (), values: dict | None = None) -> list[Config]:
+def load(recipe: str | dict, overrides: list[str] = (), values: Iterable[dict] = ()) -> list[Config]:
     """Reads a recipe and its bases, applies the overrides, and returns the stages: one, unless the recipe lists more.
 
     A shared key of `on_policy` goes to the stages whose methods read it. It is refused if no method does.
@@ -38,14 +38,13 @@ def load(recipe: str | dict, overrides: list[str] = (), values: dict | None = No
         recipe: a JSON or YAML file, the name of a packaged recipe, with or without ".json", or what a file would have.
         overrides: "key=value" for all stages, or "STAGE:key=value" for one stage, which wins. Keys are dotted. A value
             that is not JSON is text.
-        values: keys of a recipe, for all stages.
+        values: keys of a recipe, for all stages; later ones win.
 
     Raises ConfigError, which names the file (or override), the key and the value.
     """
     shared = _read_with_bases(recipe)
     stages = _take_stages(shared)
-    if values:
-        shared.append(Layer("the arguments", values))
+    shared += [Layer("the arguments", keys) for keys in values if keys]
     last = shared[-1].place
     places = {name: f"{last} stage {name}" for name in stages}
     for name, layers in stages.items():
