@@ -101,8 +101,13 @@ def distill(
     rows = {name: _in_memory(name, data, configs) for name, data in rows.items()}
     functions = {"on_step": on_step, "on_eval": on_eval, "on_checkpoint": on_checkpoint}
     given = Given(models=models, rows=rows, optimizer=optimizer, scheduler=scheduler, **functions)
-    with distributed.process_group(configs[0].train.timeout_minutes):
-        pipeline.run(configs, resume, given)
+    attention = {role: model.config._attn_implementation for role, model in models.items()}
+    try:
+        with distributed.process_group(configs[0].train.timeout_minutes):
+            pipeline.run(configs, resume, given)
+    finally:
+        for role, model in models.items():
+            model.set_attn_implementation(attention[role])  # that of packed rows can do nothing else
     results = [_result(config) for config in configs]
     stages = {config.run.stage: result for config, result in zip(configs, results, strict=True)}
     return dataclasses.replace(results[-1], stages={} if None in stages else stages)

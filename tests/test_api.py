@@ -77,6 +77,9 @@ def test_objects_give_the_bits_of_files(folders, values, tmp_path):
     ]  # fmt: skip
     loaded = AutoModelForCausalLM.from_pretrained(result.final)
     assert torch.equal(loaded.get_input_embeddings().weight, student.get_input_embeddings().weight)
+    ids = torch.tensor([[1, 2, 3]])
+    torch.testing.assert_close(student.eval()(ids).logits, loaded(ids).logits, rtol=1e-5, atol=1e-5)
+    assert teacher.generate(ids, max_new_tokens=2, pad_token_id=0).shape[1] >= 4, "the models can be used again"
     assert len(AutoTokenizer.from_pretrained(result.final)) == len(tokenizer)
 
     changed = {**recipe, "teacher": {"config": {"model_type": "llama", "rope_theta": 7.0}}, "student": {"config": TIED}}

@@ -6,53 +6,25 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import datasets
-import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
-from ..data.batches import Batch, collate
+from ..data.batches import Batch
 from ..errors import ConfigError
 from ..losses.arguments import shared_vocabulary
 from ..losses.divergences import Divergence, parse
 from ..losses.fused_linear import fused_linear_divergence
 from ..models import forms, loading
-from ..models.attention import recomputation
+from ..models.attention import NAME, recomputation
 from ..models.causal_lm import CausalLM
 from ..models.padded import pad
 from ..teacher.folder import StatesFolder
 from ..teacher.shards import Rows
 from ..teacher.teacher import CachedTeacher, Teacher
+from .rows import collate_rows
 
 KEY = "hidden_states"
-
-
-def spans_of(labels: list[int]) -> list[int]:
-    """Where the trained tokens are: start and stop of each run of labels that are not -100. The first has no label."""
-    is_trained = np.concatenate([[False, False], np.asarray(labels[1:]) != -100, [False]])
-    return np.flatnonzero(is_trained[1:] != is_trained[:-1]).tolist()
-
-
-def collate_rows(features: list[dict]) -> dict[str, Any]:
-    """Packs rows {"input_ids", "labels"} end to end: labels as transformers has them, -100 where nothing is trained.
-
-    Raises ValueError for a row without a label.
-    """
-    samples = []
-    for row in features:
-        ids, labels = [*map(int, row["input_ids"])], row.get("labels")
-        if "attention_mask" in row:  # of rows that were padded before
-            kept = np.flatnonzero(row["attention_mask"])
-            ids, labels = (
-                [ids[place] for place in kept],
-                labels if labels is None else [labels[place] for place in kept],
-            )
-        spans = [1, len(ids)] if labels is None else spans_of(labels)
-        if len(ids) < 2 or not spans:
-            raise ValueError(f"a row of {len(ids)} tokens has no token to train: all its labels are -100; leave it out")
-        samples.append({"input_ids": ids, "spans": spans, **({"index": row["index"]} if "index" in row else {})})
-    batch = collate(samples)
-    return {"batch": batch, "labels": batch.labels, "shift_labels": batch.labels}
 
 
 class DistillationTrainer(Trainer):
@@ -113,11 +85,37 @@ class DistillationTrainer(Trainer):
         theirs = self.teacher.weight if self.folder else self.teacher.model.head.weight
         shared_vocabulary(len(self.student.head.weight), len(theirs))
 
+    def train(self, *arguments: Any, **options: Any) -> Any:
+        """Trains. Afterwards both models have their own attention again, and can be used for anything."""
+        with self._packed():
+            return super().train(*arguments, **options)
+
+    def evaluation_loop(self, *arguments: Any, **options: Any) -> Any:
+        with self._packed():
+            return super().evaluation_loop(*arguments, **options)
+
+    @contextlib.contextmanager
+    def _packed(self) -> Iterator[None]:
+        """A context in which the models read packed rows, also where backward computes layers again."""
+        forms = [self.student, *([] if self.folder else [self.teacher.model])]
+        models = [form.causal_lm for form in forms if form.form == "packed"]
+        before = [model.config._attn_implementation for model in models]
+        for model in models:
+            model.set_attn_implementation(NAME)
+        try:
+            yield
+        finally:
+            for model, name in zip(models, before, strict=True):
+                model.set_attn_implementation(name)
+
     def _form(self, model: nn.Module, key: str) -> CausalLM:
         """The model, packed if that computes the same. Raises ConfigError where it is right in no form."""
         inner = model if isinstance(model, PreTrainedModel) else model.get_base_model()
         loading.fuse_activations(inner)
-        return forms.choose(inner.config, key, self.args.device).build(model, key)
+        before = inner.config._attn_implementation
+        form = forms.choose(inner.config, key, self.args.device).build(model, key)
+        inner.set_attn_implementation(before)
+        return form
 
     def _find(self, rows: datasets.Dataset | None) -> tuple[Any, datasets.Dataset]:
         """The places of the rows' states, and the rows with the number of each."""
@@ -144,7 +142,10 @@ class DistillationTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, dict]:
-        """The divergence, summed over the batch's labels and divided by num_items_in_batch (None: their number)."""
+        """The divergence, summed over the batch's labels and divided by num_items_in_batch (None: their number).
+
+        `train` and `evaluate` call it. Outside of these call it within `_packed`, and backward, too.
+        """
         batch = inputs["batch"].to(self.args.device)
         count = len(batch.labels) if num_items_in_batch is None else num_items_in_batch
         loss = self._sum(model, batch) / count

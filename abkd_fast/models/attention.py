@@ -219,7 +219,10 @@ def packed_attention(
     if query.device.type == "cuda" or has_kernel:
         return _by_kernel(query, key, value, settings, dropout, options)[None], None
     outputs = []
-    for start, end in spans(option(options, "cu_seq_lens_q"), settings.chunk):
+    boundaries = option(options, "cu_seq_lens_q")
+    if boundaries is None:
+        raise ValueError("this model reads packed rows now: it is being trained; load what was saved for other uses")
+    for start, end in spans(boundaries, settings.chunk):
         q, k, v = (x[:, :, start:end] for x in (query, key, value))
         if settings.sinks is None and settings.softcap is None:
             out = _one_sequence(q, k, v, settings.scale, settings.before, dropout)
