@@ -78,6 +78,10 @@ def distill(
     """
     roles = {"student": student, "teacher": teacher}
     models = {role: model for role, model in roles.items() if isinstance(model, PreTrainedModel)}
+    if len(models) == 2 and student is teacher:
+        raise ConfigError(
+            "student and teacher are one model, which can't be trained and frozen: load it twice", "teacher"
+        )
     data_sets = {"train": ("train_dataset", train_dataset), "dev": ("eval_dataset", eval_dataset)}
     rows = {name: data for name, data in data_sets.values() if not isinstance(data, str | os.PathLike | None)}
     layer = _plain(values)

@@ -1,9 +1,11 @@
 """A training step of other projects' distillation trainers, against ours: `python benchmarks/peers.py`.
 
 Models, batches and the divergence are those of timing.py's GKD row on the data. TRL's trainers run as they are, without
-gradient checkpointing; on a GPU Liger-Kernel's fused loss runs in a plain loop. `pip install '.[bench]'` brings them.
+gradient checkpointing; so does our own subclass of transformers' Trainer. On a GPU Liger-Kernel's fused loss runs in a
+plain loop. `pip install '.[bench]'` brings them.
 """
 
+import copy
 import dataclasses
 import pathlib
 import statistics
@@ -13,9 +15,12 @@ from collections.abc import Callable
 import datasets
 import torch
 from torch import Tensor, nn
+from transformers import TrainingArguments
 
 from abkd_fast.config.schema import Config
 from abkd_fast.errors import first_line
+from abkd_fast.integrations.rows import collate_rows
+from abkd_fast.integrations.transformers import DistillationTrainer
 from baseline import Numbers, PaddedBatch, Turn, pad, pad_samples, split, token_positions
 from harness import TIME, spread
 from kernels import PEER_BETA, liger
@@ -48,6 +53,7 @@ class PeerBenchmark(Benchmark):
         steps = {name: ours["GKD", way, "data"] for name, way in ways.items()}
         makers = {"TRL, DistillationTrainer": self.distillation_trainer, "TRL, GKDTrainer": self.gkd_trainer}
         makers["Liger-Kernel's loss"] = lambda: self.liger_step
+        makers["our DistillationTrainer"] = self.transformers_trainer
         expected = [value.item() for value in steps["ours"](self.turns[0])]
         for name, make in makers.items():
             try:
@@ -100,6 +106,30 @@ class PeerBenchmark(Benchmark):
                 labels[row, : sample["spans"][0]] = -100
             inputs = {"input_ids": ids, "attention_mask": mask, "labels": labels}
             return trainer.training_step(self.student, inputs, (labels != -100).sum()), self.baseline.step_optimizer()
+
+        return step
+
+    def transformers_trainer(self) -> Step:
+        """Our losses within transformers' Trainer, on copies: it changes the models' attention and activations."""
+        student, teacher = copy.deepcopy(self.student), copy.deepcopy(self.teacher)
+        options = {"output_dir": str(self.folder / "transformers"), "report_to": [], "learning_rate": 1e-30}
+        options |= {"bf16": self.trainer.dtype == torch.bfloat16, "use_cpu": self.device.type == "cpu"}
+        data = datasets.Dataset.from_dict({"input_ids": [[1, 2]]})
+        models = {"teacher": teacher, "divergence": self.config("GKD").loss}
+        trainer = DistillationTrainer(student, TrainingArguments(**options), train_dataset=data, **models)
+        optim = self.trainer.config.optim
+        optimizer = torch.optim.AdamW(student.parameters(), lr=optim.lr, fused=True)
+
+        def step(turn: Turn) -> Numbers:
+            rows = [dict(sample, labels=[-100] * sample["spans"][0] + sample["input_ids"][sample["spans"][0] :])
+                    for sample in turn.samples]  # fmt: skip
+            batch = collate_rows(rows)
+            with trainer._packed():
+                loss = trainer.training_step(student, batch, len(batch["labels"]))
+            norm = nn.utils.clip_grad_norm_(student.parameters(), optim.clip_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+            return loss, norm
 
         return step
 

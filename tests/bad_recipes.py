@@ -38,7 +38,7 @@ CASES = {
     "recipe misspelled": case(
         "quikstart: no such file; did you mean quickstart.json?", arguments=["--config", "quikstart"]
     ),
-    "recipe is a folder": case("models: is a folder, expected a JSON file", arguments=["--config", "models"]),
+    "recipe is a folder": case("models: is a folder, expected a JSON or YAML file", arguments=["--config", "models"]),
     "recipe's name too long": case("can't be read (File name too long)", arguments=["--config", "a" * 300]),
     "recipe's name with NUL": case("a\\x00b: no such file", arguments=["--config", "a\0b"]),
     "empty recipe": case("recipe.json line 1: broken JSON: Expecting value", recipe=""),
@@ -113,7 +113,7 @@ CASES = {
     "loss out of range": case('loss "jsd:0": lam is 0.0, expected a number between 0 and 1', sets=["loss=jsd:0"]),
     "loss of infinity": case('loss "ab:1e400": alpha is inf, expected a finite number', sets=["loss=ab:1e400"]),
     "unknown schedule": case(
-        'optim.schedule is "linear", expected one of cosine, constant', optim={"schedule": "linear"}
+        'optim.schedule is "sawtooth", expected one of cosine, linear, constant', optim={"schedule": "sawtooth"}
     ),
     "unknown cache mode": case('cache.mode is "ram", expected one of off, auto, memory, disk', cache={"mode": "ram"}),
     "unknown type of number": case('train.dtype is "float8", expected one of auto,', sets=["train.dtype=float8"]),

@@ -148,6 +148,12 @@ def test_chat_rows_and_functions(tmp_path, values):
     AutoModelForCausalLM.from_pretrained(result.final)
 
 
+def test_a_run_that_is_ended_before_its_first_step_takes_one(folders, values):
+    own = {"student": folders / "student", "train_dataset": ROWS, "eval_dataset": ROWS[:4], "method": "sft"}
+    result = distill(**own, on_eval=lambda point: True, **values("ended"))
+    assert (result.summary["steps"], result.history[-1]["step"]) == (1, 1)
+
+
 @pytest.mark.parametrize("fused", [True, False])
 def test_own_optimizer_and_schedule(folders, values, fused):
     """Both leave weights alone in a step that is not finite, and continue from a checkpoint."""
@@ -199,12 +205,16 @@ def test_stages(values, tmp_path):
     assert result.final == result.stages["second"].final == tmp_path / "stages" / "second" / "final"
 
 
+SAME = model(TIED)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"train_dataset": 3}, "train_dataset is a int, expected a path, a data set of the datasets library"),
         ({"train_dataset": ROWS[0]}, "train_dataset is one dict, expected rows"),
         ({"train_dataset": datasets.DatasetDict(train=datasets.Dataset.from_list(ROWS))}, "has the splits train"),
+        ({"student": SAME, "teacher": SAME, "tokenizer": "quickstart"}, "student and teacher are one model"),
         ({"train_dataset": []}, "train_dataset: has no rows"),
         ({"train_dataset": [{"prompt": 3, "output": "x"}]}, "train_dataset row 1"),
         ({"train_dataset": ["text"]}, "train_dataset row 1"),
