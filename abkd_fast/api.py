@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import datasets
+import numpy as np
+import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -21,6 +23,9 @@ from .config.recipe import load
 from .config.schema import Config
 from .errors import ConfigError
 from .files import cache_folder
+from .losses.divergences import Divergence
+from .models.identity import NOT_THE_MODEL
+from .training.checkpoint import Checkpoints
 from .training.given import Given
 
 Path = str | os.PathLike
@@ -58,24 +63,31 @@ def distill(
     Args:
         recipe: a recipe's file or packaged name, or a mapping with its keys. May be left out: `values` then are all.
         student, teacher: a model, its folder or Hub name, or a mapping with the keys of this section of a recipe. A
-            model is used, not copied: the student's weights are trained in place, the teacher's frozen.
+            model is used, not copied, unless a teacher has another type than it is read in. The student is trained in
+            place, in float32; with eval.select it ends with the last weights, and `final` has the best.
         tokenizer: an object, a folder or a Hub name (default: the one beside the student's weights).
         train_dataset, eval_dataset: rows in place of `data.train` and `data.dev`: a path or Hub name, a data set of the
             `datasets` library, also a streaming one, or mappings in any format of rows (docs/data.md).
         on_step: gets each point of the log, every `log.every_steps` steps: a mapping with step, loss, lr and others.
         on_eval: gets each measurement on the development rows: step, loss and, if it is measured, rouge_l.
-        on_checkpoint: gets the folder of each checkpoint. All three are called on rank 0. One that returns true ends
-            the training after this step; the result is then complete.
+        on_checkpoint: gets the folder of each checkpoint once it is whole, which may be at the next save or evaluation.
+            All three are called on rank 0. One that returns true ends the training after the present step; the result
+            is then complete.
         optimizer: makes the optimizer from groups of parameters; the first group's decay. The keys of `optim` that
-            describe AdamW are not read then. Its state must consist of tensors.
+            describe AdamW are not read then. Its state must consist of tensors, or a checkpoint can't be written.
         scheduler: makes the schedule of learning rates from the optimizer and the number of steps.
-        resume: continues an interrupted run. Give the same objects as before.
+        resume: continues an interrupted run. Give objects that are what they were. The result of a finished run is
+            returned as it is, whatever objects are given.
         values: other keys of a recipe, such as `method="kd"`, `optim={"lr": 1e-4}` or `run={"name": "mine"}`. They
             replace those of the recipe, as --set does.
 
     Raises ConfigError for values that can't be used, before any weights load; FloatingPointError for a loss that is not
     finite; Interrupted after a signal: call again with resume=True.
     """
+    functions = {"on_step": on_step, "on_eval": on_eval, "on_checkpoint": on_checkpoint}
+    for name, function in (*functions.items(), ("optimizer", optimizer), ("scheduler", scheduler)):
+        if function is not None and not callable(function):
+            raise ConfigError(f"{name} is a {type(function).__name__}, expected a function", name)
     roles = {"student": student, "teacher": teacher}
     models = {role: model for role, model in roles.items() if isinstance(model, PreTrainedModel)}
     if len(models) == 2 and student is teacher:
@@ -94,7 +106,7 @@ def distill(
         layer.setdefault("tokenizer", _name_of(models["student"]))
     for key, (name, data) in data_sets.items():
         if data is not None:
-            layer["data"] = {**layer.get("data", {}), key: name if name in rows else _plain(data)}
+            layer["data"] = {**_mapping("data", layer.get("data")), key: name if name in rows else _plain(data)}
     cleared = {role: {"config": None} for role in models}  # else the recipe's values would be mixed with these
     configs = load({} if recipe is None else _plain(recipe), values=[cleared, layer])
     if models and configs[0].run.stage is not None:
@@ -103,26 +115,61 @@ def distill(
             f"{role}: a model in memory is for a recipe without stages; save it, and give its folder", role
         )
     rows = {name: _in_memory(name, data, configs) for name, data in rows.items()}
-    functions = {"on_step": on_step, "on_eval": on_eval, "on_checkpoint": on_checkpoint}
     given = Given(models=models, rows=rows, optimizer=optimizer, scheduler=scheduler, **functions)
-    attention = {role: model.config._attn_implementation for role, model in models.items()}
+    before = [_restorer(model, role == "teacher") for role, model in models.items()]
+    if resume and "student" in models:
+        _check_resumed(configs[0].run.folder)
     try:
         with distributed.process_group(configs[0].train.timeout_minutes):
             pipeline.run(configs, resume, given)
     finally:
-        for role, model in models.items():
-            model.set_attn_implementation(attention[role])  # that of packed rows can do nothing else
+        for restore in before:
+            restore()
     results = [_result(config) for config in configs]
     stages = {config.run.stage: result for config, result in zip(configs, results, strict=True)}
     return dataclasses.replace(results[-1], stages={} if None in stages else stages)
 
 
+def _restorer(model: PreTrainedModel, is_teacher: bool) -> Callable[[], None]:
+    """What gives a model back its attention (that of packed rows can do nothing else), and a teacher its state."""
+    attention, is_training = model.config._attn_implementation, model.training
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+    def restore() -> None:
+        model.set_attn_implementation(attention)
+        if is_teacher:
+            model.train(is_training)
+            for parameter in trained:
+                parameter.requires_grad_(True)
+
+    return restore
+
+
+def _check_resumed(folder: pathlib.Path) -> None:
+    """Raises ConfigError where a run was begun with a student in memory, and has no checkpoint."""
+    if folder.exists() and not (folder / "final").exists() and Checkpoints(folder / "checkpoints", 1).newest() is None:
+        problem = "there is no checkpoint to resume from, and the student in memory may be trained already"
+        raise ConfigError(f"{folder}: {problem}: begin again, with it as it was, under another run.name")
+
+
+def _mapping(name: str, value: Any) -> dict:
+    if value is not None and not isinstance(value, Mapping):
+        raise ConfigError(f"{name} must be a mapping, got {str(value)[:60]}", name)
+    return dict(value or {})
+
+
 def _plain(value: Any) -> Any:
-    """The value as JSON would have it: paths become text, tuples lists."""
+    """The value as JSON would have it: paths, types and divergences become text, tuples lists."""
     if isinstance(value, Mapping):
         return {str(key): _plain(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(inner) for inner in value]
+    if isinstance(value, Divergence):
+        return str(value)
+    if isinstance(value, torch.dtype):
+        return str(value).removeprefix("torch.")
+    if isinstance(value, np.generic):
+        return value.item()
     return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
@@ -143,7 +190,11 @@ def _section(role: str, model: PreTrainedModel | Path | Mapping) -> dict:
     }.items():
         if is_there:
             raise ConfigError(f"{role}: the model {problem}, which only works with a path; {way_out}", role)
-    return {"config": json.loads(model.config.to_json_string(use_diff=False)), "path": None}
+    if role == "student" and not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ConfigError("student: none of its weights requires a gradient: nothing could be trained", role)
+    config = json.loads(model.config.to_json_string(use_diff=False))
+    config = {key: value for key, value in config.items() if key not in NOT_THE_MODEL}  # loading and saving change them
+    return {"config": config | {"architectures": [type(model).__name__]}, "path": None}
 
 
 def _name_of(student: PreTrainedModel) -> str:
@@ -155,6 +206,8 @@ def _name_of(student: PreTrainedModel) -> str:
 
 def _kept(tokenizer: PreTrainedTokenizerBase) -> str:
     """A folder with the tokenizer, named by its content: a resumed run finds the same one."""
+    if tokenizer.eos_token_id is None:
+        raise ConfigError("tokenizer: has no end token (eos_token), which every response needs", "tokenizer")
     root = cache_folder() / "tokenizers"
     root.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=root) as temporary:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import datasets
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -59,7 +60,7 @@ def test_objects_give_the_bits_of_files(folders, values, tmp_path):
     given = {"tokenizer": tokenizer, "train_dataset": ROWS, "eval_dataset": datasets.Dataset.from_list(ROWS[:5])}
     result = distill(student=student, teacher=teacher, **given, **values("objects"))
     assert not torch.equal(student.get_input_embeddings().weight, before), "trained in place"
-    assert not any(parameter.requires_grad for parameter in teacher.parameters())
+    assert all(parameter.grad is None for parameter in teacher.parameters())
 
     files = tmp_path / "train.jsonl", tmp_path / "dev.jsonl"
     for file, rows in zip(files, (ROWS, ROWS[:5]), strict=True):
@@ -94,6 +95,13 @@ def test_objects_give_the_bits_of_files(folders, values, tmp_path):
     assert paths.summary["dev_loss"] == result.summary["dev_loss"]
     again = distill(recipe, run={"name": "paths"}, resume=True)
     assert again == paths, "a finished run is not repeated"
+
+
+def test_values_of_other_types(folders, values):
+    shared = {"student": folders / "student", "teacher": folders / "teacher", "train_dataset": ROWS}
+    sections = values("types", loss=abkd_fast.AlphaBeta(0.2, 0.7))
+    sections["train"] = {**SMALL, "steps": np.int64(1), "dtype": torch.float64}
+    assert distill(**shared, **sections).summary["steps"] == 1
 
 
 def stream():
@@ -175,9 +183,6 @@ def test_own_optimizer_and_schedule(folders, values, fused):
     rates = [point["lr"] for point in result.history if point["kind"] == "train"]
     assert rates == pytest.approx([0.1 * (1 - step / 6) for step in range(6)])
 
-    class Stop(Exception):
-        pass
-
     def stop(folder):
         raise Stop
 
@@ -186,6 +191,83 @@ def test_own_optimizer_and_schedule(folders, values, fused):
         distill(**own, **sections, on_checkpoint=stop)
     again = distill(**own, **sections, resume=True)
     ours, theirs = (load_file(one.final / "model.safetensors") for one in (again, result))
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+
+
+class Stop(Exception):
+    pass
+
+
+def stop_at(step):
+    def on_step(point):
+        if point["step"] == step:
+            raise Stop
+
+    return on_step
+
+
+def test_models_in_memory_resume_and_stay_what_they_are(values):
+    """Saving and casting change a model's configuration; the teacher keeps its bits and what of it can be trained."""
+    whole = distill(
+        student=model(TIED),
+        teacher=model(GPT2, 1),
+        tokenizer=quickstart.tokenizer(),
+        train_dataset=ROWS,
+        **values("whole"),
+    )
+    student, teacher = model(TIED), model(GPT2, 1)
+    teacher.train()
+    bits = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
+    own = {"student": student, "teacher": teacher, "tokenizer": quickstart.tokenizer(), "train_dataset": ROWS}
+    sections = values("cut", checkpoint={"every_steps": 2})
+    with pytest.raises(Stop):
+        distill(**own, **sections, on_step=stop_at(4))
+    again = distill(**own, **sections, resume=True)
+    ours, theirs = (load_file(one.final / "model.safetensors") for one in (again, whole))
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+    distill(**own, **values("bfloat16", train={**SMALL, "steps": 1, "dtype": "bfloat16"}))
+    assert teacher.dtype == torch.float32
+    assert all(torch.equal(tensor, bits[name]) for name, tensor in teacher.state_dict().items())
+    assert teacher.training
+    assert all(parameter.requires_grad for parameter in teacher.parameters())
+
+
+def test_a_student_that_may_be_trained_already_does_not_begin_again(values):
+    own = {"student": model(TIED), "tokenizer": "quickstart", "train_dataset": ROWS, "method": "sft"}
+    with pytest.raises(Stop):
+        distill(**own, **values("begun"), on_step=stop_at(4))
+    with pytest.raises(ConfigError, match="there is no checkpoint to resume from, and the student in memory may be"):
+        distill(**own, **values("begun"), resume=True)
+
+
+@pytest.mark.parametrize("kind", ["kept", "lost"])
+def test_state_of_own_optimizers_and_schedules(folders, values, kind):
+    """What JSON keeps continues to the same bits; what it would change is refused."""
+
+    class Counting(torch.optim.SGD):
+        def step(self, closure=None):
+            for group in self.param_groups:
+                group["taken"] = group.get("taken", 0) + 1
+                group["lr"] /= group["taken"]
+            return super().step(closure)
+
+    schedules = torch.optim.lr_scheduler
+    own = {"student": folders / "student", "train_dataset": ROWS, "method": "sft"}
+    own["optimizer"] = lambda groups: Counting(groups, lr=0.5)
+    own["scheduler"] = lambda made, steps: (
+        schedules.MultiStepLR(made, [5]) if kind == "lost" else schedules.ConstantLR(made, 1.0)
+    )
+    sections = values("own", log={"every_steps": 1}, checkpoint={"every_steps": 2})
+    whole = distill(**own, **sections)
+    sections["run"] = {**sections["run"], "name": "cut"}
+    with pytest.raises(Stop):
+        distill(**own, **sections, on_step=stop_at(5))
+    if kind == "lost":
+        with pytest.raises(ConfigError, match="a checkpoint can't keep the state of this schedule"):
+            distill(**own, **sections, resume=True)
+        return
+    again = distill(**own, **sections, resume=True)
+    ours, theirs = (load_file(one.final / "model.safetensors") for one in (again, whole))
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
 
 
@@ -225,6 +307,12 @@ SAME = model(TIED)
         ({"teacher": "no/such/folder"}, "no such model folder"),
         ({"lr": 1e-4}, "lr: unknown key"),
         ({"optim": {"lr": -1}}, "the arguments: optim.lr is -1"),
+        ({"optim": {"lr": torch.tensor(1e-3)}}, "optim.lr must be a number"),
+        ({"data": "x"}, "data must be a mapping, got x"),
+        ({"on_step": 3}, "on_step is a int, expected a function"),
+        ({"optimizer": lambda groups: None}, "optimizer gave a NoneType"),
+        ({"optimizer": lambda groups: torch.optim.LBFGS(groups[0]["params"])}, "optimizer gave a LBFGS"),
+        ({"student": model(TIED).requires_grad_(False), "tokenizer": "quickstart"}, "none of its weights requires"),
     ],
 )  # fmt: skip
 def test_wrong_arguments(folders, values, change, message):

@@ -315,5 +315,5 @@ def _convert_list(hint: Any, value: Any, name: str) -> tuple:
 
 
 def _show(value: Any) -> str:
-    text = json.dumps(value)
+    text = json.dumps(value, default=str)
     return text if len(text) <= 60 else f"{text[:60]}…"

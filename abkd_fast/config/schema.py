@@ -153,7 +153,7 @@ class OptimConfig(Section):
                 raise ConfigError(f"{name} is {getattr(self, name)}, expected above 0", name)
         check_number("min_lr", self.min_lr, 0, self.lr)
         if self.warmup_ratio is not None and self.warmup_steps:
-            raise ConfigError("give either warmup_steps or warmup_ratio", "warmup_ratio")
+            raise ConfigError("warmup_ratio: there is warmup_steps, too; give one of the two", "warmup_ratio")
         super().__post_init__()
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ConfigError(f"betas are {list(self.betas)}, expected two numbers from 0 up to 1", "betas")

@@ -1,4 +1,4 @@
-"""Recipes in YAML, read by the core schema of YAML 1.2: `1e-4` is a number, and `off` is text."""
+"""Recipes in YAML, read about as YAML 1.2 says: `1e-4` is a number, and `off` is text."""
 
 import re
 from typing import Any
@@ -14,9 +14,12 @@ class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers: dict = {}  # noqa: RUF012 - PyYAML's own way
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
-        if self.check_event(yaml.AliasEvent):
-            name = self.peek_event().anchor
-            raise ConfigError(f"*{name}: what an alias stands for is not read; write it out, or take it from a base")
+        event = self.peek_event()
+        if isinstance(event, yaml.AliasEvent):
+            problem = "what an alias stands for is not read; write it out, or take it from a base"
+            raise ConfigError(f"*{event.anchor}: {problem}")
+        if event.tag not in (None, "!"):
+            raise ConfigError(f"line {event.start_mark.line + 1}: a tag ({event.tag}) is not read; leave it out")
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:

@@ -160,6 +160,7 @@ def _run(
     if batch_size < 1:
         raise ConfigError(f"batch_size is {batch_size}, expected at least 1")
     prompts = _check_prompts(prompts)
+    seeds = seeds.tolist() if hasattr(seeds, "tolist") else seeds  # of a tensor or an array
     if isinstance(seeds, int):
         seeds = response_seeds((seeds, place) for place in range(len(prompts)))
     if len(seeds) != len(prompts):

@@ -64,13 +64,14 @@ class DistillationTrainer(Trainer):
         """
         if (teacher is None) == (hidden_states is None):
             raise ConfigError("give either teacher, a model, or hidden_states, the folder of its cache")
+        if teacher is model:
+            raise ConfigError("model and teacher are one model, which can't be trained and frozen: load it twice")
         if isinstance(teacher, str):
             raise ConfigError(f"teacher is text ({teacher}), expected a model: AutoModelForCausalLM.from_pretrained")
         args = args or TrainingArguments("output")
         if args.gradient_checkpointing:  # layers that are computed again need the boundaries of the packed rows
             given = args.gradient_checkpointing_kwargs or {}
             args.gradient_checkpointing_kwargs = given | {"use_reentrant": False, "context_fn": recomputation}
-        self._signature_columns = ["input_ids", "labels", "attention_mask", "index"]
         self.divergence = parse(divergence) if isinstance(divergence, str) else divergence
         self.loss_options = {"divergence": self.divergence, "temperature": temperature, "hard_weight": hard_weight}
         self.folder = None if hidden_states is None else StatesFolder(str(hidden_states), KEY)
@@ -193,6 +194,6 @@ class DistillationTrainer(Trainer):
             self.student.entry = None
 
     def prediction_step(self, model: nn.Module, inputs: dict, *_: Any, **__: Any) -> tuple[Tensor, None, None]:
-        """The mean loss of a batch; there are no logits."""
+        """The mean loss of a batch, over its labels; there are no logits."""
         with torch.no_grad(), self.compute_loss_context_manager():
             return self.compute_loss(model, inputs).detach(), None, None

@@ -1,5 +1,6 @@
 """Hugging Face causal language models: load, check, split into body and output projection, save."""
 
+import copy
 import dataclasses
 import json
 import pathlib
@@ -230,7 +231,7 @@ def load(
     config: of the whole model.
     in_parts: the weights will be sharded over processes. They stay mapped from the disk in their files' type where
         possible, so that memory never holds more than a process's part.
-    given: a whole model in memory. It is used, not copied.
+    given: a whole model in memory. It is used, not copied, except for a teacher in another type.
 
     Raises ConfigError for weights that are missing, damaged or of another shape, for an adapter without a path, and for
     a sliding window where attention has none.
@@ -248,7 +249,7 @@ def load(
     quantization = quantized.read(spec, whole, key, dtype)
     placed = _placement(spec, quantization, device)
     if spec.path is None:
-        model = wrappers.from_config(whole, dtype=dtype) if given is None else given.to(dtype)
+        model = wrappers.from_config(whole, dtype=dtype) if given is None else _in_type(given, dtype, key)
         language = wrappers.language_model(model)
     else:
         if spec.has_adapter:
@@ -296,6 +297,11 @@ def load(
         causal_lm.can_compile = quantization.quantizer().is_compileable
     causal_lm.can_compile &= spec.device_map is None
     return causal_lm
+
+
+def _in_type(given: PreTrainedModel, dtype: torch.dtype, key: str) -> PreTrainedModel:
+    """A model in memory, in `dtype`. A teacher keeps its own bits: nobody could restore them."""
+    return (given if key == "student" or given.dtype == dtype else copy.deepcopy(given)).to(dtype)
 
 
 def _unread(model: PreTrainedModel, names: Iterable[str]) -> str | None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import pathlib
+import re
 import shutil
 from collections.abc import Iterator
 
@@ -9,18 +10,27 @@ import filelock
 
 from ..console import format_bytes
 from ..errors import ConfigError
-from .folder import StatesFolder
+from .folder import FILES, StatesFolder
+
+NAME = re.compile("[0-9a-f]{32}")  # a fingerprint
+WRITTEN = re.compile(
+    rf"({'|'.join(map(re.escape, ('index.json', *FILES)))})(\.\d+\.tmp)?|lock|states-[-0-9a-z]+\.safetensors"
+)
 
 
 def folders(root: pathlib.Path) -> list[pathlib.Path]:
-    """The folders of states in a cache folder, also of builds that were interrupted."""
+    """The folders of states in a cache folder, also of builds that were interrupted.
+
+    Each is named by a fingerprint and has nothing in it that this package doesn't write.
+    """
     if not root.is_dir():
         return []
     return sorted(path for path in root.iterdir() if path.is_dir() and not path.is_symlink() and _is_states(path))
 
 
 def _is_states(path: pathlib.Path) -> bool:
-    return (path / "index.json").is_file() or next(path.glob("states-*.safetensors"), None) is not None
+    names = {file.name for file in path.iterdir()}
+    return bool(NAME.fullmatch(path.name) and names and all(WRITTEN.fullmatch(name) for name in names))
 
 
 def disk_bytes(folder: pathlib.Path) -> int:
@@ -34,6 +44,8 @@ def disk_bytes(folder: pathlib.Path) -> int:
 
 def describe(root: pathlib.Path) -> Iterator[str]:
     """A line for each folder of states: its bytes on the disk, its name, whose states it has. Then the sum."""
+    if not root.is_dir():
+        raise ConfigError(f"list: {root} is no folder")
     found, total = folders(root), 0
     for folder in found:
         total += (size := disk_bytes(folder))

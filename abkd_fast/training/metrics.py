@@ -50,6 +50,7 @@ class RunLog:
         self.config, self.folder, self.steps, self.device = config, config.run.folder, steps, device
         self.done, self.elapsed, self.reports = done, elapsed, reports
         self.is_stopped = False
+        self.has_reports = distributed.all_reduce_max(len(reports)) > 0  # of some rank
         self.peak_flops = distributed.world_size() * (peak_flops(device) or 0)
         self.wandb = self.file = self.board = None
         self.bar = progress_bar("{task.fields[numbers]}", bar_width=6)  # everything then fits into 84 columns
@@ -166,6 +167,10 @@ class RunLog:
         if self.wandb:
             self.wandb.log({f"{kind}/{name}": value for name, value in values.items()}, step=step)
         self.report(kind, {"step": step, **values})
+
+    def ends_run(self) -> bool:
+        """Whether a function has ended the run. Collective."""
+        return self.has_reports and distributed.all_reduce_max(self.is_stopped) > 0
 
     def report(self, kind: str, value: object) -> None:
         """Tells the function for this kind, on rank 0."""

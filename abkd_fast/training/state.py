@@ -60,7 +60,8 @@ def state_dict(trainer: Trainer) -> tuple[dict[str, Tensor], dict]:
     tensors = {f"{group}/{name}": value for group, entries in groups.items() for name, value in entries.items()}
     values |= {
         "progress": dataclasses.asdict(trainer.state),
-        "scheduler": trainer.scheduler.state_dict(),
+        "scheduler": _kept(trainer.scheduler.state_dict()),
+        "groups": _kept(_groups(trainer)),
         "data": _fingerprints(trainer),
         "environment": _environment(trainer),
         "method": trainer.method.state_dict(),
@@ -68,6 +69,26 @@ def state_dict(trainer: Trainer) -> tuple[dict[str, Tensor], dict]:
     if trainer.rollouts:
         values["rollouts"] = trainer.rollouts.counts
     return tensors, values
+
+
+def _groups(trainer: Trainer) -> list[dict]:
+    """What an optimizer of the caller's own keeps for its groups of weights. In AdamW no step changes that."""
+    groups = trainer.optimizer.param_groups if trainer.given.optimizer else []
+    return [{key: value for key, value in group.items() if key != "params"} for group in groups]
+
+
+def _kept(values: object) -> object | None:
+    """The values, or None where JSON would change them, as it makes text of numbers that are keys."""
+    try:
+        return values if json.loads(json.dumps(values)) == _with_lists(values) else None
+    except (TypeError, ValueError):
+        return None
+
+
+def _with_lists(values: object) -> object:
+    if isinstance(values, dict):
+        return {key: _with_lists(value) for key, value in values.items()}
+    return [*map(_with_lists, values)] if isinstance(values, list | tuple) else values
 
 
 def load_state_dict(trainer: Trainer, tensors: dict[str, Tensor], values: dict) -> None:
@@ -89,7 +110,14 @@ def load_state_dict(trainer: Trainer, tensors: dict[str, Tensor], values: dict) 
         groups[group][name] = value
     trainer.window.load(groups["window"])
     trainer.state = TrainState(**values["progress"])
+    for key, name in (("scheduler", "schedule"), ("groups", "optimizer")):
+        if values.get(key, ()) is None:
+            problem = f"a checkpoint can't keep the state of this {name}"
+            raise ConfigError(f"{problem}, which JSON would change: begin again, or take another {name}")
     trainer.scheduler.load_state_dict(values["scheduler"])
+    for group, kept in zip(trainer.optimizer.param_groups, values.get("groups", ()), strict=False):
+        for key, value in kept.items():
+            group[key] = tuple(value) if isinstance(group.get(key), tuple) else value
     for group, lr in zip(trainer.optimizer.param_groups, trainer.scheduler.get_last_lr(), strict=True):
         group["lr"] = lr
     trainer.method.load_state_dict(values.get("method") or {})

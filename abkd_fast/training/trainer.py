@@ -200,7 +200,7 @@ class Trainer:
         waited, patience, reason = self.state.evaluations_since_best, self.config.eval.patience, "as asked"
         if patience is not None and waited >= patience:
             reason = f"the last {waited} evaluations were no better than one before"
-        elif not self.state.step or not self.given.reports or not distributed.all_reduce_max(self.log.is_stopped):
+        elif not self.state.step or not self.log.ends_run():
             return False
         self.data = dataclasses.replace(self.data, steps=self.state.step)
         console.print(f"ended after step {self.state.step}: {reason}")

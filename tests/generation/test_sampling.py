@@ -276,7 +276,8 @@ def test_positions_limit_responses():
 def test_prompts_and_seeds_of_other_kinds():
     model, settings = build(GPT2), SamplingParams(max_new_tokens=4)
     expected = sample(model, PROMPTS[:2], settings, response_seeds([(7, 0), (7, 1)]))
-    assert sample(model, PROMPTS[:2], settings, 7) == expected, "one seed for all"
+    for seeds in (7, np.int64(7), torch.tensor(7), torch.tensor([(7 << 32), (7 << 32) + 1])):
+        assert sample(model, PROMPTS[:2], settings, seeds) == expected, "one seed for all"
     assert sample(model, [torch.tensor(prompt) for prompt in PROMPTS[:2]], settings, 7) == expected
     assert sample(model, [np.array(prompt) for prompt in PROMPTS[:2]], settings, 7) == expected
     with pytest.raises(ConfigError, match="there are 3 seeds and 2 prompts"):

@@ -220,6 +220,10 @@ def test_labels_and_masks():
     batch = collate_rows([padded, {"input_ids": [1, 2, 3]}])
     assert batch["batch"].input_ids.tolist() == [[5, 6, 7, 1, 2, 3]]
     assert batch["labels"].tolist() == [6, 7, 2, 3]
+    with pytest.raises(ValueError, match="label 1 of a row is 9, and its token 2"):
+        collate_rows([{"input_ids": [1, 2, 3], "labels": [-100, 9, 3]}])
+    with pytest.raises(ValueError, match="2 labels and 3 tokens"):
+        collate_rows([{"input_ids": [1, 2, 3], "labels": [-100, 2]}])
     for row in ({"input_ids": [1, 2], "labels": [-100, -100]}, {"input_ids": [1]}):
         with pytest.raises(ValueError, match="has no token to train"):
             collate_rows([row])

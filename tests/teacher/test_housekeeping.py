@@ -18,6 +18,9 @@ def printed(capsys, *arguments):
 
 
 def test_list_and_clear(small, cache_folder, capsys, monkeypatch, tmp_path):
+    assert cache.main(["--list"]) == 2
+    assert f"list: {cache_folder} is no folder" in capsys.readouterr().err
+    cache_folder.mkdir()
     assert printed(capsys, "--list")[-1].endswith(f"0 in {cache_folder}")
     build(small)
     build(small, "cache.dtype=float8")
@@ -31,6 +34,9 @@ def test_list_and_clear(small, cache_folder, capsys, monkeypatch, tmp_path):
 
     (cache_folder / "mine").mkdir()
     (cache_folder / "mine" / "notes.txt").write_text("mine")
+    (cache_folder / ("0" * 32)).mkdir()
+    for name in ("index.json", "thesis.txt"):
+        (cache_folder / ("0" * 32) / name).write_text("{}")
     assert cache.main(["--clear", "mine"]) == 2
     assert "has no states mine" in capsys.readouterr().err
     assert printed(capsys, "--clear", names[0])[0].endswith(f"{names[0]} is removed")
@@ -40,6 +46,7 @@ def test_list_and_clear(small, cache_folder, capsys, monkeypatch, tmp_path):
     printed(capsys, "--clear")
     assert housekeeping.folders(cache_folder) == []
     assert (cache_folder / "mine" / "notes.txt").exists(), "nothing else is touched"
+    assert (cache_folder / ("0" * 32) / "thesis.txt").exists()
 
 
 def test_states_that_are_being_built_stay(small, cache_folder, capsys, monkeypatch):

@@ -32,7 +32,7 @@ def test_schedules():
         assert rates(10, schedule=name, warmup_ratio=0.2) == rates(10, schedule=name, warmup_steps=2)
         assert rates(10, schedule=name, warmup_ratio=0.2)[:3] == pytest.approx([0.0, 0.5, 1.0])
         assert rates(3, schedule=name, warmup_ratio=1.0) == pytest.approx([0.0, 1 / 3, 2 / 3, 1.0])
-    with pytest.raises(ConfigError, match="either warmup_steps or warmup_ratio"):
+    with pytest.raises(ConfigError, match="warmup_ratio: there is warmup_steps, too"):
         OptimConfig(warmup_steps=2, warmup_ratio=0.1)
 
 
@@ -40,6 +40,18 @@ def test_equal_ends_of_a_line():
     config = OptimConfig(lr=0.5, min_lr=0.5, schedule="linear")
     optimizer = torch.optim.AdamW([torch.zeros(1, requires_grad=True)], lr=0.5)
     assert build_scheduler(config, optimizer, 4).get_last_lr() == [0.5]
+
+
+def test_rates_of_an_optimizer_of_ones_own():
+    """They may lie below optim.min_lr: no rate rises then."""
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1e-6)
+    for schedule in ("linear", "cosine"):
+        config = OptimConfig(lr=1e-3, min_lr=1e-4, schedule=schedule)
+        scheduler = build_scheduler(config, optimizer, 3)
+        for _ in range(3):
+            optimizer.step()
+            scheduler.step()
+            assert scheduler.get_last_lr() == pytest.approx([1e-6])
 
 
 WORSE = {"optim": {"lr": 3.0, "schedule": "constant"}, "eval": {"every_steps": 2, "patience": 2}}  # it diverges at once
