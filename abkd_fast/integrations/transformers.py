@@ -16,7 +16,7 @@ from ..losses.arguments import shared_vocabulary
 from ..losses.divergences import Divergence, parse
 from ..losses.fused_linear import fused_linear_divergence
 from ..models import forms, loading
-from ..models.attention import NAME, recomputation
+from ..models.attention import NAME
 from ..models.causal_lm import CausalLM
 from ..models.padded import pad
 from ..teacher.folder import StatesFolder
@@ -69,9 +69,6 @@ class DistillationTrainer(Trainer):
         if isinstance(teacher, str):
             raise ConfigError(f"teacher is text ({teacher}), expected a model: AutoModelForCausalLM.from_pretrained")
         args = args or TrainingArguments("output")
-        if args.gradient_checkpointing:  # layers that are computed again need the boundaries of the packed rows
-            given = args.gradient_checkpointing_kwargs or {}
-            args.gradient_checkpointing_kwargs = given | {"use_reentrant": False, "context_fn": recomputation}
         self.divergence = parse(divergence) if isinstance(divergence, str) else divergence
         self.loss_options = {"divergence": self.divergence, "temperature": temperature, "hard_weight": hard_weight}
         self.folder = None if hidden_states is None else StatesFolder(str(hidden_states), KEY)
@@ -83,6 +80,9 @@ class DistillationTrainer(Trainer):
         self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = True  # the sum over labels, divided once
         self.student = self._form(self.model, "model")
         self.teacher = self._cached() if self.folder else Teacher(self._form(teacher.to(args.device), "teacher"))
+        if args.gradient_checkpointing and not getattr(self.student, "passes_options", True):
+            problem = f"layers of a {self.student.causal_lm.config.model_type} model don't know packed rows when they"
+            raise ConfigError(f"gradient_checkpointing: {problem} are computed again; use abkd_fast.distill")
         theirs = self.teacher.weight if self.folder else self.teacher.model.head.weight
         shared_vocabulary(len(self.student.head.weight), len(theirs))
 
@@ -143,10 +143,7 @@ class DistillationTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, dict]:
-        """The divergence, summed over the batch's labels and divided by num_items_in_batch (None: their number).
-
-        `train` and `evaluate` call it. Outside of these call it within `_packed`, and backward, too.
-        """
+        """The divergence, summed over the batch's labels and divided by num_items_in_batch (None: their number)."""
         batch = inputs["batch"].to(self.args.device)
         count = len(batch.labels) if num_items_in_batch is None else num_items_in_batch
         loss = self._sum(model, batch) / count
@@ -158,6 +155,8 @@ class DistillationTrainer(Trainer):
         """The loss is computed where the model calls its output projection: sharded weights are gathered there."""
         if self.folder and not all("index" in sample for sample in batch.samples):
             raise ConfigError(f"{KEY} has the states of train_dataset alone: other rows need teacher, a model")
+        if self.student.form == "packed" and self.student.causal_lm.config._attn_implementation != NAME:
+            raise RuntimeError("compute_loss works within train, evaluate and predict alone")
         states, losses = self.teacher.linear_head(batch), []
         input_ids, places = batch.input_ids, batch.positions
         if self.student.form == "padded":

@@ -157,6 +157,13 @@ def test_recomputed_layers_give_the_same_gradients(arguments):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
+def test_losses_outside_of_training_are_refused(arguments):
+    """The model's own attention would not know where a packed row begins."""
+    trainer = DistillationTrainer(build("llama"), arguments(), teacher=build("llama", 1), train_dataset=rows())
+    with pytest.raises(RuntimeError, match="within train, evaluate and predict alone"):
+        trainer.compute_loss(trainer.model, collate_rows([*rows(2)]))
+
+
 def test_adapters(arguments, tmp_path):
     torch.manual_seed(5)
     student = peft.get_peft_model(build("llama"), peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
