@@ -72,6 +72,10 @@ def test_states_that_one_rank_cannot_read_are_read_by_none(context, tmp_path, ar
     ranks = Ranks(context, tmp_path, 2, arguments("ddp", "ddp"), prepare=unreadable_on_rank_1)
     assert ranks.wait() == [0, 0], ranks.output()
     assert ranks.output()[0].count("runs in every step (") == 2
+
+
+@pytest.mark.slow
+def test_states_that_one_rank_cannot_read_where_the_mode_insists(context, tmp_path, arguments):  # noqa: F811
     ranks = Ranks(context, tmp_path, 2, arguments("disk", "ddp", cache={"mode": "disk"}), prepare=unreadable_on_rank_1)
     assert ranks.wait() == [2, 2], ranks.output()
     assert "No such file or directory; choose another" in "".join(ranks.output())

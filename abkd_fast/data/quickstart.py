@@ -4,6 +4,7 @@ Each answer has several wordings, chosen at random, as people do. A teacher know
 single row doesn't.
 """
 
+import copy
 import functools
 import random
 from collections.abc import Iterator
@@ -112,9 +113,16 @@ def _task(generator: random.Random) -> tuple[str, str, list[str]]:
     return "Write a sentence with the two words.", f"{word}, {color}", wordings
 
 
-@functools.cache
 def tokenizer() -> PreTrainedTokenizerBase:
-    """A byte-level BPE tokenizer, trained on the tasks. Training takes a second."""
+    """A byte-level BPE tokenizer, trained on the tasks. Training takes a second, once.
+
+    Each caller gets its own: a run changes the chat template and the begin token of its tokenizer.
+    """
+    return copy.deepcopy(_trained_tokenizer())
+
+
+@functools.cache
+def _trained_tokenizer() -> PreTrainedTokenizerBase:
     texts = ((PROMPT_WITH_INPUT if row["input"] else PROMPT).format(**row) + row["output"] for row in rows("train"))
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -1,6 +1,5 @@
 """Tokenizers of models: read, given a chat template, kept for later, compared; and the tokens that end a response."""
 
-import copy
 import json
 import pathlib
 from collections.abc import Callable
@@ -20,7 +19,7 @@ from ..files import is_local_path
 def read_tokenizer(path: str, key: str) -> PreTrainedTokenizerBase:
     """A tokenizer; "quickstart" is that of the generated tasks. Raises ConfigError where there is none."""
     if path == "quickstart":
-        return copy.deepcopy(quickstart.tokenizer())  # runs may change theirs
+        return quickstart.tokenizer()
     folder = pathlib.Path(path)
     if folder.is_dir() and not any([*folder.glob(f"{kind}*")] for kind in ("tokenizer", "vocab", "spiece")):
         raise ConfigError(f"{key}: {path} is a folder without a tokenizer; name another as tokenizer")

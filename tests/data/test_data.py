@@ -248,3 +248,11 @@ def test_held_out_tasks_are_none_of_the_other_splits():
     assert all(isinstance(row["output"], list) for row in held_out)
     for split in others:
         assert held_out[:100] != split[:100]
+
+
+def test_each_caller_has_its_own_tokenizer():
+    """Runs change theirs; a later one in the same process must not see that."""
+    changed, size = quickstart.tokenizer(), len(quickstart.tokenizer())
+    changed.add_tokens(["<new>"])
+    changed.chat_template = "none"
+    assert (len(quickstart.tokenizer()), quickstart.tokenizer().chat_template) == (size, None)
