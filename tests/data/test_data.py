@@ -67,14 +67,11 @@ def test_chat_template(write_jsonl):
         "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
         "{% if add_generation_prompt %}assistant: {% endif %}"
     )
-    try:
-        messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
-        sample = tokenized(read_rows(write_jsonl([{"messages": messages}])))[0]
-        text = tokenizer.decode(sample["input_ids"])
-        assert text == "user: Hi\nassistant: Hello<end>"
-        assert tokenizer.decode(sample["input_ids"][: sample["spans"][0]]) == "user: Hi\nassistant: "
-    finally:
-        tokenizer.chat_template = None
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    sample = tokenize(read_rows(write_jsonl([{"messages": messages}])), tokenizer, 64).dataset[0]
+    text = tokenizer.decode(sample["input_ids"])
+    assert text == "user: Hi\nassistant: Hello<end>"
+    assert tokenizer.decode(sample["input_ids"][: sample["spans"][0]]) == "user: Hi\nassistant: "
 
 
 def test_long_prompts_are_left_out_and_long_sequences_counted(write_jsonl):
