@@ -224,7 +224,7 @@ def test_losses_and_files_are_those_of_one_process(context, tmp_path, recipe, al
             assert (cache_folder / path.parent.name / path.name).read_bytes() == path.read_bytes()
 
 
-@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
+@pytest.mark.parametrize("mode", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
 def test_likelihoods_are_those_of_one_process(context, tmp_path, recipe, capsys, mode):
     stages = {cache: {"cache": {"mode": cache}} for cache in ("off", "disk")}
     values = {"stages": stages, "method": "kd", "loss": "fkl"}
