@@ -210,15 +210,16 @@ def _kept(tokenizer: PreTrainedTokenizerBase) -> str:
         raise ConfigError("tokenizer: has no end token (eos_token), which every response needs", "tokenizer")
     root = cache_folder() / "tokenizers"
     root.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=root) as temporary:
-        tokenizer.save_pretrained(temporary)
-        digest = hashlib.sha256()
-        for file in sorted(pathlib.Path(temporary).rglob("*")):
-            if file.is_file():
-                digest.update(file.name.encode() + b"\0" + file.read_bytes())
-        folder = root / digest.hexdigest()[:32]
-        if not folder.exists():
-            shutil.copytree(temporary, folder, dirs_exist_ok=True)
+    temporary, digest = pathlib.Path(tempfile.mkdtemp(dir=root)), hashlib.sha256()
+    tokenizer.save_pretrained(temporary)
+    for file in sorted(temporary.rglob("*")):
+        if file.is_file():
+            digest.update(file.name.encode() + b"\0" + file.read_bytes())
+    folder = root / digest.hexdigest()[:32]
+    try:
+        temporary.rename(folder)  # whole or not at all: other processes do the same
+    except OSError:  # it is there already
+        shutil.rmtree(temporary)
     return str(folder)
 
 

@@ -49,11 +49,9 @@ def choose_dtype(wish: str, device: torch.device, section: str = "") -> torch.dt
 
 
 def device_name(device: torch.device) -> str:
-    return (
-        torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"CPU, {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"
-    )
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {(count := torch.get_num_threads())} thread{'s' * (count > 1)}"
 
 
 def cpu_name() -> str:

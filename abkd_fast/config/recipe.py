@@ -257,14 +257,13 @@ def _build(cls: type, values: Any, prefix: str = "") -> Any:
 
 
 def _other_place(key: str, prefix: str) -> str | None:
-    """A hint for a message: the section that has a key which was not given in one."""
-    hints = typing.get_type_hints(Config)
-    sections = {name: next((c for c in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(c)), None)
-                for name, hint in hints.items()}  # fmt: skip
-    having = [
-        name for name, cls in sections.items() if cls and key in {field.name for field in dataclasses.fields(cls)}
-    ]
-    return f"; did you mean {' or '.join(f'{name}.{key}' for name in having)}?" if having and not prefix else None
+    """A hint for a message: the sections that have a key which was given outside of them."""
+    having = []
+    for name, hint in typing.get_type_hints(Config).items() if not prefix else ():
+        section = next((kind for kind in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(kind)), None)
+        if section and key in {field.name for field in dataclasses.fields(section)}:
+            having.append(f"{name}.{key}")
+    return f"; did you mean {' or '.join(having)}?" if having else None
 
 
 def _convert(hint: Any, value: Any, name: str) -> Any:

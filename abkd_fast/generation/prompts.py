@@ -9,7 +9,7 @@ from ..data.rows import Row
 from ..data.tokenize import encode_prompts
 from ..models import loading, tokenizers
 from .answers import Generator
-from .sampling import response_seeds, sample
+from .sampling import response_seeds
 
 
 def answer(
@@ -41,6 +41,5 @@ def answer(
         answers[number] = model.tokenizer.decode(ids, skip_special_tokens=True)
 
     with model.loaded(pathlib.Path("the answer")):
-        seeds = response_seeds((seed, index) for index in range(len(prompts)))
-        sample(model.model, prompts, model.sampling, seeds, batch_size, keep)
+        model.generate(prompts, response_seeds((seed, index) for index in range(len(prompts))), keep, "answers")
     return answers

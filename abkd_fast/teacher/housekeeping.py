@@ -29,7 +29,10 @@ def folders(root: pathlib.Path) -> list[pathlib.Path]:
 
 
 def _is_states(path: pathlib.Path) -> bool:
-    names = {file.name for file in path.iterdir()}
+    try:
+        names = {file.name for file in path.iterdir()}
+    except OSError:  # it can't be read
+        return False
     return bool(NAME.fullmatch(path.name) and names and all(WRITTEN.fullmatch(name) for name in names))
 
 

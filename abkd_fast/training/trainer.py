@@ -183,9 +183,8 @@ class Trainer:
                 started, lr = time.perf_counter(), self.scheduler.get_last_lr()[0]
                 batch = self.select_batch(batch)
                 self.state.step += 1
-                flops = costs.step_flops(
-                    batch, self.costs, self.teachers, self.method
-                )  # before the step, which gives samples their teacher's hidden states
+                # Before the step, which gives samples their teacher's hidden states.
+                flops = costs.step_flops(batch, self.costs, self.teachers, self.method)
                 with self.likelihoods.measured(batch):
                     loss, norm, parts = self.train_step(batch)
                 self.window.add(self.state.step, loss, norm, parts, batch, flops)
@@ -251,8 +250,9 @@ class Trainer:
         norm = torch.nn.utils.clip_grad_norm_(self.student.parameters(), self.config.optim.clip_norm)
         norm = distributed.full_tensor(norm)
         is_good = is_finite(total, norm)
-        if getattr(self.optimizer, "_step_supports_amp_scaling", False):  # fused: it reads this on the device, and
-            self.optimizer.found_inf = (~is_good).float()  # where it is 1, weights, moments and step counts stay
+        if getattr(self.optimizer, "_step_supports_amp_scaling", False):
+            # A fused optimizer reads this on the device: where it is 1, weights, moments and step counts stay.
+            self.optimizer.found_inf = (~is_good).float()
             self.optimizer.step()
         elif is_good:
             self.optimizer.step()
