@@ -1,30 +1,29 @@
 """Distillation within transformers' Trainer: its loop, schedules, callbacks and accelerate, with these losses."""
 
 import contextlib
+import dataclasses
 import pathlib
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import datasets
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers.trainer_utils import EvalLoopOutput
 
-from ..data.batches import Batch
+from ..data.batches import Batch, count_labels
 from ..errors import ConfigError
 from ..losses.arguments import shared_vocabulary
 from ..losses.divergences import Divergence, parse
 from ..losses.fused_linear import fused_linear_divergence
-from ..models import forms, loading
 from ..models.attention import NAME
-from ..models.causal_lm import CausalLM
-from ..models.padded import pad
+from ..models.experts import Experts, loss_weight
+from ..models.padded import pad, token_mask
 from ..teacher.folder import StatesFolder
-from ..teacher.shards import Rows
-from ..teacher.teacher import CachedTeacher, Teacher
+from ..teacher.teacher import Teacher
+from .models import entered, form_of, packed_attention
 from .rows import collate_rows
-
-KEY = "hidden_states"
+from .states import KEY, cached_teacher, find_states
 
 
 class DistillationTrainer(Trainer):
@@ -73,13 +72,18 @@ class DistillationTrainer(Trainer):
         self.loss_options = {"divergence": self.divergence, "temperature": temperature, "hard_weight": hard_weight}
         self.folder = None if hidden_states is None else StatesFolder(str(hidden_states), KEY)
         if self.folder is not None:
-            self.places, train_dataset = self._find(train_dataset)
+            places, train_dataset = find_states(self.folder, train_dataset)
         options.setdefault("data_collator", collate_rows)
         super().__init__(model, args, train_dataset=train_dataset, **options)
         self._signature_columns = ["input_ids", "labels", "attention_mask", "index"]
         self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = True  # the sum over labels, divided once
-        self.student = self._form(self.model, "model")
-        self.teacher = self._cached() if self.folder else Teacher(self._form(teacher.to(args.device), "teacher"))
+        self.student = form_of(self.model, "model", args.device)
+        if router_weight := loss_weight(self.student.causal_lm, None, "model"):
+            self.student.experts = Experts(self.student.causal_lm, router_weight)
+        if self.folder:
+            self.teacher = cached_teacher(self.folder, places, self.student.head.weight.dtype, args.device)
+        else:
+            self.teacher = Teacher(form_of(teacher.to(args.device), "teacher", args.device))
         if args.gradient_checkpointing and not getattr(self.student, "passes_options", True):
             problem = f"layers of a {self.student.causal_lm.config.model_type} model don't know packed rows when they"
             raise ConfigError(f"gradient_checkpointing: {problem} are computed again; use abkd_fast.distill")
@@ -88,53 +92,35 @@ class DistillationTrainer(Trainer):
 
     def train(self, *arguments: Any, **options: Any) -> Any:
         """Trains. Afterwards both models have their own attention again, and can be used for anything."""
+        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            # `evaluate` leaves this mark, with which accelerate would not wrap the model in DDP.
+            vars(self.model).pop("_is_accelerate_prepared", None)
         with self._packed():
             return super().train(*arguments, **options)
 
-    def evaluation_loop(self, *arguments: Any, **options: Any) -> Any:
+    def evaluation_loop(self, *arguments: Any, metric_key_prefix: str = "eval", **options: Any) -> EvalLoopOutput:
+        """The metric `loss` is the mean over all labels."""
+        self.sums = torch.zeros(2, dtype=torch.float64, device=self.args.device)
         with self._packed():
-            return super().evaluation_loop(*arguments, **options)
+            output = super().evaluation_loop(*arguments, metric_key_prefix=metric_key_prefix, **options)
+        total, count = self.sums.tolist()
+        if count:
+            output.metrics[f"{metric_key_prefix}_loss"] = total / count
+        return output
 
-    @contextlib.contextmanager
-    def _packed(self) -> Iterator[None]:
-        """A context in which the models read packed rows, also where backward computes layers again."""
-        forms = [self.student, *([] if self.folder else [self.teacher.model])]
-        models = [form.causal_lm for form in forms if form.form == "packed"]
-        before = [model.config._attn_implementation for model in models]
-        for model in models:
-            model.set_attn_implementation(NAME)
-        try:
-            yield
-        finally:
-            for model, name in zip(models, before, strict=True):
-                model.set_attn_implementation(name)
+    def _packed(self) -> contextlib.AbstractContextManager:
+        return packed_attention([self.student, *([] if self.folder else [self.teacher.model])])
 
-    def _form(self, model: nn.Module, key: str) -> CausalLM:
-        """The model, packed if that computes the same. Raises ConfigError where it is right in no form."""
-        inner = model if isinstance(model, PreTrainedModel) else model.get_base_model()
-        loading.fuse_activations(inner)
-        before = inner.config._attn_implementation
-        form = forms.choose(inner.config, key, self.args.device).build(model, key)
-        inner.set_attn_implementation(before)
-        return form
-
-    def _find(self, rows: datasets.Dataset | None) -> tuple[Any, datasets.Dataset]:
-        """The places of the rows' states, and the rows with the number of each."""
-        if not isinstance(rows, datasets.Dataset):
-            raise ConfigError(f"{KEY}: train_dataset is a {type(rows).__name__}, expected a datasets.Dataset")
-        packed = (collate_rows([row])["batch"].samples[0] for row in rows)
-        samples = datasets.Dataset.from_list([*packed])
-        self.folder.check()
-        places = self.folder.find(samples, lambda index: f"train_dataset row {index + 1}", {})
-        self.folder.verify()
-        return places, rows.add_column("index", [*range(len(rows))])
-
-    def _cached(self) -> CachedTeacher:
-        folder, dtype = self.folder, self.student.head.weight.dtype
-        shape = loading.meta_model(loading.read_config(str(folder.folder))).get_output_embeddings().weight.shape
-        head = tuple(None if part is None else part.to(self.args.device) for part in folder.head(shape, dtype))
-        rows = Rows(folder.shards.map(), dtype)
-        return CachedTeacher(rows, self.places, folder.samples, head, folder.logit_map, (folder.seconds, 0.0))
+    def get_batch_samples(self, *arguments: Any) -> tuple[list[dict], Tensor | int | None]:
+        """Also notes the share of each batch in the step's tokens, which the loss of routers is weighted by."""
+        batches, count = super().get_batch_samples(*arguments)
+        if self.student.experts:
+            tokens = torch.tensor([inputs["batch"].tokens for inputs in batches], device=self.args.device)
+            is_mean_of_all = self.args.average_tokens_across_devices
+            total = (self.accelerator.gather(tokens.sum()) if is_mean_of_all else tokens).sum()
+            for inputs, share in zip(batches, (tokens / total).tolist(), strict=True):
+                inputs["batch"] = dataclasses.replace(inputs["batch"], token_share=share)
+        return batches, count
 
     def compute_loss(
         self,
@@ -143,56 +129,53 @@ class DistillationTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, dict]:
-        """The divergence, summed over the batch's labels and divided by num_items_in_batch (None: their number)."""
+        """The divergence, summed over the batch's labels and divided by num_items_in_batch (None: their number).
+
+        In training, and where the configuration asks for it, also the auxiliary loss of routers.
+        """
         batch = inputs["batch"].to(self.args.device)
         count = len(batch.labels) if num_items_in_batch is None else num_items_in_batch
-        loss = self._sum(model, batch) / count
+        loss = self._losses(model, batch, "sum") / count
+        experts = self.student.experts
+        if experts and (router_loss := experts.take_loss()) is not None:
+            loss = loss + experts.loss_weight * router_loss * (batch.token_share / batch.tokens)
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
-            loss = loss * self.accelerator.num_processes
+            loss = loss * self.accelerator.num_processes  # gradients are averaged over the processes
         return (loss, {}) if return_outputs else loss
 
-    def _sum(self, model: nn.Module, batch: Batch) -> Tensor:
-        """The loss is computed where the model calls its output projection: sharded weights are gathered there."""
+    def _losses(self, model: nn.Module, batch: Batch, reduction: str) -> Tensor:
+        """The sum of the losses of the batch's labels, or each of them [N]."""
         if self.folder and not all("index" in sample for sample in batch.samples):
             raise ConfigError(f"{KEY} has the states of train_dataset alone: other rows need teacher, a model")
         if self.student.form == "packed" and self.student.causal_lm.config._attn_implementation != NAME:
             raise RuntimeError("compute_loss works within train, evaluate and predict alone")
         states, losses = self.teacher.linear_head(batch), []
-        input_ids, places = batch.input_ids, batch.positions
+        input_ids, places, device = batch.input_ids, batch.positions, self.args.device
         if self.student.form == "padded":
-            input_ids, places = (tensor.to(self.args.device) for tensor in pad(batch.samples))
+            input_ids, places = (tensor.to(device) for tensor in pad(batch.samples))
 
-        def loss_of(hidden: Tensor) -> None:
+        def loss_of(hidden: Tensor) -> Tensor:
             own = self.student.linear_head(hidden.flatten(0, 1).index_select(0, places))
             heads = own.arguments("student") | states.arguments("teacher")
-            losses.append(fused_linear_divergence(**heads, labels=batch.labels, reduction="sum", **self.loss_options))
+            options = {"labels": batch.labels, "reduction": reduction, **self.loss_options}
+            losses.append(fused_linear_divergence(**heads, **options))
+            return losses[0].sum()
 
-        with self._entered(model, loss_of) as outputs:
+        with entered(self.student, model, loss_of) as outputs:
             if self.student.form == "packed":
                 self.student.run_body(input_ids, batch.position_ids, batch.cu_seqlens, batch.max_seqlen)
             else:
-                self.student.run(input_ids=input_ids)
+                self.student.run(token_mask(batch.samples).to(device), input_ids=input_ids)
         (loss,) = losses
         return loss + 0.0 * outputs[0].sum()  # hooks on the outputs of a wrapped model run in backward, too
 
-    @contextlib.contextmanager
-    def _entered(self, model: nn.Module, loss_of: Callable[[Tensor], None]) -> Iterator[list[Tensor]]:
-        """A context in which the student runs by way of `model`, which may wrap it, and tells its hidden states."""
-        outputs, head = [], self.student.head
-
-        def call(**inputs: Any) -> None:
-            keep = head.forward
-            head.forward = lambda hidden: (loss_of(hidden), keep(hidden))[1]
-            outputs.append(model(**inputs).logits)
-            head.forward = keep
-
-        self.student.entry = call
-        try:
-            yield outputs
-        finally:
-            self.student.entry = None
-
-    def prediction_step(self, model: nn.Module, inputs: dict, *_: Any, **__: Any) -> tuple[Tensor, None, None]:
-        """The mean loss of a batch, over its labels; there are no logits."""
+    def prediction_step(self, model: nn.Module, inputs: dict, *_: Any, **__: Any) -> tuple[None, None, None]:
+        """Adds the losses and the number of labels of the batch's rows to the sums. There are no logits."""
+        counts = [*map(count_labels, inputs["batch"].samples)]
         with torch.no_grad(), self.compute_loss_context_manager():
-            return self.compute_loss(model, inputs).detach(), None, None
+            losses = self._losses(model, inputs["batch"].to(self.args.device), "none")
+        sums = torch.stack([row.double().sum() for row in losses.split(counts)])
+        rows = torch.stack([sums, torch.tensor(counts).to(sums)], dim=1)
+        # All processes have equally many rows. Those that fill up the last batch don't count.
+        self.sums = self.sums + self.accelerator.gather_for_metrics(rows).sum(0)
+        return None, None, None

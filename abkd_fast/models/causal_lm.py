@@ -114,7 +114,7 @@ class CausalLM(nn.Module):
         try:
             with self._without_casts() if self.head.weight.is_cuda else contextlib.nullcontext():
                 if self.experts and self.model.training and torch.is_grad_enabled():
-                    self.experts.run(self.causal_lm, is_token, inputs)
+                    self.experts.run(self.entry or self.causal_lm, is_token, inputs)
                 else:
                     (self.entry or self.causal_lm)(use_cache=False, **inputs)
         finally:

@@ -2,7 +2,7 @@
 
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -57,7 +57,7 @@ class Experts:
             module.register_buffer("abkd_tokens", tokens, persistent=False)
             module.register_forward_pre_hook(_count)
 
-    def run(self, model: PreTrainedModel, is_token: Tensor | None, inputs: dict[str, Any]) -> None:
+    def run(self, model: Callable[..., Any], is_token: Tensor | None, inputs: dict[str, Any]) -> None:
         """The model's own forward pass. Notes tokens and loss. is_token: [B, L], 0 at padding; None: there is none."""
         global _is_token
         if self.loss_weight:

@@ -28,7 +28,7 @@ class PaddedCausalLM(CausalLM):
             samples = [batch.samples[index] for index in group]
             input_ids, places = pad(samples)
             input_ids = input_ids.to(batch.input_ids.device, non_blocking=True)
-            is_token = _is_token(samples).to(input_ids.device, non_blocking=True) if self.experts else None
+            is_token = token_mask(samples).to(input_ids.device, non_blocking=True) if self.experts else None
             states = self.run(is_token, input_ids=input_ids)  # [B, L, H]
             states = states.flatten(0, 1).index_select(0, places.to(states.device, non_blocking=True))
             parts |= zip(group, states.split([*map(count_labels, samples)]), strict=True)
@@ -60,7 +60,7 @@ def padded_tokens(lengths: list[int]) -> int:
     return sum(rows * length for rows, length in group_shapes(lengths))
 
 
-def _is_token(samples: list[dict]) -> Tensor:
+def token_mask(samples: list[dict]) -> Tensor:
     """[B, L]: 1 for the samples' tokens, 0 for the padding at their ends."""
     lengths = torch.tensor([len(sample["input_ids"]) for sample in samples])
     return (torch.arange(int(lengths.max())) < lengths[:, None]).long()
