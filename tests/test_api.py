@@ -325,12 +325,14 @@ def test_wrong_arguments(folders, values, change, message):
         distill(**arguments | change)
 
 
-@pytest.mark.parametrize("page", ["python-api", "losses-api", "transformers-trainer"])
+@pytest.mark.parametrize("page", ["python-api", "losses-api", "transformers-trainer", "trl"])
 def test_the_documents_programs(page, tmp_path, monkeypatch):
     """The Python of a page, from its top to its end, in one session."""
     page, names = DOCS / f"{page}.md", {"__name__": "notebook"}
     if not page.exists():
         pytest.skip("the documents are not there")
+    if page.stem == "trl":
+        pytest.importorskip("trl", reason="TRL is not installed")
     monkeypatch.chdir(tmp_path)
     programs = re.findall(r"^```python\n(.*?)^```$", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
     assert len(programs) > 1

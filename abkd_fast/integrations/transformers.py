@@ -9,6 +9,7 @@ import datasets
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import EvalLoopOutput
 
 from ..data.batches import Batch, count_labels
@@ -68,6 +69,12 @@ class DistillationTrainer(Trainer):
         if isinstance(teacher, str):
             raise ConfigError(f"teacher is text ({teacher}), expected a model: AutoModelForCausalLM.from_pretrained")
         args = args or TrainingArguments("output")
+        if args.n_gpu > 1:  # transformers would cut packed rows into pieces
+            raise ConfigError(
+                f"one process sees {args.n_gpu} GPUs: start one for each (torchrun), or show it one alone"
+            )
+        if is_deepspeed_zero3_enabled():
+            raise ConfigError("deepspeed: ZeRO stage 3 shards what the losses read; take stage 1 or 2, or FSDP")
         self.divergence = parse(divergence) if isinstance(divergence, str) else divergence
         self.loss_options = {"divergence": self.divergence, "temperature": temperature, "hard_weight": hard_weight}
         self.folder = None if hidden_states is None else StatesFolder(str(hidden_states), KEY)
