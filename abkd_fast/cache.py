@@ -76,7 +76,7 @@ def _taught_stage(stages: list[Config], name: str | None) -> Config:
     Raises ConfigError where there is no such stage, or no result of the stage that trains the teacher or writes the
     rows.
     """
-    from .pipeline import as_begun, resolve
+    from .stages import as_begun, resolve
 
     taught = [config for config in stages if config.is_taught]
     names = [config.run.stage for config in taught]

@@ -9,7 +9,7 @@ import os
 import pathlib
 import time
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -225,6 +225,19 @@ class MetricsWindow:
         self.max_rank_tokens += batch.max_rank_tokens
         self.tokens += sum(part.tokens for part in batch.micro_batches)
         self.flops += flops
+
+    def describe_nonfinite(self, step: int, where: Sequence[str]) -> str:
+        """The first step that was not finite, by its numbers and the rows behind its samples.
+
+        step: the last step of the window. where: names of all rows.
+        """
+        first, loss, norm = self.first_nonfinite.tolist()
+        numbers = {}
+        for row in sorted({*self.rows[int(first) - step - 1]}):
+            source, _, number = where[row].rpartition(" ")
+            numbers.setdefault(source, []).append(number)
+        samples = "; ".join(f"{source} {', '.join(numbers[source])}" for source in numbers)
+        return f"step {int(first)}: loss {loss:.4g}, gradient norm {norm:.4g}, samples {samples}"
 
     def add_expert_tokens(self, tokens: Tensor) -> None:
         """Adds a step's tokens of each expert, and sets them to 0."""
