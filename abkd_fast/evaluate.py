@@ -6,7 +6,7 @@ import pathlib
 from .cli import leave, run
 from .config.options import add_model_options, add_options, prompt_options
 from .config.sampling import OPTIONS, SamplingParams
-from .config.schema import SEEDS, EvalConfig
+from .config.training import SEEDS, EvalConfig
 from .errors import ConfigError
 
 

@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from abkd_fast.config.sampling import SamplingParams
-from abkd_fast.config.schema import TrainConfig
+from abkd_fast.config.training import TrainConfig
 from abkd_fast.data.batches import pack
 from abkd_fast.errors import ConfigError
 from abkd_fast.generation.sampling import sample

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 import harness
-from abkd_fast import pipeline
+from abkd_fast import pipeline, stages
 from abkd_fast.config.methods import WITHOUT_TEACHER, OnPolicyConfig
 from abkd_fast.config.recipe import load
 from abkd_fast.config.schema import Config
@@ -63,7 +63,7 @@ def evaluate(model: str, out: pathlib.Path, template: Config, rows: int | None) 
     """The scores of a model on the template's test sets, by their names."""
     places = {"device": template.train.device, "dtype": template.train.dtype, "tokenizer": template.tokenizer}
     with _log(out):
-        arguments = model, template.eval.sets, out, template.eval.seeds, pipeline.protocol(template)
+        arguments = model, template.eval.sets, out, template.eval.seeds, stages.protocol(template)
         return Evaluation(*arguments, rows=rows, **places).run()["sets"]
 
 
@@ -103,7 +103,7 @@ class Study:
         if options.stage not in configs:
             raise ConfigError(f"stage: {options.config} has no {options.stage}, only {', '.join(map(str, configs))}")
         self.earlier = [replace(config, eval={"sets": None}) for config in _needed(configs[options.stage], configs)]
-        self.template = template = replace(pipeline.resolve(configs[options.stage]), data={"pretrain": None})
+        self.template = template = replace(stages.resolve(configs[options.stage]), data={"pretrain": None})
         self.models = {"Teacher": template.teacher, "Initial student": template.student}
         self.rates = options.rates or [factor * template.optim.lr for factor in (0.5, 1.0, 2.0)]
         if not template.eval.sets:

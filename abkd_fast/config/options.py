@@ -11,7 +11,8 @@ import typing
 from collections.abc import Iterator
 
 from ..errors import ConfigError
-from .schema import Config, DataConfig, SamplingConfig, TrainConfig
+from .schema import Config, DataConfig, SamplingConfig
+from .training import TrainConfig
 
 
 def add_options(parser: argparse.ArgumentParser, section: type, *names: str, **defaults: object) -> None:

@@ -15,7 +15,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from .. import distributed
-from ..config.schema import SEEDS, SamplingConfig
+from ..config.schema import SamplingConfig
+from ..config.training import SEEDS
 from ..console import console
 from ..errors import ConfigError, check_number
 from ..files import check_writable, locked, write_json

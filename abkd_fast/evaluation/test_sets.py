@@ -10,7 +10,7 @@ from collections.abc import Callable
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from ..config.sampling import SamplingParams
-from ..config.schema import EvalConfig
+from ..config.training import EvalConfig
 from ..data import indexed_dataset
 from ..data.chat import PromptFormat
 from ..data.rows import DEV, Row, Rows, read_rows

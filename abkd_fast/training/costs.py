@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from ..config.schema import TrainConfig
+from ..config.training import TrainConfig
 from ..data.batches import Batch, StepBatch, count_labels, teacher_view
 from ..errors import ConfigError
 from ..generation import decoder, graphs

@@ -6,7 +6,7 @@ from torch.optim import LBFGS, AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_scheduler
 
-from ..config.schema import OptimConfig
+from ..config.training import OptimConfig
 from ..errors import ConfigError
 from ..models.causal_lm import CausalLM
 

@@ -159,6 +159,8 @@ class Trainer:
         """
         folder = self.config.run.folder
         with distributed.rank0_context(locked(folder)):
+            for line in dry_run.first_lines(self):
+                console.print(line)
             self.build()
             try:
                 distributed.run_on_rank0(write_json, folder / "config.json", self.config.to_dict())
@@ -314,7 +316,6 @@ class Trainer:
     def _log(self, lr: float) -> None:
         """Writes a point where it is due, over the steps since the last one."""
         step = self.state.step
-        self.log.advance(step)
         if step % self.config.log.every_steps == 0 or step == self.data.steps:
             self._check_finite()
             own = self.method.metrics()
@@ -324,10 +325,12 @@ class Trainer:
                 own = own | self.student.experts.load(self.window.all_expert_tokens())
             if skipped := self.window.write(self.log, step, lr, own):
                 self.state.skipped_steps += skipped
-                account = self._describe_nonfinite()
+                account = self.window.describe_nonfinite(step, self.data.where)
                 console.print(f"skipped {skipped} steps that were not finite, the first: {account}")
             self.window = MetricsWindow(self.device)
-        elif self._evaluation_is_due() and self.device.type == "cuda":
+            return
+        self.log.advance(step)
+        if self._evaluation_is_due() and self.device.type == "cuda":
             torch.cuda.synchronize()  # else the steps' time would count as the evaluation's
 
     def _check_finite(self) -> None:
@@ -335,20 +338,10 @@ class Trainer:
         if self.window.first_nonfinite[0].item() and self.config.train.on_nonfinite == "stop":
             self.saves.conclude()
             saved = f"last good checkpoint: {self.saves.saved}" if self.saves.saved else "there is no checkpoint yet"
+            account = self.window.describe_nonfinite(self.state.step, self.data.where)
             raise FloatingPointError(
-                f"{self._describe_nonfinite()}; {saved}; resume with train.on_nonfinite=skip, or begin again with "
-                "a lower optim.lr"
+                f"{account}; {saved}; resume with train.on_nonfinite=skip, or begin again with a lower optim.lr"
             )
-
-    def _describe_nonfinite(self) -> str:
-        """The first step of the window that was not finite: its numbers, and the rows behind its samples."""
-        step, loss, norm = self.window.first_nonfinite.tolist()
-        numbers = {}
-        for row in sorted({*self.window.rows[int(step) - self.state.step - 1]}):
-            source, _, number = self.data.where[row].rpartition(" ")
-            numbers.setdefault(source, []).append(number)
-        where = "; ".join(f"{source} {', '.join(numbers[source])}" for source in numbers)
-        return f"step {int(step)}: loss {loss:.4g}, gradient norm {norm:.4g}, samples {where}"
 
     def _after_step(self) -> None:
         """Evaluates and saves where that is due. Raises Interrupted after a signal."""

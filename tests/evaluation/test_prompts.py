@@ -15,7 +15,7 @@ from abkd_fast.data.chat import PromptFormat
 from abkd_fast.data.rows import read_rows
 from abkd_fast.data.tokenize import encode_prompts
 from abkd_fast.models import tokenizers
-from abkd_fast.pipeline import protocol
+from abkd_fast.stages import protocol
 from chains import CHATML, chat_tokenizer, save_chain_model
 from runs import Run
 from scoring import lines_of

@@ -5,7 +5,7 @@ from small_runs import GROUPED, recorded, sections
 from torch._dynamo.utils import counters
 
 from abkd_fast.models.packed import PackedCausalLM
-from abkd_fast.training.trainer import Trainer
+from abkd_fast.training.metrics import MetricsWindow
 from runs import RECIPE, Run
 
 GRAPHS = 2  # student and teacher, each of all its layers and for any number of tokens
@@ -18,7 +18,7 @@ def test_one_graph_a_model_for_all_layers_and_steps(tmp_path, monkeypatch):
     recipe["train"]["on_nonfinite"] = "skip"  # its numbers mean nothing
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setattr(PackedCausalLM, "check", lambda self: None)
-    monkeypatch.setattr(Trainer, "_describe_nonfinite", lambda self: "")
+    monkeypatch.setattr(MetricsWindow, "describe_nonfinite", lambda self, step, where: "")
     counters.clear()
     with card.watch_waits(), recorded() as steps:
         assert Run(tmp_path / "run", **recipe)() == 0

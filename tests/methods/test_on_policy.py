@@ -26,7 +26,7 @@ from abkd_fast.generation.answers import Answers
 from abkd_fast.methods import rollouts
 from abkd_fast.methods.distillm import DistiLLM
 from abkd_fast.methods.replay import ReplayBuffer
-from abkd_fast.pipeline import resolve
+from abkd_fast.stages import resolve
 from abkd_fast.teacher.teacher import Teacher
 from abkd_fast.training.trainer import Trainer
 from conftest import LLAMA

@@ -4,7 +4,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig
 
-from abkd_fast.config.schema import TrainConfig
+from abkd_fast.config.training import TrainConfig
 from abkd_fast.data.batches import pack
 from abkd_fast.generation import decoder
 from abkd_fast.generation.sampling import SamplingParams, sample, sample_mixture

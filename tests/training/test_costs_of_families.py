@@ -9,7 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
-from abkd_fast.config.schema import TrainConfig
+from abkd_fast.config.training import TrainConfig
 from abkd_fast.data.batches import pack
 from abkd_fast.models import forms, loading
 from abkd_fast.training import costs

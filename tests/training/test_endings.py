@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from abkd_fast.config.schema import OptimConfig
+from abkd_fast.config.training import OptimConfig
 from abkd_fast.errors import ConfigError
 from abkd_fast.training.optim import build_scheduler
 from runs import Run

@@ -1,0 +1,86 @@
+"""Whether a run's folder has the result of its configuration."""
+
+import dataclasses
+import itertools
+import json
+import pathlib
+from collections.abc import Iterator
+
+from .config.recipe import load
+from .config.sampling import OPTIONS
+from .config.schema import Config
+from .errors import ConfigError
+from .files import LOCK, check_folder, leftovers
+from .losses.divergences import AlphaNet, parse
+
+
+def is_finished(config: Config, resume: bool) -> bool:
+    """Whether this run has its result. Raises ConfigError where its folder can't be used, or needs --resume."""
+    folder = config.run.folder
+    if not folder.exists():
+        return False
+    if not (folder / "config.json").exists():
+        is_begun = folder.is_dir() and {*folder.iterdir()} <= {folder / LOCK, *leftovers(folder, "config.json.")}
+        check_folder(folder, resume and is_begun)
+        return False
+    finished = (folder / "final").exists()
+    if finished and not resume and not config.run.stage:
+        check_folder(folder)
+    if not finished and not resume:
+        raise ConfigError(f"{folder} exists, but was not finished: add --resume, or choose another run.name")
+    then = _read_config(folder / "config.json")
+    changed = "; ".join(_differences(_deciding(then.to_dict()), _deciding(config.to_dict())))
+    if changed:
+        way_out = "choose another run.name" if finished else "undo that to resume it, or choose another run.name"
+        raise ConfigError(f"{folder} is the result of another configuration ({changed}): {way_out}")
+    return finished
+
+
+def _read_config(path: pathlib.Path) -> Config:
+    """The configuration of a run. A value that an earlier version left out is what it meant then, not today's default.
+
+    It trained the last turn alone, without a begin token, and AlphaNet decided per micro-batch.
+    """
+    (then,) = load(str(path))
+    given = json.loads(path.read_text(encoding="utf-8-sig"))["data"]
+    meant = {"train_on": "last", "begin_token": False}
+    left_out = {key: value for key, value in meant.items() if key not in given}
+    loss = parse(then.loss)
+    if isinstance(loss, AlphaNet) and then.loss.count(",") < 2:
+        loss = dataclasses.replace(loss, per="batch")
+    return dataclasses.replace(then, loss=str(loss), data=dataclasses.replace(then.data, **left_out))
+
+
+def read_summary(folder: pathlib.Path) -> dict:
+    path = folder / "summary.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} can't be read ({error}): move {folder} aside to run it again") from None
+
+
+def _deciding(values: dict) -> dict:
+    """The values that a run's weights depend on. Paths within the folder of the runs become relative."""
+    root = pathlib.Path(values["run"].pop("dir"), values["run"]["name"])
+    models = [values["student"], values["teacher"] or {}, *(values["teachers"] or {}).values()]
+    for section, key in [*itertools.product(models, ("path", "adapter")), (values["data"], "train")]:
+        path = section.get(key)
+        if path is not None and pathlib.Path(path).is_relative_to(root):
+            section[key] = str(pathlib.Path(path).relative_to(root))
+    test_sampling = {*OPTIONS} - {"max_new_tokens"}  # responses to dev rows follow none of these
+    for section, key in (
+        *(("train", key) for key in ("on_nonfinite", "gradient_checkpointing", "parallel", "timeout_minutes")),
+        *(("eval", key) for key in ("sets", "seeds", "begin_token", *test_sampling)),
+    ):
+        values[section].pop(key, None)
+    exact = {"dtype": values["cache"]["dtype"]}
+    return {key: value for key, value in values.items() if key not in ("log", "checkpoint")} | {"cache": exact}
+
+
+def _differences(then: dict, now: dict, prefix: str = "") -> Iterator[str]:
+    for key in sorted({*then, *now}):
+        old, new = then.get(key), now.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            yield from _differences(old, new, f"{prefix}{key}.")
+        elif old != new:
+            yield f"{prefix}{key} was {json.dumps(old)}, is {json.dumps(new)}"
