@@ -8,7 +8,7 @@ import sys
 import torch
 from rich.table import Table
 
-from . import distributed
+from . import distributed, hub
 from .config.methods import WITHOUT_TEACHER
 from .config.models import ModelConfig
 from .config.schema import Config
@@ -34,8 +34,9 @@ def run(stages: list[Config], resume: bool = False, given: Given = NOTHING) -> l
     resume: continues a stage that was begun. Without it such a stage is an error.
     given: objects that stand for models and rows of the stages, and functions that training calls.
 
-    Raises ConfigError before any training, and what `Trainer.train` raises.
+    Raises ConfigError before any training, and what `Trainer.train` raises; Interrupted if a result can't be pushed.
     """
+    distributed.run_on_rank0(hub.check, stages, True)
     prepared = check_all(stages, given)
     stages = [resolve(config) for config in stages]
     for config in stages:
@@ -60,6 +61,8 @@ def run(stages: list[Config], resume: bool = False, given: Given = NOTHING) -> l
             if len(stages) == 1:
                 console.print(evaluation.table())
     distributed.run_on_rank0(_conclude, stages, summaries)
+    if any(config.run.push_to_hub for config in stages):
+        distributed.run_last_on_rank0(hub.push_stages, stages)
     return summaries
 
 
@@ -106,6 +109,7 @@ def _evaluate(config: Config, prepared: Prepared) -> Evaluation:
 
 def plan(stages: list[Config], resume: bool = False) -> None:
     """Prints what `run` would do. Loads no weights, writes no run folder. Raises ConfigError as `run` does."""
+    distributed.run_on_rank0(hub.check, stages, False)
     students: dict[str, ModelConfig] = {}  # by stage
     prompts: dict[str, str] = {}  # by stage, the rows that it answers
     for config, known in zip(stages, check_all(stages), strict=True):

@@ -98,7 +98,7 @@ class CheckpointWriter:
         distributed.run_on_all_ranks(writing.result)
 
     def save_model(self, folder: pathlib.Path, convert: Callable[[pathlib.Path], None]) -> None:
-        """Writes the model, with its tokenizer, into a new folder, and converts it there. Raises one of WRITE_ERRORS."""
+        """Writes the model and its tokenizer into a new folder, and converts it there. Raises one of WRITE_ERRORS."""
 
         def save(write_model: Callable[[pathlib.Path], None]) -> None:
             with atomic_folder(folder) as temporary:

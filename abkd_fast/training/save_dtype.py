@@ -1,4 +1,4 @@
-"""The type of the weights in final/: `run.save_dtype`. Checkpoints keep the type of training, so runs resume exactly."""
+"""The type of the weights in final/: `run.save_dtype`. Checkpoints keep that of training, so runs resume exactly."""
 
 import json
 import pathlib
