@@ -126,10 +126,15 @@ def test_what_would_fail_at_the_end_is_found_before_training(hub, tmp_path, caps
     assert hub.repositories == {}
 
 
-def test_a_dry_run_makes_no_repository(hub, tmp_path):
-    assert Run(tmp_path / "run", "run.push_to_hub=me/mine")("--dry-run") == 0
+def test_a_repository_is_made_when_training_begins(hub, tmp_path):
+    run = Run(tmp_path / "run", "run.push_to_hub=me/mine")
+    assert run("--dry-run") == 0
+    assert run("--set", "data.train=missing.jsonl") == 2
+    run.folder.mkdir()
+    (run.folder / "notes").touch()
+    assert run() == 2
     assert hub.repositories == {}
-    assert hub.requests == ["GET /api/whoami-v2"]
+    assert not any(request.startswith(("POST", "PUT")) for request in hub.requests)
 
 
 def test_stages_of_one_name_are_refused_and_one_stage_is_pushed(hub, tmp_path, capsys):
