@@ -13,6 +13,7 @@ COMMANDS = {
     "generate": "answer prompts with a model",
     "evaluate": "score a model on test sets",
     "report": "tables and figures of runs",
+    "push": "upload a run's result, with a model card, to the Hugging Face Hub",
     "info": "how the kernels were built, and for which devices",
 }
 USAGE = "\n".join(

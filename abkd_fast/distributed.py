@@ -4,6 +4,7 @@ import contextlib
 import datetime
 import functools
 import hashlib
+import itertools
 import logging
 import os
 import pickle
@@ -31,6 +32,7 @@ LOST_CONNECTION = ("gloo", "nccl", "connection closed", "connection reset", "tim
 
 _store: dist.Store | None = None
 _timeout: datetime.timedelta | None = None
+_last = itertools.count()  # a program may have several runs
 
 Item = TypeVar("Item")
 
@@ -191,6 +193,22 @@ def run_on_rank0(function: Callable[..., Item], *arguments: object) -> Item:
     return run_on_all_ranks(lambda: function(*arguments) if is_rank0() else None)[0]
 
 
+def run_last_on_rank0(function: Callable[..., None], *arguments: object) -> None:
+    """Calls a function on rank 0 alone at the end of a run, however long it takes: no collective waits for it.
+
+    Other ranks return when it has ended, also with an error, which rank 0 alone raises.
+    """
+    key = f"done/{next(_last)}"
+    if not is_rank0():
+        _store.wait([key], datetime.timedelta(days=30))
+        return
+    try:
+        function(*arguments)
+    finally:
+        if _store is not None:
+            _store.set(key, "")
+
+
 def run_on_each_node(function: Callable[[], object]) -> None:
     """Calls a function on the first rank of each machine. All ranks raise its error."""
     is_first = os.environ.get("LOCAL_RANK", "0") == "0"
@@ -303,9 +321,9 @@ def unsharded(*models: nn.Module) -> Iterator[None]:
             module.reshard()
 
 
-def local_numel(tensor: Tensor) -> int:
-    """The number of elements of a tensor that this rank holds."""
-    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).numel()
+def local_part(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def unshard_root(model: nn.Module) -> None:

@@ -29,7 +29,7 @@ def is_finished(config: Config, resume: bool) -> bool:
     if not finished and not resume:
         raise ConfigError(f"{folder} exists, but was not finished: add --resume, or choose another run.name")
     then = _read_config(folder / "config.json")
-    changed = "; ".join(_differences(_deciding(then.to_dict()), _deciding(config.to_dict())))
+    changed = "; ".join(_differences(*(_deciding(one.to_dict(), finished) for one in (then, config))))
     if changed:
         way_out = "choose another run.name" if finished else "undo that to resume it, or choose another run.name"
         raise ConfigError(f"{folder} is the result of another configuration ({changed}): {way_out}")
@@ -59,9 +59,14 @@ def read_summary(folder: pathlib.Path) -> dict:
         raise ConfigError(f"{path} can't be read ({error}): move {folder} aside to run it again") from None
 
 
-def _deciding(values: dict) -> dict:
-    """The values that a run's weights depend on. Paths within the folder of the runs become relative."""
+def _deciding(values: dict, finished: bool) -> dict:
+    """The values that a run's weights depend on. Paths within the folder of the runs become relative.
+
+    The type of final/ counts as soon as that is written.
+    """
     root = pathlib.Path(values["run"].pop("dir"), values["run"]["name"])
+    for key in ("push_to_hub", *([] if finished else ["save_dtype"])):
+        values["run"].pop(key)
     models = [values["student"], values["teacher"] or {}, *(values["teachers"] or {}).values()]
     for section, key in [*itertools.product(models, ("path", "adapter")), (values["data"], "train")]:
         path = section.get(key)

@@ -9,7 +9,7 @@ import sys
 import torch
 from rich.table import Table
 
-from . import distributed
+from . import distributed, hub
 from .config.methods import WITHOUT_TEACHER
 from .config.models import ModelConfig
 from .config.schema import Config
@@ -35,13 +35,15 @@ def run(stages: list[Config], resume: bool = False, given: Given = NOTHING) -> l
     resume: continues a stage that was begun. Without it such a stage is an error.
     given: objects that stand for models and rows of the stages, and functions that training calls.
 
-    Raises ConfigError before any training, and what `Trainer.train` raises.
+    Raises ConfigError before any training, and what `Trainer.train` raises; Interrupted if a result can't be pushed.
     """
+    distributed.run_on_rank0(hub.check, stages, False)
     console.print("checking models and rows")
     prepared = check_all(stages, given)
     stages = [resolve(config) for config in stages]
     for config in stages:
         distributed.run_on_rank0(is_finished, config, resume)  # no stage trains before all folders are checked
+    distributed.run_on_rank0(hub.check, stages, True)  # makes repositories, so all else is in order by now
     summaries = []
     for config in stages:
         inputs = prepared.pop(0)  # freed after its stage
@@ -62,6 +64,8 @@ def run(stages: list[Config], resume: bool = False, given: Given = NOTHING) -> l
             if len(stages) == 1:
                 console.print(evaluation.table())
     distributed.run_on_rank0(_conclude, stages, summaries)
+    if any(config.run.push_to_hub for config in stages):
+        distributed.run_last_on_rank0(hub.push_stages, stages)
     return summaries
 
 
@@ -114,6 +118,7 @@ def plan(stages: list[Config], resume: bool = False, verbose: bool = False) -> N
 
     verbose: also the configuration of each stage, with all defaults.
     """
+    distributed.run_on_rank0(hub.check, stages, False)
     students: dict[str, ModelConfig] = {}  # by stage
     prompts: dict[str, str] = {}  # by stage, the rows that it answers
     for config, known in zip(stages, check_all(stages), strict=True):

@@ -5,13 +5,23 @@ import json
 import pathlib
 from typing import Annotated, Literal
 
-from ..errors import ConfigError, check_number, nearest
+from ..errors import ConfigError, check_number, first_line, nearest
 from ..losses.divergences import parse
 from .methods import METHODS, WITH_SERVED_TEACHER, WITHOUT_TEACHER, MiniLLMConfig, OnPolicyConfig
 from .models import ModelConfig, TeacherConfig, check_several
 from .sampling import SamplingKeys
 from .section import Section
 from .training import CheckpointConfig, EvalConfig, LogConfig, OptimConfig, TrainConfig
+
+
+def check_repository(key: str, name: str) -> None:
+    """Raises ConfigError, which names the key, for what can't be the name of a repository of the Hub."""
+    from huggingface_hub.utils import HFValidationError, validate_repo_id  # most runs don't wait for it
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise ConfigError(f"{key}: expected a repository of the Hub, USER/NAME ({first_line(error)})", key) from None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -22,9 +32,19 @@ class RunConfig(Section):
     stage: Annotated[str | None, "name of the stage; recipes with stages set it"] = None
     dir: Annotated[str, "folder that holds all runs"] = "runs"
     seed: Annotated[int, "seeds weights, dropout and the order of the data", 0, 2**32 - 1] = 10
+    save_dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"] | None,
+        "type of the weights in final/: auto (that of the student's base), float32, bfloat16 or float16 (null: the one "
+        "they are trained in)",
+    ] = None
+    push_to_hub: Annotated[
+        str | None, "repository of the Hugging Face Hub, USER/NAME, that gets final/ with a model card (docs/hub.md)"
+    ] = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.push_to_hub is not None:
+            check_repository("push_to_hub", self.push_to_hub)
         names = {"name": self.name, "stage": self.name if self.stage is None else self.stage}
         for key, name in names.items():  # with any other name the run would end up elsewhere
             good = name == pathlib.PurePath(name).name and name.strip(". ") and name.isprintable() and ":" not in name

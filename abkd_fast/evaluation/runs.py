@@ -79,12 +79,12 @@ class Run:
 
     def begins_with(self, other: "Run") -> bool:
         """Whether the student starts as the other run's result."""
-        return _is_result(self.config["student"], other)
+        return is_result(self.config["student"], other)
 
     def learns_from(self, other: "Run") -> bool:
         """Whether the other run's result is the teacher. A teacher that the method doesn't use does not count."""
         uses_teacher = self.config["method"] not in WITHOUT_TEACHER
-        return uses_teacher and any(_is_result(model, other) for model in self.teachers.values())
+        return uses_teacher and any(is_result(model, other) for model in self.teachers.values())
 
     def curve(self, kind: str, key: str) -> tuple[list[int], list[float]]:
         """The steps and values of the points of a kind ("train", "dev") that have this value."""
@@ -100,7 +100,7 @@ def _relative(value: object, root: pathlib.Path) -> object:
     return str(pathlib.Path(value).relative_to(root)) if is_within else value
 
 
-def _is_result(model: dict | None, run: Run) -> bool:
+def is_result(model: dict | None, run: Run) -> bool:
     """Whether a model, or its adapter, is the run's result. The folder of all runs may have moved since."""
     path = model and (model["adapter"] or model["path"])
     return path is not None and pathlib.Path(path).parts[-3:] == (run.folder.absolute() / "final").parts[-3:]

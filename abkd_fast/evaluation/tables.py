@@ -8,6 +8,7 @@ import io
 import itertools
 import json
 import pathlib
+import re
 import statistics
 from collections.abc import Iterator
 
@@ -16,7 +17,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from ..console import format_bytes
-from ..errors import ConfigError
+from ..errors import ConfigError, printable
 from ..files import atomic_write
 from . import figures, rouge
 from .evaluator import spread, summarize
@@ -81,7 +82,8 @@ class ScoreTable:
         names = [""] * (2 if self.has_published else 1)
         lines = [[*names, *self.columns], ["---" for _ in names] + ["---:" for _ in self.columns]]
         lines += [[*names, *texts] for names, texts in self._lines(bold="**")]
-        return "".join([*(f"| {' | '.join(line)} |\n" for line in lines), *(f"\n{note}\n" for note in self.notes)])
+        rows = [" | ".join(map(in_markdown, line)) for line in lines]
+        return "".join([*(f"| {row} |\n" for row in rows), *(f"\n{in_markdown(note)}\n" for note in self.notes)])
 
     def _lines(self, bold: str = "") -> Iterator[tuple[list[str], list[str]]]:
         """The lines of text: their names, and a text for each column. `bold` is around the best."""
@@ -125,6 +127,11 @@ class ScoreTable:
                 ]
             writer.writerow([*first, *itertools.chain(*numbers)])
         return text.getvalue()
+
+
+def in_markdown(text: str) -> str:
+    """A text that may have names of the user. They neither end a cell nor begin HTML."""
+    return re.sub(r"[|<]", r"\\\g<0>", printable(text))
 
 
 def _signed(difference: dict | None) -> str:
@@ -263,7 +270,7 @@ def write_report(runs: list[Run], out: pathlib.Path, table: ScoreTable | None = 
         paths = []
         if table := table or score_table(runs):
             sentence = gain(runs)
-            atomic_write(out / "scores.md", table.markdown() + (f"\n{sentence}\n" if sentence else ""))
+            atomic_write(out / "scores.md", table.markdown() + (f"\n{in_markdown(sentence)}\n" if sentence else ""))
             atomic_write(out / "scores.csv", table.csv())
             paths += [out / "scores.md", out / "scores.csv"]
         if importlib.util.find_spec("matplotlib") is None:

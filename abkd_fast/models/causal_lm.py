@@ -230,7 +230,9 @@ class CausalLM(nn.Module):
         if self.has_adapter:
             # Without the option peft asks the Hub every time whether embeddings belong to the adapter.
             self.saved_model.save_pretrained(folder, state_dict=weights, save_embedding_layers=False)
-            quantized.save_settings(self.saved_model.get_base_model(), folder)
+            base = self.saved_model.get_base_model()
+            quantized.save_settings(base, folder)
+            base.generation_config.save_pretrained(folder)  # with the ends of responses; peft leaves it out
         elif self.wrapper:
             self.wrapper.save(folder, weights)
         else:

@@ -304,6 +304,18 @@ def _in_type(given: PreTrainedModel, dtype: torch.dtype, key: str) -> PreTrained
     return (given if key == "student" or given.dtype == dtype else copy.deepcopy(given)).to(dtype)
 
 
+def published_dtype(path: str, why: str) -> torch.dtype:
+    """The type that transformers reads a model in by dtype="auto": its configuration's, or the first weight's.
+
+    why: begins the message of the ConfigError for a type that no weights are trained or converted to.
+    """
+    whole = read_config(path)
+    dtype = wrappers.language_config(whole).dtype or whole.dtype or wrappers.first_dtype(path)
+    if dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        raise ConfigError(f"{why}, but {path} has {dtype}; give float32, bfloat16 or float16")
+    return dtype
+
+
 def _unread(model: PreTrainedModel, names: Iterable[str]) -> str | None:
     """A tensor of a checkpoint that belongs to a projection and is not read: a bias, or the scale of its numbers."""
     projections = {name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}

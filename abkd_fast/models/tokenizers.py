@@ -165,6 +165,9 @@ def _default_config(path: str) -> PretrainedConfig:
 
 
 def set_end_tokens(model: PreTrainedModel, ends: tuple[int, ...]) -> None:
-    """Makes the generation_config.json that is saved with a model name these tokens."""
+    """Makes the generation_config.json that is saved with a model name these tokens. All else stays as published."""
     settings = model.generation_config
     settings.eos_token_id, settings._from_model_config = ends[0] if len(ends) == 1 else list(ends), False
+    # transformers refuses to save values that don't fit together, such as a temperature without do_sample, unless they
+    # were published so. It knows that by this hash.
+    settings._original_object_hash = hash(settings)

@@ -244,6 +244,11 @@ def _tensors(path: str) -> Iterator[tuple[str, Tensor]]:
             yield from torch.load(file, map_location="cpu", mmap=True, weights_only=True).items()
 
 
+def first_dtype(path: str) -> torch.dtype | None:
+    """The type of the first weights in a model's files that have fractions."""
+    return next((tensor.dtype for _, tensor in _tensors(path) if tensor.is_floating_point()), None)
+
+
 def _weight_files(path: str) -> list[pathlib.Path]:
     for name in WEIGHT_FILES:
         if file := _find(path, name):

@@ -87,11 +87,12 @@ class Checkpoints:
                 shutil.rmtree(leaving, ignore_errors=True)
 
 
-def copy_model(folder: pathlib.Path, target: pathlib.Path) -> None:
-    """Copies the model files of a checkpoint, without the train state, into a new folder."""
+def copy_model(folder: pathlib.Path, target: pathlib.Path, convert: Callable[[pathlib.Path], None]) -> None:
+    """Copies the model files of a checkpoint, without the train state, into a new folder, and converts them there."""
     ignored = shutil.ignore_patterns(MANIFEST, STATE, TENSORS, OPTIMIZER)
     with atomic_folder(target) as temporary:
         shutil.copytree(folder, temporary, ignore=ignored, dirs_exist_ok=True)
+        convert(temporary)
 
 
 def load(folder: pathlib.Path) -> tuple[dict[str, Tensor], dict]:

@@ -97,12 +97,14 @@ class CheckpointWriter:
         writing, self.writing = self.writing, None
         distributed.run_on_all_ranks(writing.result)
 
-    def save_model(self, folder: pathlib.Path) -> None:
-        """Writes the model, with its tokenizer, into a new folder. Raises one of WRITE_ERRORS."""
+    def save_model(self, folder: pathlib.Path, convert: Callable[[pathlib.Path], None] | None = None) -> None:
+        """Writes the model and its tokenizer into a new folder, and converts it there. Raises one of WRITE_ERRORS."""
 
         def save(write_model: Callable[[pathlib.Path], None]) -> None:
             with atomic_folder(folder) as temporary:
                 write_model(temporary)
+                if convert:
+                    convert(temporary)
 
         parts = self._empty_parts(folder)
         distributed.run_on_all_ranks(lambda: self._write(parts, {MODEL: self.model.weights()}, save))

@@ -42,9 +42,9 @@ def write_result(trainer: Trainer) -> dict:
     try:
         distributed.run_on_rank0(write_json, folder / "summary.json", summary)
         if saved:
-            distributed.run_on_rank0(checkpoint.copy_model, saved, final)
+            distributed.run_on_rank0(checkpoint.copy_model, saved, final, trainer.conversion.apply)
         else:
-            trainer.checkpoint_writer.save_model(final)
+            trainer.checkpoint_writer.save_model(final, trainer.conversion.apply)
     except WRITE_ERRORS as error:
         raise Interrupted(f"{final} can't be written ({error}): make room") from None
     return summary

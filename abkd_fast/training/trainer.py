@@ -36,6 +36,7 @@ from .likelihoods import ResponseLikelihoods
 from .metrics import MetricsWindow, RunLog, check_wandb, is_finite
 from .optim import build_optimizer, build_scheduler
 from .prepare import Prepared, is_sharded, read_tokenizer, read_train_data
+from .save_dtype import Conversion, choose
 from .state import TrainState
 from .summary import write_result
 from .teachers import Lesson, Teachers
@@ -74,10 +75,12 @@ class Trainer:
         self.checkpoints = checkpoint.Checkpoints(config.run.folder / "checkpoints", config.checkpoint.keep)
         self.resumed_from = distributed.run_on_rank0(self.checkpoints.newest) if self.resume else None
         set_seed(config.run.seed)
+        save_dtype = distributed.run_on_rank0(choose, config, self.given.models.get("student"))
         self.student = self._build_student()
+        self.conversion = Conversion(save_dtype, self.student)
         self.replica = distributed.replicate(self.student, may_idle=self.student.experts is not None)
         trained = (p for p in self.student.parameters() if p.requires_grad)
-        optimizer_bytes = 12 * sum(map(distributed.local_numel, trained))  # gradients and two moments
+        optimizer_bytes = 12 * sum(distributed.local_part(p).numel() for p in trained)  # gradients and two moments
         self.build_teachers(optimizer_bytes)
         self.optimizer = build_optimizer(self.student, config.optim, self.given.optimizer)
         make = self.given.scheduler or functools.partial(build_scheduler, config.optim)
@@ -194,6 +197,8 @@ class Trainer:
                 self.state.seconds += time.perf_counter() - started
                 self.state.samples += self.config.train.batch_size
                 self._after_step()
+            if self.conversion.is_refused() and not self.saves.is_saved:
+                self._save(self.state.best)  # final/ will be refused: the run resumes from here, with another type
             self.saves.conclude()
 
     def _ends_early(self) -> bool:
