@@ -69,7 +69,8 @@ def distill(
         train_dataset, eval_dataset: rows in place of `data.train` and `data.dev`: a path or Hub name, a data set of the
             `datasets` library, also a streaming one, or mappings in any format of rows (docs/data.md).
         on_step: gets each point of the log, every `log.every_steps` steps: a mapping with step, loss, lr and others.
-        on_eval: gets each measurement on the development rows: step, loss and, if it is measured, rouge_l.
+        on_eval: gets each measurement on the development rows: step, loss and, where the recipe asks for them, rouge_l
+            and samples (a list of mappings with row, prompt, output, response and scores).
         on_checkpoint: gets the folder of each checkpoint once it is whole, which may be at the next save or evaluation.
             All three are called on rank 0. One that returns true ends the training after the present step; the result
             is then complete.

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import pathlib
@@ -134,6 +135,16 @@ def _flush(path: pathlib.Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def disk_bytes(*folders: pathlib.Path) -> int:
+    """What the files of folders take of the disk. One that several folders have by hard links counts once."""
+    sizes = {}
+    for path in itertools.chain.from_iterable(folder.rglob("*") for folder in folders):
+        with contextlib.suppress(OSError):  # another process may remove it
+            status = path.lstat()
+            sizes[status.st_dev, status.st_ino] = status.st_blocks * 512
+    return sum(sizes.values())
 
 
 def file_digest(path: pathlib.Path) -> str:

@@ -45,7 +45,7 @@ RECIPE = {
     "log": {"every_steps": 1},
 }
 STAGES = {
-    "sft": {"method": "sft", "eval": {"rouge_rows": 1, "max_new_tokens": 8}},
+    "sft": {"method": "sft", "eval": {"rouge_rows": 1, "max_new_tokens": 8}, "log": {"samples": 3}},
     "ab": {"method": "ab", "data": {"dev_rows": 1}},  # which only one rank has
     "alphanet": {"method": "kd", "loss": "alphanet", "eval": {"every_steps": 20}},
     "gkd": {"method": "gkd", "loss": "jsd:0.1", "on_policy": {"replay_rows": 16}},
@@ -215,7 +215,8 @@ def test_losses_and_files_are_those_of_one_process(context, tmp_path, recipe, al
             {name: tensor.shape for name, tensor in load_file(path / file.name).items()} for path in (ours, theirs)
         )
         assert next(shapes) == next(shapes)
-    for file in ("answers/final/answers.jsonl", "seqkd/eval/Dolly.seed1.jsonl", "seqkd/eval/Dolly.seed2.jsonl"):
+    scored = (f"seqkd/eval/Dolly.seed{seed}.jsonl" for seed in (1, 2))
+    for file in ("sft/samples.jsonl", "answers/final/answers.jsonl", *scored):
         ours, theirs = ([json.loads(line) for line in (run / file).open()] for run in (tmp_path / "several", folder))
         assert [row["row"] for row in ours] == [row["row"] for row in theirs]
     assert not list((tmp_path / "several").rglob("*.rank*"))

@@ -223,6 +223,8 @@ class Config(Section):
             raise ConfigError("eval.patience: there is no data.dev that could be evaluated; give it", "eval.patience")
         if self.eval.rouge_rows is not None and self.data.dev is None:
             raise ConfigError("eval.rouge_rows: there is no data.dev whose rows could be answered", "eval.rouge_rows")
+        if self.log.samples and self.data.dev is None:
+            raise ConfigError("log.samples: there is no data.dev whose rows could be answered", "log.samples")
         if self.train.max_tokens < self.data.max_length:
             longest = f"data.max_length = {self.data.max_length} tokens"
             problem = f"train.max_tokens is {self.train.max_tokens}, but one sample may have {longest}"

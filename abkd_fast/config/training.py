@@ -103,10 +103,13 @@ class EvalConfig(SamplingKeys):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LogConfig(Section):
-    """Logs: metrics.jsonl, TensorBoard and the terminal."""
+    """Logs: metrics.jsonl, samples.jsonl, TensorBoard and the terminal."""
 
     every_steps: Annotated[int, "steps that one logged point summarizes", 1] = 10
     wandb: Annotated[str | None, "project of Weights & Biases that also gets the points (needs wandb)"] = None
+    samples: Annotated[
+        int | None, "dev prompts, the first ones, that the student answers for the log at each evaluation", 0
+    ] = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

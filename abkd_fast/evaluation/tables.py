@@ -19,7 +19,7 @@ from rich.text import Text
 from ..console import format_bytes
 from ..errors import ConfigError, printable
 from ..files import atomic_write
-from . import figures, rouge
+from . import figures, rouge, samples
 from .evaluator import spread, summarize
 from .runs import Run, replicates
 from .test_sets import NAMES
@@ -286,7 +286,7 @@ def write_report(runs: list[Run], out: pathlib.Path, table: ScoreTable | None = 
 
 
 def _report(run: Run) -> str:
-    """One run in Markdown: settings, results and curves."""
+    """One run in Markdown: settings, results, curves and samples."""
     config, summary = run.config, run.summary
     models = {
         role: (model["path"] or model.get("hidden_states") or "random weights")
@@ -306,7 +306,8 @@ def _report(run: Run) -> str:
     lines = [f"# {run.folder.name}", "", *(f"- {name}: {text}" for name, text in facts.items() if text), ""]
     if table := score_table([run]):
         lines += ["ROUGE-L on test sets, mean (standard deviation) over seeds:", "", table.markdown()]
-    return "\n".join([*lines, "![loss, speed and memory](curves.png)", ""])
+    lines += ["![loss, speed and memory](curves.png)", ""]
+    return "\n".join([*lines, *(f"{part}\n" for part in samples.report(samples.read_samples(run.folder)))])
 
 
 def _change(before: float | None, after: float | None, digits: int) -> str:

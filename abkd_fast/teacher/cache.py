@@ -20,7 +20,7 @@ from ..console import ProgressBar, console, format_bytes
 from ..data.batches import pack, teacher_view
 from ..device import free_memory
 from ..errors import ConfigError
-from ..files import cache_folder
+from ..files import cache_folder, disk_bytes
 from ..models.causal_lm import CausalLM
 from ..models.identity import describe_model, hash_tensors, hash_weights
 from ..models.loading import MetaModel
@@ -53,6 +53,11 @@ class Assignment:
     earlier: tuple["TeacherCache", ...] = ()  # those of other teachers, which are built before
 
 
+def describe_folder(folder: pathlib.Path) -> str:
+    """A cache's folder, and what all of it takes."""
+    return f"{folder} ({format_bytes(disk_bytes(folder))} on the disk)"
+
+
 class TeacherCache:
     """Decides how a run gets its teacher's hidden states, and opens or builds the cache."""
 
@@ -68,6 +73,8 @@ class TeacherCache:
         self.layout = store.Layout(self.dataset)
         self.width = teacher.model.get_output_embeddings().weight.shape[1]
         self.bytes = self.layout.rows * shards.row_bytes(self.width, self.kept)
+        head = teacher.model.get_output_embeddings().parameters()
+        self.head_bytes = sum(tensor.numel() for tensor in head) * self.dtype.itemsize
         if self.mode == "off" or not self.samples:
             return
         weights = None  # random weights are known only after they are drawn
@@ -101,7 +108,7 @@ class TeacherCache:
         }
         if self.kept == FLOAT8:
             identity["states"] = "float8"
-        sizes = self.layout, self.width, self.kept
+        sizes = self.layout, self.width, self.kept, self.head_bytes
         self.file = store.HiddenStateStore(self.root, identity, self.dataset, *sizes, self.origin)
 
     @property
@@ -236,7 +243,7 @@ class TeacherCache:
                 opened.extend((self._rows(self.file.shards, in_memory), store.read_head(self.file.folder)))
 
             distributed.run_on_all_ranks(read)  # where one can't read, as on another machine, all have to do without
-        where = f"in memory, kept in {self.file.folder}" if in_memory else f"mapped from {self.file.folder}"
+        where = f"{'in memory, kept in' if in_memory else 'mapped from'} {describe_folder(self.file.folder)}"
         if not missing:
             where += f", checked in {checked:.1f} s"
         return self._cached(*opened, where, self.file.seconds)
@@ -297,7 +304,7 @@ class TeacherCache:
         teacher = Teacher(self.load())
         if len(numbers):
             count = f"{len(numbers)} of {len(self.layout.blocks)} blocks"
-            console.print(f"teacher cache: computing {count}, {format_bytes(self.bytes)} in all")
+            console.print(f"teacher cache: computing {count}, {format_bytes(self.bytes)} of states in all")
         with ProgressBar("teacher's states, block") as bar:
             for first in bar.track(range(0, len(numbers), distributed.world_size())):
                 started = time.perf_counter()
@@ -363,5 +370,5 @@ class GivenStates(TeacherCache):
             kept += " (cache.dtype=float8 rounds nothing that is given)"
         how = "in memory, from" if in_memory else "mapped from"
         size, checked = format_bytes(self.bytes), f"checked in {self.check_seconds:.1f} s"
-        teacher.note = f"states given, {size} in {kept}, {how} {self.file.folder}, {checked}"
+        teacher.note = f"states given, {size} in {kept}, {how} {describe_folder(self.file.folder)}, {checked}"
         return teacher

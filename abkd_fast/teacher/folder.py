@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..console import format_bytes
 from ..errors import ConfigError, first_line, printable
+from ..files import disk_bytes
 from ..losses.arguments import LogitMap
 from . import shards
 from .origin import differences
@@ -211,7 +212,8 @@ class StatesFolder:
         yield f"teacher      {self.teacher}"
         of = f" of {self.samples} samples" if self._is_whole("samples.safetensors") else ""
         yield f"states       {self.rows} rows{of}, {self.shards.width} numbers each in {shards.dtype_name(self.dtype)}"
-        yield f"bytes        {format_bytes(self.bytes)} in {len(self.shards.paths)} files"
+        states, taken = format_bytes(self.bytes), format_bytes(disk_bytes(self.folder))
+        yield f"bytes        {states} of states in {len(self.shards.paths)} files; {taken} on the disk"
         yield f"fingerprint  {self.fingerprint}"
         yield f"computed in  {self.seconds:.1f} s"
         for name, value in self.settings.items():

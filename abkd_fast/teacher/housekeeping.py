@@ -1,6 +1,5 @@
 """The caches of this machine: what they are, what they take of the disk, and their removal."""
 
-import contextlib
 import pathlib
 import re
 import shutil
@@ -10,6 +9,7 @@ import filelock
 
 from ..console import format_bytes
 from ..errors import ConfigError
+from ..files import disk_bytes
 from .folder import FILES, StatesFolder
 
 NAME = re.compile("[0-9a-f]{32}")  # a fingerprint
@@ -36,30 +36,23 @@ def _is_states(path: pathlib.Path) -> bool:
     return bool(NAME.fullmatch(path.name) and names and all(WRITTEN.fullmatch(name) for name in names))
 
 
-def disk_bytes(folder: pathlib.Path) -> int:
-    """What a folder's files take of the disk, the output projection too."""
-    total = 0
-    for path in folder.rglob("*"):
-        with contextlib.suppress(OSError):  # another process may remove it
-            total += path.lstat().st_blocks * 512
-    return total
-
-
 def describe(root: pathlib.Path) -> Iterator[str]:
-    """A line for each folder of states: its bytes on the disk, its name, whose states it has. Then the sum."""
+    """A line for each folder of states: its bytes on the disk, its name, whose states it has. Then all together.
+
+    An output projection that several folders share is in the number of each, and once in that of all.
+    """
     if not root.is_dir():
         raise ConfigError(f"list: {root} is no folder")
-    found, total = folders(root), 0
+    found = folders(root)
     for folder in found:
-        total += (size := disk_bytes(folder))
         try:
             states = StatesFolder(str(folder), "list")
             left = states.blocks_left
             whose = f"{states.samples} samples of {states.teacher}" + (f", {left} blocks are missing" if left else "")
         except ConfigError:
             whose = "damaged, or of another version"
-        yield f"{format_bytes(size):>10}  {folder.name}  {whose}"
-    yield f"{format_bytes(total):>10}  {len(found)} in {root}"
+        yield f"{format_bytes(disk_bytes(folder)):>10}  {folder.name}  {whose}"
+    yield f"{format_bytes(disk_bytes(*found)):>10}  {len(found)} in {root}"
 
 
 def clear(root: pathlib.Path, names: list[str]) -> Iterator[str]:
@@ -71,11 +64,12 @@ def clear(root: pathlib.Path, names: list[str]) -> Iterator[str]:
     if missing := [name for name in names if name not in known]:
         raise ConfigError(f"clear: {root} has no states {missing[0]}; --list shows what there is")
     freed = 0
-    for name in names or known:
-        size = disk_bytes(known[name])
+    for name in names or [*known]:
+        folder, others = known[name], [path for path in known.values() if path != known[name]]
+        size = disk_bytes(folder, *others) - disk_bytes(*others)  # what others share stays
         try:
-            with filelock.FileLock(known[name] / "lock").acquire(timeout=0):
-                shutil.rmtree(known[name])
+            with filelock.FileLock(folder / "lock").acquire(timeout=0):
+                shutil.rmtree(folder)
         except filelock.Timeout:
             yield f"{name} stays: a process is at work on it"
             continue

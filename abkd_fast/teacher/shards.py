@@ -169,10 +169,6 @@ class Shards:
                 checksum = zlib.crc32(content, checksum)
         return checksum
 
-    def allocated(self) -> int:
-        """The bytes of the disk that the files take."""
-        return sum(path.stat().st_blocks * 512 for path in self.paths if path.exists())
-
     def reserve(self) -> None:
         """Allocates all files, so a full disk shows before anything is computed, and writes headers. Raises OSError."""
         for path, size, header in zip(self.paths, self.sizes, self.headers, strict=True):

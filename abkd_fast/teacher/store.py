@@ -3,7 +3,7 @@
 A cache is a folder named by a fingerprint of all that its rows depend on:
 
 - `states-….safetensors`: the rows (`shards.py`);
-- `head.safetensors`: the output projection that reads them;
+- `head.safetensors`: the output projection that reads them, perhaps one file for several caches of a teacher;
 - `config.json`, `samples.safetensors`, `vocabulary.json`: what a machine without the teacher needs (`folder.py`);
 - `index.json`: checksums of all this; and `lock`.
 
@@ -12,6 +12,7 @@ that don't match are computed again. Nothing depends on the order in which a dyi
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -26,10 +27,11 @@ import pyarrow.compute
 import safetensors.numpy
 import safetensors.torch
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from ..console import console
-from ..files import atomic_write, remove_leftovers
+from ..files import atomic_file, atomic_write, disk_bytes, remove_leftovers
 from . import shards
 from .origin import Origin
 from .shards import Shards
@@ -38,6 +40,7 @@ FORMAT = 2
 BLOCK_TOKENS = 8192  # prompt and response: enough to fill a GPU, and the most that an interruption loses
 DISK_MARGIN = 1 << 30  # bytes that a cache leaves free on its disk
 HASH_BYTES = 16  # of one sample
+HEAD_TYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
 
 
 def table_of(dataset: datasets.Dataset, of_teacher: bool = False) -> tuple[pyarrow.ListArray, pyarrow.ListArray]:
@@ -139,11 +142,12 @@ class HiddenStateStore:
         layout: Layout,
         width: int,
         dtype: torch.dtype,
+        head_bytes: int,
         origin: Origin,
     ) -> None:
-        """dtype: of the rows in the files. origin: of a folder that is built now."""
+        """dtype: of the rows in the files. head_bytes: of the output projection. origin: of a folder that is built."""
         self.identity, self.dataset, self.layout = {"format": FORMAT, **identity}, dataset, layout
-        self.origin = origin
+        self.head_bytes, self.origin = head_bytes, origin
         self.key = fingerprint(self.identity)
         self.folder = root / self.key
         self._lock = filelock.FileLock(self.folder / "lock")
@@ -196,9 +200,15 @@ class HiddenStateStore:
         return {"teacher": self.origin.teacher, "settings": self.origin.settings}
 
     @property
+    def largest_bytes(self) -> int:
+        """What the folder takes of the disk once it is built, at most. The index, of some KB, is not counted."""
+        samples = (HASH_BYTES + 16) * len(self.layout.starts)
+        return sum(self.shards.sizes) + self.head_bytes + samples + len(self._vocabulary) + len(self.origin.config)
+
+    @property
     def missing_bytes(self) -> int:
-        """What the files will take of the disk besides what they have."""
-        return sum(self.shards.sizes) - self.shards.allocated()
+        """What the files will take of the disk besides what they have, at most."""
+        return max(0, self.largest_bytes - disk_bytes(self.folder))
 
     def problem(self, claimed: int = 0) -> str | None:
         """Why rows can't be written here; None where they can. claimed: bytes that others will take of the disk."""
@@ -255,10 +265,10 @@ class HiddenStateStore:
 
         Other settings can give the same tokens, and a teacher's tokenizer may change in place.
         """
-        if self.told == self._making() and self.files.get("vocabulary.json") == zlib.crc32(self._vocabulary()):
+        if self.told == self._making() and self.files.get("vocabulary.json") == zlib.crc32(self._vocabulary):
             return
         with contextlib.suppress(OSError):  # a read-only folder: what it says is just older
-            self._write_file("vocabulary.json", self._vocabulary())
+            self._write_file("vocabulary.json", self._vocabulary)
             self._write_index()
 
     def _is_whole(self, name: str) -> bool:
@@ -270,9 +280,10 @@ class HiddenStateStore:
         samples = {"hashes": hash_each(self.dataset), "rows": np.stack([self.layout.starts, self.layout.ends], axis=1)}
         self._write_file("config.json", self.origin.config.encode())
         self._write_file("samples.safetensors", safetensors.numpy.save(samples))
-        self._write_file("vocabulary.json", self._vocabulary())
+        self._write_file("vocabulary.json", self._vocabulary)
         self._write_index()
 
+    @functools.cached_property
     def _vocabulary(self) -> bytes:
         return json.dumps(self.origin.vocabulary).encode()
 
@@ -292,11 +303,45 @@ class HiddenStateStore:
         self._write_index()
 
     def write_head(self, weight: Tensor, bias: Tensor | None) -> None:
-        """Writes the output projection [V, width] and its bias [V]. Raises OSError."""
+        """Writes the output projection [V, width] and its bias [V]. Raises OSError.
+
+        A checkpoint's bfloat16 that was widened for the computation is kept as bfloat16, and the type beside it.
+        """
         tensors = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
-        content = safetensors.torch.save({name: t.detach().cpu().contiguous() for name, t in tensors.items()})
-        self._write_file("head.safetensors", content)
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        types = {name: shards.dtype_name(tensor.dtype) for name, tensor in tensors.items()}
+        narrowed = {name: _narrowed(tensor) for name, tensor in tensors.items()}
+        content = safetensors.torch.save(narrowed, {"dtypes": json.dumps(types)})  # several entries have no fixed order
+        self.files["head.safetensors"] = zlib.crc32(content)
+        if not self.has_head() and not self._share("head.safetensors", content):
+            self._write_file("head.safetensors", content)
         self._write_index()
+
+    def _share(self, name: str, content: bytes) -> bool:
+        """Takes a file with this content from another cache by a hard link: the disk then has it once.
+
+        Each folder stays complete, whichever is removed. False where no cache has it, or the disk has no links.
+        """
+        for path in self.folder.parent.glob(f"*/{name}"):
+            with contextlib.suppress(OSError), atomic_file(self.folder / name, flush=False) as temporary:
+                os.link(path, temporary)
+                if temporary.stat().st_size == len(content) and temporary.read_bytes() == content:
+                    return True
+                raise OSError("of another teacher, or damaged")
+        return False
+
+
+def _narrowed(tensor: Tensor) -> Tensor:
+    """The tensor in the smallest type that gives all its bits back."""
+    for dtype in HEAD_TYPES.values():
+        parts = tensor.split(4096) if dtype.itemsize < tensor.itemsize else ()
+        if parts and all(_same_bits(part, part.to(dtype).to(part.dtype)) for part in parts):
+            return tensor.to(dtype)
+    return tensor
+
+
+def _same_bits(first: Tensor, second: Tensor) -> bool:
+    return torch.equal(first.view(torch.uint8), second.view(torch.uint8))
 
 
 def fingerprint(identity: dict) -> str:
@@ -318,8 +363,12 @@ def checksum_of(path: pathlib.Path) -> int | None:
 
 
 def read_head(folder: pathlib.Path) -> tuple[Tensor, Tensor | None]:
-    """The output projection that `write_head` wrote, and its bias. Raises OSError and what safetensors raises."""
-    tensors = safetensors.torch.load((folder / "head.safetensors").read_bytes())
-    bias = tensors.get("bias")
-    # Copied, because a file's tensors begin anywhere and a library may choose its kernel by alignment.
-    return tensors["weight"].clone(), None if bias is None else bias.clone()
+    """The output projection that `write_head` got, and its bias. Raises OSError and what safetensors raises."""
+    path = folder / "head.safetensors"
+    tensors = safetensors.torch.load(path.read_bytes())
+    with safe_open(path, "pt") as file:
+        types = json.loads((file.metadata() or {}).get("dtypes", "{}"))  # earlier versions kept the type
+    for name, tensor in tensors.items():
+        # Copied, because a file's tensors begin anywhere and a library may choose its kernel by alignment.
+        tensors[name] = tensor.to(HEAD_TYPES.get(types.get(name), tensor.dtype), copy=True)
+    return tensors["weight"], tensors.get("bias")

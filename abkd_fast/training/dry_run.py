@@ -16,6 +16,7 @@ from ..device import device_name, free_memory
 from ..losses import row_ops
 from ..methods.rollouts import answered
 from ..models import attention, experts, forms, loading, padded
+from ..teacher.cache import describe_folder
 from ..teacher.store import label_counts, lengths_of, table_of
 from . import costs
 
@@ -43,7 +44,10 @@ def describe(trainer: Trainer) -> Iterator[str]:
             continue
         place = f"memory, not kept ({reason})"
         if on_disk:
-            place = f"{cache.file.folder}, {'found' if cache.file.is_recorded else 'to be computed'}"
+            place = f"{describe_folder(cache.file.folder)}, found"
+            if not cache.file.is_recorded:
+                size = format_bytes(cache.file.largest_bytes)
+                place = f"{cache.file.folder}, to be computed; with the output projection at most {size} on the disk"
         yield f"  cache      {of}{format_bytes(cache.bytes)} of teacher's states in {place}"
 
 

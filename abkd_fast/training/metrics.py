@@ -1,4 +1,4 @@
-"""The metrics of a run: sums over the steps of a window, metrics.jsonl, TensorBoard, wandb and the terminal."""
+"""The log of a run: sums over the steps of a window, points and samples in files, TensorBoard, wandb, the terminal."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from ..config.schema import Config
 from ..console import ProgressBar, console, format_seconds
 from ..data.batches import StepBatch
 from ..device import BusyMachine, peak_memory
-from ..errors import ConfigError, first_line
+from ..errors import ConfigError, first_line, printable
+from ..evaluation import samples as answers
 from ..evaluation.rouge import named
 from .costs import peak_flops
 
@@ -52,7 +53,7 @@ class RunLog:
         self.is_stopped = False
         self.has_reports = distributed.all_reduce_max(len(reports)) > 0  # of some rank
         self.peak_flops = distributed.world_size() * (peak_flops(device) or 0)
-        self.wandb = self.file = self.board = None
+        self.wandb = self.file = self.sample_file = self.board = None
         self.bar = ProgressBar("step", "{task.fields[numbers]}", bar_width=6)  # everything then fits into 84 columns
         self.task = self.bar.add_task("training", total=steps, numbers="")
 
@@ -68,10 +69,12 @@ class RunLog:
 
         if self.config.log.wandb is not None:
             self.wandb = self._open_wandb()
-        path = self.folder / "metrics.jsonl"
-        if path.exists():
-            _drop_points(path, self.done)
+        path, sample_path = self.folder / "metrics.jsonl", self.folder / answers.FILE
+        for each in filter(pathlib.Path.exists, (path, sample_path)):
+            _drop_points(each, self.done)
         self.file = path.open("a", encoding="utf-8", buffering=1)
+        if self.config.log.samples:
+            self.sample_file = sample_path.open("a", encoding="utf-8", buffering=1)
         self.board = SummaryWriter(self.folder / "tensorboard", purge_step=self.done + 1)
         self.bar.start()
 
@@ -89,7 +92,7 @@ class RunLog:
         self.bar.stop()
         if self.wandb:
             self.wandb.finish()
-        for log in filter(None, (self.board, self.file)):
+        for log in filter(None, (self.board, self.file, self.sample_file)):
             with contextlib.suppress(OSError):  # a full disk was reported before
                 log.close()
 
@@ -109,9 +112,10 @@ class RunLog:
 
     def flush(self) -> None:
         """Flushes all points to the disk."""
-        if self.file:
-            self.file.flush()
-            os.fsync(self.file.fileno())
+        for file in filter(None, (self.file, self.sample_file)):
+            file.flush()
+            os.fsync(file.fileno())
+        if self.board:
             with contextlib.suppress(OSError):  # TensorBoard's writer repeats its first error forever
                 self.board.flush()
 
@@ -154,13 +158,35 @@ class RunLog:
                 f"step {step}/{self.steps}  {text}{named}  lr {values['lr']:.1e}  left {format_seconds(left)}"
             )
 
-    def evaluation(self, step: int, dev_loss: float, rouge_l: float | None) -> None:
-        self._write("dev", step, {"loss": dev_loss} | ({} if rouge_l is None else {"rouge_l": rouge_l}))
+    def evaluation(self, step: int, dev_loss: float, rouge_l: float | None, samples: list[dict]) -> None:
+        """Writes a measurement on the development rows. samples: what `DevAnswers.measure` gives."""
+        self._write_samples(step, samples)
+        told = {"samples": samples} if samples else {}
+        self._write("dev", step, {"loss": dev_loss} | ({} if rouge_l is None else {"rouge_l": rouge_l}), **told)
         rouge = "" if rouge_l is None else f"  {named('ROUGE-L', self.config.eval.rouge_tokens)} {rouge_l:.2f}"
         console.print(f"step {step}/{self.steps}  dev loss {dev_loss:.4f}{rouge}")
+        if samples:
+            text = printable(samples[0]["response"])
+            text = text if len(text) <= 100 else f"{text[:99]}…"
+            console.print(f"step {step}/{self.steps}  sample 1 of {len(samples)}: {text}", markup=False)
 
-    def _write(self, kind: str, step: int, values: dict[str, float | None]) -> None:
-        """Writes a point. On a full disk the point is lost, not the run."""
+    def _write_samples(self, step: int, samples: list[dict]) -> None:
+        """Writes answers to dev prompts. On a full disk they are lost, not the run."""
+        if not self.sample_file:
+            return
+        try:
+            for sample in samples:
+                self.sample_file.write(json.dumps({"step": step, **sample}) + "\n")
+            for number, sample in enumerate(samples, 1):
+                texts = sample["prompt"], *sample["output"], sample["response"]
+                names = "Prompt", *("Reference" for _ in sample["output"]), "Answer"
+                parts = (f"{name}:\n\n{answers.fenced(text)}" for name, text in zip(names, texts, strict=True))
+                self.board.add_text(f"samples/{number}", "\n\n".join(parts), step)
+        except OSError as error:
+            console.print(f"[bold red]no samples[/] of step {step} ({error}); training goes on")
+
+    def _write(self, kind: str, step: int, values: dict[str, float | None], **told: object) -> None:
+        """Writes a point. On a full disk the point is lost, not the run. told: what a function gets besides."""
         if not self.file:
             return
         try:
@@ -172,7 +198,7 @@ class RunLog:
             console.print(f"[bold red]no log[/] of step {step} ({error}); training goes on")
         if self.wandb:
             self.wandb.log({f"{kind}/{name}": value for name, value in values.items()}, step=step)
-        self.report(kind, {"step": step, **values})
+        self.report(kind, {"step": step, **values, **told})
 
     def ends_run(self) -> bool:
         """Whether a function has ended the run. Collective."""
@@ -185,7 +211,7 @@ class RunLog:
 
 
 def _drop_points(path: pathlib.Path, done: int) -> None:
-    """Cuts off the points after step `done`, and an unfinished line that a crash left."""
+    """Cuts off the points or samples after step `done`, and an unfinished line that a crash left."""
     kept = 0
     with path.open("r+b") as file:
         with contextlib.suppress(ValueError):  # a line that is not JSON

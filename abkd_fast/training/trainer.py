@@ -376,17 +376,18 @@ class Trainer:
     def _evaluate(self) -> bool:
         """Returns whether this is the best step so far. A signal ends it early; a resumed run repeats it."""
         self.log.pause()
-        rouge, rouge_l = self.data.dev.rouge, None
+        answers = None
         with distributed.unsharded(self.student), self.precision():
             loss = self.dev_loss()
-            if loss is not None and rouge:
-                rouge_l = rouge.measure(self.student, self.signals)
-        done = loss is not None and (rouge_l is not None or not rouge)
-        if done:
-            self.log.evaluation(self.state.step, loss, rouge_l)
+            if loss is not None:
+                answers = self.data.dev.answers.measure(self.student, self.signals)
+        if answers is not None:
+            rouge_l, samples = answers
+            self.log.evaluation(self.state.step, loss, rouge_l, samples)
             self.method.on_eval(loss)
         self.log.resume()
-        return done and self.state.record_eval(loss, rouge_l, self.config.eval.select == "rouge_l")
+        by_rouge = self.config.eval.select == "rouge_l"
+        return answers is not None and self.state.record_eval(loss, rouge_l, by_rouge)
 
     def _save(self, previous_best: tuple | None) -> None:
         """Begins a checkpoint. previous_best: `state.best` before this step."""

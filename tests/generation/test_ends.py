@@ -143,7 +143,7 @@ def test_rollouts_and_dev_rouge_stop_at_each_end(model_folder, data, tmp_path, m
     assert [rollout["input_ids"][2:] for rollout in rollouts] == ANSWERS
     heard = []
     monkeypatch.setattr(dev_eval, "score_response", lambda _, ids, *others: heard.append(ids) or {"rouge_l": 0.0})
-    trainer.data.dev.rouge.measure(trainer.student, trainer.signals)
+    trainer.data.dev.answers.measure(trainer.student, trainer.signals)
     assert sorted(heard) == ANSWERS
 
 

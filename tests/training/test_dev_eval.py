@@ -55,7 +55,7 @@ def test_training_is_the_same_with_and_without(recipe, tmp_path):
 def made_up_scores(monkeypatch, scores):
     """ROUGE-L of each evaluation, in their order."""
     values = iter(scores)
-    monkeypatch.setattr("abkd_fast.training.dev_eval.DevRouge.measure", lambda *_: next(values))
+    monkeypatch.setattr("abkd_fast.training.dev_eval.DevAnswers.measure", lambda *_: (next(values), []))
 
 
 def test_highest_rouge_l_is_selected(recipe, tmp_path, monkeypatch, capsys):
