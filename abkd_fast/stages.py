@@ -12,7 +12,7 @@ from .config.schema import Config
 from .data import pretrain
 from .data.rows import Rows
 from .device import choose_device, choose_dtype
-from .errors import ConfigError
+from .errors import ConfigError, of_stage
 from .evaluation.test_sets import Protocol, TestSet, read_sets
 from .models import loading, quantized
 from .teacher import top_k
@@ -25,10 +25,11 @@ ReadRows = Callable[..., Rows]
 def check_all(stages: list[Config], given: Given = NOTHING) -> list[Prepared]:
     """Checks every stage before the first one starts, and returns what was read. Raises ConfigError."""
     read = functools.cache(given.read_rows)  # stages mostly share their rows: each source is read once
-    return [
-        _check(config, {other.run.stage: other for other in stages[:index]}, read, given)
-        for index, config in enumerate(stages)
-    ]
+    prepared = []
+    for index, config in enumerate(stages):
+        with of_stage(config.run.stage):
+            prepared.append(_check(config, {other.run.stage: other for other in stages[:index]}, read, given))
+    return prepared
 
 
 def _check(config: Config, earlier: dict[str, Config], read: ReadRows, given: Given) -> Prepared:
