@@ -17,6 +17,7 @@ from .evaluation.test_sets import Protocol, TestSet, read_sets
 from .models import loading, quantized
 from .teacher import top_k
 from .training.given import NOTHING, Given
+from .training.optim import check_optimizer
 from .training.prepare import Prepared, dev_rows, read_tokenizer, train_rows
 
 ReadRows = Callable[..., Rows]
@@ -36,6 +37,8 @@ def _check(config: Config, earlier: dict[str, Config], read: ReadRows, given: Gi
     """Raises ConfigError for devices, models, references and rows that can't be used."""
     prepared = Prepared(given=given)
     choose_dtype(config.train.dtype, choose_device(config.train.device, "train."), "train.")
+    if config.method != "generate":
+        check_optimizer(config, given.optimizer is not None)
     for role, spec in models_of(config).items():
         if spec.has_adapter and spec.path is None:
             raise ConfigError(

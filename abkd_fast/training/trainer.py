@@ -34,7 +34,7 @@ from .checkpoint_policy import CheckpointPolicy
 from .checkpoint_writer import CheckpointWriter, load_optimizer
 from .likelihoods import ResponseLikelihoods
 from .metrics import MetricsWindow, RunLog, check_wandb, is_finite
-from .optim import build_optimizer, build_scheduler
+from .optim import build_optimizer, build_scheduler, state_bytes
 from .prepare import Prepared, is_sharded, read_tokenizer, read_train_data
 from .state import TrainState
 from .summary import write_result
@@ -77,7 +77,7 @@ class Trainer:
         self.student = self._build_student()
         self.replica = distributed.replicate(self.student, may_idle=self.student.experts is not None)
         trained = (p for p in self.student.parameters() if p.requires_grad)
-        optimizer_bytes = 12 * sum(map(distributed.local_numel, trained))  # gradients and two moments
+        optimizer_bytes = round((4 + state_bytes(config.optim, 4)) * sum(map(distributed.local_numel, trained)))
         self.build_teachers(optimizer_bytes)
         self.optimizer = build_optimizer(self.student, config.optim, self.given.optimizer)
         make = self.given.scheduler or functools.partial(build_scheduler, config.optim)
