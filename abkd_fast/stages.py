@@ -19,6 +19,7 @@ from .teacher import top_k
 from .training.given import NOTHING, Given
 from .training.optim import check_optimizer
 from .training.prepare import Prepared, dev_rows, read_tokenizer, train_rows
+from .training.trackers import check_trackers
 
 ReadRows = Callable[..., Rows]
 
@@ -39,6 +40,7 @@ def _check(config: Config, earlier: dict[str, Config], read: ReadRows, given: Gi
     choose_dtype(config.train.dtype, choose_device(config.train.device, "train."), "train.")
     if config.method != "generate":
         check_optimizer(config, given.optimizer is not None)
+        check_trackers(config.log)
     for role, spec in models_of(config).items():
         if spec.has_adapter and spec.path is None:
             raise ConfigError(

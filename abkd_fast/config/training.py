@@ -128,6 +128,7 @@ class LogConfig(Section):
 
     every_steps: Annotated[int, "steps that one logged point summarizes", 1] = 10
     wandb: Annotated[str | None, "project of Weights & Biases that also gets the points (needs wandb)"] = None
+    trackio: Annotated[str | None, "project of trackio that also gets the points (needs trackio)"] = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

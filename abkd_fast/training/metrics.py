@@ -1,16 +1,14 @@
-"""The metrics of a run: sums over the steps of a window, metrics.jsonl, TensorBoard, wandb and the terminal."""
+"""The metrics of a run: sums over the steps of a window, metrics.jsonl, TensorBoard and the terminal."""
 
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
 import os
 import pathlib
 import time
 import types
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,15 +18,9 @@ from ..config.schema import Config
 from ..console import console, progress_bar
 from ..data.batches import StepBatch
 from ..device import peak_memory
-from ..errors import ConfigError, first_line
 from ..evaluation.rouge import named
 from .costs import peak_flops
-
-
-def check_wandb(project: str | None) -> None:
-    """Raises ConfigError where Weights & Biases is asked for, but not installed."""
-    if project is not None and importlib.util.find_spec("wandb") is None:
-        raise ConfigError(f'log.wandb is "{project}", but wandb is not installed: pip install wandb, or leave it out')
+from .trackers import Trackers
 
 
 class RunLog:
@@ -52,7 +44,7 @@ class RunLog:
         self.is_stopped = False
         self.has_reports = distributed.all_reduce_max(len(reports)) > 0  # of some rank
         self.peak_flops = distributed.world_size() * (peak_flops(device) or 0)
-        self.wandb = self.file = self.board = None
+        self.trackers = self.file = self.board = None
         self.bar = progress_bar("{task.fields[numbers]}", bar_width=6)  # everything then fits into 84 columns
         self.task = self.bar.add_task("training", total=steps, numbers="")
 
@@ -65,29 +57,17 @@ class RunLog:
     def _open(self) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        if self.config.log.wandb is not None:
-            self.wandb = self._open_wandb()
         path = self.folder / "metrics.jsonl"
-        if path.exists():
-            _drop_points(path, self.done)
+        dropped = _drop_points(path, self.done) if path.exists() else set()
+        self.trackers = Trackers(self.config, dropped)
         self.file = path.open("a", encoding="utf-8", buffering=1)
         self.board = SummaryWriter(self.folder / "tensorboard", purge_step=self.done + 1)
         self.bar.start()
 
-    def _open_wandb(self) -> Any:
-        """Raises ConfigError where wandb can't be used, for example without a login."""
-        import wandb
-
-        name, values = str(self.folder), self.config.to_dict()
-        try:
-            return wandb.init(project=self.config.log.wandb, name=name, group=name, dir=name, config=values)
-        except Exception as error:  # wandb raises many kinds
-            raise ConfigError(f"log.wandb: {first_line(error)}; WANDB_MODE=offline does without a login") from None
-
     def __exit__(self, *error: types.TracebackType | None) -> None:
         self.bar.stop()
-        if self.wandb:
-            self.wandb.finish()
+        if self.trackers:
+            self.trackers.finish()
         for log in filter(None, (self.board, self.file)):
             with contextlib.suppress(OSError):  # a full disk was reported before
                 log.close()
@@ -164,8 +144,7 @@ class RunLog:
                     self.board.add_scalar(f"{kind}/{name}", value, step)
         except OSError as error:
             console.print(f"[bold red]no log[/] of step {step} ({error}); training goes on")
-        if self.wandb:
-            self.wandb.log({f"{kind}/{name}": value for name, value in values.items()}, step=step)
+        self.trackers.log(kind, step, values)
         self.report(kind, {"step": step, **values})
 
     def ends_run(self) -> bool:
@@ -178,16 +157,21 @@ class RunLog:
             self.is_stopped = True
 
 
-def _drop_points(path: pathlib.Path, done: int) -> None:
-    """Cuts off the points after step `done`, and an unfinished line that a crash left."""
-    kept = 0
+def _drop_points(path: pathlib.Path, done: int) -> set[tuple[str, int]]:
+    """Cuts off the points after step `done`, whose kinds and steps it returns, and what a crash left unfinished."""
+    kept, dropped = 0, set()
     with path.open("r+b") as file:
         with contextlib.suppress(ValueError):  # a line that is not JSON
             for line in file:
-                if not line.endswith(b"\n") or json.loads(line)["step"] > done:
+                if not line.endswith(b"\n"):
                     break
-                kept += len(line)
+                point = json.loads(line)
+                if dropped or point["step"] > done:
+                    dropped.add((point.get("kind"), point["step"]))
+                else:
+                    kept += len(line)
         file.truncate(kept)
+    return dropped
 
 
 class MetricsWindow:

@@ -39,6 +39,7 @@ class TrainState:
     # The best step: its value to minimize (dev loss, or minus ROUGE-L), the step, its dev loss, its ROUGE-L.
     best: tuple[float, int, float, float | None] | None = None
     evaluations_since_best: int = 0
+    is_stopped: bool = False  # by a function of the caller: a resumed run has taken its last step
 
     def record_eval(self, loss: float, rouge_l: float | None, by_rouge: bool) -> bool:
         """Records an evaluation after `step`. Returns whether it is the best so far, by dev loss or by ROUGE-L."""

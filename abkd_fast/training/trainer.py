@@ -33,7 +33,7 @@ from . import checkpoint, costs, dry_run, state
 from .checkpoint_policy import CheckpointPolicy
 from .checkpoint_writer import CheckpointWriter, load_optimizer
 from .likelihoods import ResponseLikelihoods
-from .metrics import MetricsWindow, RunLog, check_wandb, is_finite
+from .metrics import MetricsWindow, RunLog, is_finite
 from .optim import build_optimizer, build_scheduler, state_bytes
 from .prepare import Prepared, is_sharded, read_tokenizer, read_train_data
 from .state import TrainState
@@ -57,7 +57,6 @@ class Trainer:
         self.method = METHODS[config.method](config)
         self.is_sharded = is_sharded(config)
         distributed.run_on_rank0(check_folder, config.run.folder, resume)
-        check_wandb(config.log.wandb)
         prepared = prepared or Prepared()
         self.given = prepared.given
         self.student_meta = prepared.model("student", config.student)
@@ -174,6 +173,7 @@ class Trainer:
         done = self.state.step if self.resumed_from else -1
         elapsed, reports = self.state.window_seconds, self.given.reports
         self.log = RunLog(self.config, self.data.steps, self.device, done, elapsed, reports)
+        self.log.is_stopped = self.state.is_stopped
         with self.signals, self.log, self.checkpoint_writer:
             self._after_step()
             batches = self.batches(self.state.step)
@@ -385,6 +385,6 @@ class Trainer:
         self.log.pause()
         self.saves.conclude()
         self._check_finite()
-        self.state.window_seconds = self.log.window_seconds
+        self.state.window_seconds, self.state.is_stopped = self.log.window_seconds, self.log.is_stopped
         self.saves.begin(*state.state_dict(self), previous_best, self.log.flush)
         self.log.resume()
