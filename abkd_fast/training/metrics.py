@@ -58,7 +58,7 @@ class RunLog:
         from torch.utils.tensorboard import SummaryWriter
 
         path = self.folder / "metrics.jsonl"
-        dropped = _drop_points(path, self.done) if path.exists() else set()
+        self.kept, dropped = _drop_points(path, self.done) if path.exists() else (set(), set())
         self.trackers = Trackers(self.config, dropped)
         self.file = path.open("a", encoding="utf-8", buffering=1)
         self.board = SummaryWriter(self.folder / "tensorboard", purge_step=self.done + 1)
@@ -104,7 +104,8 @@ class RunLog:
         """
         now = time.perf_counter()
         seconds, self.last = now - self.last, now
-        left = (now - self.started) / (step - max(self.done, 0)) * (self.steps - step)
+        taken = max(1, step - max(self.done, 0))  # a resumed run that ends at once has taken none
+        left = (now - self.started) / taken * (self.steps - step)
         samples, tokens, real_tokens, flops = (counts[n] for n in ("samples", "tokens", "real_tokens", "flops"))
         values = values | {
             "samples_per_second": samples / seconds,
@@ -135,7 +136,7 @@ class RunLog:
 
     def _write(self, kind: str, step: int, values: dict[str, float | None]) -> None:
         """Writes a point. On a full disk the point is lost, not the run."""
-        if not self.file:
+        if not self.file or (kind, step) in self.kept:  # as the last point of a run that ends early may be
             return
         try:
             self.file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
@@ -157,21 +158,27 @@ class RunLog:
             self.is_stopped = True
 
 
-def _drop_points(path: pathlib.Path, done: int) -> set[tuple[str, int]]:
-    """Cuts off the points after step `done`, whose kinds and steps it returns, and what a crash left unfinished."""
-    kept, dropped = 0, set()
+def _drop_points(path: pathlib.Path, done: int) -> tuple[set[tuple[str, int]], set[tuple[str, int]]]:
+    """Cuts off the points after step `done`, and what a crash left unfinished.
+
+    Returns kinds and steps: of the points of step `done`, and of those that were cut off.
+    """
+    length, kept, dropped = 0, set(), set()
     with path.open("r+b") as file:
         with contextlib.suppress(ValueError):  # a line that is not JSON
             for line in file:
                 if not line.endswith(b"\n"):
                     break
                 point = json.loads(line)
-                if dropped or point["step"] > done:
-                    dropped.add((point.get("kind"), point["step"]))
-                else:
-                    kept += len(line)
-        file.truncate(kept)
-    return dropped
+                name = point.get("kind"), point["step"]
+                if dropped or name[1] > done:
+                    dropped.add(name)
+                    continue
+                length += len(line)
+                if name[1] == done:
+                    kept.add(name)
+        file.truncate(length)
+    return kept, dropped
 
 
 class MetricsWindow:

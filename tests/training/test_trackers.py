@@ -136,6 +136,7 @@ def test_the_real_wandb(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_the_real_trackio(tmp_path, monkeypatch):
     """One run, with each point once."""
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
     trackio = pytest.importorskip("trackio")
     from trackio.sqlite_storage import SQLiteStorage
 
