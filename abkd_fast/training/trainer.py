@@ -158,6 +158,8 @@ class Trainer:
         """
         folder = self.config.run.folder
         with distributed.rank0_context(locked(folder)):
+            for line in dry_run.first_lines(self):
+                console.print(line)
             self.build()
             try:
                 distributed.run_on_rank0(write_json, folder / "config.json", self.config.to_dict())
@@ -314,7 +316,6 @@ class Trainer:
     def _log(self, lr: float) -> None:
         """Writes a point where it is due, over the steps since the last one."""
         step = self.state.step
-        self.log.advance(step)
         if step % self.config.log.every_steps == 0 or step == self.data.steps:
             self._check_finite()
             own = self.method.metrics()
@@ -327,7 +328,9 @@ class Trainer:
                 account = self.window.describe_nonfinite(step, self.data.where)
                 console.print(f"skipped {skipped} steps that were not finite, the first: {account}")
             self.window = MetricsWindow(self.device)
-        elif self._evaluation_is_due() and self.device.type == "cuda":
+            return
+        self.log.advance(step)
+        if self._evaluation_is_due() and self.device.type == "cuda":
             torch.cuda.synchronize()  # else the steps' time would count as the evaluation's
 
     def _check_finite(self) -> None:
