@@ -74,8 +74,9 @@ def distill(
         on_checkpoint: gets the folder of each checkpoint once it is whole, which may be at the next save or evaluation.
             All three are called on rank 0. One that returns true ends the training after the present step; the result
             is then complete.
-        optimizer: makes the optimizer from groups of parameters; the first group's decay. The keys of `optim` that
-            describe AdamW are not read then. Its state must consist of tensors, or a checkpoint can't be written.
+        optimizer: makes the optimizer from groups of parameters; the first group's decay. Of `optim` only weight_decay,
+            clip_norm and the schedule are read then. Its state must consist of tensors, numbers and text, for
+            checkpoints: else the first step raises ConfigError.
         scheduler: makes the schedule of learning rates from the optimizer and the number of steps.
         resume: continues an interrupted run. Give objects that are what they were. The result of a finished run is
             returned as it is, whatever objects are given.

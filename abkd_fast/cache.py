@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from .cli import leave, run
 from .config.models import PROMPT_KEYS
 from .config.recipe import load
-from .errors import ConfigError
+from .errors import ConfigError, of_stage
 
 if TYPE_CHECKING:
     from .config.schema import Config
@@ -59,12 +59,13 @@ def _build(options: argparse.Namespace) -> None:
 
     with distributed.process_group(stages[0].train.timeout_minutes), signals.terminable():
         config = _taught_stage(stages, options.stage)
-        models = [key for key, teacher in config.all_teachers.items() if teacher.path or teacher.config]
-        if not models:
-            raise ConfigError("teacher: there is no model whose states could be computed; give teacher.path")
-        _training_command(options, config, dict.fromkeys(models, "states"))  # what it refuses, it refuses now
         started = time.perf_counter()
-        folders = {key: file.folder for key, file in _states(config).items()}
+        with of_stage(config.run.stage):
+            models = [key for key, teacher in config.all_teachers.items() if teacher.path or teacher.config]
+            if not models:
+                raise ConfigError("teacher: there is no model whose states could be computed; give teacher.path")
+            _training_command(options, config, dict.fromkeys(models, "states"))  # what it refuses, it refuses now
+            folders = {key: file.folder for key, file in _states(config).items()}
         distributed.run_on_rank0(_report, options, config, folders, time.perf_counter() - started)
 
 

@@ -1,5 +1,6 @@
 """Errors that end a command with one line."""
 
+import contextlib
 import difflib
 import math
 import typing
@@ -43,3 +44,15 @@ def check_number(name: str, value: float | None, low: float, high: float = math.
 
 class Interrupted(Exception):
     """The run has ended before its last step and can be resumed. The message is one line."""
+
+
+@contextlib.contextmanager
+def of_stage(name: str | None) -> typing.Iterator[None]:
+    """A context whose errors name the stage of a recipe, once. None: the recipe has no stages."""
+    try:
+        yield
+    except (ConfigError, Interrupted, FloatingPointError) as error:
+        is_named = any(f"{word}{name}:" in str(error) for word in ("stage ", "--set "))  # in the place of a key
+        if name is not None and not is_named:
+            error.args = (f"stage {name}: {error}",)
+        raise

@@ -15,7 +15,7 @@ from .config.models import ModelConfig
 from .config.schema import Config
 from .console import console
 from .data.rows import Row, read_rows
-from .errors import ConfigError, check_number
+from .errors import ConfigError, check_number, of_stage
 from .evaluation import tables
 from .evaluation.evaluator import Evaluation
 from .evaluation.runs import read_runs
@@ -42,31 +42,37 @@ def run(stages: list[Config], resume: bool = False, given: Given = NOTHING) -> l
     prepared = check_all(stages, given)
     stages = [resolve(config) for config in stages]
     for config in stages:
-        distributed.run_on_rank0(is_finished, config, resume)  # no stage trains before all folders are checked
+        with of_stage(config.run.stage):
+            distributed.run_on_rank0(is_finished, config, resume)  # no stage trains before all folders are checked
     distributed.run_on_rank0(hub.check, stages, True)  # makes repositories, so all else is in order by now
     summaries = []
     for config in stages:
-        inputs = prepared.pop(0)  # freed after its stage
-        if distributed.run_on_rank0(is_finished, config, resume):
-            console.print(f"[bold]{config.run.folder}[/bold]  is finished already: its result is used")
-            summary = read_summary(config.run.folder)
-        else:
-            if config.method == "generate":  # a kind of stage, not a training method
-                summary = answers.write_stage(config, _take_prompts(config, inputs))
-            else:
-                summary = Trainer(config, resume, inputs).train()
-            console.print(f"saved {config.run.folder / 'final'}", markup=False)
-            _free_memory()
-        summaries.append(summary)
-        if config.eval.sets and config.method != "generate":
-            evaluation = _evaluate(config, inputs)
-            _free_memory()
-            if len(stages) == 1:
-                console.print(evaluation.table())
+        with of_stage(config.run.stage):
+            summaries.append(_run_stage(config, resume, prepared.pop(0), len(stages) == 1))
     distributed.run_on_rank0(_conclude, stages, summaries)
     if any(config.run.push_to_hub for config in stages):
         distributed.run_last_on_rank0(hub.push_stages, stages)
     return summaries
+
+
+def _run_stage(config: Config, resume: bool, prepared: Prepared, is_only: bool) -> dict:
+    """Runs a stage unless it is finished, scores its result, and returns its summary."""
+    if distributed.run_on_rank0(is_finished, config, resume):
+        console.print(f"[bold]{config.run.folder}[/bold]  is finished already: its result is used")
+        summary = read_summary(config.run.folder)
+    else:
+        if config.method == "generate":  # a kind of stage, not a training method
+            summary = answers.write_stage(config, _take_prompts(config, prepared))
+        else:
+            summary = Trainer(config, resume, prepared).train()
+        console.print(f"saved {config.run.folder / 'final'}", markup=False)
+        _free_memory()
+    if config.eval.sets and config.method != "generate":
+        evaluation = _evaluate(config, prepared)
+        _free_memory()
+        if is_only:
+            console.print(evaluation.table())
+    return summary
 
 
 def _take_prompts(config: Config, prepared: Prepared) -> list[Row]:
@@ -124,21 +130,28 @@ def plan(stages: list[Config], resume: bool = False, verbose: bool = False) -> N
     for config, known in zip(stages, check_all(stages), strict=True):
         specs = {role: as_begun(spec, students) for role, spec in models_of(config).items()}
         students[config.run.stage], prompts[config.run.stage] = specs["student"], config.data.train
-        console.print(f"[bold]{config.run.folder}[/bold]")
-        if is_finished(resolve(config), resume):
-            console.print("  is finished already: its result would be used")
-            continue
         if config.data.stage:
-            console.print(f"  {config.data.train} is not written yet: these are the rows whose prompts it answers")
             specs["data"] = dataclasses.replace(config.data, train=prompts[config.data.stage])
-        if config.method == "generate":
-            lines = answers.describe(config, _take_prompts(config, known))
-        else:
-            lines = describe(Trainer(replaced(config, specs), resume, known))
-        for line in lines:
-            console.print(line, markup=False)
-        if verbose:
-            console.print(json.dumps(config.to_dict(), indent=2), markup=False)
+        with of_stage(config.run.stage):
+            _plan_stage(config, specs, resume, known, verbose)
+
+
+def _plan_stage(config: Config, specs: dict, resume: bool, prepared: Prepared, verbose: bool) -> None:
+    """Prints what a stage would do. specs: sections in place of those that earlier stages write."""
+    console.print(f"[bold]{config.run.folder}[/bold]")
+    if is_finished(resolve(config), resume):
+        console.print("  is finished already: its result would be used")
+        return
+    if config.data.stage:
+        console.print(f"  {config.data.train} is not written yet: these are the rows whose prompts it answers")
+    if config.method == "generate":
+        lines = answers.describe(config, _take_prompts(config, prepared))
+    else:
+        lines = describe(Trainer(replaced(config, specs), resume, prepared))
+    for line in lines:
+        console.print(line, markup=False)
+    if verbose:
+        console.print(json.dumps(config.to_dict(), indent=2), markup=False)
 
 
 def show_rows(stages: list[Config], count: int) -> None:
@@ -150,14 +163,15 @@ def show_rows(stages: list[Config], count: int) -> None:
     samples, notes, earlier = [], {}, {}
     for config in stages:
         earlier[config.run.stage] = config
-        tokenizer = read_stage_tokenizer(config, earlier)
-        data = resolve(config).data
-        if config.data.stage and not pathlib.Path(data.train).exists():
-            continue  # nothing is written yet
-        source, limit, *others = train_rows(dataclasses.replace(config, data=data))
-        rows = read_rows(source, min(count, limit or count), *others)
-        notes |= dict.fromkeys(rows.notes)
-        samples += shown_samples(rows, tokenizer, data, train_format(config), teacher_format(config, tokenizer))
+        with of_stage(config.run.stage):
+            tokenizer = read_stage_tokenizer(config, earlier)
+            data = resolve(config).data
+            if config.data.stage and not pathlib.Path(data.train).exists():
+                continue  # nothing is written yet
+            source, limit, *others = train_rows(dataclasses.replace(config, data=data))
+            rows = read_rows(source, min(count, limit or count), *others)
+            notes |= dict.fromkeys(rows.notes)
+            samples += shown_samples(rows, tokenizer, data, train_format(config), teacher_format(config, tokenizer))
     for note in notes:
         print(note, file=sys.stderr)
     print_samples(samples)

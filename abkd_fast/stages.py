@@ -12,12 +12,14 @@ from .config.schema import Config
 from .data import pretrain
 from .data.rows import Rows
 from .device import choose_device, choose_dtype
-from .errors import ConfigError
+from .errors import ConfigError, of_stage
 from .evaluation.test_sets import Protocol, TestSet, read_sets
 from .models import loading, quantized
 from .teacher import top_k
 from .training.given import NOTHING, Given
+from .training.optim import check_optimizer
 from .training.prepare import Prepared, dev_rows, read_tokenizer, train_rows
+from .training.trackers import check_trackers
 
 ReadRows = Callable[..., Rows]
 
@@ -25,16 +27,20 @@ ReadRows = Callable[..., Rows]
 def check_all(stages: list[Config], given: Given = NOTHING) -> list[Prepared]:
     """Checks every stage before the first one starts, and returns what was read. Raises ConfigError."""
     read = functools.cache(given.read_rows)  # stages mostly share their rows: each source is read once
-    return [
-        _check(config, {other.run.stage: other for other in stages[:index]}, read, given)
-        for index, config in enumerate(stages)
-    ]
+    prepared = []
+    for index, config in enumerate(stages):
+        with of_stage(config.run.stage):
+            prepared.append(_check(config, {other.run.stage: other for other in stages[:index]}, read, given))
+    return prepared
 
 
 def _check(config: Config, earlier: dict[str, Config], read: ReadRows, given: Given) -> Prepared:
     """Raises ConfigError for devices, models, references and rows that can't be used."""
     prepared = Prepared(given=given)
     choose_dtype(config.train.dtype, choose_device(config.train.device, "train."), "train.")
+    if config.method != "generate":
+        check_optimizer(config, given.optimizer is not None)
+        check_trackers(config.log)
     for role, spec in models_of(config).items():
         if spec.has_adapter and spec.path is None:
             raise ConfigError(

@@ -12,7 +12,7 @@ import typing
 from collections.abc import Iterable
 from typing import Any, Literal
 
-from ..errors import ConfigError, nearest
+from ..errors import ConfigError, nearest, of_stage
 from . import yaml_files
 from .methods import ON_POLICY_READERS
 from .schema import Config
@@ -40,7 +40,7 @@ def load(recipe: str | dict, overrides: list[str] = (), values: Iterable[dict] =
             that is not JSON is text.
         values: keys of a recipe, for all stages; later ones win.
 
-    Raises ConfigError, which names the file (or override), the key and the value.
+    Raises ConfigError, which names the file (or override), the key, the value, and the stage if others don't have it.
     """
     shared = _read_with_bases(recipe)
     stages = _take_stages(shared)
@@ -55,10 +55,18 @@ def load(recipe: str | dict, overrides: list[str] = (), values: Iterable[dict] =
     if not stages:
         return [_configure(shared, last)]
     methods = {name: _merged([*shared, *own]).get("method") or Config.method for name, own in stages.items()}
-    return [
-        _configure([*_for_method(shared, methods[name], methods.values()), *own], places[name])
-        for name, own in stages.items()
-    ]
+    configs, problems = [], {}
+    for name, own in stages.items():
+        try:
+            layers = [*_for_method(shared, methods[name], methods.values()), *own]
+            configs.append(_configure(layers, places[name]))
+        except ConfigError as error:
+            problems[name] = error
+    if problems:
+        is_shared = len(problems) == len(stages) and len({*map(str, problems.values())}) == 1
+        with of_stage(None if is_shared else next(iter(problems))):
+            raise next(iter(problems.values()))
+    return configs
 
 
 def _for_method(shared: list[Layer], method: str, methods: Iterable[str]) -> list[Layer]:

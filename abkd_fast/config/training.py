@@ -9,12 +9,23 @@ from .sampling import NgramSize, SamplingKeys
 from .section import Section
 
 SEEDS = (10, 20, 30, 40, 50)  # the papers evaluate with these
+OPTIMIZER_KEYS = {  # by optim.name: those keys of `optim` that only some optimizers read
+    "adamw": ("betas", "eps"),
+    "adam": ("betas", "eps"),
+    "adamw8bit": ("betas", "eps"),
+    "adagrad": ("eps",),
+    "sgd": ("momentum",),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimConfig(Section):
-    """AdamW. Weights of one dimension (biases, norms) don't decay, except those of a LoRA adapter."""
+    """The optimizer. Weights of one dimension (biases, norms) don't decay, except those of a LoRA adapter."""
 
+    name: Annotated[
+        Literal["adamw", "adam", "adamw8bit", "adagrad", "sgd"],
+        "optimizer; adamw8bit: AdamW whose moments have 8 bits (needs bitsandbytes)",
+    ] = "adamw"
     lr: Annotated[float, "peak learning rate"] = 5e-4
     min_lr: Annotated[float, "learning rate at the end of cosine and linear"] = 1e-7
     schedule: Annotated[
@@ -22,9 +33,12 @@ class OptimConfig(Section):
     ] = "cosine"
     warmup_steps: Annotated[int, "steps in which the learning rate rises from 0 to lr", 0] = 0
     warmup_ratio: Annotated[float | None, "these steps as a share of all, in place of warmup_steps", 0, 1] = None
-    weight_decay: Annotated[float, "decoupled weight decay", 0] = 0.01
-    betas: Annotated[tuple[float, float], "decay rates of the two moments"] = (0.9, 0.999)
-    eps: Annotated[float, "added to the square root of the second moment"] = 1e-8
+    weight_decay: Annotated[
+        float, "weight decay: decoupled in adamw and adamw8bit, a part of the gradient in the others", 0
+    ] = 0.01
+    betas: Annotated[tuple[float, float], "adamw, adam, adamw8bit: decay rates of the two moments"] = (0.9, 0.999)
+    eps: Annotated[float, "all but sgd: added to the square root that divides a gradient"] = 1e-8
+    momentum: Annotated[float, "sgd: share of the last update that is added to the next one", 0] = 0.0
     clip_norm: Annotated[float, "a gradient with a larger norm is scaled down to this norm"] = 1.0
 
     def __post_init__(self) -> None:
@@ -37,6 +51,13 @@ class OptimConfig(Section):
         super().__post_init__()
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ConfigError(f"betas are {list(self.betas)}, expected two numbers from 0 up to 1", "betas")
+        if not self.momentum < 1:
+            raise ConfigError(f"momentum is {self.momentum}, expected from 0 up to 1", "momentum")
+        for key in ("betas", "eps", "momentum"):
+            readers = [name for name, keys in OPTIMIZER_KEYS.items() if key in keys]
+            if self.name not in readers and getattr(self, key) != getattr(OptimConfig, key):
+                problem = f"{self.name} does not read it, only {', '.join(readers)}"
+                raise ConfigError(f"{key}: {problem}: leave it out", key)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -107,6 +128,7 @@ class LogConfig(Section):
 
     every_steps: Annotated[int, "steps that one logged point summarizes", 1] = 10
     wandb: Annotated[str | None, "project of Weights & Biases that also gets the points (needs wandb)"] = None
+    trackio: Annotated[str | None, "project of trackio that also gets the points (needs trackio)"] = None
     samples: Annotated[
         int | None, "dev prompts, the first ones, that the student answers for the log at each evaluation", 0
     ] = None

@@ -66,4 +66,6 @@ class CheckpointPolicy:
         (step, previous_best), self.pending = self.pending, None
         console.print(f"[bold red]no checkpoint[/] at step {step} ({error}); training goes on")
         if self.state.best and self.state.best[1] == step:
-            self.state.best = previous_best  # the best of those that could be written
+            # The best of those that could be written. eval.patience goes on from 0, because the step was better: on a
+            # disk that stays full, a run whose evaluations get better and better must not end for that.
+            self.state.best = previous_best

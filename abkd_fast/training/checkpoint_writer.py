@@ -164,8 +164,7 @@ class CheckpointWriter:
         self.model.save(folder, self.tokenizer, tensors[MODEL])
         if OPTIMIZER in tensors:
             (folder / OPTIMIZER).mkdir()
-            moments = {name: tensor.contiguous() for name, tensor in tensors[OPTIMIZER].items()}
-            save_file(moments, folder / OPTIMIZER / "optimizer.safetensors")
+            save_file(_separated(tensors[OPTIMIZER]), folder / OPTIMIZER / "optimizer.safetensors")
 
 
 def _copied(tensors: dict[str, Tensors]) -> dict[str, Tensors]:
@@ -175,6 +174,16 @@ def _copied(tensors: dict[str, Tensors]) -> dict[str, Tensors]:
         return stager.stage(tensors)
     finally:
         stager.close()  # else it keeps the copies as long as the originals live
+
+
+def _separated(tensors: Tensors) -> Tensors:
+    """The tensors, each with memory of its own, as safetensors wants them. Optimizers may share constants."""
+    separated, known = {}, set()
+    for name, tensor in tensors.items():
+        place = tensor.untyped_storage().data_ptr()
+        separated[name] = tensor.clone() if place in known else tensor.contiguous()
+        known.add(place)
+    return separated
 
 
 def _files(tensors: Tensors) -> dict[str, int]:
@@ -203,7 +212,18 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> Ten
         f"{key}.{name}": value
         for name, parameter in model.named_parameters()
         for key, value in optimizer.state.get(parameter, {}).items()
+        if isinstance(value, Tensor)
     }
+
+
+def optimizer_numbers(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, dict]:
+    """What else the state has for each parameter: {"model.embed.weight": {"step": 3}}."""
+    numbers = {}
+    for name, parameter in model.named_parameters():
+        state = optimizer.state.get(parameter, {})
+        if own := {key: value for key, value in state.items() if not isinstance(value, Tensor)}:
+            numbers[name] = own
+    return numbers
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, folder: pathlib.Path) -> None:

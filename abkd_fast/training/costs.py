@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from ..config.training import TrainConfig
+from ..config.training import OptimConfig, TrainConfig
 from ..data.batches import Batch, StepBatch, count_labels, teacher_view
 from ..errors import ConfigError
 from ..generation import decoder, graphs
@@ -20,6 +20,7 @@ from ..methods.base import Method
 from ..models import forms, loading
 from ..models.loading import MetaModel
 from ..models.padded import padded_tokens
+from .optim import state_bytes
 from .shapes import activation_bytes, attention_costs
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ PEAK_FLOPS = {
     "RTX 3090": 71e12,
 }
 
+ADAMW = OptimConfig()
 ESTIMATED_KEPT = 4 / 3  # bytes kept for each that products touch: the middle of what 100 families keep
 
 
@@ -181,16 +183,23 @@ def _estimated_activation_bytes(
 
 
 def memory(
-    cost: StepCost, config: PretrainedConfig, batch: Batch, train: TrainConfig, dtype: torch.dtype, device: torch.device
+    cost: StepCost,
+    config: PretrainedConfig,
+    batch: Batch,
+    train: TrainConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    optim: OptimConfig = ADAMW,
 ) -> Iterator[tuple[str, int]]:
     """Yields about how many bytes training on such micro-batches needs, each with what it holds."""
     student, master = cost.student, 8 if dtype == torch.float64 else 4
     trained = student.parameters if cost.adapter is None else cost.adapter
     frozen = student.weight_bytes(dtype) if cost.adapter is not None else 0
     yield "student's weights", trained * master + frozen
-    yield "gradients and optimizer", 3 * trained * master
+    with_state = round(trained * (master + state_bytes(optim, master)))
+    yield "gradients and optimizer", with_state
     if device.type == "cpu":
-        yield "copies, while a checkpoint is written", 3 * trained * master
+        yield "copies, while a checkpoint is written", with_state  # of the weights in place of the gradients
     if cost.teacher:
         yield "teacher", teacher_bytes(cost, dtype)
     yield _activations(student, config, batch, dtype, train.gradient_checkpointing)

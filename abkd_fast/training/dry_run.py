@@ -216,7 +216,7 @@ def _memory(trainer: Trainer, cached: dict[str, bool]) -> Iterator[str]:
     by_key = {key: trainer.step_cost(is_cached, key) for key, is_cached in cached.items()}
     cost, *_ = [*by_key.values(), trainer.step_cost(cached=False)]
     student = trainer.student_meta.config
-    parts = dict(costs.memory(cost, student, batch, train, trainer.dtype, trainer.device))
+    parts = dict(costs.memory(cost, student, batch, train, trainer.dtype, trainer.device, trainer.config.optim))
     if trainer.teachers.are_several:
         parts["teacher"] = sum(costs.teacher_bytes(cost, trainer.dtype) for cost in by_key.values())
     details, total = _list(parts), sum(parts.values())

@@ -1,16 +1,14 @@
-"""The log of a run: sums over the steps of a window, points and samples in files, TensorBoard, wandb, the terminal."""
+"""The log of a run: sums over the steps of a window, points and samples in files, TensorBoard and the terminal."""
 
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
 import os
 import pathlib
 import time
 import types
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,16 +18,11 @@ from ..config.schema import Config
 from ..console import ProgressBar, console, format_seconds
 from ..data.batches import StepBatch
 from ..device import BusyMachine, peak_memory
-from ..errors import ConfigError, first_line, printable
+from ..errors import printable
 from ..evaluation import samples as answers
 from ..evaluation.rouge import named
 from .costs import peak_flops
-
-
-def check_wandb(project: str | None) -> None:
-    """Raises ConfigError where Weights & Biases is asked for, but not installed."""
-    if project is not None and importlib.util.find_spec("wandb") is None:
-        raise ConfigError(f'log.wandb is "{project}", but wandb is not installed: pip install wandb, or leave it out')
+from .trackers import Trackers
 
 
 class RunLog:
@@ -53,7 +46,7 @@ class RunLog:
         self.is_stopped = False
         self.has_reports = distributed.all_reduce_max(len(reports)) > 0  # of some rank
         self.peak_flops = distributed.world_size() * (peak_flops(device) or 0)
-        self.wandb = self.file = self.sample_file = self.board = None
+        self.trackers = self.file = self.sample_file = self.board = None
         self.bar = ProgressBar("step", "{task.fields[numbers]}", bar_width=6)  # everything then fits into 84 columns
         self.task = self.bar.add_task("training", total=steps, numbers="")
 
@@ -67,31 +60,21 @@ class RunLog:
     def _open(self) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        if self.config.log.wandb is not None:
-            self.wandb = self._open_wandb()
         path, sample_path = self.folder / "metrics.jsonl", self.folder / answers.FILE
-        for each in filter(pathlib.Path.exists, (path, sample_path)):
-            _drop_points(each, self.done)
+        self.kept, dropped = _drop_points(path, self.done) if path.exists() else (set(), set())
+        if sample_path.exists():
+            _drop_points(sample_path, self.done)
+        self.trackers = Trackers(self.config, dropped)
         self.file = path.open("a", encoding="utf-8", buffering=1)
         if self.config.log.samples:
             self.sample_file = sample_path.open("a", encoding="utf-8", buffering=1)
         self.board = SummaryWriter(self.folder / "tensorboard", purge_step=self.done + 1)
         self.bar.start()
 
-    def _open_wandb(self) -> Any:
-        """Raises ConfigError where wandb can't be used, for example without a login."""
-        import wandb
-
-        name, values = str(self.folder), self.config.to_dict()
-        try:
-            return wandb.init(project=self.config.log.wandb, name=name, group=name, dir=name, config=values)
-        except Exception as error:  # wandb raises many kinds
-            raise ConfigError(f"log.wandb: {first_line(error)}; WANDB_MODE=offline does without a login") from None
-
     def __exit__(self, *error: types.TracebackType | None) -> None:
         self.bar.stop()
-        if self.wandb:
-            self.wandb.finish()
+        if self.trackers:
+            self.trackers.finish()
         for log in filter(None, (self.board, self.file, self.sample_file)):
             with contextlib.suppress(OSError):  # a full disk was reported before
                 log.close()
@@ -132,7 +115,8 @@ class RunLog:
         """
         now = time.perf_counter()
         seconds, self.last = now - self.last, now
-        left = (now - self.started) / (step - max(self.done, 0)) * (self.steps - step)
+        taken = max(1, step - max(self.done, 0))  # a resumed run that ends at once has taken none
+        left = (now - self.started) / taken * (self.steps - step)
         samples, tokens, real_tokens, flops = (counts[n] for n in ("samples", "tokens", "real_tokens", "flops"))
         values = values | {
             "samples_per_second": samples / seconds,
@@ -187,7 +171,7 @@ class RunLog:
 
     def _write(self, kind: str, step: int, values: dict[str, float | None], **told: object) -> None:
         """Writes a point. On a full disk the point is lost, not the run. told: what a function gets besides."""
-        if not self.file:
+        if not self.file or (kind, step) in self.kept:  # as the last point of a run that ends early may be
             return
         try:
             self.file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
@@ -196,8 +180,7 @@ class RunLog:
                     self.board.add_scalar(f"{kind}/{name}", value, step)
         except OSError as error:
             console.print(f"[bold red]no log[/] of step {step} ({error}); training goes on")
-        if self.wandb:
-            self.wandb.log({f"{kind}/{name}": value for name, value in values.items()}, step=step)
+        self.trackers.log(kind, step, values)
         self.report(kind, {"step": step, **values, **told})
 
     def ends_run(self) -> bool:
@@ -210,16 +193,27 @@ class RunLog:
             self.is_stopped = True
 
 
-def _drop_points(path: pathlib.Path, done: int) -> None:
-    """Cuts off the points or samples after step `done`, and an unfinished line that a crash left."""
-    kept = 0
+def _drop_points(path: pathlib.Path, done: int) -> tuple[set[tuple[str, int]], set[tuple[str, int]]]:
+    """Cuts off the points after step `done`, and what a crash left unfinished.
+
+    Returns kinds and steps: of the points of step `done`, and of those that were cut off.
+    """
+    length, kept, dropped = 0, set(), set()
     with path.open("r+b") as file:
         with contextlib.suppress(ValueError):  # a line that is not JSON
             for line in file:
-                if not line.endswith(b"\n") or json.loads(line)["step"] > done:
+                if not line.endswith(b"\n"):
                     break
-                kept += len(line)
-        file.truncate(kept)
+                point = json.loads(line)
+                name = point.get("kind"), point["step"]
+                if dropped or name[1] > done:
+                    dropped.add(name)
+                    continue
+                length += len(line)
+                if name[1] == done:
+                    kept.add(name)
+        file.truncate(length)
+    return kept, dropped
 
 
 class MetricsWindow:

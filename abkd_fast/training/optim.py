@@ -2,31 +2,112 @@
 
 from collections.abc import Callable
 
-from torch.optim import LBFGS, AdamW, Optimizer
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.optim import LBFGS, SGD, Adagrad, Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_scheduler
 
-from ..config.training import OptimConfig
-from ..errors import ConfigError
+from .. import distributed
+from ..config.schema import Config
+from ..config.training import OPTIMIZER_KEYS, OptimConfig
+from ..device import choose_device, choose_dtype
+from ..errors import ConfigError, first_line
 from ..models.causal_lm import CausalLM
+from .prepare import is_sharded
+
+CLASSES = {"adamw": AdamW, "adam": Adam, "adagrad": Adagrad, "sgd": SGD}
+
+
+def check_optimizer(config: Config, is_given: bool) -> None:
+    """Raises ConfigError where the optimizer can't be used. is_given: whether the caller makes one."""
+    name = config.optim.name
+    if is_given and name != OptimConfig.name:
+        raise ConfigError(f"optim.name is {name}, but there is a function optimizer, too: leave one out", "optim.name")
+    if name != "adamw8bit":
+        return
+    device, way_out = choose_device(config.train.device, "train."), "take optim.name=adamw"
+    if is_sharded(config):
+        problem = "can't update weights of which each process holds a part"
+        raise ConfigError(f"optim.name: adamw8bit {problem}; {way_out}, or train.parallel=ddp", "optim.name")
+    if choose_dtype(config.train.dtype, device, "train.") == torch.float64:
+        raise ConfigError(f"optim.name: adamw8bit has no float64, which train.dtype is; {way_out}", "optim.name")
+    try:
+        weights = torch.zeros(4096, device=device, requires_grad=True)  # fewer would have moments of 32 bits
+        weights.grad = torch.zeros_like(weights)
+        _adamw8bit([weights]).step()
+    except Exception as error:  # of many kinds: it is missing, too old, or has no kernels for the device
+        problem = f"adamw8bit needs bitsandbytes, which can't be used here ({first_line(error)})"
+        raise ConfigError(f"optim.name: {problem}: pip install bitsandbytes, or {way_out}", "optim.name") from None
 
 
 def build_optimizer(
     student: CausalLM, optim: OptimConfig, make: Callable[[list[dict]], Optimizer] | None = None
 ) -> Optimizer:
-    """AdamW, or what `make` gives, over what is trained. Biases and norms don't decay; an adapter's weights all do."""
+    """The optimizer, or what `make` gives, over what is trained.
+
+    Biases and norms don't decay; an adapter's weights all do.
+    """
     trained = [p for p in student.parameters() if p.requires_grad]
     decayed = [p for p in trained if p.dim() > 1 or student.has_adapter]
     others = [p for p in trained if p.dim() <= 1 and not student.has_adapter]
     groups = [{"params": decayed, "weight_decay": optim.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    options = {"lr": optim.lr} | {key: getattr(optim, key) for key in OPTIMIZER_KEYS[optim.name]}
     if make is not None:
         made = make(groups)
         if not isinstance(made, Optimizer) or isinstance(made, LBFGS):  # which needs several passes a step
             raise ConfigError(
                 f"optimizer gave a {type(made).__name__}, expected one of torch.optim with a plain step()"
             )
-        return made
-    return AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True)
+        _check_state_once(made)
+    elif optim.name == "adamw8bit":
+        made = _adamw8bit(groups, **options)
+    else:  # of the fused kernels, only those of the Adams know weights that are sharded
+        fused = optim.name in ("adamw", "adam") or not distributed.is_sharded(student)
+        made = CLASSES[optim.name](groups, **options, fused=fused)
+    if isinstance(made, SGD):
+        _fill_momentum(made)
+    return made
+
+
+def _adamw8bit(groups: list, **options: object) -> Optimizer:
+    from bitsandbytes.optim import AdamW8bit
+
+    return AdamW8bit(groups, **options)
+
+
+def _fill_momentum(optimizer: SGD) -> None:
+    """Gives fused SGD its buffers. Otherwise it makes them in its first step, and leaves them as they are if that step
+    is skipped: with any numbers."""
+    for group in optimizer.param_groups:
+        if group["fused"] and group["momentum"] and not group["dampening"]:
+            for parameter in group["params"]:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+
+
+def _check_state_once(optimizer: Optimizer) -> None:
+    """Lets the first step raise ConfigError where a checkpoint could not keep the optimizer's state."""
+
+    def check(*_: object) -> None:
+        handle.remove()
+        for parameter, state in optimizer.state.items():
+            for key, value in state.items():
+                is_part = isinstance(parameter, DTensor) and not isinstance(value, DTensor)
+                if isinstance(value, Tensor) and is_part and value.dim():
+                    raise ConfigError(f'optimizer: "{key}" of its state is not sharded, as the weights are')
+                if not isinstance(value, Tensor | int | float | str | None):
+                    problem = f'"{key}" of its state is a {type(value).__name__}, which a checkpoint can\'t keep'
+                    raise ConfigError(f"optimizer: {problem}; expected tensors, numbers and text")
+
+    handle = optimizer.register_step_post_hook(check)
+
+
+def state_bytes(optim: OptimConfig, weight_bytes: int) -> float:
+    """Bytes of the optimizer's state for each trained weight. weight_bytes: those of the weight itself."""
+    if optim.name == "adamw8bit":
+        return 2 * (1 + 4 / 256)  # a block of 256 numbers shares a scale of 4 bytes
+    return weight_bytes * {"adamw": 2, "adam": 2, "adagrad": 1, "sgd": int(optim.momentum > 0)}[optim.name]
 
 
 def build_scheduler(optim: OptimConfig, optimizer: Optimizer, steps: int) -> LRScheduler:

@@ -16,6 +16,7 @@ from ..console import console
 from ..device import device_name
 from ..errors import ConfigError
 from . import checkpoint
+from .checkpoint_writer import optimizer_numbers
 
 if TYPE_CHECKING:
     from .trainer import Trainer
@@ -38,6 +39,7 @@ class TrainState:
     # The best step: its value to minimize (dev loss, or minus ROUGE-L), the step, its dev loss, its ROUGE-L.
     best: tuple[float, int, float, float | None] | None = None
     evaluations_since_best: int = 0
+    is_stopped: bool = False  # by a function of the caller: a resumed run has taken its last step
 
     def record_eval(self, loss: float, rouge_l: float | None, by_rouge: bool) -> bool:
         """Records an evaluation after `step`. Returns whether it is the best so far, by dev loss or by ROUGE-L."""
@@ -62,6 +64,7 @@ def state_dict(trainer: Trainer) -> tuple[dict[str, Tensor], dict]:
         "progress": dataclasses.asdict(trainer.state),
         "scheduler": _kept(trainer.scheduler.state_dict()),
         "groups": _kept(_groups(trainer)),
+        "numbers": optimizer_numbers(trainer.optimizer, trainer.student),
         "data": _fingerprints(trainer),
         "environment": _environment(trainer),
         "method": trainer.method.state_dict(),
@@ -118,6 +121,9 @@ def load_state_dict(trainer: Trainer, tensors: dict[str, Tensor], values: dict) 
     for group, kept in zip(trainer.optimizer.param_groups, values.get("groups", ()), strict=False):
         for key, value in kept.items():
             group[key] = tuple(value) if isinstance(group.get(key), tuple) else value
+    for name, parameter in trainer.student.named_parameters():
+        if name in values.get("numbers", ()):
+            trainer.optimizer.state[parameter].update(values["numbers"][name])
     for group, lr in zip(trainer.optimizer.param_groups, trainer.scheduler.get_last_lr(), strict=True):
         group["lr"] = lr
     trainer.method.load_state_dict(values.get("method") or {})

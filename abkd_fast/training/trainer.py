@@ -33,8 +33,8 @@ from . import checkpoint, costs, dry_run, state
 from .checkpoint_policy import CheckpointPolicy
 from .checkpoint_writer import CheckpointWriter, load_optimizer
 from .likelihoods import ResponseLikelihoods
-from .metrics import MetricsWindow, RunLog, check_wandb, is_finite
-from .optim import build_optimizer, build_scheduler
+from .metrics import MetricsWindow, RunLog, is_finite
+from .optim import build_optimizer, build_scheduler, state_bytes
 from .prepare import Prepared, is_sharded, read_tokenizer, read_train_data
 from .save_dtype import Conversion, choose
 from .state import TrainState
@@ -58,7 +58,6 @@ class Trainer:
         self.method = METHODS[config.method](config)
         self.is_sharded = is_sharded(config)
         distributed.run_on_rank0(check_folder, config.run.folder, resume)
-        check_wandb(config.log.wandb)
         prepared = prepared or Prepared()
         self.given = prepared.given
         self.student_meta = prepared.model("student", config.student)
@@ -80,7 +79,8 @@ class Trainer:
         self.conversion = Conversion(save_dtype, self.student)
         self.replica = distributed.replicate(self.student, may_idle=self.student.experts is not None)
         trained = (p for p in self.student.parameters() if p.requires_grad)
-        optimizer_bytes = 12 * sum(distributed.local_part(p).numel() for p in trained)  # gradients and two moments
+        numel = sum(distributed.local_part(p).numel() for p in trained)
+        optimizer_bytes = round((4 + state_bytes(config.optim, 4)) * numel)  # gradients, and what the optimizer keeps
         self.build_teachers(optimizer_bytes)
         self.optimizer = build_optimizer(self.student, config.optim, self.given.optimizer)
         make = self.given.scheduler or functools.partial(build_scheduler, config.optim)
@@ -179,6 +179,7 @@ class Trainer:
         done = self.state.step if self.resumed_from else -1
         elapsed, reports = self.state.window_seconds, self.given.reports
         self.log = RunLog(self.config, self.data.steps, self.device, done, elapsed, reports)
+        self.log.is_stopped = self.state.is_stopped
         with self.signals, self.log, self.checkpoint_writer:
             self._after_step()
             batches = self.batches(self.state.step)
@@ -394,6 +395,6 @@ class Trainer:
         self.log.pause()
         self.saves.conclude()
         self._check_finite()
-        self.state.window_seconds = self.log.window_seconds
+        self.state.window_seconds, self.state.is_stopped = self.log.window_seconds, self.log.is_stopped
         self.saves.begin(*state.state_dict(self), previous_best, self.log.flush)
         self.log.resume()

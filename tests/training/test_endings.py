@@ -5,10 +5,14 @@ import json
 import pytest
 import torch
 
+from abkd_fast import distill
 from abkd_fast.config.training import OptimConfig
 from abkd_fast.errors import ConfigError
+from abkd_fast.training import trainer
+from abkd_fast.training.checkpoint_policy import CheckpointPolicy
 from abkd_fast.training.optim import build_scheduler
-from runs import Run
+from abkd_fast.training.state import TrainState
+from runs import RECIPE, Killed, Run, crash
 
 
 def rates(steps, **optim):
@@ -87,3 +91,33 @@ def test_patience_that_is_not_exhausted_changes_nothing(undisturbed, tmp_path):
 def test_patience_needs_rows(tmp_path, capsys):
     assert Run(tmp_path, "eval.patience=2", "data.dev=null")() == 2
     assert "eval.patience: there is no data.dev" in capsys.readouterr().err
+
+
+def test_patience_counts_better_steps_that_could_not_be_saved(tmp_path):
+    """On a disk that stays full, a run that gets better and better does not end for that."""
+
+    class FullDisk:
+        def begin(self, *arguments):
+            raise OSError("no room")
+
+    state = TrainState(step=2)
+    state.record_eval(1.0, None, by_rouge=False)
+    saved = state.best
+    for state.step, loss in ((4, 1.5), (6, 0.9)):
+        state.record_eval(loss, None, by_rouge=False)
+    CheckpointPolicy(FullDisk(), state, 2, None, print).begin({}, {}, saved, print)
+    assert (state.best, state.evaluations_since_best) == (saved, 0)
+
+
+def test_a_run_that_a_function_has_ended_stays_ended(tmp_path, monkeypatch):
+    """A crash while its result is written: the resumed run takes no more steps."""
+    own = {**RECIPE, "checkpoint": {"every_steps": 4}, "on_eval": lambda point: point["step"] == 4}
+    whole = distill(**{**own, "run": {"name": "whole", "dir": str(tmp_path)}})
+    own["run"] = {"name": "cut", "dir": str(tmp_path)}
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "write_result", lambda trainer: crash())
+        with pytest.raises(Killed):
+            distill(**own)
+    again = distill(**own, resume=True)
+    assert again.summary["steps"] == whole.summary["steps"] == 4
+    assert [point["step"] for point in again.history] == [point["step"] for point in whole.history]

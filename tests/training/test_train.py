@@ -332,6 +332,8 @@ def test_weights_and_biases_where_asked_for(recipe, tmp_path, capsys, monkeypatc
     calls = []
 
     class Run:
+        id = "known"
+
         def log(self, values, step):
             calls.append((step, values))
 
