@@ -7,11 +7,15 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 
 from .errors import ConfigError, Interrupted
+from .signals import INTERRUPTED, interruptible, leave_at_once
 
-INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: try again
 
-
-def run(command: str, parser: ArgumentParser, work: Callable[[Namespace], None], arguments: list[str] | None) -> int:
+def run(
+    command: str,
+    make_parser: Callable[[], ArgumentParser],
+    work: Callable[[Namespace], None],
+    arguments: list[str] | None,
+) -> int:
     """Parses a command's arguments, does its work, and returns the exit status. Prints in one line why it ends early.
 
     - 0: all is done.
@@ -22,29 +26,40 @@ def run(command: str, parser: ArgumentParser, work: Callable[[Namespace], None],
 
     Args:
         command: the module's name in the package.
+        make_parser: imports what the parser needs: a signal may come from the first line on.
         arguments: those of the command line (None: `sys.argv`).
     """
-    arguments = sys.argv[1:] if arguments is None else arguments
-    options = parser.parse_args(arguments)
-    try:
-        work(options)
-    except (Interrupted, KeyboardInterrupt) as error:  # training and sampling handle signals themselves
-        start = ["torchrun", "--nproc-per-node", os.environ.get("LOCAL_WORLD_SIZE", "1")]
-        if "RANK" not in os.environ:
-            start = [sys.executable]
-        again = [*start, "-m", f"abkd_fast.{command}", *arguments]
-        if not getattr(options, "resume", True):
-            again.append("--resume")
-        _print(f"{str(error) or 'interrupted'}; continue with:\n{shlex.join(again)}", "interrupted")
-        return INTERRUPTED
-    except (ConfigError, FloatingPointError, ConnectionError) as error:
-        _print(f"error: {error}")
-        return 2 if isinstance(error, ConfigError) else 1
+    arguments, options = sys.argv[1:] if arguments is None else arguments, Namespace()
+    with interruptible() as signal:  # training and sampling finish their step first, see `StopSignals`
+        try:
+            options = make_parser().parse_args(arguments)
+            work(options)
+        except (ConfigError, FloatingPointError, ConnectionError) as error:
+            _print(f"error: {error}")
+            return 2 if isinstance(error, ConfigError) else 1
+        except (Exception, KeyboardInterrupt) as error:
+            if signal.name is None and not isinstance(error, Interrupted | KeyboardInterrupt):
+                raise
+            reason = str(error) if isinstance(error, Interrupted) else ""
+            _print(f"{reason or 'interrupted'}; continue with:\n{_again(command, options, arguments)}", "interrupted")
+            return INTERRUPTED
     return 0
+
+
+def _again(command: str, options: Namespace, arguments: list[str]) -> str:
+    """The command line that continues the work."""
+    start = ["torchrun", "--nproc-per-node", os.environ.get("LOCAL_WORLD_SIZE", "1")]
+    if "RANK" not in os.environ:
+        start = [sys.executable]
+    words = [*start, "-m", f"abkd_fast.{command}", *arguments]
+    if not getattr(options, "resume", True):
+        words.append("--resume")
+    return shlex.join(words)
 
 
 def leave(status: int) -> None:
     """Ends the process. One of several ends at once: threads of torch.distributed may abort an orderly end."""
+    leave_at_once(status)
     if "RANK" in os.environ:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -54,9 +69,9 @@ def leave(status: int) -> None:
 
 def _print(text: str, topic: str = "") -> None:
     """Prints to stderr; a line that several processes have is printed once."""
-    if "RANK" in os.environ:
-        from . import distributed
-
-        text = distributed.tag_with_rank(text, topic)
+    if (processes := sys.modules.get(f"{__package__}.processes")) is not None:
+        text = processes.tag_with_rank(text, topic)
+    elif os.environ.get("LOCAL_RANK", "0") != "0":  # before they could meet, all of one machine have the same errors
+        return
     if text is not None:
         print(text, file=sys.stderr)

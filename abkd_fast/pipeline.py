@@ -18,7 +18,7 @@ from .errors import ConfigError, check_number
 from .evaluation import tables
 from .evaluation.evaluator import Evaluation
 from .evaluation.runs import read_runs
-from .finished import is_finished, read_summary
+from .finished import find_result, is_finished
 from .generation import answers
 from .stages import as_begun, check_all, models_of, protocol, read_stage_tokenizer, replaced, resolve
 from .training.dry_run import describe
@@ -43,15 +43,12 @@ def run(stages: list[Config], resume: bool = False, given: Given = NOTHING) -> l
     summaries = []
     for config in stages:
         inputs = prepared.pop(0)  # freed after its stage
-        if distributed.run_on_rank0(is_finished, config, resume):
-            console.print(f"[bold]{config.run.folder}[/bold]  is finished already: its result is used")
-            summary = read_summary(config.run.folder)
-        else:
+        summary = find_result(config, resume)
+        if summary is None:
             if config.method == "generate":  # a kind of stage, not a training method
-                summary = answers.write_stage(config, _take_prompts(config, inputs))
+                summary = answers.write_stage(config, _take_prompts(config, inputs), resume)
             else:
                 summary = Trainer(config, resume, inputs).train()
-            console.print(f"saved {config.run.folder / 'final'}", markup=False)
             _free_memory()
         summaries.append(summary)
         if config.eval.sets and config.method != "generate":
