@@ -56,7 +56,7 @@ def process_group(timeout_minutes: float = 30.0, values: Mapping | None = None) 
         torch.cuda.set_device(device)  # from here on "cuda" means this GPU
     try:
         store, *_ = next(dist.rendezvous("env://", timeout=_timeout))
-        _store = _part_of_attempt(store, number, count)
+        _store = part_of_attempt(store, number, count, _timeout)
         dist.init_process_group(backend, store=_store, rank=number, world_size=count, timeout=_timeout)
     except RuntimeError as error:
         raise ConnectionError(f"rank {number} of {count} can't meet the others: {first_line(error)}") from error
@@ -89,23 +89,23 @@ def _place() -> tuple[int, int]:
     number, count = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
     needed = ("RANK", "MASTER_ADDR", "MASTER_PORT") if count > 1 else ()
     if missing := [name for name in needed if name not in os.environ]:
-        raise ConfigError(f"WORLD_SIZE is {count} in the environment, but {', '.join(missing)} is missing; {way_out}")
+        raise ConfigError(f"WORLD_SIZE is {count} in the environment, without {', '.join(missing)}; {way_out}")
     if number >= count:
         raise ConfigError(f"RANK is {number} in the environment, but WORLD_SIZE is {count}; {way_out}")
     return number, count
 
 
-def _part_of_attempt(store: dist.Store, number: int, count: int) -> dist.Store:
-    """The part of torchrun's store that only the processes of this attempt use.
+def part_of_attempt(store: dist.Store, number: int, count: int, timeout: datetime.timedelta) -> dist.Store:
+    """The part of torchrun's store that only the processes of this attempt use. Rank `number` of `count` calls it.
 
     The store outlives a restart, with the addresses of dead processes. The number of restarts can't tell the attempts
     apart: on several machines each torchrun counts its own. So every process has a name of its own, and rank 0 answers
     each name with its own one, until all have come to the part that is named so.
 
-    Raises RuntimeError where others don't come.
+    Raises RuntimeError where others don't come within the timeout.
     """
     name, others = uuid.uuid4().hex, range(1, count)
-    end = time.monotonic() + _timeout.total_seconds()
+    end = time.monotonic() + timeout.total_seconds()
     came, answers = ([f"{key}/{other}" for other in others] for key in ("came", "answer"))
     if number:
         store.set(f"came/{number}", name)
@@ -120,7 +120,7 @@ def _part_of_attempt(store: dist.Store, number: int, count: int) -> dist.Store:
             if store.check([f"{name}/{other}" for other in others]):
                 return dist.PrefixStore(name, store)
         time.sleep(POLL_SECONDS)
-    raise RuntimeError(f"not all have come within {_timeout.total_seconds() / 60:g} minutes")
+    raise RuntimeError(f"not all have come within {timeout.total_seconds() / 60:g} minutes")
 
 
 def is_restarted() -> bool:
