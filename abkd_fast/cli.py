@@ -69,9 +69,10 @@ def leave(status: int) -> None:
 
 def _print(text: str, topic: str = "") -> None:
     """Prints to stderr; a line that several processes have is printed once."""
-    if (processes := sys.modules.get(f"{__package__}.processes")) is not None:
+    local_rank, processes = os.environ.get("LOCAL_RANK", ""), sys.modules.get(f"{__package__}.processes")
+    if processes is not None and processes.have_met():
         text = processes.tag_with_rank(text, topic)
-    elif os.environ.get("LOCAL_RANK", "0") != "0":  # before they could meet, all of one machine have the same errors
+    elif local_rank.isdecimal() and int(local_rank):  # before they have met, all of one machine have the same errors
         return
     if text is not None:
         print(text, file=sys.stderr)

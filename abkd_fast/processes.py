@@ -123,6 +123,11 @@ def part_of_attempt(store: dist.Store, number: int, count: int, timeout: datetim
     raise RuntimeError(f"not all have come within {timeout.total_seconds() / 60:g} minutes")
 
 
+def have_met() -> bool:
+    """Whether there are several processes, and they can tell each other something."""
+    return _store is not None
+
+
 def is_restarted() -> bool:
     """Whether a torchrun has started its processes again after a failure. Collective: each machine counts its own."""
     return all_reduce_max(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))) > 0
@@ -170,8 +175,6 @@ def _by_rank(values: list[str]) -> str:
 
 def tag_with_rank(text: str, topic: str = "") -> str | None:
     """The message with this rank's number; None if another rank has said the same, or something on this topic."""
-    if _store is None:
-        return text if os.environ.get("LOCAL_RANK", "0") == "0" else None
     with contextlib.suppress(RuntimeError):  # the process of the store may be gone
         if _store.add(f"said/{topic or hashlib.sha256(text.encode()).hexdigest()}", 1) > 1:
             return None
