@@ -1,13 +1,16 @@
 """All commands share this: exit statuses, error lines, and the line that says how to continue."""
 
+import contextlib
 import os
 import shlex
 import sys
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from .errors import ConfigError, Interrupted
 from .signals import INTERRUPTED, interruptible, leave_at_once
+
+MEETING_MINUTES = 1.0  # how long a process with a mistake waits for the others, to tell them
 
 
 def run(
@@ -32,8 +35,9 @@ def run(
     arguments, options = sys.argv[1:] if arguments is None else arguments, Namespace()
     with interruptible() as signal:  # training and sampling finish their step first, see `StopSignals`
         try:
-            options = make_parser().parse_args(arguments)
-            work(options)
+            with _mistakes_told():
+                options = make_parser().parse_args(arguments)
+                work(options)
         except (ConfigError, FloatingPointError, ConnectionError) as error:
             _print(f"error: {error}")
             return 2 if isinstance(error, ConfigError) else 1
@@ -44,6 +48,22 @@ def run(
             _print(f"{reason or 'interrupted'}; continue with:\n{_again(command, options, arguments)}", "interrupted")
             return INTERRUPTED
     return 0
+
+
+@contextlib.contextmanager
+def _mistakes_told() -> Iterator[None]:
+    """A context in which a mistake that a process finds before it has met the others becomes theirs, too."""
+    try:
+        yield
+    except ConfigError as error:
+        if os.environ.get("WORLD_SIZE", "1") == "1":
+            raise
+        from . import processes
+
+        if not processes.have_met():
+            with contextlib.suppress(ConnectionError), processes.process_group(MEETING_MINUTES, mistake=error):
+                pass
+        raise
 
 
 def _again(command: str, options: Namespace, arguments: list[str]) -> str:

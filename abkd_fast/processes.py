@@ -35,10 +35,13 @@ _timeout: datetime.timedelta | None = None
 
 
 @contextlib.contextmanager
-def process_group(timeout_minutes: float = 30.0, values: Mapping | None = None) -> Iterator[None]:
+def process_group(
+    timeout_minutes: float = 30.0, values: Mapping | None = None, mistake: ConfigError | None = None
+) -> Iterator[None]:
     """Joins the processes that torchrun has started, by its environment variables: NCCL between GPUs, else gloo.
 
     values: what this process is to do, as JSON values; it must be the same in all of them.
+    mistake: why it can't do that. All raise the first one.
 
     A process gives up if it waits for others longer than the timeout. Raises ConfigError for environment variables that
     don't fit together, and where processes differ. Raises ConnectionError with the ranks that don't answer if a process
@@ -64,6 +67,9 @@ def process_group(timeout_minutes: float = 30.0, values: Mapping | None = None) 
         warnings.simplefilter("ignore")
         logging.disable(logging.WARNING)
     try:
+        mistakes = [error for error in all_gather_object(mistake) if error is not None]
+        if mistakes:
+            raise mistakes[0]
         check_same({"versions": VERSIONS, **(values or {})})
         yield
     except (ConfigError, Interrupted, KeyboardInterrupt) as error:

@@ -1,6 +1,7 @@
 """The processes of a run meet after any restart, compare what they are to do, and end together."""
 
 import datetime
+import functools
 import json
 import os
 import pathlib
@@ -161,10 +162,11 @@ def test_restarts_on_two_machines(tmp_path):
         assert [process.wait(240) for process in each] == [0, 0]
 
 
-def another_rate_on_rank_1():
+def others_on_rank_1(*more):
+    """Rank 1 has other values than the rest."""
     load = recipes.load
     if os.environ["RANK"] == "1":
-        recipes.load = lambda path, overrides: load(path, [*overrides, "optim.lr=0.5", "method=kd"])
+        recipes.load = lambda path, overrides: load(path, [*overrides, *more])
 
 
 def one_line(ranks, statuses):
@@ -175,9 +177,13 @@ def one_line(ranks, statuses):
 
 
 def test_another_configuration_on_one_rank_ends_all(context, tmp_path, recipe):  # noqa: F811
-    line = one_line(Ranks(context, tmp_path, 2, recipe("run", **SHORT), prepare=another_rate_on_rank_1), [2, 2])
+    others = functools.partial(others_on_rank_1, "optim.lr=0.5", "method=kd")
+    line = one_line(Ranks(context, tmp_path, 2, recipe("run", **SHORT), prepare=others), [2, 2])
     assert 'recipe.method is "sft" on rank 0, "kd" on rank 1; recipe.optim.lr is 0.003 on rank 0, 0.5 on rank 1' in line
     assert not (tmp_path / "run").exists()
+    mistake = functools.partial(others_on_rank_1, "optim.lr=-1")  # before it has met the others
+    line = one_line(Ranks(context, tmp_path, 2, recipe("run", **SHORT), prepare=mistake), [2, 2])
+    assert "optim.lr is -1" in line
 
 
 def another_row_on_rank_1():
