@@ -30,7 +30,7 @@ def _work(options: argparse.Namespace) -> None:
         _parser().error("--set and --stage change a recipe: give them with --config")
     if options.dir is not None and not (options.list or options.clear is not None):
         _parser().error("--dir is for --list and --clear; a recipe has cache.dir")
-    from .console import console, progress_bar  # not before the arguments are parsed: these load PyTorch
+    from .console import ProgressBar, console  # not before the arguments are parsed: these load PyTorch
     from .files import cache_folder
     from .teacher import housekeeping
     from .teacher.folder import StatesFolder
@@ -46,7 +46,7 @@ def _work(options: argparse.Namespace) -> None:
             console.print(line, markup=False)
         return
     folder, started = StatesFolder(options.verify, "verify"), time.perf_counter()
-    with progress_bar("blocks checked") as bar:
+    with ProgressBar("blocks checked") as bar:
         folder.verify(bar.track(range(len(folder.checksums))))
     console.print(f"{options.verify} is complete and undamaged, {time.perf_counter() - started:.1f} s", markup=False)
 

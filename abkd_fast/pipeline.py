@@ -2,6 +2,7 @@
 
 import dataclasses
 import gc
+import json
 import pathlib
 import sys
 
@@ -36,6 +37,7 @@ def run(stages: list[Config], resume: bool = False, given: Given = NOTHING) -> l
 
     Raises ConfigError before any training, and what `Trainer.train` raises.
     """
+    console.print("checking models and rows")
     prepared = check_all(stages, given)
     stages = [resolve(config) for config in stages]
     for config in stages:
@@ -87,7 +89,10 @@ def _conclude(stages: list[Config], summaries: list[dict]) -> None:
     root = stages[0].run.root
     try:
         tables.write_report(runs, root)
-        console.print(f"tables and figures are in {root}, and in each stage's report.md", markup=False)
+        console.print(
+            f"tables (of test sets) and figures (of data.dev) are in {root}, and in each stage's report.md",
+            markup=False,
+        )
     except ConfigError as error:
         console.print(f"no figures: {error}", markup=False)
 
@@ -101,8 +106,11 @@ def _evaluate(config: Config, prepared: Prepared) -> Evaluation:
     return evaluation
 
 
-def plan(stages: list[Config], resume: bool = False) -> None:
-    """Prints what `run` would do. Loads no weights, writes no run folder. Raises ConfigError as `run` does."""
+def plan(stages: list[Config], resume: bool = False, verbose: bool = False) -> None:
+    """Prints what `run` would do. Loads no weights, writes no run folder. Raises ConfigError as `run` does.
+
+    verbose: also the configuration of each stage, with all defaults.
+    """
     students: dict[str, ModelConfig] = {}  # by stage
     prompts: dict[str, str] = {}  # by stage, the rows that it answers
     for config, known in zip(stages, check_all(stages), strict=True):
@@ -121,6 +129,8 @@ def plan(stages: list[Config], resume: bool = False) -> None:
             lines = describe(Trainer(replaced(config, specs), resume, known))
         for line in lines:
             console.print(line, markup=False)
+        if verbose:
+            console.print(json.dumps(config.to_dict(), indent=2), markup=False)
 
 
 def show_rows(stages: list[Config], count: int) -> None:

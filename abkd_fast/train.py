@@ -22,6 +22,11 @@ def _train(options: argparse.Namespace) -> None:
     from .config.recipe import load
 
     stages = load(options.config, options.overrides)
+    if options.show_rows is None:
+        from .console import console
+
+        names = ", ".join(filter(None, (config.run.stage for config in stages)))
+        console.print(f"{options.config}{f', stages {names}' if names else ''}: loading PyTorch", markup=False)
     from . import pipeline, processes  # not before the configuration is checked: this loads PyTorch
 
     if options.show_rows is not None:
@@ -30,8 +35,11 @@ def _train(options: argparse.Namespace) -> None:
     values = {config.run.stage or "recipe": config.to_dict() for config in stages}
     values |= {"--resume": options.resume, "--dry-run": options.dry_run}
     with processes.process_group(stages[0].train.timeout_minutes, values):
-        work = pipeline.plan if options.dry_run else pipeline.run
-        work(stages, options.resume or processes.is_restarted())
+        resume = options.resume or processes.is_restarted()
+        if options.dry_run:
+            pipeline.plan(stages, resume, options.verbose)
+        else:
+            pipeline.run(stages, resume)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -52,8 +60,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help=text)
     text = "continue an interrupted run from its newest checkpoint; the result is the same to the bit"
     add("--resume", action="store_true", help=text)
-    text = "print configuration, data, steps, memory and cache of each stage, and train nothing"
+    text = "print data, steps, memory and cache of each stage, and train nothing"
     add("--dry-run", action="store_true", help=text)
+    add("--verbose", action="store_true", help="with --dry-run: also print each stage's whole configuration")
     text = (
         "print the first N rows of data.train as the model sees them, one JSON object a line (in color on a terminal): "
         "text, trained parts, numbers of tokens; no weights are read"

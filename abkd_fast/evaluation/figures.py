@@ -56,6 +56,7 @@ def rouge_curves(runs: list[Run], stem: pathlib.Path) -> list[pathlib.Path]:
             ends = [run.curve("dev", "rouge_l")[1][-1:] for run in (teacher, *others)]
             if all(ends) and names == {teacher.dev_rouge}:
                 height = statistics.fmean(itertools.chain(*ends))
+                panel.update_datalim([(0, height)])  # axhline itself leaves no margin above a line
                 panel.axhline(height, color="#555555", linestyle="--", label=teacher.label)
         panel.set(xlabel="Training step", ylabel=f"{' / '.join(sorted(names))} on development rows")
         panel.set_xlim(left=0)

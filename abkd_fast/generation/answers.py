@@ -18,7 +18,7 @@ from .. import distributed, processes
 from ..config.models import ModelConfig
 from ..config.sampling import SamplingParams
 from ..config.schema import Config, RunConfig, SamplingConfig
-from ..console import console, progress_bar
+from ..console import ProgressBar, console
 from ..data.chat import PromptFormat
 from ..data.encode import begin_token
 from ..data.row_teachers import TeacherNames
@@ -103,7 +103,7 @@ class Generator:
         signal, once the current response is kept.
         """
         numbers, prompts, seeds = map(distributed.local_shard, (range(len(prompts)), prompts, seeds))
-        bar, signals, done = progress_bar(name), StopSignals(), 0
+        bar, signals, done = ProgressBar(name), StopSignals(), 0
         task = bar.add_task(name, total=len(numbers))
 
         def on_response(number: int, response: list[int]) -> None:
@@ -288,7 +288,6 @@ def write_stage(config: Config, rows: list[Row], resume: bool) -> dict:
 def describe(config: Config, rows: list[Row]) -> Iterator[str]:
     """Lines that say what `write_stage` would do."""
     sampling = config.sampling
-    yield json.dumps(config.to_dict(), indent=2)
     prompts = f"{len(rows)} prompts, by {config.student.path}, each of at most {sampling.max_new_tokens} tokens"
     yield f"  answers    to {prompts} at temperature {sampling.temperature:g}, {sampling.batch_size} at a time"
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .. import distributed
 from ..config.schema import Config
-from ..console import console, format_bytes, progress_bar
+from ..console import ProgressBar, console, format_bytes
 from ..data.batches import pack, teacher_view
 from ..device import free_memory
 from ..errors import ConfigError
@@ -298,7 +298,7 @@ class TeacherCache:
         if len(numbers):
             count = f"{len(numbers)} of {len(self.layout.blocks)} blocks"
             console.print(f"teacher cache: computing {count}, {format_bytes(self.bytes)} in all")
-        with progress_bar("teacher's states") as bar:
+        with ProgressBar("teacher's states, block") as bar:
             for first in bar.track(range(0, len(numbers), distributed.world_size())):
                 started = time.perf_counter()
                 place = first + distributed.rank()

@@ -17,7 +17,7 @@ import pyarrow
 import torch
 from torch import Tensor
 
-from ..console import progress_bar
+from ..console import ProgressBar
 from ..data import text_files
 from ..data.batches import prompt_of, teacher_view
 from ..data.strict_json import show
@@ -80,7 +80,7 @@ class TopKTargets:
             read = _read(file, dataset, where, lines, is_train_file, vocab)
             with (
                 pyarrow.ipc.new_stream(str(target), COLUMNS.arrow_schema) as writer,
-                progress_bar(f"blocks of {SAMPLES_AT_ONCE} samples") as bar,
+                ProgressBar(f"blocks of {SAMPLES_AT_ONCE} samples") as bar,
             ):
                 for _ in bar.track(range(0, len(dataset), SAMPLES_AT_ONCE)):
                     some = zip(*itertools.islice(read, SAMPLES_AT_ONCE), strict=True)

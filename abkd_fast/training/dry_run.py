@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -25,9 +24,8 @@ if TYPE_CHECKING:
 
 
 def describe(trainer: Trainer) -> Iterator[str]:
-    """The configuration in force, the data in numbers, steps, memory, and the teacher's cache."""
+    """The data in numbers, steps, memory, and the teacher's cache."""
     steps, steps_per_epoch = trainer.data.steps, trainer.data.steps_per_epoch
-    yield json.dumps(trainer.config.to_dict(), indent=2)
     yield from _data(trainer)
     yield f"{_steps(trainer)}, {steps / steps_per_epoch:.1f} epochs"
     yield from _forms(trainer)
@@ -49,18 +47,23 @@ def describe(trainer: Trainer) -> Iterator[str]:
         yield f"  cache      {of}{format_bytes(cache.bytes)} of teacher's states in {place}"
 
 
-def header(trainer: Trainer) -> Iterator[str]:
-    """The first lines of a run say what was built and chosen, so that nobody trains on a slow path unknowingly."""
+def first_lines(trainer: Trainer) -> Iterator[str]:
+    """What a run trains, on which data: all that is known before the models load."""
     config, data = trainer.config, trainer.data
     lengths = torch.tensor(data.train_set["row_length"][:]).clamp(max=config.data.max_length)
     loss = f"  loss {config.loss}" if trainer.teachers or trainer.method.top_k else ""
     yield f"[bold]{config.run.folder}[/bold]  method {config.method}{loss}"
-    yield f"  models     {_models(trainer)}"
     yield (
         f"  data       {_size(trainer)}, {lengths.float().mean():.0f} tokens each on average, "
         f"the first {data.where[data.train_set['row'][0]]}"
     )
     yield from map(escape, _notes(trainer))
+    yield _steps(trainer)
+
+
+def header(trainer: Trainer) -> Iterator[str]:
+    """What was built and chosen, so that nobody trains on a slow path unknowingly."""
+    yield f"  models     {_models(trainer)}"
     yield f"  device     {device_name(trainer.device)}, {str(trainer.dtype).removeprefix('torch.')}"
     yield f"  kernels    {_kernels(trainer)}; attention {attention.describe(trainer.device)}"
     yield from _forms(trainer)
@@ -78,8 +81,11 @@ def header(trainer: Trainer) -> Iterator[str]:
         held = "a part of all weights" if trainer.is_sharded else "all weights"
         yield f"  processes  {distributed.world_size()}, each with {held}; gradients are summed over them"
     if trainer.device.type == "cuda":
-        yield f"  compile    {'the layers of the models' if config.train.compile == 'auto' else 'off'}"
-    yield _steps(trainer)
+        yield f"  compile    {'the layers of the models' if trainer.config.train.compile == 'auto' else 'off'}"
+    if trainer.data.dev is not None:
+        every = trainer.config.eval.every_steps or trainer.data.steps_per_epoch
+        samples = f"{len(trainer.data.dev.dev_set)} samples of data.dev"
+        yield f"  evaluation {samples}, before the first step and after every {every}"
     if trainer.resume:
         start = f"from {trainer.resumed_from}" if trainer.resumed_from else "from the start: there is no checkpoint"
         yield f"  resumed    {start}"

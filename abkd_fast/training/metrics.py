@@ -17,9 +17,9 @@ from torch import Tensor
 
 from .. import distributed
 from ..config.schema import Config
-from ..console import console, progress_bar
+from ..console import ProgressBar, console, format_seconds
 from ..data.batches import StepBatch
-from ..device import peak_memory
+from ..device import BusyMachine, peak_memory
 from ..errors import ConfigError, first_line
 from ..evaluation.rouge import named
 from .costs import peak_flops
@@ -53,13 +53,14 @@ class RunLog:
         self.has_reports = distributed.all_reduce_max(len(reports)) > 0  # of some rank
         self.peak_flops = distributed.world_size() * (peak_flops(device) or 0)
         self.wandb = self.file = self.board = None
-        self.bar = progress_bar("{task.fields[numbers]}", bar_width=6)  # everything then fits into 84 columns
+        self.bar = ProgressBar("step", "{task.fields[numbers]}", bar_width=6)  # everything then fits into 84 columns
         self.task = self.bar.add_task("training", total=steps, numbers="")
 
     def __enter__(self) -> RunLog:
         distributed.run_on_rank0(self._open)
         self.started = time.perf_counter()
         self.last = self.started - self.elapsed
+        self.machine = BusyMachine(self.device)
         return self
 
     def _open(self) -> None:
@@ -114,8 +115,11 @@ class RunLog:
             with contextlib.suppress(OSError):  # TensorBoard's writer repeats its first error forever
                 self.board.flush()
 
-    def advance(self, step: int) -> None:
-        self.bar.update(self.task, completed=step)
+    def advance(self, step: int, **fields: str) -> None:
+        """Shows the number of steps, with fields of the bar."""
+        self.bar.update(self.task, completed=step, **fields)
+        if hint := self.machine.hint():
+            console.print(hint, markup=False)
 
     def train(self, step: int, values: dict[str, float | None], counts: dict[str, int]) -> None:
         """Writes one point over the steps since the last one. Synchronize the device before.
@@ -141,12 +145,14 @@ class RunLog:
             f"loss {mean} {samples / seconds:.1f} samples/s {seconds / samples:.4f} s/sample "
             f"{real_tokens / seconds:.0f} tokens/s {values['peak_memory_bytes'] / 2**30:.1f} GiB"
         ) + (f" mfu {values['mfu']:.0%}" if self.peak_flops else "")
-        self.bar.update(self.task, completed=step, numbers=text)
+        self.bar.restart_pause()  # the line below says more
+        self.advance(step, numbers=text)
         if not console.is_terminal:
-            minutes, rest = divmod(round(left), 60)
             names = [*values][1 : [*values].index("lr")]  # parts of the loss, and the method's own values
             named = "".join(f"  {name} {values[name]:.5g}" for name in names if values[name] is not None)
-            console.print(f"step {step}/{self.steps}  {text}{named}  lr {values['lr']:.1e}  left {minutes}m{rest:02d}s")
+            console.print(
+                f"step {step}/{self.steps}  {text}{named}  lr {values['lr']:.1e}  left {format_seconds(left)}"
+            )
 
     def evaluation(self, step: int, dev_loss: float, rouge_l: float | None) -> None:
         self._write("dev", step, {"loss": dev_loss} | ({} if rouge_l is None else {"rouge_l": rouge_l}))

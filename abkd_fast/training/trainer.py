@@ -154,7 +154,7 @@ class Trainer:
         return costs.StepCost(student, self.student_meta.adapter_size, teacher, cached)
 
     def train(self) -> dict:
-        """Trains, writes the run folder, and returns the summary: another process's, if that has finished the run.
+        """Trains, writes the run folder, and returns the summary. Another process may have finished the run meanwhile.
 
         Raises FloatingPointError for a loss or gradient that is not finite (unless train.on_nonfinite is skip).
         Raises Interrupted after a signal, and where the disk has no space for the result. Raises ConfigError where
@@ -164,6 +164,8 @@ class Trainer:
         with locked_run(self.config, self.resume) as summary:
             if summary is not None:
                 return summary
+            for line in dry_run.first_lines(self):
+                console.print(line)
             self.build()
             try:
                 distributed.run_on_rank0(write_json, folder / "config.json", self.config.to_dict())
@@ -319,7 +321,6 @@ class Trainer:
     def _log(self, lr: float) -> None:
         """Writes a point where it is due, over the steps since the last one."""
         step = self.state.step
-        self.log.advance(step)
         if step % self.config.log.every_steps == 0 or step == self.data.steps:
             self._check_finite()
             own = self.method.metrics()
@@ -332,7 +333,9 @@ class Trainer:
                 account = self.window.describe_nonfinite(step, self.data.where)
                 console.print(f"skipped {skipped} steps that were not finite, the first: {account}")
             self.window = MetricsWindow(self.device)
-        elif self._evaluation_is_due() and self.device.type == "cuda":
+            return
+        self.log.advance(step)
+        if self._evaluation_is_due() and self.device.type == "cuda":
             torch.cuda.synchronize()  # else the steps' time would count as the evaluation's
 
     def _check_finite(self) -> None:
