@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from . import distributed, pipeline
+from . import pipeline, processes
 from .config.recipe import load
 from .config.schema import Config
 from .errors import ConfigError
@@ -121,8 +121,9 @@ def distill(
     before = [_restorer(model, role == "teacher") for role, model in models.items()]
     if resume and "student" in models:
         _check_resumed(configs[0].run.folder)
+    same = {config.run.stage or "recipe": config.to_dict() for config in configs} | {"resume": resume}
     try:
-        with distributed.process_group(configs[0].train.timeout_minutes):
+        with processes.process_group(configs[0].train.timeout_minutes, same):
             pipeline.run(configs, resume, given)
     finally:
         for restore in before:

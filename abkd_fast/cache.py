@@ -10,8 +10,6 @@ import time
 from typing import TYPE_CHECKING
 
 from .cli import leave, run
-from .config.models import PROMPT_KEYS
-from .config.recipe import load
 from .errors import ConfigError, of_stage
 
 if TYPE_CHECKING:
@@ -21,7 +19,7 @@ if TYPE_CHECKING:
 
 def main(arguments: list[str] | None = None) -> int:
     """Builds states in the processes that torchrun started, or in this one; returns the exit status (see `cli.run`)."""
-    return run("cache", _parser(), _work, arguments)
+    return run("cache", _parser, _work, arguments)
 
 
 def _work(options: argparse.Namespace) -> None:
@@ -54,10 +52,13 @@ def _work(options: argparse.Namespace) -> None:
 
 
 def _build(options: argparse.Namespace) -> None:
-    stages = load(options.config, options.overrides)
-    from . import distributed, signals
+    from .config.recipe import load
 
-    with distributed.process_group(stages[0].train.timeout_minutes), signals.terminable():
+    stages = load(options.config, options.overrides)
+    from . import distributed, processes  # not before the configuration is checked: this loads PyTorch
+
+    values = {config.run.stage or "recipe": config.to_dict() for config in stages} | {"--stage": options.stage}
+    with processes.process_group(stages[0].train.timeout_minutes, values):
         config = _taught_stage(stages, options.stage)
         started = time.perf_counter()
         with of_stage(config.run.stage):
@@ -147,15 +148,17 @@ def _training_command(options: argparse.Namespace, config: Config, folders: dict
 
     A method that asks the teacher in training keeps the teacher.
     """
+    from .config import models, recipe
+
     stage, settings = f"{config.run.stage}:" if config.run.stage else "", [*options.overrides]
     for key, folder in folders.items() if not config.asks_in_training else ():
         values = vars(config.all_teachers[key]).items()
-        given = [name for name, value in values if value is not None and name not in PROMPT_KEYS]
+        given = [name for name, value in values if value is not None and name not in models.PROMPT_KEYS]
         keys = [*(f"{name}=null" for name in given), f"hidden_states={pathlib.Path(folder).absolute()}"]
         settings += [f"{stage}{key}.{each}" for each in keys]
     if config.cache.mode == "off":
         settings.append(f"{stage}cache.mode=auto")
-    load(options.config, settings)
+    recipe.load(options.config, settings)
     words = ["--config", options.config, *(word for each in settings for word in ("--set", each))]
     return f"python -m abkd_fast.train {shlex.join(words)}"
 

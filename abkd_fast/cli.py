@@ -1,17 +1,24 @@
 """All commands share this: exit statuses, error lines, and the line that says how to continue."""
 
+import contextlib
 import os
 import shlex
 import sys
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from .errors import ConfigError, Interrupted
+from .signals import INTERRUPTED, interruptible, leave_at_once
 
-INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: try again
+MEETING_MINUTES = 1.0  # how long a process with a mistake waits for the others, to tell them
 
 
-def run(command: str, parser: ArgumentParser, work: Callable[[Namespace], None], arguments: list[str] | None) -> int:
+def run(
+    command: str,
+    make_parser: Callable[[], ArgumentParser],
+    work: Callable[[Namespace], None],
+    arguments: list[str] | None,
+) -> int:
     """Parses a command's arguments, does its work, and returns the exit status. Prints in one line why it ends early.
 
     - 0: all is done.
@@ -22,29 +29,57 @@ def run(command: str, parser: ArgumentParser, work: Callable[[Namespace], None],
 
     Args:
         command: the module's name in the package.
+        make_parser: imports what the parser needs: a signal may come from the first line on.
         arguments: those of the command line (None: `sys.argv`).
     """
-    arguments = sys.argv[1:] if arguments is None else arguments
-    options = parser.parse_args(arguments)
-    try:
-        work(options)
-    except (Interrupted, KeyboardInterrupt) as error:  # training and sampling handle signals themselves
-        start = ["torchrun", "--nproc-per-node", os.environ.get("LOCAL_WORLD_SIZE", "1")]
-        if "RANK" not in os.environ:
-            start = [sys.executable]
-        again = [*start, "-m", f"abkd_fast.{command}", *arguments]
-        if not getattr(options, "resume", True):
-            again.append("--resume")
-        _print(f"{str(error) or 'interrupted'}; continue with:\n{shlex.join(again)}", "interrupted")
-        return INTERRUPTED
-    except (ConfigError, FloatingPointError, ConnectionError) as error:
-        _print(f"error: {error}")
-        return 2 if isinstance(error, ConfigError) else 1
+    arguments, options = sys.argv[1:] if arguments is None else arguments, Namespace()
+    with interruptible() as signal:  # training and sampling finish their step first, see `StopSignals`
+        try:
+            with _mistakes_told():
+                options = make_parser().parse_args(arguments)
+                work(options)
+        except (ConfigError, FloatingPointError, ConnectionError) as error:
+            _print(f"error: {error}")
+            return 2 if isinstance(error, ConfigError) else 1
+        except (Exception, KeyboardInterrupt) as error:
+            if signal.name is None and not isinstance(error, Interrupted | KeyboardInterrupt):
+                raise
+            reason = str(error) if isinstance(error, Interrupted) else ""
+            _print(f"{reason or 'interrupted'}; continue with:\n{_again(command, options, arguments)}", "interrupted")
+            return INTERRUPTED
     return 0
+
+
+@contextlib.contextmanager
+def _mistakes_told() -> Iterator[None]:
+    """A context in which a mistake that a process finds before it has met the others becomes theirs, too."""
+    try:
+        yield
+    except ConfigError as error:
+        if os.environ.get("WORLD_SIZE", "1") == "1":
+            raise
+        from . import processes
+
+        if not processes.have_met():
+            with contextlib.suppress(ConnectionError), processes.process_group(MEETING_MINUTES, mistake=error):
+                pass
+        raise
+
+
+def _again(command: str, options: Namespace, arguments: list[str]) -> str:
+    """The command line that continues the work."""
+    start = ["torchrun", "--nproc-per-node", os.environ.get("LOCAL_WORLD_SIZE", "1")]
+    if "RANK" not in os.environ:
+        start = [sys.executable]
+    words = [*start, "-m", f"abkd_fast.{command}", *arguments]
+    if not getattr(options, "resume", True):
+        words.append("--resume")
+    return shlex.join(words)
 
 
 def leave(status: int) -> None:
     """Ends the process. One of several ends at once: threads of torch.distributed may abort an orderly end."""
+    leave_at_once(status)
     if "RANK" in os.environ:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -54,9 +89,10 @@ def leave(status: int) -> None:
 
 def _print(text: str, topic: str = "") -> None:
     """Prints to stderr; a line that several processes have is printed once."""
-    if "RANK" in os.environ:
-        from . import distributed
-
-        text = distributed.tag_with_rank(text, topic)
+    local_rank, processes = os.environ.get("LOCAL_RANK", ""), sys.modules.get(f"{__package__}.processes")
+    if processes is not None and processes.have_met():
+        text = processes.tag_with_rank(text, topic)
+    elif local_rank.isdecimal() and int(local_rank):  # before they have met, all of one machine have the same errors
+        return
     if text is not None:
         print(text, file=sys.stderr)

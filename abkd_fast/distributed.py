@@ -1,14 +1,8 @@
-"""Several processes, one for each GPU: a run's use of torch.distributed. A single process communicates nothing."""
+"""What several processes, one for each GPU, do together. A single process communicates nothing (see `processes.py`)."""
 
 import contextlib
-import datetime
-import functools
-import hashlib
-import itertools
-import logging
 import os
 import pickle
-import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
@@ -21,18 +15,8 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from .errors import first_line
-
 # The argument gets a new name, which older versions of torch don't know.
 warnings.filterwarnings("ignore", r".*broadcast_buffers. is deprecated", FutureWarning)
-
-GRACE = 5.0  # seconds: a rank that doesn't say within this time that it stops counts as dead
-# Words in the messages of torch.distributed's two backends, and in those of no other error.
-LOST_CONNECTION = ("gloo", "nccl", "connection closed", "connection reset", "timed out")
-
-_store: dist.Store | None = None
-_timeout: datetime.timedelta | None = None
-_last = itertools.count()  # a program may have several runs
 
 Item = TypeVar("Item")
 
@@ -48,72 +32,6 @@ def world_size() -> int:
 def is_rank0() -> bool:
     """Whether this process is rank 0, which writes and prints."""
     return rank() == 0
-
-
-def is_restarted() -> bool:
-    """Whether torchrun has started the processes again after a failure."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-
-
-@contextlib.contextmanager
-def process_group(timeout_minutes: float = 30.0) -> Iterator[None]:
-    """Joins the processes that torchrun has started, by its environment variables: NCCL between GPUs, else gloo.
-
-    A process gives up if it waits for others longer than the timeout. Raises ConnectionError with the ranks that don't
-    answer if a process is lost.
-    """
-    global _store, _timeout
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        yield
-        return
-    _timeout = datetime.timedelta(minutes=timeout_minutes)
-    backend = "gloo"
-    if (number := int(os.environ.get("LOCAL_RANK", 0))) < torch.cuda.device_count():
-        backend = "cpu:gloo,cuda:nccl"
-        torch.cuda.set_device(number)  # from here on "cuda" means this GPU
-    _store, number, count = next(dist.rendezvous("env://", timeout=_timeout))
-    dist.init_process_group(backend, store=_store, rank=number, world_size=count, timeout=_timeout)
-    if not is_rank0():  # the other ranks would repeat the warnings of rank 0
-        warnings.simplefilter("ignore")
-        logging.disable(logging.WARNING)
-    try:
-        yield
-    except RuntimeError as error:
-        if reason := _lost_ranks(error):
-            raise ConnectionError(reason) from error
-        raise
-    dist.destroy_process_group()  # not after an error: other ranks may wait in a collective
-
-
-def tag_with_rank(text: str, topic: str = "") -> str | None:
-    """The message with this rank's number; None if another rank has said the same, or something on this topic."""
-    if _store is None:  # before the processes have met, all of one machine have the same errors
-        return text if os.environ.get("LOCAL_RANK", "0") == "0" else None
-    with contextlib.suppress(RuntimeError):  # the process of the store may be gone
-        if _store.add(f"said/{topic or hashlib.sha256(text.encode()).hexdigest()}", 1) > 1:
-            return None
-    return f"rank {rank()} of {world_size()}: {text}"
-
-
-def _lost_ranks(error: RuntimeError) -> str | None:
-    """The ranks that don't answer, as text; None for other errors. Waits GRACE for ranks that stop, too."""
-    if world_size() == 1 or not any(word in str(error).lower() for word in LOST_CONNECTION):
-        return None
-    silent = set(range(world_size())) - {rank()}
-    with contextlib.suppress(RuntimeError):  # the process of the store may be gone
-        _store.set(f"stopped/{rank()}", "")
-        end = time.monotonic() + GRACE
-        while silent and time.monotonic() < end:
-            silent = {other for other in silent if not _store.check([f"stopped/{other}"])}
-            time.sleep(0.1)
-    names = ", ".join(map(str, sorted(silent))) or "that has stopped"
-    return f"no answer from rank {names}: it has died, or hangs ({first_line(error)})"
-
-
-@functools.cache
-def background_group() -> dist.ProcessGroup:
-    """A group of all processes for a background thread, whose messages must not mix with those of training."""
-    return dist.new_group(backend="gloo", timeout=_timeout)
 
 
 # Collectives: every rank has to call them, in the same order.
@@ -191,22 +109,6 @@ def _portable(error: Exception) -> Exception:
 def run_on_rank0(function: Callable[..., Item], *arguments: object) -> Item:
     """Calls a function on rank 0 alone. All ranks return its result, or raise its error."""
     return run_on_all_ranks(lambda: function(*arguments) if is_rank0() else None)[0]
-
-
-def run_last_on_rank0(function: Callable[..., None], *arguments: object) -> None:
-    """Calls a function on rank 0 alone at the end of a run, however long it takes: no collective waits for it.
-
-    Other ranks return when it has ended, also with an error, which rank 0 alone raises.
-    """
-    key = f"done/{next(_last)}"
-    if not is_rank0():
-        _store.wait([key], datetime.timedelta(days=30))
-        return
-    try:
-        function(*arguments)
-    finally:
-        if _store is not None:
-            _store.set(key, "")
 
 
 def run_on_each_node(function: Callable[[], object]) -> None:

@@ -5,6 +5,8 @@ import difflib
 import math
 import typing
 
+GRACE = 5.0  # seconds: all processes of a run end within this time after the first one; one that doesn't counts as dead
+
 
 class ConfigError(ValueError):
     """A value or a file of the user can't be used. The message is one line and says what to do.

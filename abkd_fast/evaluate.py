@@ -4,22 +4,22 @@ import argparse
 import pathlib
 
 from .cli import leave, run
-from .config.options import add_model_options, add_options, prompt_options
-from .config.sampling import OPTIONS, SamplingParams
-from .config.training import SEEDS, EvalConfig
 from .errors import ConfigError
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Answers and scores test sets; returns the exit status (see `cli.run`)."""
-    return run("evaluate", _parser(), _evaluate, arguments)
+    return run("evaluate", _parser, _evaluate, arguments)
 
 
 def _evaluate(options: argparse.Namespace) -> None:
+    from .config.options import prompt_options
+    from .config.sampling import SamplingParams
+
     sets, seeds = _sets(options.data), [_seed(text) for text in options.seeds]
     out = options.out or _run_folder(options.model) / "eval"
     sampling, prompts = SamplingParams.from_options(options), prompt_options(options)
-    from . import distributed  # not before the options are checked: this loads PyTorch
+    from . import processes  # not before the options are checked: this loads PyTorch
     from .console import console
     from .evaluation.evaluator import Evaluation
     from .evaluation.test_sets import Protocol
@@ -28,7 +28,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     protocol = Protocol(sampling=sampling, **kept, **prompts)
     names = ("rows", "tokenizer", "chat_template", "batch_size", "device", "dtype")
     others = {name: getattr(options, name) for name in names}
-    with distributed.process_group():
+    with processes.process_group(values=vars(options)):
         evaluation = Evaluation(options.model, sets, out, seeds, protocol, **others)
         evaluation.run()
     console.print(evaluation.table())
@@ -60,6 +60,10 @@ def _run_folder(model: str) -> pathlib.Path:
 
 
 def _parser() -> argparse.ArgumentParser:
+    from .config.options import add_model_options, add_options
+    from .config.sampling import OPTIONS, SamplingParams
+    from .config.training import SEEDS, EvalConfig
+
     parser = argparse.ArgumentParser(
         prog="python -m abkd_fast.evaluate",
         description="Answer test sets with a model and score the answers: ROUGE-L (F1 with stemming, x 100, the best "

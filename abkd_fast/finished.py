@@ -1,27 +1,51 @@
 """Whether a run's folder has the result of its configuration."""
 
+import contextlib
 import dataclasses
 import itertools
 import json
 import pathlib
 from collections.abc import Iterator
 
+from . import distributed
 from .config.recipe import load
 from .config.sampling import OPTIONS
 from .config.schema import Config
+from .console import console
 from .errors import ConfigError
-from .files import LOCK, check_folder, leftovers
+from .files import LOCK, check_folder, leftovers, locked
 from .losses.divergences import AlphaNet, parse
 
 
-def is_finished(config: Config, resume: bool) -> bool:
-    """Whether this run has its result. Raises ConfigError where its folder can't be used, or needs --resume."""
+def find_result(config: Config, resume: bool, is_locked: bool = False) -> dict | None:
+    """The summary of a finished run; None where it has to run. Raises what `is_finished` raises. Collective."""
+    if not distributed.run_on_rank0(is_finished, config, resume, is_locked):
+        return None
+    console.print(f"[bold]{config.run.folder}[/bold]  is finished already: its result is used")
+    return distributed.run_on_rank0(read_summary, config.run.folder)
+
+
+@contextlib.contextmanager
+def locked_run(config: Config, resume: bool) -> Iterator[dict | None]:
+    """Holds the lock of a run's folder. Gives what `find_result` finds then. Collective.
+
+    Another process may have begun, changed or finished the run since this one looked without the lock.
+    """
+    with distributed.rank0_context(locked(config.run.folder)):
+        yield find_result(config, resume, is_locked=True)
+
+
+def is_finished(config: Config, resume: bool, is_locked: bool = False) -> bool:
+    """Whether this run has its result. Raises ConfigError where its folder can't be used, or needs --resume.
+
+    is_locked: this process has made the folder's lock.
+    """
     folder = config.run.folder
     if not folder.exists():
         return False
     if not (folder / "config.json").exists():
         is_begun = folder.is_dir() and {*folder.iterdir()} <= {folder / LOCK, *leftovers(folder, "config.json.")}
-        check_folder(folder, resume and is_begun)
+        check_folder(folder, (resume or is_locked) and is_begun)
         return False
     finished = (folder / "final").exists()
     if finished and not resume and not config.run.stage:

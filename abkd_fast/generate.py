@@ -4,21 +4,21 @@ import argparse
 import pathlib
 
 from .cli import leave, run
-from .config.options import add_model_options, add_options, prompt_options
-from .config.sampling import OPTIONS, SamplingParams
-from .config.schema import RunConfig
 from .errors import ConfigError
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Answers the prompts of a data set; returns the exit status (see `cli.run`)."""
-    return run("generate", _parser(), _generate, arguments)
+    return run("generate", _parser, _generate, arguments)
 
 
 def _generate(options: argparse.Namespace) -> None:
+    from .config.options import prompt_options
+    from .config.sampling import SamplingParams
+
     _check_source(options)
     sampling, prompts = SamplingParams.from_options(options), prompt_options(options)
-    from . import distributed  # not before the options are checked: this loads PyTorch
+    from . import processes  # not before the options are checked: this loads PyTorch
     from .data.chat import PromptFormat
     from .generation.answers import Generation
     from .generation.prompts import answer
@@ -32,7 +32,7 @@ def _generate(options: argparse.Namespace) -> None:
         return
     names = ("rows", "max_prompt_length", "seed", "batch_size", "tokenizer", "chat_template", "device", "dtype")
     others = {name: getattr(options, name) for name in names} | {"style": PromptFormat(**prompts)}
-    with distributed.process_group():
+    with processes.process_group(values=vars(options)):
         Generation(model_spec(options.model), options.data, options.out, sampling, **others).run()
 
 
@@ -47,6 +47,10 @@ def _check_source(options: argparse.Namespace) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
+    from .config.options import add_model_options, add_options
+    from .config.sampling import OPTIONS, SamplingParams
+    from .config.schema import RunConfig
+
     parser = argparse.ArgumentParser(
         prog="python -m abkd_fast.generate",
         description="Answer the prompts of a data set with a model. The result is data to train on, one row a line: "

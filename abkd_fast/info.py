@@ -13,11 +13,14 @@ PACKAGES = "transformers", "tokenizers", "datasets", "peft", "flash-attn", "trit
 
 def main(arguments: list[str] | None = None) -> int:
     """Prints the description; returns the exit status."""
-    parser = argparse.ArgumentParser(
+    return run("info", _parser, lambda options: print(*describe(), sep="\n"), arguments)
+
+
+def _parser() -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(
         prog="python -m abkd_fast.info",
         description="Print what a report of a bug has to say: the build, devices, attention, and versions.",
     )
-    return run("info", parser, lambda options: print(*describe(), sep="\n"), arguments)
 
 
 def describe() -> Iterator[str]:

@@ -9,7 +9,7 @@ import sys
 import torch
 from rich.table import Table
 
-from . import distributed, hub
+from . import distributed, hub, processes
 from .config.methods import WITHOUT_TEACHER
 from .config.models import ModelConfig
 from .config.schema import Config
@@ -19,7 +19,7 @@ from .errors import ConfigError, check_number, of_stage
 from .evaluation import tables
 from .evaluation.evaluator import Evaluation
 from .evaluation.runs import read_runs
-from .finished import is_finished, read_summary
+from .finished import find_result, is_finished
 from .generation import answers
 from .stages import as_begun, check_all, models_of, protocol, read_stage_tokenizer, replaced, resolve
 from .training.dry_run import describe
@@ -51,21 +51,18 @@ def run(stages: list[Config], resume: bool = False, given: Given = NOTHING) -> l
             summaries.append(_run_stage(config, resume, prepared.pop(0), len(stages) == 1))
     distributed.run_on_rank0(_conclude, stages, summaries)
     if any(config.run.push_to_hub for config in stages):
-        distributed.run_last_on_rank0(hub.push_stages, stages)
+        processes.run_last_on_rank0(hub.push_stages, stages)
     return summaries
 
 
 def _run_stage(config: Config, resume: bool, prepared: Prepared, is_only: bool) -> dict:
     """Runs a stage unless it is finished, scores its result, and returns its summary."""
-    if distributed.run_on_rank0(is_finished, config, resume):
-        console.print(f"[bold]{config.run.folder}[/bold]  is finished already: its result is used")
-        summary = read_summary(config.run.folder)
-    else:
+    summary = find_result(config, resume)
+    if summary is None:
         if config.method == "generate":  # a kind of stage, not a training method
-            summary = answers.write_stage(config, _take_prompts(config, prepared))
+            summary = answers.write_stage(config, _take_prompts(config, prepared), resume)
         else:
             summary = Trainer(config, resume, prepared).train()
-        console.print(f"saved {config.run.folder / 'final'}", markup=False)
         _free_memory()
     if config.eval.sets and config.method != "generate":
         evaluation = _evaluate(config, prepared)

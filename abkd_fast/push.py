@@ -4,15 +4,16 @@ import argparse
 import pathlib
 
 from .cli import leave, run
-from .config.schema import check_repository
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Pushes a result; returns the exit status (see `cli.run`): 75 if an upload has failed, which may be repeated."""
-    return run("push", _parser(), _push, arguments)
+    return run("push", _parser, _push, arguments)
 
 
 def _push(options: argparse.Namespace) -> None:
+    from .config.schema import check_repository
+
     check_repository("NAME", options.name)
     from . import hub  # not before the name is checked: this loads PyTorch
     from .console import console, format_bytes

@@ -10,7 +10,7 @@ from .errors import ConfigError
 
 def main(arguments: list[str] | None = None) -> int:
     """Writes tables and figures; returns the exit status: 0, or 2 for a mistake in the input."""
-    return run("report", _parser(), _report, arguments)
+    return run("report", _parser, _report, arguments)
 
 
 def _report(options: argparse.Namespace) -> None:

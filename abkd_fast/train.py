@@ -3,8 +3,6 @@
 import argparse
 
 from .cli import leave, run
-from .config.options import describe
-from .config.recipe import load
 
 RECIPE_KEYS = """\
 A recipe is a JSON object with the keys of a configuration, and:
@@ -17,23 +15,27 @@ A null removes a key, a section or a stage of the base.
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs a recipe in the processes that torchrun started, or in this one; returns the exit status (see `cli.run`)."""
-    return run("train", _parser(), _train, arguments)
+    return run("train", _parser, _train, arguments)
 
 
 def _train(options: argparse.Namespace) -> None:
+    from .config.recipe import load
+
     stages = load(options.config, options.overrides)
     if options.show_rows is None:
         from .console import console
 
         names = ", ".join(filter(None, (config.run.stage for config in stages)))
         console.print(f"{options.config}{f', stages {names}' if names else ''}: loading PyTorch", markup=False)
-    from . import distributed, pipeline  # not before the configuration is checked: this loads PyTorch
+    from . import pipeline, processes  # not before the configuration is checked: this loads PyTorch
 
     if options.show_rows is not None:
         pipeline.show_rows(stages, options.show_rows)
         return
-    with distributed.process_group(stages[0].train.timeout_minutes):
-        resume = options.resume or distributed.is_restarted()
+    values = {config.run.stage or "recipe": config.to_dict() for config in stages}
+    values |= {"--resume": options.resume, "--dry-run": options.dry_run}
+    with processes.process_group(stages[0].train.timeout_minutes, values):
+        resume = options.resume or processes.is_restarted()
         if options.dry_run:
             pipeline.plan(stages, resume, options.verbose)
         else:
@@ -41,6 +43,8 @@ def _train(options: argparse.Namespace) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
+    from .config.options import describe
+
     parser = argparse.ArgumentParser(
         prog="python -m abkd_fast.train",
         description="Distill or fine-tune a language model.",

@@ -72,8 +72,8 @@ def process(environment, log, command, arguments, prepare):
 class Ranks:
     """A command in processes with the environment that torchrun gives them."""
 
-    def __init__(self, context, folder, count, arguments, command=train.main, prepare=None):
-        self.store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)  # as in torchrun
+    def __init__(self, context, folder, count, arguments, command=train.main, prepare=None, store=None):
+        self.store = store or dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)  # as in torchrun
         self.logs = [folder / f"rank{rank}.log" for rank in range(count)]
         shared = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(self.store.port), "WORLD_SIZE": str(count)}
         shared |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}

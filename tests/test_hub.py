@@ -10,7 +10,7 @@ import torch
 import yaml
 from torch.distributed import HashStore
 
-from abkd_fast import distributed
+from abkd_fast import processes
 from abkd_fast.push import main as push
 from hub_server import TOKEN, Hub, serve
 from runs import Run
@@ -170,13 +170,13 @@ def test_a_stage_that_writes_rows_is_not_pushed(hub, tmp_path, capsys):
 
 
 def test_other_ranks_wait_for_the_upload_without_a_collective(monkeypatch):
-    monkeypatch.setattr(distributed, "_store", HashStore())
+    monkeypatch.setattr(processes, "_store", HashStore())
     first, order = threading.get_ident(), []
-    monkeypatch.setattr(distributed, "_last", iter([0, 0]))
-    monkeypatch.setattr(distributed, "is_rank0", lambda: threading.get_ident() == first)
+    monkeypatch.setattr(processes, "_last", iter([0, 0]))
+    monkeypatch.setattr(processes, "is_rank0", lambda: threading.get_ident() == first)
 
     def other():
-        distributed.run_last_on_rank0(order.append, "never")
+        processes.run_last_on_rank0(order.append, "never")
         order.append("other")
 
     thread = threading.Thread(target=other)
@@ -188,6 +188,6 @@ def test_other_ranks_wait_for_the_upload_without_a_collective(monkeypatch):
         raise OSError
 
     with pytest.raises(OSError):  # noqa: PT011 - its own
-        distributed.run_last_on_rank0(fail)
+        processes.run_last_on_rank0(fail)
     thread.join(5)
     assert order == ["first", "other"]

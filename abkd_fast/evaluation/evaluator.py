@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from rich.markup import escape
 from rich.table import Table
 
-from .. import distributed
+from .. import distributed, processes
 from ..config.schema import SamplingConfig
 from ..config.training import SEEDS
 from ..console import console
@@ -79,15 +79,16 @@ class Evaluation:
             "settings": {**protocol.to_dict(), **self.model.token_settings(), "dtype": self.model.dtype_name},
             "sets": {},
         }
-        self._take_over()
+        processes.check_same({**self.scores, **{f"set {test.name}": test.identity() for test in self.sets}})
+        self.scores["sets"] = distributed.run_on_rank0(self._scores_so_far)
         if self._todo():
-            check_writable("out", out)
+            distributed.run_on_rank0(check_writable, "out", out)
 
     def _file(self, name: str, seed: int) -> pathlib.Path:
         return self.out / f"{name}.seed{seed}.jsonl"
 
-    def _take_over(self) -> None:
-        """Takes over the scores in the folder. Raises ConfigError if they are of another model, setting or set."""
+    def _scores_so_far(self) -> dict:
+        """The scores in the folder, by sets. Raises ConfigError if they are of another model, setting or set."""
         path, then = self.out / SCORES, {"sets": {}}
         if path.exists():
             then = read_scores(path)
@@ -105,7 +106,7 @@ class Evaluation:
                 raise ConfigError(f"out: {found} exists, and not as the result of this command: choose another folder")
             if known and any(known[key] != value for key, value in test.identity().items()):
                 raise ConfigError(f"out: {path} has scores of another {test.name}: choose another folder")
-        self.scores["sets"] = then["sets"]
+        return then["sets"]
 
     def run(self) -> dict:
         """Prints the settings, scores what has no scores yet, and returns the content of `scores.json`.
@@ -117,7 +118,8 @@ class Evaluation:
             console.print(line, markup=False)
         if self._todo():
             with distributed.rank0_context(locked(self.out)):
-                self._take_over()  # again: another process may have added scores meanwhile
+                # Again: another process may have added scores meanwhile.
+                self.scores["sets"] = distributed.run_on_rank0(self._scores_so_far)
                 with self.model.loaded(self.out):
                     for test, seeds in self._todo():
                         self._score(test, seeds)

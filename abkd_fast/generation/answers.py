@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from .. import distributed
+from .. import distributed, processes
 from ..config.models import ModelConfig
 from ..config.sampling import SamplingParams
 from ..config.schema import Config, RunConfig, SamplingConfig
@@ -26,7 +26,8 @@ from ..data.rows import Row, read_rows
 from ..data.tokenize import encode_prompts
 from ..device import choose_device, choose_dtype
 from ..errors import ConfigError, Interrupted, check_number
-from ..files import WRITE_ERRORS, atomic_folder, atomic_write, exclusive, locked, remove_leftovers, write_json
+from ..files import WRITE_ERRORS, atomic_folder, atomic_write, exclusive, remove_leftovers, write_json
+from ..finished import locked_run
 from ..models import identity, loading, tokenizers
 from ..models.vocabularies import Vocabulary
 from ..signals import StopSignals
@@ -177,6 +178,7 @@ class Generation:
             **self.model.token_settings(),
             **sampling.to_dict(),
         }
+        processes.check_same(self.identity)
         self.answers = Answers(out, self.identity)
         self.todo, self.tokens, self.seconds = [], 0, 0.0
 
@@ -234,14 +236,16 @@ class Generation:
         self.tokens += len(response)
 
 
-def write_stage(config: Config, rows: list[Row]) -> dict:
+def write_stage(config: Config, rows: list[Row], resume: bool) -> dict:
     """Runs a stage with method generate: its student answers `rows`, those of data.train. Returns the stage's summary.
 
     The folder `final`, with one file of all responses, is written last. Raises ConfigError and Interrupted.
     """
     folder = config.run.folder
     growing = folder / "answers.jsonl"
-    with distributed.rank0_context(locked(folder)):
+    with locked_run(config, resume) as summary:
+        if summary is not None:
+            return summary
         model = config.student.adapter or config.student.path
         console.print(f"[bold]{folder}[/bold]  method {config.method}, by {model}")
         generation = Generation(
@@ -277,6 +281,7 @@ def write_stage(config: Config, rows: list[Row]) -> dict:
             distributed.run_on_rank0(write)
         except WRITE_ERRORS as error:
             raise Interrupted(f"{folder / 'final'} can't be written ({error}): make room") from None
+    console.print(f"saved {folder / 'final'}", markup=False)
     return summary
 
 
@@ -344,8 +349,14 @@ class Answers(GrowingFile):
 
     def __init__(self, path: pathlib.Path, identity: dict) -> None:
         """Finds the rows that have responses already. Raises ConfigError for a path that can't be used."""
-        self.identity, self.finished = identity, False
+        self.identity = identity
         self.record = path.with_name(path.name + ".settings.json")
+        self.finished = distributed.run_on_rank0(self._check, path)  # for all: it may change at any moment
+        super().__init__(path)
+
+    def _check(self, path: pathlib.Path) -> bool:
+        """Whether all responses are there. Raises ConfigError where they are others, or can't be written."""
+        finished = False
         if path.exists():
             try:
                 then = json.loads(self.record.read_text(encoding="utf-8"))
@@ -353,13 +364,13 @@ class Answers(GrowingFile):
                 raise ConfigError(
                     f"out: {path} exists, and not as the result of this command: choose another"
                 ) from None
-            self.finished = then["finished"]
-            changed = [key for key, value in identity.items() if then.get(key) != value]
+            finished = then["finished"]
+            changed = [key for key, value in self.identity.items() if then.get(key) != value]
             if changed:
                 raise ConfigError(f"out: {path} was made with other {', '.join(changed)}: choose another, or delete it")
-        if not self.finished and not (path.parent.is_dir() and os.access(path.parent, os.W_OK)):
+        if not finished and not (path.parent.is_dir() and os.access(path.parent, os.W_OK)):
             raise ConfigError(f"out: {path.parent} is not a folder that can be written to")
-        super().__init__(path)
+        return finished
 
     def _write_record(self, finished: bool) -> None:
         distributed.run_on_rank0(write_json, self.record, {**self.identity, "finished": finished})

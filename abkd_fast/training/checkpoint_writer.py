@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from transformers import PreTrainedTokenizerBase
 
-from .. import distributed
+from .. import distributed, processes
 from ..files import atomic_folder
 from ..models.causal_lm import CausalLM
 from .checkpoint import OPTIMIZER, STATE, TENSORS, Checkpoints
@@ -57,7 +57,7 @@ class CheckpointWriter:
         tokenizer: PreTrainedTokenizerBase,
     ) -> None:
         self.checkpoints, self.model, self.optimizer, self.tokenizer = checkpoints, model, optimizer, tokenizer
-        self.group = distributed.background_group() if distributed.is_sharded(model) else None
+        self.group = processes.background_group() if distributed.is_sharded(model) else None
         device = next(model.parameters()).device
         choose = functools.partial(torch.cuda.set_device, device) if device.type == "cuda" else None
         self.thread = ThreadPoolExecutor(1, "checkpoint", choose)

@@ -15,6 +15,7 @@ from .. import distributed
 from ..console import console
 from ..device import device_name
 from ..errors import ConfigError
+from ..models.identity import describe_model
 from . import checkpoint
 from .checkpoint_writer import optimizer_numbers
 
@@ -145,6 +146,23 @@ def _fingerprints(trainer: Trainer) -> dict[str, str]:
     contents = {key: cache.content for key, cache in trainer.teachers.caches.items()}
     hashes |= {key: content for key, content in contents.items() if content is not None}
     return hashes
+
+
+def read_alike(trainer: Trainer) -> dict:
+    """What every rank must have read and chosen alike, as JSON values: else ranks would wait for each other forever."""
+    data, contents = trainer.data, _fingerprints(trainer)
+    if data.dev is not None:
+        contents["data.dev"] = data.dev.dev_set._fingerprint
+    for key, meta in ("student", trainer.student_meta), *trainer.teachers.metas.items():
+        text = json.dumps(describe_model(meta.config))
+        contents[f"config.json of {key}"] = hashlib.sha256(text.encode()).hexdigest()
+    return {
+        "device": trainer.device.type,
+        "dtype": str(trainer.dtype).removeprefix("torch."),
+        "number of steps": data.steps,
+        "number of samples": len(data.train_set),
+        "hash of": contents,
+    }
 
 
 def _environment(trainer: Trainer) -> dict[str, str | int]:

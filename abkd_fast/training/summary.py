@@ -47,6 +47,7 @@ def write_result(trainer: Trainer) -> dict:
             trainer.checkpoint_writer.save_model(final, trainer.conversion.apply)
     except WRITE_ERRORS as error:
         raise Interrupted(f"{final} can't be written ({error}): make room") from None
+    console.print(f"saved {final}", markup=False)
     return summary
 
 

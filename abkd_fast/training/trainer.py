@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import set_seed
 
-from .. import distributed
+from .. import distributed, processes
 from ..config.models import ModelConfig
 from ..config.schema import Config
 from ..console import console
@@ -19,7 +19,8 @@ from ..data.batches import Batch, StepBatch, make_step_batch, prefetch, step_sam
 from ..data.chat import PromptFormat
 from ..device import choose_device, choose_dtype
 from ..errors import Interrupted
-from ..files import WRITE_ERRORS, check_folder, locked, write_json
+from ..files import WRITE_ERRORS, check_folder, write_json
+from ..finished import locked_run
 from ..losses.arguments import LinearHead
 from ..methods import METHODS
 from ..methods.rollouts import Rollouts
@@ -66,6 +67,7 @@ class Trainer:
         with distributed.rank0_first():  # the other ranks find the tokenized rows on the disk
             self.data = read_train_data(config, self.method, self.tokenizer, self.teachers.vocabulary, prepared)
         self.teachers.assign(self.data, self.device, self.dtype)
+        processes.check_same(state.read_alike(self))
 
     def build(self) -> None:
         """Loads the models and builds all that a step needs. Restores the newest checkpoint of a resumed run."""
@@ -155,13 +157,16 @@ class Trainer:
         return costs.StepCost(student, self.student_meta.adapter_size, teacher, cached)
 
     def train(self) -> dict:
-        """Trains, writes the run folder, and returns the summary.
+        """Trains, writes the run folder, and returns the summary. Another process may have finished the run meanwhile.
 
         Raises FloatingPointError for a loss or gradient that is not finite (unless train.on_nonfinite is skip).
-        Raises Interrupted after a signal, and where the disk has no space for the result.
+        Raises Interrupted after a signal, and where the disk has no space for the result. Raises ConfigError where
+        another process is at work on the run, or has begun it with another configuration.
         """
         folder = self.config.run.folder
-        with distributed.rank0_context(locked(folder)):
+        with locked_run(self.config, self.resume) as summary:
+            if summary is not None:
+                return summary
             for line in dry_run.first_lines(self):
                 console.print(line)
             self.build()
