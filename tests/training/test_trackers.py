@@ -53,7 +53,7 @@ def log_steps(config, done, steps):
     """What a process logs that begins after step `done`."""
     with RunLog(config, 6, torch.device("cpu"), done, 0.0, {}) as log:
         for step in steps:
-            log.evaluation(step, step / 10, None)
+            log.evaluation(step, step / 10, None, [])
 
 
 def test_a_resumed_run_continues(tmp_path, tracker):
