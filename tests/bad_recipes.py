@@ -56,7 +56,7 @@ CASES = {
     "unknown key of an inner section": case(
         "student.lora.rnk: unknown key; did you mean rank?", sets=["student.lora.rnk=8"]
     ),
-    "key like no other": case("optim.foo: unknown key; valid are lr, min_lr,", optim={"foo": 1}),
+    "key like no other": case("optim.foo: unknown key; valid are name, lr, min_lr,", optim={"foo": 1}),
     "key of control characters": case("a\\n\\x1bb: unknown key", recipe={**GOOD, "a\n\x1bb": 1}),
     "no run": case("recipe.json: run: missing", run=...),
     "no training data": case("recipe.json: data.train: missing", data={"dev": "quickstart:dev"}),
