@@ -389,7 +389,7 @@ def test_death_of_a_rank_ends_the_others_with_its_name(context, tmp_path, recipe
 def test_mistakes_are_said_once(context, tmp_path, recipe):
     ranks = Ranks(context, tmp_path, 3, recipe("run", method="sft", train={"batch_size": 2, "device": "cpu"}))
     assert ranks.wait() == [2, 2, 2]
-    said = [line for text in ranks.output() for line in text.splitlines()]
+    said = [line for text in ranks.output() for line in text.splitlines() if "error: " in line]
     assert len(said) == 1, said
     assert "train.batch_size is 2, but there are 3 processes" in said[0]
 
