@@ -110,6 +110,12 @@ def state_bytes(optim: OptimConfig, weight_bytes: int) -> float:
     return weight_bytes * {"adamw": 2, "adam": 2, "adagrad": 1, "sgd": int(optim.momentum > 0)}[optim.name]
 
 
+def reserved_bytes(student: CausalLM, optim: OptimConfig) -> int:
+    """Bytes on this rank of the gradients and of the optimizer's state, both in float32."""
+    numel = sum(distributed.local_part(p).numel() for p in student.parameters() if p.requires_grad)
+    return round((4 + state_bytes(optim, 4)) * numel)
+
+
 def build_scheduler(optim: OptimConfig, optimizer: Optimizer, steps: int) -> LRScheduler:
     """Warm-up, then a cosine or a line down to min_lr, or a constant rate."""
     warmup = optim.warmup_steps if optim.warmup_ratio is None else round(optim.warmup_ratio * steps)

@@ -60,8 +60,12 @@ class Trackers:
                     console.print(f"[bold red]not at {module}[/]: step {step} ({first_line(error)}); training goes on")
 
     def finish(self) -> None:
-        for run, _ in self.runs.values():
-            run.finish()
+        """Ends the runs. If one fails its points are not all there, and the run is as it is."""
+        for module, (run, _) in self.runs.items():
+            try:
+                run.finish()
+            except Exception as error:  # of many kinds
+                console.print(f"[bold red]not all at {module}[/] ({first_line(error)})")
 
 
 def _known(config: Config) -> dict[str, str]:

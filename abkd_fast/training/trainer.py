@@ -35,7 +35,7 @@ from .checkpoint_policy import CheckpointPolicy
 from .checkpoint_writer import CheckpointWriter, load_optimizer
 from .likelihoods import ResponseLikelihoods
 from .metrics import MetricsWindow, RunLog, is_finite
-from .optim import build_optimizer, build_scheduler, state_bytes
+from .optim import build_optimizer, build_scheduler, reserved_bytes
 from .prepare import Prepared, is_sharded, read_tokenizer, read_train_data
 from .save_dtype import Conversion, choose
 from .state import TrainState
@@ -80,10 +80,7 @@ class Trainer:
         self.student = self._build_student()
         self.conversion = Conversion(save_dtype, self.student)
         self.replica = distributed.replicate(self.student, may_idle=self.student.experts is not None)
-        trained = (p for p in self.student.parameters() if p.requires_grad)
-        numel = sum(distributed.local_part(p).numel() for p in trained)
-        optimizer_bytes = round((4 + state_bytes(config.optim, 4)) * numel)  # gradients, and what the optimizer keeps
-        self.build_teachers(optimizer_bytes)
+        self.build_teachers(reserved_bytes(self.student, config.optim))
         self.optimizer = build_optimizer(self.student, config.optim, self.given.optimizer)
         make = self.given.scheduler or functools.partial(build_scheduler, config.optim)
         self.scheduler = make(self.optimizer, self.data.steps)
@@ -161,7 +158,7 @@ class Trainer:
 
         Raises FloatingPointError for a loss or gradient that is not finite (unless train.on_nonfinite is skip).
         Raises Interrupted after a signal, and where the disk has no space for the result. Raises ConfigError where
-        another process is at work on the run, or has begun it with another configuration.
+        another process is at work on the run, or has begun it with other values.
         """
         folder = self.config.run.folder
         with locked_run(self.config, self.resume) as summary:
@@ -382,11 +379,9 @@ class Trainer:
     def _evaluate(self) -> bool:
         """Returns whether this is the best step so far. A signal ends it early; a resumed run repeats it."""
         self.log.pause()
-        answers = None
         with distributed.unsharded(self.student), self.precision():
             loss = self.dev_loss()
-            if loss is not None:
-                answers = self.data.dev.answers.measure(self.student, self.signals)
+            answers = None if loss is None else self.data.dev.answers.measure(self.student, self.signals)
         if answers is not None:
             rouge_l, samples = answers
             self.log.evaluation(self.state.step, loss, rouge_l, samples)

@@ -99,6 +99,19 @@ def test_a_tracker_that_fails_costs_its_points_alone(tmp_path, monkeypatch, caps
     assert json.loads((config.run.folder / "metrics.jsonl").read_text())["step"] == 1
 
 
+def test_a_tracker_that_fails_at_the_end_fails_no_run(tmp_path, monkeypatch, capsys, tracker):
+    name, *_ = tracker
+
+    def fail(run):
+        raise TimeoutError("no network")
+
+    monkeypatch.setattr(FakeRun, "finish", fail)
+    config = configure(tmp_path, f"log.{name}=mine")
+    log_steps(config, -1, [1])
+    assert f"not all at {name} (no network)" in capsys.readouterr().out
+    assert json.loads((config.run.folder / "metrics.jsonl").read_text())["step"] == 1
+
+
 def test_a_tracker_that_can_not_begin(tmp_path, monkeypatch, tracker):
     name, *_ = tracker
 
