@@ -1,6 +1,7 @@
 """A causal language model, cut between its body and its output projection. `packed.py` and `padded.py` run the body."""
 
 import contextlib
+import math
 import pathlib
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -8,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -170,16 +172,27 @@ class CausalLM(nn.Module):
     def check(self, lengths: tuple[int, ...] = (9, 5)) -> None:
         """Compares the logits of short rows with those of the model's own forward pass, row by row.
 
-        Raises ConfigError where they differ. So no model is silently wrong.
+        Raises ConfigError where they differ, and for weights that are not finite. So no model is silently wrong.
         """
+        self._check_weights()
         training = self.model.training
         self.model.eval()
         with self.explained():
             difference, dtype = self.difference(lengths)
             self.model.train(training)
+            if math.isnan(difference):
+                raise ValueError("its logits are not finite, although its weights are")
             tolerance = self.tolerance or (2e-3 if dtype in (torch.float32, torch.float64) else 5e-2)
             if not difference < tolerance:
                 raise ValueError(f"its logits differ from those of its own forward pass by {difference:.1e} relative")
+
+    def _check_weights(self) -> None:
+        """Raises ConfigError where they are not finite. Quantized ones are left out: 8 bits may have no infinity."""
+        named = [(name, p.detach()) for name, p in self.model.named_parameters() if not p.is_meta]
+        wide = {name: p for name, p in named if p.is_floating_point() and p.itemsize > 1}
+        if not get_total_norm(wide.values(), math.inf).isfinite():
+            name = next(name for name, p in wide.items() if not p.isfinite().all())
+            raise ConfigError(f"{self.key}: weights of {name} are not finite: get the model again")
 
     def difference(self, lengths: tuple[int, ...]) -> tuple[float, torch.dtype]:
         """The largest difference between the logits of rows of these lengths and the model's own, relative to the

@@ -22,6 +22,7 @@ from ..errors import printable
 from ..evaluation import samples as answers
 from ..evaluation.rouge import named
 from .costs import peak_flops
+from .finite import is_finite
 from .trackers import Trackers
 
 
@@ -315,7 +316,3 @@ class MetricsWindow:
         for name, part in self.parts.items():
             if not part.dim():  # of an earlier version, in which every step had every part
                 self.parts[name] = torch.stack([part, self.steps - self.skipped])
-
-
-def is_finite(loss: Tensor, norm: Tensor) -> Tensor:
-    return torch.isfinite(loss) & torch.isfinite(norm)
