@@ -25,6 +25,7 @@ from .errors import ConfigError
 from .files import cache_folder
 from .losses.divergences import Divergence
 from .models.identity import NOT_THE_MODEL
+from .output import forgiving
 from .training.checkpoint import Checkpoints
 from .training.given import Given
 
@@ -123,7 +124,7 @@ def distill(
         _check_resumed(configs[0].run.folder)
     same = {config.run.stage or "recipe": config.to_dict() for config in configs} | {"resume": resume}
     try:
-        with processes.process_group(configs[0].train.timeout_minutes, same):
+        with forgiving(), processes.process_group(configs[0].train.timeout_minutes, same):
             pipeline.run(configs, resume, given)
     finally:
         for restore in before:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from .cli import leave, run
 from .errors import ConfigError, of_stage
+from .output import check_printed
 
 if TYPE_CHECKING:
     from .config.schema import Config
@@ -40,10 +41,12 @@ def _work(options: argparse.Namespace) -> None:
         lines = housekeeping.describe(root) if options.list else housekeeping.clear(root, options.clear)
         for line in lines:
             console.print(line, markup=False)
+        check_printed()
         return
     if options.info is not None:
         for line in StatesFolder(options.info, "info").describe():
             console.print(line, markup=False)
+        check_printed()
         return
     folder, started = StatesFolder(options.verify, "verify"), time.perf_counter()
     with ProgressBar("blocks checked") as bar:

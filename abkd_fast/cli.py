@@ -7,7 +7,8 @@ import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator
 
-from .errors import ConfigError, Interrupted
+from . import output
+from .errors import ConfigError, Interrupted, disk_errors
 from .signals import INTERRUPTED, interruptible, leave_at_once
 
 MEETING_MINUTES = 1.0  # how long a process with a mistake waits for the others, to tell them
@@ -33,9 +34,12 @@ def run(
         arguments: those of the command line (None: `sys.argv`).
     """
     arguments, options = sys.argv[1:] if arguments is None else arguments, Namespace()
-    with interruptible() as signal:  # training and sampling finish their step first, see `StopSignals`
+    with (
+        output.forgiving(),
+        interruptible() as signal,
+    ):  # training and sampling finish their step first, see `StopSignals`
         try:
-            with _mistakes_told():
+            with _mistakes_told(), disk_errors():
                 options = make_parser().parse_args(arguments)
                 work(options)
         except (ConfigError, FloatingPointError, ConnectionError) as error:
@@ -80,9 +84,8 @@ def _again(command: str, options: Namespace, arguments: list[str]) -> str:
 def leave(status: int) -> None:
     """Ends the process. One of several ends at once: threads of torch.distributed may abort an orderly end."""
     leave_at_once(status)
+    output.flush()
     if "RANK" in os.environ:
-        sys.stdout.flush()
-        sys.stderr.flush()
         os._exit(status)
     sys.exit(status)
 

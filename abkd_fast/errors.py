@@ -2,9 +2,18 @@
 
 import contextlib
 import difflib
+import errno
 import math
+import os
+import re
 import typing
 
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+REFUSED = (
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ELOOP),
+    errno.ENAMETOOLONG,
+)
+OF_RUST = re.compile(r"\(os error (\d+)\)|Os \{ code: (\d+)")  # in the text of what tokenizers and safetensors raise
 GRACE = 5.0  # seconds: all processes of a run end within this time after the first one; one that doesn't counts as dead
 
 
@@ -48,11 +57,56 @@ class Interrupted(Exception):
     """The run has ended before its last step and can be resumed. The message is one line."""
 
 
+def disk_error(error: Exception) -> OSError | None:
+    """The error of the file system that an error is, or that a library has made another one of; None: it is none."""
+    if isinstance(error, ConfigError | Interrupted | ConnectionError | TimeoutError):
+        return None
+    if isinstance(error, OSError):
+        return error
+    found = OF_RUST.search(str(error))
+    return found and OSError(number := int(found[1] or found[2]), os.strerror(number))
+
+
+@contextlib.contextmanager
+def library_errors() -> typing.Iterator[None]:
+    """A context in which every error of the file system is an OSError."""
+    try:
+        yield
+    except Exception as error:
+        if (cause := disk_error(error)) is None or cause is error:
+            raise
+        raise cause from error
+
+
+@contextlib.contextmanager
+def disk_errors(place: object = None, way_out: str = "") -> typing.Iterator[None]:
+    """A context in which an error of the file system is one line: Interrupted where there is no room, or ConfigError.
+
+    place: the file or folder that is written; then other errors of writing are Interrupted, too. None: anything is read
+        or written, and errors that say nothing of a place stay as they are.
+    way_out: what else one can do.
+    """
+    try:
+        yield
+    except Exception as error:
+        cause = disk_error(error)
+        if cause is None or (place is None and cause.errno not in (*NO_ROOM, *REFUSED)):
+            raise
+        where = place or cause.filename or "a file"
+        reason = cause.strerror or str(cause)
+        if cause.errno in REFUSED:
+            way_out = way_out or "change its permissions, or choose another place"
+            raise ConfigError(f"{where} can't be {'written' if place else 'used'} ({reason}): {way_out}") from None
+        also = f"; {way_out}" if way_out else ""
+        raise Interrupted(f"{where} can't be written ({reason}): make room{also}") from None
+
+
 @contextlib.contextmanager
 def of_stage(name: str | None) -> typing.Iterator[None]:
     """A context whose errors name the stage of a recipe, once. None: the recipe has no stages."""
     try:
-        yield
+        with disk_errors():
+            yield
     except (ConfigError, Interrupted, FloatingPointError) as error:
         is_named = any(f"{word}{name}:" in str(error) for word in ("stage ", "--set "))  # in the place of a key
         if name is not None and not is_named:

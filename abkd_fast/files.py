@@ -10,12 +10,10 @@ import shutil
 from collections.abc import Iterator
 
 import filelock
-from safetensors import SafetensorError
 
-from .errors import ConfigError
+from .errors import ConfigError, disk_errors, library_errors
 
 LOCK = "lock"  # the name of the lock in a run's folder
-WRITE_ERRORS = (OSError, SafetensorError)  # safetensors reports a full disk as an error of its own
 
 
 def is_local_path(path: str) -> bool:
@@ -42,7 +40,8 @@ def check_writable(key: str, folder: pathlib.Path) -> None:
 def exclusive(path: pathlib.Path, otherwise: str) -> Iterator[None]:
     """Holds the lock file `path`. Raises ConfigError with the message `otherwise` if another process holds it."""
     try:
-        held = filelock.FileLock(path).acquire(timeout=0)
+        with disk_errors(path):
+            held = filelock.FileLock(path).acquire(timeout=0)
     except filelock.Timeout:
         raise ConfigError(otherwise) from None
     with held:
@@ -73,12 +72,16 @@ def locked(folder: pathlib.Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def atomic_folder(folder: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Gives a temporary folder, which becomes `folder` if the block ends without an error. All of it is flushed."""
+    """Gives a temporary folder, which becomes `folder` if the block ends without an error. All of it is flushed.
+
+    Raises OSError, also where a library reports a full disk by an error of its own.
+    """
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
-        yield temporary
+        with library_errors():
+            yield temporary
         for path in (*temporary.rglob("*"), temporary):
             _flush(path)
         temporary.rename(folder)

@@ -5,6 +5,7 @@ import pathlib
 
 from .cli import leave, run
 from .errors import ConfigError
+from .output import check_printed
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -29,6 +30,7 @@ def _generate(options: argparse.Namespace) -> None:
         others = {name: getattr(options, name) for name in names} | {"style": PromptFormat(**prompts)}
         for text in answer(model_spec(options.model), options.prompt, options.chat, sampling, **others):
             print(text)
+        check_printed()
         return
     names = ("rows", "max_prompt_length", "seed", "batch_size", "tokenizer", "chat_template", "device", "dtype")
     others = {name: getattr(options, name) for name in names} | {"style": PromptFormat(**prompts)}

@@ -7,13 +7,19 @@ import re
 from collections.abc import Iterator
 
 from .cli import leave, run
+from .output import check_printed
 
 PACKAGES = "transformers", "tokenizers", "datasets", "peft", "flash-attn", "triton", "pyarrow", "safetensors", "numpy"
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Prints the description; returns the exit status."""
-    return run("info", _parser, lambda options: print(*describe(), sep="\n"), arguments)
+    return run("info", _parser, _print, arguments)
+
+
+def _print(options: argparse.Namespace) -> None:
+    print(*describe(), sep="\n")
+    check_printed()
 
 
 def _parser() -> argparse.ArgumentParser:

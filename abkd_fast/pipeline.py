@@ -15,7 +15,7 @@ from .config.models import ModelConfig
 from .config.schema import Config
 from .console import console
 from .data.rows import Row, read_rows
-from .errors import ConfigError, check_number, of_stage
+from .errors import ConfigError, Interrupted, check_number, of_stage
 from .evaluation import tables
 from .evaluation.evaluator import Evaluation
 from .evaluation.runs import read_runs
@@ -103,7 +103,7 @@ def _conclude(stages: list[Config], summaries: list[dict]) -> None:
             f"tables (of test sets) and figures (of data.dev) are in {root}, and in each stage's report.md",
             markup=False,
         )
-    except ConfigError as error:
+    except (ConfigError, Interrupted) as error:
         console.print(f"no figures: {error}", markup=False)
 
 

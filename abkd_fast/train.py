@@ -3,6 +3,7 @@
 import argparse
 
 from .cli import leave, run
+from .output import check_printed
 
 RECIPE_KEYS = """\
 A recipe is a JSON object with the keys of a configuration, and:
@@ -31,6 +32,7 @@ def _train(options: argparse.Namespace) -> None:
 
     if options.show_rows is not None:
         pipeline.show_rows(stages, options.show_rows)
+        check_printed()
         return
     values = {config.run.stage or "recipe": config.to_dict() for config in stages}
     values |= {"--resume": options.resume, "--dry-run": options.dry_run}
@@ -38,6 +40,7 @@ def _train(options: argparse.Namespace) -> None:
         resume = options.resume or processes.is_restarted()
         if options.dry_run:
             pipeline.plan(stages, resume, options.verbose)
+            check_printed()
         else:
             pipeline.run(stages, resume)
 

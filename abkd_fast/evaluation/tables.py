@@ -17,7 +17,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from ..console import format_bytes
-from ..errors import ConfigError, printable
+from ..errors import ConfigError, disk_errors, printable
 from ..files import atomic_write
 from . import figures, rouge, samples
 from .evaluator import spread, summarize
@@ -265,7 +265,7 @@ def write_report(runs: list[Run], out: pathlib.Path, table: ScoreTable | None = 
     table: the runs' table, if it is known already. Raises ConfigError if matplotlib is not installed (the table is
     written before), and if a folder can't be written.
     """
-    try:
+    with disk_errors(f"{out}: the report"):
         out.mkdir(parents=True, exist_ok=True)
         paths = []
         if table := table or score_table(runs):
@@ -280,8 +280,6 @@ def write_report(runs: list[Run], out: pathlib.Path, table: ScoreTable | None = 
             figures.run_curves(run, run.folder / "curves")
             atomic_write(run.folder / "report.md", _report(run))
             paths.append(run.folder / "report.md")
-    except OSError as error:
-        raise ConfigError(f"the report can't be written ({error})") from None
     return paths
 
 

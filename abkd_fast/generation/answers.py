@@ -25,8 +25,8 @@ from ..data.row_teachers import TeacherNames
 from ..data.rows import Row, read_rows
 from ..data.tokenize import encode_prompts
 from ..device import choose_device, choose_dtype
-from ..errors import ConfigError, Interrupted, check_number
-from ..files import WRITE_ERRORS, atomic_folder, atomic_write, exclusive, remove_leftovers, write_json
+from ..errors import ConfigError, Interrupted, check_number, disk_errors
+from ..files import atomic_folder, atomic_write, exclusive, remove_leftovers, write_json
 from ..finished import locked_run
 from ..models import identity, loading, tokenizers
 from ..models.vocabularies import Vocabulary
@@ -85,12 +85,11 @@ class Generator:
     def loaded(self, out: pathlib.Path) -> Iterator[None]:
         """A context in which `generate` can be called. Raises Interrupted where `out` can't be written to."""
         self.model = loading.load(self.spec, self.whole_config, "model", self.dtype, self.device)
+        autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
         try:
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+            with disk_errors(out), autocast:
                 self.model.check()
                 yield
-        except WRITE_ERRORS as error:
-            raise Interrupted(f"{out} can't be written ({error}): make room") from None
         finally:
             del self.model  # the next stage needs the memory
 
@@ -262,7 +261,8 @@ def write_stage(config: Config, rows: list[Row], resume: bool) -> dict:
             device=config.train.device,
             dtype=config.train.dtype,
         )
-        distributed.run_on_rank0(write_json, folder / "config.json", config.to_dict())
+        with disk_errors(folder):
+            distributed.run_on_rank0(write_json, folder / "config.json", config.to_dict())
         generation.run()
         summary = {
             "method": config.method,
@@ -277,10 +277,8 @@ def write_stage(config: Config, rows: list[Row], resume: bool) -> dict:
             with atomic_folder(folder / "final") as final:
                 shutil.copy(growing, final)
 
-        try:
+        with disk_errors(folder / "final"):
             distributed.run_on_rank0(write)
-        except WRITE_ERRORS as error:
-            raise Interrupted(f"{folder / 'final'} can't be written ({error}): make room") from None
     console.print(f"saved {folder / 'final'}", markup=False)
     return summary
 

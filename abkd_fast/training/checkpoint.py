@@ -74,7 +74,7 @@ class Checkpoints:
             console.print(f"[bold red]damaged[/] {path} ({reason}): moved to {aside.name}; an older one is used")
 
     def save(self, step: int, best_step: int | None, write: Callable[[pathlib.Path], None]) -> None:
-        """Lets `write` fill a new checkpoint, then deletes old ones. Raises one of WRITE_ERRORS."""
+        """Lets `write` fill a new checkpoint, then deletes old ones. Raises OSError."""
         with atomic_folder(self.folder_of(step)) as folder:
             write(folder)
             files = sorted(path for path in folder.rglob("*") if path.is_file())  # chat templates may have a folder

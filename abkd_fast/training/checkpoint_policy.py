@@ -6,7 +6,6 @@ from collections.abc import Callable
 from torch import Tensor
 
 from ..console import console
-from ..files import WRITE_ERRORS
 from .checkpoint_writer import CheckpointWriter
 from .state import TrainState
 
@@ -46,7 +45,7 @@ class CheckpointPolicy:
         self.pending = step, previous_best
         try:
             self.writer.begin(step, best[1] if best else None, tensors, values, flush)
-        except WRITE_ERRORS as error:
+        except OSError as error:
             self._give_up(error)
 
     def conclude(self) -> None:
@@ -55,7 +54,7 @@ class CheckpointPolicy:
             return
         try:
             self.writer.conclude()
-        except WRITE_ERRORS as error:
+        except OSError as error:
             self._give_up(error)
         else:
             (step, _), self.pending = self.pending, None

@@ -6,9 +6,11 @@ import contextlib
 import json
 import os
 import pathlib
+import threading
 import time
 import types
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, TextIO
 
 import torch
 from torch import Tensor
@@ -24,6 +26,9 @@ from ..evaluation.rouge import named
 from .costs import peak_flops
 from .finite import is_finite
 from .trackers import Trackers
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 
 class RunLog:
@@ -44,7 +49,7 @@ class RunLog:
         """
         self.config, self.folder, self.steps, self.device = config, config.run.folder, steps, device
         self.done, self.elapsed, self.reports = done, elapsed, reports
-        self.is_stopped = False
+        self.is_stopped, self.hook = False, threading.excepthook
         self.has_reports = distributed.all_reduce_max(len(reports)) > 0  # of some rank
         self.peak_flops = distributed.world_size() * (peak_flops(device) or 0)
         self.trackers = self.file = self.sample_file = self.board = None
@@ -69,16 +74,20 @@ class RunLog:
         self.file = path.open("a", encoding="utf-8", buffering=1)
         if self.config.log.samples:
             self.sample_file = sample_path.open("a", encoding="utf-8", buffering=1)
-        self.board = SummaryWriter(self.folder / "tensorboard", purge_step=self.done + 1)
+        threading.excepthook = self._on_thread_error
+        try:
+            self.board = SummaryWriter(self.folder / "tensorboard", purge_step=self.done + 1)
+        except OSError as error:
+            self._give_up_board(error)
         self.bar.start()
 
     def __exit__(self, *error: types.TracebackType | None) -> None:
+        threading.excepthook = self.hook
         self.bar.stop()
         if self.trackers:
             self.trackers.finish()
         for log in filter(None, (self.board, self.file, self.sample_file)):
-            with contextlib.suppress(OSError):  # a full disk was reported before
-                log.close()
+            _close(log)
 
     def pause(self) -> None:
         """Stops the clock until `resume`, for an evaluation or a checkpoint."""
@@ -99,9 +108,7 @@ class RunLog:
         for file in filter(None, (self.file, self.sample_file)):
             file.flush()
             os.fsync(file.fileno())
-        if self.board:
-            with contextlib.suppress(OSError):  # TensorBoard's writer repeats its first error forever
-                self.board.flush()
+        self._show("flush")
 
     def advance(self, step: int, **fields: str) -> None:
         """Shows the number of steps, with fields of the bar."""
@@ -162,13 +169,13 @@ class RunLog:
         try:
             for sample in samples:
                 self.sample_file.write(json.dumps({"step": step, **sample}) + "\n")
-            for number, sample in enumerate(samples, 1):
-                texts = sample["prompt"], *sample["output"], sample["response"]
-                names = "Prompt", *("Reference" for _ in sample["output"]), "Answer"
-                parts = (f"{name}:\n\n{answers.fenced(text)}" for name, text in zip(names, texts, strict=True))
-                self.board.add_text(f"samples/{number}", "\n\n".join(parts), step)
         except OSError as error:
             console.print(f"[bold red]no samples[/] of step {step} ({error}); training goes on")
+        for number, sample in enumerate(samples, 1):
+            texts = sample["prompt"], *sample["output"], sample["response"]
+            names = "Prompt", *("Reference" for _ in sample["output"]), "Answer"
+            parts = (f"{name}:\n\n{answers.fenced(text)}" for name, text in zip(names, texts, strict=True))
+            self._show("add_text", f"samples/{number}", "\n\n".join(parts), step)
 
     def _write(self, kind: str, step: int, values: dict[str, float | None], **told: object) -> None:
         """Writes a point. On a full disk the point is lost, not the run. told: what a function gets besides."""
@@ -176,13 +183,33 @@ class RunLog:
             return
         try:
             self.file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
-            for name, value in values.items():
-                if value is not None:
-                    self.board.add_scalar(f"{kind}/{name}", value, step)
         except OSError as error:
             console.print(f"[bold red]no log[/] of step {step} ({error}); training goes on")
+        for name, value in values.items():
+            if value is not None:
+                self._show("add_scalar", f"{kind}/{name}", value, step)
         self.trackers.log(kind, step, values)
         self.report(kind, {"step": step, **values, **told})
+
+    def _show(self, method: str, *arguments: object) -> None:
+        """Calls a method of TensorBoard's writer. One that fails is closed: it would repeat its first error forever."""
+        if not self.board:
+            return
+        try:
+            getattr(self.board, method)(*arguments)
+        except OSError as error:
+            self._give_up_board(error)
+
+    def _give_up_board(self, error: OSError) -> None:
+        console.print(f"[bold red]no TensorBoard[/] from here on ({error}); training goes on")
+        if self.board:
+            _close(self.board)
+        self.board = None
+
+    def _on_thread_error(self, error: threading.ExceptHookArgs) -> None:
+        """Prints no traceback of a disk error in TensorBoard's thread, which its writer raises, too."""
+        if not isinstance(error.exc_value, OSError):
+            self.hook(error)
 
     def ends_run(self) -> bool:
         """Whether a function has ended the run. Collective."""
@@ -192,6 +219,11 @@ class RunLog:
         """Tells the function for this kind, on rank 0."""
         if self.file and kind in self.reports and self.reports[kind](value):
             self.is_stopped = True
+
+
+def _close(log: SummaryWriter | TextIO) -> None:
+    with contextlib.suppress(OSError):  # a full disk was reported before
+        log.close()
 
 
 def _drop_points(path: pathlib.Path, done: int) -> tuple[set[tuple[str, int]], set[tuple[str, int]]]:

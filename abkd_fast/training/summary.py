@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from .. import distributed
 from ..console import console
 from ..device import peak_memory
-from ..errors import Interrupted
-from ..files import WRITE_ERRORS, write_json
+from ..errors import disk_errors
+from ..files import write_json
 from . import checkpoint
 
 if TYPE_CHECKING:
@@ -39,14 +39,12 @@ def write_result(trainer: Trainer) -> dict:
         "peak_memory_bytes": peak_memory(trainer.device),
     }
     final = folder / "final"
-    try:
+    with disk_errors(final):
         distributed.run_on_rank0(write_json, folder / "summary.json", summary)
         if saved:
             distributed.run_on_rank0(checkpoint.copy_model, saved, final, trainer.conversion.apply)
         else:
             trainer.checkpoint_writer.save_model(final, trainer.conversion.apply)
-    except WRITE_ERRORS as error:
-        raise Interrupted(f"{final} can't be written ({error}): make room") from None
     console.print(f"saved {final}", markup=False)
     return summary
 

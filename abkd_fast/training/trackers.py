@@ -11,7 +11,7 @@ from ..config.schema import Config
 from ..config.training import LogConfig
 from ..console import console
 from ..errors import ConfigError, first_line
-from ..files import WRITE_ERRORS, write_json
+from ..files import write_json
 
 TRACKERS = {"wandb": "id", "trackio": "name"}  # modules, and the attribute by which each knows a run again
 FILE = "trackers.json"  # in the run folder: those attributes, by "MODULE/PROJECT"
@@ -47,7 +47,7 @@ class Trackers:
         if self.runs:
             try:
                 write_json(config.run.folder / FILE, known)
-            except WRITE_ERRORS as error:
+            except OSError as error:
                 console.print(f"[bold red]no {FILE}[/] ({error}): with --resume the trackers will begin another run")
 
     def log(self, kind: str, step: int, values: dict[str, float | None]) -> None:

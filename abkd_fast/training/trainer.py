@@ -18,8 +18,8 @@ from ..console import console
 from ..data.batches import Batch, StepBatch, make_step_batch, prefetch, step_samples
 from ..data.chat import PromptFormat
 from ..device import choose_device, choose_dtype
-from ..errors import Interrupted
-from ..files import WRITE_ERRORS, check_folder, write_json
+from ..errors import Interrupted, disk_errors
+from ..files import check_folder, write_json
 from ..finished import locked_run
 from ..losses.arguments import LinearHead
 from ..methods import METHODS
@@ -167,10 +167,8 @@ class Trainer:
             for line in dry_run.first_lines(self):
                 console.print(line)
             self.build()
-            try:
+            with disk_errors(folder):
                 distributed.run_on_rank0(write_json, folder / "config.json", self.config.to_dict())
-            except WRITE_ERRORS as error:
-                raise Interrupted(f"{folder} can't be written to ({error}): make room") from None
             for line in dry_run.header(self):
                 console.print(line)
             self.train_loop()
