@@ -22,7 +22,7 @@ from . import pipeline, processes
 from .config.recipe import load
 from .config.schema import Config
 from .errors import ConfigError
-from .files import cache_folder
+from .files import CHECKPOINTS, cache_folder
 from .losses.divergences import Divergence
 from .models.identity import NOT_THE_MODEL
 from .output import forgiving
@@ -151,7 +151,7 @@ def _restorer(model: PreTrainedModel, is_teacher: bool) -> Callable[[], None]:
 
 def _check_resumed(folder: pathlib.Path) -> None:
     """Raises ConfigError where a run was begun with a student in memory, and has no checkpoint."""
-    if folder.exists() and not (folder / "final").exists() and Checkpoints(folder / "checkpoints", 1).newest() is None:
+    if folder.exists() and not (folder / "final").exists() and Checkpoints(folder / CHECKPOINTS, 1).newest() is None:
         problem = "there is no checkpoint to resume from, and the student in memory may be trained already"
         raise ConfigError(f"{folder}: {problem}: begin again, with it as it was, under another run.name")
 

@@ -1,6 +1,7 @@
 """Files and folders: checks, locks, atomic writes, hashes."""
 
 import contextlib
+import fnmatch
 import hashlib
 import itertools
 import json
@@ -13,7 +14,19 @@ import filelock
 
 from .errors import ConfigError, disk_errors, library_errors
 
-LOCK = "lock"  # the name of the lock in a run's folder
+LOCK, CHECKPOINTS = "lock", "checkpoints"  # names in a run's folder
+
+
+def entries(folder: pathlib.Path, pattern: str = "*") -> list[pathlib.Path]:
+    """What is in a folder and fits a pattern, by name; nothing where there is no folder.
+
+    Raises OSError for a folder that can't be read. `Path.glob` would find nothing in it.
+    """
+    try:
+        names = os.listdir(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    return [folder / name for name in sorted(fnmatch.filter(names, pattern))]
 
 
 def is_local_path(path: str) -> bool:
@@ -25,13 +38,14 @@ def check_folder(folder: pathlib.Path, resume: bool = False) -> None:
     """Raises ConfigError if a run's folder can't be made, or if it exists and the run is not to be resumed."""
     if folder.exists() and not resume:
         raise ConfigError(f"{folder} exists already: choose another run.name, or move it aside")
-    check_writable("run.dir", folder)
+    for part in (folder, folder / CHECKPOINTS):
+        check_writable("run.dir", part)
 
 
 def check_writable(key: str, folder: pathlib.Path) -> None:
     """Raises ConfigError, which names the key, if a folder can't be made, or exists and can't be written to."""
     parent = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         way = "used" if parent == folder.absolute() else "made"
         raise ConfigError(f"{key}: {folder} can't be {way}: {parent} is not a folder that can be written to")
 
@@ -123,7 +137,7 @@ def write_json(path: pathlib.Path, values: dict) -> None:
 
 def leftovers(folder: pathlib.Path, name: str = "") -> list[pathlib.Path]:
     """Temporary files of killed processes, and of those that write at this moment. `name`: how they begin."""
-    return [path for path in folder.glob("*.tmp") if path.name.startswith(name) and path.is_file()]
+    return [path for path in entries(folder, "*.tmp") if path.name.startswith(name) and path.is_file()]
 
 
 def remove_leftovers(folder: pathlib.Path, name: str = "") -> None:

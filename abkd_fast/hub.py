@@ -11,7 +11,7 @@ from .console import console, format_bytes
 from .errors import ConfigError, Interrupted, first_line
 from .evaluation import model_card
 from .evaluation.runs import Run, read_runs
-from .files import atomic_write
+from .files import atomic_write, entries
 from .models.identity import ADAPTER_SETTINGS
 
 CARD = "README.md"
@@ -107,7 +107,7 @@ def find_run(folder: pathlib.Path, stage: str | None = None) -> tuple[Run, list[
     """
     if folder.name == "final" and (folder.parent / "summary.json").exists():
         folder = folder.parent
-    stages = [path.parent.name for path in sorted(folder.glob("*/summary.json"))]
+    stages = [path.name for path in entries(folder) if (path / "summary.json").exists()]
     is_run = (folder / "summary.json").exists()
     if stage is not None and (is_run or stage not in stages):
         there = f"its stages are {', '.join(stages)}" if stages and not is_run else "it has no stages"

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 
 from ..config.methods import WITHOUT_TEACHER
 from ..errors import ConfigError
+from ..files import entries
 from ..losses.divergences import BY_NAME
 from . import rouge
 from .evaluator import SCORES, read_scores
@@ -113,7 +114,7 @@ def read_runs(folders: Iterable[pathlib.Path]) -> list[Run]:
     """
     found = []
     for folder in folders:
-        runs = [folder] if _is_run(folder) else sorted(filter(_is_run, folder.glob("*")))
+        runs = [folder] if _is_run(folder) else [*filter(_is_run, entries(folder))]
         if not runs:
             raise ConfigError(f"{folder}: no finished run there (config.json, summary.json), and none in its folders")
         found += [_read(run) for run in runs if run.resolve() not in [other.folder.resolve() for other in found]]

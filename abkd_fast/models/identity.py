@@ -12,7 +12,7 @@ from transformers import PretrainedConfig
 from .. import distributed
 from ..config.models import ModelConfig
 from ..errors import ConfigError, first_line
-from ..files import atomic_write, cache_folder, file_digest, is_local_path
+from ..files import atomic_write, cache_folder, entries, file_digest, is_local_path
 from . import quantized
 from .dropout import without_rates
 
@@ -65,10 +65,10 @@ def hash_weights(
 
     def hash_all() -> dict[str, str]:
         if weights.is_dir():
-            hashes = _hash_files(sorted(weights.glob("*.safetensors")) or sorted(weights.glob("*.bin")), memo)
+            hashes = _hash_files(entries(weights, "*.safetensors") or entries(weights, "*.bin"), memo)
         else:
             hashes = {spec.path: hf_config._commit_hash}
-        files = _hash_files(sorted(adapter.glob("adapter_*")), memo) if adapter else {}
+        files = _hash_files(entries(adapter, "adapter_*"), memo) if adapter else {}
         hashes |= {f"adapter/{name}": digest for name, digest in files.items()}
         return hashes if quantization is None else {**hashes, "quantization": quantization.identity()}
 

@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..config.models import ModelConfig
 from ..errors import ConfigError, first_line
-from ..files import is_local_path
+from ..files import entries, is_local_path
 from ..losses.arguments import LogitMap
 from . import attention, dropout, experts, forms, quantized, wrappers
 from .causal_lm import CausalLM
@@ -49,10 +49,11 @@ def check_path(path: str, key: str) -> None:
 
 def _check_weights(folder: pathlib.Path, key: str) -> None:
     """Raises ConfigError where files are missing, cut off, or Git's pointers to files. Reads their headers alone."""
-    files = [*folder.glob("*.safetensors"), *folder.glob("*.bin")]
+    files = [*entries(folder, "*.safetensors"), *entries(folder, "*.bin")]
     if not files:
         raise ConfigError(f"{key}: {folder} has no weights (*.safetensors or *.bin)")
     for file in files:
+        file.open("rb").close()  # safetensors says of what can't be read that it is not there
         try:
             if file.suffix == ".safetensors":
                 safetensors.safe_open(file, "pt").__exit__(None, None, None)

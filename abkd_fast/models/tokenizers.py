@@ -13,7 +13,7 @@ from ..data import quickstart
 from ..data.chat import PromptFormat, chat_template, end_of_turn
 from ..data.encode import begin_token
 from ..errors import ConfigError, first_line
-from ..files import is_local_path
+from ..files import entries, is_local_path
 
 
 def read_tokenizer(path: str, key: str) -> PreTrainedTokenizerBase:
@@ -21,7 +21,7 @@ def read_tokenizer(path: str, key: str) -> PreTrainedTokenizerBase:
     if path == "quickstart":
         return quickstart.tokenizer()
     folder = pathlib.Path(path)
-    if folder.is_dir() and not any([*folder.glob(f"{kind}*")] for kind in ("tokenizer", "vocab", "spiece")):
+    if folder.is_dir() and not any(entries(folder, f"{kind}*") for kind in ("tokenizer", "vocab", "spiece")):
         raise ConfigError(f"{key}: {path} is a folder without a tokenizer; name another as tokenizer")
     try:
         if not folder.exists() and is_local_path(path):

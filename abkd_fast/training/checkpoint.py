@@ -15,18 +15,23 @@ from torch import Tensor
 from .. import distributed
 from ..console import console
 from ..errors import ConfigError
-from ..files import atomic_folder, file_digest
+from ..files import atomic_folder, entries, file_digest
 
 MANIFEST, STATE, TENSORS, OPTIMIZER = "manifest.json", "trainer.json", "trainer.safetensors", "optimizer"
 
 
 def damage(folder: pathlib.Path) -> str | None:
-    """The damage of a checkpoint in words; None where all files are as they were written."""
+    """The damage of a checkpoint in words; None where all files are as they were written.
+
+    Raises PermissionError: what can't be read is not damaged.
+    """
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         for name, digest in manifest.items():
             if file_digest(folder / name) != digest:
                 return f"{name} differs from what was written"
+    except PermissionError:
+        raise
     except (OSError, ValueError, AttributeError) as error:
         return f"{type(error).__name__}: {error}"
     return None
@@ -44,16 +49,16 @@ class Checkpoints:
     def all(self) -> list[pathlib.Path]:
         """All whole checkpoints, oldest first."""
         return sorted(
-            (path for path in self.folder.glob("step-*") if re.fullmatch(r"step-\d+", path.name)),
+            (path for path in entries(self.folder) if re.fullmatch(r"step-\d+", path.name)),
             key=lambda path: int(path.name.removeprefix("step-")),
         )
 
     def newest(self) -> pathlib.Path | None:
         """The newest whole checkpoint. Damaged ones are reported and moved aside, unfinished ones removed.
 
-        Raises ConfigError where all are damaged.
+        Raises ConfigError where all are damaged, and OSError where they can't be read.
         """
-        for unfinished in self.folder.glob("*.tmp"):
+        for unfinished in entries(self.folder, "*.tmp"):
             shutil.rmtree(unfinished)
         damaged = {}
         for path in reversed(self.all()):

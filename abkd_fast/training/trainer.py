@@ -19,7 +19,7 @@ from ..data.batches import Batch, StepBatch, make_step_batch, prefetch, step_sam
 from ..data.chat import PromptFormat
 from ..device import choose_device, choose_dtype
 from ..errors import Interrupted, disk_errors
-from ..files import check_folder, write_json
+from ..files import CHECKPOINTS, check_folder, write_json
 from ..finished import locked_run
 from ..losses.arguments import LinearHead
 from ..methods import METHODS
@@ -73,7 +73,7 @@ class Trainer:
         """Loads the models and builds all that a step needs. Restores the newest checkpoint of a resumed run."""
         config = self.config
         self.state, self.window, self.signals = TrainState(), MetricsWindow(self.device), StopSignals()
-        self.checkpoints = checkpoint.Checkpoints(config.run.folder / "checkpoints", config.checkpoint.keep)
+        self.checkpoints = checkpoint.Checkpoints(config.run.folder / CHECKPOINTS, config.checkpoint.keep)
         self.resumed_from = distributed.run_on_rank0(self.checkpoints.newest) if self.resume else None
         set_seed(config.run.seed)
         save_dtype = distributed.run_on_rank0(choose, config, self.given.models.get("student"))
