@@ -4,11 +4,12 @@ import contextlib
 import os
 import shlex
 import sys
+import traceback
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator
 
 from . import output
-from .errors import ConfigError, Interrupted, disk_errors
+from .errors import ConfigError, Interrupted, disk_errors, origin
 from .signals import INTERRUPTED, interruptible, leave_at_once
 
 MEETING_MINUTES = 1.0  # how long a process with a mistake waits for the others, to tell them
@@ -24,7 +25,7 @@ def run(
 
     - 0: all is done.
     - 1: the loss or a gradient is not finite, or another process is lost.
-    - 2: invalid input.
+    - 2: invalid input. With `--debug` the traceback of the library that has refused it comes first.
     - 75 (temporary failure): interrupted, or no room on the disk. The printed command continues the work, or starts it
       again if nothing was done.
 
@@ -40,10 +41,13 @@ def run(
     ):  # training and sampling finish their step first, see `StopSignals`
         try:
             with _mistakes_told(), disk_errors():
-                options = make_parser().parse_args(arguments)
+                parser = make_parser()
+                parser.add_argument("--debug", action="store_true", help="print the traceback behind an error, too")
+                options = parser.parse_args(arguments)
                 work(options)
         except (ConfigError, FloatingPointError, ConnectionError) as error:
-            _print(f"error: {error}")
+            trace = "".join(traceback.format_exception(origin(error))) if getattr(options, "debug", False) else ""
+            _print(f"{trace}error: {error}")
             return 2 if isinstance(error, ConfigError) else 1
         except (Exception, KeyboardInterrupt) as error:
             if signal.name is None and not isinstance(error, Interrupted | KeyboardInterrupt):

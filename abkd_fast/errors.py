@@ -33,11 +33,60 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
-def first_line(error: Exception) -> str:
-    """The first line of a library's error, for the message of a ConfigError. One that ends in a colon has the next."""
+def first_line(error: BaseException) -> str:
+    """The first line of a library's error, for the message of a ConfigError.
+
+    The next one is there, too, if the first ends in a colon, or if the next says what is available.
+    """
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
+    if isinstance(error, KeyError):
+        return f"it has no {error}"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    text = " ".join(lines[: 2 if lines[0].endswith(":") else 1])
+    goes_on = lines[0].endswith(":") or "available" in "".join(lines[1:2]).lower()
+    text = " ".join(lines[: 2 if goes_on else 1])
     return text if len(text) <= 200 else f"{text[:199]}…"
+
+
+@contextlib.contextmanager
+def reading(problem: str, way_out: str = "", key: str = "") -> typing.Iterator[None]:
+    """A context for a library's call that reads something of the user's. What it raises becomes a ConfigError.
+
+    The message is "PROBLEM (the first line of the library's error)WAY_OUT", and that error is its cause. Libraries
+    raise errors of any kind, so the block has no code of ours that could fail for a fault of its own.
+
+    problem: what was read, and what it can't be used for.
+    """
+    try:
+        yield
+    except ConfigError:
+        raise
+    except BaseException as error:
+        is_panic = type(error).__name__ == "PanicException"  # of libraries in Rust: it is no Exception
+        if not is_panic and not isinstance(error, Exception):
+            raise
+        raise ConfigError(f"{problem} ({first_line(error)}){way_out}", key) from error
+
+
+def origin(error: BaseException) -> BaseException:
+    """The library's error behind a ConfigError, or the error itself."""
+    while isinstance(error, ConfigError) and (behind := error.__cause__ or error.__context__):
+        error = behind
+    return error
+
+
+DEPTH = 100  # deeper values would overflow the stack in what follows: they are copied, walked, hashed and written
+TOO_DEEP = f"is nested more than {DEPTH} levels deep"
+JSON_ERRORS = (ValueError, RecursionError)  # what `json` raises for text that it can't read
+
+
+def is_deep(value: object) -> bool:
+    """Whether a JSON value is nested more than DEPTH levels deep."""
+    level = [value]
+    for _ in range(DEPTH):
+        containers = [part for part in level if isinstance(part, dict | list)]
+        level = [part for one in containers for part in (one.values() if isinstance(one, dict) else one)]
+    return any(isinstance(part, dict | list) for part in level)
 
 
 def nearest(name: str, valid: typing.Iterable[str]) -> str:

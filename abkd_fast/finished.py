@@ -12,7 +12,7 @@ from .config.recipe import load
 from .config.sampling import OPTIONS
 from .config.schema import Config
 from .console import console
-from .errors import ConfigError
+from .errors import ConfigError, reading
 from .files import LOCK, check_folder, leftovers, locked
 from .losses.divergences import AlphaNet, parse
 
@@ -65,7 +65,8 @@ def _read_config(path: pathlib.Path) -> Config:
 
     It trained the last turn alone, without a begin token, and AlphaNet decided per micro-batch.
     """
-    (then,) = load(str(path))
+    with reading(f"{path} is not a run's configuration"):
+        (then,) = load(str(path))
     given = json.loads(path.read_text(encoding="utf-8-sig"))["data"]
     meant = {"train_on": "last", "begin_token": False}
     left_out = {key: value for key, value in meant.items() if key not in given}
@@ -77,10 +78,8 @@ def _read_config(path: pathlib.Path) -> Config:
 
 def read_summary(folder: pathlib.Path) -> dict:
     path = folder / "summary.json"
-    try:
+    with reading(f"{path} can't be read", f": move {folder} aside to run it again"):
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} can't be read ({error}): move {folder} aside to run it again") from None
 
 
 def _deciding(values: dict, finished: bool) -> dict:

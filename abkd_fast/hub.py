@@ -8,7 +8,7 @@ from huggingface_hub import CommitOperationAdd, HfApi
 
 from .config.schema import Config
 from .console import console, format_bytes
-from .errors import ConfigError, Interrupted, first_line
+from .errors import ConfigError, Interrupted, first_line, reading
 from .evaluation import model_card
 from .evaluation.runs import Run, read_runs
 from .files import atomic_write, entries
@@ -131,11 +131,9 @@ def contents(run: Run, runs: list[Run], name: str) -> dict[str, pathlib.Path | b
     """
     final, figure = run.folder / "final", run.folder / model_card.FIGURE
     card = final / CARD
-    try:
+    with reading(f"{card} can't be written"):
         if not card.exists() or model_card.is_own(card.read_text(encoding="utf-8")):
             atomic_write(card, model_card.write(run, runs, name))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{card} can't be written ({first_line(error)})") from None
     files = {path.relative_to(final).as_posix(): path for path in sorted(final.rglob("*")) if path.is_file()}
     if figure.exists():
         files[model_card.FIGURE] = figure
@@ -146,8 +144,9 @@ def contents(run: Run, runs: list[Run], name: str) -> dict[str, pathlib.Path | b
 
 def _without_folder(settings: pathlib.Path) -> pathlib.Path | bytes:
     """The settings of an adapter. The name of a base in a folder of this machine is shortened, which is said."""
-    values = json.loads(settings.read_text(encoding="utf-8"))
-    base = values["base_model_name_or_path"]
+    with reading(f"{settings} can't be read"):
+        values = json.loads(settings.read_text(encoding="utf-8"))
+        base = values["base_model_name_or_path"]
     if model_card.is_hub_name(base) or (name := model_card.shown(base)) == base:
         return settings
     console.print(f"the adapter's base is a folder: users have to get {name} themselves", markup=False)

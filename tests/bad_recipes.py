@@ -47,7 +47,7 @@ CASES = {
     "recipe is a list": case("recipe.json: expected a JSON object", recipe="[1]"),
     "recipe is binary": case("recipe.json line 1: broken JSON", recipe=b"\0\0\0\0"),
     "recipe is not UTF-8": case("recipe.json: can't be read ('utf-8' codec", recipe=b'{"run": "\xff"}'),
-    "endless brackets": case("recipe.json: can't be read (maximum recursion depth", recipe="[" * 100_000),
+    "endless brackets": case("recipe.json: can't be read (it is nested too deeply)", recipe="[" * 100_000),
     "endless number": case("recipe.json: can't be read (Exceeds the limit", recipe='{"run": ' + "1" * 5000 + "}"),
     "key written twice": case("recipe.json: optim: written twice", recipe='{"optim": {}, "run": {}, "optim": {}}'),
     # Keys

@@ -11,7 +11,7 @@ import pyarrow
 from transformers import PreTrainedTokenizerBase
 
 from ..config.schema import PretrainConfig
-from ..errors import ConfigError
+from ..errors import ConfigError, reading
 from ..files import file_digest
 from . import indexed_dataset
 from .rows import TRAIN
@@ -126,7 +126,8 @@ def _token_ids(
     documents = itertools.islice((document for file in files for document in _read_documents(file)), limit)
     pieces = (piece for document in documents for piece in itertools.chain(document, [""]))  # "" marks its end
     for texts in _group(pieces):
-        ids = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        with reading("data.pretrain: the tokenizer can't encode this text"):
+            ids = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
         ids = (some if text else [tokenizer.eos_token_id] for text, some in zip(texts, ids, strict=True))
         yield np.fromiter(itertools.chain.from_iterable(ids), np.int32)
 

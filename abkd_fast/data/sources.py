@@ -8,8 +8,9 @@ import re
 from collections.abc import Collection, Iterable, Iterator
 
 import datasets
+from datasets.exceptions import DatasetGenerationError
 
-from ..errors import ConfigError
+from ..errors import ConfigError, reading
 from ..files import is_local_path
 from . import quickstart, text_files
 from .text_files import COMPRESSED, RawRow
@@ -183,14 +184,12 @@ def _as_json(value: object) -> object:
 
 @contextlib.contextmanager
 def _errors(source: str, problem: str) -> Iterator[None]:
-    """Turns what `datasets` raises, which may be anything, into a ConfigError."""
-    try:
-        yield
-    except ConfigError:
-        raise
-    except Exception as error:
-        lines = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
-        raise ConfigError(f"{source}: {problem} ({' '.join(lines[:2])[:300]})") from None  # the 2nd names choices
+    """`reading` for `datasets`, which hides the error of a file's library behind one of its own."""
+    with reading(f"{source}: {problem}"):
+        try:
+            yield
+        except DatasetGenerationError as error:
+            raise (error.__cause__ or error) from None
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ from .. import distributed, processes
 from ..config.schema import SamplingConfig
 from ..config.training import SEEDS
 from ..console import console
-from ..errors import ConfigError, check_number
+from ..errors import ConfigError, check_number, reading
 from ..files import check_writable, locked, write_json
 from ..generation.answers import Generator, GrowingFile
 from ..generation.sampling import response_seeds
@@ -183,13 +183,11 @@ class Evaluation:
 
 def read_scores(path: pathlib.Path) -> dict:
     """The content of a `scores.json`. Raises ConfigError if it can't be read."""
-    try:
+    with reading(f"{path} can't be read", ": move it aside"):
         scores = json.loads(path.read_text(encoding="utf-8"))
         if not _is_complete(scores):
             raise ValueError("it is no evaluation's")
         scores["settings"].setdefault("rouge_tokens", "words")  # earlier versions knew no other unit
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} can't be read ({error}): move it aside") from None
     return scores
 
 

@@ -7,7 +7,7 @@ import pathlib
 from collections.abc import Iterable
 
 from ..config.methods import WITHOUT_TEACHER
-from ..errors import ConfigError
+from ..errors import ConfigError, reading
 from ..files import entries
 from ..losses.divergences import BY_NAME
 from . import rouge
@@ -145,16 +145,13 @@ def _is_run(folder: pathlib.Path) -> bool:
 
 
 def _read(folder: pathlib.Path) -> Run:
-    try:
+    with reading(f"{folder}: the run can't be read"):
         config, summary = (json.loads((folder / f"{name}.json").read_text("utf-8")) for name in ("config", "summary"))
         points = [json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]
         path = folder / "eval" / SCORES
         scores = read_scores(path) if path.exists() else {"sets": {}, "settings": {}}
         _check(config, summary, points)
         return Run(folder, config, summary, points, scores["sets"], scores["settings"])
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise ConfigError(f"{folder}: the run can't be read ({reason})") from None
 
 
 def _check(config: dict, summary: dict, points: list[dict]) -> None:

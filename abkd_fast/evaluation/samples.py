@@ -6,7 +6,7 @@ import pathlib
 import re
 from collections.abc import Iterator
 
-from ..errors import printable
+from ..errors import JSON_ERRORS, printable
 
 FILE = "samples.jsonl"
 SHOWN = 6  # evaluations in a report: the first, the last, and some between
@@ -19,7 +19,7 @@ def read_samples(folder: pathlib.Path) -> list[dict]:
     """
     path, found = folder / FILE, []
     for line in path.read_bytes().splitlines() if path.exists() else ():
-        with contextlib.suppress(ValueError, TypeError, LookupError):
+        with contextlib.suppress(*JSON_ERRORS, TypeError, LookupError):
             sample = json.loads(line)
             texts = sample["row"], sample["prompt"], sample["response"], *sample["output"]
             if type(sample["step"]) is int and all(isinstance(text, str) for text in texts):

@@ -25,7 +25,7 @@ from ..data.row_teachers import TeacherNames
 from ..data.rows import Row, read_rows
 from ..data.tokenize import encode_prompts
 from ..device import choose_device, choose_dtype
-from ..errors import ConfigError, Interrupted, check_number, disk_errors
+from ..errors import JSON_ERRORS, ConfigError, Interrupted, check_number, disk_errors, reading
 from ..files import atomic_folder, atomic_write, exclusive, remove_leftovers, write_json
 from ..finished import locked_run
 from ..models import identity, loading, tokenizers
@@ -309,7 +309,7 @@ class GrowingFile:
         paths = filter(pathlib.Path.exists, (self.path, *self._others()))
         found = {}  # keyed by row: after a crash one may be in two files
         for line in (line for path in paths for line in path.read_bytes().splitlines()):
-            with contextlib.suppress(ValueError, KeyError, TypeError):
+            with contextlib.suppress(*JSON_ERRORS, KeyError, TypeError, OverflowError):
                 values = json.loads(line)
                 found[int(values["row"])] = values
         return [*found.values()]
@@ -356,13 +356,9 @@ class Answers(GrowingFile):
         """Whether all responses are there. Raises ConfigError where they are others, or can't be written."""
         finished = False
         if path.exists():
-            try:
+            with reading(f"out: {path} exists, and not as the result of this command", ": choose another"):
                 then = json.loads(self.record.read_text(encoding="utf-8"))
-            except (OSError, ValueError):
-                raise ConfigError(
-                    f"out: {path} exists, and not as the result of this command: choose another"
-                ) from None
-            finished = then["finished"]
+                finished = then["finished"]
             changed = [key for key, value in self.identity.items() if then.get(key) != value]
             if changed:
                 raise ConfigError(f"out: {path} was made with other {', '.join(changed)}: choose another, or delete it")

@@ -11,7 +11,7 @@ from transformers import PretrainedConfig
 
 from .. import distributed
 from ..config.models import ModelConfig
-from ..errors import ConfigError, first_line
+from ..errors import JSON_ERRORS, ConfigError, reading
 from ..files import atomic_write, cache_folder, entries, file_digest, is_local_path
 from . import quantized
 from .dropout import without_rates
@@ -37,11 +37,8 @@ def find_adapter(adapter: str, key: str) -> pathlib.Path:
             raise ConfigError(f"{key}.adapter: {adapter}: no such adapter folder")
         from huggingface_hub import snapshot_download
 
-        try:
+        with reading(f"{key}.adapter: {adapter}: no such folder, and no such adapter on the Hub"):
             folder = pathlib.Path(snapshot_download(adapter, allow_patterns="adapter_*"))
-        except Exception as error:  # of many kinds: no such name, no network
-            missing = "no such folder, and no such adapter on the Hub"
-            raise ConfigError(f"{key}.adapter: {adapter}: {missing} ({first_line(error)})") from None
     if not (folder / ADAPTER_SETTINGS).exists():
         hint = f"; it holds a whole model: give it as {key}.path" if (folder / "config.json").exists() else ""
         raise ConfigError(
@@ -77,8 +74,8 @@ def hash_weights(
 
 def _hash_files(files: list[pathlib.Path], memo: pathlib.Path) -> dict[str, str]:
     try:
-        known = json.loads(memo.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        known = dict(json.loads(memo.read_text(encoding="utf-8")))
+    except (OSError, TypeError, *JSON_ERRORS):
         known = {}
     hashes, found = {}, {}
     for file in files:

@@ -17,7 +17,7 @@ from transformers.activations import NewGELUActivation
 from transformers.pytorch_utils import Conv1D
 
 from ..config.models import ModelConfig
-from ..errors import ConfigError, first_line
+from ..errors import TOO_DEEP, ConfigError, first_line, is_deep, reading
 from ..files import entries, is_local_path
 from ..losses.arguments import LogitMap
 from . import attention, dropout, experts, forms, quantized, wrappers
@@ -54,17 +54,13 @@ def _check_weights(folder: pathlib.Path, key: str) -> None:
         raise ConfigError(f"{key}: {folder} has no weights (*.safetensors or *.bin)")
     for file in files:
         file.open("rb").close()  # safetensors says of what can't be read that it is not there
-        try:
-            if file.suffix == ".safetensors":
+        if file.suffix == ".safetensors":
+            with reading(f"{key}: {file} is damaged or incomplete", ": get it again"):
                 safetensors.safe_open(file, "pt").__exit__(None, None, None)
-        except (OSError, safetensors.SafetensorError) as error:
-            raise ConfigError(f"{key}: {file} is damaged or incomplete ({error}): get it again") from None
     index = folder / "model.safetensors.index.json"
-    try:
+    with reading(f"{key}: {index} is damaged", ": get it again"):
         names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values() if index.exists() else ()
         missing = sorted(name for name in set(names) if not (folder / name).exists())
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        raise ConfigError(f"{key}: {index} is damaged: get it again") from None
     if missing:
         raise ConfigError(f"{key}: {folder} lacks {len(missing)} files of its index, the first: {missing[0]}")
 
@@ -74,10 +70,10 @@ def model_spec(path: str) -> ModelConfig:
     settings = pathlib.Path(path, ADAPTER_SETTINGS)
     if not settings.exists():
         return ModelConfig(path=path)
-    try:
+    with reading(f"model: {settings} names no base model", ": the adapter can't be used alone"):
         base = json.loads(settings.read_text(encoding="utf-8"))["base_model_name_or_path"]
-    except (OSError, ValueError, LookupError, TypeError):
-        raise ConfigError(f"model: {settings} names no base model: the adapter can't be used alone") from None
+        if not isinstance(base, str):
+            raise TypeError(f"base_model_name_or_path is {json.dumps(base)[:60]}")
     return ModelConfig(path=base, adapter=path, quantize=quantized.saved_wish(settings.parent))
 
 
@@ -114,16 +110,14 @@ def read_meta_model(spec: ModelConfig, key: str) -> MetaModel:
         config = wrappers.language_config(whole)
         model = wrappers.language_model(meta_model(whole))  # fails where its numbers don't fit together
     except Exception as error:  # transformers checks with many kinds of errors
-        raise ConfigError(f"{what}{_hub_problem(error)} ({first_line(error)})") from None
+        raise ConfigError(f"{what}{_hub_problem(error)} ({first_line(error)})") from error
     if folder != spec.path:  # its states are there already, so it has no form to run in
         return MetaModel(spec, config, model, Form(None, LogitMap()), None, whole)
     if spec.dropout is not None:
         dropout.set_rates(config, spec.dropout, key)
     form = forms.choose(config, key)
-    try:
+    with reading(what):
         wrappers.check(whole)
-    except Exception as error:  # models have code of their own
-        raise ConfigError(f"{what} ({first_line(error)})") from None
     adapter_size = None
     if spec.has_adapter:
         from . import lora
@@ -139,9 +133,11 @@ def read_meta_model(spec: ModelConfig, key: str) -> MetaModel:
 def read_config(path: str) -> PretrainedConfig:
     """A model's configuration, from a folder or the Hub. A model's own code is not run.
 
-    Raises ValueError for a model that needs it, and transformers' errors.
+    Raises ValueError for a model that needs it, and for values that are nested too deeply, and transformers' errors.
     """
     values, _ = PretrainedConfig.get_config_dict(path)
+    if is_deep(values):
+        raise ValueError(f"config.json {TOO_DEEP}")
     if "auto_map" in values and values.get("model_type") not in CONFIG_MAPPING:
         kind = values.get("model_type")
         raise ValueError(f"it has code of its own (auto_map), which is not run, and transformers knows no {kind} model")
@@ -260,12 +256,10 @@ def load(
         read_dtype = torch.promote_types(dtype, torch.float32) if merges else dtype
         if in_parts and not spec.has_adapter:
             read_dtype = _type_in_files(spec.path, dtype)
-        try:
+        with reading(f"{key}.path: {spec.path}: its weights can't be read"):
             model, found = wrappers.model_class(whole).from_pretrained(
                 spec.path, config=whole, dtype=read_dtype, output_loading_info=True, **placed
             )
-        except Exception as error:  # of many kinds: missing, truncated or foreign files
-            raise ConfigError(f"{key}.path: {spec.path}: its weights can't be read ({first_line(error)})") from None
         if missing := sorted(found["missing_keys"]):  # transformers would use random weights for these
             names = f"{missing[0]} and {len(missing) - 1} others" if missing[1:] else missing[0]
             raise ConfigError(f"{key}.path: {spec.path}: its weights don't fit its config.json: no {names}")
@@ -310,8 +304,9 @@ def published_dtype(path: str, why: str) -> torch.dtype:
 
     why: begins the message of the ConfigError for a type that no weights are trained or converted to.
     """
-    whole = read_config(path)
-    dtype = wrappers.language_config(whole).dtype or whole.dtype or wrappers.first_dtype(path)
+    with reading(f"{why}, but the type of {path} can't be read"):
+        whole = read_config(path)
+        dtype = wrappers.language_config(whole).dtype or whole.dtype or wrappers.first_dtype(path)
     if dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         raise ConfigError(f"{why}, but {path} has {dtype}; give float32, bfloat16 or float16")
     return dtype

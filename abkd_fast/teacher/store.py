@@ -31,6 +31,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ..console import console
+from ..errors import JSON_ERRORS
 from ..files import atomic_file, atomic_write, disk_bytes, remove_leftovers
 from . import shards
 from .origin import Origin
@@ -179,7 +180,7 @@ class HiddenStateStore:
                 raise ValueError
         except OSError:
             return True
-        except (ValueError, TypeError, KeyError, RecursionError):
+        except (*JSON_ERRORS, TypeError, KeyError):
             return False
         self.checksums, self.files, self.seconds, self.told = checksums, files, seconds, told
         return True

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import distributed
 from ..console import console
-from ..errors import ConfigError
+from ..errors import JSON_ERRORS, ConfigError
 from ..files import atomic_folder, entries, file_digest
 
 MANIFEST, STATE, TENSORS, OPTIMIZER = "manifest.json", "trainer.json", "trainer.safetensors", "optimizer"
@@ -32,7 +32,7 @@ def damage(folder: pathlib.Path) -> str | None:
                 return f"{name} differs from what was written"
     except PermissionError:
         raise
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, AttributeError, *JSON_ERRORS) as error:
         return f"{type(error).__name__}: {error}"
     return None
 

@@ -20,7 +20,7 @@ from ..config.schema import Config
 from ..console import ProgressBar, console, format_seconds
 from ..data.batches import StepBatch
 from ..device import BusyMachine, peak_memory
-from ..errors import printable
+from ..errors import JSON_ERRORS, printable
 from ..evaluation import samples as answers
 from ..evaluation.rouge import named
 from .costs import peak_flops
@@ -233,7 +233,7 @@ def _drop_points(path: pathlib.Path, done: int) -> tuple[set[tuple[str, int]], s
     """
     length, kept, dropped = 0, set(), set()
     with path.open("r+b") as file:
-        with contextlib.suppress(ValueError):  # a line that is not JSON
+        with contextlib.suppress(*JSON_ERRORS):  # a line that is not JSON
             for line in file:
                 if not line.endswith(b"\n"):
                     break

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from .. import distributed
 from ..config.schema import Config
 from ..console import console
-from ..errors import ConfigError
+from ..errors import ConfigError, reading
 from ..models import loading
 from ..models.causal_lm import CausalLM
 
@@ -40,7 +40,8 @@ def _first_base(path: str | None) -> str | None:
         settings = pathlib.Path(path).with_name("config.json")
         if not settings.is_file():
             break
-        path = json.loads(settings.read_text(encoding="utf-8"))["student"]["path"]
+        with reading(f"{settings} can't be read", ": give run.save_dtype"):
+            path = json.loads(settings.read_text(encoding="utf-8"))["student"]["path"]
     return path
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from ..config.schema import Config
 from ..config.training import LogConfig
 from ..console import console
-from ..errors import ConfigError, first_line
+from ..errors import JSON_ERRORS, ConfigError, first_line
 from ..files import write_json
 
 TRACKERS = {"wandb": "id", "trackio": "name"}  # modules, and the attribute by which each knows a run again
@@ -71,7 +71,7 @@ class Trackers:
 def _known(config: Config) -> dict[str, str]:
     try:
         known = json.loads((config.run.folder / FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, *JSON_ERRORS):
         return {}
     return {key: value for key, value in known.items() if isinstance(value, str)} if isinstance(known, dict) else {}
 
