@@ -53,6 +53,17 @@ def cache_folder(tmp_path, tmp_path_factory, monkeypatch):
     return folder
 
 
+@pytest.fixture(scope="session", autouse=True)
+def shared_caches(tmp_path_factory):
+    """Nor does a fixture that several tests share, or a process that one starts."""
+    folder = tmp_path_factory.mktemp("caches")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "datasets")
+        patch.setenv("HF_DATASETS_CACHE", str(folder / "datasets"))
+        patch.setenv("ABKD_CACHE", str(folder / "states"))
+        yield
+
+
 @pytest.fixture(scope="session")
 def undisturbed(tmp_path_factory):
     """A small run that nothing has interrupted."""
