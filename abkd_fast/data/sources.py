@@ -9,10 +9,11 @@ from collections.abc import Collection, Iterable, Iterator
 
 import datasets
 
-from ..errors import ConfigError
+from ..errors import NO_ROOM, ConfigError, disk_error, disk_errors
 from ..files import is_local_path
 from . import quickstart, text_files
 from .text_files import COMPRESSED, RawRow
+from .token_store import MOVE_CACHE
 
 # The name of a file says its format. A file with any other name is read as JSON.
 FORMATS = (".jsonl", ".parquet", ".arrow", ".csv", ".tsv", ".json")  # a folder is read in the first that it has
@@ -183,12 +184,16 @@ def _as_json(value: object) -> object:
 
 @contextlib.contextmanager
 def _errors(source: str, problem: str) -> Iterator[None]:
-    """Turns what `datasets` raises, which may be anything, into a ConfigError."""
+    """Turns what `datasets` raises, which may be anything, into a ConfigError; Interrupted where its cache is full."""
     try:
         yield
     except ConfigError:
         raise
     except Exception as error:
+        cache, cause = str(datasets.config.HF_DATASETS_CACHE), disk_error(error.__cause__ or error)
+        if cause is not None and (cause.errno in NO_ROOM or cache in str(cause)):
+            with disk_errors(cache, MOVE_CACHE):
+                raise cause from None
         lines = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
         raise ConfigError(f"{source}: {problem} ({' '.join(lines[:2])[:300]})") from None  # the 2nd names choices
 
