@@ -59,7 +59,7 @@ def reading(problem: str, way_out: str = "", key: str = "") -> typing.Iterator[N
     """
     try:
         yield
-    except ConfigError:
+    except (ConfigError, Interrupted):
         raise
     except BaseException as error:
         is_panic = type(error).__name__ == "PanicException"  # of libraries in Rust: it is no Exception
@@ -146,8 +146,8 @@ def disk_errors(place: object = None, way_out: str = "") -> typing.Iterator[None
         if cause.errno in REFUSED:
             way_out = way_out or "change its permissions, or choose another place"
             raise ConfigError(f"{where} can't be {'written' if place else 'used'} ({reason}): {way_out}") from None
-        also = f"; {way_out}" if way_out else ""
-        raise Interrupted(f"{where} can't be written ({reason}): make room{also}") from None
+        ways = ["make room"] * (cause.errno in NO_ROOM) + [way_out] * bool(way_out)
+        raise Interrupted(f"{where} can't be written ({reason}): {'; '.join(ways) or 'try again'}") from None
 
 
 @contextlib.contextmanager

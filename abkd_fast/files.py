@@ -8,11 +8,12 @@ import json
 import os
 import pathlib
 import shutil
+import zlib
 from collections.abc import Iterator
 
 import filelock
 
-from .errors import ConfigError, disk_errors, library_errors
+from .errors import ConfigError, disk_errors, first_line, library_errors
 
 LOCK, CHECKPOINTS = "lock", "checkpoints"  # names in a run's folder
 
@@ -135,6 +136,18 @@ def write_json(path: pathlib.Path, values: dict) -> None:
     atomic_write(path, json.dumps(values, indent=2) + "\n")
 
 
+def read_json(path: pathlib.Path, way_out: str = "move it aside") -> dict:
+    """The object in a JSON file that this package has written. Raises ConfigError for anything else."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8-sig"))
+        if not isinstance(values, dict):
+            raise ValueError(f"expected an object, got {type(values).__name__}")
+    except (OSError, ValueError, RecursionError) as error:
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise ConfigError(f"{path} can't be read ({reason}): {way_out}") from None
+    return values
+
+
 def leftovers(folder: pathlib.Path, name: str = "") -> list[pathlib.Path]:
     """Temporary files of killed processes, and of those that write at this moment. `name`: how they begin."""
     return [path for path in entries(folder, "*.tmp") if path.name.startswith(name) and path.is_file()]
@@ -171,6 +184,20 @@ def file_digest(path: pathlib.Path) -> str:
         while block := file.read(1 << 24):
             digest.update(block)
     return digest.hexdigest()
+
+
+def file_checksum(path: pathlib.Path) -> int | None:
+    """The CRC-32 of a file's content; None where it can't be read, or is no regular file."""
+    checksum = 0
+    try:
+        if not path.is_file():
+            return None
+        with path.open("rb") as file:
+            while block := file.read(1 << 24):
+                checksum = zlib.crc32(block, checksum)
+    except OSError:
+        return None
+    return checksum
 
 
 def cache_folder() -> pathlib.Path:

@@ -16,7 +16,8 @@ from ..files import file_digest
 from . import indexed_dataset
 from .rows import TRAIN
 from .text_files import read_jsonl
-from .tokenize import SAMPLE, fingerprint, stored
+from .token_store import fingerprint, stored
+from .tokenize import SAMPLE
 
 NEWLINE = "<@x(x!>"  # MiniLLM's data.txt has this for a line end within a document
 PIECE = 1 << 20  # about so many characters are tokenized at once
@@ -40,7 +41,7 @@ def load_blocks(spec: PretrainConfig, tokenizer: PreTrainedTokenizerBase, max_le
     """
     files = _find_files(spec.path)
     key = fingerprint([json.dumps(_identity(file)) for file in files], tokenizer, max_length, spec.rows)
-    dataset = stored(
+    dataset, _ = stored(
         key,
         lambda path: _write(path, _cut(_token_ids(files, tokenizer, spec.rows), max_length)),
         f"plain text: tokenizing {spec.path}",

@@ -10,10 +10,11 @@ from collections.abc import Collection, Iterable, Iterator
 import datasets
 from datasets.exceptions import DatasetGenerationError
 
-from ..errors import ConfigError, reading
+from ..errors import NO_ROOM, ConfigError, disk_error, disk_errors, reading
 from ..files import is_local_path
 from . import quickstart, text_files
 from .text_files import COMPRESSED, RawRow
+from .token_store import MOVE_CACHE
 
 # The name of a file says its format. A file with any other name is read as JSON.
 FORMATS = (".jsonl", ".parquet", ".arrow", ".csv", ".tsv", ".json")  # a folder is read in the first that it has
@@ -184,12 +185,21 @@ def _as_json(value: object) -> object:
 
 @contextlib.contextmanager
 def _errors(source: str, problem: str) -> Iterator[None]:
-    """`reading` for `datasets`, which hides the error of a file's library behind one of its own."""
+    """`reading` for `datasets`, which hides the error of a file's library behind one of its own.
+
+    Raises Interrupted where its cache is full.
+    """
     with reading(f"{source}: {problem}"):
         try:
             yield
-        except DatasetGenerationError as error:
-            raise (error.__cause__ or error) from None
+        except Exception as error:
+            hidden = error.__cause__ if isinstance(error, DatasetGenerationError) else None
+            cause, cache = hidden or error, str(datasets.config.HF_DATASETS_CACHE)
+            of_disk = disk_error(cause)
+            if of_disk is not None and (of_disk.errno in NO_ROOM or cache in str(of_disk)):
+                with disk_errors(cache, MOVE_CACHE):
+                    raise of_disk from None
+            raise cause from None
 
 
 @contextlib.contextmanager

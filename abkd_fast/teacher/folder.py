@@ -16,12 +16,12 @@ from torch import Tensor
 
 from ..console import format_bytes
 from ..errors import JSON_ERRORS, ConfigError, printable, reading
-from ..files import disk_bytes
+from ..files import disk_bytes, file_checksum
 from ..losses.arguments import LogitMap
 from . import shards
 from .origin import differences
 from .shards import Shards
-from .store import FORMAT, HASH_BYTES, Places, checksum_of, fingerprint, hash_each, label_counts, read_head, table_of
+from .store import FORMAT, HASH_BYTES, Places, fingerprint, hash_each, label_counts, read_head, table_of
 
 FILES = ("head.safetensors", "config.json", "samples.safetensors", "vocabulary.json")
 DTYPES = {shards.dtype_name(dtype): dtype for dtype in shards.TYPES}
@@ -100,7 +100,7 @@ class StatesFolder:
         return self.shards.problem()
 
     def _is_whole(self, name: str) -> bool:
-        return name in self.files and checksum_of(self.folder / name) == self.files[name]
+        return name in self.files and file_checksum(self.folder / name) == self.files[name]
 
     def check(self) -> None:
         """Checks all but the contents of the shards. Raises ConfigError."""

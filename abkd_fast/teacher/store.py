@@ -32,7 +32,7 @@ from torch import Tensor
 
 from ..console import console
 from ..errors import JSON_ERRORS
-from ..files import atomic_file, atomic_write, disk_bytes, remove_leftovers
+from ..files import atomic_file, atomic_write, disk_bytes, file_checksum, remove_leftovers
 from . import shards
 from .origin import Origin
 from .shards import Shards
@@ -273,7 +273,7 @@ class HiddenStateStore:
             self._write_index()
 
     def _is_whole(self, name: str) -> bool:
-        return name in self.files and checksum_of(self.folder / name) == self.files[name]
+        return name in self.files and file_checksum(self.folder / name) == self.files[name]
 
     def reserve(self) -> None:
         """Allocates all rows, and writes what doesn't have to be computed. Raises OSError."""
@@ -347,20 +347,6 @@ def _same_bits(first: Tensor, second: Tensor) -> bool:
 
 def fingerprint(identity: dict) -> str:
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
-
-
-def checksum_of(path: pathlib.Path) -> int | None:
-    """The CRC-32 of a file; None where it can't be read, or is no regular file."""
-    checksum = 0
-    try:
-        if not path.is_file():
-            return None
-        with path.open("rb") as file:
-            while content := file.read(1 << 24):
-                checksum = zlib.crc32(content, checksum)
-    except OSError:
-        return None
-    return checksum
 
 
 def read_head(folder: pathlib.Path) -> tuple[Tensor, Tensor | None]:
