@@ -42,7 +42,10 @@ def first_line(error: BaseException) -> str:
         return "it is nested too deeply"
     if isinstance(error, KeyError):
         return f"it has no {error}"
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    text = str(error)
+    if (line := getattr(error, "lineno", None)) and "line" not in text:  # of a chat template
+        text = f"line {line}: {text}"
+    lines = [line.strip() for line in text.splitlines() if line.strip()] or [type(error).__name__]
     goes_on = lines[0].endswith(":") or "available" in "".join(lines[1:2]).lower()
     text = " ".join(lines[: 2 if goes_on else 1])
     return text if len(text) <= 200 else f"{text[:199]}…"
