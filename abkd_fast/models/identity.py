@@ -12,7 +12,7 @@ from transformers import PretrainedConfig
 from .. import distributed
 from ..config.models import ModelConfig
 from ..errors import ConfigError, first_line
-from ..files import atomic_write, cache_folder, file_digest, is_local_path
+from ..files import atomic_write, cache_folder, check_trusted, file_digest, is_local_path, make_cache_folder
 from . import quantized
 from .dropout import without_rates
 
@@ -64,6 +64,7 @@ def hash_weights(
     weights, memo = pathlib.Path(spec.path), (folder or cache_folder()) / "weights.json"
 
     def hash_all() -> dict[str, str]:
+        check_trusted(memo.parent, memo)
         if weights.is_dir():
             hashes = _hash_files(sorted(weights.glob("*.safetensors")) or sorted(weights.glob("*.bin")), memo)
         else:
@@ -93,7 +94,7 @@ def _hash_files(files: list[pathlib.Path], memo: pathlib.Path) -> dict[str, str]
                 found[str(file.resolve())] = [*stamp, hashes[file.name]]
     if found:
         with contextlib.suppress(OSError):  # a read-only folder: they are hashed again next time
-            memo.parent.mkdir(parents=True, exist_ok=True)
+            make_cache_folder(memo.parent)
             atomic_write(memo, json.dumps(known | found, indent=1))
     return hashes
 

@@ -30,6 +30,7 @@ transformers.utils.logging.disable_progress_bar()  # the run shows its own
 # Newer versions of transformers renamed what peft and this module still call by the old name.
 warnings.filterwarnings("ignore", r".*gradient_checkpointing.* is deprecated", FutureWarning)
 
+OWN_CODE = "it has code of its own (auto_map), which is not run: give a model that transformers knows"
 POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "seq_length")
 
 
@@ -113,7 +114,7 @@ def read_meta_model(spec: ModelConfig, key: str) -> MetaModel:
         config = wrappers.language_config(whole)
         model = wrappers.language_model(meta_model(whole))  # fails where its numbers don't fit together
     except Exception as error:  # transformers checks with many kinds of errors
-        raise ConfigError(f"{what}{_hub_problem(error)} ({first_line(error)})") from None
+        raise ConfigError(f"{what}{_hub_problem(error)} ({reason(error)})") from None
     if folder != spec.path:  # its states are there already, so it has no form to run in
         return MetaModel(spec, config, model, Form(None, LogitMap()), None, whole)
     if spec.dropout is not None:
@@ -122,7 +123,7 @@ def read_meta_model(spec: ModelConfig, key: str) -> MetaModel:
     try:
         wrappers.check(whole)
     except Exception as error:  # models have code of their own
-        raise ConfigError(f"{what} ({first_line(error)})") from None
+        raise ConfigError(f"{what} ({reason(error)})") from None
     adapter_size = None
     if spec.has_adapter:
         from . import lora
@@ -142,9 +143,13 @@ def read_config(path: str) -> PretrainedConfig:
     """
     values, _ = PretrainedConfig.get_config_dict(path)
     if "auto_map" in values and values.get("model_type") not in CONFIG_MAPPING:
-        kind = values.get("model_type")
-        raise ValueError(f"it has code of its own (auto_map), which is not run, and transformers knows no {kind} model")
+        raise ValueError(f"{OWN_CODE}, and this {values.get('model_type')} model is none")
     return AutoConfig.from_pretrained(path, trust_remote_code=False)
+
+
+def reason(error: Exception) -> str:
+    """Why transformers can't read something: its own words, but not its advice to trust code of a model's own."""
+    return OWN_CODE if "trust_remote_code" in str(error) else first_line(error)
 
 
 def _hub_problem(error: BaseException | None) -> str:
@@ -261,10 +266,15 @@ def load(
             read_dtype = _type_in_files(spec.path, dtype)
         try:
             model, found = wrappers.model_class(whole).from_pretrained(
-                spec.path, config=whole, dtype=read_dtype, output_loading_info=True, **placed
+                spec.path,
+                config=whole,
+                dtype=read_dtype,
+                output_loading_info=True,
+                trust_remote_code=False,
+                **placed,
             )
         except Exception as error:  # of many kinds: missing, truncated or foreign files
-            raise ConfigError(f"{key}.path: {spec.path}: its weights can't be read ({first_line(error)})") from None
+            raise ConfigError(f"{key}.path: {spec.path}: its weights can't be read ({reason(error)})") from None
         if missing := sorted(found["missing_keys"]):  # transformers would use random weights for these
             names = f"{missing[0]} and {len(missing) - 1} others" if missing[1:] else missing[0]
             raise ConfigError(f"{key}.path: {spec.path}: its weights don't fit its config.json: no {names}")

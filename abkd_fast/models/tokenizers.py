@@ -14,6 +14,7 @@ from ..data.chat import PromptFormat, chat_template, end_of_turn
 from ..data.encode import begin_token
 from ..errors import ConfigError, first_line
 from ..files import is_local_path
+from .loading import reason
 
 
 def read_tokenizer(path: str, key: str) -> PreTrainedTokenizerBase:
@@ -26,9 +27,9 @@ def read_tokenizer(path: str, key: str) -> PreTrainedTokenizerBase:
     try:
         if not folder.exists() and is_local_path(path):
             raise OSError("no such folder")
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # of many kinds: a broken file, no network, a missing package
-        raise ConfigError(f"{key}: {path}: no tokenizer there ({first_line(error)})") from None
+        raise ConfigError(f"{key}: {path}: no tokenizer there ({reason(error)})") from None
     if tokenizer.eos_token_id is None:
         raise ConfigError(f"{key}: {path}: has no end token (eos_token), which every response needs")
     return tokenizer
@@ -161,7 +162,7 @@ def _generation_ends(path: str) -> list[int]:
 
 
 def _default_config(path: str) -> PretrainedConfig:
-    return type(AutoConfig.from_pretrained(path).get_text_config(decoder=True))()
+    return type(AutoConfig.from_pretrained(path, trust_remote_code=False).get_text_config(decoder=True))()
 
 
 def set_end_tokens(model: PreTrainedModel, ends: tuple[int, ...]) -> None:
