@@ -22,7 +22,7 @@ from . import pipeline, processes
 from .config.recipe import load
 from .config.schema import Config
 from .errors import ConfigError
-from .files import CHECKPOINTS, cache_folder
+from .files import CHECKPOINTS, cache_folder, check_trusted, make_cache_folder
 from .losses.divergences import Divergence
 from .models.identity import NOT_THE_MODEL
 from .output import forgiving
@@ -213,7 +213,7 @@ def _kept(tokenizer: PreTrainedTokenizerBase) -> str:
     if tokenizer.eos_token_id is None:
         raise ConfigError("tokenizer: has no end token (eos_token), which every response needs", "tokenizer")
     root = cache_folder() / "tokenizers"
-    root.mkdir(parents=True, exist_ok=True)
+    make_cache_folder(root)
     temporary, digest = pathlib.Path(tempfile.mkdtemp(dir=root)), hashlib.sha256()
     tokenizer.save_pretrained(temporary)
     for file in sorted(temporary.rglob("*")):
@@ -224,6 +224,7 @@ def _kept(tokenizer: PreTrainedTokenizerBase) -> str:
         temporary.rename(folder)  # whole or not at all: other processes do the same
     except OSError:  # it is there already
         shutil.rmtree(temporary)
+    check_trusted(root.parent, root, folder, *folder.iterdir())
     return str(folder)
 
 

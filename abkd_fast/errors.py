@@ -14,6 +14,7 @@ REFUSED = (
     errno.ENAMETOOLONG,
 )
 OF_RUST = re.compile(r"\(os error (\d+)\)|Os \{ code: (\d+)")  # in the text of what tokenizers and safetensors raise
+OWN_CODE = "it has code of its own (auto_map), which is not run: give a model that transformers knows"
 GRACE = 5.0  # seconds: all processes of a run end within this time after the first one; one that doesn't counts as dead
 
 
@@ -40,6 +41,8 @@ def first_line(error: BaseException) -> str:
     """
     if isinstance(error, RecursionError):
         return "it is nested too deeply"
+    if "trust_remote_code" in str(error):  # not transformers' advice to run it
+        return OWN_CODE
     if isinstance(error, KeyError):
         return f"it has no {error}"
     text = str(error)

@@ -1,21 +1,26 @@
 """Files and folders: checks, locks, atomic writes, hashes."""
 
 import contextlib
+import errno
 import fnmatch
+import grp
 import hashlib
 import itertools
 import json
 import os
 import pathlib
+import pwd
 import shutil
+import stat
 import zlib
 from collections.abc import Iterator
+from typing import IO, Any
 
 import filelock
 
 from .errors import ConfigError, disk_errors, first_line, library_errors
 
-LOCK, CHECKPOINTS = "lock", "checkpoints"  # names in a run's folder
+LOCK, CHECKPOINTS = "lock", "checkpoints"  # names in a run's folder; the first is one in a folder of states, too
 
 
 def entries(folder: pathlib.Path, pattern: str = "*") -> list[pathlib.Path]:
@@ -111,10 +116,13 @@ def atomic_file(path: pathlib.Path, flush: bool = True) -> Iterator[pathlib.Path
     """Gives a temporary file, which replaces `path` if the block ends without an error.
 
     A reader always sees the old file or the new one, whole. With `flush` this also holds after a loss of power. A
-    killed process may leave a temporary file: see `leftovers`.
+    killed process may leave a temporary file: see `leftovers`. Others may read the file, but not write to it. The
+    temporary file is new: a link of its name, which somebody else may have made, is removed and leads nowhere.
     """
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # each process has its own
+    temporary.unlink(missing_ok=True)
     try:
+        os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o644))
         yield temporary
         if flush:
             _flush(temporary)
@@ -130,6 +138,16 @@ def atomic_write(path: pathlib.Path, content: str | bytes, flush: bool = True) -
     """Writes a whole file, text as UTF-8. The rest is as in `atomic_file`."""
     with atomic_file(path, flush) as temporary:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def open_own(path: pathlib.Path, mode: str, **options: Any) -> IO:
+    """`open` for a file that is changed in place. Raises ConfigError for a link, which may lead to any other file."""
+    try:
+        return open(path, mode, opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW, 0o666), **options)
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        raise ConfigError(f"{path} is a link, and nothing is written through links: remove it") from None
 
 
 def write_json(path: pathlib.Path, values: dict) -> None:
@@ -206,3 +224,46 @@ def cache_folder() -> pathlib.Path:
         return pathlib.Path(os.environ["ABKD_CACHE"])
     home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
     return pathlib.Path(home) / "abkd_fast"
+
+
+def make_cache_folder(folder: pathlib.Path) -> None:
+    """Makes a folder in the cache folder, and this one. Nobody else may write there, whatever the umask is."""
+    folder.parent.mkdir(0o755, parents=True, exist_ok=True)
+    folder.mkdir(0o755, exist_ok=True)
+
+
+def check_trusted(*paths: pathlib.Path) -> None:
+    """Raises ConfigError for a folder or file of a cache that another user may have written."""
+    for path in paths:
+        if (problem := why_untrusted(path)) is not None:
+            raise ConfigError(f"{path}: a cache is used unseen, but {problem}")
+
+
+def why_untrusted(path: pathlib.Path) -> str | None:
+    """Why a folder or file may be the work of another user, and the way out; None where it is the user's own.
+
+    As for ssh, the owner has to be the user or root, and nobody else may write. Two exceptions:
+
+    - a group that has the user's name and no other member: with it, many systems let groups write (umask 002);
+    - a folder like /tmp, in which nobody can replace what is another's: the entries have owners of their own.
+    """
+    try:
+        status = path.stat()
+    except OSError:  # it isn't there, or can't be read
+        return None
+    if status.st_uid not in (0, os.geteuid()):
+        return (
+            f"this belongs to another user (uid {status.st_uid}): choose a folder of your own (cache.dir, ABKD_CACHE)"
+        )
+    writers = status.st_mode & (stat.S_IWOTH | (0 if _is_private(status.st_gid) else stat.S_IWGRP))
+    is_shared = stat.S_ISDIR(status.st_mode) and status.st_mode & stat.S_ISVTX
+    return f"others may write to this one: chmod -R go-w {path}" if writers and not is_shared else None
+
+
+def _is_private(group: int) -> bool:
+    """Whether a group is the user's alone."""
+    try:
+        user, group = pwd.getpwuid(os.geteuid()).pw_name, grp.getgrgid(group)
+    except KeyError:  # a container may know no names
+        return False
+    return group.gr_name == user and {*group.gr_mem} <= {user}

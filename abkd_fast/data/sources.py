@@ -15,6 +15,7 @@ from ..files import is_local_path
 from . import quickstart, text_files
 from .text_files import COMPRESSED, RawRow
 from .token_store import MOVE_CACHE
+from .unpacking import check_arrow, check_parquet
 
 # The name of a file says its format. A file with any other name is read as JSON.
 FORMATS = (".jsonl", ".parquet", ".arrow", ".csv", ".tsv", ".json")  # a folder is read in the first that it has
@@ -104,6 +105,7 @@ def _read_arrow(path: pathlib.Path, kind: str) -> Iterator[RawRow]:
     except OSError as error:
         raise ConfigError(f"{path}: can't be read ({error.strerror})") from None
     with _errors(str(path), f"can't be read as a {kind} file"), _quiet():
+        (check_parquet if kind == ".parquet" else check_arrow)(path)
         # What looks like a pattern in a path is none.
         data = datasets.load_dataset(kind[1:], data_files=glob.escape(str(path)), split="train")
     yield from _rows_of(str(path), data)
@@ -130,6 +132,8 @@ def _load_saved(
 ) -> Iterator[RawRow]:
     """Rows that `save_to_disk` has written."""
     with _errors(source, "can't be read"), _quiet():
+        for file in path.rglob("*.arrow"):
+            check_arrow(file)
         data = datasets.load_from_disk(str(path))
         has_splits = isinstance(data, datasets.DatasetDict)
         if config:

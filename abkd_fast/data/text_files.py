@@ -20,6 +20,7 @@ import pyarrow
 
 from ..errors import ConfigError, first_line
 from .strict_json import SPACE, BadValue, parse, parse_at, show
+from .unpacking import Limit, Unpacked
 
 RawRow = tuple[str, object]
 
@@ -80,6 +81,8 @@ def open_text(path: pathlib.Path) -> Iterator[typing.BinaryIO]:
                     file = stack.enter_context(lzma.LZMAFile(file))
                 case ".zst":
                     file = stack.enter_context(pyarrow.CompressedInputStream(file, "zstd"))
+            if path.suffix.lower() in COMPRESSED:
+                file = Unpacked(file, Limit(path))
             file = stack.enter_context(io.BufferedReader(file, 1 << 16))
             check_start(path, file.peek(16)[:16])
             yield file

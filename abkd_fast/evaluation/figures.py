@@ -8,6 +8,7 @@ import statistics
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from ..files import atomic_file
 from .runs import Run, replicates
 
 if TYPE_CHECKING:
@@ -120,7 +121,8 @@ def _figure(panels: int, size: tuple[float, float], stem: pathlib.Path) -> Itera
         figure = Figure(figsize=size, layout="constrained")
         yield list(figure.subplots(1, panels, squeeze=False)[0])
         for path in _paths(stem):
-            figure.savefig(path)
+            with atomic_file(path) as temporary:
+                figure.savefig(temporary, format=path.suffix[1:])
 
 
 def _paths(stem: pathlib.Path) -> list[pathlib.Path]:

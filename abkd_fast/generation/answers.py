@@ -26,7 +26,7 @@ from ..data.rows import Row, read_rows
 from ..data.tokenize import encode_prompts
 from ..device import choose_device, choose_dtype
 from ..errors import JSON_ERRORS, ConfigError, Interrupted, check_number, disk_errors, reading
-from ..files import atomic_folder, atomic_write, exclusive, remove_leftovers, write_json
+from ..files import atomic_folder, atomic_write, exclusive, open_own, remove_leftovers, write_json
 from ..finished import locked_run
 from ..models import identity, loading, tokenizers
 from ..models.vocabularies import Vocabulary
@@ -317,7 +317,7 @@ class GrowingFile:
     def __enter__(self) -> "GrowingFile":
         distributed.run_on_rank0(lambda: self._write(self.read()))
         own = self.path if distributed.is_rank0() else self.path.with_name(f"{self.path.name}.rank{distributed.rank()}")
-        self.file = own.open("a", encoding="utf-8", buffering=1)
+        self.file = open_own(own, "a", encoding="utf-8", buffering=1)
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -150,11 +150,13 @@ def small_model(config: PretrainedConfig) -> PreTrainedModel:
         try:
             change(small)
             with torch.device("meta"):
-                weights = sum(p.numel() for p in AutoModelForCausalLM.from_config(small).parameters())
+                shapes = AutoModelForCausalLM.from_config(small, trust_remote_code=False)
+            weights = sum(p.numel() for p in shapes.parameters())
             if weights > MOST_WEIGHTS:  # what hinders a smaller one says more
                 failure = failure or ValueError(f"its smallest model here has {weights / 1e6:.0f}M weights")
                 continue
-            model = AutoModelForCausalLM.from_config(small, dtype=torch.float32, attn_implementation="eager").eval()
+            options = {"dtype": torch.float32, "attn_implementation": "eager"}
+            model = AutoModelForCausalLM.from_config(small, trust_remote_code=False, **options).eval()
             if enlarge:
                 enlarge(model)
             products, _ = _products_and_logits(model)
@@ -238,7 +240,7 @@ def _shorten(values: dict) -> None:
 def _layer_kinds(config: PretrainedConfig, lists: list[str]) -> list[str]:
     """What distinguishes the layers of a model: their modules, the settings of these, and these lists by layer."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     described = [_describe_layer(layer) for layer in CausalLM(model, "model").layers]
     return [f"{text} {[getattr(config, name)[index] for name in lists]}" for index, text in enumerate(described)]
 

@@ -12,7 +12,15 @@ from transformers import PretrainedConfig
 from .. import distributed
 from ..config.models import ModelConfig
 from ..errors import JSON_ERRORS, ConfigError, reading
-from ..files import atomic_write, cache_folder, entries, file_digest, is_local_path
+from ..files import (
+    atomic_write,
+    cache_folder,
+    check_trusted,
+    entries,
+    file_digest,
+    is_local_path,
+    make_cache_folder,
+)
 from . import quantized
 from .dropout import without_rates
 
@@ -61,6 +69,7 @@ def hash_weights(
     weights, memo = pathlib.Path(spec.path), (folder or cache_folder()) / "weights.json"
 
     def hash_all() -> dict[str, str]:
+        check_trusted(memo.parent, memo)
         if weights.is_dir():
             hashes = _hash_files(entries(weights, "*.safetensors") or entries(weights, "*.bin"), memo)
         else:
@@ -90,7 +99,7 @@ def _hash_files(files: list[pathlib.Path], memo: pathlib.Path) -> dict[str, str]
                 found[str(file.resolve())] = [*stamp, hashes[file.name]]
     if found:
         with contextlib.suppress(OSError):  # a read-only folder: they are hashed again next time
-            memo.parent.mkdir(parents=True, exist_ok=True)
+            make_cache_folder(memo.parent)
             atomic_write(memo, json.dumps(known | found, indent=1))
     return hashes
 

@@ -17,7 +17,7 @@ from transformers.activations import NewGELUActivation
 from transformers.pytorch_utils import Conv1D
 
 from ..config.models import ModelConfig
-from ..errors import TOO_DEEP, ConfigError, first_line, is_deep, reading
+from ..errors import OWN_CODE, TOO_DEEP, ConfigError, first_line, is_deep, reading
 from ..files import entries, is_local_path
 from ..losses.arguments import LogitMap
 from . import attention, dropout, experts, forms, quantized, wrappers
@@ -139,8 +139,7 @@ def read_config(path: str) -> PretrainedConfig:
     if is_deep(values):
         raise ValueError(f"config.json {TOO_DEEP}")
     if "auto_map" in values and values.get("model_type") not in CONFIG_MAPPING:
-        kind = values.get("model_type")
-        raise ValueError(f"it has code of its own (auto_map), which is not run, and transformers knows no {kind} model")
+        raise ValueError(f"{OWN_CODE}, and this {values.get('model_type')} model is none")
     return AutoConfig.from_pretrained(path, trust_remote_code=False)
 
 
@@ -258,7 +257,12 @@ def load(
             read_dtype = _type_in_files(spec.path, dtype)
         with reading(f"{key}.path: {spec.path}: its weights can't be read"):
             model, found = wrappers.model_class(whole).from_pretrained(
-                spec.path, config=whole, dtype=read_dtype, output_loading_info=True, **placed
+                spec.path,
+                config=whole,
+                dtype=read_dtype,
+                output_loading_info=True,
+                trust_remote_code=False,
+                **placed,
             )
         if missing := sorted(found["missing_keys"]):  # transformers would use random weights for these
             names = f"{missing[0]} and {len(missing) - 1} others" if missing[1:] else missing[0]

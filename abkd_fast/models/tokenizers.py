@@ -26,7 +26,7 @@ def read_tokenizer(path: str, key: str) -> PreTrainedTokenizerBase:
     if not folder.exists() and is_local_path(path):
         raise ConfigError(f"{key}: {path}: no tokenizer there (no such folder)")
     with reading(f"{key}: {path}: no tokenizer there"):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         tokenizer("a")  # some can be read, and encode nothing
         if is_deep(tokenizer.init_kwargs):
             raise ValueError(f"tokenizer_config.json {TOO_DEEP}")
@@ -162,7 +162,7 @@ def _generation_ends(path: str) -> list[int]:
 
 
 def _default_config(path: str) -> PretrainedConfig:
-    return type(AutoConfig.from_pretrained(path).get_text_config(decoder=True))()
+    return type(AutoConfig.from_pretrained(path, trust_remote_code=False).get_text_config(decoder=True))()
 
 
 def set_end_tokens(model: PreTrainedModel, ends: tuple[int, ...]) -> None:

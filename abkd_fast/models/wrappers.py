@@ -67,7 +67,9 @@ def model_class(config: PretrainedConfig) -> type:
 def from_config(config: PretrainedConfig, **options: torch.dtype) -> PreTrainedModel:
     """A whole model with random weights. Raises ValueError where transformers has none."""
     kind = model_class(config)
-    return kind.from_config(config, **options) if kind is AutoModelForCausalLM else kind._from_config(config, **options)
+    if kind is AutoModelForCausalLM:
+        return kind.from_config(config, trust_remote_code=False, **options)
+    return kind._from_config(config, **options)
 
 
 def language_model(whole: PreTrainedModel) -> PreTrainedModel:

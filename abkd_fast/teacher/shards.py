@@ -172,7 +172,7 @@ class Shards:
     def reserve(self) -> None:
         """Allocates all files, so a full disk shows before anything is computed, and writes headers. Raises OSError."""
         for path, size, header in zip(self.paths, self.sizes, self.headers, strict=True):
-            path.touch()
+            path.touch(0o644)
             with path.open("r+b") as file:
                 if hasattr(os, "posix_fallocate"):
                     os.posix_fallocate(file.fileno(), 0, size)

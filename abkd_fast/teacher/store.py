@@ -32,7 +32,16 @@ from torch import Tensor
 
 from ..console import console
 from ..errors import JSON_ERRORS
-from ..files import atomic_file, atomic_write, disk_bytes, file_checksum, remove_leftovers
+from ..files import (
+    LOCK,
+    atomic_file,
+    atomic_write,
+    check_trusted,
+    disk_bytes,
+    file_checksum,
+    make_cache_folder,
+    remove_leftovers,
+)
 from . import shards
 from .origin import Origin
 from .shards import Shards
@@ -151,7 +160,7 @@ class HiddenStateStore:
         self.head_bytes, self.origin = head_bytes, origin
         self.key = fingerprint(self.identity)
         self.folder = root / self.key
-        self._lock = filelock.FileLock(self.folder / "lock")
+        self._lock = filelock.FileLock(self.folder / LOCK)
         counts = [rows.stop - rows.start for rows in map(layout.block, range(len(layout.blocks)))]
         files = shards.split_blocks(counts, shards.row_bytes(width, dtype))
         self.shards = Shards(self.folder, files, width, dtype)
@@ -167,8 +176,10 @@ class HiddenStateStore:
     def read_index(self) -> bool:
         """Reads the checksums of blocks (None where there is none) and files, and the seconds of the computation.
 
-        False where an index is there, but damaged.
+        False where an index is there, but damaged. Raises ConfigError where another user may have written it.
         """
+        files = (path for path in self.folder.glob("*") if path.name != LOCK)  # which holds nothing
+        check_trusted(self.folder.parent, self.folder, *files)
         self.checksums: list[int | None] = [None] * len(self.layout.blocks)
         self.files: dict[str, int] = {}
         self.seconds, self.told = 0.0, None  # what the index says about its making
@@ -228,7 +239,7 @@ class HiddenStateStore:
         False where another process has it. The index is read again: another process may have finished meanwhile.
         """
         with contextlib.suppress(OSError):  # a read-only folder has no writers
-            self.folder.mkdir(parents=True, exist_ok=True)
+            make_cache_folder(self.folder)
             try:
                 self._lock.acquire(timeout=0)
             except filelock.Timeout:
@@ -325,6 +336,7 @@ class HiddenStateStore:
         """
         for path in self.folder.parent.glob(f"*/{name}"):
             with contextlib.suppress(OSError), atomic_file(self.folder / name, flush=False) as temporary:
+                temporary.unlink()
                 os.link(path, temporary)
                 if temporary.stat().st_size == len(content) and temporary.read_bytes() == content:
                     return True

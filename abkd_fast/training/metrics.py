@@ -23,6 +23,7 @@ from ..device import BusyMachine, peak_memory
 from ..errors import JSON_ERRORS, printable
 from ..evaluation import samples as answers
 from ..evaluation.rouge import named
+from ..files import open_own
 from .costs import peak_flops
 from .finite import is_finite
 from .trackers import Trackers
@@ -71,9 +72,9 @@ class RunLog:
         if sample_path.exists():
             _drop_points(sample_path, self.done)
         self.trackers = Trackers(self.config, dropped)
-        self.file = path.open("a", encoding="utf-8", buffering=1)
+        self.file = open_own(path, "a", encoding="utf-8", buffering=1)
         if self.config.log.samples:
-            self.sample_file = sample_path.open("a", encoding="utf-8", buffering=1)
+            self.sample_file = open_own(sample_path, "a", encoding="utf-8", buffering=1)
         threading.excepthook = self._on_thread_error
         try:
             self.board = SummaryWriter(self.folder / "tensorboard", purge_step=self.done + 1)
@@ -232,7 +233,7 @@ def _drop_points(path: pathlib.Path, done: int) -> tuple[set[tuple[str, int]], s
     Returns kinds and steps: of the points of step `done`, and of those that were cut off.
     """
     length, kept, dropped = 0, set(), set()
-    with path.open("r+b") as file:
+    with open_own(path, "r+b") as file:
         with contextlib.suppress(*JSON_ERRORS):  # a line that is not JSON
             for line in file:
                 if not line.endswith(b"\n"):

@@ -76,7 +76,7 @@ def _note_attention(config: PretrainedConfig, most_alike: int) -> list[Attention
 
     AttentionInterface.register(NAME, note)
     with forms.quiet_transformers(), torch.no_grad(), torch.device("meta"), WithoutValues():
-        model = AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
         model.set_attn_implementation(NAME)
         attention.note_masks(model)
         layers = _LayersAlike(CausalLM(model, "model"), kinds, most_alike)
@@ -160,7 +160,7 @@ def _saved_bytes(config: PretrainedConfig, batch: Batch, dtype: torch.dtype, rec
     half = dtype in (torch.bfloat16, torch.float16)
     storage = torch.float32 if half else dtype
     with FakeTensorMode(allow_non_fake_inputs=True), torch.autocast("cpu", dtype, enabled=half), WithoutValues():
-        model = AutoModelForCausalLM.from_config(config, dtype=storage)
+        model = AutoModelForCausalLM.from_config(config, dtype=storage, trust_remote_code=False)
         loading.fuse_activations(model)
         model = form.build(model, "student").train()
         if recompute:
