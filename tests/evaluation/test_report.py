@@ -300,9 +300,9 @@ def test_curves_of_any_losses(make_run, losses, recwarn, monkeypatch):
     limits = []
     save = matplotlib.figure.Figure.savefig
 
-    def note(figure, path):
+    def note(figure, path, **options):
         limits.append(figure.axes[0].get_ylim())
-        save(figure, path)
+        save(figure, path, **options)
 
     monkeypatch.setattr(matplotlib.figure.Figure, "savefig", note)
     assert main([str(folder)]) == 0
