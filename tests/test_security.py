@@ -136,7 +136,9 @@ class Attack:
 
 
 @pytest.mark.parametrize("command", ["train", "generate"])
-@pytest.mark.parametrize("write", [torch.save, lambda value, path: path.write_bytes(pickle.dumps(value))], ids=str)
+@pytest.mark.parametrize(
+    "write", [torch.save, lambda value, path: path.write_bytes(pickle.dumps(value))], ids=["torch.save", "pickle"]
+)
 def test_pickles_are_not_run(model, tmp_path, write_jsonl, canary, capsys, command, write):
     (model / "model.safetensors").unlink()
     write({"model.norm.weight": Attack(canary)}, model / "pytorch_model.bin")
