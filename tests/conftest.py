@@ -31,7 +31,12 @@ def anonymous_bytes():
     return 1024 * int(fields[fields.index("RssAnon:") + 1])
 
 
+# Files that take longest. A worker takes whole files: if one of these came last, the other workers would wait.
+FIRST = "test_machine_code.py", "test_distributed.py", "test_pipeline.py", "test_loss_study.py", "test_resume.py"
+
+
 def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.name not in FIRST)
     for item in items:
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
