@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+import sys
 import threading
 import time
 import types
@@ -36,7 +37,7 @@ def interruptible() -> Iterator[Received]:
     """A context for a whole command. The first signal raises KeyboardInterrupt, a second one ends the process at once.
 
     Gives the first signal, for a library may make another error of the KeyboardInterrupt, or lose it: `StopSignals`
-    then finds it.
+    then finds it. So does Python, where it comes in a finalizer or in the callback of a weak reference.
     """
     global _of_command
     received = _of_command = Received()
@@ -48,10 +49,16 @@ def interruptible() -> Iterator[Received]:
                 os._exit(INTERRUPTED)
             raise KeyboardInterrupt
 
-    previous = _install(interrupt)
+    def report(lost: "sys.UnraisableHookArgs") -> None:
+        if lost.exc_type is not KeyboardInterrupt:
+            others(lost)
+
+    previous, others = _install(interrupt), sys.unraisablehook
+    sys.unraisablehook = report
     try:
         yield received
     finally:
+        sys.unraisablehook = others
         _restore(previous)
         _of_command = None
 

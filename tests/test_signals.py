@@ -90,6 +90,21 @@ def test_a_signal_that_a_library_loses_ends_the_run_at_its_next_step(tmp_path, m
     assert run.checkpoints() == ["step-000000"]
 
 
+def test_a_signal_in_a_finalizer_is_no_traceback(tmp_path, monkeypatch, capsys):
+    """Python can't raise anything there, and would print what it ignores."""
+    from abkd_fast.training import optim, trainer
+
+    class Finalized:
+        def __del__(self):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(sys, "unraisablehook", sys.__unraisablehook__)  # pytest has its own
+    monkeypatch.setattr(trainer, "build_optimizer", lambda *given: Finalized() and optim.build_optimizer(*given))
+    assert Run(tmp_path)() == INTERRUPTED
+    message, _ = capsys.readouterr().err.splitlines()
+    assert message.startswith("SIGTERM after step 0 of 12")
+
+
 def test_second_signal_ends_a_command_at_once():
     child = multiprocessing.get_context("fork").Process(target=_two_signals)
     child.start()
