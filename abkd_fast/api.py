@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from . import pipeline, processes
 from .config.recipe import load
 from .config.schema import Config
-from .errors import ConfigError
+from .errors import ConfigError, reading
 from .files import cache_folder
 from .losses.divergences import Divergence
 from .models.identity import NOT_THE_MODEL
@@ -212,7 +212,8 @@ def _kept(tokenizer: PreTrainedTokenizerBase) -> str:
     if tokenizer.eos_token_id is None:
         raise ConfigError("tokenizer: has no end token (eos_token), which every response needs", "tokenizer")
     root = cache_folder() / "tokenizers"
-    root.mkdir(parents=True, exist_ok=True)
+    with reading(f"{root} can't be made", "; ABKD_CACHE names another folder"):
+        root.mkdir(parents=True, exist_ok=True)
     temporary, digest = pathlib.Path(tempfile.mkdtemp(dir=root)), hashlib.sha256()
     tokenizer.save_pretrained(temporary)
     for file in sorted(temporary.rglob("*")):

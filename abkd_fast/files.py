@@ -12,15 +12,32 @@ from collections.abc import Iterator
 import filelock
 from safetensors import SafetensorError
 
-from .errors import ConfigError
+from .errors import ConfigError, reading
 
 LOCK = "lock"  # the name of the lock in a run's folder
+NAME_BYTES, PATH_BYTES = 255, 4095  # what file systems take
 WRITE_ERRORS = (OSError, SafetensorError)  # safetensors reports a full disk as an error of its own
 
 
 def is_local_path(path: str) -> bool:
     """Whether a text is meant as a path, not as a Hub name."""
     return os.path.isabs(path) or path.startswith(".") or path.count("/") > 1
+
+
+def check_path_length(key: str, path: str | pathlib.Path, is_written: bool = False) -> None:
+    """Raises ConfigError, which names the key, for a path that is too long for file systems, or has such a name.
+
+    is_written: files in it, or beside it, will have longer names: ".settings.json.4194304.tmp" is at the end of one.
+    """
+    room = 40 if is_written else 0
+    *folders, name = os.fspath(path).encode("utf-8", "surrogatepass").split(b"/")
+    whole = len(os.path.abspath(path).encode("utf-8", "surrogatepass"))
+    for what, length, limit in (
+        ("has a name", max([len(name) + room, *map(len, folders)]) - room, NAME_BYTES - room),
+        ("is a path", whole, PATH_BYTES - 5 * room),
+    ):
+        if length > limit:
+            raise ConfigError(f"{key}: {path}: {what} of {length} bytes, expected at most {limit}", key)
 
 
 def check_folder(folder: pathlib.Path, resume: bool = False) -> None:
@@ -32,6 +49,7 @@ def check_folder(folder: pathlib.Path, resume: bool = False) -> None:
 
 def check_writable(key: str, folder: pathlib.Path) -> None:
     """Raises ConfigError, which names the key, if a folder can't be made, or exists and can't be written to."""
+    check_path_length(key, folder, is_written=True)
     parent = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         way = "used" if parent == folder.absolute() else "made"
@@ -157,8 +175,10 @@ def file_digest(path: pathlib.Path) -> str:
 
 
 def cache_folder() -> pathlib.Path:
-    """$ABKD_CACHE, or else abkd_fast in the user's cache folder."""
-    if os.environ.get("ABKD_CACHE"):
-        return pathlib.Path(os.environ["ABKD_CACHE"])
-    home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-    return pathlib.Path(home) / "abkd_fast"
+    """$ABKD_CACHE, or else abkd_fast in the user's cache folder. Raises ConfigError where there can be none."""
+    with reading("there is no folder for the cache", ": name one in ABKD_CACHE"):
+        given = os.environ.get("ABKD_CACHE")
+        users = given or os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+        folder = pathlib.Path(users, "" if given else "abkd_fast")
+    check_path_length("ABKD_CACHE", folder, is_written=True)
+    return folder

@@ -15,7 +15,7 @@ from datasets.table import MemoryMappedTable
 from transformers import PreTrainedTokenizerBase
 
 from ..console import console
-from ..errors import ConfigError
+from ..errors import ConfigError, reading
 from ..files import atomic_file, atomic_write, remove_leftovers
 from .chat import PromptFormat
 from .encode import Encoder, Sample
@@ -226,9 +226,10 @@ def fingerprint(contents: Iterable[str], tokenizer: PreTrainedTokenizerBase, *se
 
 
 def arrow_file(key: str) -> pathlib.Path:
-    """The file for tokenized data with this fingerprint."""
+    """The file for tokenized data with this fingerprint. Raises ConfigError where its folder can't be made."""
     folder = pathlib.Path(datasets.config.HF_DATASETS_CACHE) / "abkd_fast"
-    folder.mkdir(parents=True, exist_ok=True)
+    with reading(f"{folder} can't be made", "; HF_DATASETS_CACHE names another"):
+        folder.mkdir(parents=True, exist_ok=True)
     return folder / f"{key}.arrow"
 
 
@@ -243,7 +244,7 @@ def stored(key: str, write: Callable[[pathlib.Path], None], doing: str = "") -> 
             with filelock.FileLock(f"{path}.lock"):  # another run that starts now waits, and finds the file
                 if not path.exists():
                     if doing:
-                        console.print(f"{doing}; later runs find the result in {path.parent}", markup=False)
+                        console.print(f"{doing}; later runs find the result in {path.parent}")
                     remove_leftovers(path.parent, f"{path.name}.")
                     with atomic_file(path) as temporary:
                         write(temporary)

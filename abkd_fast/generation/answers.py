@@ -18,7 +18,7 @@ from .. import distributed, processes
 from ..config.models import ModelConfig
 from ..config.sampling import SamplingParams
 from ..config.schema import Config, RunConfig, SamplingConfig
-from ..console import ProgressBar, console
+from ..console import ProgressBar, console, styled
 from ..data.chat import PromptFormat
 from ..data.encode import begin_token
 from ..data.row_teachers import TeacherNames
@@ -26,7 +26,15 @@ from ..data.rows import Row, read_rows
 from ..data.tokenize import encode_prompts
 from ..device import choose_device, choose_dtype
 from ..errors import JSON_ERRORS, ConfigError, Interrupted, check_number, reading
-from ..files import WRITE_ERRORS, atomic_folder, atomic_write, exclusive, remove_leftovers, write_json
+from ..files import (
+    WRITE_ERRORS,
+    atomic_folder,
+    atomic_write,
+    check_path_length,
+    exclusive,
+    remove_leftovers,
+    write_json,
+)
 from ..finished import locked_run
 from ..models import identity, loading, tokenizers
 from ..models.vocabularies import Vocabulary
@@ -155,6 +163,7 @@ class Generation:
 
         Raises ConfigError.
         """
+        check_path_length("out", out, is_written=True)
         for name, value in {"rows": rows, "max_prompt_length": max_prompt_length}.items():
             check_number(name, value, 1)
         self.out, self.seed, self.max_prompt_length = out, seed, max_prompt_length
@@ -247,7 +256,7 @@ def write_stage(config: Config, rows: list[Row], resume: bool) -> dict:
         if summary is not None:
             return summary
         model = config.student.adapter or config.student.path
-        console.print(f"[bold]{folder}[/bold]  method {config.method}, by {model}")
+        console.print(styled(f"{folder}", "bold", f"  method {config.method}, by {model}"))
         generation = Generation(
             config.student,
             rows,
@@ -281,7 +290,7 @@ def write_stage(config: Config, rows: list[Row], resume: bool) -> dict:
             distributed.run_on_rank0(write)
         except WRITE_ERRORS as error:
             raise Interrupted(f"{folder / 'final'} can't be written ({error}): make room") from None
-    console.print(f"saved {folder / 'final'}", markup=False)
+    console.print(f"saved {folder / 'final'}")
     return summary
 
 

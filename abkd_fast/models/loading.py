@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..config.models import ModelConfig
 from ..errors import TOO_DEEP, ConfigError, first_line, is_deep, reading
-from ..files import is_local_path
+from ..files import check_path_length, is_local_path
 from ..losses.arguments import LogitMap
 from . import attention, dropout, experts, forms, quantized, wrappers
 from .causal_lm import CausalLM
@@ -65,7 +65,8 @@ def _check_weights(folder: pathlib.Path, key: str) -> None:
 
 
 def model_spec(path: str) -> ModelConfig:
-    """The model at a path: a folder or Hub name, or the folder of a LoRA adapter and its base."""
+    """The model at a path: a folder or Hub name, or the folder of a LoRA adapter and its base. Raises ConfigError."""
+    check_path_length("model", path)
     settings = pathlib.Path(path, ADAPTER_SETTINGS)
     if not settings.exists():
         return ModelConfig(path=path)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import distributed
 from ..config.schema import Config
-from ..console import ProgressBar, console, format_seconds
+from ..console import ProgressBar, console, format_seconds, styled
 from ..data.batches import StepBatch
 from ..device import BusyMachine, peak_memory
 from ..errors import JSON_ERRORS, printable
@@ -106,7 +106,7 @@ class RunLog:
         """Shows the number of steps, with fields of the bar."""
         self.bar.update(self.task, completed=step, **fields)
         if hint := self.machine.hint():
-            console.print(hint, markup=False)
+            console.print(hint)
 
     def train(self, step: int, values: dict[str, float | None], counts: dict[str, int]) -> None:
         """Writes one point over the steps since the last one. Synchronize the device before.
@@ -152,7 +152,7 @@ class RunLog:
         if samples:
             text = printable(samples[0]["response"])
             text = text if len(text) <= 100 else f"{text[:99]}…"
-            console.print(f"step {step}/{self.steps}  sample 1 of {len(samples)}: {text}", markup=False)
+            console.print(f"step {step}/{self.steps}  sample 1 of {len(samples)}: {text}")
 
     def _write_samples(self, step: int, samples: list[dict]) -> None:
         """Writes answers to dev prompts. On a full disk they are lost, not the run."""
@@ -167,7 +167,7 @@ class RunLog:
                 parts = (f"{name}:\n\n{answers.fenced(text)}" for name, text in zip(names, texts, strict=True))
                 self.board.add_text(f"samples/{number}", "\n\n".join(parts), step)
         except OSError as error:
-            console.print(f"[bold red]no samples[/] of step {step} ({error}); training goes on")
+            console.print(styled("no samples", "bold red", f" of step {step} ({error}); training goes on"))
 
     def _write(self, kind: str, step: int, values: dict[str, float | None], **told: object) -> None:
         """Writes a point. On a full disk the point is lost, not the run. told: what a function gets besides."""
@@ -179,7 +179,7 @@ class RunLog:
                 if value is not None:
                     self.board.add_scalar(f"{kind}/{name}", value, step)
         except OSError as error:
-            console.print(f"[bold red]no log[/] of step {step} ({error}); training goes on")
+            console.print(styled("no log", "bold red", f" of step {step} ({error}); training goes on"))
         self.trackers.log(kind, step, values)
         self.report(kind, {"step": step, **values, **told})
 
