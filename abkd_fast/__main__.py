@@ -5,7 +5,7 @@ import sys
 
 from . import __version__
 from .cli import leave
-from .errors import nearest
+from .errors import nearest, printable
 from .output import forgiving
 
 COMMANDS = {
@@ -33,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
         if name in ("--version", "--help", "-h"):
             print(__version__ if name == "--version" else USAGE)
             return 0
-        problem = f"error: no command {name}{nearest(name, COMMANDS)}" if name else USAGE
+        problem = f"error: no command {printable(name)}{nearest(name, COMMANDS)}" if name else USAGE
         print(problem, file=sys.stderr)
         return 2
 

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from . import pipeline, processes
 from .config.recipe import load
 from .config.schema import Config
-from .errors import ConfigError
+from .errors import ConfigError, reading
 from .files import CHECKPOINTS, cache_folder, check_trusted, make_cache_folder
 from .losses.divergences import Divergence
 from .models.identity import NOT_THE_MODEL
@@ -213,7 +213,8 @@ def _kept(tokenizer: PreTrainedTokenizerBase) -> str:
     if tokenizer.eos_token_id is None:
         raise ConfigError("tokenizer: has no end token (eos_token), which every response needs", "tokenizer")
     root = cache_folder() / "tokenizers"
-    make_cache_folder(root)
+    with reading(f"{root} can't be made", "; ABKD_CACHE names another folder"):
+        make_cache_folder(root)
     temporary, digest = pathlib.Path(tempfile.mkdtemp(dir=root)), hashlib.sha256()
     tokenizer.save_pretrained(temporary)
     for file in sorted(temporary.rglob("*")):

@@ -9,7 +9,7 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator
 
 from . import output
-from .errors import ConfigError, Interrupted, disk_errors, origin
+from .errors import ConfigError, Interrupted, disk_errors, origin, printable
 from .signals import INTERRUPTED, interruptible, leave_at_once
 
 MEETING_MINUTES = 1.0  # how long a process with a mistake waits for the others, to tell them
@@ -82,7 +82,15 @@ def _again(command: str, options: Namespace, arguments: list[str]) -> str:
     words = [*start, "-m", f"abkd_fast.{command}", *arguments]
     if not getattr(options, "resume", True):
         words.append("--resume")
-    return shlex.join(words)
+    return " ".join(map(_quoted, words))
+
+
+def _quoted(word: str) -> str:
+    """A word for a shell. One with control characters is written with their escapes."""
+    if word.isprintable():
+        return shlex.quote(word)
+    word = word.replace("\\", "\\\\").replace("'", "\\'")
+    return f"$'{printable(word)}'"
 
 
 def leave(status: int) -> None:
@@ -102,4 +110,4 @@ def _print(text: str, topic: str = "") -> None:
     elif local_rank.isdecimal() and int(local_rank):  # before they have met, all of one machine have the same errors
         return
     if text is not None:
-        print(text, file=sys.stderr)
+        print(printable(text, "\n"), file=sys.stderr)

@@ -15,6 +15,7 @@ REFUSED = (
 )
 OF_RUST = re.compile(r"\(os error (\d+)\)|Os \{ code: (\d+)")  # in the text of what tokenizers and safetensors raise
 OWN_CODE = "it has code of its own (auto_map), which is not run: give a model that transformers knows"
+LONGEST = 2000  # characters of a line for people
 GRACE = 5.0  # seconds: all processes of a run end within this time after the first one; one that doesn't counts as dead
 
 
@@ -25,13 +26,18 @@ class ConfigError(ValueError):
     """
 
     def __init__(self, message: str, key: str = "") -> None:
-        super().__init__(printable(message))
+        super().__init__(printable(shortened(message)))
         self.key = key
 
 
-def printable(text: str) -> str:
-    """The text in one line. Text of a user may hold any character, line ends too."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+def printable(text: str, kept: str = "") -> str:
+    """The text with its control characters escaped, line ends too, but those in `kept`."""
+    return text if text.isprintable() else "".join(c if c.isprintable() or c in kept else repr(c)[1:-1] for c in text)
+
+
+def shortened(text: str) -> str:
+    """The beginning and the end of a line. A value of a user, which may be of any length, stands between them."""
+    return text if len(text) <= LONGEST else f"{text[: LONGEST * 3 // 4]} … {text[-LONGEST // 4 :]}"
 
 
 def first_line(error: BaseException) -> str:
@@ -50,7 +56,7 @@ def first_line(error: BaseException) -> str:
         text = f"line {line}: {text}"
     lines = [line.strip() for line in text.splitlines() if line.strip()] or [type(error).__name__]
     goes_on = lines[0].endswith(":") or "available" in "".join(lines[1:2]).lower()
-    text = " ".join(lines[: 2 if goes_on else 1])
+    text = printable(" ".join(lines[: 2 if goes_on else 1]))
     return text if len(text) <= 200 else f"{text[:199]}…"
 
 

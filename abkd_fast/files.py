@@ -18,9 +18,10 @@ from typing import IO, Any
 
 import filelock
 
-from .errors import ConfigError, disk_errors, first_line, library_errors
+from .errors import ConfigError, disk_errors, first_line, library_errors, reading
 
 LOCK, CHECKPOINTS = "lock", "checkpoints"  # names in a run's folder; the first is one in a folder of states, too
+NAME_BYTES, PATH_BYTES = 255, 4095  # what file systems take
 
 
 def entries(folder: pathlib.Path, pattern: str = "*") -> list[pathlib.Path]:
@@ -40,6 +41,22 @@ def is_local_path(path: str) -> bool:
     return os.path.isabs(path) or path.startswith(".") or path.count("/") > 1
 
 
+def check_path_length(key: str, path: str | pathlib.Path, is_written: bool = False) -> None:
+    """Raises ConfigError, which names the key, for a path that is too long for file systems, or has such a name.
+
+    is_written: files in it, or beside it, will have longer names: ".settings.json.4194304.tmp" is at the end of one.
+    """
+    room = 40 if is_written else 0
+    *folders, name = os.fspath(path).encode("utf-8", "surrogatepass").split(b"/")
+    whole = len(os.path.abspath(path).encode("utf-8", "surrogatepass"))
+    for what, length, limit in (
+        ("has a name", max([len(name) + room, *map(len, folders)]) - room, NAME_BYTES - room),
+        ("is a path", whole, PATH_BYTES - 5 * room),
+    ):
+        if length > limit:
+            raise ConfigError(f"{key}: {path}: {what} of {length} bytes, expected at most {limit}", key)
+
+
 def check_folder(folder: pathlib.Path, resume: bool = False) -> None:
     """Raises ConfigError if a run's folder can't be made, or if it exists and the run is not to be resumed."""
     if folder.exists() and not resume:
@@ -50,6 +67,7 @@ def check_folder(folder: pathlib.Path, resume: bool = False) -> None:
 
 def check_writable(key: str, folder: pathlib.Path) -> None:
     """Raises ConfigError, which names the key, if a folder can't be made, or exists and can't be written to."""
+    check_path_length(key, folder, is_written=True)
     parent = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         way = "used" if parent == folder.absolute() else "made"
@@ -219,11 +237,13 @@ def file_checksum(path: pathlib.Path) -> int | None:
 
 
 def cache_folder() -> pathlib.Path:
-    """$ABKD_CACHE, or else abkd_fast in the user's cache folder."""
-    if os.environ.get("ABKD_CACHE"):
-        return pathlib.Path(os.environ["ABKD_CACHE"])
-    home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-    return pathlib.Path(home) / "abkd_fast"
+    """$ABKD_CACHE, or else abkd_fast in the user's cache folder. Raises ConfigError where there can be none."""
+    with reading("there is no folder for the cache", ": name one in ABKD_CACHE"):
+        given = os.environ.get("ABKD_CACHE")
+        users = given or os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+        folder = pathlib.Path(users, "" if given else "abkd_fast")
+    check_path_length("ABKD_CACHE", folder, is_written=True)
+    return folder
 
 
 def make_cache_folder(folder: pathlib.Path) -> None:

@@ -11,7 +11,7 @@ from . import distributed
 from .config.recipe import load
 from .config.sampling import OPTIONS
 from .config.schema import Config
-from .console import console
+from .console import console, styled
 from .errors import ConfigError, reading
 from .files import LOCK, check_folder, leftovers, locked
 from .losses.divergences import AlphaNet, parse
@@ -21,7 +21,7 @@ def find_result(config: Config, resume: bool, is_locked: bool = False) -> dict |
     """The summary of a finished run; None where it has to run. Raises what `is_finished` raises. Collective."""
     if not distributed.run_on_rank0(is_finished, config, resume, is_locked):
         return None
-    console.print(f"[bold]{config.run.folder}[/bold]  is finished already: its result is used")
+    console.print(styled(f"{config.run.folder}", "bold", "  is finished already: its result is used"))
     return distributed.run_on_rank0(read_summary, config.run.folder)
 
 

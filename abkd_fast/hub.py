@@ -11,7 +11,7 @@ from .console import console, format_bytes
 from .errors import ConfigError, Interrupted, first_line, reading
 from .evaluation import model_card
 from .evaluation.runs import Run, read_runs
-from .files import atomic_write, entries
+from .files import atomic_write, check_path_length, entries
 from .models.identity import ADAPTER_SETTINGS
 
 CARD = "README.md"
@@ -89,13 +89,13 @@ def push(run: Run, runs: list[Run], name: str, private: bool = False) -> None:
     name = log_in("NAME", name, "and push again", private=private)
     files = contents(run, runs, name)
     size = sum(content.stat().st_size for content in files.values() if isinstance(content, pathlib.Path))
-    console.print(f"pushing {len(files)} files, {format_bytes(size)}, to {name}", markup=False)
+    console.print(f"pushing {len(files)} files, {format_bytes(size)}, to {name}")
     operations = [CommitOperationAdd(path, content) for path, content in files.items()]
     try:
         commit = HfApi().create_commit(name, operations, commit_message=f"Result of {run.folder.name}")
     except Exception as error:  # of many kinds: the network, the server, what a file contains
         raise Interrupted(f"{name}: the upload has failed ({first_line(error)})") from None
-    console.print(f"pushed to {commit.repo_url}", markup=False)
+    console.print(f"pushed to {commit.repo_url}")
 
 
 def find_run(folder: pathlib.Path, stage: str | None = None) -> tuple[Run, list[Run]]:
@@ -105,6 +105,7 @@ def find_run(folder: pathlib.Path, stage: str | None = None) -> tuple[Run, list[
 
     Raises ConfigError.
     """
+    check_path_length("run", folder)
     if folder.name == "final" and (folder.parent / "summary.json").exists():
         folder = folder.parent
     stages = [path.name for path in entries(folder) if (path / "summary.json").exists()]
@@ -149,5 +150,5 @@ def _without_folder(settings: pathlib.Path) -> pathlib.Path | bytes:
         base = values["base_model_name_or_path"]
     if model_card.is_hub_name(base) or (name := model_card.shown(base)) == base:
         return settings
-    console.print(f"the adapter's base is a folder: users have to get {name} themselves", markup=False)
+    console.print(f"the adapter's base is a folder: users have to get {name} themselves")
     return (json.dumps(values | {"base_model_name_or_path": name}, indent=2) + "\n").encode()

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 
 from .cli import leave, run
+from .errors import reading
 from .output import check_printed
 
 PACKAGES = "transformers", "tokenizers", "datasets", "peft", "flash-attn", "triton", "pyarrow", "safetensors", "numpy"
@@ -36,7 +37,8 @@ def describe() -> Iterator[str]:
     from .device import cpu_name
     from .losses import row_ops
 
-    build = row_ops.build_info()
+    with reading("the losses have no kernels to use"):
+        build = row_ops.build_info()
     yield f"abkd_fast   {_version('abkd_fast')}"
     if "missing" in build:
         yield f"kernels     none, the extension can't be imported: {_without_folders(build['missing'])}"

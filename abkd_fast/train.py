@@ -27,7 +27,7 @@ def _train(options: argparse.Namespace) -> None:
         from .console import console
 
         names = ", ".join(filter(None, (config.run.stage for config in stages)))
-        console.print(f"{options.config}{f', stages {names}' if names else ''}: loading PyTorch", markup=False)
+        console.print(f"{options.config}{f', stages {names}' if names else ''}: loading PyTorch")
     from . import pipeline, processes  # not before the configuration is checked: this loads PyTorch
 
     if options.show_rows is not None:

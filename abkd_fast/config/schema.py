@@ -6,6 +6,7 @@ import pathlib
 from typing import Annotated, Literal
 
 from ..errors import ConfigError, check_number, nearest, reading
+from ..files import check_path_length
 from ..losses.divergences import parse
 from .methods import METHODS, WITH_SERVED_TEACHER, WITHOUT_TEACHER, MiniLLMConfig, OnPolicyConfig
 from .models import ModelConfig, TeacherConfig, check_several
@@ -48,6 +49,7 @@ class RunConfig(Section):
             good = name == pathlib.PurePath(name).name and name.strip(". ") and name.isprintable() and ":" not in name
             if not good or len(name.encode()) > 200:
                 raise ConfigError(f'{key} is "{name[:60]}", expected the name of a folder, without "/" or ":"', key)
+        check_path_length("dir", self.folder, is_written=True)
 
     @property
     def root(self) -> pathlib.Path:

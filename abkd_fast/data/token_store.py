@@ -55,9 +55,9 @@ def stored(key: str, write: Callable[[pathlib.Path], dict | None], doing: str = 
 
 def _make(path: pathlib.Path, write: Callable[[pathlib.Path], dict | None], doing: str) -> dict:
     if path.exists():
-        console.print(f"{path} is damaged, or of an earlier version: it is made again", markup=False)
+        console.print(f"{path} is damaged, or of an earlier version: it is made again")
     if doing:
-        console.print(f"{doing}; later runs find the result in {path.parent}", markup=False)
+        console.print(f"{doing}; later runs find the result in {path.parent}")
     remove_leftovers(path.parent, f"{path.stem}.")
     with atomic_file(path) as temporary:
         notes = write(temporary) or {}

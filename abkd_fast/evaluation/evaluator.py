@@ -11,7 +11,6 @@ import pathlib
 import statistics
 from collections.abc import Iterable
 
-from rich.markup import escape
 from rich.table import Table
 
 from .. import distributed, processes
@@ -19,7 +18,7 @@ from ..config.schema import SamplingConfig
 from ..config.training import SEEDS
 from ..console import console
 from ..errors import ConfigError, check_number, reading
-from ..files import check_writable, locked, write_json
+from ..files import check_path_length, check_writable, locked, write_json
 from ..generation.answers import Generator, GrowingFile
 from ..generation.sampling import response_seeds
 from ..models import loading
@@ -61,6 +60,7 @@ class Evaluation:
 
         Raises ConfigError.
         """
+        check_path_length("out", out, is_written=True)
         self.name, self.out, self.seeds, self.protocol = model, out, list(seeds), protocol
         if len({*self.seeds}) < len(self.seeds):
             raise ConfigError(f"seeds are {self.seeds}: one is given twice")
@@ -115,7 +115,7 @@ class Evaluation:
         works in the same folder.
         """
         for line in self._describe():
-            console.print(line, markup=False)
+            console.print(line)
         if self._todo():
             with distributed.rank0_context(locked(self.out)):
                 # Again: another process may have added scores meanwhile.
@@ -177,7 +177,7 @@ class Evaluation:
             scores = self.scores["sets"][test.name]
             seeds = str(len(scores["rouge_l"]["seeds"]))
             cells = (spread(scores[metric]) for metric in METRICS)
-            table.add_row(escape(test.name), str(scores["rows"]), seeds, *cells)
+            table.add_row(test.name, str(scores["rows"]), seeds, *cells)
         return table
 
 

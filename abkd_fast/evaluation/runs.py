@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 from ..config.methods import WITHOUT_TEACHER
 from ..errors import ConfigError, reading
-from ..files import entries
+from ..files import check_path_length, entries
 from ..losses.divergences import BY_NAME
 from . import rouge
 from .evaluator import SCORES, read_scores
@@ -114,6 +114,7 @@ def read_runs(folders: Iterable[pathlib.Path]) -> list[Run]:
     """
     found = []
     for folder in folders:
+        check_path_length("run", folder)
         runs = [folder] if _is_run(folder) else [*filter(_is_run, entries(folder))]
         if not runs:
             raise ConfigError(f"{folder}: no finished run there (config.json, summary.json), and none in its folders")

@@ -12,11 +12,9 @@ import re
 import statistics
 from collections.abc import Iterator
 
-from rich.markup import escape
 from rich.table import Column, Table
-from rich.text import Text
 
-from ..console import format_bytes
+from ..console import format_bytes, styled
 from ..errors import ConfigError, disk_errors, printable
 from ..files import atomic_write
 from . import figures, rouge, samples
@@ -68,13 +66,13 @@ class ScoreTable:
 
     def table(self) -> Table:
         """The table for the terminal."""
-        header = [*([""] if self.has_published else []), *map(escape, self.columns)]
+        header = [*([""] if self.has_published else []), *self.columns]
         columns = [Column("ROUGE-L", no_wrap=True), *(Column(name, overflow="fold") for name in header)]
-        table = Table(*columns, caption=Text("\n".join(self.notes)))
+        table = Table(*columns, caption=styled("\n".join(self.notes), ""))
         for names, texts in self._lines():
             if self.has_published and names[0]:
                 table.add_section()
-            table.add_row(*map(escape, [*names, *texts]))
+            table.add_row(*names, *texts)
         return table
 
     def markdown(self) -> str:

@@ -18,7 +18,7 @@ from .. import distributed, processes
 from ..config.models import ModelConfig
 from ..config.sampling import SamplingParams
 from ..config.schema import Config, RunConfig, SamplingConfig
-from ..console import ProgressBar, console
+from ..console import ProgressBar, console, styled
 from ..data.chat import PromptFormat
 from ..data.encode import begin_token
 from ..data.row_teachers import TeacherNames
@@ -26,7 +26,15 @@ from ..data.rows import Row, read_rows
 from ..data.tokenize import encode_prompts
 from ..device import choose_device, choose_dtype
 from ..errors import JSON_ERRORS, ConfigError, Interrupted, check_number, disk_errors, reading
-from ..files import atomic_folder, atomic_write, exclusive, open_own, remove_leftovers, write_json
+from ..files import (
+    atomic_folder,
+    atomic_write,
+    check_path_length,
+    exclusive,
+    open_own,
+    remove_leftovers,
+    write_json,
+)
 from ..finished import locked_run
 from ..models import identity, loading, tokenizers
 from ..models.vocabularies import Vocabulary
@@ -154,6 +162,7 @@ class Generation:
 
         Raises ConfigError.
         """
+        check_path_length("out", out, is_written=True)
         for name, value in {"rows": rows, "max_prompt_length": max_prompt_length}.items():
             check_number(name, value, 1)
         self.out, self.seed, self.max_prompt_length = out, seed, max_prompt_length
@@ -246,7 +255,7 @@ def write_stage(config: Config, rows: list[Row], resume: bool) -> dict:
         if summary is not None:
             return summary
         model = config.student.adapter or config.student.path
-        console.print(f"[bold]{folder}[/bold]  method {config.method}, by {model}")
+        console.print(styled(f"{folder}", "bold", f"  method {config.method}, by {model}"))
         generation = Generation(
             config.student,
             rows,
@@ -279,7 +288,7 @@ def write_stage(config: Config, rows: list[Row], resume: bool) -> dict:
 
         with disk_errors(folder / "final"):
             distributed.run_on_rank0(write)
-    console.print(f"saved {folder / 'final'}", markup=False)
+    console.print(f"saved {folder / 'final'}")
     return summary
 
 

@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..config.models import ModelConfig
 from ..errors import OWN_CODE, TOO_DEEP, ConfigError, first_line, is_deep, reading
-from ..files import entries, is_local_path
+from ..files import check_path_length, entries, is_local_path
 from ..losses.arguments import LogitMap
 from . import attention, dropout, experts, forms, quantized, wrappers
 from .causal_lm import CausalLM
@@ -66,7 +66,8 @@ def _check_weights(folder: pathlib.Path, key: str) -> None:
 
 
 def model_spec(path: str) -> ModelConfig:
-    """The model at a path: a folder or Hub name, or the folder of a LoRA adapter and its base."""
+    """The model at a path: a folder or Hub name, or the folder of a LoRA adapter and its base. Raises ConfigError."""
+    check_path_length("model", path)
     settings = pathlib.Path(path, ADAPTER_SETTINGS)
     if not settings.exists():
         return ModelConfig(path=path)

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..config.models import ModelConfig
-from ..errors import ConfigError, reading
+from ..errors import ConfigError, printable, reading
 from . import wrappers
 from .identity import find_adapter
 
@@ -98,7 +98,10 @@ def attach_adapter(model: PreTrainedModel, spec: ModelConfig, key: str) -> peft.
     base = os.path.abspath(spec.path) if os.path.isdir(spec.path) else spec.path
     if spec.adapter is not None and settings.base_model_name_or_path not in (base, spec.path):
         logging.getLogger("abkd_fast").warning(
-            f"{key}.adapter: {spec.adapter} was trained on {settings.base_model_name_or_path}, and goes on {base} now"
+            printable(
+                f"{key}.adapter: {spec.adapter} was trained on {settings.base_model_name_or_path}, "
+                f"and goes on {base} now"
+            )
         )
     settings.base_model_name_or_path = base
     for module in adapted.modules():

@@ -13,13 +13,14 @@ from ..data import quickstart
 from ..data.chat import PromptFormat, chat_template, end_of_turn
 from ..data.encode import begin_token
 from ..errors import TOO_DEEP, ConfigError, is_deep, reading
-from ..files import entries, is_local_path
+from ..files import check_path_length, entries, is_local_path
 
 
 def read_tokenizer(path: str, key: str) -> PreTrainedTokenizerBase:
     """A tokenizer; "quickstart" is that of the generated tasks. Raises ConfigError where there is none."""
     if path == "quickstart":
         return quickstart.tokenizer()
+    check_path_length(key, path)
     folder = pathlib.Path(path)
     if folder.is_dir() and not any(entries(folder, f"{kind}*") for kind in ("tokenizer", "vocab", "spiece")):
         raise ConfigError(f"{key}: {path} is a folder without a tokenizer; name another as tokenizer")

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from .. import distributed
-from ..console import console
+from ..console import console, styled
 from ..errors import JSON_ERRORS, ConfigError
 from ..files import atomic_folder, entries, file_digest
 
@@ -76,7 +76,8 @@ class Checkpoints:
             aside = path.with_name(path.name + ".damaged")
             shutil.rmtree(aside, ignore_errors=True)
             path.rename(aside)
-            console.print(f"[bold red]damaged[/] {path} ({reason}): moved to {aside.name}; an older one is used")
+            rest = f" {path} ({reason}): moved to {aside.name}; an older one is used"
+            console.print(styled("damaged", "bold red", rest))
 
     def save(self, step: int, best_step: int | None, write: Callable[[pathlib.Path], None]) -> None:
         """Lets `write` fill a new checkpoint, then deletes old ones. Raises OSError."""

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from ..console import console
+from ..console import console, styled
 from .checkpoint_writer import CheckpointWriter
 from .state import TrainState
 
@@ -63,7 +63,7 @@ class CheckpointPolicy:
 
     def _give_up(self, error: Exception) -> None:
         (step, previous_best), self.pending = self.pending, None
-        console.print(f"[bold red]no checkpoint[/] at step {step} ({error}); training goes on")
+        console.print(styled("no checkpoint", "bold red", f" at step {step} ({error}); training goes on"))
         if self.state.best and self.state.best[1] == step:
             # The best of those that could be written. eval.patience goes on from 0, because the step was better: on a
             # disk that stays full, a run whose evaluations get better and better must not end for that.

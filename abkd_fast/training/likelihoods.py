@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .. import distributed
-from ..console import console
+from ..console import console, styled
 from ..data.batches import Batch, StepBatch
 from ..losses.arguments import LinearHead
 from ..losses.fused_linear import fused_linear_cross_entropy
@@ -53,8 +53,11 @@ def _print(key: str, student: float, teacher: float) -> None:
     console.print(f"  responses  mean log-probability of a token: student {student:.3f}, {key} {teacher:.3f}")
     if teacher < student:
         console.print(
-            f"[bold red]  {key:10} predicts the data's responses worse than the student does: are the two swapped "
-            f"(student.path, {key}.path), or does the teacher know another chat template (data.chat_template)?[/]"
+            styled(
+                f"  {key:10} predicts the data's responses worse than the student does: are the two swapped "
+                f"(student.path, {key}.path), or does the teacher know another chat template (data.chat_template)?",
+                "bold red",
+            )
         )
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .. import distributed
 from ..config.schema import Config
-from ..console import ProgressBar, console, format_seconds
+from ..console import ProgressBar, console, format_seconds, styled
 from ..data.batches import StepBatch
 from ..device import BusyMachine, peak_memory
 from ..errors import JSON_ERRORS, printable
@@ -115,7 +115,7 @@ class RunLog:
         """Shows the number of steps, with fields of the bar."""
         self.bar.update(self.task, completed=step, **fields)
         if hint := self.machine.hint():
-            console.print(hint, markup=False)
+            console.print(hint)
 
     def train(self, step: int, values: dict[str, float | None], counts: dict[str, int]) -> None:
         """Writes one point over the steps since the last one. Synchronize the device before.
@@ -161,7 +161,7 @@ class RunLog:
         if samples:
             text = printable(samples[0]["response"])
             text = text if len(text) <= 100 else f"{text[:99]}…"
-            console.print(f"step {step}/{self.steps}  sample 1 of {len(samples)}: {text}", markup=False)
+            console.print(f"step {step}/{self.steps}  sample 1 of {len(samples)}: {text}")
 
     def _write_samples(self, step: int, samples: list[dict]) -> None:
         """Writes answers to dev prompts. On a full disk they are lost, not the run."""
@@ -171,7 +171,7 @@ class RunLog:
             for sample in samples:
                 self.sample_file.write(json.dumps({"step": step, **sample}) + "\n")
         except OSError as error:
-            console.print(f"[bold red]no samples[/] of step {step} ({error}); training goes on")
+            console.print(styled("no samples", "bold red", f" of step {step} ({error}); training goes on"))
         for number, sample in enumerate(samples, 1):
             texts = sample["prompt"], *sample["output"], sample["response"]
             names = "Prompt", *("Reference" for _ in sample["output"]), "Answer"
@@ -185,7 +185,7 @@ class RunLog:
         try:
             self.file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
         except OSError as error:
-            console.print(f"[bold red]no log[/] of step {step} ({error}); training goes on")
+            console.print(styled("no log", "bold red", f" of step {step} ({error}); training goes on"))
         for name, value in values.items():
             if value is not None:
                 self._show("add_scalar", f"{kind}/{name}", value, step)
@@ -202,7 +202,7 @@ class RunLog:
             self._give_up_board(error)
 
     def _give_up_board(self, error: OSError) -> None:
-        console.print(f"[bold red]no TensorBoard[/] from here on ({error}); training goes on")
+        console.print(styled("no TensorBoard", "bold red", f" from here on ({error}); training goes on"))
         if self.board:
             _close(self.board)
         self.board = None

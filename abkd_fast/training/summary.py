@@ -6,7 +6,7 @@ import pathlib
 from typing import TYPE_CHECKING
 
 from .. import distributed
-from ..console import console
+from ..console import console, styled
 from ..device import peak_memory
 from ..errors import disk_errors
 from ..files import write_json
@@ -45,7 +45,7 @@ def write_result(trainer: Trainer) -> dict:
             distributed.run_on_rank0(checkpoint.copy_model, saved, final, trainer.conversion.apply)
         else:
             trainer.checkpoint_writer.save_model(final, trainer.conversion.apply)
-    console.print(f"saved {final}", markup=False)
+    console.print(f"saved {final}")
     return summary
 
 
@@ -63,7 +63,8 @@ def _select(trainer: Trainer) -> tuple[int, float | None, float | None, pathlib.
     virtue, value = ("highest dev ROUGE-L", f"{rouge_l:.2f}") if by_rouge else ("lowest dev loss", f"{loss:.4f}")
     saved = trainer.checkpoints.folder_of(step)
     if reason := distributed.run_on_rank0(checkpoint.damage, saved):
-        console.print(f"[bold red]damaged[/] {saved} ({reason}), of the {virtue}: the last step is taken")
+        rest = f" {saved} ({reason}), of the {virtue}: the last step is taken"
+        console.print(styled("damaged", "bold red", rest))
         return last
     console.print(f"step {step} is taken, of the {virtue}, {value}")
     return step, loss, rouge_l, saved

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..config.schema import Config
 from ..config.training import LogConfig
-from ..console import console
+from ..console import console, styled
 from ..errors import JSON_ERRORS, ConfigError, first_line
 from ..files import write_json
 
@@ -48,7 +48,8 @@ class Trackers:
             try:
                 write_json(config.run.folder / FILE, known)
             except OSError as error:
-                console.print(f"[bold red]no {FILE}[/] ({error}): with --resume the trackers will begin another run")
+                rest = f" ({error}): with --resume the trackers will begin another run"
+                console.print(styled(f"no {FILE}", "bold red", rest))
 
     def log(self, kind: str, step: int, values: dict[str, float | None]) -> None:
         """Gives a point to all. If one fails it lacks the point, and training goes on."""
@@ -57,7 +58,8 @@ class Trackers:
                 try:
                     run.log({f"{kind}/{name}": value for name, value in values.items()}, step=step)
                 except Exception as error:  # of many kinds
-                    console.print(f"[bold red]not at {module}[/]: step {step} ({first_line(error)}); training goes on")
+                    rest = f": step {step} ({first_line(error)}); training goes on"
+                    console.print(styled(f"not at {module}", "bold red", rest))
 
     def finish(self) -> None:
         """Ends the runs. If one fails its points are not all there, and the run is as it is."""
@@ -65,7 +67,7 @@ class Trackers:
             try:
                 run.finish()
             except Exception as error:  # of many kinds
-                console.print(f"[bold red]not all at {module}[/] ({first_line(error)})")
+                console.print(styled(f"not all at {module}", "bold red", f" ({first_line(error)})"))
 
 
 def _known(config: Config) -> dict[str, str]:
