@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from .. import distributed, processes
+from .. import distributed, manifest, processes
 from ..config.models import ModelConfig
 from ..config.sampling import SamplingParams
 from ..config.schema import Config, RunConfig, SamplingConfig
@@ -26,7 +26,7 @@ from ..data.rows import Row, read_rows
 from ..data.tokenize import encode_prompts
 from ..device import choose_device, choose_dtype
 from ..errors import ConfigError, Interrupted, check_number, disk_errors
-from ..files import atomic_folder, atomic_write, exclusive, remove_leftovers, write_json
+from ..files import atomic_folder, atomic_write, exclusive, read_json, remove_leftovers, write_json
 from ..finished import locked_run
 from ..models import identity, loading, tokenizers
 from ..models.vocabularies import Vocabulary
@@ -276,6 +276,7 @@ def write_stage(config: Config, rows: list[Row], resume: bool) -> dict:
             write_json(folder / "summary.json", summary)
             with atomic_folder(folder / "final") as final:
                 shutil.copy(growing, final)
+                manifest.write(final, folder / manifest.NAME)
 
         with disk_errors(folder / "final"):
             distributed.run_on_rank0(write)
@@ -356,12 +357,9 @@ class Answers(GrowingFile):
         """Whether all responses are there. Raises ConfigError where they are others, or can't be written."""
         finished = False
         if path.exists():
-            try:
-                then = json.loads(self.record.read_text(encoding="utf-8"))
-            except (OSError, ValueError):
-                raise ConfigError(
-                    f"out: {path} exists, and not as the result of this command: choose another"
-                ) from None
+            if not self.record.exists():
+                raise ConfigError(f"out: {path} exists, and not as the result of this command: choose another")
+            then = read_json(self.record, "choose another --out", {"finished": bool})
             finished = then["finished"]
             changed = [key for key, value in self.identity.items() if then.get(key) != value]
             if changed:

@@ -12,7 +12,7 @@ from transformers import PretrainedConfig
 from .. import distributed
 from ..config.models import ModelConfig
 from ..errors import ConfigError, first_line
-from ..files import atomic_write, cache_folder, entries, file_digest, is_local_path
+from ..files import atomic_write, cache_folder, entries, file_digest, is_local_path, read_json
 from . import quantized
 from .dropout import without_rates
 
@@ -77,8 +77,8 @@ def hash_weights(
 
 def _hash_files(files: list[pathlib.Path], memo: pathlib.Path) -> dict[str, str]:
     try:
-        known = json.loads(memo.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        known = read_json(memo)
+    except ConfigError:
         known = {}
     hashes, found = {}, {}
     for file in files:
