@@ -22,7 +22,9 @@ from . import pipeline, processes
 from .config.recipe import load
 from .config.schema import Config
 from .errors import ConfigError, reading
+from .evaluation import points
 from .files import CHECKPOINTS, cache_folder, check_trusted, make_cache_folder
+from .finished import read_summary
 from .losses.divergences import Divergence
 from .models.identity import NOT_THE_MODEL
 from .output import forgiving
@@ -244,7 +246,5 @@ def _in_memory(name: str, data: Any, configs: list[Config]) -> Iterable[dict]:
 
 def _result(config: Config) -> Result:
     folder = config.run.folder
-    points, history = folder / "metrics.jsonl", []
-    if points.exists():
-        history = [json.loads(line) for line in points.read_text(encoding="utf-8").splitlines()]
-    return Result(folder / "final", json.loads((folder / "summary.json").read_text(encoding="utf-8")), history)
+    history, _ = points.read_points(folder) if (folder / points.FILE).exists() else ([], 0)
+    return Result(folder / "final", read_summary(folder), history)

@@ -81,6 +81,7 @@ def _taught_stage(stages: list[Config], name: str | None) -> Config:
     Raises ConfigError where there is no such stage, or no result of the stage that trains the teacher or writes the
     rows.
     """
+    from .finished import check_result
     from .stages import as_begun, resolve
 
     taught = [config for config in stages if config.is_taught]
@@ -98,6 +99,7 @@ def _taught_stage(stages: list[Config], name: str | None) -> Config:
         for key, stage in teacher.stages.items():
             if not pathlib.Path(getattr(resolved.all_teachers[role], key)).exists():
                 raise ConfigError(f"{role}.{key}: stage:{stage} has no result yet; train that stage first")
+            check_result(chosen.run.root / stage)
     if chosen.data.stage and not pathlib.Path(resolved.data.train).exists():
         raise ConfigError(f"data.train: {chosen.data.train} has no rows yet; run that stage first")
     if all(pathlib.Path(getattr(resolved.student, key)).exists() for key in chosen.student.stages):

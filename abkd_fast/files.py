@@ -18,6 +18,7 @@ from typing import IO, Any
 
 import filelock
 
+from . import json_shape
 from .errors import ConfigError, disk_errors, first_line, library_errors, reading
 
 LOCK, CHECKPOINTS = "lock", "checkpoints"  # names in a run's folder; the first is one in a folder of states, too
@@ -172,12 +173,15 @@ def write_json(path: pathlib.Path, values: dict) -> None:
     atomic_write(path, json.dumps(values, indent=2) + "\n")
 
 
-def read_json(path: pathlib.Path, way_out: str = "move it aside") -> dict:
-    """The object in a JSON file that this package has written. Raises ConfigError for anything else."""
+def read_json(path: pathlib.Path, way_out: str = "move it aside", shape: dict | None = None) -> dict:
+    """The object in a JSON file that this package has written. Raises ConfigError where it can't be, with the way out.
+
+    shape: what `json_shape.problem` compares it with.
+    """
     try:
         values = json.loads(path.read_text(encoding="utf-8-sig"))
-        if not isinstance(values, dict):
-            raise ValueError(f"expected an object, got {type(values).__name__}")
+        if (problem := json_shape.problem(values, shape or {})) is not None:
+            raise ValueError(problem)
     except (OSError, ValueError, RecursionError) as error:
         reason = getattr(error, "strerror", None) or first_line(error)
         raise ConfigError(f"{path} can't be read ({reason}): {way_out}") from None

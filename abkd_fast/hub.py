@@ -11,10 +11,11 @@ from .console import console, format_bytes
 from .errors import ConfigError, Interrupted, first_line, reading
 from .evaluation import model_card
 from .evaluation.runs import Run, read_runs
-from .files import atomic_write, check_path_length, entries
+from .files import atomic_write, check_path_length, entries, read_json
 from .models.identity import ADAPTER_SETTINGS
 
 CARD = "README.md"
+OF_CARD = {"run": dict, "data": {"train": str, "dev": (str, None)}}  # what a card says besides a report
 LOG_IN = "log in by `hf auth login`, or set HF_TOKEN"
 
 
@@ -121,6 +122,7 @@ def find_run(folder: pathlib.Path, stage: str | None = None) -> tuple[Run, list[
     if not (folder / "metrics.jsonl").exists():
         raise ConfigError(f"{folder}: its result is rows, not a model: method generate trains none")
     (run,) = read_runs([folder])
+    read_json(folder / "config.json", shape=OF_CARD)
     runs = read_runs([folder.parent]) if run.config.get("run", {}).get("stage") else [run]
     return next(other for other in runs if other.folder.samefile(folder)), runs
 
@@ -145,9 +147,8 @@ def contents(run: Run, runs: list[Run], name: str) -> dict[str, pathlib.Path | b
 
 def _without_folder(settings: pathlib.Path) -> pathlib.Path | bytes:
     """The settings of an adapter. The name of a base in a folder of this machine is shortened, which is said."""
-    with reading(f"{settings} can't be read"):
-        values = json.loads(settings.read_text(encoding="utf-8"))
-        base = values["base_model_name_or_path"]
+    values = read_json(settings, "get it again", {"base_model_name_or_path": str})
+    base = values["base_model_name_or_path"]
     if model_card.is_hub_name(base) or (name := model_card.shown(base)) == base:
         return settings
     console.print(f"the adapter's base is a folder: users have to get {name} themselves")

@@ -5,7 +5,7 @@ the mean over five seeds.
 """
 
 import contextlib
-import json
+import itertools
 import math
 import pathlib
 import statistics
@@ -17,8 +17,8 @@ from .. import distributed, processes
 from ..config.schema import SamplingConfig
 from ..config.training import SEEDS
 from ..console import console
-from ..errors import ConfigError, check_number, reading
-from ..files import check_path_length, check_writable, locked, write_json
+from ..errors import ConfigError, check_number
+from ..files import check_path_length, check_writable, locked, read_json, write_json
 from ..generation.answers import Generator, GrowingFile
 from ..generation.sampling import response_seeds
 from ..models import loading
@@ -27,6 +27,12 @@ from .test_sets import Protocol, TestSet, read_sets
 
 METRICS = {"rouge_l": 1, "exact_match": 100}  # factors: exact match is a percentage
 SCORES = "scores.json"
+SUMMARY = {"mean": (float, None), "std": (float, None), "seeds": {"*": float}}
+SHAPE = {  # of scores.json
+    "weights": dict,
+    "settings": {"rouge_tokens?": str, "*": (str, float, bool, None)},
+    "sets": {"*": {"rows": int, "cut_prompts": int, "content": str, **dict.fromkeys(METRICS, SUMMARY)}},
+}
 
 
 class Evaluation:
@@ -183,25 +189,12 @@ class Evaluation:
 
 def read_scores(path: pathlib.Path) -> dict:
     """The content of a `scores.json`. Raises ConfigError if it can't be read."""
-    with reading(f"{path} can't be read", ": move it aside"):
-        scores = json.loads(path.read_text(encoding="utf-8"))
-        if not _is_complete(scores):
-            raise ValueError("it is no evaluation's")
-        scores["settings"].setdefault("rouge_tokens", "words")  # earlier versions knew no other unit
+    scores = read_json(path, shape=SHAPE)
+    seeds = [summary[metric]["seeds"] for summary in scores["sets"].values() for metric in METRICS]
+    if not all(map(math.isfinite, itertools.chain.from_iterable(each.values() for each in seeds))):
+        raise ConfigError(f"{path} can't be read (a score is not finite): move it aside")
+    scores["settings"].setdefault("rouge_tokens", "words")  # earlier versions knew no other unit
     return scores
-
-
-def _is_complete(scores: object) -> bool:
-    """Whether the content of a `scores.json` has everything that is read."""
-    try:
-        sets = [*scores["sets"].values()]
-        summaries = [values[metric] for values in sets for metric in METRICS]
-        complete = all({"rows", "cut_prompts", "content"} <= values.keys() for values in sets)
-        complete &= all({"mean", "std"} <= s.keys() and isinstance(s["seeds"], dict) for s in summaries)
-        complete &= all(math.isfinite(score) for summary in summaries for score in summary["seeds"].values())
-        return complete and isinstance(scores["settings"], dict) and "weights" in scores
-    except (AttributeError, KeyError, TypeError):
-        return False
 
 
 def spread(summary: dict | None, digits: int = 1) -> str:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from .. import distributed, processes
+from .. import distributed, manifest, processes
 from ..config.models import ModelConfig
 from ..config.sampling import SamplingParams
 from ..config.schema import Config, RunConfig, SamplingConfig
@@ -25,13 +25,14 @@ from ..data.row_teachers import TeacherNames
 from ..data.rows import Row, read_rows
 from ..data.tokenize import encode_prompts
 from ..device import choose_device, choose_dtype
-from ..errors import JSON_ERRORS, ConfigError, Interrupted, check_number, disk_errors, reading
+from ..errors import JSON_ERRORS, ConfigError, Interrupted, check_number, disk_errors
 from ..files import (
     atomic_folder,
     atomic_write,
     check_path_length,
     exclusive,
     open_own,
+    read_json,
     remove_leftovers,
     write_json,
 )
@@ -285,6 +286,7 @@ def write_stage(config: Config, rows: list[Row], resume: bool) -> dict:
             write_json(folder / "summary.json", summary)
             with atomic_folder(folder / "final") as final:
                 shutil.copy(growing, final)
+                manifest.write(final, folder / manifest.NAME)
 
         with disk_errors(folder / "final"):
             distributed.run_on_rank0(write)
@@ -365,9 +367,10 @@ class Answers(GrowingFile):
         """Whether all responses are there. Raises ConfigError where they are others, or can't be written."""
         finished = False
         if path.exists():
-            with reading(f"out: {path} exists, and not as the result of this command", ": choose another"):
-                then = json.loads(self.record.read_text(encoding="utf-8"))
-                finished = then["finished"]
+            if not self.record.exists():
+                raise ConfigError(f"out: {path} exists, and not as the result of this command: choose another")
+            then = read_json(self.record, "choose another --out", {"finished": bool})
+            finished = then["finished"]
             changed = [key for key, value in self.identity.items() if then.get(key) != value]
             if changed:
                 raise ConfigError(f"out: {path} was made with other {', '.join(changed)}: choose another, or delete it")

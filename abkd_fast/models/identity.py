@@ -11,7 +11,7 @@ from transformers import PretrainedConfig
 
 from .. import distributed
 from ..config.models import ModelConfig
-from ..errors import JSON_ERRORS, ConfigError, reading
+from ..errors import ConfigError, reading
 from ..files import (
     atomic_write,
     cache_folder,
@@ -20,6 +20,7 @@ from ..files import (
     file_digest,
     is_local_path,
     make_cache_folder,
+    read_json,
 )
 from . import quantized
 from .dropout import without_rates
@@ -83,8 +84,8 @@ def hash_weights(
 
 def _hash_files(files: list[pathlib.Path], memo: pathlib.Path) -> dict[str, str]:
     try:
-        known = dict(json.loads(memo.read_text(encoding="utf-8")))
-    except (OSError, TypeError, *JSON_ERRORS):
+        known = read_json(memo)
+    except ConfigError:
         known = {}
     hashes, found = {}, {}
     for file in files:

@@ -12,29 +12,17 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from .. import distributed
+from .. import distributed, manifest
 from ..console import console, styled
-from ..errors import JSON_ERRORS, ConfigError
-from ..files import atomic_folder, entries, file_digest
+from ..errors import ConfigError
+from ..files import atomic_folder, entries
 
-MANIFEST, STATE, TENSORS, OPTIMIZER = "manifest.json", "trainer.json", "trainer.safetensors", "optimizer"
+STATE, TENSORS, OPTIMIZER = "trainer.json", "trainer.safetensors", "optimizer"
 
 
 def damage(folder: pathlib.Path) -> str | None:
-    """The damage of a checkpoint in words; None where all files are as they were written.
-
-    Raises PermissionError: what can't be read is not damaged.
-    """
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        for name, digest in manifest.items():
-            if file_digest(folder / name) != digest:
-                return f"{name} differs from what was written"
-    except PermissionError:
-        raise
-    except (OSError, AttributeError, *JSON_ERRORS) as error:
-        return f"{type(error).__name__}: {error}"
-    return None
+    """The damage of a checkpoint in words; None where all files are as they were written. Raises PermissionError."""
+    return manifest.damage(folder, folder / manifest.NAME)
 
 
 class Checkpoints:
@@ -83,9 +71,7 @@ class Checkpoints:
         """Lets `write` fill a new checkpoint, then deletes old ones. Raises OSError."""
         with atomic_folder(self.folder_of(step)) as folder:
             write(folder)
-            files = sorted(path for path in folder.rglob("*") if path.is_file())  # chat templates may have a folder
-            digests = {str(file.relative_to(folder)): file_digest(file) for file in files}
-            (folder / MANIFEST).write_text(json.dumps(digests, indent=2) + "\n", encoding="utf-8")
+            manifest.write(folder, folder / manifest.NAME)
         for old in self.all()[: -self.keep]:
             if best_step is None or old != self.folder_of(best_step):
                 # Renamed first, because a folder that is half deleted must not look whole.
@@ -95,7 +81,7 @@ class Checkpoints:
 
 def copy_model(folder: pathlib.Path, target: pathlib.Path, convert: Callable[[pathlib.Path], None]) -> None:
     """Copies the model files of a checkpoint, without the train state, into a new folder, and converts them there."""
-    ignored = shutil.ignore_patterns(MANIFEST, STATE, TENSORS, OPTIMIZER)
+    ignored = shutil.ignore_patterns(manifest.NAME, STATE, TENSORS, OPTIMIZER)
     with atomic_folder(target) as temporary:
         shutil.copytree(folder, temporary, ignore=ignored, dirs_exist_ok=True)
         convert(temporary)

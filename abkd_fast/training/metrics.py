@@ -20,7 +20,8 @@ from ..config.schema import Config
 from ..console import ProgressBar, console, format_seconds, styled
 from ..data.batches import StepBatch
 from ..device import BusyMachine, peak_memory
-from ..errors import JSON_ERRORS, printable
+from ..errors import printable
+from ..evaluation import points
 from ..evaluation import samples as answers
 from ..evaluation.rouge import named
 from ..files import open_own
@@ -67,7 +68,7 @@ class RunLog:
     def _open(self) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        path, sample_path = self.folder / "metrics.jsonl", self.folder / answers.FILE
+        path, sample_path = self.folder / points.FILE, self.folder / answers.FILE
         self.kept, dropped = _drop_points(path, self.done) if path.exists() else (set(), set())
         if sample_path.exists():
             _drop_points(sample_path, self.done)
@@ -228,24 +229,24 @@ def _close(log: SummaryWriter | TextIO) -> None:
 
 
 def _drop_points(path: pathlib.Path, done: int) -> tuple[set[tuple[str, int]], set[tuple[str, int]]]:
-    """Cuts off the points after step `done`, and what a crash left unfinished.
+    """Cuts off the points after step `done`, and what a crash left unfinished. A damaged line between others stays.
 
     Returns kinds and steps: of the points of step `done`, and of those that were cut off.
     """
-    length, kept, dropped = 0, set(), set()
+    length, end, kept, dropped = 0, 0, set(), set()
     with open_own(path, "r+b") as file:
-        with contextlib.suppress(*JSON_ERRORS):  # a line that is not JSON
-            for line in file:
-                if not line.endswith(b"\n"):
-                    break
-                point = json.loads(line)
-                name = point.get("kind"), point["step"]
-                if dropped or name[1] > done:
-                    dropped.add(name)
-                    continue
-                length += len(line)
-                if name[1] == done:
-                    kept.add(name)
+        for line in file:
+            end += len(line)
+            point = points.parse_line(line)
+            if point is None or not line.endswith(b"\n"):
+                continue
+            name = point.get("kind"), point["step"]
+            if dropped or name[1] > done:
+                dropped.add(name)
+                continue
+            length = end
+            if name[1] == done:
+                kept.add(name)
         file.truncate(length)
     return kept, dropped
 

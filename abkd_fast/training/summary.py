@@ -5,7 +5,7 @@ from __future__ import annotations
 import pathlib
 from typing import TYPE_CHECKING
 
-from .. import distributed
+from .. import distributed, manifest
 from ..console import console, styled
 from ..device import peak_memory
 from ..errors import disk_errors
@@ -39,12 +39,17 @@ def write_result(trainer: Trainer) -> dict:
         "peak_memory_bytes": peak_memory(trainer.device),
     }
     final = folder / "final"
+
+    def finish(result: pathlib.Path) -> None:
+        trainer.conversion.apply(result)
+        manifest.write(result, folder / manifest.NAME)
+
     with disk_errors(final):
         distributed.run_on_rank0(write_json, folder / "summary.json", summary)
         if saved:
-            distributed.run_on_rank0(checkpoint.copy_model, saved, final, trainer.conversion.apply)
+            distributed.run_on_rank0(checkpoint.copy_model, saved, final, finish)
         else:
-            trainer.checkpoint_writer.save_model(final, trainer.conversion.apply)
+            trainer.checkpoint_writer.save_model(final, finish)
     console.print(f"saved {final}")
     return summary
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import json
 from typing import Any
 
 from ..config.schema import Config
 from ..config.training import LogConfig
 from ..console import console, styled
-from ..errors import JSON_ERRORS, ConfigError, first_line
-from ..files import write_json
+from ..errors import ConfigError, first_line
+from ..files import read_json, write_json
 
 TRACKERS = {"wandb": "id", "trackio": "name"}  # modules, and the attribute by which each knows a run again
 FILE = "trackers.json"  # in the run folder: those attributes, by "MODULE/PROJECT"
@@ -72,10 +71,9 @@ class Trackers:
 
 def _known(config: Config) -> dict[str, str]:
     try:
-        known = json.loads((config.run.folder / FILE).read_text(encoding="utf-8"))
-    except (OSError, *JSON_ERRORS):
+        return read_json(config.run.folder / FILE, shape={"*": str})
+    except ConfigError:
         return {}
-    return {key: value for key, value in known.items() if isinstance(value, str)} if isinstance(known, dict) else {}
 
 
 def _start(module: str, project: str, config: Config, known: str | None) -> Any:
