@@ -185,4 +185,6 @@ def test_a_home_that_is_a_file(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("XDG_CACHE_HOME", str(home))
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", home / "datasets")
     assert Run(tmp_path / "run", "train.steps=1")() == 2
-    assert capsys.readouterr().err.startswith(f"error: {home}/datasets/abkd_fast can't be made (")
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {home}/datasets/abkd_fast/")
+    assert error.endswith("can't be written (Not a directory): set HF_DATASETS_CACHE to another folder\n")
