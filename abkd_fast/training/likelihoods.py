@@ -67,8 +67,8 @@ def _print(key: str, student: float, teacher: float, vocab: int) -> None:
     if student < guess - MARGIN:
         console.print(
             styled(
-                f"  student    predicts them worse than a guess among its {vocab} tokens would ({guess:.3f}): losses that "
-                "follow the student's own choices, as ab and rkl, hardly move such a model; train it with method=sft "
+                f"  student    predicts them worse than a guess among its {vocab} tokens would ({guess:.3f}): losses "
+                "that follow the student's own choices, as ab and rkl, hardly move such a model; train it with method=sft "
                 "or loss=fkl first (docs/methods.md)",
                 "bold red",
             )

@@ -27,7 +27,8 @@ TEMPLATE = (
 def folders(tmp_path_factory):
     """Model folders without dropout. The models of wide weights know nothing, and are sure of it."""
     root = tmp_path_factory.mktemp("models")
-    for seed, (name, config, spread) in enumerate([("flat", TIED, 0.02), ("gpt2", GPT2, 0.1), ("wide", TIED, 0.3)]):
+    models = [("flat", TIED, 0.02), ("gpt2", GPT2, 0.1), ("wide", TIED, 0.3), ("wild", TIED, 3.0)]
+    for seed, (name, config, spread) in enumerate(models):
         torch.manual_seed(seed)
         config = AutoConfig.for_model(**{**config, **STILL, "initializer_range": spread})
         AutoModelForCausalLM.from_config(config).save_pretrained(root / name)
@@ -96,7 +97,14 @@ def test_a_teacher_that_is_worse_than_the_student_is_named(tmp_path, folders, ca
         better, worse = told(out) if warned else reversed(told(out))
         assert better > worse
         assert (WARNING in out) == warned
-        assert ("predicts them worse than a guess among its 1024 tokens would (-6.931)" in out) != warned
+
+
+def test_a_student_that_is_worse_than_a_guess_is_named(tmp_path, folders, capsys):
+    for student, warned in (("wild", True), ("wide", False)):
+        assert Run(tmp_path / student, "train.steps=1", **pair(folders, student, "flat"))() == 0
+        out = capsys.readouterr().out
+        assert told(out)[0] < -6.931
+        assert ("predicts them worse than a guess among its 1024 tokens would (-6.931)" in out) == warned
 
 
 WAYS = {
