@@ -68,8 +68,8 @@ def _print(key: str, student: float, teacher: float, vocab: int) -> None:
         console.print(
             styled(
                 f"  student    predicts them worse than a guess among its {vocab} tokens would ({guess:.3f}): losses "
-                "that follow the student's own choices, as ab and rkl, hardly move such a model; train it with method=sft "
-                "or loss=fkl first (docs/methods.md)",
+                "that follow the student's own choices, as ab and rkl, hardly move such a model; train it first with "
+                "method=sft or loss=fkl (docs/methods.md)",
                 "bold red",
             )
         )
