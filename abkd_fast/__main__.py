@@ -5,7 +5,8 @@ import sys
 
 from . import __version__
 from .cli import leave
-from .errors import nearest
+from .errors import nearest, printable
+from .output import forgiving
 
 COMMANDS = {
     "train": "distill or fine-tune a model, by a recipe",
@@ -28,12 +29,13 @@ def main(arguments: list[str] | None = None) -> int:
     name, *rest = (sys.argv[1:] if arguments is None else arguments) or [""]
     if name in COMMANDS:
         return importlib.import_module(f"abkd_fast.{name}").main(rest)
-    if name in ("--version", "--help", "-h"):
-        print(__version__ if name == "--version" else USAGE)
-        return 0
-    problem = f"error: no command {name}{nearest(name, COMMANDS)}" if name else USAGE
-    print(problem, file=sys.stderr)
-    return 2
+    with forgiving():
+        if name in ("--version", "--help", "-h"):
+            print(__version__ if name == "--version" else USAGE)
+            return 0
+        problem = f"error: no command {printable(name)}{nearest(name, COMMANDS)}" if name else USAGE
+        print(problem, file=sys.stderr)
+        return 2
 
 
 def script() -> None:

@@ -21,10 +21,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from . import pipeline, processes
 from .config.recipe import load
 from .config.schema import Config
-from .errors import ConfigError
-from .files import cache_folder, check_trusted, make_cache_folder
+from .errors import ConfigError, reading
+from .evaluation import points
+from .files import CHECKPOINTS, cache_folder, check_trusted, make_cache_folder
+from .finished import read_summary
 from .losses.divergences import Divergence
 from .models.identity import NOT_THE_MODEL
+from .output import forgiving
 from .training.checkpoint import Checkpoints
 from .training.given import Given
 
@@ -123,7 +126,7 @@ def distill(
         _check_resumed(configs[0].run.folder)
     same = {config.run.stage or "recipe": config.to_dict() for config in configs} | {"resume": resume}
     try:
-        with processes.process_group(configs[0].train.timeout_minutes, same):
+        with forgiving(), processes.process_group(configs[0].train.timeout_minutes, same):
             pipeline.run(configs, resume, given)
     finally:
         for restore in before:
@@ -150,7 +153,7 @@ def _restorer(model: PreTrainedModel, is_teacher: bool) -> Callable[[], None]:
 
 def _check_resumed(folder: pathlib.Path) -> None:
     """Raises ConfigError where a run was begun with a student in memory, and has no checkpoint."""
-    if folder.exists() and not (folder / "final").exists() and Checkpoints(folder / "checkpoints", 1).newest() is None:
+    if folder.exists() and not (folder / "final").exists() and Checkpoints(folder / CHECKPOINTS, 1).newest() is None:
         problem = "there is no checkpoint to resume from, and the student in memory may be trained already"
         raise ConfigError(f"{folder}: {problem}: begin again, with it as it was, under another run.name")
 
@@ -212,7 +215,8 @@ def _kept(tokenizer: PreTrainedTokenizerBase) -> str:
     if tokenizer.eos_token_id is None:
         raise ConfigError("tokenizer: has no end token (eos_token), which every response needs", "tokenizer")
     root = cache_folder() / "tokenizers"
-    make_cache_folder(root)
+    with reading(f"{root} can't be made", "; ABKD_CACHE names another folder"):
+        make_cache_folder(root)
     temporary, digest = pathlib.Path(tempfile.mkdtemp(dir=root)), hashlib.sha256()
     tokenizer.save_pretrained(temporary)
     for file in sorted(temporary.rglob("*")):
@@ -242,7 +246,5 @@ def _in_memory(name: str, data: Any, configs: list[Config]) -> Iterable[dict]:
 
 def _result(config: Config) -> Result:
     folder = config.run.folder
-    points, history = folder / "metrics.jsonl", []
-    if points.exists():
-        history = [json.loads(line) for line in points.read_text(encoding="utf-8").splitlines()]
-    return Result(folder / "final", json.loads((folder / "summary.json").read_text(encoding="utf-8")), history)
+    history, _ = points.read_points(folder) if (folder / points.FILE).exists() else ([], 0)
+    return Result(folder / "final", read_summary(folder), history)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from .cli import leave, run
 from .errors import ConfigError, of_stage
+from .output import check_printed
 
 if TYPE_CHECKING:
     from .config.schema import Config
@@ -39,16 +40,18 @@ def _work(options: argparse.Namespace) -> None:
         root = options.dir or cache_folder()
         lines = housekeeping.describe(root) if options.list else housekeeping.clear(root, options.clear)
         for line in lines:
-            console.print(line, markup=False)
+            console.print(line)
+        check_printed()
         return
     if options.info is not None:
         for line in StatesFolder(options.info, "info").describe():
-            console.print(line, markup=False)
+            console.print(line)
+        check_printed()
         return
     folder, started = StatesFolder(options.verify, "verify"), time.perf_counter()
     with ProgressBar("blocks checked") as bar:
         folder.verify(bar.track(range(len(folder.checksums))))
-    console.print(f"{options.verify} is complete and undamaged, {time.perf_counter() - started:.1f} s", markup=False)
+    console.print(f"{options.verify} is complete and undamaged, {time.perf_counter() - started:.1f} s")
 
 
 def _build(options: argparse.Namespace) -> None:
@@ -78,6 +81,7 @@ def _taught_stage(stages: list[Config], name: str | None) -> Config:
     Raises ConfigError where there is no such stage, or no result of the stage that trains the teacher or writes the
     rows.
     """
+    from .finished import check_result
     from .stages import as_begun, resolve
 
     taught = [config for config in stages if config.is_taught]
@@ -95,6 +99,7 @@ def _taught_stage(stages: list[Config], name: str | None) -> Config:
         for key, stage in teacher.stages.items():
             if not pathlib.Path(getattr(resolved.all_teachers[role], key)).exists():
                 raise ConfigError(f"{role}.{key}: stage:{stage} has no result yet; train that stage first")
+            check_result(chosen.run.root / stage)
     if chosen.data.stage and not pathlib.Path(resolved.data.train).exists():
         raise ConfigError(f"data.train: {chosen.data.train} has no rows yet; run that stage first")
     if all(pathlib.Path(getattr(resolved.student, key)).exists() for key in chosen.student.stages):
@@ -119,7 +124,7 @@ def _states(config: Config) -> dict[str, HiddenStateStore]:
         if not all(cache.samples for cache in caches.values()):
             raise ConfigError(f'method "{config.method}" trains on no response of the data: there is nothing to build')
         for note in {date_note(config.of_teacher(key), key, trainer.tokenizer) for key in caches} - {None}:
-            console.print(note, markup=False)
+            console.print(note)
         trainer.build_teachers(reserved=0)
     except ConfigError as error:  # a run could do without the states, this command can't
         raise ConfigError(str(error).replace(OR_OFF, ""), error.key) from None
@@ -132,15 +137,15 @@ def _report(options: argparse.Namespace, config: Config, folders: dict[str, path
 
     for key, folder in folders.items():
         if config.teachers:
-            console.print(key, markup=False)
+            console.print(key)
         for line in StatesFolder(str(folder), "cache").describe():
-            console.print(line, markup=False)
+            console.print(line)
         took = f", in {seconds:.1f} s altogether" if key == [*folders][-1] else ""
-        console.print(f"folder       {folder}{took}", markup=False)
+        console.print(f"folder       {folder}{took}")
     if config.asks_in_training:
         problem = f"method {config.method} also asks the teacher about responses that are written in training"
-        console.print(f"{problem}: its runs need the teacher, and find these states as their cache", markup=False)
-    console.print(f"to train     {_training_command(options, config, folders)}", markup=False)
+        console.print(f"{problem}: its runs need the teacher, and find these states as their cache")
+    console.print(f"to train     {_training_command(options, config, folders)}")
 
 
 def _training_command(options: argparse.Namespace, config: Config, folders: dict[str, str | pathlib.Path]) -> str:

@@ -4,10 +4,12 @@ import contextlib
 import os
 import shlex
 import sys
+import traceback
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator
 
-from .errors import ConfigError, Interrupted
+from . import output
+from .errors import ConfigError, Interrupted, disk_errors, origin, printable
 from .signals import INTERRUPTED, interruptible, leave_at_once
 
 MEETING_MINUTES = 1.0  # how long a process with a mistake waits for the others, to tell them
@@ -23,7 +25,7 @@ def run(
 
     - 0: all is done.
     - 1: the loss or a gradient is not finite, or another process is lost.
-    - 2: invalid input.
+    - 2: invalid input. With `--debug` the traceback of the library that has refused it comes first.
     - 75 (temporary failure): interrupted, or no room on the disk. The printed command continues the work, or starts it
       again if nothing was done.
 
@@ -33,13 +35,19 @@ def run(
         arguments: those of the command line (None: `sys.argv`).
     """
     arguments, options = sys.argv[1:] if arguments is None else arguments, Namespace()
-    with interruptible() as signal:  # training and sampling finish their step first, see `StopSignals`
+    with (
+        output.forgiving(),
+        interruptible() as signal,
+    ):  # training and sampling finish their step first, see `StopSignals`
         try:
-            with _mistakes_told():
-                options = make_parser().parse_args(arguments)
+            with _mistakes_told(), disk_errors():
+                parser = make_parser()
+                parser.add_argument("--debug", action="store_true", help="print the traceback behind an error, too")
+                options = parser.parse_args(arguments)
                 work(options)
         except (ConfigError, FloatingPointError, ConnectionError) as error:
-            _print(f"error: {error}")
+            trace = "".join(traceback.format_exception(origin(error))) if getattr(options, "debug", False) else ""
+            _print(f"{trace}error: {error}")
             return 2 if isinstance(error, ConfigError) else 1
         except (Exception, KeyboardInterrupt) as error:
             if signal.name is None and not isinstance(error, Interrupted | KeyboardInterrupt):
@@ -74,15 +82,22 @@ def _again(command: str, options: Namespace, arguments: list[str]) -> str:
     words = [*start, "-m", f"abkd_fast.{command}", *arguments]
     if not getattr(options, "resume", True):
         words.append("--resume")
-    return shlex.join(words)
+    return " ".join(map(_quoted, words))
+
+
+def _quoted(word: str) -> str:
+    """A word for a shell. One with control characters is written with their escapes."""
+    if word.isprintable():
+        return shlex.quote(word)
+    word = word.replace("\\", "\\\\").replace("'", "\\'")
+    return f"$'{printable(word)}'"
 
 
 def leave(status: int) -> None:
     """Ends the process. One of several ends at once: threads of torch.distributed may abort an orderly end."""
     leave_at_once(status)
+    output.flush()
     if "RANK" in os.environ:
-        sys.stdout.flush()
-        sys.stderr.flush()
         os._exit(status)
     sys.exit(status)
 
@@ -95,4 +110,4 @@ def _print(text: str, topic: str = "") -> None:
     elif local_rank.isdecimal() and int(local_rank):  # before they have met, all of one machine have the same errors
         return
     if text is not None:
-        print(text, file=sys.stderr)
+        print(printable(text, "\n"), file=sys.stderr)

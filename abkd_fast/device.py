@@ -13,7 +13,8 @@ import time
 import torch
 
 from . import distributed
-from .errors import ConfigError
+from .errors import ConfigError, reading
+from .losses import row_ops
 
 LEAST_CAPABILITY = (8, 0)  # of the kernels of flash-attn and of PyTorch's variable-length attention, and of bfloat16
 
@@ -21,13 +22,17 @@ LEAST_CAPABILITY = (8, 0)  # of the kernels of flash-attn and of PyTorch's varia
 def choose_device(wish: str, section: str = "") -> torch.device:
     """The device for "auto", "cpu" or "cuda", within a container's CPU quota.
 
-    Raises ConfigError, with `section` before the key, if there is none.
+    Raises ConfigError, with `section` before the key, if there is none, and for variables of the environment that no
+    kernel or device can follow.
     """
     if wish == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"{section}device is cuda, but PyTorch sees no GPU; use auto or cpu")
+    with reading("the losses have no kernels to use"):
+        row_ops.build_info()
     limit_threads()
     device = torch.device("cuda" if wish != "cpu" and torch.cuda.is_available() else "cpu")
-    number, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    with reading("LOCAL_RANK of the environment is no number", "; unset it"):
+        number, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
     if device.type == "cuda" and number >= count:
         problem = f"process {number} of this machine has no GPU of its own, of {count}"
         raise ConfigError(f"{section}device is {wish}, but {problem}: start as many processes, or use cpu")

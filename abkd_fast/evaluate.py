@@ -32,7 +32,7 @@ def _evaluate(options: argparse.Namespace) -> None:
         evaluation = Evaluation(options.model, sets, out, seeds, protocol, **others)
         evaluation.run()
     console.print(evaluation.table())
-    console.print(f"scores and answers are in {out}", markup=False)
+    console.print(f"scores and answers are in {out}")
 
 
 def _sets(texts: list[str]) -> dict[str, str]:

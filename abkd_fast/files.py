@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import fnmatch
 import grp
 import hashlib
 import itertools
@@ -11,16 +12,29 @@ import pathlib
 import pwd
 import shutil
 import stat
+import zlib
 from collections.abc import Iterator
 from typing import IO, Any
 
 import filelock
-from safetensors import SafetensorError
 
-from .errors import ConfigError
+from . import json_shape
+from .errors import ConfigError, disk_errors, first_line, library_errors, reading
 
-LOCK = "lock"  # the name of the lock in the folder of a run, or of states
-WRITE_ERRORS = (OSError, SafetensorError)  # safetensors reports a full disk as an error of its own
+LOCK, CHECKPOINTS = "lock", "checkpoints"  # names in a run's folder; the first is one in a folder of states, too
+NAME_BYTES, PATH_BYTES = 255, 4095  # what file systems take
+
+
+def entries(folder: pathlib.Path, pattern: str = "*") -> list[pathlib.Path]:
+    """What is in a folder and fits a pattern, by name; nothing where there is no folder.
+
+    Raises OSError for a folder that can't be read. `Path.glob` would find nothing in it.
+    """
+    try:
+        names = os.listdir(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    return [folder / name for name in sorted(fnmatch.filter(names, pattern))]
 
 
 def is_local_path(path: str) -> bool:
@@ -28,17 +42,35 @@ def is_local_path(path: str) -> bool:
     return os.path.isabs(path) or path.startswith(".") or path.count("/") > 1
 
 
+def check_path_length(key: str, path: str | pathlib.Path, is_written: bool = False) -> None:
+    """Raises ConfigError, which names the key, for a path that is too long for file systems, or has such a name.
+
+    is_written: files in it, or beside it, will have longer names: ".settings.json.4194304.tmp" is at the end of one.
+    """
+    room = 40 if is_written else 0
+    *folders, name = os.fspath(path).encode("utf-8", "surrogatepass").split(b"/")
+    whole = len(os.path.abspath(path).encode("utf-8", "surrogatepass"))
+    for what, length, limit in (
+        ("has a name", max([len(name) + room, *map(len, folders)]) - room, NAME_BYTES - room),
+        ("is a path", whole, PATH_BYTES - 5 * room),
+    ):
+        if length > limit:
+            raise ConfigError(f"{key}: {path}: {what} of {length} bytes, expected at most {limit}", key)
+
+
 def check_folder(folder: pathlib.Path, resume: bool = False) -> None:
     """Raises ConfigError if a run's folder can't be made, or if it exists and the run is not to be resumed."""
     if folder.exists() and not resume:
         raise ConfigError(f"{folder} exists already: choose another run.name, or move it aside")
-    check_writable("run.dir", folder)
+    for part in (folder, folder / CHECKPOINTS):
+        check_writable("run.dir", part)
 
 
 def check_writable(key: str, folder: pathlib.Path) -> None:
     """Raises ConfigError, which names the key, if a folder can't be made, or exists and can't be written to."""
+    check_path_length(key, folder, is_written=True)
     parent = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         way = "used" if parent == folder.absolute() else "made"
         raise ConfigError(f"{key}: {folder} can't be {way}: {parent} is not a folder that can be written to")
 
@@ -47,11 +79,10 @@ def check_writable(key: str, folder: pathlib.Path) -> None:
 def exclusive(path: pathlib.Path, otherwise: str) -> Iterator[None]:
     """Holds the lock file `path`. Raises ConfigError with the message `otherwise` if another process holds it."""
     try:
-        held = filelock.FileLock(path).acquire(timeout=0)
+        with disk_errors(path):
+            held = filelock.FileLock(path).acquire(timeout=0)
     except filelock.Timeout:
         raise ConfigError(otherwise) from None
-    except OSError as error:
-        raise ConfigError(f"{path} can't be locked ({error.strerror}): remove it") from None
     with held:
         yield
 
@@ -80,12 +111,16 @@ def locked(folder: pathlib.Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def atomic_folder(folder: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Gives a temporary folder, which becomes `folder` if the block ends without an error. All of it is flushed."""
+    """Gives a temporary folder, which becomes `folder` if the block ends without an error. All of it is flushed.
+
+    Raises OSError, also where a library reports a full disk by an error of its own.
+    """
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
-        yield temporary
+        with library_errors():
+            yield temporary
         for path in (*temporary.rglob("*"), temporary):
             _flush(path)
         temporary.rename(folder)
@@ -138,9 +173,24 @@ def write_json(path: pathlib.Path, values: dict) -> None:
     atomic_write(path, json.dumps(values, indent=2) + "\n")
 
 
+def read_json(path: pathlib.Path, way_out: str = "move it aside", shape: dict | None = None) -> dict:
+    """The object in a JSON file that this package has written. Raises ConfigError where it can't be, with the way out.
+
+    shape: what `json_shape.problem` compares it with.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8-sig"))
+        if (problem := json_shape.problem(values, shape or {})) is not None:
+            raise ValueError(problem)
+    except (OSError, ValueError, RecursionError) as error:
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise ConfigError(f"{path} can't be read ({reason}): {way_out}") from None
+    return values
+
+
 def leftovers(folder: pathlib.Path, name: str = "") -> list[pathlib.Path]:
     """Temporary files of killed processes, and of those that write at this moment. `name`: how they begin."""
-    return [path for path in folder.glob("*.tmp") if path.name.startswith(name) and path.is_file()]
+    return [path for path in entries(folder, "*.tmp") if path.name.startswith(name) and path.is_file()]
 
 
 def remove_leftovers(folder: pathlib.Path, name: str = "") -> None:
@@ -176,12 +226,28 @@ def file_digest(path: pathlib.Path) -> str:
     return digest.hexdigest()
 
 
+def file_checksum(path: pathlib.Path) -> int | None:
+    """The CRC-32 of a file's content; None where it can't be read, or is no regular file."""
+    checksum = 0
+    try:
+        if not path.is_file():
+            return None
+        with path.open("rb") as file:
+            while block := file.read(1 << 24):
+                checksum = zlib.crc32(block, checksum)
+    except OSError:
+        return None
+    return checksum
+
+
 def cache_folder() -> pathlib.Path:
-    """$ABKD_CACHE, or else abkd_fast in the user's cache folder."""
-    if os.environ.get("ABKD_CACHE"):
-        return pathlib.Path(os.environ["ABKD_CACHE"])
-    home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-    return pathlib.Path(home) / "abkd_fast"
+    """$ABKD_CACHE, or else abkd_fast in the user's cache folder. Raises ConfigError where there can be none."""
+    with reading("there is no folder for the cache", ": name one in ABKD_CACHE"):
+        given = os.environ.get("ABKD_CACHE")
+        users = given or os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+        folder = pathlib.Path(users, "" if given else "abkd_fast")
+    check_path_length("ABKD_CACHE", folder, is_written=True)
+    return folder
 
 
 def make_cache_folder(folder: pathlib.Path) -> None:

@@ -7,22 +7,34 @@ import json
 import pathlib
 from collections.abc import Iterator
 
-from . import distributed
+from . import distributed, manifest
 from .config.recipe import load
 from .config.sampling import OPTIONS
 from .config.schema import Config
-from .console import console
-from .errors import ConfigError
-from .files import LOCK, check_folder, leftovers, locked
+from .console import console, styled
+from .errors import ConfigError, reading
+from .files import LOCK, check_folder, leftovers, locked, read_json
 from .losses.divergences import AlphaNet, parse
+
+SUMMARY = {"dev_loss_before": (float, None), "dev_loss": (float, None), "seconds_per_sample": float}
+WAY_OUT = "move the run's folder aside to run it again"
 
 
 def find_result(config: Config, resume: bool, is_locked: bool = False) -> dict | None:
     """The summary of a finished run; None where it has to run. Raises what `is_finished` raises. Collective."""
     if not distributed.run_on_rank0(is_finished, config, resume, is_locked):
         return None
-    console.print(f"[bold]{config.run.folder}[/bold]  is finished already: its result is used")
+    distributed.run_on_rank0(check_result, config.run.folder)
+    console.print(styled(f"{config.run.folder}", "bold", "  is finished already: its result is used"))
     return distributed.run_on_rank0(read_summary, config.run.folder)
+
+
+def check_result(folder: pathlib.Path) -> None:
+    """Raises ConfigError where final/ is not as the run has written it. Earlier versions left no checksums."""
+    final, written = folder / "final", folder / manifest.NAME
+    if written.exists() and (reason := manifest.damage(final, written, may_have_more=True)):
+        way_out = f"move final/ aside, and --resume makes it again; if it was changed on purpose, delete {written}"
+        raise ConfigError(f"{final} is damaged ({reason}): {way_out}")
 
 
 @contextlib.contextmanager
@@ -65,8 +77,9 @@ def _read_config(path: pathlib.Path) -> Config:
 
     It trained the last turn alone, without a begin token, and AlphaNet decided per micro-batch.
     """
-    (then,) = load(str(path))
-    given = json.loads(path.read_text(encoding="utf-8-sig"))["data"]
+    given = read_json(path, WAY_OUT, {"data": dict, "stages?": None})["data"]
+    with reading(f"{path} is not a run's configuration"):
+        (then,) = load(str(path))
     meant = {"train_on": "last", "begin_token": False}
     left_out = {key: value for key, value in meant.items() if key not in given}
     loss = parse(then.loss)
@@ -76,11 +89,8 @@ def _read_config(path: pathlib.Path) -> Config:
 
 
 def read_summary(folder: pathlib.Path) -> dict:
-    path = folder / "summary.json"
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} can't be read ({error}): move {folder} aside to run it again") from None
+    """The summary of a finished run. Raises ConfigError where it has not what is printed of it."""
+    return read_json(folder / "summary.json", WAY_OUT, SUMMARY)
 
 
 def _deciding(values: dict, finished: bool) -> dict:

@@ -2,9 +2,11 @@
 
 import argparse
 import pathlib
+import sys
 
 from .cli import leave, run
-from .errors import ConfigError
+from .errors import ConfigError, printable
+from .output import check_printed
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -28,7 +30,8 @@ def _generate(options: argparse.Namespace) -> None:
         names = ("seed", "batch_size", "tokenizer", "chat_template", "device", "dtype")
         others = {name: getattr(options, name) for name in names} | {"style": PromptFormat(**prompts)}
         for text in answer(model_spec(options.model), options.prompt, options.chat, sampling, **others):
-            print(text)
+            print(printable(text, "\n\t") if sys.stdout.isatty() else text)
+        check_printed()
         return
     names = ("rows", "max_prompt_length", "seed", "batch_size", "tokenizer", "chat_template", "device", "dtype")
     others = {name: getattr(options, name) for name in names} | {"style": PromptFormat(**prompts)}

@@ -8,13 +8,14 @@ from huggingface_hub import CommitOperationAdd, HfApi
 
 from .config.schema import Config
 from .console import console, format_bytes
-from .errors import ConfigError, Interrupted, first_line
+from .errors import ConfigError, Interrupted, first_line, reading
 from .evaluation import model_card
 from .evaluation.runs import Run, read_runs
-from .files import atomic_write
+from .files import atomic_write, check_path_length, entries, read_json
 from .models.identity import ADAPTER_SETTINGS
 
 CARD = "README.md"
+OF_CARD = {"run": dict, "data": {"train": str, "dev": (str, None)}}  # what a card says besides a report
 LOG_IN = "log in by `hf auth login`, or set HF_TOKEN"
 
 
@@ -89,13 +90,13 @@ def push(run: Run, runs: list[Run], name: str, private: bool = False) -> None:
     name = log_in("NAME", name, "and push again", private=private)
     files = contents(run, runs, name)
     size = sum(content.stat().st_size for content in files.values() if isinstance(content, pathlib.Path))
-    console.print(f"pushing {len(files)} files, {format_bytes(size)}, to {name}", markup=False)
+    console.print(f"pushing {len(files)} files, {format_bytes(size)}, to {name}")
     operations = [CommitOperationAdd(path, content) for path, content in files.items()]
     try:
         commit = HfApi().create_commit(name, operations, commit_message=f"Result of {run.folder.name}")
     except Exception as error:  # of many kinds: the network, the server, what a file contains
         raise Interrupted(f"{name}: the upload has failed ({first_line(error)})") from None
-    console.print(f"pushed to {commit.repo_url}", markup=False)
+    console.print(f"pushed to {commit.repo_url}")
 
 
 def find_run(folder: pathlib.Path, stage: str | None = None) -> tuple[Run, list[Run]]:
@@ -105,9 +106,10 @@ def find_run(folder: pathlib.Path, stage: str | None = None) -> tuple[Run, list[
 
     Raises ConfigError.
     """
+    check_path_length("run", folder)
     if folder.name == "final" and (folder.parent / "summary.json").exists():
         folder = folder.parent
-    stages = [path.parent.name for path in sorted(folder.glob("*/summary.json"))]
+    stages = [path.name for path in entries(folder) if (path / "summary.json").exists()]
     is_run = (folder / "summary.json").exists()
     if stage is not None and (is_run or stage not in stages):
         there = f"its stages are {', '.join(stages)}" if stages and not is_run else "it has no stages"
@@ -120,6 +122,7 @@ def find_run(folder: pathlib.Path, stage: str | None = None) -> tuple[Run, list[
     if not (folder / "metrics.jsonl").exists():
         raise ConfigError(f"{folder}: its result is rows, not a model: method generate trains none")
     (run,) = read_runs([folder])
+    read_json(folder / "config.json", shape=OF_CARD)
     runs = read_runs([folder.parent]) if run.config.get("run", {}).get("stage") else [run]
     return next(other for other in runs if other.folder.samefile(folder)), runs
 
@@ -131,11 +134,9 @@ def contents(run: Run, runs: list[Run], name: str) -> dict[str, pathlib.Path | b
     """
     final, figure = run.folder / "final", run.folder / model_card.FIGURE
     card = final / CARD
-    try:
+    with reading(f"{card} can't be written"):
         if not card.exists() or model_card.is_own(card.read_text(encoding="utf-8")):
             atomic_write(card, model_card.write(run, runs, name))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{card} can't be written ({first_line(error)})") from None
     files = {path.relative_to(final).as_posix(): path for path in sorted(final.rglob("*")) if path.is_file()}
     if figure.exists():
         files[model_card.FIGURE] = figure
@@ -146,9 +147,9 @@ def contents(run: Run, runs: list[Run], name: str) -> dict[str, pathlib.Path | b
 
 def _without_folder(settings: pathlib.Path) -> pathlib.Path | bytes:
     """The settings of an adapter. The name of a base in a folder of this machine is shortened, which is said."""
-    values = json.loads(settings.read_text(encoding="utf-8"))
+    values = read_json(settings, "get it again", {"base_model_name_or_path": str})
     base = values["base_model_name_or_path"]
     if model_card.is_hub_name(base) or (name := model_card.shown(base)) == base:
         return settings
-    console.print(f"the adapter's base is a folder: users have to get {name} themselves", markup=False)
+    console.print(f"the adapter's base is a folder: users have to get {name} themselves")
     return (json.dumps(values | {"base_model_name_or_path": name}, indent=2) + "\n").encode()

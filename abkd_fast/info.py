@@ -7,13 +7,20 @@ import re
 from collections.abc import Iterator
 
 from .cli import leave, run
+from .errors import reading
+from .output import check_printed
 
 PACKAGES = "transformers", "tokenizers", "datasets", "peft", "flash-attn", "triton", "pyarrow", "safetensors", "numpy"
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Prints the description; returns the exit status."""
-    return run("info", _parser, lambda options: print(*describe(), sep="\n"), arguments)
+    return run("info", _parser, _print, arguments)
+
+
+def _print(options: argparse.Namespace) -> None:
+    print(*describe(), sep="\n")
+    check_printed()
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -30,7 +37,8 @@ def describe() -> Iterator[str]:
     from .device import cpu_name
     from .losses import row_ops
 
-    build = row_ops.build_info()
+    with reading("the losses have no kernels to use"):
+        build = row_ops.build_info()
     yield f"abkd_fast   {_version('abkd_fast')}"
     if "missing" in build:
         yield f"kernels     none, the extension can't be imported: {_without_folders(build['missing'])}"

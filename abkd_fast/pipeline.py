@@ -13,9 +13,9 @@ from . import distributed, hub, processes
 from .config.methods import WITHOUT_TEACHER
 from .config.models import ModelConfig
 from .config.schema import Config
-from .console import console
+from .console import console, shown, styled
 from .data.rows import Row, read_rows
-from .errors import ConfigError, check_number, of_stage
+from .errors import ConfigError, Interrupted, check_number, of_stage
 from .evaluation import tables
 from .evaluation.evaluator import Evaluation
 from .evaluation.runs import read_runs
@@ -95,16 +95,15 @@ def _conclude(stages: list[Config], summaries: list[dict]) -> None:
     if len(stages) > 1 and (scores := tables.score_table(runs)):
         console.print(scores.table())
     if sentence := tables.gain(runs):
-        console.print(sentence, markup=False)
+        console.print(sentence)
     root = stages[0].run.root
     try:
         tables.write_report(runs, root)
         console.print(
             f"tables (of test sets) and figures (of data.dev) are in {root}, and in each stage's report.md",
-            markup=False,
         )
-    except ConfigError as error:
-        console.print(f"no figures: {error}", markup=False)
+    except (ConfigError, Interrupted) as error:
+        console.print(f"no figures: {error}")
 
 
 def _evaluate(config: Config, prepared: Prepared) -> Evaluation:
@@ -135,7 +134,7 @@ def plan(stages: list[Config], resume: bool = False, verbose: bool = False) -> N
 
 def _plan_stage(config: Config, specs: dict, resume: bool, prepared: Prepared, verbose: bool) -> None:
     """Prints what a stage would do. specs: sections in place of those that earlier stages write."""
-    console.print(f"[bold]{config.run.folder}[/bold]")
+    console.print(styled(f"{config.run.folder}", "bold"))
     if is_finished(resolve(config), resume):
         console.print("  is finished already: its result would be used")
         return
@@ -146,9 +145,9 @@ def _plan_stage(config: Config, specs: dict, resume: bool, prepared: Prepared, v
     else:
         lines = describe(Trainer(replaced(config, specs), resume, prepared))
     for line in lines:
-        console.print(line, markup=False)
+        console.print(line)
     if verbose:
-        console.print(json.dumps(config.to_dict(), indent=2), markup=False)
+        console.print(json.dumps(config.to_dict(), indent=2))
 
 
 def show_rows(stages: list[Config], count: int) -> None:
@@ -170,7 +169,7 @@ def show_rows(stages: list[Config], count: int) -> None:
             notes |= dict.fromkeys(rows.notes)
             samples += shown_samples(rows, tokenizer, data, train_format(config), teacher_format(config, tokenizer))
     for note in notes:
-        print(note, file=sys.stderr)
+        print(shown(note), file=sys.stderr)
     print_samples(samples)
 
 

@@ -9,6 +9,7 @@ import itertools
 import json
 import logging
 import os
+import re
 import time
 import uuid
 import warnings
@@ -92,7 +93,7 @@ def _place() -> tuple[int, int]:
     """This process's rank and the number of processes. Raises ConfigError for variables that don't fit together."""
     way_out = "start the processes with torchrun, or unset it for a single one"
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT", "TORCHELASTIC_RESTART_COUNT"):
-        if not os.environ.get(name, "0").isdecimal():
+        if not re.fullmatch("[0-9]{1,9}", os.environ.get(name, "0")):
             raise ConfigError(f'{name} is "{os.environ[name]}" in the environment, expected a number; {way_out}')
     number, count = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
     needed = ("RANK", "MASTER_ADDR", "MASTER_PORT") if count > 1 else ()

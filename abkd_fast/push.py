@@ -24,7 +24,7 @@ def _push(options: argparse.Namespace) -> None:
         return
     for name, content in hub.contents(*found, options.name).items():
         size = content.stat().st_size if isinstance(content, pathlib.Path) else len(content)
-        console.print(f"{format_bytes(size):>10}  {name}", markup=False)
+        console.print(f"{format_bytes(size):>10}  {name}")
 
 
 def _parser() -> argparse.ArgumentParser:

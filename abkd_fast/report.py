@@ -18,8 +18,11 @@ def _report(options: argparse.Namespace) -> None:
     from .evaluation import published
     from .evaluation.runs import read_runs
     from .evaluation.tables import gain, score_table, write_report
+    from .files import check_path_length
 
     paper = options.paper and published.find(options.paper)
+    if options.out:
+        check_path_length("out", options.out, is_written=True)
     runs = read_runs(options.runs)
     out = options.out or pathlib.Path(os.path.commonpath([run.folder.absolute() for run in runs]))
     table = score_table(runs)
@@ -30,9 +33,9 @@ def _report(options: argparse.Namespace) -> None:
     if table:
         console.print(table.table())
     if sentence := gain(runs):
-        console.print(sentence, markup=False)
+        console.print(sentence)
     for path in write_report(runs, out, table):
-        console.print(path, markup=False)
+        console.print(f"{path}")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -3,6 +3,7 @@
 import argparse
 
 from .cli import leave, run
+from .output import check_printed
 
 RECIPE_KEYS = """\
 A recipe is a JSON object with the keys of a configuration, and:
@@ -26,11 +27,12 @@ def _train(options: argparse.Namespace) -> None:
         from .console import console
 
         names = ", ".join(filter(None, (config.run.stage for config in stages)))
-        console.print(f"{options.config}{f', stages {names}' if names else ''}: loading PyTorch", markup=False)
+        console.print(f"{options.config}{f', stages {names}' if names else ''}: loading PyTorch")
     from . import pipeline, processes  # not before the configuration is checked: this loads PyTorch
 
     if options.show_rows is not None:
         pipeline.show_rows(stages, options.show_rows)
+        check_printed()
         return
     values = {config.run.stage or "recipe": config.to_dict() for config in stages}
     values |= {"--resume": options.resume, "--dry-run": options.dry_run}
@@ -38,6 +40,7 @@ def _train(options: argparse.Namespace) -> None:
         resume = options.resume or processes.is_restarted()
         if options.dry_run:
             pipeline.plan(stages, resume, options.verbose)
+            check_printed()
         else:
             pipeline.run(stages, resume)
 

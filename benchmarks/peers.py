@@ -51,9 +51,9 @@ class PeerBenchmark(Benchmark):
         ways = {"ours": "ours", "ours, teacher's states cached": "cached", "published way": "published"}
         ours = self.steps()
         steps = {name: ours["GKD", way, "data"] for name, way in ways.items()}
-        makers = {"TRL, DistillationTrainer": self.distillation_trainer, "TRL, GKDTrainer": self.gkd_trainer}
+        makers = {"our DistillationTrainer": self.transformers_trainer}  # first: TRL changes what it copies
+        makers |= {"TRL, DistillationTrainer": self.distillation_trainer, "TRL, GKDTrainer": self.gkd_trainer}
         makers["Liger-Kernel's loss"] = lambda: self.liger_step
-        makers["our DistillationTrainer"] = self.transformers_trainer
         expected = [value.item() for value in steps["ours"](self.turns[0])]
         for name, make in makers.items():
             try:

@@ -47,8 +47,21 @@ CASES = {
     "recipe is a list": case("recipe.json: expected a JSON object", recipe="[1]"),
     "recipe is binary": case("recipe.json line 1: broken JSON", recipe=b"\0\0\0\0"),
     "recipe is not UTF-8": case("recipe.json: can't be read ('utf-8' codec", recipe=b'{"run": "\xff"}'),
-    "endless brackets": case("recipe.json: can't be read (maximum recursion depth", recipe="[" * 100_000),
+    "endless brackets": case("recipe.json: can't be read (it is nested too deeply)", recipe="[" * 100_000),
     "endless number": case("recipe.json: can't be read (Exceeds the limit", recipe='{"run": ' + "1" * 5000 + "}"),
+    "deep recipe": case("recipe.json: is nested more than 100 levels", recipe='{"a": ' + "[" * 300 + "]" * 300 + "}"),
+    "deep value": case("is nested more than 100 levels", sets=["student.config=" + '{"a":' * 300 + "1" + "}" * 300]),
+    "deep key": case("is nested more than 100 levels", sets=["a." * 500 + "b=1"]),
+    "endless brackets in YAML": case(
+        "recipe.yaml: can't be read (it is nested too deeply)",
+        files={"recipe.yaml": "a: " + "[" * 10_000},
+        arguments=["--config", "recipe.yaml"],
+    ),
+    "endless number in YAML": case(
+        "recipe.yaml: can't be read (Exceeds the limit",
+        files={"recipe.yaml": "a: " + "1" * 5000},
+        arguments=["--config", "recipe.yaml"],
+    ),
     "key written twice": case("recipe.json: optim: written twice", recipe='{"optim": {}, "run": {}, "optim": {}}'),
     # Keys
     "unknown key": case("recipe.json: optim.lrr: unknown key; did you mean lr?", optim={"lrr": 1}),

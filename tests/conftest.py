@@ -31,7 +31,12 @@ def anonymous_bytes():
     return 1024 * int(fields[fields.index("RssAnon:") + 1])
 
 
+# Files that take longest. A worker takes whole files: if one of these came last, the other workers would wait.
+FIRST = "test_machine_code.py", "test_distributed.py", "test_pipeline.py", "test_loss_study.py", "test_resume.py"
+
+
 def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.name not in FIRST)
     for item in items:
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
@@ -64,6 +69,17 @@ def cache_folder(tmp_path, tmp_path_factory, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
     monkeypatch.setenv("ABKD_CACHE", str(folder))
     return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def shared_caches(tmp_path_factory):
+    """Nor does a fixture that several tests share, or a process that one starts."""
+    folder = tmp_path_factory.mktemp("caches")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "datasets")
+        patch.setenv("HF_DATASETS_CACHE", str(folder / "datasets"))
+        patch.setenv("ABKD_CACHE", str(folder / "states"))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -224,6 +224,15 @@ CASES = {
     "empty file": case("data.train: rows.jsonl: has no rows", **data()),
     "broken row": case("data.train: rows.jsonl line 2: broken JSON", **data(ROW, '{"instruction": ')),
     "row that is no object": case("rows.jsonl line 1: expected a JSON object", **data("5")),
+    "row of endless digits": case(
+        "rows.jsonl line 2: broken JSON: has a whole number of more than 4,300 digits", **data(ROW, "1" * 5000)
+    ),
+    "row of endless brackets": case(
+        "rows.jsonl line 2: broken JSON: is nested more than 100 levels deep", **data(ROW, "[" * 100_000)
+    ),
+    "row that is deep": case(
+        "rows.jsonl line 2: broken JSON: is nested more than 100 levels deep", **data(ROW, "[" * 300 + "]" * 300)
+    ),
     "row of NULs": case("rows.jsonl line 2: broken JSON", **data(ROW, b"\0\0\0")),
     "row that is not UTF-8": case("rows.jsonl line 1: is not UTF-8 text", **data(b'{"instruction": "\xff"}')),
     "row with half a character": case(

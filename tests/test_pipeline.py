@@ -78,6 +78,7 @@ def undisturbed(text, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow  # tests/chaos kills smaller recipes with stages
 def test_gpt2_recipe_killed_in_its_last_stage(shared, text, undisturbed, tmp_path):
     killed = tmp_path / "killed"
     init = undisturbed / "gpt2" / "init"

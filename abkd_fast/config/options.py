@@ -10,7 +10,7 @@ import json
 import typing
 from collections.abc import Iterator
 
-from ..errors import ConfigError
+from ..errors import JSON_ERRORS, ConfigError, is_deep
 from .schema import Config, DataConfig, SamplingConfig
 from .training import TrainConfig
 
@@ -43,9 +43,9 @@ def prompt_options(options: argparse.Namespace) -> dict:
     """The values of begin_token and chat_template_kwargs. Raises ConfigError for what is no JSON object."""
     text, kwargs = options.chat_template_kwargs, None
     if text is not None:
-        with contextlib.suppress(ValueError, RecursionError):
+        with contextlib.suppress(*JSON_ERRORS):
             kwargs = json.loads(text)
-        if not isinstance(kwargs, dict):
+        if not isinstance(kwargs, dict) or is_deep(kwargs):
             problem = f"chat_template_kwargs: {text[:60]}: expected a JSON object"
             raise ConfigError(f'{problem}, for example {{"enable_thinking": false}}')
     begins = {"auto": "auto", "true": True, "false": False}

@@ -12,7 +12,7 @@ import typing
 from collections.abc import Iterable
 from typing import Any, Literal
 
-from ..errors import ConfigError, nearest, of_stage
+from ..errors import JSON_ERRORS, TOO_DEEP, ConfigError, is_deep, nearest, of_stage, reading
 from . import yaml_files
 from .methods import ON_POLICY_READERS
 from .schema import Config
@@ -44,7 +44,7 @@ def load(recipe: str | dict, overrides: list[str] = (), values: Iterable[dict] =
     """
     shared = _read_with_bases(recipe)
     stages = _take_stages(shared)
-    shared += [Layer("the arguments", keys) for keys in values if keys]
+    shared += [Layer("the arguments", _checked(keys, "the arguments")) for keys in values if keys]
     last = shared[-1].place
     places = {name: f"{last} stage {name}" for name in stages}
     for name, layers in stages.items():
@@ -93,7 +93,7 @@ def _read_with_bases(recipe: str | dict) -> list[Layer]:
     """The contents of a recipe and its bases. The base of all others is first."""
     if isinstance(recipe, dict):
         name = "the recipe"
-        files, paths = [Layer(name, _checked(copy.deepcopy(recipe), name))], [pathlib.Path(name)]
+        files, paths = [Layer(name, copy.deepcopy(_checked(recipe, name)))], [pathlib.Path(name)]
     else:
         name = recipe
         paths = [_find(name, pathlib.Path(), "")]
@@ -136,33 +136,32 @@ def _find(name: str, folder: pathlib.Path, where: str) -> pathlib.Path:
 
 def _read(path: pathlib.Path, place: str) -> dict:
     """The object in a file, JSON or YAML by its name. Raises ConfigError if it is broken."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict:
-        values = dict(pairs)
-        if len(values) < len(pairs):
-            names = [key for key, _ in pairs]
-            raise ConfigError(f"{place}: {next(key for key in names if names.count(key) > 1)}: written twice")
-        return values
-
-    try:
+    is_yaml = path.suffix.lower() in YAML
+    with reading(f"{place}: can't be read"):
         text = path.read_text(encoding="utf-8-sig")
-        is_yaml = path.suffix.lower() in YAML
-        values = yaml_files.read(text) if is_yaml else json.loads(text, object_pairs_hook=unique)
-    except ConfigError as error:
-        raise ConfigError(str(error) if str(error).startswith(place) else f"{place}: {error}") from None
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{place} line {error.lineno}: broken JSON: {error.msg}") from None
-    except OSError as error:
-        raise ConfigError(f"{place}: can't be read ({error.strerror})") from None
-    except (ValueError, RecursionError) as error:  # not UTF-8, a number of thousands of digits, endless brackets
-        raise ConfigError(f"{place}: can't be read ({error})") from None
+        try:
+            values = yaml_files.read(text) if is_yaml else json.loads(text, object_pairs_hook=_unique)
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"{place} line {error.lineno}: broken JSON: {error.msg}") from None
+        except ConfigError as error:
+            raise ConfigError(f"{place}: {error}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{place}: expected a {'mapping' if is_yaml else 'JSON object'}")
     return _checked(values, place)
 
 
+def _unique(pairs: list[tuple[str, Any]]) -> dict:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [key for key, _ in pairs]
+        raise ConfigError(f"{next(key for key in names if names.count(key) > 1)}: written twice")
+    return values
+
+
 def _checked(values: dict, place: str) -> dict:
-    """The recipe. Raises ConfigError where `stages` has another shape."""
+    """The recipe, or some values of it. Raises ConfigError where `stages` has another shape, and for deep nesting."""
+    if is_deep(values):
+        raise ConfigError(f"{place}: {TOO_DEEP}")
     stages = {} if values.get("stages") is None else values["stages"]
     if not isinstance(stages, dict) or not all(name and isinstance(own, dict | None) for name, own in stages.items()):
         raise ConfigError(f'{place}: stages: expected an object of objects, {{"NAME": {{…}}, …}}')
@@ -206,9 +205,10 @@ def _parse_override(override: str, stages: dict) -> tuple[str, Layer]:
         raise ConfigError(f'--set {override}: {keys[0]} is the file\'s; a stage is changed by "STAGE:key=value"')
     try:
         value = json.loads(text)
-    except (ValueError, RecursionError):
+    except JSON_ERRORS:
         value = text
-    return stage, Layer(f"--set {override}", functools.reduce(lambda inner, key: {key: inner}, reversed(keys), value))
+    place, values = f"--set {override}", functools.reduce(lambda inner, key: {key: inner}, reversed(keys), value)
+    return stage, Layer(place, _checked(values, place))
 
 
 def _configure(layers: list[Layer], otherwise: str) -> Config:

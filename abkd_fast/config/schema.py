@@ -5,7 +5,8 @@ import json
 import pathlib
 from typing import Annotated, Literal
 
-from ..errors import ConfigError, check_number, first_line, nearest
+from ..errors import ConfigError, check_number, nearest, reading
+from ..files import check_path_length
 from ..losses.divergences import parse
 from .methods import METHODS, WITH_SERVED_TEACHER, WITHOUT_TEACHER, MiniLLMConfig, OnPolicyConfig
 from .models import ModelConfig, TeacherConfig, check_several
@@ -16,12 +17,10 @@ from .training import CheckpointConfig, EvalConfig, LogConfig, OptimConfig, Trai
 
 def check_repository(key: str, name: str) -> None:
     """Raises ConfigError, which names the key, for what can't be the name of a repository of the Hub."""
-    from huggingface_hub.utils import HFValidationError, validate_repo_id  # most runs don't wait for it
+    from huggingface_hub.utils import validate_repo_id  # most runs don't wait for it
 
-    try:
+    with reading(f"{key}: expected a repository of the Hub, USER/NAME", key=key):
         validate_repo_id(name)
-    except HFValidationError as error:
-        raise ConfigError(f"{key}: expected a repository of the Hub, USER/NAME ({first_line(error)})", key) from None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,6 +49,7 @@ class RunConfig(Section):
             good = name == pathlib.PurePath(name).name and name.strip(". ") and name.isprintable() and ":" not in name
             if not good or len(name.encode()) > 200:
                 raise ConfigError(f'{key} is "{name[:60]}", expected the name of a folder, without "/" or ":"', key)
+        check_path_length("dir", self.folder, is_written=True)
 
     @property
     def root(self) -> pathlib.Path:

@@ -11,9 +11,11 @@ from collections.abc import Iterator
 from transformers import PreTrainedTokenizerBase
 
 from ..config.schema import DataConfig
-from ..errors import ConfigError, first_line
+from ..errors import ConfigError, reading
+from .time_limit import time_limit
 
 PROBE = "answer"  # an answer that no template changes
+SECONDS = 5.0  # that a rendering may compute; a long row takes a few hundredths
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # names of thoughts in a message; a template knows one
 
 
@@ -90,14 +92,12 @@ class ChatTemplate:
 
     def render(self, messages: list[dict], generates: bool, tools: list | None = None) -> str:
         """The text of messages; with `generates` the beginning of an answer follows. Raises ConfigError."""
-        try:
+        with reading("the chat template fails"), time_limit(SECONDS):  # it is a program, and may do anything
             text = self.tokenizer.apply_chat_template(
                 messages, tools=tools, tokenize=False, add_generation_prompt=generates, **self.kwargs
             )
             text.encode()  # half of a surrogate pair is no text
             return text
-        except Exception as error:  # a template is a program, and may fail in any way
-            raise ConfigError(f"the chat template fails: {type(error).__name__}: {first_line(error)}") from None
 
     def prompt(self, values: dict) -> str:
         """The text before the last answer, or of all messages where the last is not the assistant's."""

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from ..errors import ConfigError
+from ..errors import ConfigError, reading
 from . import indexed_dataset
 from .chat import ChatTemplate, PromptFormat, Turn, chat_template
 from .generated import check_text
@@ -69,7 +69,11 @@ class Encoder:
                     turns += [(index, turn) for turn in self._turns(row.values)]
             except ConfigError as error:
                 results[index] = error
-        for (index, turn), ids in zip(turns, self._encode_turns([turn for _, turn in turns]), strict=True):
+        try:
+            encoded = self._encode_turns([turn for _, turn in turns])
+        except ConfigError as error:  # the tokenizer fails, and does not say at which text
+            return [error] if len(rows) == 1 else [self.encode([row])[0] for row in rows]
+        for (index, turn), ids in zip(turns, encoded, strict=True):
             if isinstance(samples := results[index], ConfigError):
                 continue
             try:
@@ -86,7 +90,12 @@ class Encoder:
                 prompts.append(self._prompt(row))
             except ConfigError as error:
                 raise ConfigError(f"{row.where}: {error}") from None
-        ids = iter(self._ids([prompt for prompt in prompts if isinstance(prompt, str)]))
+        try:
+            ids = iter(self._ids([prompt for prompt in prompts if isinstance(prompt, str)]))
+        except ConfigError as error:
+            for row in rows if len(rows) > 1 else ():
+                self.encode_prompts([row])
+            raise ConfigError(f"{rows[0].where}: {error}") from error
         for index, row in enumerate(rows):
             if isinstance(prompts[index], str):
                 prompts[index] = self._with_begin(next(ids), "messages" in row.values)
@@ -189,7 +198,8 @@ class Encoder:
         if not texts:
             return []
         options = {"add_special_tokens": False, "return_attention_mask": False, "return_token_type_ids": False}
-        return self.tokenizer(texts, **options, verbose=False)["input_ids"]
+        with reading("the tokenizer can't encode its text"):
+            return self.tokenizer(texts, **options, verbose=False)["input_ids"]
 
     def _with_begin(self, prompt: list[int], is_chat: bool) -> list[int]:
         begin = self.begins[is_chat]

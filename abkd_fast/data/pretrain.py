@@ -11,12 +11,13 @@ import pyarrow
 from transformers import PreTrainedTokenizerBase
 
 from ..config.schema import PretrainConfig
-from ..errors import ConfigError
+from ..errors import ConfigError, reading
 from ..files import file_digest
 from . import indexed_dataset
 from .rows import TRAIN
 from .text_files import read_jsonl
-from .tokenize import SAMPLE, fingerprint, stored
+from .token_store import fingerprint, stored
+from .tokenize import SAMPLE
 
 NEWLINE = "<@x(x!>"  # MiniLLM's data.txt has this for a line end within a document
 PIECE = 1 << 20  # about so many characters are tokenized at once
@@ -40,7 +41,7 @@ def load_blocks(spec: PretrainConfig, tokenizer: PreTrainedTokenizerBase, max_le
     """
     files = _find_files(spec.path)
     key = fingerprint([json.dumps(_identity(file)) for file in files], tokenizer, max_length, spec.rows)
-    dataset = stored(
+    dataset, _ = stored(
         key,
         lambda path: _write(path, _cut(_token_ids(files, tokenizer, spec.rows), max_length)),
         f"plain text: tokenizing {spec.path}",
@@ -126,7 +127,8 @@ def _token_ids(
     documents = itertools.islice((document for file in files for document in _read_documents(file)), limit)
     pieces = (piece for document in documents for piece in itertools.chain(document, [""]))  # "" marks its end
     for texts in _group(pieces):
-        ids = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        with reading("data.pretrain: the tokenizer can't encode this text"):
+            ids = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
         ids = (some if text else [tokenizer.eos_token_id] for text, some in zip(texts, ids, strict=True))
         yield np.fromiter(itertools.chain.from_iterable(ids), np.int32)
 

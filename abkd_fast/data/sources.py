@@ -8,11 +8,13 @@ import re
 from collections.abc import Collection, Iterable, Iterator
 
 import datasets
+from datasets.exceptions import DatasetGenerationError
 
-from ..errors import ConfigError
+from ..errors import NO_ROOM, ConfigError, disk_error, disk_errors, reading
 from ..files import is_local_path
 from . import quickstart, text_files
 from .text_files import COMPRESSED, RawRow
+from .token_store import MOVE_CACHE
 from .unpacking import check_arrow, check_parquet
 
 # The name of a file says its format. A file with any other name is read as JSON.
@@ -187,14 +189,21 @@ def _as_json(value: object) -> object:
 
 @contextlib.contextmanager
 def _errors(source: str, problem: str) -> Iterator[None]:
-    """Turns what `datasets` raises, which may be anything, into a ConfigError."""
-    try:
-        yield
-    except ConfigError:
-        raise
-    except Exception as error:
-        lines = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
-        raise ConfigError(f"{source}: {problem} ({' '.join(lines[:2])[:300]})") from None  # the 2nd names choices
+    """`reading` for `datasets`, which hides the error of a file's library behind one of its own.
+
+    Raises Interrupted where its cache is full.
+    """
+    with reading(f"{source}: {problem}"):
+        try:
+            yield
+        except Exception as error:
+            hidden = error.__cause__ if isinstance(error, DatasetGenerationError) else None
+            cause, cache = hidden or error, str(datasets.config.HF_DATASETS_CACHE)
+            of_disk = disk_error(cause)
+            if of_disk is not None and (of_disk.errno in NO_ROOM or cache in str(of_disk)):
+                with disk_errors(cache, MOVE_CACHE):
+                    raise of_disk from None
+            raise cause from None
 
 
 @contextlib.contextmanager

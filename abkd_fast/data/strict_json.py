@@ -4,9 +4,8 @@ import json
 import re
 import sys
 
-from ..errors import ConfigError
+from ..errors import DEPTH, TOO_DEEP, ConfigError, is_deep
 
-DEPTH = 100  # deeper values would overflow the stack in what follows: messages, tools and hashes are walked and written
 SPACE = re.compile(r"[ \t\n\r]*")
 HALF_PAIR = re.compile(r"\\u[dD][89a-fA-F]")  # only such an escape can make half of a surrogate pair
 
@@ -34,15 +33,15 @@ def parse_at(text: str, start: int) -> tuple[object, int]:
     except json.JSONDecodeError as error:
         raise ConfigError(f"broken JSON: {error.msg}") from None
     except RecursionError:
-        raise ConfigError(f"broken JSON: is nested more than {DEPTH} levels deep") from None
+        raise ConfigError(f"broken JSON: {TOO_DEEP}") from None
     except ValueError:  # Python reads no longer numbers
         raise ConfigError(
             f"broken JSON: has a whole number of more than {sys.get_int_max_str_digits():,} digits"
         ) from None
     if twice:
         raise BadValue(f'has the key "{twice[0][:60]}" twice', end)
-    if text.count("[", start, end) + text.count("{", start, end) > DEPTH and _is_deep(value):
-        raise BadValue(f"broken JSON: is nested more than {DEPTH} levels deep", end)
+    if text.count("[", start, end) + text.count("{", start, end) > DEPTH and is_deep(value):
+        raise BadValue(f"broken JSON: {TOO_DEEP}", end)
     if HALF_PAIR.search(text, start, end):
         try:
             json.dumps(value, ensure_ascii=False).encode()
@@ -57,14 +56,6 @@ class BadValue(ConfigError):
     def __init__(self, message: str, end: int) -> None:
         super().__init__(message)
         self.end = end
-
-
-def _is_deep(value: object) -> bool:
-    level = [value]
-    for _ in range(DEPTH):
-        containers = [part for part in level if isinstance(part, (dict, list))]
-        level = [part for one in containers for part in (one.values() if isinstance(one, dict) else one)]
-    return any(isinstance(part, (dict, list)) for part in level)
 
 
 def show(value: object) -> str:

@@ -1,27 +1,23 @@
 """Tokenization of checked rows. The result is stored on the disk."""
 
 import dataclasses
-import hashlib
 import itertools
 import json
 import pathlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 
 import datasets
-import filelock
 import numpy as np
 import pyarrow
-from datasets.table import MemoryMappedTable
 from transformers import PreTrainedTokenizerBase
 
-from ..console import console
 from ..errors import ConfigError
-from ..files import atomic_file, atomic_write, remove_leftovers
 from .chat import PromptFormat
 from .encode import Encoder, Sample
 from .rows import Row
 from .strict_json import show
 from .teacher_prompts import CutSample, SeveralFormats, TeacherFormat
+from .token_store import fingerprint, stored
 
 # Columns of tokenized data: of a sample, and of a sample that comes from a row.
 SAMPLE = datasets.Features(
@@ -30,7 +26,6 @@ SAMPLE = datasets.Features(
 ROW = datasets.Features({**SAMPLE, "row": datasets.Value("int64"), "row_length": datasets.Value("int32")})
 # And where the teacher reads another prompt, the sample as it reads it.
 TAUGHT = datasets.Features({**ROW, **{f"teacher_{name}": feature for name, feature in SAMPLE.items()}})
-FORMAT = 2  # of the stored data; data in another format are made anew
 ROWS_AT_ONCE = 1000
 NO_REFERENCE = (
     "the messages end without a text of the assistant to compare with: add one, or give the messages before the answer "
@@ -108,9 +103,8 @@ def tokenize(
         prompts, columns = teacher.prompts(), TAUGHT
         settings.append(teacher.settings(rows))
     key = fingerprint(contents, tokenizer, *settings)
-    notes = arrow_file(key).with_suffix(".json")
 
-    def write(path: pathlib.Path) -> None:
+    def write(path: pathlib.Path) -> dict:
         bad, long = {}, {}
         schema = columns.arrow_schema
         with pyarrow.ipc.new_stream(str(path), schema) as writer:
@@ -125,12 +119,9 @@ def tokenize(
                     pyarrow.array([value[place] for value in values], kind) for place, kind in enumerate(schema.types)
                 ]
                 writer.write_batch(pyarrow.record_batch(arrays, schema=schema))
-        atomic_write(notes, json.dumps({"bad": bad, "long": long}))
+        return {"bad": bad, "long": long}
 
-    if not notes.exists():  # somebody has deleted it
-        arrow_file(key).unlink(missing_ok=True)
-    dataset = stored(key, write)
-    left_out = json.loads(notes.read_text(encoding="utf-8"))
+    dataset, left_out = stored(key, write)
     bad, long = ({int(row): reason for row, reason in left_out[kind].items()} for kind in ("bad", "long"))
     if bad and (on_bad_row == "stop" or len(bad) == len(rows)):
         first = min(bad)
@@ -211,42 +202,3 @@ def _pairs_below(spans: list[int], limit: int) -> Iterator[int]:
     """The spans that start before a position."""
     pairs = zip(spans[::2], spans[1::2], strict=True)
     return itertools.chain.from_iterable(pair for pair in pairs if pair[0] < limit)
-
-
-def fingerprint(contents: Iterable[str], tokenizer: PreTrainedTokenizerBase, *settings: object) -> str:
-    """A hash of everything that tokenized data depend on."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    state = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
-    special = {name: str(token) for name, token in sorted(tokenizer.special_tokens_map.items())}
-    adds = tokenizer("a")["input_ids"]
-    digest = hashlib.sha256(json.dumps([FORMAT, state, special, adds, tokenizer.chat_template, settings]).encode())
-    for content in contents:
-        digest.update(hashlib.sha256(content.encode()).digest())
-    return digest.hexdigest()[:32]
-
-
-def arrow_file(key: str) -> pathlib.Path:
-    """The file for tokenized data with this fingerprint."""
-    folder = pathlib.Path(datasets.config.HF_DATASETS_CACHE) / "abkd_fast"
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder / f"{key}.arrow"
-
-
-def stored(key: str, write: Callable[[pathlib.Path], None], doing: str = "") -> datasets.Dataset:
-    """The tokenized data with this fingerprint, memory-mapped. If there is no file of them yet, `write` makes it.
-
-    doing: what is printed before that. Raises ConfigError for a folder that can't be written to.
-    """
-    path = arrow_file(key)
-    if not path.exists():
-        try:
-            with filelock.FileLock(f"{path}.lock"):  # another run that starts now waits, and finds the file
-                if not path.exists():
-                    if doing:
-                        console.print(f"{doing}; later runs find the result in {path.parent}", markup=False)
-                    remove_leftovers(path.parent, f"{path.name}.")
-                    with atomic_file(path) as temporary:
-                        write(temporary)
-        except OSError as error:
-            raise ConfigError(f"{path}: can't be written ({error}); HF_DATASETS_CACHE moves it") from None
-    return datasets.Dataset(MemoryMappedTable.from_file(str(path)), fingerprint=key)

@@ -5,13 +5,12 @@ the mean over five seeds.
 """
 
 import contextlib
-import json
+import itertools
 import math
 import pathlib
 import statistics
 from collections.abc import Iterable
 
-from rich.markup import escape
 from rich.table import Table
 
 from .. import distributed, processes
@@ -19,7 +18,7 @@ from ..config.schema import SamplingConfig
 from ..config.training import SEEDS
 from ..console import console
 from ..errors import ConfigError, check_number
-from ..files import check_writable, locked, write_json
+from ..files import check_path_length, check_writable, locked, read_json, write_json
 from ..generation.answers import Generator, GrowingFile
 from ..generation.sampling import response_seeds
 from ..models import loading
@@ -28,6 +27,12 @@ from .test_sets import Protocol, TestSet, read_sets
 
 METRICS = {"rouge_l": 1, "exact_match": 100}  # factors: exact match is a percentage
 SCORES = "scores.json"
+SUMMARY = {"mean": (float, None), "std": (float, None), "seeds": {"*": float}}
+SHAPE = {  # of scores.json
+    "weights": dict,
+    "settings": {"rouge_tokens?": str, "*": (str, float, bool, None)},
+    "sets": {"*": {"rows": int, "cut_prompts": int, "content": str, **dict.fromkeys(METRICS, SUMMARY)}},
+}
 
 
 class Evaluation:
@@ -61,6 +66,7 @@ class Evaluation:
 
         Raises ConfigError.
         """
+        check_path_length("out", out, is_written=True)
         self.name, self.out, self.seeds, self.protocol = model, out, list(seeds), protocol
         if len({*self.seeds}) < len(self.seeds):
             raise ConfigError(f"seeds are {self.seeds}: one is given twice")
@@ -115,7 +121,7 @@ class Evaluation:
         works in the same folder.
         """
         for line in self._describe():
-            console.print(line, markup=False)
+            console.print(line)
         if self._todo():
             with distributed.rank0_context(locked(self.out)):
                 # Again: another process may have added scores meanwhile.
@@ -177,33 +183,18 @@ class Evaluation:
             scores = self.scores["sets"][test.name]
             seeds = str(len(scores["rouge_l"]["seeds"]))
             cells = (spread(scores[metric]) for metric in METRICS)
-            table.add_row(escape(test.name), str(scores["rows"]), seeds, *cells)
+            table.add_row(test.name, str(scores["rows"]), seeds, *cells)
         return table
 
 
 def read_scores(path: pathlib.Path) -> dict:
     """The content of a `scores.json`. Raises ConfigError if it can't be read."""
-    try:
-        scores = json.loads(path.read_text(encoding="utf-8"))
-        if not _is_complete(scores):
-            raise ValueError("it is no evaluation's")
-        scores["settings"].setdefault("rouge_tokens", "words")  # earlier versions knew no other unit
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} can't be read ({error}): move it aside") from None
+    scores = read_json(path, shape=SHAPE)
+    seeds = [summary[metric]["seeds"] for summary in scores["sets"].values() for metric in METRICS]
+    if not all(map(math.isfinite, itertools.chain.from_iterable(each.values() for each in seeds))):
+        raise ConfigError(f"{path} can't be read (a score is not finite): move it aside")
+    scores["settings"].setdefault("rouge_tokens", "words")  # earlier versions knew no other unit
     return scores
-
-
-def _is_complete(scores: object) -> bool:
-    """Whether the content of a `scores.json` has everything that is read."""
-    try:
-        sets = [*scores["sets"].values()]
-        summaries = [values[metric] for values in sets for metric in METRICS]
-        complete = all({"rows", "cut_prompts", "content"} <= values.keys() for values in sets)
-        complete &= all({"mean", "std"} <= s.keys() and isinstance(s["seeds"], dict) for s in summaries)
-        complete &= all(math.isfinite(score) for summary in summaries for score in summary["seeds"].values())
-        return complete and isinstance(scores["settings"], dict) and "weights" in scores
-    except (AttributeError, KeyError, TypeError):
-        return False
 
 
 def spread(summary: dict | None, digits: int = 1) -> str:

@@ -14,7 +14,7 @@ from huggingface_hub.file_download import repo_folder_name
 from .. import __version__
 from ..config.methods import WITHOUT_TEACHER
 from ..errors import printable
-from ..files import is_local_path
+from ..files import is_local_path, read_json
 from ..losses.divergences import parse
 from ..models import wrappers
 from ..models.identity import ADAPTER_SETTINGS
@@ -155,7 +155,7 @@ def _loader(run: Run, name: str, kind: str, is_adapter: bool) -> str:
     load = LOADERS[way].format(name=json.dumps(name), kind=kind, base=json.dumps(shown(base or "")))
     settings = final / "tokenizer_config.json"
     has_template = (final / "chat_template.jinja").exists() or (
-        settings.exists() and "chat_template" in json.loads(settings.read_text(encoding="utf-8"))
+        settings.exists() and "chat_template" in read_json(settings)
     )
     return "\n".join(
         [

@@ -7,9 +7,11 @@ import pathlib
 from collections.abc import Iterable
 
 from ..config.methods import WITHOUT_TEACHER
+from ..console import console
 from ..errors import ConfigError
+from ..files import check_path_length, entries, read_json
 from ..losses.divergences import BY_NAME
-from . import rouge
+from . import points, rouge
 from .evaluator import SCORES, read_scores
 
 TEACHER = "Teacher"
@@ -22,8 +24,23 @@ METHODS = {  # the papers' names of the others
     "distillm": "DistiLLM",
     "minillm": "MiniLLM",
 }
-NUMBERS = ("steps", "selected_step", "seconds_per_sample", "peak_memory_bytes")  # of a run's summary.json
-DEV_NUMBERS = ("dev_loss_before", "dev_loss", "dev_rouge_l_before", "dev_rouge_l")  # null without such an evaluation
+MODEL = {"path": (str, None), "adapter": (str, None), "lora": (dict, None)}
+SHAPES = {  # of a run's files, by their names: what a report reads
+    "config": {
+        "method": str,
+        "loss": str,
+        "train": {"batch_size": int},
+        "student": MODEL,
+        "teacher": (MODEL, None),
+        "teachers?": ({"*": MODEL}, None),
+        "run?": {"dir?": str, "name?": str, "seed?": int, "stage?": (str, None)},
+        "eval?": {"rouge_tokens?": str},
+    },
+    "summary": {
+        **dict.fromkeys(("steps", "selected_step", "seconds_per_sample", "peak_memory_bytes"), float),
+        **dict.fromkeys(("dev_loss_before", "dev_loss", "dev_rouge_l_before", "dev_rouge_l"), (float, None)),
+    },
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +130,8 @@ def read_runs(folders: Iterable[pathlib.Path]) -> list[Run]:
     """
     found = []
     for folder in folders:
-        runs = [folder] if _is_run(folder) else sorted(filter(_is_run, folder.glob("*")))
+        check_path_length("run", folder)
+        runs = [folder] if _is_run(folder) else [*filter(_is_run, entries(folder))]
         if not runs:
             raise ConfigError(f"{folder}: no finished run there (config.json, summary.json), and none in its folders")
         found += [_read(run) for run in runs if run.resolve() not in [other.folder.resolve() for other in found]]
@@ -140,41 +158,20 @@ def replicates(runs: Iterable[Run]) -> list[list[Run]]:
 
 
 def _is_run(folder: pathlib.Path) -> bool:
-    return all((folder / name).is_file() for name in ("config.json", "summary.json", "metrics.jsonl"))
+    return all((folder / name).is_file() for name in ("config.json", "summary.json", points.FILE))
 
 
 def _read(folder: pathlib.Path) -> Run:
-    try:
-        config, summary = (json.loads((folder / f"{name}.json").read_text("utf-8")) for name in ("config", "summary"))
-        points = [json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]
-        path = folder / "eval" / SCORES
-        scores = read_scores(path) if path.exists() else {"sets": {}, "settings": {}}
-        _check(config, summary, points)
-        return Run(folder, config, summary, points, scores["sets"], scores["settings"])
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise ConfigError(f"{folder}: the run can't be read ({reason})") from None
-
-
-def _check(config: dict, summary: dict, points: list[dict]) -> None:
-    """Raises LookupError or TypeError if something is missing, or no number, that a report reads."""
-    models = [config[role] for role in ("student", "teacher") if config[role] is not None]
-    models += (config.get("teachers") or {}).values()
-    needed = [(config, ("method", "loss")), (config["train"], ("batch_size",)), (summary, (*NUMBERS, *DEV_NUMBERS))]
-    needed += [(model, ("path", "adapter", "lora")) for model in models]
-    needed += [(point, ("kind", "step")) for point in points]
-    if missing := {key for values, keys in needed for key in keys if key not in values}:
-        raise LookupError(f"no {', '.join(sorted(missing))}")
-    measured = [key for key in ("dev_loss", "dev_rouge_l") if summary[key] is not None]
-    numbers = [*NUMBERS, *measured, *(f"{key}_before" for key in measured)]
-    if wrong := [key for key in numbers if not isinstance(summary[key], float | int)]:
-        raise TypeError(f"no number: {', '.join(wrong)}")
-    config["loss"].partition(":")  # fails where it is no text
-    place = config.get("run", {})
-    if any(not isinstance(place.get(key, ""), str) for key in ("dir", "name")):
-        raise TypeError("no text: run.dir, run.name")
-    if not isinstance(place.get("seed", 0), int):
-        raise TypeError("no number: run.seed")
+    config, summary = (read_json(folder / f"{name}.json", shape=shape) for name, shape in SHAPES.items())
+    for key in ("dev_loss", "dev_rouge_l"):
+        if (summary[key] is None) != (summary[f"{key}_before"] is None):
+            raise ConfigError(f"{folder / 'summary.json'} can't be read ({key} without {key}_before, or the other way)")
+    found, damaged = points.read_points(folder)
+    if damaged:
+        console.print(f"{folder / points.FILE}: {damaged} damaged lines are left out")
+    path = folder / "eval" / SCORES
+    scores = read_scores(path) if path.exists() else {"sets": {}, "settings": {}}
+    return Run(folder, config, summary, found, scores["sets"], scores["settings"])
 
 
 def _labels(groups: list[list[Run]]) -> list[str]:

@@ -1,14 +1,14 @@
 """Answers to a few dev prompts over the training: the file in a run's folder, and the section of its report."""
 
-import contextlib
-import json
 import pathlib
 import re
 from collections.abc import Iterator
 
 from ..errors import printable
+from .points import parse_line
 
 FILE = "samples.jsonl"
+SAMPLE = {"row": str, "prompt": str, "response": str, "output": list}
 SHOWN = 6  # evaluations in a report: the first, the last, and some between
 
 
@@ -19,11 +19,9 @@ def read_samples(folder: pathlib.Path) -> list[dict]:
     """
     path, found = folder / FILE, []
     for line in path.read_bytes().splitlines() if path.exists() else ():
-        with contextlib.suppress(ValueError, TypeError, LookupError):
-            sample = json.loads(line)
-            texts = sample["row"], sample["prompt"], sample["response"], *sample["output"]
-            if type(sample["step"]) is int and all(isinstance(text, str) for text in texts):
-                found.append(sample)
+        sample = parse_line(line, SAMPLE)
+        if sample is not None and all(isinstance(text, str) for text in sample["output"]):
+            found.append(sample)
     return found
 
 

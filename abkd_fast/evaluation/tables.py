@@ -12,12 +12,10 @@ import re
 import statistics
 from collections.abc import Iterator
 
-from rich.markup import escape
 from rich.table import Column, Table
-from rich.text import Text
 
-from ..console import format_bytes
-from ..errors import ConfigError, printable
+from ..console import format_bytes, styled
+from ..errors import ConfigError, disk_errors, printable
 from ..files import atomic_write
 from . import figures, rouge, samples
 from .evaluator import spread, summarize
@@ -68,13 +66,13 @@ class ScoreTable:
 
     def table(self) -> Table:
         """The table for the terminal."""
-        header = [*([""] if self.has_published else []), *map(escape, self.columns)]
+        header = [*([""] if self.has_published else []), *self.columns]
         columns = [Column("ROUGE-L", no_wrap=True), *(Column(name, overflow="fold") for name in header)]
-        table = Table(*columns, caption=Text("\n".join(self.notes)))
+        table = Table(*columns, caption=styled("\n".join(self.notes), ""))
         for names, texts in self._lines():
             if self.has_published and names[0]:
                 table.add_section()
-            table.add_row(*map(escape, [*names, *texts]))
+            table.add_row(*names, *texts)
         return table
 
     def markdown(self) -> str:
@@ -265,7 +263,7 @@ def write_report(runs: list[Run], out: pathlib.Path, table: ScoreTable | None = 
     table: the runs' table, if it is known already. Raises ConfigError if matplotlib is not installed (the table is
     written before), and if a folder can't be written.
     """
-    try:
+    with disk_errors(f"{out}: the report"):
         out.mkdir(parents=True, exist_ok=True)
         paths = []
         if table := table or score_table(runs):
@@ -280,8 +278,6 @@ def write_report(runs: list[Run], out: pathlib.Path, table: ScoreTable | None = 
             figures.run_curves(run, run.folder / "curves")
             atomic_write(run.folder / "report.md", _report(run))
             paths.append(run.folder / "report.md")
-    except OSError as error:
-        raise ConfigError(f"the report can't be written ({error})") from None
     return paths
 
 

@@ -16,6 +16,7 @@ from ..data.chat import PromptFormat
 from ..data.rows import DEV, Row, Rows, read_rows
 from ..data.tokenize import encode_prompts, references
 from ..errors import ConfigError, check_number
+from ..files import check_path_length
 from ..models import loading
 
 NAMES = {
@@ -107,6 +108,7 @@ def read_sets(
 
 def _check_source(source: str) -> None:
     """Raises ConfigError for a source that is not one split (training also takes whole folders, and Hub names)."""
+    check_path_length("data", source)
     path = pathlib.Path(source)
     if source.startswith("quickstart:") or path.is_file() or indexed_dataset.find(source, DEV):
         return

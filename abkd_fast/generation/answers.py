@@ -14,19 +14,28 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from .. import distributed, processes
+from .. import distributed, manifest, processes
 from ..config.models import ModelConfig
 from ..config.sampling import SamplingParams
 from ..config.schema import Config, RunConfig, SamplingConfig
-from ..console import ProgressBar, console
+from ..console import ProgressBar, console, styled
 from ..data.chat import PromptFormat
 from ..data.encode import begin_token
 from ..data.row_teachers import TeacherNames
 from ..data.rows import Row, read_rows
 from ..data.tokenize import encode_prompts
 from ..device import choose_device, choose_dtype
-from ..errors import ConfigError, Interrupted, check_number
-from ..files import WRITE_ERRORS, atomic_folder, atomic_write, exclusive, open_own, remove_leftovers, write_json
+from ..errors import JSON_ERRORS, ConfigError, Interrupted, check_number, disk_errors
+from ..files import (
+    atomic_folder,
+    atomic_write,
+    check_path_length,
+    exclusive,
+    open_own,
+    read_json,
+    remove_leftovers,
+    write_json,
+)
 from ..finished import locked_run
 from ..models import identity, loading, tokenizers
 from ..models.vocabularies import Vocabulary
@@ -85,12 +94,11 @@ class Generator:
     def loaded(self, out: pathlib.Path) -> Iterator[None]:
         """A context in which `generate` can be called. Raises Interrupted where `out` can't be written to."""
         self.model = loading.load(self.spec, self.whole_config, "model", self.dtype, self.device)
+        autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
         try:
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+            with disk_errors(out), autocast:
                 self.model.check()
                 yield
-        except WRITE_ERRORS as error:
-            raise Interrupted(f"{out} can't be written ({error}): make room") from None
         finally:
             del self.model  # the next stage needs the memory
 
@@ -155,6 +163,7 @@ class Generation:
 
         Raises ConfigError.
         """
+        check_path_length("out", out, is_written=True)
         for name, value in {"rows": rows, "max_prompt_length": max_prompt_length}.items():
             check_number(name, value, 1)
         self.out, self.seed, self.max_prompt_length = out, seed, max_prompt_length
@@ -247,7 +256,7 @@ def write_stage(config: Config, rows: list[Row], resume: bool) -> dict:
         if summary is not None:
             return summary
         model = config.student.adapter or config.student.path
-        console.print(f"[bold]{folder}[/bold]  method {config.method}, by {model}")
+        console.print(styled(f"{folder}", "bold", f"  method {config.method}, by {model}"))
         generation = Generation(
             config.student,
             rows,
@@ -262,7 +271,8 @@ def write_stage(config: Config, rows: list[Row], resume: bool) -> dict:
             device=config.train.device,
             dtype=config.train.dtype,
         )
-        distributed.run_on_rank0(write_json, folder / "config.json", config.to_dict())
+        with disk_errors(folder):
+            distributed.run_on_rank0(write_json, folder / "config.json", config.to_dict())
         generation.run()
         summary = {
             "method": config.method,
@@ -276,12 +286,11 @@ def write_stage(config: Config, rows: list[Row], resume: bool) -> dict:
             write_json(folder / "summary.json", summary)
             with atomic_folder(folder / "final") as final:
                 shutil.copy(growing, final)
+                manifest.write(final, folder / manifest.NAME)
 
-        try:
+        with disk_errors(folder / "final"):
             distributed.run_on_rank0(write)
-        except WRITE_ERRORS as error:
-            raise Interrupted(f"{folder / 'final'} can't be written ({error}): make room") from None
-    console.print(f"saved {folder / 'final'}", markup=False)
+    console.print(f"saved {folder / 'final'}")
     return summary
 
 
@@ -311,7 +320,7 @@ class GrowingFile:
         paths = filter(pathlib.Path.exists, (self.path, *self._others()))
         found = {}  # keyed by row: after a crash one may be in two files
         for line in (line for path in paths for line in path.read_bytes().splitlines()):
-            with contextlib.suppress(ValueError, KeyError, TypeError):
+            with contextlib.suppress(*JSON_ERRORS, KeyError, TypeError, OverflowError):
                 values = json.loads(line)
                 found[int(values["row"])] = values
         return [*found.values()]
@@ -358,12 +367,9 @@ class Answers(GrowingFile):
         """Whether all responses are there. Raises ConfigError where they are others, or can't be written."""
         finished = False
         if path.exists():
-            try:
-                then = json.loads(self.record.read_text(encoding="utf-8"))
-            except (OSError, ValueError):
-                raise ConfigError(
-                    f"out: {path} exists, and not as the result of this command: choose another"
-                ) from None
+            if not self.record.exists():
+                raise ConfigError(f"out: {path} exists, and not as the result of this command: choose another")
+            then = read_json(self.record, "choose another --out", {"finished": bool})
             finished = then["finished"]
             changed = [key for key, value in self.identity.items() if then.get(key) != value]
             if changed:

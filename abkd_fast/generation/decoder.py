@@ -199,11 +199,21 @@ def rearranges(device: torch.device, dtype: torch.dtype) -> bool:
     return device.type == "cpu" and dtype == torch.float32 and torch.backends.mkldnn.is_available()
 
 
+def padded_rows(count: int) -> int:
+    """The number of rows, rounded up to one of few, by a quarter at most.
+
+    oneDNN keeps a kernel for each number that it has met: hundreds of kilobytes each, a thousand of them.
+    """
+    step = 1 << max(0, (count - 1).bit_length() - 3)
+    return max(2, -(-count // step) * step)  # it has another kernel for one row, which rounds differently
+
+
 def _product(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
     rows = x.reshape(-1, x.shape[-1])
-    alone = len(rows) == 1  # oneDNN has another kernel for one row, which rounds differently
-    out = torch.ops.mkldnn._linear_pointwise(rows.expand(2, -1) if alone else rows, weight, bias, "none", [], "")
-    return (out[:1] if alone else out).view(*x.shape[:-1], -1)
+    padding = padded_rows(len(rows)) - len(rows)
+    padded = F.pad(rows, (0, 0, 0, padding)) if padding else rows
+    out = torch.ops.mkldnn._linear_pointwise(padded, weight, bias, "none", [], "")
+    return out[: len(rows)].view(*x.shape[:-1], -1)
 
 
 AttentionInterface.register(NAME, slot_attention)

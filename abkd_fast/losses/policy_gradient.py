@@ -81,18 +81,18 @@ class _PolicyGradient(torch.autograd.Function):
             spec = LossSpec.of(REVERSE_KL.divergence, 1.0, 0.0, maps)
             chunks = Chunks(student, teacher, labels, spec, 0, dtype)
             gradients = HeadGradients(chunks, need)
-            divergences, ratios = (torch.zeros_like(advantages) for _ in range(2))
+            divergences, ratios, surrogates = (torch.zeros_like(advantages) for _ in range(3))
             for index, rows in chunks:
                 gradient = chunks.gradient_of(rows) if any(need) else None
                 policy = advantages[index], log_probs[index], clip_ratio
                 divergences[index], ratios[index] = policy_rows(rows, *policy, gradient, scale)
+                surrogates[index] = clipped_surrogate(ratios[index], advantages[index], clip_ratio)
                 if gradient is not None:
                     gradients.add(index, gradient)
         ctx.need, ctx.dtypes = need, [None if x is None else x.dtype for x in student.tensors]
         ctx.save_for_backward(*gradients)
         ctx.mark_non_differentiable(divergences, ratios)
-        total = (divergences + clipped_surrogate(ratios, advantages, clip_ratio)).sum()
-        return scale * total, divergences, ratios
+        return scale * (divergences + surrogates).sum(), divergences, ratios
 
     @staticmethod
     def backward(ctx, upstream: Tensor, *_: Tensor) -> tuple:  # noqa: ANN001

@@ -34,7 +34,8 @@ else:
 def build_info() -> dict:
     """How the extension was built: `cuda` (version or None), `cuda_archs`, `simd` (in use on this CPU), `compiler`.
 
-    Without the extension `cuda_archs` is empty, the other values are None, and `missing` holds the reason.
+    Without the extension `cuda_archs` is empty, the other values are None, and `missing` holds the reason. Raises
+    ValueError where the environment variable ABKD_SIMD names no instruction set.
     """
     if _C is None:
         return {"cuda": None, "cuda_archs": [], "simd": None, "compiler": None, "missing": _MISSING}

@@ -1,6 +1,7 @@
 """A causal language model, cut between its body and its output projection. `packed.py` and `padded.py` run the body."""
 
 import contextlib
+import math
 import pathlib
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -8,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -170,33 +172,48 @@ class CausalLM(nn.Module):
     def check(self, lengths: tuple[int, ...] = (9, 5)) -> None:
         """Compares the logits of short rows with those of the model's own forward pass, row by row.
 
-        Raises ConfigError where they differ. So no model is silently wrong.
+        Raises ConfigError where they differ, for weights that are not finite, and for a model in training that can't
+        run so. So no model is silently wrong.
         """
+        self._check_weights()
         training = self.model.training
         self.model.eval()
         with self.explained():
             difference, dtype = self.difference(lengths)
             self.model.train(training)
+            if training:
+                with torch.random.fork_rng():  # dropout draws
+                    self._hidden_of(_short_rows(lengths, self.causal_lm.config.vocab_size))
+            if math.isnan(difference):
+                raise ValueError("its logits are not finite, although its weights are")
             tolerance = self.tolerance or (2e-3 if dtype in (torch.float32, torch.float64) else 5e-2)
             if not difference < tolerance:
                 raise ValueError(f"its logits differ from those of its own forward pass by {difference:.1e} relative")
 
+    def _check_weights(self) -> None:
+        """Raises ConfigError where they are not finite. Quantized ones are left out: 8 bits may have no infinity."""
+        named = [(name, p.detach()) for name, p in self.model.named_parameters() if not p.is_meta]
+        wide = {name: p for name, p in named if p.is_floating_point() and p.itemsize > 1}
+        if not get_total_norm(wide.values(), math.inf).isfinite():
+            name = next(name for name, p in wide.items() if not p.isfinite().all())
+            raise ConfigError(f"{self.key}: weights of {name} are not finite: get the model again")
+
     def difference(self, lengths: tuple[int, ...]) -> tuple[float, torch.dtype]:
         """The largest difference between the logits of rows of these lengths and the model's own, relative to the
         largest logit; and the type of the hidden states."""
-        generator = torch.Generator().manual_seed(0)
-        vocabulary = self.causal_lm.config.vocab_size
-        rows = [torch.randint(vocabulary, (length,), generator=generator) for length in lengths]
-        samples = [{"input_ids": row.tolist(), "spans": [1, len(row)]} for row in rows]
-        device = self.head.weight.device
-        (batch,) = pack(samples, max_tokens=sum(lengths))
-        hidden = self(batch.to(device), lambda student: student.hidden)
-        head = self.head
+        rows, head = _short_rows(lengths, self.causal_lm.config.vocab_size), self.head
+        hidden = self._hidden_of(rows)
         ours = self.logit_map(F.linear(hidden.to(head.weight.dtype), head.weight, head.bias)).float()
-        own = self.own_logits([row.to(device) for row in rows])
+        own = self.own_logits([row.to(head.weight.device) for row in rows])
         if ours.shape != own.shape:
             raise ValueError(f"its output projection gives {ours.shape[1]} logits, the model {own.shape[1]}")
         return ((ours - own).abs().max() / own.abs().max().clamp(min=1e-3)).item(), hidden.dtype
+
+    def _hidden_of(self, rows: list[Tensor]) -> Tensor:
+        """What the output projection reads of rows of tokens, without those after the last ones."""
+        samples = [{"input_ids": row.tolist(), "spans": [1, len(row)]} for row in rows]
+        (batch,) = pack(samples, max_tokens=sum(map(len, rows)))
+        return self(batch.to(self.head.weight.device), lambda student: student.hidden)
 
     def own_logits(self, rows: list[Tensor]) -> Tensor:
         """The logits of the model's own forward pass on each row alone, without those after its last token."""
@@ -238,6 +255,12 @@ class CausalLM(nn.Module):
         else:
             self.model.save_pretrained(folder, state_dict=weights)
         tokenizer.save_pretrained(folder)
+
+
+def _short_rows(lengths: tuple[int, ...], vocabulary: int) -> list[Tensor]:
+    """Rows of random tokens, the same every time."""
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(vocabulary, (length,), generator=generator) for length in lengths]
 
 
 def long_ropes(model: nn.Module) -> list[nn.Module]:

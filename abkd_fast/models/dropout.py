@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
-from ..errors import ConfigError, first_line
+from ..errors import reading
 from . import attention, forms
 from .packed import PackedCausalLM
 
@@ -24,13 +24,9 @@ def set_rates(config: PretrainedConfig, rate: float, key: str) -> None:
     Raises ConfigError for a rate that transformers doesn't take: MPT's attn_pdrop has to be a whole number.
     """
     for part, name in _rates(config):
-        try:
+        problem = f"{key}.dropout is {rate}, but a {config.model_type} model can't have that as {name}"
+        with reading(problem, ": give 0, or leave it out"):
             _set(part, name, rate)
-        except Exception as error:  # transformers checks with many kinds of errors
-            raise ConfigError(
-                f"{key}.dropout is {rate}, but a {config.model_type} model can't have that as {name}: give 0, or leave "
-                f"it out ({first_line(error)})"
-            ) from None
     for part, name in _rates(config, LAYER_RATE) if rate == 0 else ():
         _set(part, name, rate)
 

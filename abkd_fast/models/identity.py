@@ -11,8 +11,17 @@ from transformers import PretrainedConfig
 
 from .. import distributed
 from ..config.models import ModelConfig
-from ..errors import ConfigError, first_line
-from ..files import atomic_write, cache_folder, check_trusted, file_digest, is_local_path, make_cache_folder
+from ..errors import ConfigError, reading
+from ..files import (
+    atomic_write,
+    cache_folder,
+    check_trusted,
+    entries,
+    file_digest,
+    is_local_path,
+    make_cache_folder,
+    read_json,
+)
 from . import quantized
 from .dropout import without_rates
 
@@ -37,11 +46,8 @@ def find_adapter(adapter: str, key: str) -> pathlib.Path:
             raise ConfigError(f"{key}.adapter: {adapter}: no such adapter folder")
         from huggingface_hub import snapshot_download
 
-        try:
+        with reading(f"{key}.adapter: {adapter}: no such folder, and no such adapter on the Hub"):
             folder = pathlib.Path(snapshot_download(adapter, allow_patterns="adapter_*"))
-        except Exception as error:  # of many kinds: no such name, no network
-            missing = "no such folder, and no such adapter on the Hub"
-            raise ConfigError(f"{key}.adapter: {adapter}: {missing} ({first_line(error)})") from None
     if not (folder / ADAPTER_SETTINGS).exists():
         hint = f"; it holds a whole model: give it as {key}.path" if (folder / "config.json").exists() else ""
         raise ConfigError(
@@ -66,10 +72,10 @@ def hash_weights(
     def hash_all() -> dict[str, str]:
         check_trusted(memo.parent, memo)
         if weights.is_dir():
-            hashes = _hash_files(sorted(weights.glob("*.safetensors")) or sorted(weights.glob("*.bin")), memo)
+            hashes = _hash_files(entries(weights, "*.safetensors") or entries(weights, "*.bin"), memo)
         else:
             hashes = {spec.path: hf_config._commit_hash}
-        files = _hash_files(sorted(adapter.glob("adapter_*")), memo) if adapter else {}
+        files = _hash_files(entries(adapter, "adapter_*"), memo) if adapter else {}
         hashes |= {f"adapter/{name}": digest for name, digest in files.items()}
         return hashes if quantization is None else {**hashes, "quantization": quantization.identity()}
 
@@ -78,8 +84,8 @@ def hash_weights(
 
 def _hash_files(files: list[pathlib.Path], memo: pathlib.Path) -> dict[str, str]:
     try:
-        known = json.loads(memo.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        known = read_json(memo)
+    except ConfigError:
         known = {}
     hashes, found = {}, {}
     for file in files:

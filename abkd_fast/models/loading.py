@@ -17,8 +17,8 @@ from transformers.activations import NewGELUActivation
 from transformers.pytorch_utils import Conv1D
 
 from ..config.models import ModelConfig
-from ..errors import ConfigError, first_line
-from ..files import is_local_path
+from ..errors import OWN_CODE, TOO_DEEP, ConfigError, first_line, is_deep, reading
+from ..files import check_path_length, entries, is_local_path
 from ..losses.arguments import LogitMap
 from . import attention, dropout, experts, forms, quantized, wrappers
 from .causal_lm import CausalLM
@@ -30,7 +30,6 @@ transformers.utils.logging.disable_progress_bar()  # the run shows its own
 # Newer versions of transformers renamed what peft and this module still call by the old name.
 warnings.filterwarnings("ignore", r".*gradient_checkpointing.* is deprecated", FutureWarning)
 
-OWN_CODE = "it has code of its own (auto_map), which is not run: give a model that transformers knows"
 POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "seq_length")
 
 
@@ -50,34 +49,32 @@ def check_path(path: str, key: str) -> None:
 
 def _check_weights(folder: pathlib.Path, key: str) -> None:
     """Raises ConfigError where files are missing, cut off, or Git's pointers to files. Reads their headers alone."""
-    files = [*folder.glob("*.safetensors"), *folder.glob("*.bin")]
+    files = [*entries(folder, "*.safetensors"), *entries(folder, "*.bin")]
     if not files:
         raise ConfigError(f"{key}: {folder} has no weights (*.safetensors or *.bin)")
     for file in files:
-        try:
-            if file.suffix == ".safetensors":
+        file.open("rb").close()  # safetensors says of what can't be read that it is not there
+        if file.suffix == ".safetensors":
+            with reading(f"{key}: {file} is damaged or incomplete", ": get it again"):
                 safetensors.safe_open(file, "pt").__exit__(None, None, None)
-        except (OSError, safetensors.SafetensorError) as error:
-            raise ConfigError(f"{key}: {file} is damaged or incomplete ({error}): get it again") from None
     index = folder / "model.safetensors.index.json"
-    try:
+    with reading(f"{key}: {index} is damaged", ": get it again"):
         names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values() if index.exists() else ()
         missing = sorted(name for name in set(names) if not (folder / name).exists())
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        raise ConfigError(f"{key}: {index} is damaged: get it again") from None
     if missing:
         raise ConfigError(f"{key}: {folder} lacks {len(missing)} files of its index, the first: {missing[0]}")
 
 
 def model_spec(path: str) -> ModelConfig:
-    """The model at a path: a folder or Hub name, or the folder of a LoRA adapter and its base."""
+    """The model at a path: a folder or Hub name, or the folder of a LoRA adapter and its base. Raises ConfigError."""
+    check_path_length("model", path)
     settings = pathlib.Path(path, ADAPTER_SETTINGS)
     if not settings.exists():
         return ModelConfig(path=path)
-    try:
+    with reading(f"model: {settings} names no base model", ": the adapter can't be used alone"):
         base = json.loads(settings.read_text(encoding="utf-8"))["base_model_name_or_path"]
-    except (OSError, ValueError, LookupError, TypeError):
-        raise ConfigError(f"model: {settings} names no base model: the adapter can't be used alone") from None
+        if not isinstance(base, str):
+            raise TypeError(f"base_model_name_or_path is {json.dumps(base)[:60]}")
     return ModelConfig(path=base, adapter=path, quantize=quantized.saved_wish(settings.parent))
 
 
@@ -114,16 +111,14 @@ def read_meta_model(spec: ModelConfig, key: str) -> MetaModel:
         config = wrappers.language_config(whole)
         model = wrappers.language_model(meta_model(whole))  # fails where its numbers don't fit together
     except Exception as error:  # transformers checks with many kinds of errors
-        raise ConfigError(f"{what}{_hub_problem(error)} ({reason(error)})") from None
+        raise ConfigError(f"{what}{_hub_problem(error)} ({first_line(error)})") from error
     if folder != spec.path:  # its states are there already, so it has no form to run in
         return MetaModel(spec, config, model, Form(None, LogitMap()), None, whole)
     if spec.dropout is not None:
         dropout.set_rates(config, spec.dropout, key)
     form = forms.choose(config, key)
-    try:
+    with reading(what):
         wrappers.check(whole)
-    except Exception as error:  # models have code of their own
-        raise ConfigError(f"{what} ({reason(error)})") from None
     adapter_size = None
     if spec.has_adapter:
         from . import lora
@@ -139,17 +134,14 @@ def read_meta_model(spec: ModelConfig, key: str) -> MetaModel:
 def read_config(path: str) -> PretrainedConfig:
     """A model's configuration, from a folder or the Hub. A model's own code is not run.
 
-    Raises ValueError for a model that needs it, and transformers' errors.
+    Raises ValueError for a model that needs it, and for values that are nested too deeply, and transformers' errors.
     """
     values, _ = PretrainedConfig.get_config_dict(path)
+    if is_deep(values):
+        raise ValueError(f"config.json {TOO_DEEP}")
     if "auto_map" in values and values.get("model_type") not in CONFIG_MAPPING:
         raise ValueError(f"{OWN_CODE}, and this {values.get('model_type')} model is none")
     return AutoConfig.from_pretrained(path, trust_remote_code=False)
-
-
-def reason(error: Exception) -> str:
-    """Why transformers can't read something: its own words, but not its advice to trust code of a model's own."""
-    return OWN_CODE if "trust_remote_code" in str(error) else first_line(error)
 
 
 def _hub_problem(error: BaseException | None) -> str:
@@ -264,7 +256,7 @@ def load(
         read_dtype = torch.promote_types(dtype, torch.float32) if merges else dtype
         if in_parts and not spec.has_adapter:
             read_dtype = _type_in_files(spec.path, dtype)
-        try:
+        with reading(f"{key}.path: {spec.path}: its weights can't be read"):
             model, found = wrappers.model_class(whole).from_pretrained(
                 spec.path,
                 config=whole,
@@ -273,8 +265,6 @@ def load(
                 trust_remote_code=False,
                 **placed,
             )
-        except Exception as error:  # of many kinds: missing, truncated or foreign files
-            raise ConfigError(f"{key}.path: {spec.path}: its weights can't be read ({reason(error)})") from None
         if missing := sorted(found["missing_keys"]):  # transformers would use random weights for these
             names = f"{missing[0]} and {len(missing) - 1} others" if missing[1:] else missing[0]
             raise ConfigError(f"{key}.path: {spec.path}: its weights don't fit its config.json: no {names}")
@@ -319,8 +309,9 @@ def published_dtype(path: str, why: str) -> torch.dtype:
 
     why: begins the message of the ConfigError for a type that no weights are trained or converted to.
     """
-    whole = read_config(path)
-    dtype = wrappers.language_config(whole).dtype or whole.dtype or wrappers.first_dtype(path)
+    with reading(f"{why}, but the type of {path} can't be read"):
+        whole = read_config(path)
+        dtype = wrappers.language_config(whole).dtype or whole.dtype or wrappers.first_dtype(path)
     if dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         raise ConfigError(f"{why}, but {path} has {dtype}; give float32, bfloat16 or float16")
     return dtype

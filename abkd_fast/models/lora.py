@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..config.models import ModelConfig
-from ..errors import ConfigError, first_line
+from ..errors import ConfigError, printable, reading
 from . import wrappers
 from .identity import find_adapter
 
@@ -31,17 +31,13 @@ def check_adapter(model: PreTrainedModel, spec: ModelConfig, key: str) -> int:
     tied = head.weight is embeddings.weight
     if spec.lora is not None:
         _check_targets(model, spec, key)
-    try:
+    with reading(f"{source} can't be used"):  # broken or foreign files, names of modules that aren't there
         settings = _settings(model, spec, key)
         if settings.peft_type != peft.PeftType.LORA:
             raise ConfigError(f"{key}.adapter: {spec.adapter} is a {settings.peft_type.value} adapter, expected LORA")
         with torch.device("meta"):
             ours = peft.get_peft_model_state_dict(peft.PeftModel(model, settings), save_embedding_layers=False)
         theirs = peft.load_peft_weights(str(find_adapter(spec.adapter, key)), "cpu") if spec.adapter else ours
-    except ConfigError:
-        raise
-    except Exception as error:  # of many kinds: broken or foreign files, names of modules that aren't there
-        raise ConfigError(f"{source} can't be used ({first_line(error)})") from None
     if model.get_output_embeddings() is not head or (tied and model.get_input_embeddings() is not embeddings):
         raise ConfigError(f"{source}: adapts the output projection, which has to stay as it is here")
     sizes = [{name: list(tensor.shape) for name, tensor in tensors.items()} for tensors in (theirs, ours)]
@@ -92,19 +88,20 @@ def _targets(model: PreTrainedModel, spec: ModelConfig) -> list[str] | str:
 def attach_adapter(model: PreTrainedModel, spec: ModelConfig, key: str) -> peft.PeftModel:
     """The frozen model with its trainable adapter, which is in at least float32."""
     settings = _settings(model, spec, key)
-    try:
+    with reading(f"{key}: an adapter can't be attached to its layers"):  # peft may not know quantized ones
         if spec.lora is not None:
             adapted = peft.get_peft_model(model, settings)
         else:
             folder = str(find_adapter(spec.adapter, key))
             adapted = peft.PeftModel.from_pretrained(model, folder, config=settings, is_trainable=True)
-    except (ValueError, ImportError) as error:  # quantized layers that peft doesn't know
-        raise ConfigError(f"{key}: an adapter can't be attached to its layers ({first_line(error)})") from None
     settings = adapted.peft_config["default"]
     base = os.path.abspath(spec.path) if os.path.isdir(spec.path) else spec.path
     if spec.adapter is not None and settings.base_model_name_or_path not in (base, spec.path):
         logging.getLogger("abkd_fast").warning(
-            f"{key}.adapter: {spec.adapter} was trained on {settings.base_model_name_or_path}, and goes on {base} now"
+            printable(
+                f"{key}.adapter: {spec.adapter} was trained on {settings.base_model_name_or_path}, "
+                f"and goes on {base} now"
+            )
         )
     settings.base_model_name_or_path = base
     for module in adapted.modules():
@@ -115,11 +112,9 @@ def attach_adapter(model: PreTrainedModel, spec: ModelConfig, key: str) -> peft.
 
 def merge_adapter(model: PreTrainedModel, spec: ModelConfig, key: str, dtype: torch.dtype) -> PreTrainedModel:
     """The model with the adapter's product added to its float32 weights, converted to `dtype`."""
-    try:
+    with reading(f"{key}.adapter: {spec.adapter} can't be merged"):  # its weights may not be finite
         adapted = peft.PeftModel.from_pretrained(model, str(find_adapter(spec.adapter, key)))
         merged = adapted.merge_and_unload(safe_merge=True)
-    except ValueError as error:  # weights that aren't finite
-        raise ConfigError(f"{key}.adapter: {spec.adapter} can't be merged ({first_line(error)})") from None
     for parameter in merged.parameters():  # buffers keep float32: rotary frequencies need it
         parameter.data = parameter.data.to(dtype)
     return merged

@@ -17,7 +17,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..config.models import ModelConfig
-from ..errors import ConfigError, first_line
+from ..errors import ConfigError, reading
 
 # bitsandbytes says at every product of 8-bit weights that it casts to float16. On CPUs with AVX512-BF16 it asks, as
 # soon as peft imports it, for a package whose kernel loses gradients.
@@ -108,12 +108,10 @@ def read(
     package = PACKAGES.get(method)
     if package and package not in OPTIONAL and not _has(package):
         raise ConfigError(f"{where}: {method} weights need the package {package}: pip install {package}")
-    try:
+    with reading(f"{where}: {method} weights can't be used here"):  # the method may be missing, or the GPU too old
         settings = _settings(spec.quantize, dtype) if stored is None else AutoQuantizationConfig.from_dict(dict(stored))
         quantizer = Quantization(settings, stored is not None).quantizer()
         quantizer.validate_environment(device_map=_device_map())
-    except Exception as error:  # of many kinds: a method or package that is missing, a GPU that can't do it
-        raise ConfigError(f"{where}: {method} weights can't be used here ({first_line(error)})") from None
     return Quantization(quantizer.quantization_config, stored is not None)
 
 
@@ -159,10 +157,8 @@ def check(quantization: Quantization, model: PreTrainedModel, key: str) -> Quant
     Raises ConfigError where they can't be built, and for a quantized output projection: the losses read it as a matrix.
     """
     quantizer = quantization.quantizer()
-    try:
+    with reading(f"{key}: its {quantization.name} layers can't be built"):
         _replace_layers(model, torch.float32, quantizer)
-    except Exception as error:  # of many kinds
-        raise ConfigError(f"{key}: its {quantization.name} layers can't be built ({first_line(error)})") from None
     head = model.get_output_embeddings()
     name = next(name for name, module in model.named_modules() if module is head)
     if type(head) is not nn.Linear or quantizer.param_needs_quantization(model, f"{name}.weight"):
@@ -231,10 +227,8 @@ def save_settings(model: PreTrainedModel, folder: pathlib.Path) -> None:
 
 def saved_wish(folder: pathlib.Path) -> str | None:
     """The value of `quantize` that an adapter's base had when it was trained. Raises ConfigError for a broken file."""
-    try:
+    if not (folder / SETTINGS).exists():
+        return None
+    with reading(f"{folder / SETTINGS} can't be read"):
         values = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
         return "4bit" if values["load_in_4bit"] else "8bit"
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise ConfigError(f"{folder / SETTINGS} can't be read ({first_line(error)})") from None

@@ -12,24 +12,25 @@ from ..config.models import ModelConfig
 from ..data import quickstart
 from ..data.chat import PromptFormat, chat_template, end_of_turn
 from ..data.encode import begin_token
-from ..errors import ConfigError, first_line
-from ..files import is_local_path
-from .loading import reason
+from ..errors import TOO_DEEP, ConfigError, is_deep, reading
+from ..files import check_path_length, entries, is_local_path
 
 
 def read_tokenizer(path: str, key: str) -> PreTrainedTokenizerBase:
     """A tokenizer; "quickstart" is that of the generated tasks. Raises ConfigError where there is none."""
     if path == "quickstart":
         return quickstart.tokenizer()
+    check_path_length(key, path)
     folder = pathlib.Path(path)
-    if folder.is_dir() and not any([*folder.glob(f"{kind}*")] for kind in ("tokenizer", "vocab", "spiece")):
+    if folder.is_dir() and not any(entries(folder, f"{kind}*") for kind in ("tokenizer", "vocab", "spiece")):
         raise ConfigError(f"{key}: {path} is a folder without a tokenizer; name another as tokenizer")
-    try:
-        if not folder.exists() and is_local_path(path):
-            raise OSError("no such folder")
+    if not folder.exists() and is_local_path(path):
+        raise ConfigError(f"{key}: {path}: no tokenizer there (no such folder)")
+    with reading(f"{key}: {path}: no tokenizer there"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except Exception as error:  # of many kinds: a broken file, no network, a missing package
-        raise ConfigError(f"{key}: {path}: no tokenizer there ({reason(error)})") from None
+        tokenizer("a")  # some can be read, and encode nothing
+        if is_deep(tokenizer.init_kwargs):
+            raise ValueError(f"tokenizer_config.json {TOO_DEEP}")
     if tokenizer.eos_token_id is None:
         raise ConfigError(f"{key}: {path}: has no end token (eos_token), which every response needs")
     return tokenizer
@@ -147,11 +148,11 @@ def _generation_ends(path: str) -> list[int]:
         file = cached_file(path, GENERATION_CONFIG_NAME)
     except OSError:  # there is none, or the Hub can't be asked; transformers goes on without it, too
         return []
-    try:
+    with reading(f"{file} can't be read", ": get it again"):
         values = json.loads(pathlib.Path(file).read_text(encoding="utf-8"))
         ends, is_derived = values.get("eos_token_id"), values.get("_from_model_config", False)
-    except (OSError, ValueError, AttributeError, RecursionError) as error:
-        raise ConfigError(f"{file} can't be read ({first_line(error)}): get it again") from None
+        if is_deep(values):
+            raise ValueError(f"it {TOO_DEEP}")
     several = ends if isinstance(ends, list) else [] if ends is None else [ends]
     if not all(type(token) is int for token in several):
         shown = json.dumps(ends)[:60]

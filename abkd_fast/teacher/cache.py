@@ -20,7 +20,7 @@ from ..console import ProgressBar, console, format_bytes
 from ..data.batches import pack, teacher_view
 from ..device import free_memory
 from ..errors import ConfigError
-from ..files import cache_folder, disk_bytes
+from ..files import cache_folder, check_path_length, disk_bytes
 from ..models.causal_lm import CausalLM
 from ..models.identity import describe_model, hash_tensors, hash_weights
 from ..models.loading import MetaModel
@@ -69,6 +69,7 @@ class TeacherCache:
         self.origin = Origin.of(config, teacher.config, teacher.form.logit_map, given.vocabulary)
         self.logit_map = self.origin.logit_map
         self.root = pathlib.Path(config.cache.dir) if config.cache.dir else cache_folder()
+        check_path_length("cache.dir", self.root, is_written=True)
         self.max_tokens = config.train.max_tokens
         self.layout = store.Layout(self.dataset)
         self.width = teacher.model.get_output_embeddings().weight.shape[1]

@@ -1,5 +1,6 @@
 """A folder of hidden states from anywhere. Nothing in it is believed before it is checked, and nothing is executed."""
 
+import contextlib
 import errno
 import json
 import pathlib
@@ -14,13 +15,13 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ..console import format_bytes
-from ..errors import ConfigError, first_line, printable
-from ..files import disk_bytes
+from ..errors import JSON_ERRORS, ConfigError, printable, reading
+from ..files import disk_bytes, file_checksum
 from ..losses.arguments import LogitMap
 from . import shards
 from .origin import differences
 from .shards import Shards
-from .store import FORMAT, HASH_BYTES, Places, checksum_of, fingerprint, hash_each, label_counts, read_head, table_of
+from .store import FORMAT, HASH_BYTES, Places, fingerprint, hash_each, label_counts, read_head, table_of
 
 FILES = ("head.safetensors", "config.json", "samples.safetensors", "vocabulary.json")
 DTYPES = {shards.dtype_name(dtype): dtype for dtype in shards.TYPES}
@@ -48,17 +49,16 @@ class StatesFolder:
         except OSError as error:
             hint = "expected a folder that python -m abkd_fast.cache has built"
             raise ConfigError(f"{key}: {path} has no index.json ({error.strerror}); {hint}") from None
-        except (ValueError, RecursionError):
+        except JSON_ERRORS:
             raise self.error("index.json is damaged") from None
-        try:
+        with self._reading("index.json makes no sense"):
             self._read(index)
-        except ConfigError:
-            raise
-        except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
-            raise self.error(f"index.json makes no sense ({first_line(error)})") from None
 
     def error(self, problem: str, way_out: str = WAYS_OUT) -> ConfigError:
         return ConfigError(f"{self.key}: {self.folder}: {problem}; {way_out}")
+
+    def _reading(self, problem: str) -> contextlib.AbstractContextManager[None]:
+        return reading(f"{self.key}: {self.folder}: {problem}", f"; {WAYS_OUT}")
 
     def _read(self, index: dict) -> None:
         """Takes the values of the index. Raises the errors of values that are missing or of another type."""
@@ -100,7 +100,7 @@ class StatesFolder:
         return self.shards.problem()
 
     def _is_whole(self, name: str) -> bool:
-        return name in self.files and checksum_of(self.folder / name) == self.files[name]
+        return name in self.files and file_checksum(self.folder / name) == self.files[name]
 
     def check(self) -> None:
         """Checks all but the contents of the shards. Raises ConfigError."""
@@ -128,7 +128,7 @@ class StatesFolder:
 
     def head(self, shape: torch.Size, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
         """The output projection [V, H] and its bias [V], in `dtype`. Raises ConfigError for one of another `shape`."""
-        try:
+        with self._reading("head.safetensors can't be read"):
             with safe_open(self.folder / "head.safetensors", "pt") as file:
                 shapes = {name: [*file.get_slice(name).get_shape()] for name in file.keys()}  # noqa: SIM118 - no dict
             expected = {"weight": [*shape], "bias": [*shape[:1]]}
@@ -137,20 +137,14 @@ class StatesFolder:
                 there = f"{shapes.pop('weight', 'missing')}" + (f" with {', '.join(shapes)}"[:80] if shapes else "")
                 raise self.error(f"its output projection is {there}, expected {[*shape]} of config.json")
             weight, bias = read_head(self.folder)
-        except ConfigError:
-            raise
-        except Exception as error:  # of many kinds: a foreign file
-            raise self.error(f"head.safetensors can't be read ({first_line(error)})") from None
         if not weight.is_floating_point():
             raise self.error(f"its output projection is in {shards.dtype_name(weight.dtype)}")
         return weight.to(dtype), None if bias is None else bias.to(dtype)
 
     def vocabulary(self) -> StoredVocabulary:
         """The tokens of the teacher's tokenizer. Raises ConfigError."""
-        try:
+        with self._reading("vocabulary.json can't be read"):
             tokens = read_json(self.folder / "vocabulary.json")
-        except (OSError, ValueError, RecursionError) as error:
-            raise self.error(f"vocabulary.json can't be read ({first_line(error)})") from None
         good = isinstance(tokens, dict) and tokens and all(type(number) is int for number in tokens.values())
         if not good or not 0 <= min(tokens.values()) <= max(tokens.values()) < 2**31:
             raise self.error("vocabulary.json holds no tokens and their ids")
@@ -159,12 +153,10 @@ class StatesFolder:
     def _samples(self) -> tuple[np.ndarray, np.ndarray]:
         """The hash of every sample, and its rows [start, stop]. Raises ConfigError for rows outside of a shard."""
         path, largest = self.folder / "samples.safetensors", (HASH_BYTES + 16) * self.rows + 10_000
-        try:
+        with self._reading("samples.safetensors can't be read"):
             check_file(path, largest)  # a sample has a row
             tensors = safetensors.numpy.load(path.read_bytes())
             hashes, rows = tensors["hashes"], tensors["rows"]
-        except Exception as error:  # likewise
-            raise self.error(f"samples.safetensors can't be read ({first_line(error)})") from None
         count, kinds = len(hashes) if hashes.ndim else 0, (hashes.dtype, rows.dtype)
         if hashes.shape != (count, HASH_BYTES) or rows.shape != (count, 2) or kinds != (np.uint8, np.int64):
             raise self.error("samples.safetensors holds no hashes and rows")

@@ -9,7 +9,7 @@ import filelock
 
 from ..console import format_bytes
 from ..errors import ConfigError
-from ..files import disk_bytes
+from ..files import check_path_length, disk_bytes
 from .folder import FILES, StatesFolder
 
 NAME = re.compile("[0-9a-f]{32}")  # a fingerprint
@@ -23,6 +23,7 @@ def folders(root: pathlib.Path) -> list[pathlib.Path]:
 
     Each is named by a fingerprint and has nothing in it that this package doesn't write.
     """
+    check_path_length("dir", root)
     if not root.is_dir():
         return []
     return sorted(path for path in root.iterdir() if path.is_dir() and not path.is_symlink() and _is_states(path))
@@ -41,9 +42,9 @@ def describe(root: pathlib.Path) -> Iterator[str]:
 
     An output projection that several folders share is in the number of each, and once in that of all.
     """
+    found = folders(root)
     if not root.is_dir():
         raise ConfigError(f"list: {root} is no folder")
-    found = folders(root)
     for folder in found:
         try:
             states = StatesFolder(str(folder), "list")

@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from ..config.schema import Config
-from ..data.chat import PromptFormat
+from ..data.chat import SECONDS, PromptFormat
+from ..data.time_limit import time_limit
 from ..errors import printable
 from ..losses.arguments import LogitMap
 from ..models.identity import portable_config
@@ -79,7 +80,7 @@ def date_note(config: Config, key: str, tokenizer: PreTrainedTokenizerBase) -> s
         values = {**kwargs, "strftime_now": lambda _: day}
         return tokenizer.apply_chat_template(question, tokenize=False, **values)
 
-    with contextlib.suppress(Exception):  # a template is a program, and may fail in any way
+    with contextlib.suppress(Exception), time_limit(SECONDS):  # a template is a program, and may fail in any way
         if prompt("one") == prompt("other"):
             return None
     section = "data" if spec.chat_template is None and spec.chat_template_kwargs is None else key

@@ -31,7 +31,17 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ..console import console
-from ..files import LOCK, atomic_file, atomic_write, check_trusted, disk_bytes, make_cache_folder, remove_leftovers
+from ..errors import JSON_ERRORS
+from ..files import (
+    LOCK,
+    atomic_file,
+    atomic_write,
+    check_trusted,
+    disk_bytes,
+    file_checksum,
+    make_cache_folder,
+    remove_leftovers,
+)
 from . import shards
 from .origin import Origin
 from .shards import Shards
@@ -181,7 +191,7 @@ class HiddenStateStore:
                 raise ValueError
         except OSError:
             return True
-        except (ValueError, TypeError, KeyError, RecursionError):
+        except (*JSON_ERRORS, TypeError, KeyError):
             return False
         self.checksums, self.files, self.seconds, self.told = checksums, files, seconds, told
         return True
@@ -274,7 +284,7 @@ class HiddenStateStore:
             self._write_index()
 
     def _is_whole(self, name: str) -> bool:
-        return name in self.files and checksum_of(self.folder / name) == self.files[name]
+        return name in self.files and file_checksum(self.folder / name) == self.files[name]
 
     def reserve(self) -> None:
         """Allocates all rows, and writes what doesn't have to be computed. Raises OSError."""
@@ -349,20 +359,6 @@ def _same_bits(first: Tensor, second: Tensor) -> bool:
 
 def fingerprint(identity: dict) -> str:
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
-
-
-def checksum_of(path: pathlib.Path) -> int | None:
-    """The CRC-32 of a file; None where it can't be read, or is no regular file."""
-    checksum = 0
-    try:
-        if not path.is_file():
-            return None
-        with path.open("rb") as file:
-            while content := file.read(1 << 24):
-                checksum = zlib.crc32(content, checksum)
-    except OSError:
-        return None
-    return checksum
 
 
 def read_head(folder: pathlib.Path) -> tuple[Tensor, Tensor | None]:

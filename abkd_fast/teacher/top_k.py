@@ -21,7 +21,7 @@ from ..console import ProgressBar
 from ..data import text_files
 from ..data.batches import prompt_of, teacher_view
 from ..data.strict_json import show
-from ..data.tokenize import stored
+from ..data.token_store import stored
 from ..errors import ConfigError
 from ..files import file_digest
 from ..losses.top_k import TOLERANCE
@@ -89,9 +89,10 @@ class TopKTargets:
                     writer.write_batch(pyarrow.record_batch(arrays, schema=COLUMNS.arrow_schema))
 
         try:
-            self.samples = stored(key, write, f"checking {path} against the samples").with_format("numpy")
+            samples, _ = stored(key, write, f"checking {path} against the samples")
         except ConfigError as error:
             raise ConfigError(f"teacher.top_k: {error}", "teacher.top_k") from None
+        self.samples = samples.with_format("numpy")
         counts = self.samples.data.column("counts").combine_chunks().flatten().to_numpy()
         least, most = counts.min(), counts.max()
         known = f"{most}" if least == most else f"{least} to {most}"

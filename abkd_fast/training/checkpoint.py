@@ -12,24 +12,17 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from .. import distributed
-from ..console import console
+from .. import distributed, manifest
+from ..console import console, styled
 from ..errors import ConfigError
-from ..files import atomic_folder, file_digest
+from ..files import atomic_folder, entries
 
-MANIFEST, STATE, TENSORS, OPTIMIZER = "manifest.json", "trainer.json", "trainer.safetensors", "optimizer"
+STATE, TENSORS, OPTIMIZER = "trainer.json", "trainer.safetensors", "optimizer"
 
 
 def damage(folder: pathlib.Path) -> str | None:
-    """The damage of a checkpoint in words; None where all files are as they were written."""
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        for name, digest in manifest.items():
-            if file_digest(folder / name) != digest:
-                return f"{name} differs from what was written"
-    except (OSError, ValueError, AttributeError) as error:
-        return f"{type(error).__name__}: {error}"
-    return None
+    """The damage of a checkpoint in words; None where all files are as they were written. Raises PermissionError."""
+    return manifest.damage(folder, folder / manifest.NAME)
 
 
 class Checkpoints:
@@ -44,16 +37,16 @@ class Checkpoints:
     def all(self) -> list[pathlib.Path]:
         """All whole checkpoints, oldest first."""
         return sorted(
-            (path for path in self.folder.glob("step-*") if re.fullmatch(r"step-\d+", path.name)),
+            (path for path in entries(self.folder) if re.fullmatch(r"step-\d+", path.name)),
             key=lambda path: int(path.name.removeprefix("step-")),
         )
 
     def newest(self) -> pathlib.Path | None:
         """The newest whole checkpoint. Damaged ones are reported and moved aside, unfinished ones removed.
 
-        Raises ConfigError where all are damaged.
+        Raises ConfigError where all are damaged, and OSError where they can't be read.
         """
-        for unfinished in self.folder.glob("*.tmp"):
+        for unfinished in entries(self.folder, "*.tmp"):
             shutil.rmtree(unfinished)
         damaged = {}
         for path in reversed(self.all()):
@@ -71,15 +64,14 @@ class Checkpoints:
             aside = path.with_name(path.name + ".damaged")
             shutil.rmtree(aside, ignore_errors=True)
             path.rename(aside)
-            console.print(f"[bold red]damaged[/] {path} ({reason}): moved to {aside.name}; an older one is used")
+            rest = f" {path} ({reason}): moved to {aside.name}; an older one is used"
+            console.print(styled("damaged", "bold red", rest))
 
     def save(self, step: int, best_step: int | None, write: Callable[[pathlib.Path], None]) -> None:
-        """Lets `write` fill a new checkpoint, then deletes old ones. Raises one of WRITE_ERRORS."""
+        """Lets `write` fill a new checkpoint, then deletes old ones. Raises OSError."""
         with atomic_folder(self.folder_of(step)) as folder:
             write(folder)
-            files = sorted(path for path in folder.rglob("*") if path.is_file())  # chat templates may have a folder
-            digests = {str(file.relative_to(folder)): file_digest(file) for file in files}
-            (folder / MANIFEST).write_text(json.dumps(digests, indent=2) + "\n", encoding="utf-8")
+            manifest.write(folder, folder / manifest.NAME)
         for old in self.all()[: -self.keep]:
             if best_step is None or old != self.folder_of(best_step):
                 # Renamed first, because a folder that is half deleted must not look whole.
@@ -89,7 +81,7 @@ class Checkpoints:
 
 def copy_model(folder: pathlib.Path, target: pathlib.Path, convert: Callable[[pathlib.Path], None]) -> None:
     """Copies the model files of a checkpoint, without the train state, into a new folder, and converts them there."""
-    ignored = shutil.ignore_patterns(MANIFEST, STATE, TENSORS, OPTIMIZER)
+    ignored = shutil.ignore_patterns(manifest.NAME, STATE, TENSORS, OPTIMIZER)
     with atomic_folder(target) as temporary:
         shutil.copytree(folder, temporary, ignore=ignored, dirs_exist_ok=True)
         convert(temporary)

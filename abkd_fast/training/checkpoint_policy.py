@@ -5,8 +5,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from ..console import console
-from ..files import WRITE_ERRORS
+from ..console import console, styled
 from .checkpoint_writer import CheckpointWriter
 from .state import TrainState
 
@@ -46,7 +45,7 @@ class CheckpointPolicy:
         self.pending = step, previous_best
         try:
             self.writer.begin(step, best[1] if best else None, tensors, values, flush)
-        except WRITE_ERRORS as error:
+        except OSError as error:
             self._give_up(error)
 
     def conclude(self) -> None:
@@ -55,7 +54,7 @@ class CheckpointPolicy:
             return
         try:
             self.writer.conclude()
-        except WRITE_ERRORS as error:
+        except OSError as error:
             self._give_up(error)
         else:
             (step, _), self.pending = self.pending, None
@@ -64,7 +63,7 @@ class CheckpointPolicy:
 
     def _give_up(self, error: Exception) -> None:
         (step, previous_best), self.pending = self.pending, None
-        console.print(f"[bold red]no checkpoint[/] at step {step} ({error}); training goes on")
+        console.print(styled("no checkpoint", "bold red", f" at step {step} ({error}); training goes on"))
         if self.state.best and self.state.best[1] == step:
             # The best of those that could be written. eval.patience goes on from 0, because the step was better: on a
             # disk that stays full, a run whose evaluations get better and better must not end for that.

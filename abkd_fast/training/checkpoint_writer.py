@@ -27,6 +27,7 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from transformers import PreTrainedTokenizerBase
 
 from .. import distributed, processes
+from ..errors import library_errors
 from ..files import atomic_folder
 from ..models.causal_lm import CausalLM
 from .checkpoint import OPTIMIZER, STATE, TENSORS, Checkpoints
@@ -70,7 +71,7 @@ class CheckpointWriter:
         self.thread.shutdown()
 
     def begin(self, step: int, best_step: int | None, tensors: Tensors, state: dict, first: Callable[[], None]) -> None:
-        """Begins a checkpoint of model and optimizer as they are now. Raises one of WRITE_ERRORS.
+        """Begins a checkpoint of model and optimizer as they are now. Raises OSError.
 
         best_step: the step whose checkpoint stays. tensors, state: rank 0's train state, the latter as JSON values.
         first: is called by rank 0 before the checkpoint is written.
@@ -93,12 +94,12 @@ class CheckpointWriter:
         self.writing = self.thread.submit(self._write, parts, copies, save)
 
     def conclude(self) -> None:
-        """Waits for the checkpoint that is being written. Raises one of WRITE_ERRORS."""
+        """Waits for the checkpoint that is being written. Raises OSError."""
         writing, self.writing = self.writing, None
         distributed.run_on_all_ranks(writing.result)
 
     def save_model(self, folder: pathlib.Path, convert: Callable[[pathlib.Path], None] | None = None) -> None:
-        """Writes the model and its tokenizer into a new folder, and converts it there. Raises one of WRITE_ERRORS."""
+        """Writes the model and its tokenizer into a new folder, and converts it there. Raises OSError."""
 
         def save(write_model: Callable[[pathlib.Path], None]) -> None:
             with atomic_folder(folder) as temporary:
@@ -140,7 +141,8 @@ class CheckpointWriter:
                     dcp.save(tensors[kind], storage_writer=writer, process_group=self.group)
                 except CheckpointException as error:
                     reason, _ = next(iter(error.failures.values()))
-                    raise reason from error
+                    with library_errors():
+                        raise reason from error
 
     def _write_joined(self, parts: pathlib.Path, tensors: dict[str, Tensors], folder: pathlib.Path) -> None:
         """Fills a folder from the ranks' files. transformers writes the model again, for the names in its layout."""

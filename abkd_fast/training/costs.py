@@ -178,7 +178,7 @@ def _estimated_activation_bytes(
     tokens = batch.tokens if is_packed else padded_tokens(batch.lengths)
     features = cost.features
     if recompute:
-        features = cost.layers * cost.width + features / cost.layers
+        features = cost.layers * cost.width + features / max(1, cost.layers)
     return round(ESTIMATED_KEPT * tokens * features * dtype.itemsize)
 
 

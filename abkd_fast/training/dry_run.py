@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from rich.markup import escape
+from rich.text import Text
 
 from .. import distributed
-from ..console import format_bytes
+from ..console import format_bytes, styled
 from ..data.batches import StepBatch, make_step_batch, prompt_of
 from ..device import device_name, free_memory
 from ..losses import row_ops
@@ -51,21 +51,21 @@ def describe(trainer: Trainer) -> Iterator[str]:
         yield f"  cache      {of}{format_bytes(cache.bytes)} of teacher's states in {place}"
 
 
-def first_lines(trainer: Trainer) -> Iterator[str]:
+def first_lines(trainer: Trainer) -> Iterator[str | Text]:
     """What a run trains, on which data: all that is known before the models load."""
     config, data = trainer.config, trainer.data
     lengths = torch.tensor(data.train_set["row_length"][:]).clamp(max=config.data.max_length)
     loss = f"  loss {config.loss}" if trainer.teachers or trainer.method.top_k else ""
-    yield f"[bold]{config.run.folder}[/bold]  method {config.method}{loss}"
+    yield styled(f"{config.run.folder}", "bold", f"  method {config.method}{loss}")
     yield (
         f"  data       {_size(trainer)}, {lengths.float().mean():.0f} tokens each on average, "
         f"the first {data.where[data.train_set['row'][0]]}"
     )
-    yield from map(escape, _notes(trainer))
+    yield from _notes(trainer)
     yield _steps(trainer)
 
 
-def header(trainer: Trainer) -> Iterator[str]:
+def header(trainer: Trainer) -> Iterator[str | Text]:
     """What was built and chosen, so that nobody trains on a slow path unknowingly."""
     yield f"  models     {_models(trainer)}"
     yield f"  device     {device_name(trainer.device)}, {str(trainer.dtype).removeprefix('torch.')}"
@@ -77,10 +77,10 @@ def header(trainer: Trainer) -> Iterator[str]:
         lines = experts.describe(meta.model, meta.router_loss_weight, meta.spec.router_aux_loss)
         yield from (f"  router     {line}" for line in lines)
     for line in without_kernels(trainer.device):
-        yield f"[bold red]{escape(line)}[/bold red]"
+        yield styled(line, "bold red")
     for key, teacher in trainer.teachers.built.items():
         yield f"  teacher    {f'{key}: ' if trainer.teachers.are_several else ''}{teacher.note}"
-    yield from map(escape, _served(trainer))
+    yield from _served(trainer)
     if distributed.world_size() > 1:
         held = "a part of all weights" if trainer.is_sharded else "all weights"
         yield f"  processes  {distributed.world_size()}, each with {held}; gradients are summed over them"

@@ -1,16 +1,19 @@
-"""How well student and teacher predict the data's responses: told once, because a wrong teacher shows there first."""
+"""How well student and teacher predict the data's responses: told once, because a wrong model shows there first."""
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
 from .. import distributed
-from ..console import console
+from ..console import console, styled
 from ..data.batches import Batch, StepBatch
 from ..losses.arguments import LinearHead
 from ..losses.fused_linear import fused_linear_cross_entropy
+
+MARGIN = 1.0  # random weights are a little worse than a guess, and nothing is wrong with them
 
 
 class ResponseLikelihoods:
@@ -39,22 +42,36 @@ class ResponseLikelihoods:
         yield
         for key, count in counts.items():
             student, teacher = (distributed.all_reduce_sum(self.sums[key]) / count).tolist()
-            _print(key, student, teacher)
+            _print(key, student, teacher, self.vocab)
         self.is_wanted, self.sums = False, {}
 
     def add(self, key: str | None, batch: Batch, student: LinearHead, teacher: LinearHead | None) -> None:
         """Adds what both models say of a batch's labels, if this step is measured."""
         if self.sums and not batch.is_pretrain:
+            self.vocab = student.weight.shape[0]
             self.sums[key] -= torch.stack([_cross_entropy(head, batch.labels) for head in (student, teacher)])
 
 
-def _print(key: str, student: float, teacher: float) -> None:
-    """key: the teacher's in the configuration."""
+def _print(key: str, student: float, teacher: float, vocab: int) -> None:
+    """key: the teacher's in the configuration. vocab: how many tokens the student knows."""
     console.print(f"  responses  mean log-probability of a token: student {student:.3f}, {key} {teacher:.3f}")
     if teacher < student:
         console.print(
-            f"[bold red]  {key:10} predicts the data's responses worse than the student does: are the two swapped "
-            f"(student.path, {key}.path), or does the teacher know another chat template (data.chat_template)?[/]"
+            styled(
+                f"  {key:10} predicts the data's responses worse than the student does: are the two swapped "
+                f"(student.path, {key}.path), or does the teacher know another chat template (data.chat_template)?",
+                "bold red",
+            )
+        )
+    guess = -math.log(vocab)
+    if student < guess - MARGIN:
+        console.print(
+            styled(
+                f"  student    predicts them worse than a guess among its {vocab} tokens would ({guess:.3f}): losses that "
+                "follow the student's own choices, as ab and rkl, hardly move such a model; train it with method=sft "
+                "or loss=fkl first (docs/methods.md)",
+                "bold red",
+            )
         )
 
 

@@ -6,24 +6,31 @@ import contextlib
 import json
 import os
 import pathlib
+import threading
 import time
 import types
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, TextIO
 
 import torch
 from torch import Tensor
 
 from .. import distributed
 from ..config.schema import Config
-from ..console import ProgressBar, console, format_seconds
+from ..console import ProgressBar, console, format_seconds, styled
 from ..data.batches import StepBatch
 from ..device import BusyMachine, peak_memory
 from ..errors import printable
+from ..evaluation import points
 from ..evaluation import samples as answers
 from ..evaluation.rouge import named
 from ..files import open_own
 from .costs import peak_flops
+from .finite import is_finite
 from .trackers import Trackers
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 
 class RunLog:
@@ -44,7 +51,7 @@ class RunLog:
         """
         self.config, self.folder, self.steps, self.device = config, config.run.folder, steps, device
         self.done, self.elapsed, self.reports = done, elapsed, reports
-        self.is_stopped = False
+        self.is_stopped, self.hook = False, threading.excepthook
         self.has_reports = distributed.all_reduce_max(len(reports)) > 0  # of some rank
         self.peak_flops = distributed.world_size() * (peak_flops(device) or 0)
         self.trackers = self.file = self.sample_file = self.board = None
@@ -61,7 +68,7 @@ class RunLog:
     def _open(self) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        path, sample_path = self.folder / "metrics.jsonl", self.folder / answers.FILE
+        path, sample_path = self.folder / points.FILE, self.folder / answers.FILE
         self.kept, dropped = _drop_points(path, self.done) if path.exists() else (set(), set())
         if sample_path.exists():
             _drop_points(sample_path, self.done)
@@ -69,16 +76,20 @@ class RunLog:
         self.file = open_own(path, "a", encoding="utf-8", buffering=1)
         if self.config.log.samples:
             self.sample_file = open_own(sample_path, "a", encoding="utf-8", buffering=1)
-        self.board = SummaryWriter(self.folder / "tensorboard", purge_step=self.done + 1)
+        threading.excepthook = self._on_thread_error
+        try:
+            self.board = SummaryWriter(self.folder / "tensorboard", purge_step=self.done + 1)
+        except OSError as error:
+            self._give_up_board(error)
         self.bar.start()
 
     def __exit__(self, *error: types.TracebackType | None) -> None:
+        threading.excepthook = self.hook
         self.bar.stop()
         if self.trackers:
             self.trackers.finish()
         for log in filter(None, (self.board, self.file, self.sample_file)):
-            with contextlib.suppress(OSError):  # a full disk was reported before
-                log.close()
+            _close(log)
 
     def pause(self) -> None:
         """Stops the clock until `resume`, for an evaluation or a checkpoint."""
@@ -99,15 +110,13 @@ class RunLog:
         for file in filter(None, (self.file, self.sample_file)):
             file.flush()
             os.fsync(file.fileno())
-        if self.board:
-            with contextlib.suppress(OSError):  # TensorBoard's writer repeats its first error forever
-                self.board.flush()
+        self._show("flush")
 
     def advance(self, step: int, **fields: str) -> None:
         """Shows the number of steps, with fields of the bar."""
         self.bar.update(self.task, completed=step, **fields)
         if hint := self.machine.hint():
-            console.print(hint, markup=False)
+            console.print(hint)
 
     def train(self, step: int, values: dict[str, float | None], counts: dict[str, int]) -> None:
         """Writes one point over the steps since the last one. Synchronize the device before.
@@ -153,7 +162,7 @@ class RunLog:
         if samples:
             text = printable(samples[0]["response"])
             text = text if len(text) <= 100 else f"{text[:99]}…"
-            console.print(f"step {step}/{self.steps}  sample 1 of {len(samples)}: {text}", markup=False)
+            console.print(f"step {step}/{self.steps}  sample 1 of {len(samples)}: {text}")
 
     def _write_samples(self, step: int, samples: list[dict]) -> None:
         """Writes answers to dev prompts. On a full disk they are lost, not the run."""
@@ -162,13 +171,13 @@ class RunLog:
         try:
             for sample in samples:
                 self.sample_file.write(json.dumps({"step": step, **sample}) + "\n")
-            for number, sample in enumerate(samples, 1):
-                texts = sample["prompt"], *sample["output"], sample["response"]
-                names = "Prompt", *("Reference" for _ in sample["output"]), "Answer"
-                parts = (f"{name}:\n\n{answers.fenced(text)}" for name, text in zip(names, texts, strict=True))
-                self.board.add_text(f"samples/{number}", "\n\n".join(parts), step)
         except OSError as error:
-            console.print(f"[bold red]no samples[/] of step {step} ({error}); training goes on")
+            console.print(styled("no samples", "bold red", f" of step {step} ({error}); training goes on"))
+        for number, sample in enumerate(samples, 1):
+            texts = sample["prompt"], *sample["output"], sample["response"]
+            names = "Prompt", *("Reference" for _ in sample["output"]), "Answer"
+            parts = (f"{name}:\n\n{answers.fenced(text)}" for name, text in zip(names, texts, strict=True))
+            self._show("add_text", f"samples/{number}", "\n\n".join(parts), step)
 
     def _write(self, kind: str, step: int, values: dict[str, float | None], **told: object) -> None:
         """Writes a point. On a full disk the point is lost, not the run. told: what a function gets besides."""
@@ -176,13 +185,33 @@ class RunLog:
             return
         try:
             self.file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
-            for name, value in values.items():
-                if value is not None:
-                    self.board.add_scalar(f"{kind}/{name}", value, step)
         except OSError as error:
-            console.print(f"[bold red]no log[/] of step {step} ({error}); training goes on")
+            console.print(styled("no log", "bold red", f" of step {step} ({error}); training goes on"))
+        for name, value in values.items():
+            if value is not None:
+                self._show("add_scalar", f"{kind}/{name}", value, step)
         self.trackers.log(kind, step, values)
         self.report(kind, {"step": step, **values, **told})
+
+    def _show(self, method: str, *arguments: object) -> None:
+        """Calls a method of TensorBoard's writer. One that fails is closed: it would repeat its first error forever."""
+        if not self.board:
+            return
+        try:
+            getattr(self.board, method)(*arguments)
+        except OSError as error:
+            self._give_up_board(error)
+
+    def _give_up_board(self, error: OSError) -> None:
+        console.print(styled("no TensorBoard", "bold red", f" from here on ({error}); training goes on"))
+        if self.board:
+            _close(self.board)
+        self.board = None
+
+    def _on_thread_error(self, error: threading.ExceptHookArgs) -> None:
+        """Prints no traceback of a disk error in TensorBoard's thread, which its writer raises, too."""
+        if not isinstance(error.exc_value, OSError):
+            self.hook(error)
 
     def ends_run(self) -> bool:
         """Whether a function has ended the run. Collective."""
@@ -194,25 +223,30 @@ class RunLog:
             self.is_stopped = True
 
 
+def _close(log: SummaryWriter | TextIO) -> None:
+    with contextlib.suppress(OSError):  # a full disk was reported before
+        log.close()
+
+
 def _drop_points(path: pathlib.Path, done: int) -> tuple[set[tuple[str, int]], set[tuple[str, int]]]:
-    """Cuts off the points after step `done`, and what a crash left unfinished.
+    """Cuts off the points after step `done`, and what a crash left unfinished. A damaged line between others stays.
 
     Returns kinds and steps: of the points of step `done`, and of those that were cut off.
     """
-    length, kept, dropped = 0, set(), set()
+    length, end, kept, dropped = 0, 0, set(), set()
     with open_own(path, "r+b") as file:
-        with contextlib.suppress(ValueError):  # a line that is not JSON
-            for line in file:
-                if not line.endswith(b"\n"):
-                    break
-                point = json.loads(line)
-                name = point.get("kind"), point["step"]
-                if dropped or name[1] > done:
-                    dropped.add(name)
-                    continue
-                length += len(line)
-                if name[1] == done:
-                    kept.add(name)
+        for line in file:
+            end += len(line)
+            point = points.parse_line(line)
+            if point is None or not line.endswith(b"\n"):
+                continue
+            name = point.get("kind"), point["step"]
+            if dropped or name[1] > done:
+                dropped.add(name)
+                continue
+            length = end
+            if name[1] == done:
+                kept.add(name)
         file.truncate(length)
     return kept, dropped
 
@@ -316,7 +350,3 @@ class MetricsWindow:
         for name, part in self.parts.items():
             if not part.dim():  # of an earlier version, in which every step had every part
                 self.parts[name] = torch.stack([part, self.steps - self.skipped])
-
-
-def is_finite(loss: Tensor, norm: Tensor) -> Tensor:
-    return torch.isfinite(loss) & torch.isfinite(norm)

@@ -14,6 +14,7 @@ from .. import distributed
 from ..config.schema import Config
 from ..console import console
 from ..errors import ConfigError
+from ..files import read_json
 from ..models import loading
 from ..models.causal_lm import CausalLM
 
@@ -38,9 +39,10 @@ def _first_base(path: str | None) -> str | None:
     """The model that a run's result began with, also by way of other results. Any other path is returned itself."""
     while path is not None and pathlib.Path(path).name == "final":
         settings = pathlib.Path(path).with_name("config.json")
-        if not settings.is_file():
+        try:
+            path = read_json(settings, shape={"student": {"path": (str, None)}})["student"]["path"]
+        except ConfigError:  # it is no run's
             break
-        path = json.loads(settings.read_text(encoding="utf-8"))["student"]["path"]
     return path
 
 

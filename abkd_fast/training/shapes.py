@@ -195,7 +195,7 @@ class _LayerBytes(_LayersAlike):
     def total(self, recompute: bool) -> int:
         saved = [self.saved[number] for number in self.stands_for]
         if recompute:
-            return self.saved[None] + sum(self.inputs[number] for number in self.stands_for) + max(saved)
+            return self.saved[None] + sum(self.inputs[number] for number in self.stands_for) + max(saved, default=0)
         return self.saved[None] + sum(saved)
 
 

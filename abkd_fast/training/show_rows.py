@@ -9,12 +9,13 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from ..config.schema import DataConfig
-from ..console import console
+from ..console import console, shown
 from ..data.batches import count_labels, teacher_view
 from ..data.chat import PromptFormat
 from ..data.rows import Row
 from ..data.teacher_prompts import SeveralFormats, TeacherFormat
 from ..data.tokenize import tokenize
+from ..errors import printable
 
 
 class ShownSample(NamedTuple):
@@ -55,16 +56,16 @@ class ShownSample(NamedTuple):
         """The same for a terminal: trained parts are green."""
         counts = self.left_out or f"{self.tokens} tokens, {self.trained_tokens} of them trained"
         of = f" (teacher {self.teacher_name})" if self.teacher_name else ""
-        shown = Text.assemble((f"{self.where}{of}: {counts}\n", "dim"), *_styled(self.pieces), "\n")
+        sample = Text.assemble((f"{shown(self.where + of)}: {counts}\n", "dim"), *_styled(self.pieces), "\n")
         if self.teacher:
-            shown += Text.assemble(
+            sample += Text.assemble(
                 (f"the teacher reads {self.teacher_tokens} tokens:\n", "dim"), *_styled(self.teacher), "\n"
             )
-        return shown
+        return sample
 
 
 def _styled(pieces: Iterable[tuple[str, bool]]) -> list[tuple[str, str]]:
-    return [(text, "bold green" if is_trained else "") for text, is_trained in pieces]
+    return [(printable(text, "\n\t"), "bold green" if is_trained else "") for text, is_trained in pieces]
 
 
 def shown_samples(
@@ -82,8 +83,8 @@ def shown_samples(
             views = [(one["input_ids"], one["spans"]) for one in (sample, teacher_view(sample))]
             (ids, _), (theirs, _) = views
             pieces, of_teacher = (tuple(_pieces(tokenizer, *view)) for view in views)
-            shown = ShownSample(row.where, pieces, len(ids), count_labels(sample), teacher_name=row.teacher)
-            yield shown if theirs == ids else shown._replace(teacher=of_teacher, teacher_tokens=len(theirs))
+            own = ShownSample(row.where, pieces, len(ids), count_labels(sample), teacher_name=row.teacher)
+            yield own if theirs == ids else own._replace(teacher=of_teacher, teacher_tokens=len(theirs))
         if reason := tokenized.why_left_out(index):
             yield ShownSample(row.where, (), left_out=reason, teacher_name=row.teacher)
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pathlib
 from typing import TYPE_CHECKING
 
-from .. import distributed
-from ..console import console
+from .. import distributed, manifest
+from ..console import console, styled
 from ..device import peak_memory
-from ..errors import Interrupted
-from ..files import WRITE_ERRORS, write_json
+from ..errors import disk_errors
+from ..files import write_json
 from . import checkpoint
 
 if TYPE_CHECKING:
@@ -39,15 +39,18 @@ def write_result(trainer: Trainer) -> dict:
         "peak_memory_bytes": peak_memory(trainer.device),
     }
     final = folder / "final"
-    try:
+
+    def finish(result: pathlib.Path) -> None:
+        trainer.conversion.apply(result)
+        manifest.write(result, folder / manifest.NAME)
+
+    with disk_errors(final):
         distributed.run_on_rank0(write_json, folder / "summary.json", summary)
         if saved:
-            distributed.run_on_rank0(checkpoint.copy_model, saved, final, trainer.conversion.apply)
+            distributed.run_on_rank0(checkpoint.copy_model, saved, final, finish)
         else:
-            trainer.checkpoint_writer.save_model(final, trainer.conversion.apply)
-    except WRITE_ERRORS as error:
-        raise Interrupted(f"{final} can't be written ({error}): make room") from None
-    console.print(f"saved {final}", markup=False)
+            trainer.checkpoint_writer.save_model(final, finish)
+    console.print(f"saved {final}")
     return summary
 
 
@@ -65,7 +68,8 @@ def _select(trainer: Trainer) -> tuple[int, float | None, float | None, pathlib.
     virtue, value = ("highest dev ROUGE-L", f"{rouge_l:.2f}") if by_rouge else ("lowest dev loss", f"{loss:.4f}")
     saved = trainer.checkpoints.folder_of(step)
     if reason := distributed.run_on_rank0(checkpoint.damage, saved):
-        console.print(f"[bold red]damaged[/] {saved} ({reason}), of the {virtue}: the last step is taken")
+        rest = f" {saved} ({reason}), of the {virtue}: the last step is taken"
+        console.print(styled("damaged", "bold red", rest))
         return last
     console.print(f"step {step} is taken, of the {virtue}, {value}")
     return step, loss, rouge_l, saved

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import json
 from typing import Any
 
 from ..config.schema import Config
 from ..config.training import LogConfig
-from ..console import console
+from ..console import console, styled
 from ..errors import ConfigError, first_line
-from ..files import WRITE_ERRORS, write_json
+from ..files import read_json, write_json
 
 TRACKERS = {"wandb": "id", "trackio": "name"}  # modules, and the attribute by which each knows a run again
 FILE = "trackers.json"  # in the run folder: those attributes, by "MODULE/PROJECT"
@@ -47,8 +46,9 @@ class Trackers:
         if self.runs:
             try:
                 write_json(config.run.folder / FILE, known)
-            except WRITE_ERRORS as error:
-                console.print(f"[bold red]no {FILE}[/] ({error}): with --resume the trackers will begin another run")
+            except OSError as error:
+                rest = f" ({error}): with --resume the trackers will begin another run"
+                console.print(styled(f"no {FILE}", "bold red", rest))
 
     def log(self, kind: str, step: int, values: dict[str, float | None]) -> None:
         """Gives a point to all. If one fails it lacks the point, and training goes on."""
@@ -57,7 +57,8 @@ class Trackers:
                 try:
                     run.log({f"{kind}/{name}": value for name, value in values.items()}, step=step)
                 except Exception as error:  # of many kinds
-                    console.print(f"[bold red]not at {module}[/]: step {step} ({first_line(error)}); training goes on")
+                    rest = f": step {step} ({first_line(error)}); training goes on"
+                    console.print(styled(f"not at {module}", "bold red", rest))
 
     def finish(self) -> None:
         """Ends the runs. If one fails its points are not all there, and the run is as it is."""
@@ -65,15 +66,14 @@ class Trackers:
             try:
                 run.finish()
             except Exception as error:  # of many kinds
-                console.print(f"[bold red]not all at {module}[/] ({first_line(error)})")
+                console.print(styled(f"not all at {module}", "bold red", f" ({first_line(error)})"))
 
 
 def _known(config: Config) -> dict[str, str]:
     try:
-        known = json.loads((config.run.folder / FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_json(config.run.folder / FILE, shape={"*": str})
+    except ConfigError:
         return {}
-    return {key: value for key, value in known.items() if isinstance(value, str)} if isinstance(known, dict) else {}
 
 
 def _start(module: str, project: str, config: Config, known: str | None) -> Any:

@@ -18,8 +18,8 @@ from ..console import console
 from ..data.batches import Batch, StepBatch, make_step_batch, prefetch, step_samples
 from ..data.chat import PromptFormat
 from ..device import choose_device, choose_dtype
-from ..errors import Interrupted
-from ..files import WRITE_ERRORS, check_folder, write_json
+from ..errors import Interrupted, disk_errors
+from ..files import CHECKPOINTS, check_folder, write_json
 from ..finished import locked_run
 from ..losses.arguments import LinearHead
 from ..methods import METHODS
@@ -30,11 +30,11 @@ from ..models.experts import Experts, is_mixture
 from ..models.loading import MetaModel
 from ..signals import StopSignals
 from ..teacher.teacher import CachedTeacher
-from . import checkpoint, costs, dry_run, state
+from . import checkpoint, costs, dry_run, finite, state
 from .checkpoint_policy import CheckpointPolicy
 from .checkpoint_writer import CheckpointWriter, load_optimizer
 from .likelihoods import ResponseLikelihoods
-from .metrics import MetricsWindow, RunLog, is_finite
+from .metrics import MetricsWindow, RunLog
 from .optim import build_optimizer, build_scheduler, reserved_bytes
 from .prepare import Prepared, is_sharded, read_tokenizer, read_train_data
 from .save_dtype import Conversion, choose
@@ -73,7 +73,7 @@ class Trainer:
         """Loads the models and builds all that a step needs. Restores the newest checkpoint of a resumed run."""
         config = self.config
         self.state, self.window, self.signals = TrainState(), MetricsWindow(self.device), StopSignals()
-        self.checkpoints = checkpoint.Checkpoints(config.run.folder / "checkpoints", config.checkpoint.keep)
+        self.checkpoints = checkpoint.Checkpoints(config.run.folder / CHECKPOINTS, config.checkpoint.keep)
         self.resumed_from = distributed.run_on_rank0(self.checkpoints.newest) if self.resume else None
         set_seed(config.run.seed)
         save_dtype = distributed.run_on_rank0(choose, config, self.given.models.get("student"))
@@ -167,10 +167,8 @@ class Trainer:
             for line in dry_run.first_lines(self):
                 console.print(line)
             self.build()
-            try:
+            with disk_errors(folder):
                 distributed.run_on_rank0(write_json, folder / "config.json", self.config.to_dict())
-            except WRITE_ERRORS as error:
-                raise Interrupted(f"{folder} can't be written to ({error}): make room") from None
             for line in dry_run.header(self):
                 console.print(line)
             self.train_loop()
@@ -259,7 +257,7 @@ class Trainer:
             self.window.add_expert_tokens(self.student.experts.tokens)
         norm = torch.nn.utils.clip_grad_norm_(self.student.parameters(), self.config.optim.clip_norm)
         norm = distributed.full_tensor(norm)
-        is_good = is_finite(total, norm)
+        is_good = finite.is_finite(total, norm)
         if getattr(self.optimizer, "_step_supports_amp_scaling", False):
             # A fused optimizer reads this on the device: where it is 1, weights, moments and step counts stay.
             self.optimizer.found_inf = (~is_good).float()
@@ -325,7 +323,7 @@ class Trainer:
         """Writes a point where it is due, over the steps since the last one."""
         step = self.state.step
         if step % self.config.log.every_steps == 0 or step == self.data.steps:
-            self._check_finite()
+            finite.check(self)
             own = self.method.metrics()
             if self.rollouts:
                 own = own | self.rollouts.metrics(self.window.steps)
@@ -340,16 +338,6 @@ class Trainer:
         self.log.advance(step)
         if self._evaluation_is_due() and self.device.type == "cuda":
             torch.cuda.synchronize()  # else the steps' time would count as the evaluation's
-
-    def _check_finite(self) -> None:
-        """Reads what the device has noted, and so waits for it. Raises FloatingPointError."""
-        if self.window.first_nonfinite[0].item() and self.config.train.on_nonfinite == "stop":
-            self.saves.conclude()
-            saved = f"last good checkpoint: {self.saves.saved}" if self.saves.saved else "there is no checkpoint yet"
-            account = self.window.describe_nonfinite(self.state.step, self.data.where)
-            raise FloatingPointError(
-                f"{account}; {saved}; resume with train.on_nonfinite=skip, or begin again with a lower optim.lr"
-            )
 
     def _after_step(self) -> None:
         """Evaluates and saves where that is due. Raises Interrupted after a signal."""
@@ -379,6 +367,7 @@ class Trainer:
     def _evaluate(self) -> bool:
         """Returns whether this is the best step so far. A signal ends it early; a resumed run repeats it."""
         self.log.pause()
+        finite.check(self)
         with distributed.unsharded(self.student), self.precision():
             loss = self.dev_loss()
             answers = None if loss is None else self.data.dev.answers.measure(self.student, self.signals)
@@ -394,7 +383,7 @@ class Trainer:
         """Begins a checkpoint. previous_best: `state.best` before this step."""
         self.log.pause()
         self.saves.conclude()
-        self._check_finite()
+        finite.check(self)
         self.state.window_seconds, self.state.is_stopped = self.log.window_seconds, self.log.is_stopped
         self.saves.begin(*state.state_dict(self), previous_best, self.log.flush)
         self.log.resume()

@@ -24,6 +24,7 @@ struct Choice {
 };
 
 // The best instruction set that this CPU has. The environment variable ABKD_SIMD can only choose a lesser one.
+// Throws std::invalid_argument for a variable that names none.
 Choice choose();
 
 }  // namespace abkd::cpu

@@ -75,7 +75,7 @@ def test_peers_tiny(tmp_path, capsys):
         assert f"{name}: {'its loss' if installed else 'skipped'}" in output
     assert "Liger-Kernel's loss: skipped" in output  # on a processor
     assert "our DistillationTrainer: its loss differs by" in output
-    peers = [*(peers if installed else []), "our DistillationTrainer"]
+    peers = ["our DistillationTrainer", *(peers if installed else [])]
     names = ["ours", "ours, teacher's states cached", "published way", *peers]
     assert [row["name"] for row in rows] == names
     assert rows[0]["ratio"] == 1

@@ -311,9 +311,7 @@ def test_tokenizers_as_people_have_them(folder, name, conversation, shared):
 @pytest.mark.parametrize("name", ["llama2", "gemma", "mistral"])
 def test_roles_that_do_not_alternate(name):
     message = refusal(name, {"messages": [QUESTION, QUESTION, ANSWER]})
-    assert message.startswith("rows line 1: the chat template fails: ")
-    assert "roles must alternate" in message
-    assert "\n" not in message
+    assert message == "rows line 1: the chat template fails (roles must alternate)"
 
 
 def test_trained_messages_may_be_chosen():

@@ -15,7 +15,7 @@ from abkd_fast.config.schema import PretrainConfig
 from abkd_fast.data import pretrain, quickstart
 from abkd_fast.data.batches import step_samples
 from abkd_fast.data.rows import read_rows
-from abkd_fast.errors import ConfigError
+from abkd_fast.errors import ConfigError, Interrupted
 from abkd_fast.methods.base import Method
 from abkd_fast.training.trainer import Trainer
 from conftest import GPT2
@@ -101,7 +101,7 @@ def test_result_is_kept_by_content(write_jsonl, tmp_path, monkeypatch, capsys):
     assert blocks(path) == expected(TEXTS[1:9])
 
 
-@pytest.mark.parametrize(("error", "raised"), [(Killed(), Killed), (OSError(errno.ENOSPC, "No space"), ConfigError)])
+@pytest.mark.parametrize(("error", "raised"), [(Killed(), Killed), (OSError(errno.ENOSPC, "No space"), Interrupted)])
 def test_half_written_result_is_never_used(write_jsonl, monkeypatch, error, raised):
     def fail(path, blocks):
         path.write_bytes(b"half")
@@ -110,7 +110,7 @@ def test_half_written_result_is_never_used(write_jsonl, monkeypatch, error, rais
     path = write_jsonl([{"text": text} for text in TEXTS[:9]])
     with monkeypatch.context() as patch:
         patch.setattr(pretrain, "_write", fail)
-        with pytest.raises(raised, match=r"can't be written .*No space" if raised is ConfigError else None):
+        with pytest.raises(raised, match=r"can't be written .*No space" if raised is Interrupted else None):
             blocks(path)
     folder = pathlib.Path(datasets.config.HF_DATASETS_CACHE)
     assert not [*folder.rglob("*.arrow"), *folder.rglob("*.tmp")]

@@ -196,8 +196,6 @@ def test_bad_input_is_one_line_and_status_2(four_runs, tmp_path, capsys, monkeyp
     assert error(four_runs) == "error: matplotlib is not installed: pip install matplotlib\n"
     assert (four_runs / "scores.md").read_text().startswith("|  | Dolly")
     assert (four_runs / "scores.csv").exists()
-    (four_runs / "ab" / "metrics.jsonl").write_text("{")
-    assert "the run can't be read" in error(four_runs)
 
 
 @pytest.mark.parametrize(
@@ -206,7 +204,6 @@ def test_bad_input_is_one_line_and_status_2(four_runs, tmp_path, capsys, monkeyp
         ("config.json", {}),
         ("config.json", []),
         ("summary.json", {"steps": 1}),
-        ("metrics.jsonl", {"step": 1}),
         ("eval/scores.json", {"weights": {}, "settings": [], "sets": {}}),
         ("eval/scores.json", {"weights": {}, "settings": {}, "sets": {"Dolly": {"rouge_l": 1}}}),
     ],
@@ -223,7 +220,7 @@ def test_half_an_evaluation_in_a_summary_is_one_line(four_runs, capsys):
     path = four_runs / "ab" / "summary.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "dev_loss_before": None}))
     assert main([str(four_runs)]) == 2
-    assert "can't be read (TypeError: no number: dev_loss_before)" in capsys.readouterr().err
+    assert "can't be read (dev_loss without dev_loss_before" in capsys.readouterr().err
 
 
 def test_scores_of_other_answers_are_not_compared_silently(make_run):

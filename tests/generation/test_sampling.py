@@ -346,3 +346,15 @@ def test_bidirectional_model_is_refused():
 def test_settings_out_of_range(changes, message):
     with pytest.raises(ConfigError, match=message):
         SamplingParams(**changes)
+
+
+def test_products_meet_few_numbers_of_rows_and_keep_the_bits():
+    """oneDNN keeps a kernel for every number of rows: over a long run they took hundreds of megabytes."""
+    padded = {count: decoder.padded_rows(count) for count in range(1, 8193)}
+    assert len({*padded.values()}) < 50
+    assert all(max(2, count) <= rows <= max(2, 1.25 * count) for count, rows in padded.items())
+    weight, x = torch.randn(24, 33), torch.randn(40, 33)
+    arranged = torch.ops.mkldnn._reorder_linear_weight(weight, None)
+    expected = decoder._product(arranged, None, x)
+    for count in (1, 2, 3, 9, 17, 33, 39):
+        assert torch.equal(decoder._product(arranged, None, x[:count]), expected[:count])

@@ -22,6 +22,7 @@ from abkd_fast import cache
 from abkd_fast.config.recipe import load
 from abkd_fast.data import quickstart
 from abkd_fast.errors import ConfigError
+from abkd_fast.models.causal_lm import CausalLM
 from abkd_fast.teacher.folder import StatesFolder
 from abkd_fast.teacher.origin import date_note
 from abkd_fast.teacher.shards import FLOAT8, Part
@@ -36,7 +37,8 @@ def change_weight(folder, name, change):
     save_file(weights, path, {"format": "pt"})
 
 
-def test_a_teacher_that_is_not_finite_is_refused(small, tmp_path, cache_folder, capsys):
+def test_states_that_are_not_finite_are_refused(small, tmp_path, cache_folder, capsys, monkeypatch):
+    monkeypatch.setattr(CausalLM, "_check_weights", lambda model: None)  # numbers may also overflow on the way
     token = quickstart.tokenizer()("k")["input_ids"][0]
     change_weight(tmp_path / "teacher", "model.embed_tokens.weight", lambda w: w[token].fill_(torch.nan))
     assert cache.main(["--config", small]) == 2

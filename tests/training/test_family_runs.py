@@ -57,3 +57,39 @@ def test_family_trains_resumes_and_writes(family, tmp_path, monkeypatch):
     assert abs(loss - summary["dev_loss"]) < 1e-4
     prompt = samples[0]["input_ids"][: samples[0]["spans"][0]]
     assert len(sample(model, [prompt], SamplingParams(max_new_tokens=4, min_new_tokens=4), [0])[0]) == 4
+
+
+def config_of(kind, **values):
+    sizes = {"vocab_size": 1024, "hidden_size": 32, "intermediate_size": 48, "max_position_embeddings": 256}
+    return {"model_type": kind, **sizes, "num_hidden_layers": 2, "num_attention_heads": 2, **values}
+
+
+CHECKPOINTING = "train.gradient_checkpointing=true"
+UNUSUAL = {  # configuration, a value of the recipe, exit status
+    "padding token": (config_of("gpt2", pad_token_id=3), "train.max_tokens=256", 0),
+    "experts": (config_of("mixtral", num_local_experts=4, num_key_value_heads=2), CHECKPOINTING, 0),
+    "no layers": (config_of("llama", num_hidden_layers=0), CHECKPOINTING, 0),
+    "no checkpointing": (config_of("ctrl", n_embd=32, n_head=2, n_layer=2, dff=48), CHECKPOINTING, 2),
+    "not causal": (config_of("bert"), "train.max_tokens=256", 2),
+    "heads that don't divide": (config_of("llama", num_key_value_heads=3), "train.max_tokens=256", 2),
+    "unknown activation": (config_of("llama", hidden_act="none"), "train.max_tokens=256", 2),
+}
+
+
+@pytest.mark.parametrize("name", UNUSUAL)
+def test_dry_run_accepts_what_the_run_accepts(name, tmp_path, capsys):
+    config, override, status = UNUSUAL[name]
+    run = Run(tmp_path, override, "train.steps=1", "eval.every_steps=9", student={"config": config})
+    errors = []
+    for flag in (["--dry-run"], []):
+        assert run(*flag) == status
+        errors.append(capsys.readouterr().err)
+    assert errors[0] == errors[1]
+    assert errors[0].count("error: ") == (status != 0)
+
+
+def test_a_model_that_can_run_but_not_train_so_is_refused(tmp_path, capsys):
+    """Reformer's positions fit one length alone, in training: its first step would fail."""
+    config = {"model_type": "reformer", "vocab_size": 1024, "is_decoder": True}
+    assert Run(tmp_path, student={"config": config})() == 2
+    assert "error: student: a reformer model can't be trained padded: If training" in capsys.readouterr().err

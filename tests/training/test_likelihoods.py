@@ -96,6 +96,7 @@ def test_a_teacher_that_is_worse_than_the_student_is_named(tmp_path, folders, ca
         better, worse = told(out) if warned else reversed(told(out))
         assert better > worse
         assert (WARNING in out) == warned
+        assert ("predicts them worse than a guess among its 1024 tokens would (-6.931)" in out) != warned
 
 
 WAYS = {

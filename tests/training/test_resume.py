@@ -309,7 +309,7 @@ def test_state_of_an_earlier_version_is_refused(tmp_path, monkeypatch, capsys):
     """Its samples have other columns. Its rows, stored in another format, have another fingerprint."""
     run = Run(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr("abkd_fast.data.tokenize.FORMAT", 1)
+        patch.setattr("abkd_fast.data.token_store.FORMAT", 1)
         at_step(patch, 6, send(signal.SIGTERM))
         assert run() == INTERRUPTED
     capsys.readouterr()
