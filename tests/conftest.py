@@ -42,6 +42,19 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
+def pytest_terminal_summary(terminalreporter):
+    """The account of tests/chaos: a row for each kind, then what repeats each failure."""
+    reports = [report for reports in terminalreporter.stats.values() for report in reports]
+    properties = (value for report in reports for value in getattr(report, "user_properties", ()))
+    kept = {value[0]: value for name, value in properties if name == "chaos"}
+    if kept:
+        terminalreporter.write_line("\n| kind | tries | held |\n|---|---|---|")
+    for kind, tries, failed in kept.values():
+        terminalreporter.write_line(f"| {kind} | {tries} | {tries - len(failed)} |")
+    for how in (line for _, _, failed in kept.values() for line in failed):
+        terminalreporter.write_line(f"failed: {how}")
+
+
 @pytest.fixture
 def shared():
     if not (SHARED / "data").is_dir():
