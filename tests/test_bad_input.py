@@ -311,6 +311,10 @@ CASES = {
     "broken index": case("models/broken-index/model.safetensors.index.json is damaged", **with_teacher("broken-index")),
     "unknown kind of model": case("student.config (", "lama", sets=["student.config.model_type=lama"]),
     "kind of model without a next token": case("student.config (", sets=["student.config.model_type=t5"]),
+    "more layers than anybody has": case(
+        "student.config (num_hidden_layers is 10000000000, expected at most 10000)",
+        sets=["student.config.num_hidden_layers=10000000000"],
+    ),
     "width that is a word": case("student.config (", "hidden_size", sets=["student.config.hidden_size=wide"]),
     "width that is no multiple": case("student.config (", sets=["student.config.num_attention_heads=5"]),
     "too few positions": case(

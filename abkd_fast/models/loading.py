@@ -30,6 +30,7 @@ transformers.utils.logging.disable_progress_bar()  # the run shows its own
 # Newer versions of transformers renamed what peft and this module still call by the old name.
 warnings.filterwarnings("ignore", r".*gradient_checkpointing.* is deprecated", FutureWarning)
 
+MOST_LAYERS = 10_000  # each takes milliseconds, also without weights: of a damaged number more, it would never end
 POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "seq_length")
 
 
@@ -109,6 +110,8 @@ def read_meta_model(spec: ModelConfig, key: str) -> MetaModel:
     try:
         whole = AutoConfig.for_model(**spec.config) if folder is None else read_config(folder)
         config = wrappers.language_config(whole)
+        if (layers := getattr(config, "num_hidden_layers", None) or 0) > MOST_LAYERS:
+            raise ValueError(f"num_hidden_layers is {layers}, expected at most {MOST_LAYERS}")
         model = wrappers.language_model(meta_model(whole))  # fails where its numbers don't fit together
     except Exception as error:  # transformers checks with many kinds of errors
         raise ConfigError(f"{what}{_hub_problem(error)} ({first_line(error)})") from error
