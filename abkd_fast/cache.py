@@ -9,7 +9,7 @@ import shlex
 import time
 from typing import TYPE_CHECKING
 
-from .cli import leave, run
+from .cli import given_path, leave, run
 from .errors import ConfigError, of_stage
 from .output import check_printed
 
@@ -181,7 +181,7 @@ def _parser() -> argparse.ArgumentParser:
     what.add_argument("--list", action="store_true", help="prints the caches of this machine, and what they take")
     what.add_argument("--clear", nargs="*", metavar="NAME", help="removes caches by their names in --list, or all")
     text = "folder of caches for --list and --clear (default: $ABKD_CACHE, or abkd_fast in the user's caches)"
-    parser.add_argument("--dir", type=pathlib.Path, help=text)
+    parser.add_argument("--dir", type=given_path, help=text)
     text = "override a value of the recipe, for example data.train=rows.jsonl or cache.dtype=float8"
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help=text)
     parser.add_argument("--stage", metavar="NAME", help="stage of the recipe (default: the last one with a teacher)")

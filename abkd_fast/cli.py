@@ -2,10 +2,11 @@
 
 import contextlib
 import os
+import pathlib
 import shlex
 import sys
 import traceback
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable, Iterator
 
 from . import output
@@ -91,6 +92,13 @@ def _quoted(word: str) -> str:
         return shlex.quote(word)
     word = word.replace("\\", "\\\\").replace("'", "\\'")
     return f"$'{printable(word)}'"
+
+
+def given_path(text: str) -> pathlib.Path:
+    """The value of an option that is a path. An empty one, as of an unset variable of the shell, would be a folder."""
+    if not text:
+        raise ArgumentTypeError("is empty, expected a path")
+    return pathlib.Path(text)
 
 
 def leave(status: int) -> None:

@@ -3,7 +3,7 @@
 import argparse
 import pathlib
 
-from .cli import leave, run
+from .cli import given_path, leave, run
 from .errors import ConfigError
 
 
@@ -74,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--model", required=True, metavar="DIR", help="folder or Hub name, or a LoRA adapter's folder")
     text = "test sets; dolly, self-inst, vicuna, sinst and uinst get the papers' names"
     add("--data", required=True, nargs="+", metavar="NAME=FILE", help=text)
-    add("--out", metavar="DIR", type=pathlib.Path, help="where scores go (default: RUN/eval of RUN/final)")
+    add("--out", metavar="DIR", type=given_path, help="where scores go (default: RUN/eval of RUN/final)")
     seeds = list(map(str, SEEDS))
     add("--seeds", nargs="+", default=seeds, metavar="N", help=f"seeds of sampling [{' '.join(seeds)}]")
     add("--rows", metavar="N", type=int, help="use only the first rows of each set")

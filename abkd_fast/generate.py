@@ -1,10 +1,9 @@
 """`python -m abkd_fast.generate --model DIR --data FILE --out FILE.jsonl`: a model's responses, as training data."""
 
 import argparse
-import pathlib
 import sys
 
-from .cli import leave, run
+from .cli import given_path, leave, run
 from .errors import ConfigError, printable
 from .output import check_printed
 
@@ -62,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--model", required=True, metavar="DIR", help="folder or Hub name, or a LoRA adapter's folder")
     parser.add_argument("--data", help="JSONL file, folder, or Hub name; outputs are not read")
-    parser.add_argument("--out", metavar="FILE.jsonl", type=pathlib.Path, help="where answers go")
+    parser.add_argument("--out", metavar="FILE.jsonl", type=given_path, help="where answers go")
     parser.add_argument(
         "--prompt", metavar="TEXT", action="append", help="a prompt whose answer is printed; may repeat"
     )

@@ -3,7 +3,7 @@
 import argparse
 import pathlib
 
-from .cli import leave, run
+from .cli import given_path, leave, run
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -34,7 +34,7 @@ def _parser() -> argparse.ArgumentParser:
         "method, data, scores, how to load it, and the recipe. What is there already is replaced file by file.",
     )
     add = parser.add_argument
-    add("run", type=pathlib.Path, metavar="RUN", help="folder of a finished run, or of a recipe's stages")
+    add("run", type=given_path, metavar="RUN", help="folder of a finished run, or of a recipe's stages")
     add("name", metavar="NAME", help="repository, USER/NAME; it is made if it is missing")
     add("--stage", metavar="STAGE", help="the stage whose result is meant, if RUN has several")
     add("--private", action="store_true", help="make a private repository; one that is public already is refused")

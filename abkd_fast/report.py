@@ -4,7 +4,7 @@ import argparse
 import os
 import pathlib
 
-from .cli import leave, run
+from .cli import given_path, leave, run
 from .errors import ConfigError
 
 
@@ -46,8 +46,8 @@ def _parser() -> argparse.ArgumentParser:
         "folder: report.md with curves of loss, speed and memory. Needs matplotlib.",
     )
     add = parser.add_argument
-    add("runs", nargs="+", type=pathlib.Path, metavar="RUN", help="folder of a run, or of a recipe's stages")
-    add("--out", type=pathlib.Path, metavar="DIR", help="where tables go [the folder of all these runs]")
+    add("runs", nargs="+", type=given_path, metavar="RUN", help="folder of a run, or of a recipe's stages")
+    add("--out", type=given_path, metavar="DIR", help="where tables go [the folder of all these runs]")
     text = "published scores to show beside ours: table2 or table3 of the ABKD paper, or a CSV file like scores.csv, "
     add("--paper", metavar="TABLE", help=text + "with columns row, SET mean, SET std")
     return parser

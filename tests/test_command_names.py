@@ -37,3 +37,24 @@ def test_the_module_runs():
     ran = subprocess.run([sys.executable, "-m", "abkd_fast", "train", "--config", "none.json"], capture_output=True)
     assert ran.returncode == 2
     assert b"none.json: no such file" in ran.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["generate", "--model", "x", "--data", "x", "--out", ""],
+        ["evaluate", "--model", "x", "--data", "x=x", "--out", ""],
+        ["report", ""],
+        ["report", "x", "--out", ""],
+        ["push", "", "me/x"],
+        ["cache", "--list", "--dir", ""],
+    ],
+)
+def test_an_empty_path_is_not_this_folder(arguments, tmp_path, monkeypatch, capsys):
+    """It is what a shell makes of a variable that isn't set."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.endswith(": is empty, expected a path\n")
+    assert not [*tmp_path.iterdir()]

@@ -358,6 +358,8 @@ class Answers(GrowingFile):
 
     def __init__(self, path: pathlib.Path, identity: dict) -> None:
         """Finds the rows that have responses already. Raises ConfigError for a path that can't be used."""
+        if not path.name:
+            raise ConfigError(f"out: {path} is a folder: name a file in it")
         self.identity = identity
         self.record = path.with_name(path.name + ".settings.json")
         self.finished = distributed.run_on_rank0(self._check, path)  # for all: it may change at any moment

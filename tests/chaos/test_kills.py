@@ -23,11 +23,10 @@ from chaos import (
 )
 from test_distributed import Ranks
 
-SHORT = ["ab", "generate"]
 pytestmark = SLOW
 
 
-@pytest.mark.parametrize("kind", KINDS if WHOLE else SHORT)
+@pytest.mark.parametrize("kind", KINDS if WHOLE else ["ab"])
 def test_sigkill(account, server, models, undisturbed, tmp_path, kind):
     expected, seconds = undisturbed(kind)
     with account(f"SIGKILL at a random moment: {kind}") as tries:
@@ -43,7 +42,7 @@ def test_sigkill(account, server, models, undisturbed, tmp_path, kind):
                 assert_same(work.outcome(), expected)
 
 
-@pytest.mark.parametrize("kind", [*TRAINED] if WHOLE else ["sft"])
+@pytest.mark.parametrize("kind", [*TRAINED] if WHOLE else ["ab"])
 def test_sigkill_in_the_last_save(account, server, models, undisturbed, tmp_path, kind):
     expected, _ = undisturbed(kind)
     last = "stages/last" if kind == "stages" else kind
@@ -60,7 +59,7 @@ def test_sigkill_in_the_last_save(account, server, models, undisturbed, tmp_path
                 assert_same(work.outcome(), expected)
 
 
-@pytest.mark.parametrize("kind", KINDS if WHOLE else ["sft"])
+@pytest.mark.parametrize("kind", KINDS if WHOLE else ["ab"])
 def test_signals(account, server, models, undisturbed, tmp_path, kind):
     """SIGTERM, or Ctrl-C twice."""
     expected, seconds = undisturbed(kind)

@@ -65,7 +65,7 @@ def test_the_same_cache(account, server, models, undisturbed, tmp_path):
                     assert_same(ours, theirs)
 
 
-@pytest.mark.parametrize("kind", KINDS if WHOLE else ["sft"])
+@pytest.mark.parametrize("kind", KINDS if WHOLE else ["ab"])
 def test_files_that_vanish(account, server, models, tmp_path, undisturbed, kind):
     """The command ends, with or without them; afterwards it is done, in another folder at the latest."""
     _, seconds = undisturbed(kind)

@@ -179,6 +179,7 @@ def test_messages_stay_messages(command, model_folder, write_jsonl, tmp_path):
 BAD = {
     "no model": (["--model", "./nowhere"], "model.path: ./nowhere: no such model folder"),
     "no data": (["--data", "nowhere.jsonl"], "nowhere.jsonl: no such file"),
+    "this folder": (["--out", "."], "out: . is a folder: name a file in it"),
     "no folder": (["--out", "nowhere/answers.jsonl"], "out: nowhere is not a folder that can be written to"),
     "temperature": (["--temperature", "-1"], "temperature is -1.0, expected at least 0"),
     "batch size": (["--batch-size", "0"], "batch_size is 0, expected at least 1"),
