@@ -138,6 +138,6 @@ def test_a_card_of_ones_own_stays(tmp_path, capsys):
 def test_a_damaged_run_is_refused_in_one_line(tmp_path):
     folder = result(tmp_path / "runs")
     (folder / "summary.json").write_text("{}")
-    with pytest.raises(ConfigError, match="summary.json can't be read"):
+    with pytest.raises(ConfigError, match=r"summary.json can't be read"):
         find_run(folder)
     assert read_runs([result(tmp_path / "runs", "whole")])
