@@ -19,8 +19,10 @@ from ..config.training import SEEDS
 from ..console import console
 from ..errors import ConfigError, check_number
 from ..files import check_path_length, check_writable, locked, read_json, write_json
-from ..generation.answers import Generator, GrowingFile
+from ..generation.answers import Generator
+from ..generation.growing_file import GrowingFile
 from ..generation.sampling import response_seeds
+from ..json_shape import problem
 from ..models import loading
 from . import rouge
 from .test_sets import Protocol, TestSet, read_sets
@@ -153,8 +155,14 @@ class Evaluation:
             test.name, {"source": test.source, **test.identity(), **{metric: summarize({}) for metric in METRICS}}
         )
         self._write()
+
+        def is_own(values: dict) -> bool:
+            prompt = test.prompts[values["row"] :][:1]
+            answered = [self.tokenizer.decode(ids) for ids in prompt] == [values.get("prompt")]
+            return answered and not problem(values, dict.fromkeys(METRICS, (float, bool)))
+
         with contextlib.ExitStack() as stack:
-            files = {seed: stack.enter_context(GrowingFile(self._file(test.name, seed))) for seed in seeds}
+            files = {seed: stack.enter_context(GrowingFile(self._file(test.name, seed), is_own)) for seed in seeds}
             todo = [(seed, row) for seed in seeds for row in range(len(test.prompts)) if row not in files[seed].rows]
 
             def keep(number: int, response: list[int]) -> None:

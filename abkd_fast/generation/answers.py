@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import glob
 import hashlib
 import json
 import math
@@ -25,21 +24,13 @@ from ..data.row_teachers import TeacherNames
 from ..data.rows import Row, read_rows
 from ..data.tokenize import encode_prompts
 from ..device import choose_device, choose_dtype
-from ..errors import JSON_ERRORS, ConfigError, Interrupted, check_number, disk_errors
-from ..files import (
-    atomic_folder,
-    atomic_write,
-    check_path_length,
-    exclusive,
-    open_own,
-    read_json,
-    remove_leftovers,
-    write_json,
-)
+from ..errors import ConfigError, Interrupted, check_number, disk_errors
+from ..files import atomic_folder, check_path_length, exclusive, file_checksum, read_json, write_json
 from ..finished import locked_run
 from ..models import identity, loading, tokenizers
 from ..models.vocabularies import Vocabulary
 from ..signals import StopSignals
+from .growing_file import GrowingFile
 from .sampling import response_seeds, sample
 
 
@@ -188,7 +179,7 @@ class Generation:
             **sampling.to_dict(),
         }
         processes.check_same(self.identity)
-        self.answers = Answers(out, self.identity)
+        self.answers = Answers(out, self.identity, self.prompts)
         self.todo, self.tokens, self.seconds = [], 0, 0.0
 
     def run(self) -> None:
@@ -200,7 +191,8 @@ class Generation:
         lock = self.out.with_name(self.out.name + ".lock")
         busy = f"out: another process is writing {self.out}: wait for it, or choose another"
         with contextlib.nullcontext() if self.answers.finished else distributed.rank0_context(exclusive(lock, busy)):
-            self.answers = Answers(self.out, self.identity)  # another process may have added some meanwhile
+            # Again: another process may have added some meanwhile.
+            self.answers = Answers(self.out, self.identity, self.prompts)
             if self.answers.finished:
                 console.print(f"{self.out} is finished already")
             else:
@@ -301,69 +293,20 @@ def describe(config: Config, rows: list[Row]) -> Iterator[str]:
     yield f"  answers    to {prompts} at temperature {sampling.temperature:g}, {sampling.batch_size} at a time"
 
 
-class GrowingFile:
-    """A file of JSON objects, one a line, that come in any order and are sorted by their "row" in the end.
-
-    A context manager: additions are possible while it is entered. A crash costs the last line at most. Ranks other
-    than 0 write files of their own, NAME.rank1, …; `sort` joins them to the first.
-    """
-
-    def __init__(self, path: pathlib.Path) -> None:
-        self.path = path
-        self.rows = {values["row"] for values in distributed.run_on_rank0(self.read)}
-
-    def _others(self) -> list[pathlib.Path]:
-        return list(self.path.parent.glob(f"{glob.escape(self.path.name)}.rank*"))
-
-    def read(self) -> list[dict]:
-        """The whole lines of all ranks. Damaged lines, and what a crash left of the last one, are skipped."""
-        paths = filter(pathlib.Path.exists, (self.path, *self._others()))
-        found = {}  # keyed by row: after a crash one may be in two files
-        for line in (line for path in paths for line in path.read_bytes().splitlines()):
-            with contextlib.suppress(*JSON_ERRORS, KeyError, TypeError, OverflowError):
-                values = json.loads(line)
-                found[int(values["row"])] = values
-        return [*found.values()]
-
-    def __enter__(self) -> "GrowingFile":
-        distributed.run_on_rank0(lambda: self._write(self.read()))
-        own = self.path if distributed.is_rank0() else self.path.with_name(f"{self.path.name}.rank{distributed.rank()}")
-        self.file = open_own(own, "a", encoding="utf-8", buffering=1)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.file.close()
-
-    def add(self, row: int, values: dict) -> None:
-        self.file.write(json.dumps({**values, "row": row}, ensure_ascii=False) + "\n")
-        self.rows.add(row)
-
-    def sort(self) -> list[dict]:
-        """Sorts the lines of all ranks by their rows, and returns them."""
-        distributed.barrier()  # until all ranks have written theirs
-        lines = distributed.run_on_rank0(lambda: sorted(self.read(), key=lambda values: values["row"]))
-        distributed.run_on_rank0(self._write, lines)
-        self.rows = {values["row"] for values in lines}
-        return lines
-
-    def _write(self, lines: list[dict]) -> None:
-        remove_leftovers(self.path.parent, f"{self.path.name}.")
-        atomic_write(self.path, "".join(json.dumps(values, ensure_ascii=False) + "\n" for values in lines))
-        for path in self._others():
-            path.unlink()
-
-
 class Answers(GrowingFile):
     """A file of responses and, beside it, NAME.settings.json: what they depend on."""
 
-    def __init__(self, path: pathlib.Path, identity: dict) -> None:
-        """Finds the rows that have responses already. Raises ConfigError for a path that can't be used."""
+    def __init__(self, path: pathlib.Path, identity: dict, prompts: list[list[int]]) -> None:
+        """Finds the rows that have responses already. Raises ConfigError for a path that can't be used.
+
+        prompts: the tokens of all rows. A line belongs to the file if it answers one of them.
+        """
         if not path.name:
             raise ConfigError(f"out: {path} is a folder: name a file in it")
         self.identity = identity
         self.record = path.with_name(path.name + ".settings.json")
         self.finished = distributed.run_on_rank0(self._check, path)  # for all: it may change at any moment
-        super().__init__(path)
+        super().__init__(path, lambda values: [values.get("prompt_ids")] == prompts[values["row"] :][:1])
 
     def _check(self, path: pathlib.Path) -> bool:
         """Whether all responses are there. Raises ConfigError where they are others, or can't be written."""
@@ -371,17 +314,23 @@ class Answers(GrowingFile):
         if path.exists():
             if not self.record.exists():
                 raise ConfigError(f"out: {path} exists, and not as the result of this command: choose another")
-            then = read_json(self.record, "choose another --out", {"finished": bool})
+            then = read_json(self.record, "choose another --out", {"finished": bool, "checksum?": int})
             finished = then["finished"]
             changed = [key for key, value in self.identity.items() if then.get(key) != value]
             if changed:
                 raise ConfigError(f"out: {path} was made with other {', '.join(changed)}: choose another, or delete it")
+            if finished and then.get("checksum") not in (None, file_checksum(path)):  # earlier versions wrote none
+                raise ConfigError(f"out: {path} has changed since it was finished: choose another, or delete it")
         if not finished and not (path.parent.is_dir() and os.access(path.parent, os.W_OK)):
             raise ConfigError(f"out: {path.parent} is not a folder that can be written to")
         return finished
 
     def _write_record(self, finished: bool) -> None:
-        distributed.run_on_rank0(write_json, self.record, {**self.identity, "finished": finished})
+        def write() -> None:
+            checksum = {"checksum": file_checksum(self.path)} if finished else {}
+            write_json(self.record, {**self.identity, "finished": finished, **checksum})
+
+        distributed.run_on_rank0(write)
 
     def __enter__(self) -> GrowingFile:
         self._write_record(finished=False)

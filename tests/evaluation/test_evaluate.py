@@ -17,7 +17,7 @@ from abkd_fast.data.tokenize import encode_prompts
 from abkd_fast.evaluate import main
 from abkd_fast.evaluation import evaluator, test_sets
 from abkd_fast.files import locked
-from abkd_fast.generation.answers import GrowingFile
+from abkd_fast.generation.growing_file import GrowingFile
 from abkd_fast.generation.sampling import SamplingParams, sample
 from scoring import ROWS, SMALL, lines_of, rouge_by_hand, write_recipe
 

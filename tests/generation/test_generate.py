@@ -142,6 +142,61 @@ def test_other_settings_and_foreign_files_are_refused(command, tmp_path, capsys)
     assert (tmp_path / "answers.jsonl").read_bytes() == before
 
 
+FOREIGN = {
+    "another's prompt": lambda lines: [*lines[:3], {**lines[3], "prompt_ids": [1, 2]}],
+    "another's row": lambda lines: [{**lines[0], "row": 1}],
+    "a row that is not there": lambda lines: [*lines, {**lines[0], "row": 12}],
+    "rows of another tool": lambda lines: [{"row": 0, "prompt": "x", "output": "y"}],
+}
+
+
+@pytest.mark.parametrize("change", [*FOREIGN.values(), list.copy], ids=[*FOREIGN, "whole, and fewer"])
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_file_in_place_of_this_one_is_refused(command, tmp_path, capsys, monkeypatch, change, finished):
+    """The settings beside it fit, and it was exchanged."""
+    assert main(command()) == 0
+    path, record = tmp_path / "answers.jsonl", tmp_path / "answers.jsonl.settings.json"
+    record.write_text(json.dumps({**json.loads(record.read_text()), "finished": finished}))
+    lines = change(answers_of(tmp_path))
+    path.write_text("".join(json.dumps(line) + "\n" for line in (lines[1:] if change is list.copy else lines)))
+    before = path.read_bytes()
+    capsys.readouterr()
+    monkeypatch.setattr(answers.loading, "load", lambda *_: pytest.fail("it is refused before weights are loaded"))
+    if change is list.copy and not finished:  # as an interrupted command leaves it
+        monkeypatch.undo()
+        assert main(command()) == 0
+        return
+    assert main(command()) == 2
+    error = capsys.readouterr().err
+    reason = "has changed since it was finished" if finished else "is no answer to a prompt of this command"
+    assert reason in error
+    assert error.count("\n") == 1
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "record", ["[]", "{}", '{"finished": 1}', "1", "[" * 9999, '{"finished": true, "checksum": []}']
+)
+def test_an_odd_record_is_one_line(command, tmp_path, capsys, record):
+    (tmp_path / "answers.jsonl").write_text("{}\n")
+    (tmp_path / "answers.jsonl.settings.json").write_text(record)
+    assert main(command()) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "answers.jsonl.settings.json can't be read (" in line
+
+
+def test_damaged_lines_are_answered_again_and_said(command, tmp_path, capsys):
+    assert main(command()) == 0
+    path, record = tmp_path / "answers.jsonl", tmp_path / "answers.jsonl.settings.json"
+    undisturbed = path.read_bytes()
+    lines = undisturbed.splitlines(keepends=True)
+    path.write_bytes(b"".join([*lines[:2], b'{"row": \xff\n', *lines[3:9]]) + b"[" * 9999)
+    record.write_text(json.dumps({**json.loads(record.read_text()), "finished": False}))
+    assert main(command()) == 0
+    assert f"{path}: 2 damaged lines are written again\n" in capsys.readouterr().out
+    assert path.read_bytes() == undisturbed
+
+
 def test_empty_answers_are_left_out(command, tmp_path, capsys, monkeypatch):
     def empty(model, prompts, settings, seeds, batch_size, on_response):
         for index in range(len(prompts)):
