@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import shutil
 
 import datasets
@@ -38,10 +39,14 @@ def here(monkeypatch):
 
 
 def cases(folder, other, short, key):
-    """Damages of each file of a folder: all, or in the short form a few. Each with the same file of another run."""
+    """Damages of each kind of file in a folder: all, or in the short form a few. Each with that of another run.
+
+    Of files whose names differ in numbers alone, as those of checkpoints, the last one is taken.
+    """
     dice = random.Random(key)
     files = [path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file() and path.name != "lock"]
-    all_of_them = [(file, how) for file in files for how in DAMAGES]
+    kinds = {re.sub(r"\b[0-9a-f]{32}\b|\d+", "#", str(file)): file for file in files}
+    all_of_them = [(file, how) for file in kinds.values() for how in DAMAGES]
     for file, how in all_of_them if WHOLE else dice.sample(all_of_them, short):
         yield file, how, other / file, random.Random(f"{file} {how}")
 

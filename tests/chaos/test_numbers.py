@@ -58,7 +58,7 @@ def test_learning_rates(account, models, tmp_path, capsys):
     with account("learning rates of 0 to 3e38") as tries:
         for rate in RATES if WHOLE else RATES[:1]:
             with tries.attempt(f"optim.lr={rate}"):
-                work = Work("sft", tmp_path / rate, models, ("--set", f"optim.lr={rate}"))
+                work = Work("sft", tmp_path / rate, models, ("--set", f"optim.lr={rate}", "--set", "optim.min_lr=0"))
                 status, text = said(capsys, train.main, work.arguments())
                 assert status in (0, 1) or text.startswith("error: --set optim.lr="), text
                 assert_finite(work.folder)
