@@ -197,13 +197,12 @@ def _errors(source: str, problem: str) -> Iterator[None]:
         try:
             yield
         except Exception as error:
-            hidden = error.__cause__ if isinstance(error, DatasetGenerationError) else None
-            cause, cache = hidden or error, str(datasets.config.HF_DATASETS_CACHE)
-            of_disk = disk_error(cause)
+            hidden, cache = error.__cause__ or error, str(datasets.config.HF_DATASETS_CACHE)
+            of_disk = disk_error(hidden)
             if of_disk is not None and (of_disk.errno in NO_ROOM or cache in str(of_disk)):
                 with disk_errors(cache, MOVE_CACHE):
                     raise of_disk from None
-            raise cause from None
+            raise (hidden if isinstance(error, DatasetGenerationError) else error) from None
 
 
 @contextlib.contextmanager
