@@ -67,7 +67,7 @@ def test_files_of_a_run_that_was_killed(account, models, tmp_path, here, capsys,
                 train.main(each.arguments())
     shutil.copytree(work.folder, tmp_path / "copy")
     with account(f"damage, then resume: {kind}") as tries:
-        for file, how, twin, dice in cases(tmp_path / "copy", other.folder, 5, f"{kind} 6"):
+        for file, how, twin, dice in cases(tmp_path / "copy", other.folder, 3, f"{kind} 6"):
             with tries.attempt(f"{kind}: {file} {how}"), restored(work.folder, tmp_path / "copy"):
                 damage(work.folder / file, how, twin, dice)
                 status, text = said(capsys, train.main, work.arguments())
@@ -91,7 +91,7 @@ def test_files_of_a_finished_run(account, models, tmp_path, here, capsys):
     run = work.folder / "ab"
     scored = ["--data", "x=quickstart:dev", "--rows", "2", "--max-new-tokens", "2", "--out", str(work.folder / "eval")]
     with account("damage of a finished run") as tries:
-        for file, how, twin, dice in cases(tmp_path / "copy" / "ab", other.folder / "ab", 4, "finished"):
+        for file, how, twin, dice in cases(tmp_path / "copy" / "ab", other.folder / "ab", 2, "finished"):
             with tries.attempt(f"{file} {how}"), restored(work.folder, tmp_path / "copy"):
                 damage(run / file, how, twin, dice)
                 for main, arguments in (
@@ -115,7 +115,7 @@ def test_files_of_an_evaluation(account, models, tmp_path, here, capsys):
     expected, again = work.outcome(), [*work.arguments(), "--seeds", "1", "2"]
     shutil.copytree(work.folder, tmp_path / "copy")
     with account("damage of an evaluation, which then goes on") as tries:
-        for file, how, twin, dice in cases(tmp_path / "copy" / "eval", other.folder / "eval", 3, "evaluation"):
+        for file, how, twin, dice in cases(tmp_path / "copy" / "eval", other.folder / "eval", 2, "evaluation"):
             with tries.attempt(f"{file} {how}"), restored(work.folder, tmp_path / "copy"):
                 damage(work.folder / "eval" / file, how, twin, dice)
                 status, text = said(capsys, evaluate.main, again)

@@ -47,7 +47,7 @@ def test_sigkill_in_the_last_save(account, server, models, undisturbed, tmp_path
     expected, _ = undisturbed(kind)
     last = "stages/last" if kind == "stages" else kind
     with account(f"SIGKILL in the last save: {kind}") as tries:
-        for number in range(count(1, 30)):
+        for number in range(count(1, 5)):
             dice = random.Random(f"last {kind}{number}")
             with tries.attempt(f"{kind}, seed {number}"):
                 work = Work(kind, tmp_path / str(number), models)
@@ -64,7 +64,7 @@ def test_signals(account, server, models, undisturbed, tmp_path, kind):
     """SIGTERM, or Ctrl-C twice."""
     expected, seconds = undisturbed(kind)
     with account(f"SIGTERM, or a second Ctrl-C: {kind}") as tries:
-        for number in range(count(2, 20)):
+        for number in range(count(2, 6)):
             dice = random.Random(f"signal {kind}{number}")
             with tries.attempt(f"{kind}, seed {number}"):
                 work = Work(kind, tmp_path / str(number), models)
@@ -98,7 +98,7 @@ def test_sigkill_of_one_of_two_ranks(account, server, models, undisturbed, tmp_p
     assert ranks.wait() == [0, 0], ranks.output()
     seconds = time.perf_counter() - started
     with account(f"SIGKILL of one of two ranks: {kind}") as tries:
-        for number in range(count(0, 15)):
+        for number in range(15):
             dice = random.Random(f"ranks {kind}{number}")
             with tries.attempt(f"{kind}, seed {number}"):
                 work = Work(kind, tmp_path / str(number), models)

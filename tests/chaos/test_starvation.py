@@ -90,7 +90,7 @@ LIMITS = {
 }
 
 
-@pytest.mark.parametrize("name", LIMITS)
+@pytest.mark.parametrize("name", LIMITS if WHOLE else ["open files"])
 @pytest.mark.parametrize("kind", ["ab", "stages", "generate", "evaluate", "cache"] if WHOLE else ["sft"])
 def test_limits(account, server, models, undisturbed, tmp_path, kind, name):
     expected, _ = undisturbed(kind)
