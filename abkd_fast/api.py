@@ -23,12 +23,11 @@ from .config.recipe import load
 from .config.schema import Config
 from .errors import ConfigError, reading
 from .evaluation import points
-from .files import CHECKPOINTS, cache_folder, check_trusted, make_cache_folder
+from .files import cache_folder, check_trusted, make_cache_folder
 from .finished import read_summary
 from .losses.divergences import Divergence
 from .models.identity import NOT_THE_MODEL
 from .output import forgiving
-from .training.checkpoint import Checkpoints
 from .training.given import Given
 
 Path = str | os.PathLike
@@ -81,8 +80,9 @@ def distill(
             clip_norm and the schedule are read then. Its state must consist of tensors, numbers and text, for
             checkpoints: else the first step raises ConfigError.
         scheduler: makes the schedule of learning rates from the optimizer and the number of steps.
-        resume: continues an interrupted run. Give objects that are what they were. The result of a finished run is
-            returned as it is, whatever objects are given.
+        resume: continues an interrupted run from its newest checkpoint, whose weights a student in memory gets: it
+            may be another object, or the one that the interruption left as it was after its last step. Give all
+            other objects as they were. The result of a finished run is returned, and the objects are left alone.
         values: other keys of a recipe, such as `method="kd"`, `optim={"lr": 1e-4}` or `run={"name": "mine"}`. They
             replace those of the recipe, as --set does.
 
@@ -122,8 +122,6 @@ def distill(
     rows = {name: _in_memory(name, data, configs) for name, data in rows.items()}
     given = Given(models=models, rows=rows, optimizer=optimizer, scheduler=scheduler, **functions)
     before = [_restorer(model, role == "teacher") for role, model in models.items()]
-    if resume and "student" in models:
-        _check_resumed(configs[0].run.folder)
     same = {config.run.stage or "recipe": config.to_dict() for config in configs} | {"resume": resume}
     try:
         with forgiving(), processes.process_group(configs[0].train.timeout_minutes, same):
@@ -149,13 +147,6 @@ def _restorer(model: PreTrainedModel, is_teacher: bool) -> Callable[[], None]:
                 parameter.requires_grad_(True)
 
     return restore
-
-
-def _check_resumed(folder: pathlib.Path) -> None:
-    """Raises ConfigError where a run was begun with a student in memory, and has no checkpoint."""
-    if folder.exists() and not (folder / "final").exists() and Checkpoints(folder / CHECKPOINTS, 1).newest() is None:
-        problem = "there is no checkpoint to resume from, and the student in memory may be trained already"
-        raise ConfigError(f"{folder}: {problem}: begin again, with it as it was, under another run.name")
 
 
 def _mapping(name: str, value: Any) -> dict:

@@ -3,6 +3,7 @@
 import json
 import pathlib
 import re
+import signal
 import subprocess
 import sys
 
@@ -17,7 +18,7 @@ import abkd_fast
 import chat
 from abkd_fast import distill, train
 from abkd_fast.data import quickstart
-from abkd_fast.errors import ConfigError
+from abkd_fast.errors import ConfigError, Interrupted
 from runs import GPT2, TIED
 
 DOCS = pathlib.Path(__file__).parents[1] / "docs"
@@ -154,7 +155,7 @@ def test_chat_rows_and_functions(tmp_path, values):
     )
     assert steps == [2, 4]
     assert [point["step"] for point in dev] == [0, 3, 4]
-    assert [folder.name for folder in saved] == ["step-000002", "step-000003", "step-000004"]
+    assert [folder.name for folder in saved] == ["step-000000", "step-000002", "step-000003", "step-000004"]
     assert result.summary["steps"] == result.summary["selected_step"] == 4
     assert result.summary["dev_loss"] == dev[-1]["loss"]
     AutoModelForCausalLM.from_pretrained(result.final)
@@ -236,12 +237,33 @@ def test_models_in_memory_resume_and_stay_what_they_are(values):
     assert all(parameter.requires_grad for parameter in teacher.parameters())
 
 
-def test_a_student_that_may_be_trained_already_does_not_begin_again(values):
-    own = {"student": model(TIED), "tokenizer": "quickstart", "train_dataset": ROWS, "method": "sft"}
-    with pytest.raises(Stop):
-        distill(**own, **values("begun"), on_step=stop_at(4))
-    with pytest.raises(ConfigError, match="there is no checkpoint to resume from, and the student in memory may be"):
-        distill(**own, **values("begun"), resume=True)
+@pytest.mark.parametrize("is_other", [False, True], ids=["same", "other"])
+@pytest.mark.parametrize(("every_steps", "end"), [(2, "signal"), (2, "error"), (None, "error")])
+def test_a_resumed_run_trains_the_student_in_memory(values, every_steps, end, is_other):
+    """The object that the interruption left, or another one, also from the start; frozen weights stay frozen."""
+
+    def student(seed=0):
+        made = model(TIED, seed)
+        made.model.layers[0].mlp.requires_grad_(False)
+        return made
+
+    def on_step(point):
+        if point["step"] == 4:
+            if end == "error":
+                raise Stop
+            signal.raise_signal(signal.SIGINT)
+
+    own = {"tokenizer": "quickstart", "train_dataset": ROWS, "method": "sft"}
+    whole = distill(student=student(), **own, **values("whole"))
+    begun, sections = student(), values("cut", checkpoint={"every_steps": every_steps})
+    with pytest.raises(Stop if end == "error" else Interrupted):
+        distill(student=begun, **own, **sections, on_step=on_step)
+    resumed = student(7) if is_other else begun
+    again = distill(student=resumed, **own, **sections, resume=True)
+    ours, theirs = (load_file(one.final / "model.safetensors") for one in (again, whole))
+    state = resumed.state_dict()
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+    assert all(torch.equal(tensor, state[name]) for name, tensor in ours.items()), "trained in place"
 
 
 @pytest.mark.parametrize("kind", ["kept", "lost"])

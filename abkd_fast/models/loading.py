@@ -219,7 +219,7 @@ def load(
     in_parts: bool = False,
     given: PreTrainedModel | None = None,
 ) -> CausalLM:
-    """Loads a model with its weights in `dtype`; without a path they are random, or those of `given`.
+    """Loads a model with its weights in `dtype`; without a path they are those of `given`, or random.
 
     Its activations are fused. A student's adapter is attached, and it alone is trained. Other adapters are merged,
     except into quantized weights: these would round the sum. Of a multimodal model the language model is returned; a
@@ -228,7 +228,8 @@ def load(
     config: of the whole model.
     in_parts: the weights will be sharded over processes. They stay mapped from the disk in their files' type where
         possible, so that memory never holds more than a process's part.
-    given: a whole model in memory. It is used, not copied, except for a teacher in another type.
+    given: a whole model in memory. It is used, not copied, except for a teacher in another type. It gets the weights of
+        the path, if there is one.
 
     Raises ConfigError for weights that are missing, damaged or of another shape, for an adapter without a path, and for
     a sliding window where attention has none.
@@ -275,6 +276,8 @@ def load(
             model = lora.merge_adapter(model, spec, key, dtype)
         if spec.device_map is not None:
             _place_head(model, device)
+        if given is not None:
+            model = _filled(_in_type(given, dtype, key), model, f"{key}: {spec.path}")
         language = wrappers.language_model(model)
         if not in_parts:
             # Copied out of the mapped file: each file has its own alignment, which may change a product's last bit.
@@ -302,6 +305,13 @@ def load(
 def _in_type(given: PreTrainedModel, dtype: torch.dtype, key: str) -> PreTrainedModel:
     """A model in memory, in `dtype`. A teacher keeps its own bits: nobody could restore them."""
     return (given if key == "student" or given.dtype == dtype else copy.deepcopy(given)).to(dtype)
+
+
+def _filled(given: PreTrainedModel, loaded: PreTrainedModel, what: str) -> PreTrainedModel:
+    """A model in memory, with the weights of the one that a path has."""
+    with reading(f"{what}: its weights don't fit the model in memory", "; give a model that is what it was"):
+        given.load_state_dict(loaded.state_dict())
+    return given
 
 
 def published_dtype(path: str, why: str) -> torch.dtype:

@@ -346,7 +346,8 @@ class Trainer:
         previous_best = self.state.best
         improved = evaluates and self._evaluate()
         stop = self.signals.of_any_rank()
-        due = (self.saves.is_due() or improved) and self.state.step < self.data.steps
+        is_first = self.state.step == 0 and "student" in self.given.models  # nothing on the disk has its weights
+        due = (is_first or self.saves.is_due() or improved) and self.state.step < self.data.steps
         if (stop or due) and not self.saves.is_saved:
             self._save(previous_best)
         if stop:
