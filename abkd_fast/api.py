@@ -19,6 +19,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from . import pipeline, processes
+from .config.models import IN_MEMORY
 from .config.recipe import load
 from .config.schema import Config
 from .errors import ConfigError, reading
@@ -191,7 +192,7 @@ def _section(role: str, model: PreTrainedModel | Path | Mapping) -> dict:
         raise ConfigError("student: none of its weights requires a gradient: nothing could be trained", role)
     config = json.loads(model.config.to_json_string(use_diff=False))
     config = {key: value for key, value in config.items() if key not in NOT_THE_MODEL}  # loading and saving change them
-    return {"config": config | {"architectures": [type(model).__name__]}, "path": None}
+    return {"config": config | {"architectures": [type(model).__name__], IN_MEMORY: model.name_or_path}, "path": None}
 
 
 def _name_of(student: PreTrainedModel) -> str:

@@ -8,6 +8,7 @@ import pathlib
 from collections.abc import Iterator
 
 from . import distributed, manifest
+from .config.models import IN_MEMORY
 from .config.recipe import load
 from .config.sampling import OPTIONS
 from .config.schema import Config
@@ -102,6 +103,8 @@ def _deciding(values: dict, finished: bool) -> dict:
     for key in ("push_to_hub", *([] if finished else ["save_dtype"])):
         values["run"].pop(key)
     models = [values["student"], values["teacher"] or {}, *(values["teachers"] or {}).values()]
+    for section in models:
+        (section.get("config") or {}).pop(IN_MEMORY, None)  # a copy has another name, or none
     for section, key in [*itertools.product(models, ("path", "adapter")), (values["data"], "train")]:
         path = section.get(key)
         if path is not None and pathlib.Path(path).is_relative_to(root):

@@ -16,9 +16,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import abkd_fast
 import chat
-from abkd_fast import distill, train
+from abkd_fast import cache, distill, train
 from abkd_fast.data import quickstart
 from abkd_fast.errors import ConfigError, Interrupted
+from abkd_fast.evaluation import model_card
+from abkd_fast.evaluation.runs import read_runs
+from abkd_fast.evaluation.tables import write_report
 from runs import GPT2, TIED
 
 DOCS = pathlib.Path(__file__).parents[1] / "docs"
@@ -367,3 +370,40 @@ def test_import_is_light():
     version = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.strip()
     assert version == abkd_fast.__version__
     assert {"distill", "Result"} <= {*dir(abkd_fast)}
+
+
+@pytest.mark.parametrize("is_named", [True, False])
+def test_what_is_published_says_that_models_were_in_memory(folders, values, is_named, cache_folder, capsys):
+    """The card, the report, the list of caches; and the run's values alone don't pass for those of random weights."""
+    models = {role: AutoModelForCausalLM.from_pretrained(folders / role) for role in ("student", "teacher")}
+    for each in models.values() if not is_named else ():
+        each.name_or_path = ""
+    sections = values("published", cache={"mode": "disk"}, train={**SMALL, "steps": 1})
+    distill(**models, tokenizer=str(folders / "student"), train_dataset=ROWS, eval_dataset=ROWS[:4], **sections)
+    folder = pathlib.Path(sections["run"]["dir"]) / "published"
+    (run,) = read_runs([folder])
+    card = model_card.write(run, [run], "me/mine")
+    write_report([run], folder)
+    assert cache.main(["--list"]) == 0
+    listed = capsys.readouterr().out
+    for role, kind in (("student", "llama"), ("teacher", "gpt2")):
+        of_card, of_list = (f"`{role}`", role) if is_named else (f"`{kind}`", kind)
+        text = "{}, given in memory" if is_named else "a model in memory ({})"
+        assert f"- {role.capitalize()}: {text.format(of_card)}" in card
+        assert f"- {role}: {text.format(folders / role if is_named else kind)}" in (folder / "report.md").read_text()
+        assert role == "student" or f"samples of {text.format(of_list)}" in listed
+    for main in (train.main, cache.main):
+        assert (
+            main(
+                [
+                    "--config",
+                    str(folder / "config.json"),
+                    "--set",
+                    "data.train=quickstart:small",
+                    "--set",
+                    "data.dev=null",
+                ]
+            )
+            == 2
+        )
+        assert "is of a model that a Python program had in memory" in capsys.readouterr().err

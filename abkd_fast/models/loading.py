@@ -16,7 +16,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig, PreTraine
 from transformers.activations import NewGELUActivation
 from transformers.pytorch_utils import Conv1D
 
-from ..config.models import ModelConfig
+from ..config.models import IN_MEMORY, ModelConfig
 from ..errors import OWN_CODE, TOO_DEEP, ConfigError, first_line, is_deep, reading
 from ..files import check_path_length, entries, is_local_path
 from ..losses.arguments import LogitMap
@@ -107,7 +107,8 @@ def read_meta_model(spec: ModelConfig, key: str) -> MetaModel:
         if not pathlib.Path(folder, "config.json").is_file():
             raise ConfigError(f"{what} has no config.json; expected a folder that python -m abkd_fast.cache has built")
     try:
-        whole = AutoConfig.for_model(**spec.config) if folder is None else read_config(folder)
+        known = {name: value for name, value in (spec.config or {}).items() if name != IN_MEMORY}
+        whole = AutoConfig.for_model(**known) if folder is None else read_config(folder)
         config = wrappers.language_config(whole)
         model = wrappers.language_model(meta_model(whole))  # fails where its numbers don't fit together
     except Exception as error:  # transformers checks with many kinds of errors
@@ -235,8 +236,8 @@ def load(
     a sliding window where attention has none.
     """
     whole, config = config, wrappers.language_config(config)
-    if spec.path is None and spec.has_adapter:
-        raise ConfigError(f"{key}: an adapter needs the same weights every time, config gives random ones: use path")
+    if spec.path is None:
+        check_weights(spec, key, given is not None)
     if key == "student" and not attention.supports_dropout(device):
         dropout.remove_from_attention(config, key, device)
     if getattr(config, "sliding_window", None) is not None and not attention.supports_windows(device):
@@ -300,6 +301,19 @@ def load(
         causal_lm.can_compile = quantization.quantizer().is_compileable
     causal_lm.can_compile &= spec.device_map is None
     return causal_lm
+
+
+def check_weights(spec: ModelConfig, key: str, is_given: bool) -> None:
+    """Raises ConfigError where a model without a path has no weights, or an adapter. is_given: it is in memory."""
+    if is_given and spec.has_adapter:
+        problem = f"a model in memory is trained as it is, but there is {key}.adapter or {key}.lora, too"
+        way_out = f'leave that out, or give a folder: {key}={{"path": FOLDER, "lora": {{"rank": 8}}}}'
+        raise ConfigError(f"{key}: {problem}; {way_out}", key)
+    if spec.has_adapter:
+        raise ConfigError(f"{key}: an adapter needs the same weights every time, config gives random ones: use path")
+    if not is_given and IN_MEMORY in (spec.config or {}):
+        problem = "config is of a model that a Python program had in memory: its weights are not there"
+        raise ConfigError(f"{key}: {problem}; give it again, to abkd_fast.distill, or a path", key)
 
 
 def _in_type(given: PreTrainedModel, dtype: torch.dtype, key: str) -> PreTrainedModel:
