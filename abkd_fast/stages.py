@@ -39,7 +39,7 @@ def _check(config: Config, earlier: dict[str, Config], read: ReadRows, given: Gi
     prepared = Prepared(given=given)
     choose_dtype(config.train.dtype, choose_device(config.train.device, "train."), "train.")
     if config.method != "generate":
-        check_optimizer(config, given.optimizer is not None)
+        check_optimizer(config, given)
         check_trackers(config.log)
     for role, spec in models_of(config).items():
         if spec.path is None:

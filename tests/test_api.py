@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+from typing import ClassVar
 
 import datasets
 import numpy as np
@@ -184,7 +185,7 @@ def test_own_optimizer_and_schedule(folders, values, fused):
         return torch.optim.lr_scheduler.LinearLR(made, 1.0, 0.0, steps)
 
     own = {"student": folders / "student", "train_dataset": ROWS, "optimizer": optimizer, "scheduler": scheduler}
-    sections = values("own", method="sft", checkpoint={"every_steps": 3}, log={"every_steps": 1})
+    sections = values("own", method="sft", checkpoint={"every_steps": 3}, log={"every_steps": 1}, optim={})
     result = distill(**own, **sections)
     assert groups == [[0.01, 0.0]]
     assert sizes == [6]
@@ -280,13 +281,12 @@ def test_state_of_own_optimizers_and_schedules(folders, values, kind):
                 group["lr"] /= group["taken"]
             return super().step(closure)
 
-    schedules = torch.optim.lr_scheduler
     own = {"student": folders / "student", "train_dataset": ROWS, "method": "sft"}
     own["optimizer"] = lambda groups: Counting(groups, lr=0.5)
     own["scheduler"] = lambda made, steps: (
         schedules.MultiStepLR(made, [5]) if kind == "lost" else schedules.ConstantLR(made, 1.0)
     )
-    sections = values("own", log={"every_steps": 1}, checkpoint={"every_steps": 2})
+    sections = values("own", log={"every_steps": 1}, checkpoint={"every_steps": 2}, optim={})
     whole = distill(**own, **sections)
     sections["run"] = {**sections["run"], "name": "cut"}
     with pytest.raises(Stop):
@@ -316,7 +316,14 @@ def test_stages(values, tmp_path):
     assert result.final == result.stages["second"].final == tmp_path / "stages" / "second" / "final"
 
 
-SAME = model(TIED)
+SAME, schedules = model(TIED), torch.optim.lr_scheduler
+OTHER = torch.optim.SGD([torch.zeros(3)])
+
+
+class Adapted(torch.nn.Module):
+    """As peft wraps a model."""
+
+    peft_config: ClassVar[dict] = {}
 
 
 @pytest.mark.parametrize(
@@ -331,23 +338,74 @@ SAME = model(TIED)
         ({"train_dataset": ["text"]}, "train_dataset row 1"),
         ({"eval_dataset": [{"prompt": "x"}]}, "data.dev: eval_dataset row 1"),
         ({"student": torch.nn.Linear(2, 2)}, "student is a Linear, expected a transformers model"),
-        ({"student": None}, "student: missing"),
+        ({"student": None}, "student: missing; give student: a model, a folder"),
+        ({"recipe": 5}, "recipe is a int, expected a file, a packaged name or a mapping"),
+        ({"recipe": [1]}, "recipe is a list, expected a file"),
+        ({"run": None}, 'run: missing; give run={"name": …}'),
+        ({"train_dataset": None}, "data.train: missing; give train_dataset"),
+        ({"recipe": "quickstart.json", "student": SAME}, "student: a model in memory is for a recipe without stages"),
+        ({"student": torch.device("meta")}, "student is a device, expected a transformers model"),
+        ({"student": {"config": TIED, "lora": {"rank": 2}}, "tokenizer": "quickstart"}, "config gives random ones"),
+        ({"recipe": {"student": {"lora": {"rank": 2}}}, "student": SAME, "tokenizer": "quickstart"},
+         "a model in memory is trained as it is, but there is student.adapter or student.lora, too; leave that out"),
+        ({"student": Adapted()}, 'give student={"path": BASE, "adapter": FOLDER}'),
+        ({"student": model(TIED).to("meta")}, "some weights are on the meta device"),
+        ({"teacher": "gpt2"}, "teacher: method sft has none, or leave teacher out"),
+        ({"on_eval": print}, "on_eval: nothing is evaluated; give eval_dataset, or leave on_eval out"),
+        ({"method": "generate", "on_step": print}, "on_step: method generate trains nothing"),
         ({"student": model(TIED)}, "tokenizer: missing, and the student was not loaded from a folder"),
-        ({"teacher": "no/such/folder"}, "no such model folder"),
+        ({"teacher": "no/such/folder", "method": "kd"}, "no such model folder"),
         ({"lr": 1e-4}, "lr: unknown key"),
         ({"optim": {"lr": -1}}, "the arguments: optim.lr is -1"),
         ({"optim": {"lr": torch.tensor(1e-3)}}, "optim.lr must be a number"),
         ({"data": "x"}, "data must be a mapping, got x"),
-        ({"on_step": 3}, "on_step is a int, expected a function"),
+        ({"on_step": 3}, "on_step is a int, expected a function; for example on_step=lambda point: "),
+        ({"on_checkpoint": lambda: None}, "on_checkpoint takes other arguments"),
+        ({"optimizer": OTHER}, "for example optimizer=lambda groups: torch.optim.AdamW"),
+        ({"scheduler": lambda made: None}, "takes other arguments .*; for example scheduler=lambda optimizer, s"),
+        ({"scheduler": lambda made, steps: None}, "scheduler gave a NoneType, expected one of torch.optim"),
+        ({"scheduler": lambda made, steps: schedules.ReduceLROnPlateau(made)}, "scheduler gave a ReduceLROnPlateau"),
+        ({"scheduler": lambda made, steps: schedules.ConstantLR(OTHER)}, "another optimizer"),
+        ({"optimizer": lambda groups: OTHER}, "has 3 weights that are none of the student's"),
+        ({"optimizer": lambda groups: torch.optim.SGD([*groups, *OTHER.param_groups])}, "has 3 weights"),
+        ({"optimizer": lambda groups: torch.optim.SGD([{"params": []}])}, "optimizer has no weights"),
+        ({"optimizer": torch.optim.SGD, "optim": {"lr": 1e-3}}, "optim.lr is 0.001, but there is a function optimizer"),
+        ({"optimizer": torch.optim.SGD, "optim": {"name": "sgd"}}, 'optim.name is "sgd", but there is a function'),
+        ({"scheduler": schedules.ConstantLR, "optim": {"warmup_ratio": 0.1}}, "warmup_ratio is 0.1, but there is"),
+        ({"scheduler": schedules.ConstantLR, "optim": {"schedule": "linear"}}, "which replaces it: leave one out"),
         ({"optimizer": lambda groups: None}, "optimizer gave a NoneType"),
         ({"optimizer": lambda groups: torch.optim.LBFGS(groups[0]["params"])}, "optimizer gave a LBFGS"),
         ({"student": model(TIED).requires_grad_(False), "tokenizer": "quickstart"}, "none of its weights requires"),
     ],
 )  # fmt: skip
-def test_wrong_arguments(folders, values, change, message):
-    arguments = {"student": folders / "student", "method": "sft", "train_dataset": ROWS} | values("wrong")
-    with pytest.raises(ConfigError, match=message):
+def test_wrong_arguments(folders, values, change, message, tmp_path):
+    """Each is one line, and leaves nothing that would keep the run's name."""
+    arguments = {"student": folders / "student", "method": "sft", "train_dataset": ROWS, **values("wrong", optim={})}
+    with pytest.raises(ConfigError, match=message) as raised:
         distill(**arguments | change)
+    assert "\n" not in str(raised.value)
+    assert not (tmp_path / "wrong").exists()
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_without_gradients_nothing_is_trained(context):
+    with context(), pytest.raises(ConfigError, match="gradients are off: call distill outside"):
+        distill("quickstart.json")
+
+
+def test_weights_that_an_optimizer_leaves_out_are_counted(values, capsys):
+    student = model(TIED)
+    norms = sum(parameter.numel() for parameter in student.parameters() if parameter.dim() == 1)
+    own = {"tokenizer": "quickstart", "train_dataset": ROWS, "optimizer": lambda groups: torch.optim.SGD(groups[:1])}
+    distill(student=student, method="sft", **own, **values("some", optim={}))
+    assert f"optimizer  {norms} of the student's weights are not given to it" in capsys.readouterr().out
+
+
+def test_a_recipe_names_the_tokenizer_of_a_model_in_memory(folders, values):
+    student = AutoModelForCausalLM.from_pretrained(folders / "student")
+    student.name_or_path = "no/such/folder"
+    result = distill(values("named", method="sft", tokenizer="quickstart"), student=student, train_dataset=ROWS)
+    assert result.summary["steps"] == 6
 
 
 @pytest.mark.parametrize("page", ["python-api", "losses-api", "transformers-trainer", "trl"])

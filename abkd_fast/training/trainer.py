@@ -82,8 +82,7 @@ class Trainer:
         self.replica = distributed.replicate(self.student, may_idle=self.student.experts is not None)
         self.build_teachers(reserved_bytes(self.student, config.optim))
         self.optimizer = build_optimizer(self.student, config.optim, self.given.optimizer)
-        make = self.given.scheduler or functools.partial(build_scheduler, config.optim)
-        self.scheduler = make(self.optimizer, self.data.steps)
+        self.scheduler = build_scheduler(config.optim, self.optimizer, self.data.steps, self.given.scheduler)
         self.rollouts = None
         if self.teachers.is_on_policy:
             teacher = None if self.teachers.are_several else self.teachers["teacher"].live.model  # which may write, too
