@@ -1,7 +1,9 @@
 """Distillation from Python: `distill`, a recipe whose models, tokenizer and rows may be objects."""
 
+import contextlib
 import dataclasses
 import hashlib
+import inspect
 import itertools
 import json
 import os
@@ -19,18 +21,30 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from . import pipeline, processes
-from .config.recipe import load
+from .config.models import IN_MEMORY
+from .config.recipe import load, merged
 from .config.schema import Config
 from .errors import ConfigError, reading
 from .evaluation import points
-from .files import CHECKPOINTS, cache_folder, check_trusted, make_cache_folder
+from .files import cache_folder, check_trusted, make_cache_folder
 from .finished import read_summary
 from .losses.divergences import Divergence
 from .models.identity import NOT_THE_MODEL
 from .output import forgiving
-from .training.checkpoint import Checkpoints
 from .training.given import Given
 
+EXAMPLES = {  # of the functions that a program may give
+    "on_step": "lambda point: print(point)",
+    "on_eval": "lambda point: print(point)",
+    "on_checkpoint": "lambda folder: print(folder)",
+    "optimizer": "lambda groups: torch.optim.AdamW(groups, lr=1e-4)",
+    "scheduler": "lambda optimizer, steps: torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)",
+}
+WAYS_OUT = {  # by the key of a recipe that is missing
+    **dict.fromkeys(("run", "run.name"), 'give run={"name": …}'),
+    **dict.fromkeys(("data", "data.train"), "give train_dataset"),
+    "student": "give student: a model, a folder or a Hub name",
+}
 Path = str | os.PathLike
 Rows = Path | datasets.Dataset | datasets.IterableDataset | Iterable[dict]
 
@@ -77,28 +91,41 @@ def distill(
         on_checkpoint: gets the folder of each checkpoint once it is whole, which may be at the next save or evaluation.
             All three are called on rank 0. One that returns true ends the training after the present step; the result
             is then complete.
-        optimizer: makes the optimizer from groups of parameters; the first group's decay. Of `optim` only weight_decay,
-            clip_norm and the schedule are read then. Its state must consist of tensors, numbers and text, for
-            checkpoints: else the first step raises ConfigError.
-        scheduler: makes the schedule of learning rates from the optimizer and the number of steps.
-        resume: continues an interrupted run. Give objects that are what they were. The result of a finished run is
-            returned as it is, whatever objects are given.
+        optimizer: makes the optimizer from groups of parameters, or from some of them; the first group's decay. Of
+            `optim` only weight_decay, clip_norm and the schedule may be given then. Its state must consist of tensors,
+            numbers and text, for checkpoints: else the first step raises ConfigError.
+        scheduler: makes the schedule of learning rates from the optimizer and the number of steps, in place of that
+            in `optim`.
+        resume: continues an interrupted run from its newest checkpoint, whose weights a student in memory gets: it
+            may be another object, or the one that the interruption left as it was after its last step. Give all
+            other objects as they were. The result of a finished run is returned, and the objects are left alone.
         values: other keys of a recipe, such as `method="kd"`, `optim={"lr": 1e-4}` or `run={"name": "mine"}`. They
             replace those of the recipe, as --set does.
 
     Raises ConfigError for values that can't be used, before any weights load; FloatingPointError for a loss that is not
     finite; Interrupted after a signal: call again with resume=True.
     """
+    if not torch.is_grad_enabled():
+        raise ConfigError("gradients are off: call distill outside of torch.no_grad() and torch.inference_mode()")
     functions = {"on_step": on_step, "on_eval": on_eval, "on_checkpoint": on_checkpoint}
-    for name, function in (*functions.items(), ("optimizer", optimizer), ("scheduler", scheduler)):
-        if function is not None and not callable(function):
-            raise ConfigError(f"{name} is a {type(function).__name__}, expected a function", name)
+    functions |= {"optimizer": optimizer, "scheduler": scheduler}
+    functions = {name: function for name, function in functions.items() if function is not None}
+    for name, function in functions.items():
+        _check_function(name, function)
+    recipe = {} if recipe is None else _plain(recipe)
+    if not isinstance(recipe, str | dict):
+        expected = "a file, a packaged name or a mapping"
+        raise ConfigError(f"recipe is a {type(recipe).__name__}, expected {expected}", "recipe")
     roles = {"student": student, "teacher": teacher}
     models = {role: model for role, model in roles.items() if isinstance(model, PreTrainedModel)}
     if len(models) == 2 and student is teacher:
         raise ConfigError(
             "student and teacher are one model, which can't be trained and frozen: load it twice", "teacher"
         )
+    beneath = merged(recipe) if models else {}
+    if beneath.get("stages") is not None:
+        problem = "a model in memory is for a recipe without stages"
+        raise ConfigError(f"{next(iter(models))}: {problem}; save it, and give its folder", next(iter(models)))
     data_sets = {"train": ("train_dataset", train_dataset), "dev": ("eval_dataset", eval_dataset)}
     rows = {name: data for name, data in data_sets.values() if not isinstance(data, str | os.PathLike | None)}
     layer = _plain(values)
@@ -107,23 +134,17 @@ def distill(
             layer[role] = _section(role, model)
     if tokenizer is not None:
         layer["tokenizer"] = _kept(tokenizer) if isinstance(tokenizer, PreTrainedTokenizerBase) else _plain(tokenizer)
-    elif "student" in models:
-        layer.setdefault("tokenizer", _name_of(models["student"]))
+    elif "student" in models and layer.get("tokenizer", beneath.get("tokenizer")) is None:
+        layer["tokenizer"] = _name_of(models["student"])
     for key, (name, data) in data_sets.items():
         if data is not None:
             layer["data"] = {**_mapping("data", layer.get("data")), key: name if name in rows else _plain(data)}
     cleared = {role: {"config": None} for role in models}  # else the recipe's values would be mixed with these
-    configs = load({} if recipe is None else _plain(recipe), values=[cleared, layer])
-    if models and configs[0].run.stage is not None:
-        role = next(iter(models))
-        raise ConfigError(
-            f"{role}: a model in memory is for a recipe without stages; save it, and give its folder", role
-        )
+    configs = _load(recipe, [cleared, layer])
+    _check_read(configs, {*functions, *(["teacher"] if teacher is not None else [])})
     rows = {name: _in_memory(name, data, configs) for name, data in rows.items()}
-    given = Given(models=models, rows=rows, optimizer=optimizer, scheduler=scheduler, **functions)
+    given = Given(models=models, rows=rows, **functions)
     before = [_restorer(model, role == "teacher") for role, model in models.items()]
-    if resume and "student" in models:
-        _check_resumed(configs[0].run.folder)
     same = {config.run.stage or "recipe": config.to_dict() for config in configs} | {"resume": resume}
     try:
         with forgiving(), processes.process_group(configs[0].train.timeout_minutes, same):
@@ -134,6 +155,43 @@ def distill(
     results = [_result(config) for config in configs]
     stages = {config.run.stage: result for config, result in zip(configs, results, strict=True)}
     return dataclasses.replace(results[-1], stages={} if None in stages else stages)
+
+
+def _check_function(name: str, function: object) -> None:
+    """Raises ConfigError for what can't be called with the arguments that it gets."""
+    way_out, parameters = f"for example {name}={EXAMPLES[name]}", EXAMPLES[name].partition(":")[0].split(",")
+    if not callable(function):
+        raise ConfigError(f"{name} is a {type(function).__name__}, expected a function; {way_out}", name)
+    problem = None
+    with contextlib.suppress(ValueError):  # some that are built in don't tell
+        try:
+            inspect.signature(function).bind(*parameters)
+        except TypeError as error:
+            problem = f"{name} takes other arguments ({error})"
+    if problem:
+        raise ConfigError(f"{problem}; {way_out}", name)
+
+
+def _load(recipe: str | dict, layers: list[dict]) -> list[Config]:
+    """The stages. An error says how a program gives what is missing."""
+    try:
+        return load(recipe, values=layers)
+    except ConfigError as error:
+        if error.key in WAYS_OUT and str(error).endswith(": missing"):
+            raise ConfigError(f"{error}; {WAYS_OUT[error.key]}", error.key) from None
+        raise
+
+
+def _check_read(configs: list[Config], names: set[str]) -> None:
+    """Raises ConfigError for an argument that no stage reads. names: of those that are given."""
+    methods = ", ".join(dict.fromkeys(config.method for config in configs))
+    unread = {} if any(config.is_taught for config in configs) else {"teacher": f"method {methods} has none"}
+    if all(config.data.dev is None for config in configs):
+        unread["on_eval"] = "nothing is evaluated; give eval_dataset"
+    if all(config.method == "generate" for config in configs):
+        unread |= dict.fromkeys(EXAMPLES, f"method {methods} trains nothing")
+    for name in sorted(names & {*unread}):
+        raise ConfigError(f"{name}: {unread[name]}, or leave {name} out", name)
 
 
 def _restorer(model: PreTrainedModel, is_teacher: bool) -> Callable[[], None]:
@@ -149,13 +207,6 @@ def _restorer(model: PreTrainedModel, is_teacher: bool) -> Callable[[], None]:
                 parameter.requires_grad_(True)
 
     return restore
-
-
-def _check_resumed(folder: pathlib.Path) -> None:
-    """Raises ConfigError where a run was begun with a student in memory, and has no checkpoint."""
-    if folder.exists() and not (folder / "final").exists() and Checkpoints(folder / CHECKPOINTS, 1).newest() is None:
-        problem = "there is no checkpoint to resume from, and the student in memory may be trained already"
-        raise ConfigError(f"{folder}: {problem}: begin again, with it as it was, under another run.name")
 
 
 def _mapping(name: str, value: Any) -> dict:
@@ -186,9 +237,14 @@ def _section(role: str, model: PreTrainedModel | Path | Mapping) -> dict:
     if isinstance(model, str | os.PathLike):
         return {"path": os.fspath(model), "config": None}
     way_out = "save it with save_pretrained, and give its folder"
+    if hasattr(model, "peft_config"):  # also a model of transformers may have an adapter
+        way_out = f'save it with save_pretrained, and give {role}={{"path": BASE, "adapter": FOLDER}}'
     if not isinstance(model, PreTrainedModel):
         expected = "a transformers model, a folder, a Hub name, or a mapping"
         raise ConfigError(f"{role} is a {type(model).__name__}, expected {expected}; {way_out}", role)
+    if any(parameter.is_meta or parameter.is_inference() for parameter in model.parameters()):
+        problem = "some weights are on the meta device, or were made under torch.inference_mode()"
+        raise ConfigError(f"{role}: {problem}; load it with from_pretrained, outside of both", role)
     for problem, is_there in {
         "has quantized weights": getattr(model, "is_quantized", False),
         "has an adapter": getattr(model, "_hf_peft_config_loaded", False),
@@ -200,7 +256,7 @@ def _section(role: str, model: PreTrainedModel | Path | Mapping) -> dict:
         raise ConfigError("student: none of its weights requires a gradient: nothing could be trained", role)
     config = json.loads(model.config.to_json_string(use_diff=False))
     config = {key: value for key, value in config.items() if key not in NOT_THE_MODEL}  # loading and saving change them
-    return {"config": config | {"architectures": [type(model).__name__]}, "path": None}
+    return {"config": config | {"architectures": [type(model).__name__], IN_MEMORY: model.name_or_path}, "path": None}
 
 
 def _name_of(student: PreTrainedModel) -> str:

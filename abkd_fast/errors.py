@@ -15,6 +15,7 @@ REFUSED = (
 )
 OF_RUST = re.compile(r"\(os error (\d+)\)|Os \{ code: (\d+)")  # in the text of what tokenizers and safetensors raise
 OWN_CODE = "it has code of its own (auto_map), which is not run: give a model that transformers knows"
+RESUME = "--resume (in Python resume=True)"
 LONGEST = 2000  # characters of a line for people
 GRACE = 5.0  # seconds: all processes of a run end within this time after the first one; one that doesn't counts as dead
 

@@ -8,11 +8,12 @@ import pathlib
 from collections.abc import Iterator
 
 from . import distributed, manifest
+from .config.models import IN_MEMORY
 from .config.recipe import load
 from .config.sampling import OPTIONS
 from .config.schema import Config
 from .console import console, styled
-from .errors import ConfigError, reading
+from .errors import RESUME, ConfigError, reading
 from .files import LOCK, check_folder, leftovers, locked, read_json
 from .losses.divergences import AlphaNet, parse
 
@@ -33,7 +34,7 @@ def check_result(folder: pathlib.Path) -> None:
     """Raises ConfigError where final/ is not as the run has written it. Earlier versions left no checksums."""
     final, written = folder / "final", folder / manifest.NAME
     if written.exists() and (reason := manifest.damage(final, written, may_have_more=True)):
-        way_out = f"move final/ aside, and --resume makes it again; if it was changed on purpose, delete {written}"
+        way_out = f"move final/ aside, and {RESUME} makes it again; if it was changed on purpose, delete {written}"
         raise ConfigError(f"{final} is damaged ({reason}): {way_out}")
 
 
@@ -63,7 +64,7 @@ def is_finished(config: Config, resume: bool, is_locked: bool = False) -> bool:
     if finished and not resume and not config.run.stage:
         check_folder(folder)
     if not finished and not resume:
-        raise ConfigError(f"{folder} exists, but was not finished: add --resume, or choose another run.name")
+        raise ConfigError(f"{folder} exists, but was not finished: add {RESUME}, or choose another run.name")
     then = _read_config(folder / "config.json")
     changed = "; ".join(_differences(*(_deciding(one.to_dict(), finished) for one in (then, config))))
     if changed:
@@ -102,6 +103,8 @@ def _deciding(values: dict, finished: bool) -> dict:
     for key in ("push_to_hub", *([] if finished else ["save_dtype"])):
         values["run"].pop(key)
     models = [values["student"], values["teacher"] or {}, *(values["teachers"] or {}).values()]
+    for section in models:
+        (section.get("config") or {}).pop(IN_MEMORY, None)  # a copy has another name, or none
     for section, key in [*itertools.product(models, ("path", "adapter")), (values["data"], "train")]:
         path = section.get(key)
         if path is not None and pathlib.Path(path).is_relative_to(root):

@@ -39,13 +39,11 @@ def _check(config: Config, earlier: dict[str, Config], read: ReadRows, given: Gi
     prepared = Prepared(given=given)
     choose_dtype(config.train.dtype, choose_device(config.train.device, "train."), "train.")
     if config.method != "generate":
-        check_optimizer(config, given.optimizer is not None)
+        check_optimizer(config, given)
         check_trackers(config.log)
     for role, spec in models_of(config).items():
-        if spec.has_adapter and spec.path is None:
-            raise ConfigError(
-                f"{role}: an adapter needs the same weights every time, config gives random ones: use path"
-            )
+        if spec.path is None:
+            loading.check_weights(spec, role, role in given.models)
         for key, name in spec.stages.items():
             _check_reference(f"{role}.{key}: stage:{name}", key, name, spec, earlier)
         if "path" not in spec.stages:

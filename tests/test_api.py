@@ -3,8 +3,10 @@
 import json
 import pathlib
 import re
+import signal
 import subprocess
 import sys
+from typing import ClassVar
 
 import datasets
 import numpy as np
@@ -15,9 +17,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import abkd_fast
 import chat
-from abkd_fast import distill, train
+from abkd_fast import cache, distill, train
 from abkd_fast.data import quickstart
-from abkd_fast.errors import ConfigError
+from abkd_fast.errors import ConfigError, Interrupted
+from abkd_fast.evaluation import model_card
+from abkd_fast.evaluation.runs import read_runs
+from abkd_fast.evaluation.tables import write_report
 from runs import GPT2, TIED
 
 DOCS = pathlib.Path(__file__).parents[1] / "docs"
@@ -154,7 +159,7 @@ def test_chat_rows_and_functions(tmp_path, values):
     )
     assert steps == [2, 4]
     assert [point["step"] for point in dev] == [0, 3, 4]
-    assert [folder.name for folder in saved] == ["step-000002", "step-000003", "step-000004"]
+    assert [folder.name for folder in saved] == ["step-000000", "step-000002", "step-000003", "step-000004"]
     assert result.summary["steps"] == result.summary["selected_step"] == 4
     assert result.summary["dev_loss"] == dev[-1]["loss"]
     AutoModelForCausalLM.from_pretrained(result.final)
@@ -180,7 +185,7 @@ def test_own_optimizer_and_schedule(folders, values, fused):
         return torch.optim.lr_scheduler.LinearLR(made, 1.0, 0.0, steps)
 
     own = {"student": folders / "student", "train_dataset": ROWS, "optimizer": optimizer, "scheduler": scheduler}
-    sections = values("own", method="sft", checkpoint={"every_steps": 3}, log={"every_steps": 1})
+    sections = values("own", method="sft", checkpoint={"every_steps": 3}, log={"every_steps": 1}, optim={})
     result = distill(**own, **sections)
     assert groups == [[0.01, 0.0]]
     assert sizes == [6]
@@ -236,12 +241,33 @@ def test_models_in_memory_resume_and_stay_what_they_are(values):
     assert all(parameter.requires_grad for parameter in teacher.parameters())
 
 
-def test_a_student_that_may_be_trained_already_does_not_begin_again(values):
-    own = {"student": model(TIED), "tokenizer": "quickstart", "train_dataset": ROWS, "method": "sft"}
-    with pytest.raises(Stop):
-        distill(**own, **values("begun"), on_step=stop_at(4))
-    with pytest.raises(ConfigError, match="there is no checkpoint to resume from, and the student in memory may be"):
-        distill(**own, **values("begun"), resume=True)
+@pytest.mark.parametrize("is_other", [False, True], ids=["same", "other"])
+@pytest.mark.parametrize(("every_steps", "end"), [(2, "signal"), (2, "error"), (None, "error")])
+def test_a_resumed_run_trains_the_student_in_memory(values, every_steps, end, is_other):
+    """The object that the interruption left, or another one, also from the start; frozen weights stay frozen."""
+
+    def student(seed=0):
+        made = model(TIED, seed)
+        made.model.layers[0].mlp.requires_grad_(False)
+        return made
+
+    def on_step(point):
+        if point["step"] == 4:
+            if end == "error":
+                raise Stop
+            signal.raise_signal(signal.SIGINT)
+
+    own = {"tokenizer": "quickstart", "train_dataset": ROWS, "method": "sft"}
+    whole = distill(student=student(), **own, **values("whole"))
+    begun, sections = student(), values("cut", checkpoint={"every_steps": every_steps})
+    with pytest.raises(Stop if end == "error" else Interrupted):
+        distill(student=begun, **own, **sections, on_step=on_step)
+    resumed = student(7) if is_other else begun
+    again = distill(student=resumed, **own, **sections, resume=True)
+    ours, theirs = (load_file(one.final / "model.safetensors") for one in (again, whole))
+    state = resumed.state_dict()
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+    assert all(torch.equal(tensor, state[name]) for name, tensor in ours.items()), "trained in place"
 
 
 @pytest.mark.parametrize("kind", ["kept", "lost"])
@@ -255,13 +281,12 @@ def test_state_of_own_optimizers_and_schedules(folders, values, kind):
                 group["lr"] /= group["taken"]
             return super().step(closure)
 
-    schedules = torch.optim.lr_scheduler
     own = {"student": folders / "student", "train_dataset": ROWS, "method": "sft"}
     own["optimizer"] = lambda groups: Counting(groups, lr=0.5)
     own["scheduler"] = lambda made, steps: (
         schedules.MultiStepLR(made, [5]) if kind == "lost" else schedules.ConstantLR(made, 1.0)
     )
-    sections = values("own", log={"every_steps": 1}, checkpoint={"every_steps": 2})
+    sections = values("own", log={"every_steps": 1}, checkpoint={"every_steps": 2}, optim={})
     whole = distill(**own, **sections)
     sections["run"] = {**sections["run"], "name": "cut"}
     with pytest.raises(Stop):
@@ -291,7 +316,14 @@ def test_stages(values, tmp_path):
     assert result.final == result.stages["second"].final == tmp_path / "stages" / "second" / "final"
 
 
-SAME = model(TIED)
+SAME, schedules = model(TIED), torch.optim.lr_scheduler
+OTHER = torch.optim.SGD([torch.zeros(3)])
+
+
+class Adapted(torch.nn.Module):
+    """As peft wraps a model."""
+
+    peft_config: ClassVar[dict] = {}
 
 
 @pytest.mark.parametrize(
@@ -306,23 +338,74 @@ SAME = model(TIED)
         ({"train_dataset": ["text"]}, "train_dataset row 1"),
         ({"eval_dataset": [{"prompt": "x"}]}, "data.dev: eval_dataset row 1"),
         ({"student": torch.nn.Linear(2, 2)}, "student is a Linear, expected a transformers model"),
-        ({"student": None}, "student: missing"),
+        ({"student": None}, "student: missing; give student: a model, a folder"),
+        ({"recipe": 5}, "recipe is a int, expected a file, a packaged name or a mapping"),
+        ({"recipe": [1]}, "recipe is a list, expected a file"),
+        ({"run": None}, 'run: missing; give run={"name": …}'),
+        ({"train_dataset": None}, "data.train: missing; give train_dataset"),
+        ({"recipe": "quickstart.json", "student": SAME}, "student: a model in memory is for a recipe without stages"),
+        ({"student": torch.device("meta")}, "student is a device, expected a transformers model"),
+        ({"student": {"config": TIED, "lora": {"rank": 2}}, "tokenizer": "quickstart"}, "config gives random ones"),
+        ({"recipe": {"student": {"lora": {"rank": 2}}}, "student": SAME, "tokenizer": "quickstart"},
+         "a model in memory is trained as it is, but there is student.adapter or student.lora, too; leave that out"),
+        ({"student": Adapted()}, 'give student={"path": BASE, "adapter": FOLDER}'),
+        ({"student": model(TIED).to("meta")}, "some weights are on the meta device"),
+        ({"teacher": "gpt2"}, "teacher: method sft has none, or leave teacher out"),
+        ({"on_eval": print}, "on_eval: nothing is evaluated; give eval_dataset, or leave on_eval out"),
+        ({"method": "generate", "on_step": print}, "on_step: method generate trains nothing"),
         ({"student": model(TIED)}, "tokenizer: missing, and the student was not loaded from a folder"),
-        ({"teacher": "no/such/folder"}, "no such model folder"),
+        ({"teacher": "no/such/folder", "method": "kd"}, "no such model folder"),
         ({"lr": 1e-4}, "lr: unknown key"),
         ({"optim": {"lr": -1}}, "the arguments: optim.lr is -1"),
         ({"optim": {"lr": torch.tensor(1e-3)}}, "optim.lr must be a number"),
         ({"data": "x"}, "data must be a mapping, got x"),
-        ({"on_step": 3}, "on_step is a int, expected a function"),
+        ({"on_step": 3}, "on_step is a int, expected a function; for example on_step=lambda point: "),
+        ({"on_checkpoint": lambda: None}, "on_checkpoint takes other arguments"),
+        ({"optimizer": OTHER}, "for example optimizer=lambda groups: torch.optim.AdamW"),
+        ({"scheduler": lambda made: None}, "takes other arguments .*; for example scheduler=lambda optimizer, s"),
+        ({"scheduler": lambda made, steps: None}, "scheduler gave a NoneType, expected one of torch.optim"),
+        ({"scheduler": lambda made, steps: schedules.ReduceLROnPlateau(made)}, "scheduler gave a ReduceLROnPlateau"),
+        ({"scheduler": lambda made, steps: schedules.ConstantLR(OTHER)}, "another optimizer"),
+        ({"optimizer": lambda groups: OTHER}, "has 3 weights that are none of the student's"),
+        ({"optimizer": lambda groups: torch.optim.SGD([*groups, *OTHER.param_groups])}, "has 3 weights"),
+        ({"optimizer": lambda groups: torch.optim.SGD([{"params": []}])}, "optimizer has no weights"),
+        ({"optimizer": torch.optim.SGD, "optim": {"lr": 1e-3}}, "optim.lr is 0.001, but there is a function optimizer"),
+        ({"optimizer": torch.optim.SGD, "optim": {"name": "sgd"}}, 'optim.name is "sgd", but there is a function'),
+        ({"scheduler": schedules.ConstantLR, "optim": {"warmup_ratio": 0.1}}, "warmup_ratio is 0.1, but there is"),
+        ({"scheduler": schedules.ConstantLR, "optim": {"schedule": "linear"}}, "which replaces it: leave one out"),
         ({"optimizer": lambda groups: None}, "optimizer gave a NoneType"),
         ({"optimizer": lambda groups: torch.optim.LBFGS(groups[0]["params"])}, "optimizer gave a LBFGS"),
         ({"student": model(TIED).requires_grad_(False), "tokenizer": "quickstart"}, "none of its weights requires"),
     ],
 )  # fmt: skip
-def test_wrong_arguments(folders, values, change, message):
-    arguments = {"student": folders / "student", "method": "sft", "train_dataset": ROWS} | values("wrong")
-    with pytest.raises(ConfigError, match=message):
+def test_wrong_arguments(folders, values, change, message, tmp_path):
+    """Each is one line, and leaves nothing that would keep the run's name."""
+    arguments = {"student": folders / "student", "method": "sft", "train_dataset": ROWS, **values("wrong", optim={})}
+    with pytest.raises(ConfigError, match=message) as raised:
         distill(**arguments | change)
+    assert "\n" not in str(raised.value)
+    assert not (tmp_path / "wrong").exists()
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_without_gradients_nothing_is_trained(context):
+    with context(), pytest.raises(ConfigError, match="gradients are off: call distill outside"):
+        distill("quickstart.json")
+
+
+def test_weights_that_an_optimizer_leaves_out_are_counted(values, capsys):
+    student = model(TIED)
+    norms = sum(parameter.numel() for parameter in student.parameters() if parameter.dim() == 1)
+    own = {"tokenizer": "quickstart", "train_dataset": ROWS, "optimizer": lambda groups: torch.optim.SGD(groups[:1])}
+    distill(student=student, method="sft", **own, **values("some", optim={}))
+    assert f"optimizer  {norms} of the student's weights are not given to it" in capsys.readouterr().out
+
+
+def test_a_recipe_names_the_tokenizer_of_a_model_in_memory(folders, values):
+    student = AutoModelForCausalLM.from_pretrained(folders / "student")
+    student.name_or_path = "no/such/folder"
+    result = distill(values("named", method="sft", tokenizer="quickstart"), student=student, train_dataset=ROWS)
+    assert result.summary["steps"] == 6
 
 
 @pytest.mark.parametrize("page", ["python-api", "losses-api", "transformers-trainer", "trl"])
@@ -345,3 +428,40 @@ def test_import_is_light():
     version = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.strip()
     assert version == abkd_fast.__version__
     assert {"distill", "Result"} <= {*dir(abkd_fast)}
+
+
+@pytest.mark.parametrize("is_named", [True, False])
+def test_what_is_published_says_that_models_were_in_memory(folders, values, is_named, cache_folder, capsys):
+    """The card, the report, the list of caches; and the run's values alone don't pass for those of random weights."""
+    models = {role: AutoModelForCausalLM.from_pretrained(folders / role) for role in ("student", "teacher")}
+    for each in models.values() if not is_named else ():
+        each.name_or_path = ""
+    sections = values("published", cache={"mode": "disk"}, train={**SMALL, "steps": 1})
+    distill(**models, tokenizer=str(folders / "student"), train_dataset=ROWS, eval_dataset=ROWS[:4], **sections)
+    folder = pathlib.Path(sections["run"]["dir"]) / "published"
+    (run,) = read_runs([folder])
+    card = model_card.write(run, [run], "me/mine")
+    write_report([run], folder)
+    assert cache.main(["--list"]) == 0
+    listed = capsys.readouterr().out
+    for role, kind in (("student", "llama"), ("teacher", "gpt2")):
+        of_card, of_list = (f"`{role}`", role) if is_named else (f"`{kind}`", kind)
+        text = "{}, given in memory" if is_named else "a model in memory ({})"
+        assert f"- {role.capitalize()}: {text.format(of_card)}" in card
+        assert f"- {role}: {text.format(folders / role if is_named else kind)}" in (folder / "report.md").read_text()
+        assert role == "student" or f"samples of {text.format(of_list)}" in listed
+    for main in (train.main, cache.main):
+        assert (
+            main(
+                [
+                    "--config",
+                    str(folder / "config.json"),
+                    "--set",
+                    "data.train=quickstart:small",
+                    "--set",
+                    "data.dev=null",
+                ]
+            )
+            == 2
+        )
+        assert "is of a model that a Python program had in memory" in capsys.readouterr().err

@@ -4,11 +4,13 @@ import dataclasses
 import json
 import pathlib
 import re
+from collections.abc import Callable
 from typing import Annotated, Literal
 
 from ..errors import ConfigError
 from .section import Section, Text
 
+IN_MEMORY = "in_memory"  # key of `config` for a model that a Python program gives: its name, or nothing
 PROMPT_KEYS = ("system", "chat_template", "chat_template_kwargs")  # of a teacher: what it reads, not what it is
 
 
@@ -127,6 +129,17 @@ class TeacherConfig(ModelConfig):
         if others:
             problem = f"{getattr(self, key)} replaces the teacher's model, but {others[0]} is given, too"
             raise ConfigError(f"{key}: {problem}; give null for {', '.join(others)}", key)
+
+
+def weights_in_words(model: dict, named: Callable[[str], str] = str, kind: Callable[[str], str] = str) -> str:
+    """Where the weights of a section come from, for people. named, kind: write a path or name, and a kind of model."""
+    if model["path"] is not None:
+        return named(model["path"])
+    config = model.get("config") or {}
+    what = f"({kind(config.get('model_type', 'unknown'))})"
+    if IN_MEMORY not in config:
+        return f"random weights {what}"
+    return f"{named(name)}, given in memory" if (name := config[IN_MEMORY]) else f"a model in memory {what}"
 
 
 def check_several(teachers: dict[str, TeacherConfig], by_file: dict[str, str], method: str) -> None:

@@ -69,6 +69,11 @@ def load(recipe: str | dict, overrides: list[str] = (), values: Iterable[dict] =
     return configs
 
 
+def merged(recipe: str | dict) -> dict:
+    """The values of a recipe, as `load` takes it, and of its bases. Raises ConfigError where it can't be read."""
+    return _merged(_read_with_bases(recipe))
+
+
 def _for_method(shared: list[Layer], method: str, methods: Iterable[str]) -> list[Layer]:
     """The shared layers for one method: without keys of `on_policy` that only other stages' methods read."""
     foreign = {
@@ -217,7 +222,7 @@ def _configure(layers: list[Layer], otherwise: str) -> Config:
         return _build(Config, _merged(layers))
     except ConfigError as error:
         place = next((layer.place for layer in reversed(layers) if _has(layer.values, error.key)), otherwise)
-        raise ConfigError(f"{place}: {error}") from None
+        raise ConfigError(f"{place}: {error}", error.key) from None
 
 
 def _merged(layers: list[Layer]) -> dict:

@@ -13,6 +13,7 @@ from huggingface_hub.file_download import repo_folder_name
 
 from .. import __version__
 from ..config.methods import WITHOUT_TEACHER
+from ..config.models import weights_in_words
 from ..errors import printable
 from ..files import is_local_path, read_json
 from ..losses.divergences import parse
@@ -175,11 +176,8 @@ def _model(model: dict, runs: list[Run]) -> str:
         return f"known from {_code(shown(kept))}"
     if made := next((run for run in runs if is_result(model, run)), None):
         return f"{_code(made.folder.name)}, which the same recipe trained: {_model(made.config['student'], runs)}"
-    path, adapter = model["path"], model["adapter"]
-    text = f"random weights ({_code((model.get('config') or {}).get('model_type', 'unknown'))})"
-    if path is not None:
-        text = _link(path)
-    if adapter is not None:
+    text = weights_in_words(model, _link, _code)
+    if (adapter := model["adapter"]) is not None:
         text += f" with the adapter {_link(adapter)}"
     if (lora := model.get("lora")) is not None:
         text += f" with a new LoRA adapter of rank {lora['rank']}"

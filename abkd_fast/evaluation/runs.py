@@ -24,7 +24,7 @@ METHODS = {  # the papers' names of the others
     "distillm": "DistiLLM",
     "minillm": "MiniLLM",
 }
-MODEL = {"path": (str, None), "adapter": (str, None), "lora": (dict, None)}
+MODEL = {"path": (str, None), "adapter": (str, None), "lora": (dict, None), "config?": ({"in_memory?": str}, None)}
 SHAPES = {  # of a run's files, by their names: what a report reads
     "config": {
         "method": str,

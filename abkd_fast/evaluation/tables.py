@@ -14,6 +14,7 @@ from collections.abc import Iterator
 
 from rich.table import Column, Table
 
+from ..config.models import weights_in_words
 from ..console import format_bytes, styled
 from ..errors import ConfigError, disk_errors, printable
 from ..files import atomic_write
@@ -285,7 +286,7 @@ def _report(run: Run) -> str:
     """One run in Markdown: settings, results, curves and samples."""
     config, summary = run.config, run.summary
     models = {
-        role: (model["path"] or model.get("hidden_states") or "random weights")
+        role: (model.get("hidden_states") or model.get("top_k") or weights_in_words(model))
         + (f" with {model['adapter']}" if model["adapter"] else "")
         for role, model in {"student": config["student"], **run.teachers}.items()
     }

@@ -16,7 +16,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig, PreTraine
 from transformers.activations import NewGELUActivation
 from transformers.pytorch_utils import Conv1D
 
-from ..config.models import ModelConfig
+from ..config.models import IN_MEMORY, ModelConfig
 from ..errors import OWN_CODE, TOO_DEEP, ConfigError, first_line, is_deep, reading
 from ..files import check_path_length, entries, is_local_path
 from ..losses.arguments import LogitMap
@@ -108,7 +108,8 @@ def read_meta_model(spec: ModelConfig, key: str) -> MetaModel:
         if not pathlib.Path(folder, "config.json").is_file():
             raise ConfigError(f"{what} has no config.json; expected a folder that python -m abkd_fast.cache has built")
     try:
-        whole = AutoConfig.for_model(**spec.config) if folder is None else read_config(folder)
+        known = {name: value for name, value in (spec.config or {}).items() if name != IN_MEMORY}
+        whole = AutoConfig.for_model(**known) if folder is None else read_config(folder)
         config = wrappers.language_config(whole)
         if (layers := getattr(config, "num_hidden_layers", None) or 0) > MOST_LAYERS:
             raise ValueError(f"num_hidden_layers is {layers}, expected at most {MOST_LAYERS}")
@@ -222,7 +223,7 @@ def load(
     in_parts: bool = False,
     given: PreTrainedModel | None = None,
 ) -> CausalLM:
-    """Loads a model with its weights in `dtype`; without a path they are random, or those of `given`.
+    """Loads a model with its weights in `dtype`; without a path they are those of `given`, or random.
 
     Its activations are fused. A student's adapter is attached, and it alone is trained. Other adapters are merged,
     except into quantized weights: these would round the sum. Of a multimodal model the language model is returned; a
@@ -231,14 +232,15 @@ def load(
     config: of the whole model.
     in_parts: the weights will be sharded over processes. They stay mapped from the disk in their files' type where
         possible, so that memory never holds more than a process's part.
-    given: a whole model in memory. It is used, not copied, except for a teacher in another type.
+    given: a whole model in memory. It is used, not copied, except for a teacher in another type. It gets the weights of
+        the path, if there is one.
 
     Raises ConfigError for weights that are missing, damaged or of another shape, for an adapter without a path, and for
     a sliding window where attention has none.
     """
     whole, config = config, wrappers.language_config(config)
-    if spec.path is None and spec.has_adapter:
-        raise ConfigError(f"{key}: an adapter needs the same weights every time, config gives random ones: use path")
+    if spec.path is None:
+        check_weights(spec, key, given is not None)
     if key == "student" and not attention.supports_dropout(device):
         dropout.remove_from_attention(config, key, device)
     if getattr(config, "sliding_window", None) is not None and not attention.supports_windows(device):
@@ -278,6 +280,8 @@ def load(
             model = lora.merge_adapter(model, spec, key, dtype)
         if spec.device_map is not None:
             _place_head(model, device)
+        if given is not None:
+            model = _filled(_in_type(given, dtype, key), model, f"{key}: {spec.path}")
         language = wrappers.language_model(model)
         if not in_parts:
             # Copied out of the mapped file: each file has its own alignment, which may change a product's last bit.
@@ -302,9 +306,29 @@ def load(
     return causal_lm
 
 
+def check_weights(spec: ModelConfig, key: str, is_given: bool) -> None:
+    """Raises ConfigError where a model without a path has no weights, or an adapter. is_given: it is in memory."""
+    if is_given and spec.has_adapter:
+        problem = f"a model in memory is trained as it is, but there is {key}.adapter or {key}.lora, too"
+        way_out = f'leave that out, or give a folder: {key}={{"path": FOLDER, "lora": {{"rank": 8}}}}'
+        raise ConfigError(f"{key}: {problem}; {way_out}", key)
+    if spec.has_adapter:
+        raise ConfigError(f"{key}: an adapter needs the same weights every time, config gives random ones: use path")
+    if not is_given and IN_MEMORY in (spec.config or {}):
+        problem = "config is of a model that a Python program had in memory: its weights are not there"
+        raise ConfigError(f"{key}: {problem}; give it again, to abkd_fast.distill, or a path", key)
+
+
 def _in_type(given: PreTrainedModel, dtype: torch.dtype, key: str) -> PreTrainedModel:
     """A model in memory, in `dtype`. A teacher keeps its own bits: nobody could restore them."""
     return (given if key == "student" or given.dtype == dtype else copy.deepcopy(given)).to(dtype)
+
+
+def _filled(given: PreTrainedModel, loaded: PreTrainedModel, what: str) -> PreTrainedModel:
+    """A model in memory, with the weights of the one that a path has."""
+    with reading(f"{what}: its weights don't fit the model in memory", "; give a model that is what it was"):
+        given.load_state_dict(loaded.state_dict())
+    return given
 
 
 def published_dtype(path: str, why: str) -> torch.dtype:

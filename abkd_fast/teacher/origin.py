@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+from ..config.models import weights_in_words
 from ..config.schema import Config
 from ..data.chat import SECONDS, PromptFormat
 from ..data.time_limit import time_limit
@@ -36,7 +37,7 @@ class Origin:
     def of(cls, config: Config, teacher: PretrainedConfig, logit_map: LogitMap, vocabulary: Vocabulary) -> "Origin":
         spec, theirs = config.teacher, vocabulary.teacher_tokenizer
         theirs = vocabulary.tokenizer if theirs is None else theirs
-        name = f"random weights ({teacher.model_type})" if spec.path is None else _name(spec.path)
+        name = weights_in_words(vars(spec), _name)
         if spec.adapter is not None:
             name += f" with {_name(spec.adapter)}"
         if spec.quantize is not None:

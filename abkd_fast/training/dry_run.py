@@ -19,6 +19,7 @@ from ..models import attention, experts, forms, loading, padded
 from ..teacher.cache import describe_folder
 from ..teacher.store import label_counts, lengths_of, table_of
 from . import costs
+from .optim import untrained
 
 if TYPE_CHECKING:
     from .trainer import Trainer
@@ -76,6 +77,8 @@ def header(trainer: Trainer) -> Iterator[str | Text]:
         meta = trainer.student_meta
         lines = experts.describe(meta.model, meta.router_loss_weight, meta.spec.router_aux_loss)
         yield from (f"  router     {line}" for line in lines)
+    if count := untrained(trainer.student, trainer.optimizer):
+        yield f"  optimizer  {count} of the student's weights are not given to it: they stay as they are"
     for line in without_kernels(trainer.device):
         yield styled(line, "bold red")
     for key, teacher in trainer.teachers.built.items():

@@ -1,12 +1,13 @@
 """The optimizer and its learning-rate schedule."""
 
+import json
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import LBFGS, SGD, Adagrad, Adam, AdamW, Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from transformers import get_scheduler
 
 from .. import distributed
@@ -15,17 +16,25 @@ from ..config.training import OPTIMIZER_KEYS, OptimConfig
 from ..device import choose_device, choose_dtype
 from ..errors import ConfigError, first_line
 from ..models.causal_lm import CausalLM
+from .given import Given
 from .prepare import is_sharded
 
+REPLACED = {  # keys of `optim` that a function of the caller replaces
+    "optimizer": ("name", "lr", "betas", "eps", "momentum"),
+    "scheduler": ("schedule", "min_lr", "warmup_steps", "warmup_ratio"),
+}
 CLASSES = {"adamw": AdamW, "adam": Adam, "adagrad": Adagrad, "sgd": SGD}
 
 
-def check_optimizer(config: Config, is_given: bool) -> None:
-    """Raises ConfigError where the optimizer can't be used. is_given: whether the caller makes one."""
-    name = config.optim.name
-    if is_given and name != OptimConfig.name:
-        raise ConfigError(f"optim.name is {name}, but there is a function optimizer, too: leave one out", "optim.name")
-    if name != "adamw8bit":
+def check_optimizer(config: Config, given: Given) -> None:
+    """Raises ConfigError where the optimizer can't be used, and for values that a given function replaces."""
+    for function in (function for function in REPLACED if getattr(given, function) is not None):
+        for key in REPLACED[function]:
+            if (value := getattr(config.optim, key)) != getattr(OptimConfig, key):
+                problem = f"optim.{key} is {json.dumps(value)}, but there is a function {function}, which replaces it"
+                way_out = f'leave one out (optim={{"{key}": None}} takes back a recipe\'s)'
+                raise ConfigError(f"{problem}: {way_out}", f"optim.{key}")
+    if config.optim.name != "adamw8bit":
         return
     device, way_out = choose_device(config.train.device, "train."), "take optim.name=adamw"
     if is_sharded(config):
@@ -60,6 +69,7 @@ def build_optimizer(
             raise ConfigError(
                 f"optimizer gave a {type(made).__name__}, expected one of torch.optim with a plain step()"
             )
+        _check_weights(made, {*trained})
         _check_state_once(made)
     elif optim.name == "adamw8bit":
         made = _adamw8bit(groups, **options)
@@ -69,6 +79,22 @@ def build_optimizer(
     if isinstance(made, SGD):
         _fill_momentum(made)
     return made
+
+
+def _check_weights(optimizer: Optimizer, trained: set[Tensor]) -> None:
+    """Raises ConfigError for an optimizer over other weights than those that it was given, which may be a part."""
+    weights = {p for group in optimizer.param_groups for p in group["params"]}
+    way_out = "give it the groups that the function gets, or some of them"
+    if others := sum(p.numel() for p in weights - trained):
+        raise ConfigError(f"optimizer has {others} weights that are none of the student's trained ones: {way_out}")
+    if not weights:
+        raise ConfigError(f"optimizer has no weights: {way_out}")
+
+
+def untrained(student: CausalLM, optimizer: Optimizer) -> int:
+    """How many weights require a gradient, but are not the optimizer's."""
+    own = {p for group in optimizer.param_groups for p in group["params"]}
+    return sum(p.numel() for p in student.parameters() if p.requires_grad and p not in own)
 
 
 def _adamw8bit(groups: list, **options: object) -> Optimizer:
@@ -116,8 +142,21 @@ def reserved_bytes(student: CausalLM, optim: OptimConfig) -> int:
     return round((4 + state_bytes(optim, 4)) * numel)
 
 
-def build_scheduler(optim: OptimConfig, optimizer: Optimizer, steps: int) -> LRScheduler:
-    """Warm-up, then a cosine or a line down to min_lr, or a constant rate."""
+def build_scheduler(
+    optim: OptimConfig,
+    optimizer: Optimizer,
+    steps: int,
+    make: Callable[[Optimizer, int], LRScheduler] | None = None,
+) -> LRScheduler:
+    """Warm-up, then a cosine or a line down to min_lr, or a constant rate; or what `make` gives."""
+    if make is not None:
+        made = make(optimizer, steps)
+        if not isinstance(made, LRScheduler) or isinstance(made, ReduceLROnPlateau):  # whose step() takes a loss
+            kind = type(made).__name__
+            raise ConfigError(f"scheduler gave a {kind}, expected one of torch.optim.lr_scheduler with a plain step()")
+        if made.optimizer is not optimizer:
+            raise ConfigError("scheduler has another optimizer than the one that the function gets: give it that one")
+        return made
     warmup = optim.warmup_steps if optim.warmup_ratio is None else round(optim.warmup_ratio * steps)
     peak = min(group["lr"] for group in optimizer.param_groups)  # of an optimizer of one's own, not optim.lr
     lowest = min(optim.min_lr, peak)

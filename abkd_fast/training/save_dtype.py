@@ -117,4 +117,5 @@ class Conversion:
     def _refusal(self, name: str, tensor: Tensor) -> str:
         largest = tensor[tensor.isfinite()].abs().max().item()
         problem = f"{name} has {largest:g}, and the type ends at {torch.finfo(self.dtype).max:g}"
-        return f"run.save_dtype: {problem}; continue with --resume --set run.save_dtype=float32, or bfloat16"
+        python = ' (in Python resume=True, run={"save_dtype": "float32"})'
+        return f"run.save_dtype: {problem}; continue with --resume --set run.save_dtype=float32, or bfloat16{python}"

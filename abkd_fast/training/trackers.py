@@ -9,7 +9,7 @@ from typing import Any
 from ..config.schema import Config
 from ..config.training import LogConfig
 from ..console import console, styled
-from ..errors import ConfigError, first_line
+from ..errors import RESUME, ConfigError, first_line
 from ..files import read_json, write_json
 
 TRACKERS = {"wandb": "id", "trackio": "name"}  # modules, and the attribute by which each knows a run again
@@ -47,7 +47,7 @@ class Trackers:
             try:
                 write_json(config.run.folder / FILE, known)
             except OSError as error:
-                rest = f" ({error}): with --resume the trackers will begin another run"
+                rest = f" ({error}): with {RESUME} the trackers will begin another run"
                 console.print(styled(f"no {FILE}", "bold red", rest))
 
     def log(self, kind: str, step: int, values: dict[str, float | None]) -> None:

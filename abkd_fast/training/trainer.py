@@ -82,8 +82,7 @@ class Trainer:
         self.replica = distributed.replicate(self.student, may_idle=self.student.experts is not None)
         self.build_teachers(reserved_bytes(self.student, config.optim))
         self.optimizer = build_optimizer(self.student, config.optim, self.given.optimizer)
-        make = self.given.scheduler or functools.partial(build_scheduler, config.optim)
-        self.scheduler = make(self.optimizer, self.data.steps)
+        self.scheduler = build_scheduler(config.optim, self.optimizer, self.data.steps, self.given.scheduler)
         self.rollouts = None
         if self.teachers.is_on_policy:
             teacher = None if self.teachers.are_several else self.teachers["teacher"].live.model  # which may write, too
@@ -346,7 +345,8 @@ class Trainer:
         previous_best = self.state.best
         improved = evaluates and self._evaluate()
         stop = self.signals.of_any_rank()
-        due = (self.saves.is_due() or improved) and self.state.step < self.data.steps
+        is_first = self.state.step == 0 and "student" in self.given.models  # nothing on the disk has its weights
+        due = (is_first or self.saves.is_due() or improved) and self.state.step < self.data.steps
         if (stop or due) and not self.saves.is_saved:
             self._save(previous_best)
         if stop:

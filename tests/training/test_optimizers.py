@@ -14,6 +14,7 @@ from abkd_fast.config.recipe import load
 from abkd_fast.config.training import OPTIMIZER_KEYS, OptimConfig
 from abkd_fast.errors import ConfigError
 from abkd_fast.training import optim
+from abkd_fast.training.given import NOTHING
 from abkd_fast.training.trainer import Trainer
 from runs import RECIPE, TIED, Killed, Run, assert_same, crash_and_resume, poison
 
@@ -143,7 +144,7 @@ def test_8_bits_and_sharded_weights(tmp_path, monkeypatch):
     run = Run(tmp_path, **SHORT)
     (config,) = load(run.arguments[1], ["optim.name=adamw8bit", "train.parallel=fsdp"])
     with pytest.raises(ConfigError, match="adamw8bit can't update weights of which each process holds a part"):
-        optim.check_optimizer(config, is_given=False)
+        optim.check_optimizer(config, NOTHING)
 
 
 class Counting(torch.optim.SGD):
@@ -187,5 +188,7 @@ def test_state_of_an_optimizer_of_ones_own(tmp_path):
     with pytest.raises(ConfigError, match='optimizer: "past" of its state is a list, which a checkpoint can\'t keep'):
         distill(**own, run={"name": "listing", "dir": str(tmp_path)})
     assert not (tmp_path / "listing" / "checkpoints").exists()
-    with pytest.raises(ConfigError, match=r"optim\.name is sgd, but there is a function optimizer, too: leave one out"):
+    with pytest.raises(
+        ConfigError, match=r'optim\.name is "sgd", but there is a function optimizer, which replaces it'
+    ):
         distill(**own, run={"name": "two", "dir": str(tmp_path)}, optim={"name": "sgd"})
