@@ -7,6 +7,8 @@ import numpy as np
 
 from ..data.batches import collate
 
+COLUMN = "hidden_states_row"  # the number of a row's states; a column "index" may be a user's own
+
 
 def spans_of(labels: Sequence[int]) -> list[int]:
     """Where the trained tokens are: start and stop of each run of labels that are not -100. The first has no label."""
@@ -37,4 +39,4 @@ def _sample(row: dict) -> dict:
         raise ValueError(f"{problem}; expected the token itself, not the next one, or -100")
     if not (spans := spans_of(labels)):
         raise ValueError(f"a row of {len(ids)} tokens has no token to train: all its labels are -100; leave it out")
-    return {"input_ids": ids.tolist(), "spans": spans, **({"index": row["index"]} if "index" in row else {})}
+    return {"input_ids": ids.tolist(), "spans": spans, **({"index": row[COLUMN]} if COLUMN in row else {})}

@@ -23,7 +23,7 @@ from ..models.padded import pad, token_mask
 from ..teacher.folder import StatesFolder
 from ..teacher.teacher import Teacher
 from .models import entered, form_of, packed_attention
-from .rows import collate_rows
+from .rows import COLUMN, collate_rows
 from .states import KEY, cached_teacher, find_states
 
 
@@ -52,9 +52,9 @@ class DistillationTrainer(Trainer):
         """
         Args:
             model: the student, also a PEFT model.
-            teacher: a model that runs in every step; or else
-            hidden_states: a folder of `python -m abkd_fast.cache` with its states for these rows. Evaluation on other
-                rows then needs the teacher, too.
+            teacher: a model that runs in every step.
+            hidden_states: a folder of `python -m abkd_fast.cache` with a teacher's states for train_dataset. They take
+                the place of the teacher there; it is then given for evaluation on other rows, or not at all.
             divergence: a value such as `AlphaBeta(0.2, 0.7)`, or its spelling in a recipe.
             temperature, hard_weight: as in `divergence_loss`.
             train_dataset: rows with input_ids and labels (-100 where nothing is trained; without labels all are).
@@ -62,8 +62,10 @@ class DistillationTrainer(Trainer):
 
         Raises ConfigError, a ValueError, for models that don't fit together, and for rows that the states lack.
         """
-        if (teacher is None) == (hidden_states is None):
-            raise ConfigError("give either teacher, a model, or hidden_states, the folder of its cache")
+        if teacher is None and hidden_states is None:
+            raise ConfigError("give teacher, a model, or hidden_states, the folder of its cache, or both")
+        if teacher is None and options.get("eval_dataset") is not None:
+            raise ConfigError(f"eval_dataset: {KEY} has the states of train_dataset alone; give teacher, too")
         if teacher is model:
             raise ConfigError("model and teacher are one model, which can't be trained and frozen: load it twice")
         if isinstance(teacher, str):
@@ -78,24 +80,25 @@ class DistillationTrainer(Trainer):
         self.divergence = parse(divergence) if isinstance(divergence, str) else divergence
         self.loss_options = {"divergence": self.divergence, "temperature": temperature, "hard_weight": hard_weight}
         self.folder = None if hidden_states is None else StatesFolder(str(hidden_states), KEY)
-        if self.folder is not None:
+        if self.folder:
             places, train_dataset = find_states(self.folder, train_dataset)
         options.setdefault("data_collator", collate_rows)
         super().__init__(model, args, train_dataset=train_dataset, **options)
-        self._signature_columns = ["input_ids", "labels", "attention_mask", "index"]
+        self._signature_columns = ["input_ids", "labels", "attention_mask", COLUMN]
         self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = True  # the sum over labels, divided once
         self.student = form_of(self.model, "model", args.device)
         if router_weight := loss_weight(self.student.causal_lm, None, "model"):
             self.student.experts = Experts(self.student.causal_lm, router_weight)
+        self.states = self.teacher = None
         if self.folder:
-            self.teacher = cached_teacher(self.folder, places, self.student.head.weight.dtype, args.device)
-        else:
+            self.states = cached_teacher(self.folder, places, self.student.head.weight.dtype, args.device)
+        if teacher is not None:
             self.teacher = Teacher(form_of(teacher.to(args.device), "teacher", args.device))
         if args.gradient_checkpointing and not getattr(self.student, "passes_options", True):
             problem = f"layers of a {self.student.causal_lm.config.model_type} model don't know packed rows when they"
             raise ConfigError(f"gradient_checkpointing: {problem} are computed again; use abkd_fast.distill")
-        theirs = self.teacher.weight if self.folder else self.teacher.model.head.weight
-        shared_vocabulary(len(self.student.head.weight), len(theirs))
+        for theirs in filter(None, (self.states, self.teacher and self.teacher.model.head)):
+            shared_vocabulary(len(self.student.head.weight), len(theirs.weight))
 
     def train(self, *arguments: Any, **options: Any) -> Any:
         """Trains. Afterwards both models have their own attention again, and can be used for anything."""
@@ -116,7 +119,7 @@ class DistillationTrainer(Trainer):
         return output
 
     def _packed(self) -> contextlib.AbstractContextManager:
-        return packed_attention([self.student, *([] if self.folder else [self.teacher.model])])
+        return packed_attention([self.student, *([self.teacher.model] if self.teacher else [])])
 
     def get_batch_samples(self, *arguments: Any) -> tuple[list[dict], Tensor | int | None]:
         """Also notes the share of each batch in the step's tokens, which the loss of routers is weighted by."""
@@ -152,11 +155,13 @@ class DistillationTrainer(Trainer):
 
     def _losses(self, model: nn.Module, batch: Batch, reduction: str) -> Tensor:
         """The sum of the losses of the batch's labels, or each of them [N]."""
-        if self.folder and not all("index" in sample for sample in batch.samples):
-            raise ConfigError(f"{KEY} has the states of train_dataset alone: other rows need teacher, a model")
+        have_states = self.states and all("index" in sample for sample in batch.samples)
+        teacher = self.states if have_states else self.teacher
+        if teacher is None:
+            raise ConfigError(f"{KEY} has the states of train_dataset alone: other rows need teacher, a model, too")
         if self.student.form == "packed" and self.student.causal_lm.config._attn_implementation != NAME:
             raise RuntimeError("compute_loss works within train, evaluate and predict alone")
-        states, losses = self.teacher.linear_head(batch), []
+        states, losses = teacher.linear_head(batch), []
         input_ids, places, device = batch.input_ids, batch.positions, self.args.device
         if self.student.form == "padded":
             input_ids, places = (tensor.to(device) for tensor in pad(batch.samples))
