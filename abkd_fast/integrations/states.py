@@ -26,6 +26,8 @@ def find_states(folder: StatesFolder, rows: datasets.Dataset | None) -> tuple[Pl
     folder.check()
     places = folder.find(samples, lambda index: f"train_dataset row {index + 1}", {})
     folder.verify()
+    if COLUMN in rows.column_names:  # of another trainer
+        rows = rows.remove_columns(COLUMN)
     return places, rows.add_column(COLUMN, [*range(len(rows))])
 
 

@@ -224,7 +224,7 @@ def test_states_in_place_of_a_teacher(arguments, cached):
         losses.append([point[key] for point in history for key in ("loss", "eval_loss") if key in point])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     assert len(losses[0]) == 6
-    alone = DistillationTrainer(build("gpt2"), arguments(), hidden_states=folder, train_dataset=data)
+    alone = DistillationTrainer(build("gpt2"), arguments(), hidden_states=folder, train_dataset=trainer.train_dataset)
     with pytest.raises(ConfigError, match="other rows need teacher"):
         alone.evaluate(others)
     states = {"hidden_states": folder}
@@ -249,15 +249,3 @@ def test_labels_and_masks():
     for row in ({"input_ids": [1, 2], "labels": [-100, -100]}, {"input_ids": [1]}):
         with pytest.raises(ValueError, match="has no token to train"):
             collate_rows([row])
-
-
-def test_wrong_arguments(arguments):
-    with pytest.raises(ConfigError, match="give teacher, a model, or hidden_states"):
-        DistillationTrainer(build("llama"), arguments(), train_dataset=rows())
-    with pytest.raises(ConfigError, match="teacher is text"):
-        DistillationTrainer(build("llama"), arguments(), teacher="gpt2", train_dataset=rows())
-    other = build("llama", vocab_size=8192)
-    with pytest.raises(ValueError, match="vocabulary"):
-        DistillationTrainer(build("llama"), arguments(), teacher=other, train_dataset=rows())
-    with pytest.raises(ConfigError, match="hidden_states: no/states"):
-        DistillationTrainer(build("llama"), arguments(), hidden_states="no/states", train_dataset=rows())
