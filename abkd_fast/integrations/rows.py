@@ -6,6 +6,10 @@ from typing import Any
 import numpy as np
 
 from ..data.batches import collate
+from ..errors import ConfigError
+
+COLUMN = "hidden_states_row"  # the number of a row's states; a column "index" may be a user's own
+NO_TOKENS = "expected input_ids and labels: tokenize the rows first, as docs/transformers-trainer.md shows"
 
 
 def spans_of(labels: Sequence[int]) -> list[int]:
@@ -17,13 +21,15 @@ def spans_of(labels: Sequence[int]) -> list[int]:
 def collate_rows(features: list[dict]) -> dict[str, Any]:
     """Packs rows {"input_ids", "labels"} end to end: labels as transformers has them, -100 where nothing is trained.
 
-    Raises ValueError for a row without a label, and for labels that are not the row's own tokens.
+    Raises ValueError for a row without tokens or a label, and for labels that are not the row's own tokens.
     """
     batch = collate([_sample(row) for row in features])
     return {"batch": batch, "labels": batch.labels, "shift_labels": batch.labels}
 
 
 def _sample(row: dict) -> dict:
+    if "input_ids" not in row:
+        raise ConfigError(f"a row has no input_ids; {NO_TOKENS}")
     ids = np.asarray(row["input_ids"], dtype=np.int64)
     labels = ids if row.get("labels") is None else np.asarray(row["labels"], dtype=np.int64)
     if len(labels) != len(ids):
@@ -37,4 +43,4 @@ def _sample(row: dict) -> dict:
         raise ValueError(f"{problem}; expected the token itself, not the next one, or -100")
     if not (spans := spans_of(labels)):
         raise ValueError(f"a row of {len(ids)} tokens has no token to train: all its labels are -100; leave it out")
-    return {"input_ids": ids.tolist(), "spans": spans, **({"index": row["index"]} if "index" in row else {})}
+    return {"input_ids": ids.tolist(), "spans": spans, **({"index": row[COLUMN]} if COLUMN in row else {})}

@@ -9,7 +9,7 @@ from ..teacher.folder import StatesFolder
 from ..teacher.shards import Rows
 from ..teacher.store import Places
 from ..teacher.teacher import CachedTeacher
-from .rows import collate_rows
+from .rows import COLUMN, collate_rows
 
 KEY = "hidden_states"
 
@@ -26,7 +26,9 @@ def find_states(folder: StatesFolder, rows: datasets.Dataset | None) -> tuple[Pl
     folder.check()
     places = folder.find(samples, lambda index: f"train_dataset row {index + 1}", {})
     folder.verify()
-    return places, rows.add_column("index", [*range(len(rows))])
+    if COLUMN in rows.column_names:  # of another trainer
+        rows = rows.remove_columns(COLUMN)
+    return places, rows.add_column(COLUMN, [*range(len(rows))])
 
 
 def cached_teacher(folder: StatesFolder, places: Places, dtype: torch.dtype, device: torch.device) -> CachedTeacher:

@@ -9,21 +9,21 @@ import datasets
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments
-from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import EvalLoopOutput
 
 from ..data.batches import Batch, count_labels
 from ..errors import ConfigError
 from ..losses.arguments import shared_vocabulary
-from ..losses.divergences import Divergence, parse
+from ..losses.divergences import Divergence
 from ..losses.fused_linear import fused_linear_divergence
 from ..models.attention import NAME
 from ..models.experts import Experts, loss_weight
 from ..models.padded import pad, token_mask
 from ..teacher.folder import StatesFolder
 from ..teacher.teacher import Teacher
+from .arguments import check_models, check_options, check_rows, check_settings, load_model, loss_options
 from .models import entered, form_of, packed_attention
-from .rows import collate_rows
+from .rows import COLUMN, collate_rows
 from .states import KEY, cached_teacher, find_states
 
 
@@ -38,67 +38,68 @@ class DistillationTrainer(Trainer):
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: PreTrainedModel | nn.Module | str | pathlib.Path | None = None,
         args: TrainingArguments | None = None,
         *,
-        teacher: PreTrainedModel | None = None,
+        teacher: PreTrainedModel | nn.Module | str | pathlib.Path | None = None,
         hidden_states: str | pathlib.Path | None = None,
         divergence: Divergence | str = "ab:0.2,0.7",
         temperature: float = 1.0,
         hard_weight: float = 0.0,
-        train_dataset: datasets.Dataset | None = None,
+        train_dataset: datasets.Dataset | datasets.IterableDataset | None = None,
         **options: Any,
     ) -> None:
         """
         Args:
-            model: the student, also a PEFT model.
-            teacher: a model that runs in every step; or else
-            hidden_states: a folder of `python -m abkd_fast.cache` with its states for these rows. Evaluation on other
-                rows then needs the teacher, too.
+            model: the student, also a PEFT model. A folder or a name on the Hub is loaded in the type of its weights.
+            teacher: a model that runs in every step, likewise. It is frozen, and stays so.
+            hidden_states: a folder of `python -m abkd_fast.cache` with a teacher's states for train_dataset. They take
+                the place of the teacher there; it is then given for evaluation on other rows, or not at all.
             divergence: a value such as `AlphaBeta(0.2, 0.7)`, or its spelling in a recipe.
             temperature, hard_weight: as in `divergence_loss`.
             train_dataset: rows with input_ids and labels (-100 where nothing is trained; without labels all are).
             options: other arguments of `transformers.Trainer`.
 
-        Raises ConfigError, a ValueError, for models that don't fit together, and for rows that the states lack.
+        Raises ConfigError, a ValueError, for arguments that can't be used, models that don't fit together, and rows
+        that the states lack.
         """
-        if (teacher is None) == (hidden_states is None):
-            raise ConfigError("give either teacher, a model, or hidden_states, the folder of its cache")
-        if teacher is model:
-            raise ConfigError("model and teacher are one model, which can't be trained and frozen: load it twice")
-        if isinstance(teacher, str):
-            raise ConfigError(f"teacher is text ({teacher}), expected a model: AutoModelForCausalLM.from_pretrained")
-        args = args or TrainingArguments("output")
-        if args.n_gpu > 1:  # transformers would cut packed rows into pieces
-            raise ConfigError(
-                f"one process sees {args.n_gpu} GPUs: start one for each (torchrun), or show it one alone"
-            )
-        if is_deepspeed_zero3_enabled():
-            raise ConfigError("deepspeed: ZeRO stage 3 shards what the losses read; take stage 1 or 2, or FSDP")
-        self.divergence = parse(divergence) if isinstance(divergence, str) else divergence
-        self.loss_options = {"divergence": self.divergence, "temperature": temperature, "hard_weight": hard_weight}
+        if teacher is None and hidden_states is None:
+            raise ConfigError("give teacher, a model, or hidden_states, the folder of its cache, or both")
+        if teacher is None and options.get("eval_dataset") is not None:
+            raise ConfigError(f"eval_dataset: {KEY} has the states of train_dataset alone; give teacher, too")
+        args = TrainingArguments("output") if args is None else args
+        check_settings(args)
+        check_options(options)
+        for name, rows in (("train_dataset", train_dataset), ("eval_dataset", options.get("eval_dataset"))):
+            check_rows(name, rows)
+        self.loss_options = loss_options(divergence, temperature, hard_weight)
         self.folder = None if hidden_states is None else StatesFolder(str(hidden_states), KEY)
-        if self.folder is not None:
+        if self.folder:
             places, train_dataset = find_states(self.folder, train_dataset)
-        options.setdefault("data_collator", collate_rows)
+        model, teacher = load_model("model", model), None if teacher is None else load_model("teacher", teacher)
+        check_models(model, teacher, train_dataset is not None)
+        options["data_collator"] = collate_rows
         super().__init__(model, args, train_dataset=train_dataset, **options)
-        self._signature_columns = ["input_ids", "labels", "attention_mask", "index"]
+        # Packed rows can't be cut, so each process reads a stream itself.
+        self.accelerator.dataloader_config.dispatch_batches = False
+        self._signature_columns = ["input_ids", "labels", "attention_mask", COLUMN]
         self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = True  # the sum over labels, divided once
         self.student = form_of(self.model, "model", args.device)
         if router_weight := loss_weight(self.student.causal_lm, None, "model"):
             self.student.experts = Experts(self.student.causal_lm, router_weight)
+        self.states = self.teacher = None
         if self.folder:
-            self.teacher = cached_teacher(self.folder, places, self.student.head.weight.dtype, args.device)
-        else:
+            self.states = cached_teacher(self.folder, places, self.student.head.weight.dtype, args.device)
+        if teacher is not None:
             self.teacher = Teacher(form_of(teacher.to(args.device), "teacher", args.device))
         if args.gradient_checkpointing and not getattr(self.student, "passes_options", True):
             problem = f"layers of a {self.student.causal_lm.config.model_type} model don't know packed rows when they"
             raise ConfigError(f"gradient_checkpointing: {problem} are computed again; use abkd_fast.distill")
-        theirs = self.teacher.weight if self.folder else self.teacher.model.head.weight
-        shared_vocabulary(len(self.student.head.weight), len(theirs))
+        for theirs in filter(None, (self.states, self.teacher and self.teacher.model.head)):
+            shared_vocabulary(len(self.student.head.weight), len(theirs.weight))
 
     def train(self, *arguments: Any, **options: Any) -> Any:
-        """Trains. Afterwards both models have their own attention again, and can be used for anything."""
+        """Trains. Afterwards both models have their own attention again; the teacher stays frozen, as in `eval()`."""
         if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             # `evaluate` leaves this mark, with which accelerate would not wrap the model in DDP.
             vars(self.model).pop("_is_accelerate_prepared", None)
@@ -116,7 +117,11 @@ class DistillationTrainer(Trainer):
         return output
 
     def _packed(self) -> contextlib.AbstractContextManager:
-        return packed_attention([self.student, *([] if self.folder else [self.teacher.model])])
+        return packed_attention([self.student, *([self.teacher.model] if self.teacher else [])])
+
+    def _remove_unused_columns(self, dataset: datasets.Dataset, description: str | None = None) -> datasets.Dataset:
+        check_rows(f"the {description} set", dataset)
+        return super()._remove_unused_columns(dataset, description)
 
     def get_batch_samples(self, *arguments: Any) -> tuple[list[dict], Tensor | int | None]:
         """Also notes the share of each batch in the step's tokens, which the loss of routers is weighted by."""
@@ -152,11 +157,13 @@ class DistillationTrainer(Trainer):
 
     def _losses(self, model: nn.Module, batch: Batch, reduction: str) -> Tensor:
         """The sum of the losses of the batch's labels, or each of them [N]."""
-        if self.folder and not all("index" in sample for sample in batch.samples):
-            raise ConfigError(f"{KEY} has the states of train_dataset alone: other rows need teacher, a model")
+        have_states = self.states and all("index" in sample for sample in batch.samples)
+        teacher = self.states if have_states else self.teacher
+        if teacher is None:
+            raise ConfigError(f"{KEY} has the states of train_dataset alone: other rows need teacher, a model, too")
         if self.student.form == "packed" and self.student.causal_lm.config._attn_implementation != NAME:
             raise RuntimeError("compute_loss works within train, evaluate and predict alone")
-        states, losses = self.teacher.linear_head(batch), []
+        states, losses = teacher.linear_head(batch), []
         input_ids, places, device = batch.input_ids, batch.positions, self.args.device
         if self.student.form == "padded":
             input_ids, places = (tensor.to(device) for tensor in pad(batch.samples))

@@ -125,7 +125,7 @@ def test_weights_that_ddp_takes_for_unused(make, tmp_path):
 
 
 def test_sharded_weights_of_deepspeed_are_refused(make, monkeypatch):
-    monkeypatch.setattr("abkd_fast.integrations.transformers.is_deepspeed_zero3_enabled", lambda: True)
+    monkeypatch.setattr("abkd_fast.integrations.arguments.is_deepspeed_zero3_enabled", lambda: True)
     with pytest.raises(ConfigError, match="ZeRO stage 3 shards what the losses read"):
         make(build("llama"), build("llama", 1))
 

@@ -178,8 +178,9 @@ def test_adapters(arguments, tmp_path):
     assert (tmp_path / "adapter" / "adapter_config.json").exists()
 
 
-def test_states_in_place_of_a_teacher(arguments, tmp_path, write_jsonl):
-    """The folder of `python -m abkd_fast.cache`: the losses are those of the teacher itself."""
+@pytest.fixture
+def cached(tmp_path, write_jsonl):
+    """A teacher, the folder of its states by `python -m abkd_fast.cache`, and their rows, with a column of a user's."""
     teacher = build("llama", 1, bos_token_id=0, eos_token_id=0)
     teacher.save_pretrained(tmp_path / "teacher")
     tokenizer = quickstart.tokenizer()
@@ -200,23 +201,37 @@ def test_states_in_place_of_a_teacher(arguments, tmp_path, write_jsonl):
     (folder,) = [path.parent for path in (tmp_path / "states").rglob("index.json")]
     tokenized = tokenize(read_rows(str(tmp_path / "rows.jsonl")), tokenizer, 128, 256, PromptFormat()).dataset
     data = datasets.Dataset.from_list([
-        {"input_ids": row["input_ids"], "labels": [-100] * row["spans"][0] + row["input_ids"][row["spans"][0] :]}
+        {
+            "input_ids": row["input_ids"],
+            "labels": [-100] * row["spans"][0] + row["input_ids"][row["spans"][0] :],
+            "index": 0,
+        }
         for row in tokenized
     ])  # fmt: skip
+    return teacher, folder, data
+
+
+def test_states_in_place_of_a_teacher(arguments, cached):
+    """The losses are those of the teacher itself, which is there for other rows, if it is given."""
+    teacher, folder, data = cached
+    others = rows(3).add_column("index", [0] * 3)
+    options = arguments(max_steps=4, eval_strategy="steps", eval_steps=2)
     losses = []
-    for given in ({"teacher": teacher}, {"hidden_states": folder}):
-        trainer = DistillationTrainer(build("gpt2"), arguments(max_steps=4), train_dataset=data, **given)
+    for given in ({"teacher": teacher}, {"teacher": teacher, "hidden_states": folder}):
+        trainer = DistillationTrainer(build("gpt2"), options, train_dataset=data, eval_dataset=others, **given)
         trainer.train()
-        losses.append([point["loss"] for point in trainer.state.log_history if "loss" in point])
+        history = trainer.state.log_history
+        losses.append([point[key] for point in history for key in ("loss", "eval_loss") if key in point])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
-    assert len(losses[0]) == 4
-    with pytest.raises(ConfigError, match="train_dataset row 1"):
-        DistillationTrainer(build("gpt2"), arguments(), hidden_states=folder, train_dataset=rows())
-    trainer = DistillationTrainer(
-        build("gpt2"), arguments(), hidden_states=folder, train_dataset=data, eval_dataset=rows(2)
-    )
+    assert len(losses[0]) == 6
+    alone = DistillationTrainer(build("gpt2"), arguments(), hidden_states=folder, train_dataset=trainer.train_dataset)
     with pytest.raises(ConfigError, match="other rows need teacher"):
-        trainer.evaluate()
+        alone.evaluate(others)
+    states = {"hidden_states": folder}
+    with pytest.raises(ConfigError, match="train_dataset row 1"):
+        DistillationTrainer(build("gpt2"), arguments(), train_dataset=rows(), **states)
+    with pytest.raises(ConfigError, match="eval_dataset: hidden_states has the states of train_dataset alone"):
+        DistillationTrainer(build("gpt2"), arguments(), train_dataset=data, eval_dataset=others, **states)
 
 
 def test_labels_and_masks():
@@ -234,16 +249,3 @@ def test_labels_and_masks():
     for row in ({"input_ids": [1, 2], "labels": [-100, -100]}, {"input_ids": [1]}):
         with pytest.raises(ValueError, match="has no token to train"):
             collate_rows([row])
-
-
-def test_wrong_arguments(arguments):
-    for given in ({}, {"teacher": build("llama"), "hidden_states": "folder"}):
-        with pytest.raises(ConfigError, match="give either teacher"):
-            DistillationTrainer(build("llama"), arguments(), train_dataset=rows(), **given)
-    with pytest.raises(ConfigError, match="teacher is text"):
-        DistillationTrainer(build("llama"), arguments(), teacher="gpt2", train_dataset=rows())
-    other = build("llama", vocab_size=8192)
-    with pytest.raises(ValueError, match="vocabulary"):
-        DistillationTrainer(build("llama"), arguments(), teacher=other, train_dataset=rows())
-    with pytest.raises(ConfigError, match="hidden_states: no/states"):
-        DistillationTrainer(build("llama"), arguments(), hidden_states="no/states", train_dataset=rows())
