@@ -26,7 +26,7 @@ from .config.recipe import load, merged
 from .config.schema import Config
 from .errors import ConfigError, reading
 from .evaluation import points
-from .files import cache_folder, check_trusted, make_cache_folder
+from .files import TOKENIZERS, cache_folder, check_trusted, make_cache_folder
 from .finished import read_summary
 from .losses.divergences import Divergence
 from .models.identity import NOT_THE_MODEL
@@ -270,7 +270,7 @@ def _kept(tokenizer: PreTrainedTokenizerBase) -> str:
     """A folder with the tokenizer, named by its content: a resumed run finds the same one."""
     if tokenizer.eos_token_id is None:
         raise ConfigError("tokenizer: has no end token (eos_token), which every response needs", "tokenizer")
-    root = cache_folder() / "tokenizers"
+    root = cache_folder() / TOKENIZERS
     with reading(f"{root} can't be made", "; ABKD_CACHE names another folder"):
         make_cache_folder(root)
     temporary, digest = pathlib.Path(tempfile.mkdtemp(dir=root)), hashlib.sha256()

@@ -22,6 +22,7 @@ from . import json_shape
 from .errors import ConfigError, disk_errors, first_line, library_errors, reading
 
 LOCK, CHECKPOINTS = "lock", "checkpoints"  # names in a run's folder; the first is one in a folder of states, too
+TOKENIZERS = "tokenizers"  # in the cache folder: those that Python programs gave as objects, named by their content
 NAME_BYTES, PATH_BYTES = 255, 4095  # what file systems take
 
 

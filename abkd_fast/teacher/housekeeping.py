@@ -9,7 +9,7 @@ import filelock
 
 from ..console import format_bytes
 from ..errors import ConfigError
-from ..files import check_path_length, disk_bytes
+from ..files import TOKENIZERS, check_path_length, disk_bytes, entries
 from .folder import FILES, StatesFolder
 
 NAME = re.compile("[0-9a-f]{32}")  # a fingerprint
@@ -37,8 +37,21 @@ def _is_states(path: pathlib.Path) -> bool:
     return bool(NAME.fullmatch(path.name) and names and all(WRITTEN.fullmatch(name) for name in names))
 
 
+def tokenizers(root: pathlib.Path) -> list[pathlib.Path]:
+    """The folders of tokenizers in a cache folder. The next run that needs one writes it again."""
+    found = () if (root / TOKENIZERS).is_symlink() else entries(root / TOKENIZERS)
+    return [path for path in found if _is_tokenizer(path)]
+
+
+def _is_tokenizer(path: pathlib.Path) -> bool:
+    is_named = NAME.fullmatch(path.name) and not path.is_symlink()
+    return bool(is_named and (path / "tokenizer_config.json").is_file())
+
+
 def describe(root: pathlib.Path) -> Iterator[str]:
-    """A line for each folder of states: its bytes on the disk, its name, whose states it has. Then all together.
+    """A line for each folder of states: its bytes on the disk, its name, whose states it has. One for all tokenizers.
+
+    The last line is that of all together.
 
     An output projection that several folders share is in the number of each, and once in that of all.
     """
@@ -53,24 +66,29 @@ def describe(root: pathlib.Path) -> Iterator[str]:
         except ConfigError:
             whose = "damaged, or of another version"
         yield f"{format_bytes(disk_bytes(folder)):>10}  {folder.name}  {whose}"
-    yield f"{format_bytes(disk_bytes(*found)):>10}  {len(found)} in {root}"
+    if kept := tokenizers(root):
+        yield f"{format_bytes(disk_bytes(*kept)):>10}  {TOKENIZERS}  {len(kept)} that Python programs had in memory"
+    yield f"{format_bytes(disk_bytes(*found, *kept)):>10}  {len(found) + bool(kept)} in {root}"
 
 
 def clear(root: pathlib.Path, names: list[str]) -> Iterator[str]:
-    """Removes folders of states: those with these names, or all. One that a process builds stays. A line for each.
+    """Removes what `describe` lists: that of these names, or all. States that a process builds stay. A line for each.
 
     Raises ConfigError for a name that is not there; then nothing is removed.
     """
-    known = {folder.name: folder for folder in folders(root)}
+    known = {folder.name: [folder] for folder in folders(root)}
+    if kept := tokenizers(root):
+        known[TOKENIZERS] = kept
     if missing := [name for name in names if name not in known]:
         raise ConfigError(f"clear: {root} has no states {missing[0]}; --list shows what there is")
     freed = 0
     for name in names or [*known]:
-        folder, others = known[name], [path for path in known.values() if path != known[name]]
-        size = disk_bytes(folder, *others) - disk_bytes(*others)  # what others share stays
+        others = [path for other, paths in known.items() if other != name for path in paths]
+        size = disk_bytes(*known[name], *others) - disk_bytes(*others)  # what others share stays
         try:
-            with filelock.FileLock(folder / "lock").acquire(timeout=0):
-                shutil.rmtree(folder)
+            for folder in known[name]:
+                with filelock.FileLock(folder / "lock").acquire(timeout=0):
+                    shutil.rmtree(folder)
         except filelock.Timeout:
             yield f"{name} stays: a process is at work on it"
             continue

@@ -50,6 +50,25 @@ def test_list_and_clear(small, cache_folder, capsys, monkeypatch, tmp_path):
     assert (cache_folder / ("0" * 32) / "thesis.txt").exists()
 
 
+def test_tokenizers_of_python_programs(cache_folder, capsys):
+    """They are listed and removed with all, or by their name; nothing else in their folder is."""
+    for name in ("a" * 32, "b" * 32, "mine"):
+        (cache_folder / "tokenizers" / name).mkdir(parents=True)
+        (cache_folder / "tokenizers" / name / "tokenizer_config.json").write_text("{}")
+    (cache_folder / "tokenizers" / ("c" * 32)).symlink_to(cache_folder / "tokenizers" / "mine")
+    line, total = printed(capsys, "--list")
+    assert line.endswith("tokenizers  2 that Python programs had in memory")
+    assert total.split()[:2] == line.split()[:2]
+    assert total.endswith(f"1 in {cache_folder}")
+    for names in (["tokenizers"], []):
+        (cache_folder / "tokenizers" / ("a" * 32)).mkdir(exist_ok=True)
+        (cache_folder / "tokenizers" / ("a" * 32) / "tokenizer_config.json").write_text("{}")
+        assert printed(capsys, "--clear", *names)[0].endswith("tokenizers is removed")
+        left = {path.name for path in (cache_folder / "tokenizers").iterdir()}
+        assert left == {"mine", "c" * 32}
+    assert housekeeping.tokenizers(cache_folder) == []
+
+
 def test_states_that_are_being_built_stay(small, cache_folder, capsys, monkeypatch):
     def write(store, number, rows, original=HiddenStateStore.write):
         if number == 1:
