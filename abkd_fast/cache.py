@@ -170,12 +170,13 @@ def _training_command(options: argparse.Namespace, config: Config, folders: dict
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m abkd_fast.cache",
         description="Compute a teacher's hidden states for the data of a recipe, without training. A run on any "
         "machine trains from the folder (teacher.hidden_states). An interrupted build continues where it ended.",
     )
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--config", metavar="RECIPE", help="builds the states: a JSON file or a packaged recipe's name")
+    what.add_argument(
+        "--config", metavar="RECIPE", help="builds the states: a JSON or YAML file, or a packaged recipe's name"
+    )
     what.add_argument("--verify", metavar="FOLDER", help="reads everything in a folder of states, checks all checksums")
     what.add_argument("--info", metavar="FOLDER", help="prints what a folder of states holds")
     what.add_argument("--list", action="store_true", help="prints the caches of this machine, and what they take")

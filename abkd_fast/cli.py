@@ -43,6 +43,7 @@ def run(
         try:
             with _mistakes_told(), disk_errors():
                 parser = make_parser()
+                parser.prog = _as_typed(command)
                 parser.add_argument("--debug", action="store_true", help="print the traceback behind an error, too")
                 options = parser.parse_args(arguments)
                 work(options)
@@ -73,6 +74,14 @@ def _mistakes_told() -> Iterator[None]:
             with contextlib.suppress(ConnectionError), processes.process_group(MEETING_MINUTES, mistake=error):
                 pass
         raise
+
+
+def _as_typed(command: str) -> str:
+    """The words that started the command: the installed script's, the package's, or the module's."""
+    name = pathlib.Path(sys.argv[0]).name
+    if name.startswith("abkd-fast"):  # on Windows it ends in .exe
+        return f"abkd-fast {command}"
+    return f"python -m abkd_fast{' ' if name == '__main__.py' else '.'}{command}"
 
 
 def _again(command: str, options: Namespace, arguments: list[str]) -> str:

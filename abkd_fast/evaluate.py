@@ -65,7 +65,6 @@ def _parser() -> argparse.ArgumentParser:
     from .config.training import SEEDS, EvalConfig
 
     parser = argparse.ArgumentParser(
-        prog="python -m abkd_fast.evaluate",
         description="Answer test sets with a model and score the answers: ROUGE-L (F1 with stemming, x 100, the best "
         "of several references) and exact match, mean and standard deviation over seeds. The defaults are the papers' "
         "protocol. After an interruption the same command continues.",

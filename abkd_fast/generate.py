@@ -54,7 +54,6 @@ def _parser() -> argparse.ArgumentParser:
     from .config.schema import RunConfig
 
     parser = argparse.ArgumentParser(
-        prog="python -m abkd_fast.generate",
         description="Answer the prompts of a data set with a model. The result is data to train on, one row a line: "
         "prompt and output (or messages), both also in token ids, the number of its row, and whether the response "
         "ended by itself. After an interruption the same command continues. With --prompt the answer is printed.",

@@ -25,7 +25,6 @@ def _print(options: argparse.Namespace) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     return argparse.ArgumentParser(
-        prog="python -m abkd_fast.info",
         description="Print what a report of a bug has to say: the build, devices, attention, and versions.",
     )
 

@@ -29,7 +29,6 @@ def _push(options: argparse.Namespace) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m abkd_fast.push",
         description="Upload the model in a run's folder final/ to the Hugging Face Hub, with a model card: models, "
         "method, data, scores, how to load it, and the recipe. What is there already is replaced file by file.",
     )

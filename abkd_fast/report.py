@@ -40,7 +40,6 @@ def _report(options: argparse.Namespace) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m abkd_fast.report",
         description="Report finished runs. A table of ROUGE-L (a row for each loss or method, a column for each test "
         "set) in Markdown and CSV. A figure of ROUGE-L on dev rows over training, in PNG and SVG. In each run's "
         "folder: report.md with curves of loss, speed and memory. Needs matplotlib.",

@@ -6,7 +6,7 @@ from .cli import leave, run
 from .output import check_printed
 
 RECIPE_KEYS = """\
-A recipe is a JSON object with the keys of a configuration, and:
+A recipe is a JSON object, or a mapping in YAML, with the keys of a configuration, and:
   base       a packaged recipe or a file beside this one; this recipe states only what is different
   stages     {NAME: {keys that are different in this stage}, ...}; they run one after the other
   comment    text for people
@@ -49,13 +49,12 @@ def _parser() -> argparse.ArgumentParser:
     from .config.options import describe
 
     parser = argparse.ArgumentParser(
-        prog="python -m abkd_fast.train",
         description="Distill or fine-tune a language model.",
         epilog="\n".join([RECIPE_KEYS, "keys of a configuration, with [defaults]:\n", *describe()]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--config", required=True, metavar="RECIPE", help="a JSON file or a packaged recipe's name")
+    add("--config", required=True, metavar="RECIPE", help="a JSON or YAML file, or a packaged recipe's name")
     text = (
         "override a value, for example optim.lr=1e-4; abkd:train.steps=50 changes only the stage abkd, and also "
         "values that the stage sets itself"

@@ -33,6 +33,23 @@ def test_commands_explain_themselves(name, capsys):
     assert "usage:" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("started", "typed"),
+    [
+        ("/usr/bin/abkd-fast", "abkd-fast "),
+        ("abkd-fast.exe", "abkd-fast "),
+        ("abkd_fast/__main__.py", "python -m abkd_fast "),
+        ("abkd_fast/train.py", "python -m abkd_fast."),
+    ],
+)
+@pytest.mark.parametrize("name", ["train", "info"])
+def test_help_names_what_was_typed(name, started, typed, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [started])
+    with pytest.raises(SystemExit):
+        main([name, "--help"])
+    assert capsys.readouterr().out.startswith(f"usage: {typed}{name} ")
+
+
 def test_the_module_runs():
     ran = subprocess.run([sys.executable, "-m", "abkd_fast", "train", "--config", "none.json"], capture_output=True)
     assert ran.returncode == 2

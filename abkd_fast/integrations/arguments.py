@@ -45,7 +45,7 @@ def check_settings(args: TrainingArguments) -> None:
     if args.n_gpu > 1:  # so would transformers
         raise ConfigError(f"one process sees {args.n_gpu} GPUs: start one for each (torchrun), or show it one alone")
     if is_deepspeed_zero3_enabled():
-        raise ConfigError("deepspeed: ZeRO stage 3 shards what the losses read; take stage 1 or 2, or FSDP")
+        raise ConfigError("deepspeed: ZeRO stage 3 shards what the losses read; take stage 2, or FSDP")
 
 
 def loss_options(divergence: Divergence | str, temperature: float, hard_weight: float) -> dict[str, Any]:
