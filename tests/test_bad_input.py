@@ -196,7 +196,7 @@ CASES = {
         arguments=["--resume"],
     ),
     "broken configuration of a run": case(
-        "runs/test/config.json line 1: broken JSON", files={"runs/test/config.json": ""}, arguments=["--resume"]
+        "runs/test/config.json can't be read (", files={"runs/test/config.json": ""}, arguments=["--resume"]
     ),
     "broken summary of a run": case(
         "runs/test/summary.json can't be read",
