@@ -76,7 +76,7 @@ def test_every_rate_is_set_and_no_other_number():
 
 def test_rates_that_transformers_refuses():
     mpt = {"model_type": "mpt", "vocab_size": 211, "d_model": 32, "n_layers": 1, "n_heads": 4, "resid_pdrop": 0.1}
-    with pytest.raises(ConfigError, match=r"student\.dropout is 0\.5, but a mpt model can't have that as attn_pdrop \("):
+    with pytest.raises(ConfigError, match=r"a mpt model can't have that as attn_pdrop \("):
         loading.read_meta_model(ModelConfig(config=mpt, dropout=0.5), "student")
     config = loading.read_meta_model(ModelConfig(config=mpt, dropout=0.0), "student").config
     assert (config.attn_config.attn_pdrop, config.resid_pdrop) == (0, 0)
