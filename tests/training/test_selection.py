@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from abkd_fast import files
+from abkd_fast import files, manifest
 from abkd_fast.cli import INTERRUPTED
 from abkd_fast.training import checkpoint
 from abkd_fast.training.trainer import Trainer
@@ -72,7 +72,7 @@ def assert_final_is(run, weights):
     AutoModelForCausalLM.from_pretrained(run.folder / "final")
     files = {path.name for path in (run.folder / "final").iterdir()}
     assert "tokenizer.json" in files
-    assert not files & {checkpoint.MANIFEST, checkpoint.STATE, checkpoint.TENSORS, checkpoint.OPTIMIZER}
+    assert not files & {manifest.NAME, checkpoint.STATE, checkpoint.TENSORS, checkpoint.OPTIMIZER}
 
 
 def test_lowest_dev_loss_is_selected(tmp_path, monkeypatch, stopped_at_8, capsys):
