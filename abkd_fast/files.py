@@ -103,9 +103,9 @@ def locked(folder: pathlib.Path) -> Iterator[None]:
         try:
             yield
         finally:
-            if made and {path.name for path in folder.iterdir()} <= {LOCK}:
-                (folder / LOCK).unlink(missing_ok=True)
-                with contextlib.suppress(OSError):  # others may have begun to use the folders
+            with contextlib.suppress(OSError):  # others may have begun to use the folders, or removed them
+                if made and {path.name for path in folder.iterdir()} <= {LOCK}:
+                    (folder / LOCK).unlink(missing_ok=True)
                     for path in made:
                         path.rmdir()
 

@@ -1,10 +1,11 @@
 """Atomic writes: a reader sees the old file or the new one; what a killed process left is no result."""
 
 import os
+import shutil
 
 import pytest
 
-from abkd_fast.files import LOCK, atomic_file, atomic_write, leftovers
+from abkd_fast.files import LOCK, atomic_file, atomic_write, leftovers, locked
 from runs import Run
 
 
@@ -37,3 +38,14 @@ def test_a_run_that_was_killed_in_its_first_write_can_be_resumed(tmp_path, left)
     assert run() == 2, "not without --resume"
     assert run("--resume") == 0
     assert not (run.folder / left).exists(), "whoever holds the lock clears up"
+
+
+def vanish_and_fail(folder):
+    with locked(folder):
+        shutil.rmtree(folder)
+        raise KeyError("what went wrong")
+
+
+def test_a_folder_that_vanishes_hides_no_error(tmp_path):
+    with pytest.raises(KeyError, match="what went wrong"):
+        vanish_and_fail(tmp_path / "run")
