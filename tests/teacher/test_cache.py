@@ -84,7 +84,7 @@ def only(folder):
 
 
 @pytest.mark.parametrize("kind", MODELS)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", pytest.param("float64", marks=pytest.mark.slow)])
 def test_losses_are_the_same_bits_in_every_mode(recipe, kind, dtype):
     path = recipe(kind, train={**TRAIN, "epochs": 1})
     results = {}
