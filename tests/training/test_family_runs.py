@@ -86,10 +86,3 @@ def test_dry_run_accepts_what_the_run_accepts(name, tmp_path, capsys):
         errors.append(capsys.readouterr().err)
     assert errors[0] == errors[1]
     assert errors[0].count("error: ") == (status != 0)
-
-
-def test_a_model_that_can_run_but_not_train_so_is_refused(tmp_path, capsys):
-    """Reformer's positions fit one length alone, in training: its first step would fail."""
-    config = {"model_type": "reformer", "vocab_size": 1024, "is_decoder": True}
-    assert Run(tmp_path, student={"config": config})() == 2
-    assert "error: student: a reformer model can't be trained padded: If training" in capsys.readouterr().err
