@@ -47,7 +47,9 @@ def recipe(name, device, folder, base):
     if method in ("gkd", "distillm", "minillm"):
         changed["sampling"] = {"max_new_tokens": 12}
     if method == "minillm":
-        changed |= {"loss": "rkl", "minillm": {"rollouts": 8, "inner_epochs": 2}}
+        # No ratio lies within 0.007 of this edge, and those of CPU and card differ by 0.002: on the other side of it a
+        # token would have no gradient. At 0.2 one was at 0.2002 on the CPU and at 0.1986 on the card.
+        changed |= {"loss": "rkl", "minillm": {"rollouts": 8, "inner_epochs": 2, "clip_ratio": 0.17}}
     if "lora" in options:
         changed["student"] = {"path": base, "lora": {"rank": 8, "alpha": 8, "dropout": 0.0}}
     if "checkpointing" in options:
@@ -70,10 +72,7 @@ def steps(request, tmp_path_factory, base):
     return on_both(tmp_path_factory.mktemp("runs"), train)
 
 
-def test_numbers_are_the_cpus(request, steps):
-    if "minillm" in request.node.name:
-        reason = "on some processors a token's ratio lies at the clip's edge, and its gradient is on the other side"
-        request.applymarker(pytest.mark.xfail(strict=False, reason=reason))
+def test_numbers_are_the_cpus(steps):
     ours, theirs = (x.numbers() for x in reversed(steps))
     assert len(ours[0]) == 3
     torch.testing.assert_close(ours, theirs, rtol=TOLERANCE, atol=1e-5)
