@@ -197,19 +197,19 @@ class CausalLM(nn.Module):
     def difference(self, lengths: tuple[int, ...]) -> tuple[float, torch.dtype]:
         """The largest difference between the logits of rows of these lengths and the model's own, relative to the
         largest logit; and the type of the hidden states."""
-        rows, head = _short_rows(lengths, self.causal_lm.config.vocab_size), self.head
-        hidden = self._hidden_of(rows)
+        generator = torch.Generator().manual_seed(0)
+        vocabulary = self.causal_lm.config.vocab_size
+        rows = [torch.randint(vocabulary, (length,), generator=generator) for length in lengths]
+        samples = [{"input_ids": row.tolist(), "spans": [1, len(row)]} for row in rows]
+        device = self.head.weight.device
+        (batch,) = pack(samples, max_tokens=sum(lengths))
+        hidden = self(batch.to(device), lambda student: student.hidden)
+        head = self.head
         ours = self.logit_map(F.linear(hidden.to(head.weight.dtype), head.weight, head.bias)).float()
-        own = self.own_logits([row.to(head.weight.device) for row in rows])
+        own = self.own_logits([row.to(device) for row in rows])
         if ours.shape != own.shape:
             raise ValueError(f"its output projection gives {ours.shape[1]} logits, the model {own.shape[1]}")
         return ((ours - own).abs().max() / own.abs().max().clamp(min=1e-3)).item(), hidden.dtype
-
-    def _hidden_of(self, rows: list[Tensor]) -> Tensor:
-        """What the output projection reads of rows of tokens, without those after the last ones."""
-        samples = [{"input_ids": row.tolist(), "spans": [1, len(row)]} for row in rows]
-        (batch,) = pack(samples, max_tokens=sum(map(len, rows)))
-        return self(batch.to(self.head.weight.device), lambda student: student.hidden)
 
     def own_logits(self, rows: list[Tensor]) -> Tensor:
         """The logits of the model's own forward pass on each row alone, without those after its last token."""
@@ -251,12 +251,6 @@ class CausalLM(nn.Module):
         else:
             self.model.save_pretrained(folder, state_dict=weights)
         tokenizer.save_pretrained(folder)
-
-
-def _short_rows(lengths: tuple[int, ...], vocabulary: int) -> list[Tensor]:
-    """Rows of random tokens, the same every time."""
-    generator = torch.Generator().manual_seed(0)
-    return [torch.randint(vocabulary, (length,), generator=generator) for length in lengths]
 
 
 def long_ropes(model: nn.Module) -> list[nn.Module]:
