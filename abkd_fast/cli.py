@@ -36,10 +36,8 @@ def run(
         arguments: those of the command line (None: `sys.argv`).
     """
     arguments, options = sys.argv[1:] if arguments is None else arguments, Namespace()
-    with (
-        output.forgiving(),
-        interruptible() as signal,
-    ):  # training and sampling finish their step first, see `StopSignals`
+    # Training and sampling finish their step first, see `StopSignals`.
+    with output.forgiving(), interruptible() as signal:
         try:
             with _mistakes_told(), disk_errors():
                 parser = make_parser()
