@@ -77,7 +77,7 @@ def _mistakes_told() -> Iterator[None]:
 def _as_typed(command: str) -> str:
     """The words that started the command: the installed script's, the package's, or the module's."""
     name = pathlib.Path(sys.argv[0]).name
-    if name == "abkd-fast":
+    if name.startswith("abkd-fast"):  # on Windows it ends in .exe
         return f"abkd-fast {command}"
     return f"python -m abkd_fast{' ' if name == '__main__.py' else '.'}{command}"
 
